@@ -1,0 +1,27 @@
+# Every target makes .venv first if it is missing or older than setup.py.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+CODE := modeling_dclip tests benchmarks setup.py train.py eval.py
+
+.PHONY: demo test test-conformance quality style
+
+demo: $(STAMP)
+	$(BIN)/accelerate launch --cpu --num_processes 1 train.py
+test: $(STAMP)
+	$(BIN)/python -m pytest -m "not conformance"
+test-conformance: $(STAMP)
+	$(BIN)/python -m pytest -m conformance
+quality: $(STAMP)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/ruff format --check $(CODE)
+style: $(STAMP)
+	$(BIN)/ruff check --fix $(CODE)
+	$(BIN)/ruff format $(CODE)
+
+$(STAMP): setup.py
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install -e ".[all]"
+	touch $@

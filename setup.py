@@ -1,0 +1,43 @@
+"""Package metadata. Extras are listed once here; `all` is everything that installs without CUDA."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+EXTRAS = {
+    # AGPL-3.0. The Apache-2.0 alternative, a transformers object-detection checkpoint, needs no extra.
+    "regions": ["ultralytics>=8.3"],
+    "peft": ["peft>=0.17"],
+    "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision"],
+    "space": ["gradio>=5"],
+    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+    "dev": ["jinja2>=3.1", "matplotlib>=3.8", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+    # Needs a CUDA toolchain at install time, so it is not part of `all`.
+    "mamba": ["mamba-ssm>=2.2"],
+}
+EXTRAS["all"] = sorted({requirement for name, group in EXTRAS.items() if name != "mamba" for requirement in group})
+
+setup(
+    name="modeling_dclip",
+    version="0.1.0.dev0",
+    description="DCLIP and DM-CLIP: CLIP image encoders distilled for retrieval and for speed, Hugging Face-native",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["modeling_dclip", "modeling_dclip.*"]),
+    install_requires=[
+        "accelerate>=1.10",
+        "datasets>=4.0",
+        "huggingface_hub>=1.0",
+        "numpy>=1.26",
+        "pillow>=10",
+        "pyarrow>=17",
+        "pyyaml>=6",
+        "safetensors>=0.5",
+        "torch>=2.6",
+        "tqdm>=4.66",
+        "transformers>=5.17,<6",
+    ],
+    extras_require=EXTRAS,
+)
