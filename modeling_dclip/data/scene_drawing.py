@@ -43,10 +43,14 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, before any pixel: `groups` in order along `axis` ("horizontal": left to right, "vertical": top down)."""
+    """What is drawn, before any pixel: `groups` in order along `axis` ("horizontal": left to right, "vertical": top down).
+
+    `zoom` enlarges a lone object, as a close-up does; 1.0 elsewhere.
+    """
 
     groups: tuple[Group, ...]
     axis: str
+    zoom: float = 1.0
 
 
 def random_group(rng: random.Random) -> Group:
@@ -67,6 +71,14 @@ def random_scene(rng: random.Random) -> Scene:
         if all(group.shape != other.shape and group.colour != other.colour for other in groups):
             groups.append(group)
     return Scene(groups=tuple(groups), axis=rng.choice(("horizontal", "vertical")))
+
+
+def random_close_up(rng: random.Random, group: Group) -> Scene:
+    """A scene of one group; a lone object may fill the picture, and then it is a large one."""
+    zoom = rng.uniform(1.0, 3.0) if group.count == 1 and rng.random() < 0.7 else 1.0
+    if zoom > 1.3:
+        group = replace(group, size="large")
+    return Scene((group,), rng.choice(("horizontal", "vertical")), zoom)
 
 
 def _swap(scene: Scene, field: str) -> Scene:
@@ -156,7 +168,7 @@ def _slots(scene: Scene, image_size: int, rng: random.Random) -> list[tuple[Grou
     bands = len(scene.groups)
     placed = []
     for g, group in enumerate(scene.groups):
-        side = int(cell * 0.94 * SIZES[group.size])
+        side = int(cell * 0.94 * SIZES[group.size] * scene.zoom)
         along = (g + 0.5) * image_size / bands + rng.uniform(-0.06, 0.06) * image_size
         rows = sorted(rng.sample(range(MAX_COUNT), group.count))
         for row in rows:

@@ -28,6 +28,7 @@ from modeling_dclip.data.scene_drawing import (
     coarse_caption,
     detailed_captions,
     draw_scene,
+    random_close_up,
     random_group,
     random_scene,
     siblings,
@@ -59,7 +60,7 @@ def iterate_scenes(split: str, n: int, seed: int, singles: float = 0.0) -> Itera
     while produced < n:
         rng = random.Random(f"scenes/{split}/{seed}/{family}")
         alone = rng.random() < singles
-        members = [Scene((random_group(rng),), "horizontal")] if alone else siblings(random_scene(rng), rng)[:4]
+        members = [random_close_up(rng, random_group(rng))] if alone else siblings(random_scene(rng), rng)[:4]
         for scene in members[: n - produced]:
             yield scene, rng
             produced += 1
@@ -152,7 +153,7 @@ def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size:
         colour, shape = CLASS_NAMES[label].split()
         group = replace(random_group(rng), colour=colour, shape=shape, count=1)
         columns["image_id"].append(f"single-{split}-{seed}-{index}")
-        columns["image"].append(_png(draw_scene(Scene((group,), "horizontal"), rng, image_size)[0]))
+        columns["image"].append(_png(draw_scene(random_close_up(rng, group), rng, image_size)[0]))
         columns["label"].append(label)
     features = Features(image_id=Value("string"), image=Image(), label=ClassLabel(names=list(CLASS_NAMES)))
     return Dataset.from_dict(columns, features=features)
