@@ -1,0 +1,100 @@
+"""Spec strings: one line names a source and its options, in a recipe and on the command line alike.
+
+The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds; a kind's fields are the
+positional parameters of its function, and its options are the keyword-only ones.
+"""
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+_COUNT = re.compile(r"@(\d+)$")
+_OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
+
+
+class Source(NamedTuple):
+    """A kind of spec: how it is written (an optional field as `[:FIELD]`) and the function that takes its fields and options."""
+
+    form: str
+    build: Callable[..., Any]
+
+
+def _value(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    for convert in (int, float):
+        try:
+            return convert(text)
+        except ValueError:
+            continue
+    return text
+
+
+def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec: str) -> dict[str, Any]:
+    """Match options with the keyword-only parameters of `function`, before anything is read.
+
+    Args:
+        function (`Callable`): With `**options` instead of named parameters it gets the text as it is.
+        options (`Mapping[str, str]`): Texts by name. One that reads as a number or boolean becomes it, unless a `str` is expected.
+        spec (`str`): For messages.
+
+    Returns:
+        `dict[str, Any]`: What to call `function` with.
+
+    Raises:
+        ValueError: If an option is unknown; the message lists the known ones.
+    """
+    parameters = inspect.signature(function).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+        return dict(options)
+    known = {
+        parameter.name: parameter.annotation for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ValueError(f"Unknown option {unknown[0]!r} in {spec!r}. Known options: {', '.join(known) or 'none'}.")
+    return {key: text if known[key] in (str, str | None) else _value(text) for key, text in options.items()}
+
+
+def parse_spec(
+    spec: str, sources: Mapping[str, Source], *, counted: bool = False
+) -> tuple[Source, list[str], dict[str, Any], int | None]:
+    """Take a spec string apart.
+
+    Args:
+        spec (`str`): `KIND[:FIELD...][,key=value...][@COUNT]`.
+        sources (`Mapping[str, Source]`): The kinds by name.
+        counted (`bool`, *optional*, defaults to `False`): Whether `@COUNT` is allowed.
+
+    Returns:
+        `tuple`: The source, its fields, its options as [`bind_options`] gives them, and the count or `None`.
+
+    Raises:
+        ValueError: If the kind, the number of fields, an option or the count is wrong; the message lists the known forms.
+
+    Example:
+        >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)})[1]
+        ['2x3']
+    """
+    body, count = spec, None
+    if counted and (match := _COUNT.search(spec)):
+        body, count = spec[: match.start()], int(match[1])
+    options: dict[str, str] = {}
+    if match := _OPTIONS.search(body):
+        body = body[: match.start()]
+        options = dict(part.split("=", 1) for part in match[1][1:].split(","))
+    kind, *fields = body.split(":")
+    forms = "; ".join(source.form + ("[@COUNT]" if counted else "") for source in sources.values())
+    if kind not in sources:
+        raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}. Known forms: {forms}.")
+    source = sources[kind]
+    most = source.form.count(":")
+    fewest = most - source.form.count("[:")
+    if not fewest <= len(fields) <= most or not all(fields):
+        raise ValueError(
+            f"Expected the form {source.form!r}, got {spec!r} with fields {fields}. Known forms: {forms}."
+        )
+    if count == 0:
+        raise ValueError(f"Expected a count of at least 1 in {spec!r}, got @0.")
+    return source, fields, bind_options(source.build, options, spec), count
