@@ -1,0 +1,45 @@
+"""DCLIP: CLIP image encoders distilled for retrieval, Hugging Face-native.
+
+Importing registers the models, configs and processors with transformers' Auto classes.
+"""
+
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+    CLIPImageProcessorPil,
+)
+
+from .configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
+from .modeling_dclip import DCLIPModel, DCLIPVisionModel, DCLIPVisionModelOutput
+from .modeling_dclip_teacher import DCLIPTeacher, DCLIPTeacherOutput
+from .processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "PRESETS",
+    "DCLIPConfig",
+    "DCLIPModel",
+    "DCLIPProcessor",
+    "DCLIPTeacher",
+    "DCLIPTeacherConfig",
+    "DCLIPTeacherOutput",
+    "DCLIPTeacherProcessor",
+    "DCLIPVisionConfig",
+    "DCLIPVisionModel",
+    "DCLIPVisionModelOutput",
+]
+
+for _config, _model, _processor in (
+    (DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
+    (DCLIPConfig, DCLIPModel, DCLIPProcessor),
+    (DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
+):
+    AutoConfig.register(_config.model_type, _config)
+    AutoModel.register(_config, _model)
+    AutoProcessor.register(_config, _processor)
+    AutoImageProcessor.register(_config, image_processor_classes={"pil": CLIPImageProcessorPil})
+AutoModelForZeroShotImageClassification.register(DCLIPConfig, DCLIPModel)
