@@ -139,18 +139,19 @@ def _shape_mask(shape: str, side: int) -> PILImage.Image:
 
 
 def _fill(group: Group, side: int) -> PILImage.Image:
-    """A square of the group's colour and pattern; the pattern is white on the colour, of a period that scales with the object."""
-    rows, columns = np.mgrid[0:side, 0:side] / side
+    """A square of the group's colour; the pattern is a shade of it, three periods across whatever the size."""
+    rows, columns = np.mgrid[0:side, 0:side] / side * 3
     if group.pattern == "striped":
-        light = (rows * 4) % 1 < 0.45
+        shaded = rows % 1 < 0.5
     elif group.pattern == "dotted":
-        light = ((rows * 4) % 1 - 0.5) ** 2 + ((columns * 4) % 1 - 0.5) ** 2 < 0.09
+        shaded = (rows % 1 - 0.5) ** 2 + (columns % 1 - 0.5) ** 2 < 0.1
     elif group.pattern == "checked":
-        light = ((rows * 4).astype(int) + (columns * 4).astype(int)) % 2 == 1
+        shaded = ((rows * 2).astype(int) + (columns * 2).astype(int)) % 2 == 1
     else:
-        light = np.zeros((side, side), bool)
-    pixels = np.where(light[..., None], (250, 250, 250), COLOURS[group.colour]).astype(np.uint8)
-    return PILImage.fromarray(pixels)
+        shaded = np.zeros((side, side), bool)
+    colour = np.array(COLOURS[group.colour])
+    shade = colour + 0.6 * ((255 if group.colour == "black" else 0) - colour)
+    return PILImage.fromarray(np.where(shaded[..., None], shade, colour).astype(np.uint8))
 
 
 def _background(rng: random.Random, image_size: int) -> PILImage.Image:
