@@ -1,4 +1,4 @@
-"""Readers of the published caption files: COCO, Karpathy's splits, Flickr30k and Conceptual Captions, each with an image folder."""
+"""Readers of the published caption files: COCO, Karpathy's splits, Flickr30k, Conceptual Captions."""
 
 import json
 import logging
@@ -55,7 +55,8 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
     """Read a COCO captions file (`captions_train2017.json`, `captions_val2017.json`) and its image folder.
 
     Args:
-        annotations (`str`): The JSON file, with `images` (`id`, `file_name`) and `annotations` (`image_id`, `caption`).
+        annotations (`str`): The JSON file, with `images` (`id`, `file_name`) and `annotations` (`image_id`,
+            `caption`).
         image_folder (`str`): The folder of the files named there.
         missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
 
@@ -118,7 +119,8 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
     `train2017/` and `val2017/`, then by either name in the folder itself. A Flickr entry's is `filename`.
 
     Args:
-        dataset (`str`): The JSON file, with `images` (`filename`, `split`, `sentences`, and for COCO `filepath`, `cocoid`).
+        dataset (`str`): The JSON file, with `images` (`filename`, `split`, `sentences`, and for COCO `filepath`,
+            `cocoid`).
         image_folder (`str`): The folder of the pictures.
         split (`str`): `"train"` (with `"restval"`, as usual), `"val"` or `"test"`.
         missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
@@ -155,7 +157,8 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
 def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -> Dataset:
     """Read Flickr30k's `results.csv`: `image_name| comment_number| comment`, separated by pipes and spaces.
 
-    The published file has a row whose second pipe is missing (`2199200615.jpg| 4   A dog runs ...`). Such a row is read
+    The published file has a row whose second pipe is missing (`2199200615.jpg| 4   A dog runs ...`). Such a row is
+        read
     by its number and reported with its line; any other malformed row is an error. Pipes inside a comment stay in it.
 
     Args:
@@ -214,9 +217,10 @@ def _files_by_number(folder: Path) -> dict[int, Path]:
 def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") -> Dataset:
     """Read a Conceptual Captions table (`caption <tab> url`, no header) with pictures downloaded beforehand.
 
-    The picture of a row is the file named in a third column, relative to the folder, where there is one; otherwise the file,
-    in the folder or below it, whose name is the row's number counted from 0, padded or not (`12.jpg`, `00000/000000012.jpg`).
-    Many of the published addresses are dead: `missing=skip` keeps what was downloaded and reports the rest.
+    The picture of a row is the file named in a third column, relative to the folder, where there is one; otherwise the
+    file, in the folder or below it, whose name is the row's number counted from 0, padded or not (`12.jpg`,
+    `00000/000000012.jpg`). Many of the published addresses are dead: `missing=skip` keeps what was downloaded and
+    reports the rest.
 
     Args:
         table (`str`): The TSV file.
@@ -224,8 +228,8 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
         missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
 
     Returns:
-        `datasets.Dataset`: `image_id` (`conceptual-<table's stem>-<row>`, or with a third column `conceptual-<file>`), `image`
-        (a path), `captions` (one).
+        `datasets.Dataset`: `image_id` (`conceptual-<table's stem>-<row>`, or with a third column `conceptual-<file>`),
+        `image` (a path), `captions` (one).
 
     Raises:
         FileNotFoundError: If the table, the folder or an image is missing.

@@ -38,8 +38,8 @@ def coco_id(value: str | int) -> str:
 def flickr_id(value: str | int) -> str:
     """`flickr-<photo id>` from the file name of Flickr30k (`<photo id>.jpg`) or Flickr8k (`<photo id>_<secret>.jpg`).
 
-    The secret is dropped because Flickr30k holds pictures of Flickr8k under the bare photo id: only so is a test picture
-    of the one found in the other. A name of another form keeps its whole stem.
+    The secret is dropped because Flickr30k holds pictures of Flickr8k under the bare photo id: only so is a test
+    picture of the one found in the other. A name of another form keeps its whole stem.
 
     Example:
         >>> flickr_id("1000268201_693b08cb0e.jpg") == flickr_id("1000268201.jpg")

@@ -1,4 +1,4 @@
-"""Any `datasets` dataset with pictures and captions, from parquet files, the Hub or a saved folder, in the one schema."""
+"""Any `datasets` dataset with pictures and captions in the one schema: parquet files, the Hub, a saved folder."""
 
 import glob
 from pathlib import Path
@@ -26,7 +26,8 @@ REGION_COLUMNS = ("boxes", "box_scores")
 def _require_column(dataset: Dataset, column: str, option: str, name: str) -> None:
     if column not in dataset.column_names:
         raise ValueError(
-            f"{name} has no column {column!r}; its columns are {dataset.column_names}. Name the right one with ',{option}=COLUMN'."
+            f"{name} has no column {column!r}; its columns are {dataset.column_names}. "
+            f"Name the right one with ',{option}=COLUMN'."
         )
 
 
@@ -62,7 +63,8 @@ def _present_images(dataset: Dataset, image_ids: list[str], name: str, missing: 
 def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: str) -> list[str]:
     if source is not None and (source not in ID_RULES or column is None):
         raise ValueError(
-            f"Expected source to be one of {sorted(ID_RULES)}, with a column of image ids, got {source!r} and {column!r}."
+            f"Expected source to be one of {sorted(ID_RULES)}, with a column of image ids, "
+            f"got {source!r} and {column!r}."
         )
     if column is None:
         return [f"{name}-{row}" for row in range(len(dataset))]
@@ -97,13 +99,15 @@ def standardise_columns(
     Rows are merged into one, with all their captions, only where the column `image_id` says that they show one image.
 
     Args:
-        dataset (`datasets.Dataset`): Pictures as `Image`, as bytes or as paths; captions as lists of text or one text a row.
+        dataset (`datasets.Dataset`): Pictures as `Image`, as bytes or as paths; captions as lists of text or one text
+            a row.
         image, captions (`str`, *optional*): Column names, by default `"image"` and `"captions"`.
         image_id (`str`, *optional*): Column of the ids, by default `image_id` where there is one; without one, ids are
             `<name>-<row>`.
-        source (`str`, *optional*): `"coco"` or `"flickr"`: the ids are COCO numbers or Flickr file names and get the form that all
-            readers share, so that test images are recognised. By default ids stay as they are.
-        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out rows whose path leads to no file and reports them.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the ids are COCO numbers or Flickr file names and get the
+            form that all readers share, so that test images are recognised. By default ids stay as they are.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out rows whose path leads to no file and
+            reports them.
         name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
 
     Returns:
@@ -153,8 +157,8 @@ def read_parquet(
 
     Args:
         pattern (`str`): A path or glob; `**` goes into subfolders.
-        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`]. Without ids, rows are called
-            `<folder>/<file>-<row>`.
+        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`]. Without ids,
+            rows are called `<folder>/<file>-<row>`.
 
     Returns:
         `datasets.Dataset`: As [`standardise_columns`] gives it.
@@ -225,7 +229,7 @@ def read_hub(
 
 
 def read_disk(folder: str) -> Dataset:
-    """Read a dataset folder that is in the schema already, all its columns kept (what the stages of the pipeline save).
+    """Read a saved dataset that is in the schema already, all its columns kept.
 
     Args:
         folder (`str`): What `Dataset.save_to_disk` wrote.

@@ -11,8 +11,8 @@
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
 
-Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a picture is
-the same under any file name: `coco-<id>`, `flickr-<photo id>`.
+Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a
+picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ SOURCES = {
 
 
 def _rows_by_lot(image_ids: Sequence[str], seed: int, purpose: str) -> list[int]:
-    """Rows in an order that depends on seed and id alone: not on the order of a file, nor on which other rows there are."""
+    """Rows in an order that depends on seed and id alone: not on a file's order, nor on which other rows there are."""
     lots = [hashlib.sha256(f"{purpose}/{seed}/{image_id}".encode()).digest() for image_id in image_ids]
     return sorted(range(len(lots)), key=lots.__getitem__)
 
@@ -64,17 +64,19 @@ def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()
     """Load one source.
 
     Args:
-        spec (`str`): See the table above. `@COUNT` at the end draws that many images; a smaller count draws a subset of them.
+        spec (`str`): See the table above. `@COUNT` at the end draws that many images; a smaller count draws a subset
+            of them.
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
-        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out, before the draw (see [`karpathy_test_ids`]).
+        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out, before the draw (see
+            [`karpathy_test_ids`]).
 
     Returns:
         `datasets.Dataset`: Columns `image_id`, `image` (lazy), `captions`, and what else the source has of the schema.
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
-        ValueError: If the spec is wrong (the message lists the known forms), a file is malformed, no row is left, or the count is
-            larger than what is there.
+        ValueError: If the spec is wrong (the message lists the known forms), a file is malformed, no row is left, or
+            the count is larger than what is there.
     """
     if isinstance(exclude_ids, str):
         raise ValueError(f"Expected exclude_ids to be a collection of image ids, got the one string {exclude_ids!r}.")
@@ -124,9 +126,10 @@ def split_train_validation(dataset: Dataset, fraction: float = 0.9, seed: int = 
 
     Args:
         dataset (`datasets.Dataset`): With the column `image_id`.
-        fraction (`float`, *optional*, defaults to 0.9): Share for training, in (0, 1), taken as the decimal it is written as: 75,000
-            rows give exactly 67,500 and 7,500. Rounded down.
-        seed (`int`, *optional*, defaults to 0): Another seed is another split, independent of the draws of [`load_mix`].
+        fraction (`float`, *optional*, defaults to 0.9): Share for training, in (0, 1), taken as the decimal it is
+            written as: 75,000 rows give exactly 67,500 and 7,500. Rounded down.
+        seed (`int`, *optional*, defaults to 0): Another seed is another split, independent of the draws of
+            [`load_mix`].
 
     Returns:
         `tuple[Dataset, Dataset]`: Training and validation rows, each in the order of `dataset`.

@@ -1,7 +1,7 @@
 """Spec strings: one line names a source and its options, in a recipe and on the command line alike.
 
-The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds; a kind's fields are the
-positional parameters of its function, and its options are the keyword-only ones.
+The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds; a kind's fields
+are the positional parameters of its function, and its options are the keyword-only ones.
 """
 
 import inspect
@@ -14,7 +14,7 @@ _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
 
 
 class Source(NamedTuple):
-    """A kind of spec: how it is written (an optional field as `[:FIELD]`) and the function that takes its fields and options."""
+    """A kind of spec: how it is written (an optional field as `[:FIELD]`), and what takes its fields and options."""
 
     form: str
     build: Callable[..., Any]
@@ -36,7 +36,8 @@ def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec:
 
     Args:
         function (`Callable`): With `**options` instead of named parameters it gets the text as it is.
-        options (`Mapping[str, str]`): Texts by name. One that reads as a number or boolean becomes it, unless a `str` is expected.
+        options (`Mapping[str, str]`): Texts by name. One that reads as a number or boolean becomes it, unless a `str`
+            is expected.
         spec (`str`): For messages.
 
     Returns:
@@ -71,7 +72,8 @@ def parse_spec(
         `tuple`: The source, its fields, its options as [`bind_options`] gives them, and the count or `None`.
 
     Raises:
-        ValueError: If the kind, the number of fields, an option or the count is wrong; the message lists the known forms.
+        ValueError: If the kind, the number of fields, an option or the count is wrong; the message lists the known
+            forms.
 
     Example:
         >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)})[1]
