@@ -51,7 +51,7 @@ class DCLIPVisionConfig(CLIPVisionConfig):
         kwargs: Every field of [`~transformers.CLIPVisionConfig`], same meaning and defaults (ViT-B/32).
 
     Raises:
-        ValueError: If a choice is unknown, or if `"rope"` is asked of a head width not divisible by 4.
+        StrictDataclassError: If a choice is unknown, or if `"rope"` is asked of a head width not divisible by 4.
 
     Example:
         >>> DCLIPVisionConfig(patch_size=16, position_embedding_type="rope").rotary_base
@@ -164,7 +164,7 @@ class DCLIPTeacherConfig(PreTrainedConfig):
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): Of the block's LayerNorms.
 
     Raises:
-        ValueError: If a choice is unknown or a number is out of its range.
+        StrictDataclassError: If a choice is unknown or a number is out of its range.
 
     Example:
         >>> DCLIPTeacherConfig().clip_config.vision_config.patch_size

@@ -1,0 +1,187 @@
+"""What is saved loads where this package is not: a fresh process, remote code, the same numbers, and again."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForZeroShotImageClassification,
+    AutoProcessor,
+)
+
+from modeling_dclip import (
+    DCLIPConfig,
+    DCLIPModel,
+    DCLIPProcessor,
+    DCLIPTeacher,
+    DCLIPTeacherConfig,
+    DCLIPTeacherProcessor,
+    DCLIPVisionConfig,
+    DCLIPVisionModel,
+)
+
+# Runs with -I and from another folder; the finder refuses the package even where it is installed.
+READER = """
+import json, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_dclip":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+for job in json.loads(sys.argv[1]):
+    model = getattr(transformers, job["auto_class"]).from_pretrained(job["folder"], trust_remote_code=True)
+    processor = transformers.AutoProcessor.from_pretrained(job["folder"], trust_remote_code=True)
+    with torch.no_grad():
+        out = model(**load_file(job["inputs"]))
+    kept = {name: value.contiguous() for name, value in out.items() if isinstance(value, torch.Tensor)}
+    kept["ids"] = processor(text=["a red dog " * 60, "a"], return_tensors="pt")["input_ids"]
+    save_file(kept, job["outputs"])
+    model.save_pretrained(job["again"])
+    processor.save_pretrained(job["again"])
+    leaked = any(name.split(".")[0] == "modeling_dclip" for name in sys.modules)
+    print(json.dumps([type(model).__module__, type(processor).__name__, leaked]))
+"""
+
+CASES = (
+    ("dual", "AutoModel"),
+    ("dual", "AutoModelForZeroShotImageClassification"),
+    ("vision", "AutoModel"),
+    ("teacher", "AutoModel"),
+)
+
+
+def build(kind, clip_dir):
+    if kind == "dual":
+        batch = DCLIPProcessor.from_pretrained(clip_dir)(
+            images=pictures(), text=["a red dog", "a dog"], return_tensors="pt"
+        )
+        return DCLIPModel.from_pretrained(clip_dir), DCLIPProcessor, batch
+    if kind == "vision":
+        config = DCLIPVisionConfig.from_pretrained(clip_dir, position_embedding_type="rope")
+        batch = DCLIPProcessor.from_pretrained(clip_dir)(images=pictures(), return_tensors="pt")
+        return DCLIPVisionModel.from_pretrained(clip_dir, config=config), DCLIPProcessor, batch
+    boxes = [[[1, 2, 30, 20], [5, 5, 40, 40]], []]
+    batch = DCLIPTeacherProcessor.from_pretrained(clip_dir)(pictures(), ["a red dog", "a dog"], boxes=boxes)
+    return DCLIPTeacher.from_clip(str(clip_dir)), DCLIPTeacherProcessor, batch
+
+
+def pictures():
+    # Two, for of one row PyTorch computes a matrix-vector product, whose last bit depends on where memory lies.
+    return [Image.fromarray(np.arange(40 * width * 3, dtype=np.uint8).reshape(40, width, 3)) for width in (50, 60)]
+
+
+def read_elsewhere(jobs, home):
+    environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-I", "-c", READER, json.dumps(jobs)]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def shipped(tiny_clip_dir, tmp_path_factory):
+    """Every case saved here, read and re-saved in one fresh process, and that read and re-saved in a second one."""
+    root = tmp_path_factory.mktemp("shipping")
+    cases, jobs = {}, []
+    for case in CASES:
+        kind, auto_class = case
+        model, processor_class, batch = build(kind, tiny_clip_dir)
+        processor = processor_class.from_pretrained(tiny_clip_dir)
+        name = f"{kind}_{auto_class}"
+        job = {"auto_class": auto_class, "folder": str(root / name), "inputs": str(root / f"{name}.inputs")}
+        model.save_pretrained(job["folder"])
+        processor.save_pretrained(job["folder"])
+        save_file({name: value.contiguous() for name, value in batch.items()}, job["inputs"])
+        with torch.no_grad():
+            expected = dict(model.eval()(**batch).items())
+        expected["ids"] = processor(text=["a red dog " * 60, "a"], return_tensors="pt")["input_ids"]
+        cases[case] = {"folder": root / name, "expected": expected, "processor": processor_class.__name__, "reads": []}
+        jobs.append(job)
+    for generation in ("first", "second"):
+        for job, case in zip(jobs, CASES, strict=True):
+            name = f"{case[0]}_{case[1]}"
+            job.update(outputs=str(root / f"{name}.{generation}"), again=str(root / f"{name}_{generation}"))
+        for case, job, report in zip(CASES, jobs, read_elsewhere(jobs, root), strict=True):
+            cases[case]["reads"].append((*report, load_file(job["outputs"]), root / job["again"]))
+            job["folder"] = job["again"]
+    return cases
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_fresh_process_without_the_package_gives_identical_outputs_twice(case, shipped):
+    expected = shipped[case]["expected"]
+    for module, processor, leaked, outputs, _ in shipped[case]["reads"]:
+        assert module.startswith("transformers_modules.") and not leaked
+        assert processor == shipped[case]["processor"]
+        assert len(outputs) >= 3
+        for name, value in outputs.items():
+            assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_a_folder_saved_where_the_package_is_not_keeps_code_and_auto_map(case, shipped):
+    folder = shipped[case]["folder"]
+    assert len(code_files(folder)) >= 3
+    for *_, again in shipped[case]["reads"]:
+        assert code_files(again) == code_files(folder)
+        assert auto_map(again) == auto_map(folder)
+
+
+def auto_map(folder):
+    return json.loads((folder / "config.json").read_text())["auto_map"]
+
+
+def code_files(folder):
+    return {path.name: path.read_text() for path in folder.glob("*.py")}
+
+
+def test_the_dual_encoder_names_every_auto_class_that_serves_it(tiny_clip_dir, tmp_path):
+    DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    assert auto_map(tmp_path) == {
+        "AutoConfig": "configuration_dclip.DCLIPConfig",
+        "AutoModel": "modeling_dclip.DCLIPModel",
+        "AutoModelForZeroShotImageClassification": "modeling_dclip.DCLIPModel",
+    }
+    processor_map = json.loads((tmp_path / "processor_config.json").read_text())["auto_map"]
+    assert processor_map == {"AutoProcessor": "processing_dclip.DCLIPProcessor"}
+
+
+def test_importing_the_package_registers_every_auto_class(tiny_clip_dir, tmp_path):
+    for config_class, model_class, processor_class in (
+        (DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
+        (DCLIPConfig, DCLIPModel, DCLIPProcessor),
+        (DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
+    ):
+        kind = {DCLIPVisionModel: "vision", DCLIPModel: "dual", DCLIPTeacher: "teacher"}[model_class]
+        folder = tmp_path / kind
+        build(kind, tiny_clip_dir)[0].save_pretrained(folder)
+        processor_class.from_pretrained(tiny_clip_dir).save_pretrained(folder)
+        assert type(AutoConfig.from_pretrained(folder)) is config_class
+        assert type(AutoModel.from_pretrained(folder)) is model_class
+        assert type(AutoProcessor.from_pretrained(folder)) is processor_class
+        assert AutoImageProcessor.from_pretrained(folder, backend="pil").crop_size["height"] == 32
+    zero_shot = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "dual")
+    assert type(zero_shot) is DCLIPModel
+
+
+def test_the_teachers_clip_carries_no_code_of_its_own_in_the_config(tiny_clip_dir, tmp_path):
+    DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "dual")
+    DCLIPTeacher.from_clip(str(tmp_path / "dual")).save_pretrained(tmp_path / "teacher")
+    config = json.loads((tmp_path / "teacher" / "config.json").read_text())
+    assert config["auto_map"]["AutoModel"] == "modeling_dclip_teacher.DCLIPTeacher"
+    assert "auto_map" not in config["clip_config"]
