@@ -1,0 +1,270 @@
+"""Losses of contrastive training and of distillation: pure functions of a batch of embeddings.
+
+The in-batch losses need every pair of the *global* batch. [`gather_across_processes`] brings it to each process with gradient; the
+losses themselves know nothing of processes. Each process then computes the same global loss, and the mean that
+`DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
+
+Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; PAPERS.md.
+Letters in shape comments: B batch, D embedding.
+"""
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+
+
+class _GatherWithGradient(torch.autograd.Function):
+    """Concatenate a tensor over processes along dimension 0; what flows back is summed over processes."""
+
+    @staticmethod
+    def forward(ctx, tensor, sizes):
+        ctx.start = sum(sizes[: torch.distributed.get_rank()])
+        ctx.size = len(tensor)
+        # Collectives want equal shapes: pad to the longest, gather, cut.
+        padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
+        padded[: len(tensor)] = tensor
+        parts = [torch.empty_like(padded) for _ in sizes]
+        torch.distributed.all_gather(parts, padded)
+        return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.contiguous()
+        torch.distributed.all_reduce(gradient)
+        return gradient[ctx.start : ctx.start + ctx.size], None
+
+
+def gather_across_processes(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Bring every process's rows to each process, with gradient.
+
+    A loss of the gathered rows is the same on every process, and `DistributedDataParallel`'s mean of the gradients is then exactly
+    that of one process with the whole batch, also where the processes' batches differ in size. With gradient accumulation the
+    negatives are still those of one micro-batch over all processes, never of several micro-batches.
+
+    Args:
+        tensors (`torch.Tensor` of shape `(B, ...)`): Of equal `B` on one process. Gradient flows to the caller's own rows.
+
+    Returns:
+        `tuple[torch.Tensor, ...]`: Each of shape `(sum of all B, ...)`, in order of rank; the very tensors given without a process group.
+
+    Raises:
+        ValueError: If the tensors' batch sizes differ.
+
+    Example:
+        >>> gather_across_processes(torch.ones(2, 3))[0].shape
+        torch.Size([2, 3])
+    """
+    lengths = {len(tensor) for tensor in tensors}
+    if len(lengths) != 1:
+        raise ValueError(f"Expected tensors of one batch size, got {[len(tensor) for tensor in tensors]}.")
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return tensors
+    size = torch.tensor(len(tensors[0]), device=tensors[0].device)
+    sizes = [torch.empty_like(size) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(sizes, size)
+    sizes = torch.stack(sizes).tolist()
+    return tuple(_GatherWithGradient.apply(tensor.contiguous(), sizes) for tensor in tensors)
+
+
+def _check_same_batch(**embeds: torch.Tensor) -> None:
+    shapes = {name: tuple(tensor.shape) for name, tensor in embeds.items()}
+    if any(len(shape) != 2 for shape in shapes.values()) or len({shape[0] for shape in shapes.values()}) != 1:
+        raise ValueError(f"Expected embeddings of shape (B, D) with one B, got {shapes}.")
+
+
+def _check_same_width(**embeds: torch.Tensor) -> None:
+    _check_same_batch(**embeds)
+    widths = {name: tensor.shape[1] for name, tensor in embeds.items()}
+    if len(set(widths.values())) != 1:
+        raise ValueError(
+            f"Expected embeddings of one width, got {widths}: both sides of a similarity must share their space."
+        )
+
+
+def _check_temperature(**temperatures: float | torch.Tensor) -> None:
+    for name, temperature in temperatures.items():
+        # A tensor is learned, positive by construction; looking into it would wait for the device.
+        if not isinstance(temperature, torch.Tensor) and not temperature > 0:
+            raise ValueError(f"Expected {name} > 0, got {temperature}.")
+
+
+def _check_share(image_to_text_weight: float) -> None:
+    if not 0 <= image_to_text_weight <= 1:
+        raise ValueError(f"Expected image_to_text_weight in [0, 1], got {image_to_text_weight}.")
+
+
+def _full_precision(embeds: torch.Tensor):
+    return torch.autocast(embeds.device.type, enabled=False)
+
+
+def _normalise(embeds: torch.Tensor) -> torch.Tensor:
+    return F.normalize(embeds.float(), dim=-1)
+
+
+def contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    temperature: float | torch.Tensor = 0.05,
+    image_to_text_weight: float = 0.5,
+    image_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Make each image prefer its own text among the batch's, and each text its own image (symmetric InfoNCE).
+
+    Unlike [`similarity_distillation_loss`] every other row counts as equally wrong. Rows with the same `image_ids` (two captions of
+    one image) are not: each is a right answer for the others, all right answers weighing the same.
+
+    Source: [D] student and teacher loss; CLIP. Deviation: direction weights and `image_ids`, both neutral by default.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        temperature (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 0.05): Dimensionless, > 0. To learn it pass
+            `logit_scale.neg().exp()`.
+        image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1]; the rest is
+            text-to-image's.
+        image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all differ.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In nats, >= 0. float32 even under autocast.
+
+    Raises:
+        ValueError: If shapes differ, `temperature <= 0` or the share is outside [0, 1].
+
+    Example:
+        >>> round(float(contrastive_loss(torch.eye(2), torch.eye(2), temperature=1.0)), 4)
+        0.3133
+    """
+    _check_same_width(image_embeds=image_embeds, text_embeds=text_embeds)
+    _check_temperature(temperature=temperature)
+    _check_share(image_to_text_weight)
+    with _full_precision(image_embeds):
+        logits = _normalise(image_embeds) @ _normalise(text_embeds).T / temperature  # (B, B): image rows, text columns
+        if image_ids is None:
+            targets = torch.arange(len(logits), device=logits.device)
+        else:
+            same = (image_ids[:, None] == image_ids[None, :]).float()
+            targets = same / same.sum(dim=1, keepdim=True)
+        image_to_text_loss = F.cross_entropy(logits, targets)
+        text_to_image_loss = F.cross_entropy(logits.T, targets)
+        return image_to_text_weight * image_to_text_loss + (1 - image_to_text_weight) * text_to_image_loss
+
+
+def _mean_cosine_distance(embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:
+    with _full_precision(embeds):
+        return (1 - (_normalise(embeds) * _normalise(target_embeds.detach())).sum(dim=-1)).mean()
+
+
+def cosine_distillation_loss(student_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
+    """Move each student embedding to the teacher's of the same pair.
+
+    1 - cosine, averaged. Unlike [`similarity_distillation_loss`] it constrains positions, not relations, and needs equal widths.
+
+    Source: [D] student loss, first term. Deviation: none.
+
+    Args:
+        student_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        teacher_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; treated as constant.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In [0, 2]; 0 when all directions agree. float32 even under autocast.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> float(cosine_distillation_loss(torch.eye(2), 3 * torch.eye(2)))
+        0.0
+    """
+    _check_same_width(student_embeds=student_embeds, teacher_embeds=teacher_embeds)
+    return _mean_cosine_distance(student_embeds, teacher_embeds)
+
+
+def cosine_preservation_loss(student_embeds: torch.Tensor, anchor_embeds: torch.Tensor) -> torch.Tensor:
+    """Keep each student embedding near the untouched CLIP's embedding of the same image.
+
+    The same formula as [`cosine_distillation_loss`] with the anchor in the teacher's place: it works against forgetting.
+
+    Source: [D] ViT-L/14 extras. Deviation: none.
+
+    Args:
+        student_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        anchor_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; treated as constant.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In [0, 2]; 0 when nothing has moved. float32 even under autocast.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> float(cosine_preservation_loss(torch.eye(2), -torch.eye(2)))
+        2.0
+    """
+    _check_same_width(student_embeds=student_embeds, anchor_embeds=anchor_embeds)
+    return _mean_cosine_distance(student_embeds, anchor_embeds)
+
+
+def _row_divergence(student_logits: torch.Tensor, teacher_logits: torch.Tensor) -> torch.Tensor:
+    """KL from the teacher's to the student's row-wise softmax, averaged over rows."""
+    return F.kl_div(
+        student_logits.log_softmax(dim=-1), teacher_logits.log_softmax(dim=-1), reduction="batchmean", log_target=True
+    )
+
+
+def similarity_distillation_loss(
+    student_embeds: torch.Tensor,
+    teacher_embeds: torch.Tensor,
+    student_text_embeds: torch.Tensor | None = None,
+    teacher_text_embeds: torch.Tensor | None = None,
+    temperature: float = 0.01,
+    teacher_temperature: float | None = None,
+    image_to_text_weight: float = 0.5,
+) -> torch.Tensor:
+    """Make the student rank the batch as the teacher does.
+
+    KL from the teacher's to the student's row-wise softmax of in-batch similarities. Unlike [`cosine_distillation_loss`] it constrains
+    relations only. With text embeddings the similarities are image-text, in both directions; without, they are those of the embeddings
+    among themselves.
+
+    Source: [MC] eq. 2; PAPERS.md. Deviation: direction weights; a temperature of the teacher's own; without texts, the embeddings' own
+    similarities.
+
+    Args:
+        student_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        teacher_embeds (`torch.Tensor` of shape `(B, D')`): Any scale; treated as constant.
+        student_text_embeds (`torch.Tensor` of shape `(B, D)`, *optional*): Any scale. Gradient flows.
+        teacher_text_embeds (`torch.Tensor` of shape `(B, D')`, *optional*): Any scale; constant. Both texts or neither.
+        temperature (`float`, *optional*, defaults to 0.01): Of the student's softmax. Dimensionless, > 0.
+        teacher_temperature (`float`, *optional*): Of the teacher's softmax. Defaults to `temperature`.
+        image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1].
+
+    Returns:
+        `torch.Tensor` of shape `()`: In nats, >= 0; 0 when both rank alike. float32 even under autocast.
+
+    Raises:
+        ValueError: If batch sizes or the widths of one model differ, a temperature is <= 0, or one text is given without the other.
+
+    Example:
+        >>> float(similarity_distillation_loss(torch.eye(3), torch.eye(3)))
+        0.0
+    """
+    teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+    _check_temperature(temperature=temperature, teacher_temperature=teacher_temperature)
+    _check_share(image_to_text_weight)
+    if (student_text_embeds is None) != (teacher_text_embeds is None):
+        raise ValueError("Expected text embeddings of student and teacher, or neither; got one of them.")
+    among_themselves = student_text_embeds is None
+    if among_themselves:
+        student_text_embeds, teacher_text_embeds = student_embeds, teacher_embeds
+    _check_same_batch(student_embeds=student_embeds, teacher_embeds=teacher_embeds)
+    _check_same_width(student_embeds=student_embeds, student_text_embeds=student_text_embeds)
+    _check_same_width(teacher_embeds=teacher_embeds, teacher_text_embeds=teacher_text_embeds)
+    with _full_precision(student_embeds):
+        student_logits = _normalise(student_embeds) @ _normalise(student_text_embeds).T / temperature  # (B, B)
+        with torch.no_grad():
+            teacher_logits = _normalise(teacher_embeds) @ _normalise(teacher_text_embeds).T / teacher_temperature
+        image_to_text_loss = _row_divergence(student_logits, teacher_logits)
+        if among_themselves:  # symmetric
+            return image_to_text_loss
+        text_to_image_loss = _row_divergence(student_logits.T, teacher_logits.T)
+        return image_to_text_weight * image_to_text_loss + (1 - image_to_text_weight) * text_to_image_loss
