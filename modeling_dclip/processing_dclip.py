@@ -5,9 +5,8 @@ Preprocessing is pinned to PIL: the torchvision backend differs by 1 to 2 grey l
 
 import numpy as np
 import torch
-from PIL import Image
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPProcessor
-from transformers.image_utils import load_image
+from transformers.image_utils import PILImageResampling, load_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
@@ -48,7 +47,10 @@ class DCLIPProcessor(CLIPProcessor):
         """
         features = super().__call__(images=images, text=text, **kwargs)
         if text is not None:
-            self._report_truncation([text] if isinstance(text, str) else text, features["input_ids"])
+            texts, rows = text, features["input_ids"]
+            if isinstance(text, str):  # one text without `return_tensors` comes back as one flat row
+                texts, rows = [text], [rows] if isinstance(rows[0], int) else rows
+            self._report_truncation(texts, rows)
         return features
 
     def _report_truncation(self, texts, input_ids):
@@ -154,7 +156,7 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
 
     @property
     def _resample(self):
-        return Image.Resampling(int(self.image_processor.resample))
+        return PILImageResampling(int(self.image_processor.resample))
 
     def _normalise(self, crops):
         """uint8 `(R, H, W, 3)` to normalised float32 `(R, 3, H, W)`, as one multiply and one add."""
@@ -215,7 +217,7 @@ def check_boxes(boxes, scores, image_size, sample, max_regions=None):
     return boxes, scores
 
 
-def crop_boxes(image, boxes, size, resample=Image.Resampling.BICUBIC):
+def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
     """Cut boxes out of an image and resize each to `size`, not keeping its aspect.
 
     Args:

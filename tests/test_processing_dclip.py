@@ -1,0 +1,226 @@
+"""Processors: the same pixels as CLIP's, exact crops, and boxes that are refused by name."""
+
+import logging
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPImageProcessorPil, CLIPProcessor
+
+from modeling_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+from modeling_dclip.processing_dclip import check_boxes, crop_boxes
+
+MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+@pytest.fixture
+def processor(tiny_clip_dir):
+    return DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
+
+
+def noise(width=50, height=40, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def quadrants():
+    """A 40 x 20 picture whose quarters are red, green, blue, white."""
+    picture = np.zeros((20, 40, 3), np.uint8)
+    picture[:10, :20, 0] = picture[:10, 20:, 1] = picture[10:, :20, 2] = 255
+    picture[10:, 20:] = 255
+    return Image.fromarray(picture)
+
+
+# -- student ---------------------------------------------------------------------------------------------------------
+
+
+def test_images_and_short_texts_come_out_as_from_clips_processor(tiny_clip_dir):
+    stock = CLIPProcessor.from_pretrained(tiny_clip_dir, backend="pil")
+    stock.image_processor = CLIPImageProcessorPil.from_pretrained(tiny_clip_dir)
+    arguments = {"images": [noise(), noise(33, 70)], "text": ["a red dog", "a"], "return_tensors": "pt"}
+    ours, theirs = DCLIPProcessor.from_pretrained(tiny_clip_dir)(**arguments), stock(**arguments, padding=True)
+    assert set(ours) == set(theirs) == {"input_ids", "attention_mask", "pixel_values"}
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def test_the_image_backend_is_pil_whatever_is_installed(tiny_clip_dir, tmp_path):
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    processor.image_processor.image_mean = [0.1, 0.2, 0.3]
+    processor.save_pretrained(tmp_path)
+    again = DCLIPProcessor(AutoImageProcessor.from_pretrained(tmp_path), processor.tokenizer).image_processor
+    for image_processor in (
+        processor.image_processor,
+        DCLIPProcessor.from_pretrained(tmp_path).image_processor,
+        again,
+    ):
+        assert isinstance(image_processor, CLIPImageProcessorPil)
+        assert list(image_processor.image_mean) == [0.1, 0.2, 0.3]
+        assert image_processor.crop_size["height"] == 32
+
+
+def test_a_caption_of_500_words_is_cut_keeping_its_end_and_said_once(tiny_clip_dir, caplog):
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    with caplog.at_level(logging.WARNING):
+        ids = processor(text=["a", "once a red dog " * 125], return_tensors="pt")["input_ids"]
+        processor(text="once more a red dog " * 100)
+    assert ids.shape == (2, 77) and ids[1, -1] == processor.tokenizer.eos_token_id
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "cut to 77" in caplog.text and "once a red dog" in caplog.text
+
+
+def test_a_caption_that_just_fits_is_not_reported(tiny_clip_dir, caplog):
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    assert len(processor(text="a " * 75)["input_ids"]) == 77
+    assert not caplog.records
+
+
+def test_truncation_can_be_switched_off(tiny_clip_dir):
+    ids = DCLIPProcessor.from_pretrained(tiny_clip_dir)(text=["a " * 100], truncation=False)["input_ids"]
+    assert len(ids[0]) == 102
+
+
+# -- teacher ---------------------------------------------------------------------------------------------------------
+
+
+def test_regions_are_padded_masked_and_measured_in_fractions(processor):
+    boxes = [[[0, 0, 25, 20], [10, 10, 50, 40]], np.zeros((0, 4)), [[5, 5, 10, 10]]]
+    features = processor(
+        images=[noise(), noise(), noise()], text=["a", "red", "dog"], boxes=boxes, box_scores=[[0.9, 0.2], [], [0.4]]
+    )
+    assert {name: tuple(value.shape) for name, value in features.items()} == {
+        "input_ids": (3, 3),
+        "attention_mask": (3, 3),
+        "pixel_values": (3, 3, 32, 32),
+        "region_pixel_values": (3, 2, 3, 32, 32),
+        "region_boxes": (3, 2, 4),
+        "region_scores": (3, 2),
+        "region_mask": (3, 2),
+    }
+    assert features["region_mask"].tolist() == [[True, True], [True, False], [True, False]]
+    torch.testing.assert_close(features["region_boxes"][0, 1], torch.tensor([0.2, 0.25, 1.0, 1.0]))
+    torch.testing.assert_close(features["region_scores"], torch.tensor([[0.9, 0.2], [1.0, 0.0], [0.4, 0.0]]))
+    assert not features["region_pixel_values"][1:, 1].any() and not features["region_boxes"][1:, 1].any()
+
+
+@pytest.mark.parametrize("boxes", [None, [None], [[]], [np.zeros((0, 4))]])
+def test_no_box_means_the_whole_image_with_score_one(processor, boxes):
+    image = noise()
+    features = processor(images=image, boxes=boxes)
+    assert features["region_boxes"].tolist() == [[[0, 0, 1, 1]]] and features["region_scores"].tolist() == [[1]]
+    whole = np.asarray(image.resize((32, 32), Image.Resampling.BICUBIC)) / 255
+    expected = torch.tensor((whole - MEAN) / DEVIATION).permute(2, 0, 1).float()
+    torch.testing.assert_close(features["region_pixel_values"][0, 0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_crop_is_exactly_its_box_resized_without_keeping_its_aspect(processor):
+    colours = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+    boxes = [[0, 0, 20, 10], [20, 0, 40, 10], [0, 10, 20, 20], [20, 10, 40, 20]]
+    crops = crop_boxes(quadrants(), np.array(boxes, np.float32), (8, 8))
+    assert crops.shape == (4, 8, 8, 3)
+    for crop, colour in zip(crops, colours, strict=True):
+        assert (crop == colour).all()  # not one grey level of a neighbour
+    pixels = processor(images=quadrants(), boxes=[boxes])["region_pixel_values"][0]
+    for region, colour in zip(pixels, colours, strict=True):
+        expected = (torch.tensor(colour) / 255 - torch.tensor(MEAN)) / torch.tensor(DEVIATION)
+        torch.testing.assert_close(region, expected[:, None, None].expand(3, 32, 32), rtol=0, atol=1e-5)
+
+
+def test_a_box_thinner_than_a_pixel_still_has_one():
+    crops = crop_boxes(quadrants(), np.array([[39.9, 0, 40, 10], [3.1, 3.1, 3.2, 3.2]], np.float32), (4, 4))
+    assert (crops[0] == [0, 255, 0]).all() and (crops[1] == [255, 0, 0]).all()
+
+
+def test_max_regions_keeps_the_best_scored_in_their_order(processor):
+    boxes = [[[0, 0, 10, 10], [0, 0, 20, 20], [0, 0, 30, 30]]]
+    features = processor(images=noise(), boxes=boxes, box_scores=[[0.5, 0.1, 0.9]], max_regions=2)
+    torch.testing.assert_close(features["region_scores"], torch.tensor([[0.5, 0.9]]))
+    torch.testing.assert_close(features["region_boxes"][0, :, 2], torch.tensor([0.2, 0.6]))
+
+
+def test_grey_and_transparent_pictures_are_read_as_rgb(processor):
+    features = processor(images=[noise().convert("L"), noise().convert("RGBA")], boxes=[[[0, 0, 9, 9]], None])
+    assert features["region_pixel_values"].shape == (2, 1, 3, 32, 32)
+
+
+def test_texts_alone_need_no_image(processor):
+    assert set(processor(text=["a dog"])) == {"input_ids", "attention_mask"}
+
+
+def test_a_saved_teacher_processor_gives_the_same(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").exists()
+    arguments = {"images": noise(), "text": "a dog", "boxes": [[[3, 4, 30, 20]]]}
+    again = DCLIPTeacherProcessor.from_pretrained(tmp_path)(**arguments)
+    for name, value in processor(**arguments).items():
+        assert torch.equal(again[name], value), name
+
+
+def test_numpy_can_be_asked_for(processor):
+    features = processor(images=noise(), return_tensors="np")
+    assert isinstance(features["region_mask"], np.ndarray) and isinstance(features["pixel_values"], np.ndarray)
+
+
+def test_cropping_is_cheaper_than_the_image_processor_a_region(processor):
+    images, boxes = [noise(300, 200, seed) for seed in range(4)], [[[10, 10, 90, 80]] * 8] * 4
+    crops = [image.crop(box) for image, rows in zip(images, boxes, strict=True) for box in rows]
+
+    def best(work):
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    batched = best(lambda: processor._crop_regions(images, boxes, None, None, "np"))
+    one_by_one = best(lambda: [processor.image_processor(crop, return_tensors="np") for crop in crops])
+    assert batched < one_by_one
+
+
+# -- bad boxes -------------------------------------------------------------------------------------------------------
+
+GOOD = [[0, 0, 10, 10]]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "message"),
+    [
+        (
+            [GOOD, [*GOOD, [10, 0, 51, 10]]],
+            None,
+            r"box 1 of sample 1: expected a box inside the 50 x 40 image, got \[10",
+        ),
+        ([GOOD, [[-1, 0, 5, 10]]], None, "box 0 of sample 1: expected a box inside"),
+        ([[[10, 0, 10, 10]], GOOD], None, "box 0 of sample 0: expected x1 < x2 and y1 < y2"),
+        ([[[10, 9, 20, 3]], GOOD], None, "box 0 of sample 0: expected x1 < x2 and y1 < y2, got .10.0, 9.0, 20.0, 3.0"),
+        (
+            [GOOD, [[0, 0, float("nan"), 5]]],
+            None,
+            "box 0 of sample 1: expected four finite numbers, got .0.0, 0.0, nan",
+        ),
+        ([GOOD, [[0, 0, float("inf"), 5]]], None, "box 0 of sample 1: expected four finite numbers"),
+        ([GOOD, [[0, 0, 5]]], None, r"boxes of sample 1: expected shape \(R, 4\), got \(1, 3\)"),
+        ([GOOD, [0, 0, 5, 5]], None, r"boxes of sample 1: expected shape \(R, 4\), got \(4,\)"),
+        ([GOOD], None, r"boxes: expected one entry per image \(2\), got 1"),
+        ([GOOD, GOOD], [[0.5], [0.5, 0.5]], r"box_scores of sample 1: expected shape \(1,\), got \(2,\)"),
+        ([GOOD, GOOD], [[0.5]], r"box_scores: expected one entry per image \(2\), got 1"),
+        ([GOOD, GOOD], [[0.5], [1.5]], r"box 0 of sample 1: expected a score in \[0, 1\], got 1.5"),
+        ([GOOD, GOOD], [[0.5], [float("nan")]], "box 0 of sample 1: expected a score"),
+        (None, [[0.5], [0.5]], "expected the boxes they belong to"),
+    ],
+)
+def test_a_bad_box_is_refused_naming_sample_and_box(processor, boxes, scores, message):
+    with pytest.raises(ValueError, match=message):
+        processor(images=[noise(), noise()], boxes=boxes, box_scores=scores)
+
+
+def test_boxes_without_images_are_refused(processor):
+    with pytest.raises(ValueError, match="images=None"):
+        processor(text="a", boxes=[GOOD])
+
+
+def test_max_regions_below_one_is_refused():
+    with pytest.raises(ValueError, match="max_regions: expected at least 1, got 0"):
+        check_boxes(GOOD, None, (50, 40), sample=0, max_regions=0)
