@@ -74,8 +74,8 @@ def truncate_text(input_ids, attention_mask=None, *, max_length, eos_token_id):
     if input_ids is None or input_ids.shape[-1] <= max_length:
         return input_ids, attention_mask
     logger.warning_once(
-        f"A text of {input_ids.shape[-1]} tokens exceeds the text tower's {max_length}: it is cut there and its last "
-        "token set to EOS. Said once."
+        f"A text has more than the {max_length} tokens the text encoder reads: it is cut there, its end token kept. "
+        "Said once; others are cut alike."
     )
     kept = input_ids[:, :max_length].clone()
     if eos_token_id == LEGACY_EOS_TOKEN_ID:

@@ -55,14 +55,14 @@ class DCLIPProcessor(CLIPProcessor):
 
     def _report_truncation(self, texts, input_ids):
         limit = self.tokenizer.model_max_length
-        for sample, (text, ids) in enumerate(zip(texts, input_ids, strict=True)):
+        for text, ids in zip(texts, input_ids, strict=True):
             if len(ids) < limit:
                 continue
-            length = len(self.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"])
-            if length > len(ids):
+            if len(self.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]) > len(ids):
+                # Once per message: it names no text, or it would be said of every one.
                 logger.warning_once(
-                    f"Text {sample} of this batch has {length} tokens and is cut to {limit}, end token kept: "
-                    f"{text[:60]!r}... Said once; later texts are cut alike."
+                    f"A text has more than the {limit} tokens the text encoder reads: it is cut there, its end token "
+                    "kept. Said once; others are cut alike."
                 )
                 return
 
