@@ -6,8 +6,9 @@ A rejected row is counted and reported by a warning that names the first ids; no
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Features, Image, List, Value
 
@@ -152,6 +153,24 @@ def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str
             raise FileNotFoundError(f"{message}. Fix the image folder, or add ',missing=skip' to leave them out.")
         logger.warning("%s; left out", message)
     return keep
+
+
+def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dataset:
+    """Add columns, or replace those of the same name, beside what is on disk.
+
+    New columns are added before old ones go: datasets 5.2 cannot add to a table that once lost a whole added block.
+
+    Args:
+        dataset (`datasets.Dataset`): Pictures in it are not copied, unless rows were selected from stored bytes before.
+        columns (`Mapping[str, tuple]`): Values (list or Arrow array) and feature by name.
+
+    Returns:
+        `datasets.Dataset`: The other columns, then these.
+    """
+    for name, (values, feature) in columns.items():
+        dataset = dataset.add_column(f"_new_{name}", values, feature=feature)
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    return dataset.rename_columns({f"_new_{name}": name for name in columns})
 
 
 def build_rows(

@@ -15,6 +15,7 @@ from modeling_dclip.data.caption_rows import (
     ID_RULES,
     clean_captions,
     existing_images,
+    put_columns,
     require_folder,
     require_rows,
     require_unique,
@@ -126,22 +127,19 @@ def standardise_columns(
     merged = _merge_captions(ids, _caption_lists(dataset, captions, name))
     cleaned, kept = clean_captions([ids[row] for row in merged], list(merged.values()), name)
     captions_at = dict(zip(merged, cleaned, strict=True))
-    table = dataset.with_format(None).select_columns(
-        [image, *(c for c in REGION_COLUMNS if c in dataset.column_names)]
+    texts = [captions_at.get(row, []) for row in range(len(ids))]
+    table = put_columns(
+        dataset.with_format(None),
+        {"image_id": (ids, FEATURES["image_id"]), "captions": (texts, FEATURES["captions"])},
     )
+    regions = [column for column in REGION_COLUMNS if column in table.column_names]
+    table = table.select_columns(["image_id", image, "captions", *regions])
     table = table if image == "image" else table.rename_column(image, "image")
     table = table.cast_column("image", Image())
-    table = table.add_column("image_id", ids, feature=FEATURES["image_id"])
-    table = table.add_column(
-        "captions", [captions_at.get(row, []) for row in range(len(ids))], feature=FEATURES["captions"]
-    )
     firsts = list(merged)
     keep = set(_present_images(table, ids, name, missing)) & {firsts[i] for i in kept}
     require_rows(len(keep), name)
-    table = table if len(keep) == len(table) else table.select(sorted(keep))
-    return table.select_columns(
-        ["image_id", "image", "captions", *(c for c in REGION_COLUMNS if c in table.column_names)]
-    )
+    return table if len(keep) == len(table) else table.select(sorted(keep))
 
 
 def read_parquet(
@@ -186,7 +184,7 @@ def read_parquet(
         ) from error
     options = {"image": image, "captions": captions, "source": source, "missing": missing, "name": f"'{pattern}'"}
     if image_id is None and "image_id" not in dataset.column_names:
-        dataset, image_id = dataset.add_column("_row_name", names), "_row_name"
+        dataset, image_id = put_columns(dataset, {"image_id": (names, FEATURES["image_id"])}), "image_id"
     return standardise_columns(dataset, image_id=image_id, **options)
 
 

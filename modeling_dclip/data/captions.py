@@ -117,7 +117,7 @@ def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = 
         raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
     parts = [load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs]
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
-    require_unique([image_id for part in parts for image_id in part["image_id"]], f"the mix of {list(specs)}")
+    require_unique([image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(specs)}")
     return concatenate_datasets([part.select_columns(shared) for part in parts])
 
 

@@ -172,8 +172,11 @@ class TransformersDetector(RegionDetector):
         for name, tensor in self.model.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        config = self.model.config.to_diff_dict()
+        config.pop("transformers_version", None)
+        pixels = image_processor.to_json_string()
         self.fingerprint = fingerprint(
-            "transformers", digest.hexdigest(), image_processor.to_json_string(), self.labels, threshold
+            "transformers", digest.hexdigest(), json.dumps(config, default=str), pixels, self.labels, threshold
         )
 
     @torch.no_grad()

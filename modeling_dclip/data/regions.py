@@ -23,7 +23,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 from transformers import HfArgumentParser
 
-from modeling_dclip.data.caption_rows import first, require_rows
+from modeling_dclip.data.caption_rows import first, put_columns, require_rows
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.detectors import RegionDetector, build_detector
 from modeling_dclip.data.region_cache import RegionCache, clip_regions, replacing
@@ -164,10 +164,7 @@ def _with_columns(dataset: Dataset, regions: list[np.ndarray]) -> Dataset:
         "boxes": (pa.ListArray.from_arrays(offsets, boxes), BOXES_FEATURE),
         "box_scores": (pa.ListArray.from_arrays(offsets, pa.array(flat[:, 4])), SCORES_FEATURE),
     }
-    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
-    for name, (values, feature) in columns.items():
-        dataset = dataset.add_column(name, values, feature=feature)
-    return dataset
+    return put_columns(dataset, columns)
 
 
 def add_regions(
