@@ -1,0 +1,77 @@
+"""Rows computed in chunks, each kept in a file keyed by what made it: the rows' content, the weights, the settings.
+
+A run that was killed goes on at the next chunk, and several processes share the chunks among them.
+"""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+from accelerate import PartialState
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from tqdm.auto import tqdm
+
+from modeling_dclip.data.columns import combine_keys
+
+Chunk = dict[str, np.ndarray]
+
+
+def write_chunk(path: Path, chunk: Chunk) -> None:
+    """Write a chunk atomically: whoever looks sees all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(descriptor)
+    save_file({name: np.ascontiguousarray(array) for name, array in chunk.items()}, temporary)
+    os.replace(temporary, path)
+
+
+def read_chunk(path: Path) -> Chunk:
+    """Read a chunk.
+
+    Raises:
+        ValueError: If the file is damaged.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"The cached chunk '{path}' is damaged ({error}). Delete the file and run again.") from error
+
+
+def compute_chunks(
+    keys: Sequence[str],
+    compute: Callable[[range], Chunk],
+    *,
+    made_by: str,
+    cache_dir: Path,
+    chunk_rows: int,
+    desc: str,
+) -> list[Path]:
+    """Compute rows in chunks, each kept in a file named by its content; those there already are not computed again.
+
+    Under several processes each computes every so-manieth chunk and all wait for each other at the end.
+
+    Args:
+        keys (`Sequence[str]`): Of each row's content.
+        compute (`Callable`): From a range of rows to arrays.
+        made_by (`str`): A key of all else that decides the result: weights, settings.
+        cache_dir (`Path`): Where the files are; shared by all datasets and models.
+        chunk_rows (`int`): Rows a file.
+        desc (`str`): Of the progress bar.
+
+    Returns:
+        `list[Path]`: The files, in order of rows.
+    """
+    state = PartialState()
+    starts = range(0, len(keys), chunk_rows)
+    rows_of = [range(start, min(start + chunk_rows, len(keys))) for start in starts]
+    paths = [Path(cache_dir) / f"{combine_keys([made_by, *keys[r.start : r.stop]])}.safetensors" for r in rows_of]
+    with tqdm(total=len(keys), desc=desc, unit="image", disable=not state.is_local_main_process) as progress:
+        for index, (rows, path) in enumerate(zip(rows_of, paths, strict=True)):
+            if index % state.num_processes == state.process_index and not path.is_file():
+                write_chunk(path, compute(rows))
+            progress.update(len(rows))
+    state.wait_for_everyone()
+    return paths

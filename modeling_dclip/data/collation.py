@@ -1,0 +1,285 @@
+"""Rows to batches, a whole batch at a time, for the three things that train: anchor, teacher, student.
+
+Each class is a map-style dataset whose `__getitems__` answers a list of rows with one collated batch, so a
+`DataLoader` needs no more than [`pass_batch`] as its `collate_fn`. Columns are held as arrays; images, while they fit
+into a bound, as uint8 pixels that are already resized.
+
+Which caption a row shows is a pure function of seed, epoch and row ([`choose_captions`]): a resumed run and one of
+several processes see what an uninterrupted one on one process sees.
+"""
+
+import logging
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch.utils.data import Dataset as TorchDataset
+
+from modeling_dclip.data.columns import (
+    Ragged,
+    arrow_column,
+    check_finite,
+    column_lengths,
+    flat_column,
+    ragged_column,
+)
+from modeling_dclip.data.pixels import PixelReader, random_resized_crop
+
+logger = logging.getLogger(__name__)
+
+
+def pass_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A `collate_fn` that does nothing: the datasets here answer with whole batches."""
+    return batch
+
+
+def _mix(numbers: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser: uint64 in, evenly spread uint64 out."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+def random_numbers(seed: int, epoch: int, rows: np.ndarray, stream: int = 0) -> np.ndarray:
+    """A number in [0, 1) for each row, a pure function of seed, epoch, row and stream.
+
+    Example:
+        >>> bool((random_numbers(0, 1, np.arange(3)) == random_numbers(0, 1, np.arange(3))).all())
+        True
+    """
+    with np.errstate(over="ignore"):
+        state = np.uint64(0x9E3779B97F4A7C15)
+        for part in (seed, stream, epoch):
+            state = _mix(np.asarray((int(state) + part) % 2**64, dtype=np.uint64)[None])[0]
+        return (
+            _mix(np.asarray(rows, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15) + state) >> np.uint64(11)
+        ) * 2.0**-53
+
+
+def choose_captions(seed: int, epoch: int, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """One caption of each row for this epoch.
+
+    Args:
+        seed (`int`): Another seed is another draw.
+        epoch (`int`): From 0.
+        rows (`np.ndarray` of shape `(B,)`): Rows of the dataset.
+        counts (`np.ndarray` of shape `(B,)`): Captions of each, >= 1.
+
+    Returns:
+        `np.ndarray` of shape `(B,)`: Indices, `0 <= index < count`.
+    """
+    return (random_numbers(seed, epoch, rows) * counts).astype(np.int64)
+
+
+def read_captions(dataset: Dataset) -> Ragged:
+    """The captions of all rows, checked.
+
+    Raises:
+        ValueError: If a row has no caption or a blank one; the message names the first such image and counts them.
+    """
+    captions = arrow_column(dataset, "captions").to_pylist()
+    bad = [row for row, texts in enumerate(captions) if not texts or not all(text and text.strip() for text in texts)]
+    if bad:
+        raise ValueError(
+            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected one or more captions with words, got {captions[bad[0]]!r} "
+            f"({len(bad)} such rows in all). Drop these rows or give them captions."
+        )
+    lengths = np.array([len(texts) for texts in captions])
+    return Ragged.from_lengths(np.array([text for texts in captions for text in texts], dtype=object), lengths)
+
+
+def tokenize_captions(tokenizer: Any, captions: Sequence[str], max_length: int | None = None) -> Ragged:
+    """Token ids of each caption, BOS and EOS included. One too long is cut, keeping EOS, and counted in a warning.
+
+    Args:
+        tokenizer (`CLIPTokenizer`): Any fast tokenizer that puts EOS last.
+        captions (`Sequence[str]`): C captions.
+        max_length (`int`, *optional*): Tokens kept. Defaults to the tokenizer's `model_max_length`.
+
+    Returns:
+        [`Ragged`]: int32 ids of C rows.
+    """
+    max_length = max_length or tokenizer.model_max_length
+    rows = tokenizer(list(captions), padding=False, truncation=False, verbose=False)["input_ids"]
+    too_long = [row for row, ids in enumerate(rows) if len(ids) > max_length]
+    for row in too_long:
+        rows[row] = [*rows[row][: max_length - 1], rows[row][-1]]
+    if too_long:
+        logger.warning(
+            "%d of %d captions exceed %d tokens and are cut there, end token kept; first: %r...",
+            *(len(too_long), len(rows), max_length, captions[too_long[0]][:60]),
+        )
+    ids = np.fromiter((token for row in rows for token in row), dtype=np.int32)
+    return Ragged.from_lengths(ids, np.array([len(row) for row in rows]))
+
+
+class Batches(TorchDataset):
+    """What the three share: rows in, one collated batch out, and an epoch that decides about captions.
+
+    Args:
+        captions_per_row (`np.ndarray` of shape `(N,)`): Captions of each row, >= 1.
+        seed (`int`): Of the draw of captions.
+    """
+
+    def __init__(self, captions_per_row: np.ndarray, seed: int):
+        self.captions_per_row = captions_per_row
+        self.first_caption = np.concatenate([[0], np.cumsum(captions_per_row)])[:-1]
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Draw captions for this epoch from now on."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.captions_per_row)
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        return self.__getitems__([row])
+
+    def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        rows = np.asarray(rows)
+        chosen = choose_captions(self.seed, self.epoch, rows, self.captions_per_row[rows])
+        return self.collate(rows, self.first_caption[rows] + chosen)
+
+    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """The batch of these rows; `captions` indexes the captions of all rows, one after the other."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what a batch is.")
+
+
+class AnchorBatches(Batches):
+    """Images and token ids, to pretrain a dual encoder.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
+        processor ([`DCLIPProcessor`]): Tokenizer and image processor.
+        seed (`int`, *optional*, defaults to 0): Of the draw of captions.
+        cache_mib (`int`, *optional*, defaults to 2048): Bound of [`PixelReader`].
+
+    Raises:
+        ValueError: If a row has no caption.
+    """
+
+    def __init__(self, dataset: Dataset, processor: Any, *, seed: int = 0, cache_mib: int = 2048):
+        captions = read_captions(dataset)
+        super().__init__(captions.lengths, seed)
+        self.tokens = tokenize_captions(processor.tokenizer, captions.values)
+        self.pad_token_id = processor.tokenizer.pad_token_id
+        self.pixels = PixelReader(dataset, processor.image_processor, cache_mib)
+
+    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """`pixel_values (B, 3, H, W)`, `input_ids (B, T)`, `attention_mask (B, T)`, `image_ids (B,)`."""
+        input_ids, mask = self.tokens.pad(captions, self.pad_token_id)
+        return {
+            "pixel_values": self.pixels.read(rows),
+            "input_ids": torch.from_numpy(input_ids).long(),
+            "attention_mask": torch.from_numpy(mask).long(),
+            "image_ids": torch.from_numpy(rows),
+        }
+
+
+class TeacherBatches(Batches):
+    """Pairs of an image's features and one caption's, to train a teacher's block without its CLIP.
+
+    Args:
+        features ([`~modeling_dclip.data.teacher_features.TeacherFeatures`]): Of the training rows.
+        seed (`int`, *optional*, defaults to 0): Of the draw of captions.
+    """
+
+    def __init__(self, features: Any, seed: int = 0):
+        super().__init__(features.text_embeds.lengths, seed)
+        self.features = features
+
+    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """Inputs of [`DCLIPTeacher`] and `image_ids (B,)`."""
+        return self.features.batch(rows, captions) | {"image_ids": torch.from_numpy(rows)}
+
+
+class StudentBatches(Batches):
+    """Images with the targets stored beside them, to train an image encoder: no text, no boxes, no teacher.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `text_embeds` and those of `teacher_embeds`,
+            `anchor_embeds` that are asked for.
+        image_processor (`CLIPImageProcessorPil`): Of the student.
+        columns (`Sequence[str]`): Which of the three embedding columns a batch holds.
+        width (`int`): Of the student's embeddings.
+        seed (`int`, *optional*, defaults to 0): Of the draw of captions.
+        cache_mib (`int`, *optional*, defaults to 2048): Bound of [`PixelReader`].
+        pixels ([`PixelReader`], *optional*): One made before for the same rows, to be shared by several runs.
+        min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cut to a random square of at least this share.
+
+    Raises:
+        ValueError: If a column is missing, holds NaN, is of another width, or counts captions differently.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        image_processor: Any,
+        columns: Sequence[str],
+        *,
+        width: int,
+        seed: int = 0,
+        cache_mib: int = 2048,
+        pixels: PixelReader | None = None,
+        min_crop_area: float = 1.0,
+    ):
+        if not 0 < min_crop_area <= 1:
+            raise ValueError(f"Expected min_crop_area in (0, 1], got {min_crop_area}.")
+        self.columns = {name: read_embeds(dataset, name, width) for name in columns}
+        super().__init__(column_lengths(dataset, "captions"), seed)
+        for name, embeds in self.columns.items():
+            if name != "anchor_embeds" and not np.array_equal(embeds.lengths, self.captions_per_row):
+                row = int(np.flatnonzero(embeds.lengths != self.captions_per_row)[0])
+                raise ValueError(
+                    f"Column {name!r}, row {row}: expected one embedding per caption ({self.captions_per_row[row]}), got "
+                    f"{embeds.lengths[row]}. Make the targets of this dataset again."
+                )
+        self.pixels = PixelReader(dataset, image_processor, cache_mib) if pixels is None else pixels
+        self.min_crop_area = min_crop_area
+
+    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`."""
+        batch = {"pixel_values": self._augment(self.pixels.read(rows), rows), "image_ids": torch.from_numpy(rows)}
+        for name, embeds in self.columns.items():
+            batch[name] = torch.from_numpy(embeds.values[rows if name == "anchor_embeds" else captions])
+        return batch
+
+    def _augment(self, pixel_values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+        if self.min_crop_area == 1:
+            return pixel_values
+        area, x, y = (random_numbers(self.seed, self.epoch, rows, stream) for stream in (1, 2, 3))
+        areas = np.exp(area * math.log(self.min_crop_area))  # log-uniform: as many zooms by 2 from 1 as from 1/2
+        return random_resized_crop(pixel_values, areas, np.stack([x, y]))
+
+
+def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
+    """An embedding column, checked before anything trains on it.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id` and the column.
+        name (`str`): `teacher_embeds`, `text_embeds` (a list a row) or `anchor_embeds` (one a row).
+        width (`int`): What the student's embeddings have.
+
+    Returns:
+        [`Ragged`]: float16 `(entries, D)`.
+
+    Raises:
+        ValueError: If the column is missing, of another width, or holds NaN or infinity.
+    """
+    if name == "anchor_embeds":
+        values = flat_column(dataset, name)
+        embeds = Ragged.from_lengths(values, np.ones(len(values), np.int64))
+    else:
+        embeds = ragged_column(dataset, name)
+    if embeds.values.shape[-1] != width:
+        raise ValueError(
+            f"Column {name!r}: expected the student's width {width}, got {embeds.values.shape[-1]}. Distil from a teacher around the "
+            "same CLIP as the student."
+        )
+    check_finite(dataset, name, embeds)
+    return embeds

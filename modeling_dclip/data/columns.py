@@ -1,0 +1,188 @@
+"""Dataset columns as flat arrays and back, and keys of their content.
+
+A ragged column of N rows is a pair: `values`, the rows' entries one after the other, and `offsets` int64 (N + 1,), row i being
+`values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow: no Python number per entry.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import Dataset, List, Value
+from datasets import Image as ImageFeature
+from tqdm.auto import tqdm
+
+
+class Ragged(NamedTuple):
+    """A ragged column.
+
+    Args:
+        values (`np.ndarray` of shape `(sum of lengths, ...)`): The entries of all rows.
+        offsets (`np.ndarray` of shape `(N + 1,)`): int64, where each row starts; the last is the number of entries.
+    """
+
+    values: np.ndarray
+    offsets: np.ndarray
+
+    @classmethod
+    def from_lengths(cls, values: np.ndarray, lengths: np.ndarray) -> "Ragged":
+        """From the number of entries of each row."""
+        return cls(values, np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Entries of each row, int64 `(N,)`."""
+        return np.diff(self.offsets)
+
+    def pad(self, rows: np.ndarray, fill: int | float = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as one array `(len(rows), longest, ...)` filled up with `fill`, and the mask of what is real, bool."""
+        lengths = self.lengths[rows]
+        positions = np.arange(max(1, lengths.max(initial=0)))
+        mask = positions < lengths[:, None]
+        padded = np.full((*mask.shape, *self.values.shape[1:]), fill, dtype=self.values.dtype)
+        padded[mask] = self.values[(self.offsets[rows][:, None] + positions)[mask]]
+        return padded, mask
+
+
+def arrow_column(dataset: Dataset, name: str) -> pa.Array:
+    """A column as one Arrow array, in the dataset's order of rows.
+
+    Raises:
+        ValueError: If there is no such column; the message lists those there are.
+    """
+    if name not in dataset.column_names:
+        raise ValueError(f"Expected a column {name!r}, got {dataset.column_names}.")
+    table = dataset.select_columns(name).with_format("arrow")[:]
+    column = table[name].combine_chunks()
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _flatten(values: pa.Array) -> np.ndarray:
+    width = ()
+    while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+        if not isinstance(values, pa.FixedSizeListArray):
+            raise ValueError(f"Expected entries of one shape, got {values.type}.")
+        width = (*width, values.type.list_size)
+        values = values.flatten()
+    return values.to_numpy(zero_copy_only=False).reshape(-1, *width)
+
+
+def ragged_column(dataset: Dataset, name: str) -> Ragged:
+    """Read a column of lists, such as `boxes` or `teacher_embeds`.
+
+    Args:
+        dataset (`datasets.Dataset`): Any format, with or without selected rows.
+        name (`str`): A column of lists of numbers, of strings, or of lists of one length.
+
+    Returns:
+        [`Ragged`]: Values of shape `(entries, ...)`.
+
+    Raises:
+        ValueError: If there is no such column or its entries differ in shape.
+
+    Example:
+        >>> ragged_column(Dataset.from_dict({"x": [[1, 2], [3]]}), "x").offsets.tolist()
+        [0, 2, 3]
+    """
+    return Ragged.from_lengths(_flatten(arrow_column(dataset, name).flatten()), column_lengths(dataset, name))
+
+
+def column_lengths(dataset: Dataset, name: str) -> np.ndarray:
+    """Entries of each row of a column of lists, int64 `(N,)`."""
+    lengths = arrow_column(dataset, name).value_lengths().fill_null(0)
+    return lengths.to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def flat_column(dataset: Dataset, name: str) -> np.ndarray:
+    """Read a column with one entry a row, such as `anchor_embeds`: an array `(N, ...)`."""
+    return _flatten(arrow_column(dataset, name))
+
+
+def with_ragged_embeds(dataset: Dataset, name: str, embeds: Ragged) -> Dataset:
+    """Put in a column of float16 lists of embeddings `(entries, D)`, replacing an older one."""
+    width = embeds.values.shape[-1]
+    entries = pa.FixedSizeListArray.from_arrays(pa.array(embeds.values.astype(np.float16).reshape(-1)), width)
+    column = pa.ListArray.from_arrays(pa.array(embeds.offsets.astype(np.int32)), entries)
+    return _replace_column(dataset, name, column, List(List(Value("float16"), length=width)))
+
+
+def with_flat_embeds(dataset: Dataset, name: str, embeds: np.ndarray) -> Dataset:
+    """Put in a column of one float16 embedding a row, `(N, D)`, replacing an older one."""
+    width = embeds.shape[-1]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.astype(np.float16).reshape(-1)), width)
+    return _replace_column(dataset, name, column, List(Value("float16"), length=width))
+
+
+def _replace_column(dataset: Dataset, name: str, column: pa.Array, feature: List) -> Dataset:
+    if name in dataset.column_names:
+        dataset = dataset.remove_columns(name)
+    return dataset.add_column(name, column, feature=feature)
+
+
+def encoded_images(dataset: Dataset) -> Iterator[bytes]:
+    """The encoded images, row by row, undecoded.
+
+    Raises:
+        FileNotFoundError: If an image file is missing.
+        ValueError: If a row has neither bytes nor a path; the message names its id.
+    """
+    undecoded = dataset.select_columns(["image_id", "image"]).with_format(None)
+    for row in undecoded.cast_column("image", ImageFeature(decode=False)):
+        stored = row["image"] or {"bytes": None, "path": None}
+        if stored["bytes"] is None and stored["path"] is None:
+            raise ValueError(f"Image {row['image_id']!r}: expected bytes or a path, got neither.")
+        yield stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+
+
+def row_keys(dataset: Dataset, *, desc: str = "Reading images") -> list[str]:
+    """A key of each row's content: encoded image, captions, boxes and scores. Never of a file's name.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`.
+        desc (`str`, *optional*): Of the progress bar.
+
+    Returns:
+        `list[str]`: Hexadecimal SHA-256, one a row.
+
+    Raises:
+        FileNotFoundError: If an image file is missing.
+        ValueError: If an image has neither bytes nor a path.
+    """
+    captions = arrow_column(dataset, "captions").to_pylist()
+    regions = [ragged_column(dataset, name) for name in ("boxes", "box_scores") if name in dataset.column_names]
+    keys = []
+    for row, image in enumerate(tqdm(encoded_images(dataset), total=len(dataset), desc=desc, unit="image")):
+        key = hashlib.sha256(image)
+        key.update(b"\0".join(caption.encode() for caption in captions[row]))
+        for column in regions:
+            key.update(column.values[column.offsets[row] : column.offsets[row + 1]].tobytes())
+        keys.append(key.hexdigest())
+    return keys
+
+
+def combine_keys(keys: Sequence[str]) -> str:
+    """One key of several, in their order."""
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:
+    """Refuse an embedding column that holds NaN or infinity.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`; for the message.
+        name (`str`): The column's name.
+        entries ([`Ragged`]): What it holds, `(entries, D)`.
+
+    Raises:
+        ValueError: Naming column, row and image of the first bad entry, and how many there are.
+    """
+    bad = np.flatnonzero(~np.isfinite(entries.values).all(axis=1))
+    if len(bad):
+        row = int(np.searchsorted(entries.offsets, bad[0], side="right")) - 1
+        raise ValueError(
+            f"Column {name!r}, row {row} (image {dataset[row]['image_id']!r}), entry {bad[0] - entries.offsets[row]}: expected finite "
+            f"numbers, got NaN or infinity ({len(bad)} such entries in all). Delete the targets and make them again."
+        )
