@@ -1,0 +1,104 @@
+"""Intervals against tables, coverage by simulation, pairing, bad input."""
+
+import math
+
+import pytest
+import torch
+
+from modeling_dclip.evaluation.intervals import Interval, bootstrap_ratio, seed_interval, t_quantile
+
+
+@pytest.mark.parametrize(
+    ("probability", "degrees", "expected"),
+    [(0.975, 1, 12.7062), (0.975, 2, 4.30265), (0.975, 4, 2.77645), (0.975, 9, 2.26216), (0.95, 3, 2.35336),
+     (0.995, 5, 4.03214), (0.975, 30, 2.04227), (0.975, 1000, 1.96234)],
+)  # fmt: skip
+def test_t_quantiles_equal_the_printed_table(probability, degrees, expected):
+    assert t_quantile(probability, degrees) == pytest.approx(expected, rel=3e-6)
+
+
+def test_seed_interval_equals_the_textbook_formula():
+    values = [0.20, 0.23, 0.22, 0.25, 0.21]
+    interval = seed_interval(values)
+    tensor = torch.tensor(values, dtype=torch.double)
+    half = 2.776445 * float(tensor.std()) / math.sqrt(5)
+    assert interval.estimate == pytest.approx(float(tensor.mean()))
+    assert (interval.low, interval.high) == pytest.approx((float(tensor.mean()) - half, float(tensor.mean()) + half))
+    assert interval.covers == "seeds"
+
+
+def test_seed_intervals_cover_the_truth_as_often_as_they_say():
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.randn(400, 3, generator=generator) + 5
+    covered = [low <= 5 <= high for _, low, high, *_ in (seed_interval(row.tolist()) for row in draws)]
+    assert 0.92 <= sum(covered) / len(covered) <= 0.98
+
+
+def test_one_run_has_no_interval():
+    assert seed_interval([0.4]) == Interval(0.4, None, None, 0.95, "nothing")
+
+
+@pytest.mark.parametrize("values", [[], [0.1, math.nan]])
+def test_runs_must_be_finite_and_there(values):
+    with pytest.raises(ValueError, match="one or more finite values"):
+        seed_interval(values)
+
+
+def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():
+    """Hits with a true ratio of 0.5 / 0.4, correlated between the two models."""
+    generator = torch.Generator().manual_seed(0)
+    covered = 0
+    for trial in range(200):
+        luck = torch.rand(300, generator=generator)
+        interval = bootstrap_ratio((luck < 0.5).float(), (luck < 0.4).float(), resamples=300, seed=trial)
+        covered += interval.low <= 0.5 / 0.4 <= interval.high
+    assert 0.9 <= covered / 200 <= 0.99
+
+
+def test_pairing_makes_the_interval_of_equal_models_a_point():
+    hits = (torch.arange(50) % 3 == 0).float()
+    interval = bootstrap_ratio(hits, hits)
+    assert (interval.estimate, interval.low, interval.high, interval.covers) == (1.0, 1.0, 1.0, "images")
+
+
+def test_bootstrap_equals_a_naive_loop():
+    numerators, denominators = torch.tensor([1.0, 0.0, 3.0, 2.0]), torch.tensor([1.0, 2.0, 2.0, 1.0])
+    rows = torch.randint(4, (101, 4), generator=torch.Generator().manual_seed(7))
+    ratios = sorted(
+        sum(float(numerators[i]) for i in row) / sum(float(denominators[i]) for i in row) for row in rows.tolist()
+    )
+    interval = bootstrap_ratio(numerators, denominators, resamples=101, confidence=0.9, seed=7)
+    assert (interval.low, interval.high) == pytest.approx((ratios[5], ratios[95]))
+
+
+def test_the_same_seed_gives_the_same_interval():
+    hits = (torch.rand(100, generator=torch.Generator().manual_seed(1)) < 0.4).float()
+    assert bootstrap_ratio(hits, hits.flip(0), seed=3) == bootstrap_ratio(hits, hits.flip(0), seed=3)
+    assert bootstrap_ratio(hits, hits.flip(0), seed=3) != bootstrap_ratio(hits, hits.flip(0), seed=4)
+
+
+def test_draws_without_a_reference_hit_open_the_interval_above():
+    interval = bootstrap_ratio(torch.ones(3), torch.tensor([1.0, 0.0, 0.0]))
+    assert interval.high == math.inf
+    assert interval.to_dict()["high"] is None
+
+
+@pytest.mark.parametrize(
+    ("pair", "options", "message"),
+    [
+        ((torch.ones(3), torch.ones(4)), {}, r"got \(3,\) and \(4,\)"),
+        ((torch.ones(1), torch.ones(1)), {}, "length >= 2"),
+        ((torch.ones(3), torch.zeros(3)), {}, "at least one hit"),
+        ((torch.ones(3), torch.ones(3)), {"confidence": 95}, r"confidence in \(0, 1\), got 95"),
+        ((torch.ones(3), torch.ones(3)), {"resamples": 0}, "resamples >= 1"),
+    ],
+)
+def test_bad_bootstraps_are_named(pair, options, message):
+    with pytest.raises(ValueError, match=message):
+        bootstrap_ratio(*pair, **options)
+
+
+@pytest.mark.parametrize(("probability", "degrees"), [(0.5, 3), (1.0, 3), (0.9, 0)])
+def test_bad_quantiles_are_refused(probability, degrees):
+    with pytest.raises(ValueError, match="probability in"):
+        t_quantile(probability, degrees)
