@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from modeling_dclip.data.caption_files import read_json
+from modeling_dclip.data.caption_files import read_json, require_field
 from modeling_dclip.data.network_detectors import RegionDetector, Regions, fingerprint
 
 logger = logging.getLogger(__name__)
@@ -24,15 +24,18 @@ def _annotated_boxes(path: str) -> tuple[dict[str, list[dict[str, Any]]], dict[s
     annotations: dict[str, list[dict[str, Any]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
     for image in content["images"]:
-        for name in (f"coco-{image['id']}", str(image["id"])):
-            annotations[name], sizes[name] = [], (image["width"], image["height"])
+        number, width, height = (require_field(image, key, "An image", path) for key in ("id", "width", "height"))
+        for name in (f"coco-{number}", str(number)):
+            annotations[name], sizes[name] = [], (width, height)
     for annotation in content["annotations"]:
-        if "bbox" not in annotation or f"coco-{annotation.get('image_id')}" not in annotations:
+        what = f"Annotation {annotation.get('id')}"
+        number, box = (require_field(annotation, key, what, path) for key in ("image_id", "bbox"))
+        if str(number) not in annotations or len(box) != 4:
             raise ValueError(
-                f"Annotation {annotation.get('id')} of '{path}' has no 'bbox' or belongs to no image of the file; "
-                f"it has {sorted(annotation)}. Expected a COCO instances file."
+                f"{what} of '{path}' belongs to no image of the file, or its 'bbox' is not x, y, width, height: "
+                f"image {number}, {box}. Expected a COCO instances file."
             )
-        for name in (f"coco-{annotation['image_id']}", str(annotation["image_id"])):
+        for name in (f"coco-{number}", str(number)):
             annotations[name].append(annotation)
     return annotations, sizes
 

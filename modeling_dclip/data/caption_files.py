@@ -45,7 +45,12 @@ def read_json(path: str | Path, what: str, keys: tuple[str, ...]) -> dict[str, A
     return content
 
 
-def _field(entry: dict[str, Any], key: str, what: str, path: str | Path) -> Any:
+def require_field(entry: dict[str, Any], key: str, what: str, path: str | Path) -> Any:
+    """The value of `key`.
+
+    Raises:
+        ValueError: If there is none; the message names `what` of which file, and the keys that are there.
+    """
     if key not in entry:
         raise ValueError(f"{what} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
     return entry[key]
@@ -69,23 +74,27 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
     """
     content = read_json(annotations, "COCO captions file", ("images", "annotations"))
     folder = require_folder(image_folder, "image folder")
-    numbers = [_field(image, "id", "An image", annotations) for image in content["images"]]
-    paths = [folder / _field(image, "file_name", "An image", annotations) for image in content["images"]]
+    numbers = [require_field(image, "id", "An image", annotations) for image in content["images"]]
+    paths = [folder / require_field(image, "file_name", "An image", annotations) for image in content["images"]]
     image_ids = [coco_id(number) for number in numbers]
     require_unique(image_ids, f"'{annotations}'")
     captions: dict[int, list[str]] = {number: [] for number in numbers}
     for annotation in content["annotations"]:
         name = f"Annotation {annotation.get('id')}"
-        number = _field(annotation, "image_id", name, annotations)
+        number = require_field(annotation, "image_id", name, annotations)
         if number not in captions:
             raise ValueError(f"{name} of '{annotations}' belongs to image {number}, which is not under 'images'.")
-        captions[number].append(_field(annotation, "caption", name, annotations))
+        captions[number].append(require_field(annotation, "caption", name, annotations))
     return build_rows(image_ids, paths, [captions[number] for number in numbers], f"'{annotations}'", missing)
 
 
 def _karpathy_id(entry: dict[str, Any], path: str | Path) -> str:
     """`coco-<cocoid>`, or `flickr-...` of the file name where the entry has no `cocoid`."""
-    return coco_id(entry["cocoid"]) if "cocoid" in entry else flickr_id(_field(entry, "filename", "An image", path))
+    return (
+        coco_id(entry["cocoid"])
+        if "cocoid" in entry
+        else flickr_id(require_field(entry, "filename", "An image", path))
+    )
 
 
 def _karpathy_images(path: str | Path) -> list[dict[str, Any]]:
@@ -106,7 +115,7 @@ def karpathy_test_ids(path: str | Path) -> set[str]:
         ValueError: If a key is missing or the file has no test image.
     """
     images = _karpathy_images(path)
-    ids = {_karpathy_id(entry, path) for entry in images if _field(entry, "split", "An image", path) == "test"}
+    ids = {_karpathy_id(entry, path) for entry in images if require_field(entry, "split", "An image", path) == "test"}
     if not ids:
         raise ValueError(f"No image of the split 'test' in '{path}'. Expected a file of Karpathy's splits.")
     return ids
@@ -135,7 +144,7 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
     images = _karpathy_images(dataset)
     folder = require_folder(image_folder, "image folder")
     wanted = {"train", "restval"} if split == "train" else {split}
-    present = {_field(entry, "split", "An image", dataset) for entry in images}
+    present = {require_field(entry, "split", "An image", dataset) for entry in images}
     if not wanted & present:
         raise ValueError(f"Unknown split {split!r} of '{dataset}'. It has {sorted(present)}.")
     image_ids, paths, captions = [], [], []
@@ -143,14 +152,14 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
         if entry["split"] not in wanted:
             continue
         image_ids.append(_karpathy_id(entry, dataset))
-        name = _field(entry, "filename", "An image", dataset)
+        name = require_field(entry, "filename", "An image", dataset)
         candidates = [folder / entry.get("filepath", "") / name, folder / name]
         if "cocoid" in entry:
             modern = f"{int(entry['cocoid']):012d}.jpg"
             candidates[1:1] = [folder / "train2017" / modern, folder / "val2017" / modern, folder / modern]
         paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
-        sentences = _field(entry, "sentences", f"Image {name}", dataset)
-        captions.append([_field(sentence, "raw", f"A sentence of {name}", dataset) for sentence in sentences])
+        sentences = require_field(entry, "sentences", f"Image {name}", dataset)
+        captions.append([require_field(sentence, "raw", f"A sentence of {name}", dataset) for sentence in sentences])
     return build_rows(image_ids, paths, captions, f"split {split!r} of '{dataset}'", missing)
 
 

@@ -6,7 +6,8 @@ ultralytics is AGPL-3.0: it is imported here only, and only when asked for.
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -66,14 +67,33 @@ def _groups_by_size(images: list[Image.Image]) -> Iterable[list[int]]:
     return groups.values()
 
 
+@contextmanager
+def process_left_alone() -> Iterator[None]:
+    """Undo what ultralytics (8.4) does to the process that imports and calls it.
+
+    It sets `OMP_NUM_THREADS` to 1 and torch to all cores but one, which halves the speed of a training that follows on two
+    cores, and replaces `torch.save` and `PIL.Image.open`, the latter by one that installs a package for an unreadable
+    picture.
+    """
+    opener, saver, threads, environment = Image.open, torch.save, torch.get_num_threads(), dict(os.environ)
+    os.environ["YOLO_AUTOINSTALL"] = "false"  # it would pip-install what a checkpoint asks for
+    try:
+        yield
+    finally:
+        Image.open, torch.save = opener, saver
+        torch.set_num_threads(threads)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
 class UltralyticsDetector(RegionDetector):
-    """YOLO weights through ultralytics, which is AGPL-3.0 and therefore optional (`pip install
-    modeling_dclip[regions]`).
+    """YOLO weights through ultralytics.
 
-    A `.pt` file is a pickle that ultralytics executes while loading: give it weights you trust.
+    The package is AGPL-3.0 and therefore an extra: `pip install 'modeling_dclip[regions]'`. A `.pt` file is a pickle
+    that ultralytics executes while loading: give it weights you trust.
 
-    Source: [D] YOLOv8x; [Dcode] the library's defaults; PAPERS.md. Deviation: batches hold one image size, see
-        `_groups_by_size`.
+    Source: [D] YOLOv8x; [Dcode] the library's defaults; PAPERS.md. Deviation: a batch holds images of one size only.
 
     Args:
         weights (`str`, *optional*, defaults to `"yolov8x.pt"`): A file, or a name that ultralytics downloads.
@@ -87,6 +107,7 @@ class UltralyticsDetector(RegionDetector):
     Raises:
         ImportError: If ultralytics is not installed, or OpenCV misses a system library.
         FileNotFoundError: If there are no such weights.
+        ValueError: If the weights find no boxes (a classifier).
     """
 
     def __init__(
@@ -99,9 +120,9 @@ class UltralyticsDetector(RegionDetector):
         imgsz: int = 640,
         device: str | None = None,
     ):
-        os.environ.setdefault("YOLO_AUTOINSTALL", "false")  # it would pip-install what a checkpoint asks for
         try:
-            from ultralytics import YOLO
+            with process_left_alone():
+                from ultralytics import YOLO
         except ImportError as error:
             raise ImportError(
                 f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install 'modeling_dclip[regions]'`; "
@@ -113,7 +134,10 @@ class UltralyticsDetector(RegionDetector):
             raise FileNotFoundError(
                 f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
             )
-        self.model = YOLO(weights)
+        with process_left_alone():
+            self.model = YOLO(weights)
+        if self.model.task not in ("detect", "segment", "pose"):
+            raise ValueError(f"Expected weights that find boxes, got '{weights}' for the task {self.model.task!r}.")
         self.settings = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}
         self.device = device
         weights_hash = hashlib.sha256(Path(self.model.ckpt_path).read_bytes()).hexdigest()
@@ -122,9 +146,9 @@ class UltralyticsDetector(RegionDetector):
     def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
         regions: list[Regions] = [None] * len(images)
         for group in _groups_by_size(images):
-            results = self.model.predict(
-                [images[i] for i in group], device=self.device, verbose=False, save=False, **self.settings
-            )
+            batch = [images[i] for i in group]
+            with process_left_alone():
+                results = self.model.predict(batch, device=self.device, verbose=False, save=False, **self.settings)
             for i, result in zip(group, results, strict=True):
                 regions[i] = _as_regions(result.boxes.xyxy, result.boxes.conf)
         return regions

@@ -160,15 +160,15 @@ def test_coco_without_any_caption_is_an_error(tmp_path, draw):
         (
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 4, "image_id": 1, "bbox": []}]}',
             "Annotation 4 .*no key 'caption'",
-        ),  # fmt: skip
+        ),
         (
             '{"images": [{"id": 1, "file_name": "a"}], "annotations": [{"id": 4, "image_id": 2, "caption": "x"}]}',
             "Annotation 4 .*belongs to image 2",
-        ),  # fmt: skip
+        ),
         (
             '{"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}], "annotations": []}',
             "1 image ids come more than once .*coco-1",
-        ),  # fmt: skip
+        ),
     ],
 )
 def test_coco_malformed_files_are_told_apart(tmp_path, content, message):
