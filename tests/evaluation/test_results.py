@@ -1,0 +1,260 @@
+"""The results format refuses what is not valid, files are whole or untouched, and README blocks come from files alone."""
+
+import json
+import math
+import os
+
+import pytest
+
+from modeling_dclip.evaluation.results import (
+    main,
+    make_record,
+    read_results,
+    render_block,
+    render_readme,
+    write_json,
+    write_results,
+)
+from modeling_dclip.evaluation.tables import markdown_table, percent, render_summary, render_table, show_interval
+from modeling_dclip.evaluation.tradeoff import summarise_arms
+
+
+def record(model="runs/student", benchmark="retrieval=scenes:test", **fields):
+    metrics = {"text_to_image_recall@1": 0.25, "image_to_text_recall@1": 0.3}
+    values = {
+        "metrics": metrics, "n": 1000, "seed": 0, "split": "test", "revision": "sha256:ab",
+        "dataset_fingerprint": "sha256:cd", "command": "eval.py",
+    }  # fmt: skip
+    return make_record(model=model, benchmark=benchmark, **{**values, **fields})
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    records = [record(), record(benchmark="zero_shot=scenes", metrics={"top1": 0.5}, split=None, label="student")]
+    write_results(tmp_path / "new" / "results.json", records)
+    assert read_results(tmp_path / "new" / "results.json") == records
+    assert os.listdir(tmp_path / "new") == ["results.json"]
+
+
+def test_one_record_alone_becomes_a_list(tmp_path):
+    write_results(tmp_path / "results.json", record())
+    assert len(read_results(tmp_path / "results.json")) == 1
+
+
+def test_a_record_says_what_it_was_measured_with():
+    made = record()
+    assert list(made)[:4] == ["format_version", "model", "benchmark", "metrics"]
+    assert {"python", "torch", "transformers", "modeling_dclip"} <= set(made["versions"])
+    assert {"cpu", "cpu_count", "gpus"} <= set(made["hardware"])
+    assert made["created"].endswith("+00:00")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.pop("revision"), "the field 'revision' in record 1 of .*results.json"),
+        (lambda r: r.update(format_version=2), "'format_version' 1 in record 1 of .*results.json, got 2"),
+        (lambda r: r.update(n="many"), "int in the field 'n' of record 1.*got 'many'"),
+        (lambda r: r.update(n=True), "int in the field 'n'"),
+        (lambda r: r.update(metric={}), "Unknown field 'metric' in record 1"),
+        (lambda r: r["metrics"].update(top1=None), "'metrics' / 'top1' of record 1.*got None"),
+        (lambda r: r["metrics"].update(top1=math.nan), "'metrics' / 'top1' of record 1.*got nan"),
+    ],
+)
+def test_reading_names_file_and_field(tmp_path, change, message):
+    broken = record()
+    change(broken)
+    (tmp_path / "results.json").write_text(json.dumps([record(), broken]))
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "Expected JSON in .*results.json"), ("{}", "got dict"), ("[]", "one or more records"), ("[3]", "got int")],
+)
+def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_results(tmp_path / "results.json")
+
+
+def test_a_bad_record_leaves_the_old_file_untouched(tmp_path):
+    path = tmp_path / "results.json"
+    write_results(path, record())
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="'metrics' / 'top1'"):
+        write_results(path, {**record(), "metrics": {"top1": math.inf}})
+    with pytest.raises(ValueError, match="one or more records"):
+        write_results(path, [])
+    with pytest.raises(ValueError, match="JSON compliant"):
+        write_json(path, {"value": math.nan})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_an_interrupted_write_leaves_the_old_file_untouched(tmp_path, monkeypatch):
+    path = tmp_path / "results.json"
+    write_results(path, record())
+    before = path.read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_results(path, record(seed=1))
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["results.json"]
+
+
+def test_rewriting_keeps_the_permissions(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("<!-- results:a -->\n<!-- /results:a -->\n")
+    path.chmod(0o640)
+    render_block(path, "a", "text")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_table_has_a_row_per_record_and_bolds_the_best_of_a_benchmark():
+    records = [
+        record("anchor", metrics={"text_to_image_recall@1": 0.25, "image_to_text_recall@1": 0.4}),
+        record("student", metrics={"text_to_image_recall@1": 0.31, "image_to_text_recall@1": 0.3}, label="our | student"),
+        record("student", benchmark="retrieval=coco", metrics={"text_to_image_recall@1": 0.1, "image_to_text_recall@1": 0.2}),
+        record("student", benchmark="zero_shot=scenes", metrics={"top1": 0.9}),
+    ]  # fmt: skip
+    text = render_table(records, best=True)
+    assert text.splitlines()[0].split() == "| Model | Benchmark | n | T→I R@1 | I→T R@1 |".split()
+    assert "| anchor         | retrieval=scenes:test | 1,000 |    25.0 | **40.0** |" in text
+    assert "| our \\| student | retrieval=scenes:test | 1,000 | **31.0** |    30.0 |" in text
+    assert "| student        | retrieval=coco        | 1,000 |    10.0 |    20.0 |" in text
+    assert "| student | zero_shot=scenes | 1,000 |  90.0 |" in text.split("\n\n")[1]
+    only = render_table(records, metrics=["image_to_text_recall@1"])
+    assert "T→I" not in only and "top-1" not in only
+    with pytest.raises(ValueError, match="any of the metrics"):
+        render_table(records, metrics=["accuracy"])
+
+
+def test_table_shows_the_comparison_with_its_interval():
+    gain = {"estimate": 0.2, "low": 0.1, "high": 0.35, "confidence": 0.95, "covers": "images"}
+    text = render_table([record("anchor"), record("student", comparison={"text_to_image_recall@1_gain": gain})])
+    assert "+20.0 [+10.0, +35.0] %" in text
+    assert text.splitlines()[2].endswith("– |")
+
+
+@pytest.mark.parametrize(
+    ("interval", "text"),
+    [
+        ({"estimate": 0.5, "low": None, "high": None}, "50.0"),
+        ({"estimate": 0.5, "low": 0.48, "high": 0.52}, "50.0 ± 2.0"),
+        ({"estimate": 0.5, "low": 0.4, "high": 0.52}, "50.0 [40.0, 52.0]"),
+        ({"estimate": 0.5, "low": 0.4, "high": None}, "50.0 [40.0, ∞]"),
+    ],
+)
+def test_intervals_are_shown_by_their_shape(interval, text):
+    assert show_interval(interval) == text
+
+
+def test_zero_has_no_minus():
+    assert (percent(-0.0001), percent(-0.0001, signed=True), percent(-0.01, signed=True)) == ("0.0", "0.0", "-1.0")
+
+
+def test_columns_line_up():
+    assert markdown_table(["a", "b"], [["long cell", "1"]]).splitlines() == [
+        "| a         |   b |",
+        "| --------- | --: |",
+        "| long cell |   1 |",
+    ]
+
+
+def make_summary():
+    def run(retrieval, accuracy):
+        return {"text_to_image_recall@1": retrieval, "image_to_text_recall@1": 0.5, "top1": accuracy}
+
+    arms = {
+        "anchor": {0: run(0.20, 0.80)},
+        "no teacher": {0: run(0.22, 0.76), 1: run(0.24, 0.72)},
+        "student": {0: run(0.25, 0.76), 1: run(0.27, 0.76)},
+    }
+    return summarise_arms(arms, pairs=[("student", "no teacher")])
+
+
+def test_summary_shows_arms_gain_retention_and_what_the_interval_covers():
+    lines = render_summary(make_summary()).splitlines()
+    cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
+    assert cells == ["student", "2", "26.0 ± 12.7", "50.0 ± 0.0", "76.0 ± 0.0", "+30.0 ± 63.5", "95.0 ± 0.0"]
+    assert lines[2].count("–") == 2  # the anchor has neither gain nor retention
+    assert "95% t-interval over training seeds" in lines[6]
+    assert lines[8].startswith("student minus no teacher, paired by seed, in points: T→I R@1 +3.0 ± 0.0")
+
+
+@pytest.mark.parametrize("broken", [{}, {"arms": []}, [], {"arms": [{"arm": "a", "seeds": [0], "metrics": {}}]}])
+def test_a_summary_that_is_none_is_named(broken):
+    with pytest.raises(ValueError, match="summary.json"):
+        render_summary(broken, where="summary.json")
+
+
+README = """# Title
+
+<!-- results:demo source=summary.json table=demo -->
+<!-- /results:demo -->
+between
+<!-- results:real source=runs/*.json metrics=text_to_image_recall@1 best=true -->
+old
+<!-- /results:real -->
+<!-- results:by-hand -->
+mine
+<!-- /results:by-hand -->
+"""
+
+
+@pytest.fixture
+def readme(tmp_path):
+    write_json(tmp_path / "summary.json", make_summary())
+    write_results(tmp_path / "runs" / "a.json", record("anchor"))
+    write_results(tmp_path / "runs" / "b.json", record("student"))
+    (tmp_path / "README.md").write_text(README)
+    return tmp_path / "README.md"
+
+
+def test_readme_blocks_are_rendered_from_their_files_and_all_else_stays(readme):
+    assert render_readme(readme) == ["demo", "real"]
+    text = readme.read_text()
+    assert "26.0 ± 12.7" in text and "| student | retrieval=scenes:test | 1,000 |" in text
+    assert "old" not in text and "\nmine\n" in text and text.startswith("# Title\n") and "\nbetween\n" in text
+    assert render_readme(readme) == []
+
+
+def test_check_fails_until_rendered_and_changes_nothing(readme, capsys):
+    assert main([str(readme), "--check"]) == 1
+    assert "Out of date" in capsys.readouterr().err
+    assert readme.read_text() == README
+    assert main([str(readme)]) == 0
+    assert main([str(readme), "--check"]) == 0
+    write_results(readme.parent / "runs" / "b.json", record("student", n=7))
+    assert main([str(readme), "--check"]) == 1
+
+
+def test_render_block_replaces_text_between_the_markers_only(readme):
+    render_block(readme, "by-hand", "yours \\1")
+    assert readme.read_text() == README.replace("mine", "yours \\1")
+
+
+@pytest.mark.parametrize("name", ["missing", "by", "twice"])
+def test_missing_or_repeated_markers_are_named(readme, name):
+    readme.write_text(README + 2 * "<!-- results:twice -->\n<!-- /results:twice -->\n")
+    with pytest.raises(ValueError, match=f"results:{name} -->.*once in .*README.md"):
+        render_block(readme, name, "text")
+
+
+@pytest.mark.parametrize(
+    ("marker", "error", "message"),
+    [
+        ("source=gone.json", FileNotFoundError, "gone.json.*block 'x'"),
+        ("table=demo", ValueError, "Expected source=FILES.*block 'x'"),
+        ("source=summary.json table=fancy", ValueError, "table= one of"),
+        ("source=summary.json table=demo best=true", ValueError, "its options in the block 'x'"),
+        ("source=summary.json", ValueError, "JSON list of one or more records in .*summary.json"),
+    ],
+)
+def test_bad_markers_are_named(readme, marker, error, message):
+    readme.write_text(f"<!-- results:x {marker} -->\n<!-- /results:x -->\n")
+    with pytest.raises(error, match=message):
+        render_readme(readme)
