@@ -18,6 +18,10 @@ METRIC_TITLES = {
     "top5": "top-5",
 }
 COMPARISON_TITLES = {"text_to_image_recall@1_gain": "T→I R@1 gain", "top1_retention": "top-1 kept"}
+INTERVAL_NOTES = {
+    "seeds": "±: {:.0%} t-interval over training seeds, on one test set.",
+    "images": "In brackets: {:.0%} bootstrap interval over test images, for these checkpoints.",
+}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
@@ -38,7 +42,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
 def percent(value: float, *, signed: bool = False) -> str:
     """Show a share as a percentage with one decimal: 0.1234 -> "12.3"."""
     text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
-    return text.replace("-0.0", "0.0") if float(text) == 0 else text
+    return "0.0" if float(text) == 0 else text
 
 
 def show_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
@@ -113,11 +117,11 @@ def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") ->
         ValueError: If the summary is without arms or an arm is without a needed key; it is named.
     """
     columns = ["text_to_image_recall@1", "image_to_text_recall@1", "top1"]
-    rows, runs, confidence = [], set(), 0.95
     if not isinstance(summary, Mapping) or not summary.get("arms"):
         raise ValueError(
             f"Expected the key 'arms' with one or more arms in {where}. Make the file with summarise_arms."
         )
+    rows, covers = [], set()
     for row in summary["arms"]:
         missing = [name for name in columns if name not in row.get("metrics", {})]
         if missing or "arm" not in row or "seeds" not in row:
@@ -125,20 +129,14 @@ def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") ->
         cells = [show_interval(row["metrics"][name]) for name in columns]
         cells.append(show_interval(row["gain"], signed=True) if "gain" in row else "–")
         cells.append(show_interval(row["retention"]) if "retention" in row else "–")
-        rows.append([f"{row['arm']}", f"{len(row['seeds'])}", *cells])
-        runs.add(len(row["seeds"]))
-        confidence = row["metrics"][columns[0]]["confidence"]
+        rows.append([row["arm"], f"{len(row['seeds'])}", *cells])
+        intervals = [*row["metrics"].values(), *(row[name] for name in ("gain", "retention") if name in row)]
+        covers |= {(interval["covers"], interval["confidence"]) for interval in intervals}
     header = ["Model", "Seeds", "T→I R@1 %", "I→T R@1 %", "zero-shot top-1 %", "gain %", "retention %"]
-    lines = [markdown_table(header, rows), ""]
-    if max(runs) > 1:
-        lines.append(
-            f"Mean ± half of the {confidence:.0%} t-interval over training seeds, on one test set. Gain: T→I R@1 relative to "
-            f"{summary['anchor']}; retention: zero-shot top-1 relative to it."
-        )
-    else:
-        lines.append(
-            "One training run each: no interval. Gain and retention are relative to " + f"{summary['anchor']}."
-        )
+    against = summary.get("anchor", "the anchor")
+    notes = [INTERVAL_NOTES[name].format(level) for name, level in sorted(covers) if name in INTERVAL_NOTES]
+    notes.append(f"Gain: T→I R@1 relative to {against}; retention: zero-shot top-1 relative to {against}.")
+    lines = [markdown_table(header, rows), "", " ".join(notes)]
     for pair in summary.get("comparisons", []):
         shown = (f"{METRIC_TITLES[name]} {show_interval(pair['metrics'][name], signed=True)}" for name in columns)
         lines += ["", f"{pair['student']} minus {pair['baseline']}, paired by seed, in points: {', '.join(shown)}."]

@@ -122,7 +122,7 @@ def test_table_has_a_row_per_record_and_bolds_the_best_of_a_benchmark():
     ]  # fmt: skip
     text = render_table(records, best=True)
     assert text.splitlines()[0].split() == "| Model | Benchmark | n | T→I R@1 | I→T R@1 |".split()
-    assert "| anchor         | retrieval=scenes:test | 1,000 |    25.0 | **40.0** |" in text
+    assert "| retrieval=scenes:test | 1,000 |     25.0 | **40.0** |" in text
     assert "| our \\| student | retrieval=scenes:test | 1,000 | **31.0** |    30.0 |" in text
     assert "| student        | retrieval=coco        | 1,000 |    10.0 |    20.0 |" in text
     assert "| student | zero_shot=scenes | 1,000 |  90.0 |" in text.split("\n\n")[1]
@@ -181,7 +181,7 @@ def test_summary_shows_arms_gain_retention_and_what_the_interval_covers():
     cells = [cell.strip() for cell in lines[4].strip("|").split("|")]
     assert cells == ["student", "2", "26.0 ± 12.7", "50.0 ± 0.0", "76.0 ± 0.0", "+30.0 ± 63.5", "95.0 ± 0.0"]
     assert lines[2].count("–") == 2  # the anchor has neither gain nor retention
-    assert "95% t-interval over training seeds" in lines[6]
+    assert "±: 95% t-interval over training seeds, on one test set. Gain" in lines[6]
     assert lines[8].startswith("student minus no teacher, paired by seed, in points: T→I R@1 +3.0 ± 0.0")
 
 
