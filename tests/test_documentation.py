@@ -1,0 +1,216 @@
+"""README.md and CONTRIBUTING.md are true: files exist, commands parse, tables list what the code knows, Python blocks run."""
+
+import ast
+import fnmatch
+import os
+import re
+import shlex
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from modeling_dclip import DCLIPModel, DCLIPProcessor
+from modeling_dclip.data.captions import SOURCES
+from modeling_dclip.data.detectors import DETECTORS
+from modeling_dclip.data.specs import parse_spec
+from modeling_dclip.distillation.recipes import parse_recipe
+from modeling_dclip.evaluation.results import render_readme
+from modeling_dclip.evaluation.zero_shot import SOURCES as CLASSIFICATION_SOURCES
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING}
+OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", ".ci")
+
+
+def blocks(text, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def spans(text):
+    """Inline code, outside fenced blocks."""
+    return re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+
+
+def commands(text):
+    """Shell commands of fenced blocks, and inline ones, as words."""
+    lines = [line for block in blocks(text, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    lines += [span for span in spans(text) if re.match(r"(make|python|accelerate|pip) ", span)]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+COMMANDS = [words for text in PAGES.values() for words in commands(text)]
+
+
+def script_of(words):
+    """What a Python command runs: `train.py`, `-m package.module`, or None."""
+    if "-m" in words:
+        return f"-m {words[words.index('-m') + 1]}"
+    return next((word for word in words if word.endswith(".py")), None)
+
+
+@lru_cache
+def help_of(script):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    asked = subprocess.run(
+        [sys.executable, *script.split(), "--help"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return asked.stdout
+
+
+SCRIPTED = [words for words in COMMANDS if script_of(words)]
+
+
+def arguments(words):
+    """What follows the script or module."""
+    script = script_of(words).split()[-1]
+    return words[words.index(script) + 1 :]
+
+
+@pytest.mark.parametrize("words", SCRIPTED, ids=" ".join)
+def test_every_flag_of_a_command_is_one_the_script_knows(words):
+    flags = [word.partition("=")[0] for word in arguments(words) if word.startswith("--")]
+    known = set(re.findall(r"--[\w.]+", help_of(script_of(words))))
+    if script_of(words) == "train.py":  # TrainingArguments' own fields are too many to list
+        flags = [flag for flag in flags if "." not in flag]
+    assert set(flags) <= known | {"--help"}
+
+
+def recipe_words(words):
+    """A training command's words without `--recipe FILE`, and the file."""
+    words, path = list(words), None
+    if "--recipe" in words:
+        place = words.index("--recipe")
+        path = words[place + 1]
+        del words[place : place + 2]
+    return [word for word in words if word != "--help"], path
+
+
+@pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "train.py"], ids=" ".join)
+def test_every_training_command_is_one_the_parser_takes(words):
+    given, path = recipe_words(arguments(words))
+    recipe = parse_recipe(given, None if path is None else ROOT / path)
+    for spec in recipe.run.train_datasets:
+        parse_spec(spec, SOURCES, counted=True)
+
+
+def test_every_field_shown_inline_is_one_the_parser_takes():
+    shown = [shlex.split(span) for span in spans(README) if span.startswith("--")]
+    assert len(shown) >= 5
+    for words in shown:
+        parse_recipe(words)
+
+
+def specs_shown():
+    """Every spec on the page with the kinds it is of; one of `zero_shot=` is a classification set."""
+    forms = {source.form for kinds in (SOURCES, DETECTORS) for source in kinds.values()}
+    for word in [word for command in COMMANDS for word in command] + spans(README):
+        benchmark, _, spec = word.partition("=") if re.match(r"(retrieval|zero_shot)=", word) else ("", "", word)
+        kinds = CLASSIFICATION_SOURCES if benchmark == "zero_shot" else DETECTORS | SOURCES
+        if spec not in forms and re.match(rf"({'|'.join(kinds)}):", spec):
+            yield spec, kinds
+
+
+def test_every_spec_shown_is_one_the_parser_takes():
+    shown = dict(specs_shown())
+    assert len(shown) >= 8
+    for spec, kinds in shown.items():
+        parse_spec(spec, kinds, counted=kinds is not DETECTORS)
+
+
+@pytest.mark.parametrize("heading, kinds", [("## Data", SOURCES), ("## Regions", DETECTORS)])
+def test_the_tables_of_specs_list_what_the_code_knows(heading, kinds):
+    section = README.split(f"\n{heading}\n")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `([^`]+)`", section, flags=re.MULTILINE) == [source.form for source in kinds.values()]
+
+
+def test_every_make_target_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([\w-]+):", makefile, flags=re.MULTILINE))
+    used = {word for words in COMMANDS if words[0] == "make" for word in words[1:]}
+    assert {"demo", "test", "quality", "style", "test-conformance"} <= used <= targets
+
+
+def test_every_extra_that_is_asked_for_exists():
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    (extras,) = [
+        {ast.literal_eval(key) for key in node.value.keys}
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict)
+    ]
+    asked = {extra for words in COMMANDS if words[0] == "pip" for extra in re.findall(r"\[(\w+)\]", " ".join(words))}
+    assert asked and asked <= extras
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_file_that_is_named_exists(page):
+    links = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
+    named = [word for words in commands(PAGES[page]) for word in words] + spans(PAGES[page])
+    own = [
+        path for path in named if path.split("/")[0] in OWN_FOLDERS and re.fullmatch(r"[\w./-]+", path) and "/" in path
+    ]
+    own += [path for path in named if re.fullmatch(r"[\w-]+\.(py|md)|Makefile", path) and path != "__init__.py"]
+    missing = [path for path in {*links, *own} if not (ROOT / path).exists() and not is_sibling(path)]
+    assert not missing, f"{page} names {sorted(missing)}"
+
+
+def is_sibling(path):
+    """A bare file name of the package, such as `caption_tables.py`."""
+    return "/" not in path and any((ROOT / "modeling_dclip").rglob(path))
+
+
+def test_every_recipe_is_named_and_every_one_named_exists():
+    named = set(re.findall(r"recipes/[\w./-]+\.yaml", README))
+    there = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
+    assert named <= there
+    patterns = set(re.findall(r"`(recipes/[\w*./-]+\.yaml)`", README))
+    assert not [path for path in there if not any(fnmatch.fnmatch(path, pattern) for pattern in {*named, *patterns})]
+
+
+def test_results_blocks_are_what_their_files_say():
+    assert "<!-- results:demo" in README
+    assert render_readme(ROOT / "README.md", check=True) == []
+
+
+@pytest.fixture(scope="module")
+def substitutes(tiny_clip_dir, tmp_path_factory):
+    """A folder of the student's form, a photograph, and a small CLIP, for the names in README."""
+    folder = tmp_path_factory.mktemp("readme")
+    student = folder / "student"
+    DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(student)
+    DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(student)
+    Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "photo.jpg")
+    return {
+        "outputs/demo/student": student,
+        "photo.jpg": folder / "photo.jpg",
+        "openai/clip-vit-base-patch16": tiny_clip_dir,
+    }
+
+
+@pytest.mark.parametrize("code", blocks(README, "python"), ids=lambda code: code.splitlines()[-1])
+def test_every_python_block_of_the_readme_runs(code, substitutes, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    for name, substitute in substitutes.items():
+        code = code.replace(f'"{name}"', repr(str(substitute)))
+    printed = []
+    variables = {"print": lambda *values: printed.append(values)}
+    exec(compile(code, "README.md", "exec"), variables)
+    assert printed or {"clip", "encoder"} <= set(variables)
+    for value in (value for values in printed for value in values if isinstance(value, torch.Tensor)):
+        assert torch.isfinite(value).all()
+
+
+@pytest.mark.parametrize("code", blocks(CONTRIBUTING, "python"))
+def test_every_python_block_of_contributing_parses(code):
+    assert ast.parse(code).body
