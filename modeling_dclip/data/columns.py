@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
@@ -137,12 +137,23 @@ def encoded_images(dataset: Dataset) -> Iterator[bytes]:
         yield stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
 
 
-def row_keys(dataset: Dataset, *, desc: str = "Reading images") -> list[str]:
-    """A key of each row's content: encoded image, captions, boxes and scores. Never of a file's name.
+def image_keys(dataset: Dataset) -> list[str]:
+    """A key of each row's encoded image: hexadecimal SHA-256, with a progress bar. Never of a file's name.
+
+    Raises:
+        FileNotFoundError: If an image file is missing.
+        ValueError: If a row has neither bytes nor a path.
+    """
+    images = tqdm(encoded_images(dataset), total=len(dataset), desc="Hashing images", unit="image")
+    return [hashlib.sha256(image).hexdigest() for image in images]
+
+
+def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]:
+    """A key of each row's content: encoded image, captions, boxes and scores.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`.
-        desc (`str`, *optional*): Of the progress bar.
+        images (`Sequence[str]`, *optional*): [`image_keys`], if known.
 
     Returns:
         `list[str]`: Hexadecimal SHA-256, one a row.
@@ -151,16 +162,47 @@ def row_keys(dataset: Dataset, *, desc: str = "Reading images") -> list[str]:
         FileNotFoundError: If an image file is missing.
         ValueError: If an image has neither bytes nor a path.
     """
+    images = image_keys(dataset) if images is None else images
     captions = arrow_column(dataset, "captions").to_pylist()
     regions = [ragged_column(dataset, name) for name in ("boxes", "box_scores") if name in dataset.column_names]
     keys = []
-    for row, image in enumerate(tqdm(encoded_images(dataset), total=len(dataset), desc=desc, unit="image")):
-        key = hashlib.sha256(image)
-        key.update(b"\0".join(caption.encode() for caption in captions[row]))
+    for row, image in enumerate(images):
+        key = hashlib.sha256(image.encode())
+        key.update("\0".join(caption or "" for caption in captions[row] or []).encode())
         for column in regions:
             key.update(column.values[column.offsets[row] : column.offsets[row + 1]].tobytes())
         keys.append(key.hexdigest())
     return keys
+
+
+def attach_columns(dataset: Dataset, columns: Dataset) -> Dataset:
+    """Put columns that were stored apart beside their rows; rows that `columns` lacks are left out.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`.
+        columns (`datasets.Dataset`): With `image_id`, a subsequence of the dataset's, and the columns; they replace older ones.
+
+    Returns:
+        `datasets.Dataset`: The rows of `columns`.
+
+    Raises:
+        ValueError: If `columns` has a row that the dataset lacks, or another order.
+    """
+    ids, wanted = dataset["image_id"][:], columns["image_id"][:]
+    rows, row = [], 0
+    for image_id in wanted:
+        while row < len(ids) and ids[row] != image_id:
+            row += 1
+        if row == len(ids):
+            raise ValueError(
+                f"Expected the stored rows among the dataset's, in order, got {image_id!r} out of place. Make them again."
+            )
+        rows.append(row)
+        row += 1
+    dataset = dataset if len(rows) == len(ids) else dataset.select(rows)
+    added = [name for name in columns.column_names if name != "image_id"]
+    dataset = dataset.remove_columns([name for name in added if name in dataset.column_names])
+    return concatenate_datasets([dataset, columns.select_columns(added)], axis=1)
 
 
 def combine_keys(keys: Sequence[str]) -> str:

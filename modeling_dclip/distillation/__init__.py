@@ -1,0 +1,1 @@
+"""Train anchor, teacher and student from columns: losses, trainers, recipes, stages."""

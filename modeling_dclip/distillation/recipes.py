@@ -1,0 +1,230 @@
+"""Recipes: a YAML file, flattened into an argument list before the real command line, parsed by one parser a section.
+
+    output_dir: outputs/mine
+    clip_model: dclip-vitb16
+    train_datasets: ["karpathy:dataset_coco.json:images:train@50000"]
+    student:
+      learning_rate: 1e-6
+
+`--output_dir other --student.learning_rate 2e-6` on the command line goes before the file; a value is typed the same in
+both. `base: other.yaml` reads another recipe first. A key that is no field is an error that names the nearest one.
+`null` and an empty list leave the default.
+"""
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from modeling_dclip.distillation.arguments import (
+    AnchorArguments,
+    RegionsArguments,
+    RunArguments,
+    StudentArguments,
+    TargetsArguments,
+    TeacherArguments,
+    as_plain,
+)
+
+SECTIONS = {
+    "anchor": AnchorArguments,
+    "regions": RegionsArguments,
+    "teacher": TeacherArguments,
+    "targets": TargetsArguments,
+    "student": StudentArguments,
+}
+GLOBAL = "global fields"
+TRAINING_SECTIONS = ("anchor", "teacher", "student")
+# What the run decides for every stage that trains.
+_SET_BY_RUN = ("output_dir",)
+
+
+class _Parser(HfArgumentParser):
+    """Raises instead of ending the process, and names the section."""
+
+    def __init__(self, section: str, dataclass_type: type):
+        self.section = section
+        super().__init__(dataclass_type, allow_abbrev=False, add_help=False, prog=section, usage=section)
+
+    def error(self, message):
+        raise ValueError(f"Recipe, {self.section}: {message}.")
+
+
+@dataclass
+class Recipe:
+    """A parsed recipe.
+
+    Args:
+        run ([`RunArguments`]): The global fields.
+        anchor, regions, teacher, targets, student: The sections.
+        has_anchor (`bool`): Whether the recipe says how to make an anchor.
+        path (`str` or None): The file it came from.
+    """
+
+    run: RunArguments
+    anchor: AnchorArguments
+    regions: RegionsArguments
+    teacher: TeacherArguments
+    targets: TargetsArguments
+    student: StudentArguments
+    has_anchor: bool
+    path: str | None
+
+    def resolved(self, *sections: str) -> dict[str, Any]:
+        """The global fields and these sections as plain values, to be saved beside weights."""
+        return {
+            "recipe": self.path,
+            **as_plain(self.run),
+            **{name: as_plain(getattr(self, name)) for name in sections},
+        }
+
+
+def _field_names(dataclass_type: type) -> list[str]:
+    return [f.name for f in fields(dataclass_type) if f.init]
+
+
+def _check_name(section: str, name: str) -> None:
+    known = _field_names(SECTIONS.get(section, RunArguments))
+    if section in TRAINING_SECTIONS and name in _SET_BY_RUN:
+        raise ValueError(
+            f"Recipe, {section}: {name!r} is set for all stages at once; set the global {name!r} instead."
+        )
+    if name in known or (name.removeprefix("no_") in known and name.startswith("no_")):
+        return
+    where = "" if section == GLOBAL else f"{section}."
+    homes = [other for other, kind in SECTIONS.items() if name in _field_names(kind)]
+    nearest = difflib.get_close_matches(name, [*known, *(SECTIONS if section == GLOBAL else ())], n=1)
+    hint = f" Did you mean {where + nearest[0]!r}?" if nearest else ""
+    hint = f" It is a field of {', '.join(homes)}: write {homes[0]}.{name}." if homes else hint
+    raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
+
+
+def read_recipe_file(path: str | Path) -> dict[str, Any]:
+    """A recipe file as a mapping, its `base` recipes merged in.
+
+    Raises:
+        FileNotFoundError: If it or its base is missing.
+        ValueError: If it is no YAML mapping.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No recipe at '{path}'.")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"The recipe '{path}' is no YAML: {error}") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"The recipe '{path}': expected a mapping of fields, got {type(recipe).__name__}.")
+    base = recipe.pop("base", None)
+    if base is None:
+        return recipe
+    merged = read_recipe_file(path.parent / base)
+    for name, value in recipe.items():
+        both = isinstance(value, dict) and isinstance(merged.get(name), dict)
+        merged[name] = {**merged[name], **value} if both else value
+    return merged
+
+
+def _flatten(recipe: dict[str, Any]) -> Iterator[str]:
+    """A recipe as command-line words."""
+    for name, value in recipe.items():
+        if name in SECTIONS:
+            if not isinstance(value, dict):
+                raise ValueError(f"Recipe section {name!r}: expected a mapping of fields, got {value!r}.")
+            yield from _flatten_fields(value, f"--{name}.")
+        else:
+            yield from _flatten_fields({name: value}, "--")
+
+
+def _flatten_fields(values: dict[str, Any], prefix: str) -> Iterator[str]:
+    for name, value in values.items():
+        words = value if isinstance(value, list) else [value]
+        if value is None or not words:
+            continue
+        yield f"{prefix}{name}"
+        for word in words:
+            yield json.dumps(word) if isinstance(word, (dict, bool)) else str(word)
+
+
+def _split(words: Sequence[str]) -> dict[str, list[str]]:
+    """Words by the section they speak to, names checked and without their prefix."""
+    sections: dict[str, list[str]] = {name: [] for name in (GLOBAL, *SECTIONS)}
+    section = GLOBAL
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            name = name.replace("-", "_")
+            prefix, dot, rest = name.partition(".")
+            section, name = (prefix, rest) if dot else (GLOBAL, name)
+            if section != GLOBAL and section not in SECTIONS:
+                raise ValueError(f"Unknown recipe section {section!r} in {word!r}. Sections: {', '.join(SECTIONS)}.")
+            _check_name(section, name)
+            word = f"--{name}{equals}{value}"
+        elif not sections[section]:
+            raise ValueError(f"Expected --FIELD before {word!r}.")
+        sections[section].append(word)
+    return sections
+
+
+def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe:
+    """Parse a recipe file, then a command line over it.
+
+    Args:
+        words (`Sequence[str]`): `--FIELD VALUE ...` and `--SECTION.FIELD VALUE ...`.
+        path (`str` or `Path`, *optional*): The recipe file.
+
+    Returns:
+        [`Recipe`]
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If a key is unknown (the message names the nearest) or a value is not of its type or range.
+    """
+    from_file = [] if path is None else list(_flatten(read_recipe_file(path)))
+    split_file, split_line = _split(from_file), _split(list(words))
+    given = {name: [*split_file[name], *split_line[name]] for name in split_file}
+    (run,) = _Parser(GLOBAL, RunArguments).parse_args_into_dataclasses(given[GLOBAL], look_for_args_file=False)
+    sections = {}
+    for name, kind in SECTIONS.items():
+        forced = []
+        if name in TRAINING_SECTIONS:
+            forced = ["--output_dir", f"{run.output_dir}/{name}", "--seed", str(run.seed)]
+        (sections[name],) = _Parser(name, kind).parse_args_into_dataclasses(
+            [*forced, *given[name]], look_for_args_file=False
+        )
+    has_anchor = bool(given["anchor"])
+    return Recipe(run=run, **sections, has_anchor=has_anchor, path=None if path is None else str(path))
+
+
+def describe_fields() -> str:
+    """Every field of every section with its default, for `--help`."""
+    own = {name: set(_field_names(kind)) for name, kind in SECTIONS.items()}
+    lines = ["Global fields:"]
+    lines += _describe(RunArguments, "--", set(_field_names(RunArguments)))
+    for name, kind in SECTIONS.items():
+        lines += ["", f"Section {name}: {kind.__doc__.split(': ', 1)[1]}"]
+        if name in TRAINING_SECTIONS:
+            lines.append("  Every field of transformers.TrainingArguments, and:")
+            own[name] = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}
+        lines += _describe(kind, f"--{name}.", own[name])
+    return "\n".join(lines)
+
+
+def _declared(kind: type) -> list[Any]:
+    if kind.__module__ != RunArguments.__module__:
+        return []
+    return [f for f in fields(kind) if f.name in kind.__dict__.get("__annotations__", {})]
+
+
+def _describe(kind: type, prefix: str, names: set[str]) -> list[str]:
+    lines = []
+    for f in fields(kind):
+        if f.name in names:
+            default = f.default_factory() if callable(f.default_factory) else f.default
+            lines.append(f"  {prefix}{f.name} (default {default!r})\n      {f.metadata['help']}")
+    return lines

@@ -1,0 +1,118 @@
+"""A recipe at work: what its stages share, read when first asked for."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_from_disk
+
+from modeling_dclip.configuration_dclip import PRESETS
+from modeling_dclip.data.captions import karpathy_test_ids, load_mix, split_train_validation
+from modeling_dclip.data.columns import attach_columns, combine_keys, image_keys, row_keys
+from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
+from modeling_dclip.distillation.arguments import STAGES
+from modeling_dclip.distillation.recipes import Recipe
+from modeling_dclip.distillation.records import StageRecord
+from modeling_dclip.distillation.student import load_student
+from modeling_dclip.processing_dclip import DCLIPProcessor
+
+logger = logging.getLogger(__name__)
+
+
+class Run:
+    """A recipe with what its stages share, read when first asked for.
+
+    Args:
+        recipe ([`Recipe`]): Parsed.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+        self.folder = Path(recipe.run.output_dir)
+        self.cache_dir = Path(recipe.run.cache_dir or self.folder / "cache")
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages to run, in order: those asked for, else those the recipe needs."""
+        recipe = self.recipe
+        needed = {
+            "anchor": recipe.run.clip_model is None,
+            "regions": recipe.regions.detector is not None and recipe.student.reads_teacher,
+            "teacher": recipe.student.reads_teacher and recipe.run.teacher_model is None,
+            "targets": True,
+            "student": True,
+        }
+        return [name for name in STAGES if (name in recipe.run.stages if recipe.run.stages else needed[name])]
+
+    @property
+    def clip_path(self) -> str:
+        """Folder or Hub id of the CLIP that teacher and student start from.
+
+        Raises:
+            FileNotFoundError: If it is the run's own anchor and not there yet.
+        """
+        named = self.recipe.run.clip_model
+        return str(self.made("anchor", "config.json", "clip_model")) if named is None else PRESETS.get(named, named)
+
+    @property
+    def teacher_path(self) -> str:
+        """Folder or Hub id of the trained teacher."""
+        return self.recipe.run.teacher_model or str(self.made("teacher", "config.json", "teacher_model"))
+
+    def made(self, stage: str, file: str, instead: str) -> Path:
+        if not (self.folder / stage / file).exists():
+            raise FileNotFoundError(
+                f"No {file} in '{self.folder / stage}': run the stage {stage!r} first"
+                + (f", or name {instead}." if instead else ".")
+            )
+        return self.folder / stage
+
+    @cached_property
+    def clip_key(self) -> str:
+        """A key of the CLIP and its processor."""
+        processor = DCLIPProcessor.from_pretrained(self.clip_path)
+        return combine_keys([fingerprint_model(load_student(self.clip_path)), fingerprint_processor(processor)])
+
+    @cached_property
+    def sources(self) -> dict[str, tuple[Dataset, list[str]]]:
+        """The captioned images as loaded, by split, with the keys of their images."""
+        run = self.recipe.run
+        if not run.train_datasets:
+            raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
+        excluded = set().union(*(karpathy_test_ids(path) for path in run.exclude_karpathy))
+        dataset = load_mix(run.train_datasets, seed=run.seed, exclude_ids=excluded)
+        if self.recipe.regions.ignore_boxes:
+            dataset = dataset.remove_columns(
+                [name for name in ("boxes", "box_scores") if name in dataset.column_names]
+            )
+        splits = {"train": dataset}
+        if run.train_fraction < 1:
+            splits["train"], validation = split_train_validation(dataset, run.train_fraction, run.seed)
+            if any(str(args.eval_strategy.value) != "no" for args in (self.recipe.teacher, self.recipe.student)):
+                splits["validation"] = validation
+        return {split: (rows, image_keys(rows)) for split, rows in splits.items()}
+
+    @cached_property
+    def data(self) -> dict[str, tuple[Dataset, list[str]]]:
+        """The captioned images with their regions, by split, and the keys of their rows."""
+        data = {}
+        for split, (dataset, images) in self.sources.items():
+            if self.recipe.regions.detector is not None and self.recipe.student.reads_teacher:
+                key_of = dict(zip(dataset["image_id"][:], images, strict=True))
+                dataset = attach_columns(dataset, load_from_disk(self.made("regions", split) / split))
+                images = [key_of[image_id] for image_id in dataset["image_id"][:]]
+            data[split] = dataset, row_keys(dataset, images)
+        return data
+
+    @property
+    def data_keys(self) -> dict[str, str]:
+        """One key of all rows, by split."""
+        return {split: combine_keys(keys) for split, (_, keys) in self.data.items()}
+
+    def record(self, stage: str, inputs: dict[str, Any]) -> StageRecord:
+        """The record of a stage of this run."""
+        record = StageRecord(self.folder / stage, inputs, self.recipe.run.overwrite)
+        if record.finished:
+            logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
+        return record

@@ -1,0 +1,288 @@
+"""Trainers of anchor, teacher and student: `transformers.Trainer` with named loss terms over gathered batches.
+
+Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.utils import SAFE_WEIGHTS_NAME
+
+from modeling_dclip.data.collation import Batches, pass_batch
+from modeling_dclip.distillation.losses import (
+    contrastive_loss,
+    cosine_distillation_loss,
+    cosine_preservation_loss,
+    gather_across_processes,
+    similarity_distillation_loss,
+)
+from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
+
+MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
+ARGUMENTS_NAME = "arguments.yaml"
+
+LossTerms = dict[str, tuple[torch.Tensor, float]]
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells the training batches which epoch begins; the prepared data loader does so on one process only."""
+
+    def __init__(self, batches: Batches):
+        self.batches = batches
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.batches.set_epoch(math.floor(state.epoch or 0))
+
+
+class BatchesTrainer(Trainer):
+    """What the three share: whole batches in, a dict of named, weighted loss terms out, each logged under its name.
+
+    Args:
+        model (`nn.Module`): What trains.
+        args ([`TrainingArguments`]): Of the stage.
+        train_batches ([`Batches`]): Training rows.
+        eval_batches ([`Batches`], *optional*): Validation rows.
+        processor ([`DCLIPProcessor`]): Saved beside the weights.
+        resolved_arguments (`dict`): Saved beside the weights, in `arguments.yaml`.
+
+    Raises:
+        ValueError: If the rows do not fill one batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: Any,
+        train_batches: Batches,
+        processor: Any,
+        resolved_arguments: dict[str, Any],
+        eval_batches: Batches | None = None,
+    ):
+        rows_per_step = args.train_batch_size * args.world_size
+        if args.dataloader_drop_last and len(train_batches) < rows_per_step:
+            raise ValueError(
+                f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got {len(train_batches)} rows. Lower "
+                "per_device_train_batch_size."
+            )
+        self.processor, self.resolved_arguments = processor, resolved_arguments
+        self._sums: dict[str, dict[str, torch.Tensor]] = {"": {}, "eval_": {}}
+        self._counts = {"": 0, "eval_": 0}
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_batches,
+            eval_dataset=eval_batches,
+            data_collator=pass_batch,
+            callbacks=[_TellEpoch(train_batches)],
+        )
+        # The base class is not given the processor: it would write the tokenizer's special tokens into the model's config.
+        # The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward` accepts.
+        self.model_accepts_loss_kwargs = False
+
+    def loss_terms(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossTerms:
+        """The terms of a batch by name, each `(loss, weight)`: the same numbers on every process."""
+        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is.")
+
+    def model_to_save(self) -> Any:
+        """The model a checkpoint holds."""
+        return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The weighted sum of the terms; notes each for the log."""
+        terms = self.loss_terms(model, dict(inputs))
+        prefix = "" if model.training else "eval_"
+        sums = self._sums[prefix]
+        for name, (term, _) in terms.items():
+            sums[name] = sums[name] + term.detach() if name in sums else term.detach().clone()
+        self._counts[prefix] += 1
+        loss = sum(weight * term for term, weight in terms.values())
+        return (loss, {}) if return_outputs else loss
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss only: there are no labels, and predictions are evaluation's business."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            return self.compute_loss(model, inputs).detach(), None, None
+
+    def log(self, logs, start_time=None):
+        """Add the mean of each term since the last log.
+
+        Raises:
+            FloatingPointError: If a term is NaN or infinite.
+        """
+        for prefix in ("", "eval_"):
+            if f"{prefix}loss" in logs and self._counts[prefix]:
+                means = {name: float(total) / self._counts[prefix] for name, total in self._sums[prefix].items()}
+                self._sums[prefix], self._counts[prefix] = {}, 0
+                for name, mean in means.items():
+                    if not math.isfinite(mean):
+                        raise FloatingPointError(
+                            f"{prefix}{name} is {mean} at step {self.state.global_step}. Lower learning_rate or raise the temperature."
+                        )
+                    logs[f"{prefix}{name}"] = mean
+        super().log(logs, start_time)
+
+    def floating_point_ops(self, inputs):
+        """Not counted: the base class walks every parameter for it in every step."""
+        return 0
+
+    def get_decay_parameter_names(self, model):
+        """Matrices only: no decay of gains, biases and the logit scale, as CLIP."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+
+    def _save(self, output_dir=None, state_dict=None):
+        """Weights, config, code, processor and resolved arguments; no pickled arguments."""
+        if not self.args.should_save:
+            return
+        folder = Path(output_dir or self.args.output_dir)
+        self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
+        self.processor.save_pretrained(folder)
+        (folder / ARGUMENTS_NAME).write_text(
+            yaml.safe_dump(self.resolved_arguments, sort_keys=False), encoding="utf-8"
+        )
+
+    def _complete(self, state_dict):
+        return state_dict
+
+
+class AnchorTrainer(BatchesTrainer):
+    """Contrastive pretraining of a small dual encoder, logit scale included.
+
+    Source: CLIP; PAPERS.md. Deviation: none.
+    """
+
+    def loss_terms(self, model, batch):
+        """Symmetric InfoNCE over the global batch."""
+        image_ids = batch.pop("image_ids")
+        outputs = model(**batch)
+        logit_scale = self.accelerator.unwrap_model(model, keep_torch_compile=False).logit_scale
+        image_embeds, text_embeds, image_ids = gather_across_processes(
+            outputs.image_embeds, outputs.text_embeds, image_ids
+        )
+        temperature = logit_scale.clamp(max=MAX_LOGIT_SCALE).neg().exp()
+        share = self.args.image_to_text_weight
+        loss = contrastive_loss(image_embeds, text_embeds, temperature, share, image_ids)
+        return {"contrastive_loss": (loss, 1.0)}
+
+
+class TeacherTrainer(BatchesTrainer):
+    """Trains the teacher's block against the frozen CLIP's sentence embedding, from precomputed features.
+
+    Source: [D] teacher loss; PAPERS.md. Deviation: none.
+    """
+
+    def loss_terms(self, model, batch):
+        """Symmetric InfoNCE between teacher and text embeddings over the global batch."""
+        image_ids = batch.pop("image_ids")
+        outputs = model(**batch, return_loss=False)
+        teacher_embeds, text_embeds, image_ids = gather_across_processes(
+            outputs.teacher_embeds, outputs.text_embeds, image_ids
+        )
+        temperature = self.model.config.loss_temperature
+        return {"contrastive_loss": (contrastive_loss(teacher_embeds, text_embeds, temperature, 0.5, image_ids), 1.0)}
+
+
+def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
+    """The image encoder of a dual encoder as a model of its own: the very same parameters, under the same names."""
+    vision = DCLIPVisionModel(model.config.vision_config)
+    vision.vision_model, vision.visual_projection = model.vision_model, model.visual_projection
+    return vision.train(model.training)
+
+
+class StudentTrainer(BatchesTrainer):
+    """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
+
+    The dual encoder is what checkpoints hold; its text tower never meets the optimiser.
+
+    Source: [D] student loss; PAPERS.md. Deviation: relational term and direction weights, off by default.
+
+    Args:
+        model ([`DCLIPModel`]): Its image encoder trains, in place.
+        kwargs: As for [`BatchesTrainer`].
+    """
+
+    def __init__(self, model: DCLIPModel, *args: Any, **kwargs: Any):
+        self.dual_encoder = model
+        super().__init__(share_image_encoder(model), *args, **kwargs)
+
+    def model_to_save(self) -> DCLIPModel:
+        """The dual encoder around what trains."""
+        return self.dual_encoder
+
+    def loss_terms(self, model, batch):
+        """Every term whose weight is not 0, over the global batch."""
+        image_embeds = model(pixel_values=batch.pop("pixel_values")).image_embeds
+        names = list(batch)
+        image_embeds, *columns = gather_across_processes(image_embeds, *batch.values())
+        columns = dict(zip(names, columns, strict=True))
+        args, text_embeds = self.args, columns.get("text_embeds")
+        terms = {}
+        if args.cosine_distillation_loss_weight:
+            terms["cosine_distillation_loss"] = cosine_distillation_loss(image_embeds, columns["teacher_embeds"])
+        if args.contrastive_loss_weight:
+            terms["contrastive_loss"] = contrastive_loss(
+                image_embeds, text_embeds, args.temperature, args.image_to_text_weight, columns["image_ids"]
+            )
+        if args.cosine_preservation_loss_weight:
+            terms["cosine_preservation_loss"] = cosine_preservation_loss(image_embeds, columns["anchor_embeds"])
+        if args.similarity_distillation_loss_weight:
+            terms["similarity_distillation_loss"] = similarity_distillation_loss(
+                image_embeds,
+                columns["teacher_embeds"],
+                text_embeds,
+                text_embeds,
+                args.similarity_temperature,
+                args.similarity_teacher_temperature,
+                args.image_to_text_weight,
+            )
+        return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
+
+    def _complete(self, state_dict):
+        """The dual encoder's state with what trained put in: sharded training hands over its own copy."""
+        return self.dual_encoder.state_dict() | (state_dict or {})
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """Take the image encoder out of the checkpoint's dual encoder; every key of it has to be there."""
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        model = self.model if model is None else model
+        weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
+        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+
+
+def interpolate_weights(
+    anchor: dict[str, torch.Tensor], student: dict[str, torch.Tensor], alpha: float
+) -> dict[str, torch.Tensor]:
+    """Walk from the anchor to the student in weight space (WiSE-FT).
+
+    Args:
+        anchor (`dict[str, torch.Tensor]`): State of the untouched model.
+        student (`dict[str, torch.Tensor]`): State of the trained one: same names and shapes.
+        alpha (`float`): 0 is the anchor, 1 the student.
+
+    Returns:
+        `dict[str, torch.Tensor]`: In the student's types.
+
+    Raises:
+        ValueError: If names differ or `alpha` is outside [0, 1].
+
+    Example:
+        >>> interpolate_weights({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0.25)["w"].tolist()
+        [0.25]
+    """
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"Expected alpha in [0, 1], got {alpha}.")
+    if anchor.keys() != student.keys():
+        raise ValueError(
+            f"Expected the same weights in both, got these in one only: {sorted(anchor.keys() ^ student.keys())}."
+        )
+    return {
+        name: torch.lerp(anchor[name].to(tensor), tensor, alpha) if tensor.is_floating_point() else tensor
+        for name, tensor in student.items()
+    }
