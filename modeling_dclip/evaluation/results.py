@@ -118,18 +118,23 @@ def validate_record(record: Any, where: str) -> None:
             raise ValueError(f"Expected a finite number in 'metrics' / {name!r} of {where}, got {value!r}.")
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file whole or not at all: a temporary file beside it, then `os.replace`. Folders are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_bytes(text.encode("utf-8"))
+        temporary.write_bytes(content)
         if path.exists():
             shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_bytes(path, text.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike, content: Any) -> None:
@@ -230,8 +235,7 @@ TABLES = {"results": (_render_results, {"metrics", "best"}), "demo": (_render_de
 def _sources(readme: Path, name: str, patterns: str) -> list[Path]:
     paths = []
     for pattern in patterns.split(","):
-        found = sorted(readme.parent.glob(pattern))
-        if not found:
+        if not (found := sorted(readme.parent.glob(pattern))):
             raise FileNotFoundError(f"Expected files at {pattern!r} beside {readme} for its block {name!r}, got none.")
         paths += found
     return paths

@@ -200,11 +200,13 @@ def metrics_from_ranks(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) ->
     precision = torch.zeros(images, dtype=torch.double).index_add(0, owners, found.double() / ranks.image_to_text)
     average_precision = precision / torch.bincount(owners, minlength=images)
     metrics = {}
-    for direction, rank in (("text_to_image", ranks.text_to_image), ("image_to_text", first)):
+    for direction, rank, precisions in (
+        ("text_to_image", ranks.text_to_image, 1 / ranks.text_to_image.double()),
+        ("image_to_text", first, average_precision),
+    ):
         metrics |= {f"{direction}_recall@{k}": float((rank <= k).double().mean()) for k in ks}
         metrics[f"{direction}_mrr"] = float((1 / rank.double()).mean())
-    metrics["text_to_image_map"] = metrics["text_to_image_mrr"]
-    metrics["image_to_text_map"] = float(average_precision.mean())
+        metrics[f"{direction}_map"] = float(precisions.mean())
     return metrics
 
 

@@ -75,6 +75,32 @@ def zero_shot_retention(student_hits: torch.Tensor, anchor_hits: torch.Tensor, *
     return bootstrap_ratio(student_hits, anchor_hits, **bootstrap)
 
 
+def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **bootstrap: Any) -> dict[str, Any]:
+    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification. Covers **images**.
+
+    Args:
+        student, anchor (`dict`): Both from [`~modeling_dclip.evaluation.retrieval.evaluate_retrieval`], or both from
+            [`~modeling_dclip.evaluation.zero_shot.evaluate_zero_shot`].
+        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.intervals.bootstrap_ratio`].
+
+    Returns:
+        `dict[str, dict]`: `text_to_image_recall@1_gain` or `top1_retention`, an [`Interval`] as a dict, JSON-ready; empty where the anchor
+        has no hit, as a ratio to it is not defined.
+
+    Raises:
+        ValueError: If the two are of different kinds or on different data.
+    """
+    if 0 in (anchor.get(GAIN_METRIC), anchor.get(RETENTION_METRIC)):
+        return {}
+    if "ranks" in student and "ranks" in anchor:
+        gain = retrieval_gain(student["ranks"], anchor["ranks"], **bootstrap)
+        return {f"{GAIN_METRIC}_gain": gain.to_dict()}
+    if "top1_hits" in student and "top1_hits" in anchor:
+        retention = zero_shot_retention(student["top1_hits"], anchor["top1_hits"], **bootstrap)
+        return {f"{RETENTION_METRIC}_retention": retention.to_dict()}
+    raise ValueError(f"Expected two evaluations of one kind, got {sorted(student)} and {sorted(anchor)}.")
+
+
 def compare_arms(student: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95) -> Interval:
     """Difference of two arms, student - baseline, paired by seed: the same seed means the same data order and start.
 

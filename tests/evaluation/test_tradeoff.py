@@ -8,6 +8,7 @@ import torch
 from modeling_dclip.evaluation.retrieval import RetrievalRanks, metrics_from_ranks
 from modeling_dclip.evaluation.tradeoff import (
     compare_arms,
+    compare_to_anchor,
     hits_per_image,
     interpolate_state_dicts,
     retrieval_gain,
@@ -57,6 +58,27 @@ def test_retention_is_the_ratio_of_accuracies():
 def test_retention_against_an_anchor_without_hits_is_refused():
     with pytest.raises(ValueError, match="at least one hit"):
         zero_shot_retention(torch.ones(9), torch.zeros(9))
+
+
+def test_evaluations_of_one_kind_are_compared_and_others_refused():
+    retrieval = [
+        {"ranks": make_ranks(share, seed), "text_to_image_recall@1": share} for seed, share in enumerate((0.5, 0.3))
+    ]
+    gain = compare_to_anchor(*retrieval, resamples=50, seed=3)
+    assert gain == {
+        "text_to_image_recall@1_gain": retrieval_gain(
+            retrieval[0]["ranks"], retrieval[1]["ranks"], resamples=50, seed=3
+        ).to_dict()
+    }
+    zero_shot = {"top1_hits": torch.arange(9) < 5, "top1": 5 / 9}
+    assert compare_to_anchor(zero_shot, zero_shot)["top1_retention"]["estimate"] == 1
+    with pytest.raises(ValueError, match="two evaluations of one kind"):
+        compare_to_anchor(zero_shot, retrieval[0])
+
+
+def test_an_anchor_without_hits_gives_no_ratio():
+    nothing = {"top1_hits": torch.zeros(9), "top1": 0.0}
+    assert compare_to_anchor({"top1_hits": torch.ones(9), "top1": 1.0}, nothing) == {}
 
 
 def test_arms_are_paired_by_seed():

@@ -1,0 +1,213 @@
+"""Two pictures: the trade-off between retrieval and zero-shot accuracy, and what a teacher attends to.
+
+matplotlib is imported when a picture is drawn, never before. Figures are drawn with the Agg backend without touching a global state.
+"""
+
+import io
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from modeling_dclip.evaluation.results import write_bytes
+
+INK, QUIET = "#1f2430", "#8a90a0"
+COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
+MARKERS = ("s", "^", "o", "D", "v", "P")
+
+
+def _new_figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib for drawing, got no such package. Install it with `pip install modeling_dclip[eval]`."
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: str | os.PathLike) -> None:
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"Expected a .png file to draw to, got {str(path)!r}.")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
+    """Distances (2, 1) in percent from the point to the ends of its interval; `None` where there is no interval."""
+    interval = point.get(f"{axis}_interval")
+    if interval is None or interval[0] is None or interval[1] is None:
+        return None
+    return 100 * np.array([[point[axis] - interval[0]], [interval[1] - point[axis]]]).clip(min=0)
+
+
+def plot_tradeoff(
+    points: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    curve: Sequence[Mapping[str, Any]] = (),
+    x_label: str = "zero-shot top-1 kept (% of the anchor)",
+    y_label: str = "text-to-image R@1 (%)",
+    title: str | None = None,
+) -> None:
+    """Draw models as points: zero-shot accuracy or retention to the right, retrieval up. Up and right is better.
+
+    Args:
+        points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as `(low, high)`. The first
+            is drawn in grey as the reference, with dashed lines through it.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the order of `alpha`.
+        x_label, y_label, title (`str`, *optional*): Texts.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no point, one lacks a key or is not finite, or the file is no `.png`.
+    """
+    _check_points(points, ("label", "x", "y"))
+    _check_points(curve, ("x", "y", "alpha"), least=0)
+    figure = _new_figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
+    axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
+    for index, point in enumerate(points):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
+        where = (100 * point["x"], 100 * point["y"])
+        axes.errorbar(*where, **bars, fmt=marker, ms=7, color=colour, mec="white", mew=0.8, elinewidth=1.3, capsize=3,
+                      zorder=3, label=point["label"])  # fmt: skip
+    if curve:
+        xs, ys = ([100 * point[name] for point in curve] for name in "xy")
+        axes.plot(xs, ys, color="#93a3bd", lw=1.6, marker=".", ms=6, zorder=1, label="weights between, α (WiSE-FT)")
+        for point in curve[1:-1]:
+            where = (100 * point["x"], 100 * point["y"])
+            axes.annotate(
+                f"{point['alpha']:g}",
+                where,
+                (-9, -9),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7,
+                color=QUIET,
+            )
+    axes.margins(0.12)
+    axes.legend(
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=min(4, len(points) + bool(curve)),
+    )
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.set_title(title or "", loc="left", color=INK, fontsize=11)
+    axes.grid(color="#e6e8ee", lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    _save(figure, path)
+
+
+def _check_points(points: Sequence[Mapping[str, Any]], keys: Sequence[str], least: int = 1) -> None:
+    if len(points) < least:
+        raise ValueError(f"Expected at least {least} point to draw, got none.")
+    for index, point in enumerate(points):
+        missing = [key for key in keys if key not in point]
+        if missing:
+            raise ValueError(f"Expected the keys {list(keys)} in every point, got {sorted(point)} in point {index}.")
+        if not np.isfinite([point["x"], point["y"]]).all():
+            raise ValueError(f"Expected finite numbers, got x={point['x']}, y={point['y']} in point {index}.")
+
+
+def plot_region_attention(
+    image: PILImage.Image,
+    boxes: Any,
+    weights: Any,
+    caption: str,
+    path: str | os.PathLike,
+    token_attention: Any = None,
+    *,
+    tokens: Sequence[str] | None = None,
+) -> None:
+    """Draw region boxes over an image, stronger where the weight is larger, and beside it which token looks at which region.
+
+    Args:
+        image (`PIL.Image.Image`): The whole image.
+        boxes (array of shape `(R, 4)`): xyxy in pixels of `image`.
+        weights (array of shape `(R,)`): >= 0, e.g. the teacher's `region_weights`.
+        caption (`str`): Written above.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over heads.
+        tokens (`Sequence[str]`, *optional*): T labels; the caption's words where their number is T, else numbers.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If shapes do not fit, there is no region, or a weight is negative or not finite.
+    """
+    boxes, weights = np.asarray(boxes, dtype=float), np.asarray(weights, dtype=float)
+    regions = len(weights)
+    if weights.ndim != 1 or not regions or boxes.shape != (regions, 4):
+        raise ValueError(f"Expected boxes (R, 4) and weights (R,), R >= 1, got {boxes.shape} and {weights.shape}.")
+    attention = None if token_attention is None else np.asarray(token_attention, dtype=float)
+    if attention is not None and (attention.ndim != 2 or attention.shape[1] != regions or not len(attention)):
+        raise ValueError(f"Expected token_attention of shape (T, {regions}), T >= 1, got {attention.shape}.")
+    for name, values in (("weights", weights), ("boxes", boxes), ("token_attention", attention)):
+        if values is not None and not (np.isfinite(values).all() and (name == "boxes" or (values >= 0).all())):
+            raise ValueError(
+                f"Expected finite{'' if name == 'boxes' else ', non-negative'} {name}, got {values.tolist()}."
+            )
+    if attention is not None and tokens is None:
+        words = caption.split()
+        tokens = words if len(words) == len(attention) else [str(index) for index in range(len(attention))]
+    if attention is not None and len(tokens) != len(attention):
+        raise ValueError(f"Expected {len(attention)} tokens, one per row of token_attention, got {len(tokens)}.")
+
+    figure = _new_figure(4.6 if attention is None else 5.2 + 0.45 * regions + 1.2, 4.9)
+    if attention is None:
+        axes = figure.add_subplot()
+    else:
+        axes, beside = figure.subplots(1, 2, width_ratios=(1, max(0.45, 0.12 * regions)))
+        _draw_attention(figure, beside, attention, tokens)
+    _draw_regions(axes, image, boxes, weights)
+    figure.suptitle(textwrap.fill(caption, 48 if attention is None else 80), fontsize=10, color=INK)
+    _save(figure, path)
+
+
+def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: np.ndarray) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image.convert("RGB"), interpolation="nearest" if min(image.size) < 200 else "antialiased")
+    strongest = weights.max() or 1.0
+    for index in np.argsort(weights):  # the strongest on top
+        x1, y1, x2, y2 = boxes[index]
+        strength = weights[index] / strongest
+        colour = COLOURS[1 + index % (len(COLOURS) - 1)]
+        axes.add_patch(
+            Rectangle(
+                (x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1 + 2.5 * strength, alpha=0.5 + 0.5 * strength
+            )
+        )
+        axes.text(x1, y1, f" {index}: {100 * weights[index]:.0f}% ", fontsize=8, color="white", ha="left", va="bottom",
+                  clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 1, "alpha": 0.6 + 0.4 * strength})  # fmt: skip
+    axes.set_axis_off()
+
+
+def _draw_attention(figure: Any, axes: Any, attention: np.ndarray, tokens: Sequence[str]) -> None:
+    picture = axes.imshow(attention, cmap="Blues", vmin=0, vmax=attention.max() or 1.0, aspect="auto")
+    axes.set_xticks(range(attention.shape[1]))
+    size = 8 if len(tokens) <= 24 else max(4, 190 / len(tokens))
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=size)
+    axes.set_xlabel("region", color=INK)
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.6, label="attention")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)

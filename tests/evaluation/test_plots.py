@@ -1,0 +1,143 @@
+"""Pictures are whole PNG files that hold what they were given; bad input is named; matplotlib is asked for late."""
+
+import ast
+import builtins
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_dclip.evaluation import plots
+from modeling_dclip.evaluation.plots import plot_region_attention, plot_tradeoff
+
+POINTS = [
+    {"label": "anchor", "x": 1.0, "y": 0.19},
+    {"label": "student", "x": 0.95, "y": 0.23, "x_interval": (0.93, 0.97), "y_interval": (0.22, 0.24)},
+]
+CURVE = [{"alpha": alpha, "x": 1 - 0.05 * alpha, "y": 0.19 + 0.04 * alpha} for alpha in (0, 0.5, 1)]
+PICTURE = Image.new("RGB", (60, 40), "white")
+BOXES = [[5, 5, 25, 30], [30, 10, 55, 35]]
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures drawn, in order."""
+    drawn = []
+    original = plots._save
+
+    def save(figure, path):
+        drawn.append(figure)
+        original(figure, path)
+
+    monkeypatch.setattr(plots, "_save", save)
+    return drawn
+
+
+def is_not_blank(path):
+    with Image.open(path) as picture:
+        return picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 5
+
+
+def test_tradeoff_shows_points_bars_and_the_curve(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_tradeoff(POINTS, tmp_path / "new" / "tradeoff.png", curve=CURVE, title="Title")
+    assert is_not_blank(tmp_path / "new" / "tradeoff.png")
+    axes = figures[0].axes[0]
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(labels) == ["anchor", "student", "weights between, α (WiSE-FT)"]
+    line = next(line for line in axes.lines if line.get_label().startswith("weights"))
+    assert np.allclose(line.get_xydata(), [[100, 19], [97.5, 21], [95, 23]])
+    bars = {
+        tuple(np.round(segment.flatten(), 6))
+        for c in axes.containers
+        if c.has_xerr
+        for b in c[2]
+        for segment in b.get_segments()
+    }
+    assert bars == {(93, 23, 97, 23), (95, 22, 95, 24)}
+    low, high = axes.get_xlim()
+    assert low < 93 and high > 100
+
+
+def test_points_without_intervals_are_drawn_without_bars(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_tradeoff([POINTS[0], {**POINTS[1], "x_interval": (None, None), "y_interval": None}], tmp_path / "a.png")
+    assert not any(container.has_xerr or container.has_yerr for container in figures[0].axes[0].containers)
+
+
+def test_regions_are_drawn_where_they_are_with_their_weights(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    attention = np.array([[0.9, 0.1], [0.2, 0.8], [0.5, 0.5]])
+    plot_region_attention(PICTURE, BOXES, [0.25, 0.75], "two red dogs", tmp_path / "a.png", attention)
+    assert is_not_blank(tmp_path / "a.png")
+    axes, beside = figures[0].axes[:2]
+    assert [patch.get_bbox().extents.tolist() for patch in axes.patches] == BOXES
+    assert [text.get_text().strip() for text in axes.texts] == ["0: 25%", "1: 75%"]
+    assert axes.patches[1].get_linewidth() > axes.patches[0].get_linewidth()
+    assert [label.get_text() for label in beside.get_yticklabels()] == ["two", "red", "dogs"]
+    assert np.array_equal(beside.images[0].get_array(), attention)
+
+
+def test_tokens_are_numbered_where_the_words_do_not_match(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_region_attention(PICTURE, BOXES[:1], [1.0], "two red dogs", tmp_path / "a.png", [[1.0], [0.0]])
+    assert [label.get_text() for label in figures[0].axes[1].get_yticklabels()] == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("points", "curve", "message"),
+    [
+        ([], (), "at least 1 point"),
+        ([{"label": "a", "x": 1}], (), r"keys .* in every point, got \['label', 'x'\] in point 0"),
+        ([{"label": "a", "x": math.nan, "y": 1}], (), "finite numbers, got x=nan"),
+        (POINTS, [{"x": 1, "y": 1}], "'alpha'"),
+    ],
+)
+def test_bad_points_are_named(tmp_path, points, curve, message):
+    with pytest.raises(ValueError, match=message):
+        plot_tradeoff(points, tmp_path / "a.png", curve=curve)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("boxes", "weights", "attention", "tokens", "message"),
+    [
+        (BOXES, [1.0], None, None, r"got \(2, 4\) and \(1,\)"),
+        ([], [], None, None, "R >= 1"),
+        (BOXES, [0.5, -0.5], None, None, "non-negative weights"),
+        (BOXES, [0.5, math.nan], None, None, "finite, non-negative weights"),
+        ([[0, 0, 1, math.inf], BOXES[0]], [0.5, 0.5], None, None, "finite boxes"),
+        (BOXES, [0.5, 0.5], [[1.0, 0, 0]], None, r"of shape \(T, 2\), T >= 1, got \(1, 3\)"),
+        (BOXES, [0.5, 0.5], [[1.0, 0]], ["a", "b"], "1 tokens, one per row of token_attention, got 2"),
+    ],
+)
+def test_bad_regions_are_named(tmp_path, boxes, weights, attention, tokens, message):
+    with pytest.raises(ValueError, match=message):
+        plot_region_attention(PICTURE, boxes, weights, "a", tmp_path / "a.png", attention, tokens=tokens)
+
+
+def test_only_png_is_written(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    with pytest.raises(ValueError, match=r"a \.png file.*a\.pdf"):
+        plot_tradeoff(POINTS, tmp_path / "a.pdf")
+
+
+def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
+    original = builtins.__import__
+
+    def refuse(name, *args, **kwargs):
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return original(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(ImportError, match=r"modeling_dclip\[eval\]"):
+        plot_tradeoff(POINTS, tmp_path / "a.png")
+
+
+def test_matplotlib_is_imported_only_to_draw():
+    body = ast.parse(Path(plots.__file__).read_text(encoding="utf-8")).body
+    imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert imports and not any("matplotlib" in ast.unparse(node) for node in imports)
