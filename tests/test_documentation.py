@@ -1,12 +1,13 @@
 """README.md and CONTRIBUTING.md are true: files exist, commands parse, tables list what the code knows, Python blocks run."""
 
 import ast
+import contextlib
 import fnmatch
-import os
+import importlib
+import importlib.util
+import io
 import re
 import shlex
-import subprocess
-import sys
 from functools import lru_cache
 from pathlib import Path
 
@@ -56,17 +57,22 @@ def script_of(words):
 
 
 @lru_cache
+def load(script):
+    """A script or module, by what follows `python`."""
+    if script.startswith("-m "):
+        return importlib.import_module(script.removeprefix("-m "))
+    specification = importlib.util.spec_from_file_location(f"{Path(script).stem}_script", ROOT / script)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+@lru_cache
 def help_of(script):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    asked = subprocess.run(
-        [sys.executable, *script.split(), "--help"],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return asked.stdout
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        load(script).main(["--help"])
+    return shown.getvalue()
 
 
 SCRIPTED = [words for words in COMMANDS if script_of(words)]
@@ -105,8 +111,15 @@ def test_every_training_command_is_one_the_parser_takes(words):
         parse_spec(spec, SOURCES, counted=True)
 
 
+@pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "eval.py"], ids=" ".join)
+def test_every_evaluation_command_asks_for_all_its_benchmarks(words):
+    shown = [word for word in words if re.match(r"(retrieval|zero_shot)(=|$)", word)]
+    assert shown and load("eval.py").parse_arguments(arguments(words)).benchmark == shown
+
+
 def test_every_field_shown_inline_is_one_the_parser_takes():
-    shown = [shlex.split(span) for span in spans(README) if span.startswith("--")]
+    of_others = ("--class_names", "--templates")
+    shown = [shlex.split(span) for span in spans(README) if span.startswith("--") and not span.startswith(of_others)]
     assert len(shown) >= 5
     for words in shown:
         parse_recipe(words)
