@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from transformers import CLIPModel, CLIPTextModel, CLIPVisionModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import CLIPAttention, CLIPVisionEmbeddings, eager_attention_forward
-from transformers.utils import ModelOutput, logging
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, logging
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dclip import DCLIPConfig, DCLIPVisionConfig
@@ -151,7 +153,20 @@ class DCLIPRotaryEmbeddings(CLIPVisionEmbeddings):
         return torch.cat([class_token, patches + offsets[1:].mean(dim=0)], dim=1)
 
 
-class DCLIPVisionTransformer(CLIPVisionModel):
+class InitialisedAsInTree:
+    """Draw weights as transformers draws those of its own models.
+
+    For models from outside, it skips modules without parameters of their own, in case `_init_weights` overwrites loaded
+    ones. CLIP's does not (it goes through `transformers.initialization`), and it draws attention, MLP and projections
+    exactly at such modules: skipped, they would all get one deviation of 0.02.
+    """
+
+    @classmethod
+    def is_custom_code(cls):
+        return False
+
+
+class DCLIPVisionTransformer(InitialisedAsInTree, CLIPVisionModel):
     """CLIP's vision tower, under CLIP's keys, with the choice of rotary positions.
 
     Source: PAPERS.md, ViT-L extras. Deviation: with `"rope"` the learned table keeps its place-independent part.
@@ -168,7 +183,7 @@ class DCLIPVisionTransformer(CLIPVisionModel):
                 layer.self_attn = DCLIPRotaryAttention(config)
             self.post_init()
 
-    def forward(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
+    def forward(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs: Unpack[TransformersKwargs]):
         if pixel_values is None:
             raise ValueError("DCLIP's image encoder needs `pixel_values` of shape (B, channels, H, W), got None.")
         height, width = pixel_values.shape[-2:]
@@ -183,7 +198,7 @@ class DCLIPVisionTransformer(CLIPVisionModel):
         return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 
 
-class DCLIPVisionModel(CLIPVisionModelWithProjection):
+class DCLIPVisionModel(InitialisedAsInTree, CLIPVisionModelWithProjection):
     """The student alone: one image in, one embedding of the shared space out.
 
     Its keys are those of the tower inside [`DCLIPModel`], so `from_pretrained` takes a vision-only folder, a dual
@@ -213,7 +228,7 @@ class DCLIPVisionModel(CLIPVisionModelWithProjection):
         super().save_pretrained(save_directory, **kwargs)
 
     @can_return_tuple
-    def forward(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
+    def forward(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs: Unpack[TransformersKwargs]):
         """Embed images.
 
         Args:
@@ -238,7 +253,7 @@ class DCLIPVisionModel(CLIPVisionModelWithProjection):
         )
 
 
-class DCLIPModel(CLIPModel):
+class DCLIPModel(InitialisedAsInTree, CLIPModel):
     """The dual encoder: the student beside CLIP's text tower, under CLIP's keys.
 
     `from_pretrained` takes a stock `CLIPModel` checkpoint with no missing and no unexpected key, and the outputs are
@@ -272,6 +287,12 @@ class DCLIPModel(CLIPModel):
         self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
         self.post_init()
         self.train(self.training)  # freezes
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if module is self:
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
 
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, with the code beside the weights."""

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.utils import ModelOutput
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
 from .configuration_dclip import DCLIPTeacherConfig
-from .modeling_dclip import LEGACY_EOS_TOKEN_ID, DCLIPModel, set_auto_map, truncate_text
+from .modeling_dclip import LEGACY_EOS_TOKEN_ID, DCLIPModel, InitialisedAsInTree, set_auto_map, truncate_text
 
 BOX_FEATURES = 8  # x1 y1 x2 y2 width height area score
 
@@ -169,11 +170,12 @@ class ReadoutProjection(nn.Linear):
     """Starts at zero, so that what it is added to starts unchanged."""
 
 
-class MaskedAttention(nn.Module):
+class MaskedHeads(nn.Module):
     """Multi-head attention over masked keys; the softmax is float32.
 
     It is written out instead of going through the attention interface: it always knows its weights, which are an
-    output, and its few dozen items need no kernel.
+    output, and its few dozen items need no kernel. (No class here is called attention: transformers reads the source,
+    and would then refuse to switch the attention of the CLIP inside.)
     """
 
     def __init__(self, width, num_heads):
@@ -195,12 +197,12 @@ class MaskedAttention(nn.Module):
         return self.out_proj(attended), weights
 
 
-class CrossAttention(nn.Module):
+class CrossModalLayer(nn.Module):
     """LN(T + MHA(q=T, kv=V)); no MLP, no dropout. Source: PAPERS.md, cross-attention. Deviation: padding is masked."""
 
     def __init__(self, config):
         super().__init__()
-        self.attention = MaskedAttention(config.projection_dim, config.num_attention_heads)
+        self.attention = MaskedHeads(config.projection_dim, config.num_attention_heads)
         self.norm = nn.LayerNorm(config.projection_dim, eps=config.layer_norm_eps)
 
     def forward(self, states, others, others_mask):
@@ -215,7 +217,7 @@ class RegionLayer(nn.Module):
         super().__init__()
         width = config.projection_dim
         self.norm1 = nn.LayerNorm(width, eps=config.layer_norm_eps)
-        self.attention = MaskedAttention(width, config.num_attention_heads)
+        self.attention = MaskedHeads(width, config.num_attention_heads)
         self.norm2 = nn.LayerNorm(width, eps=config.layer_norm_eps)
         self.fc1 = nn.Linear(width, config.region_feedforward_ratio * width)
         self.fc2 = nn.Linear(config.region_feedforward_ratio * width, width)
@@ -266,7 +268,7 @@ class RegionEncoder(nn.Module):
         return self.norm(states), mask, tuple(attentions)
 
 
-class DCLIPTeacher(PreTrainedModel):
+class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
     """Embeds an (image regions, caption) pair, or with `cross_attention="regions"` the image's regions alone.
 
     The CLIP inside is frozen: no gradient and eval mode, whatever `.train()` says and also after loading. At the
@@ -287,7 +289,6 @@ class DCLIPTeacher(PreTrainedModel):
 
     config: DCLIPTeacherConfig
     base_model_prefix = "dclip_teacher"
-    main_input_name = "region_pixel_values"
     input_modalities = ("image", "text")
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -298,9 +299,9 @@ class DCLIPTeacher(PreTrainedModel):
         super().__init__(config)
         self.clip = DCLIPModel._from_config(config.clip_config)
         if config.cross_attention in ("bidirectional", "text_to_image"):
-            self.text_to_image = CrossAttention(config)
+            self.text_to_image = CrossModalLayer(config)
         if config.cross_attention in ("bidirectional", "image_to_text"):
-            self.image_to_text = CrossAttention(config)
+            self.image_to_text = CrossModalLayer(config)
         if config.cross_attention == "regions":
             self.region_encoder = RegionEncoder(config)
         self.post_init()
@@ -424,7 +425,7 @@ class DCLIPTeacher(PreTrainedModel):
         token_mask=None,
         return_loss=True,
         output_attentions=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ):
         """Embed pairs. Every frozen input can be given as pixels and ids or, precomputed, as embeddings.
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, pipeline
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPVisionConfig, DCLIPVisionModel
@@ -75,6 +76,34 @@ def test_a_stock_checkpoint_loads_whole_and_gives_bit_equal_outputs(name, tmp_pa
     assert no_keys_wrong(info)
     expected = stock.get_image_features(batch["pixel_values"]).pooler_output
     assert torch.equal(tower(batch["pixel_values"]).image_embeds, expected)
+
+
+@torch.no_grad()
+def test_positions_stored_by_old_versions_are_no_surprise(tiny_clip_dir, tmp_path):
+    CLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["text_model.embeddings.position_ids"] = torch.arange(77)[None]
+    weights["vision_model.embeddings.position_ids"] = torch.arange(17)[None]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    for model_class in (DCLIPModel, DCLIPVisionModel):
+        assert no_keys_wrong(model_class.from_pretrained(tmp_path, output_loading_info=True)[1])
+
+
+def test_random_weights_are_drawn_as_clips(tmp_path):
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 2}
+    stock = CLIPConfig(text_config={**sizes, "vocab_size": 999}, vision_config=sizes, projection_dim=64)
+    stock.save_pretrained(tmp_path)
+    theirs = dict(CLIPModel(stock).named_parameters())
+    config = DCLIPConfig.from_pretrained(tmp_path)
+    tower = DCLIPVisionModel(config.vision_config)
+    for name, weight in [*DCLIPModel(config).named_parameters(), *tower.named_parameters()]:
+        if weight.dim() > 1 or name == "logit_scale":
+            torch.testing.assert_close(
+                weight.mean() + weight.std(correction=0),
+                theirs[name].mean() + theirs[name].std(correction=0),
+                rtol=0.1,
+                atol=1e-3,
+            )
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from torch import nn
 
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherConfig
 from modeling_dclip.modeling_dclip_teacher import (
-    MaskedAttention,
+    MaskedHeads,
     assign_clusters,
     attention_pool,
     symmetric_info_nce,
@@ -98,7 +98,7 @@ def test_only_the_asked_for_block_is_built_and_trains(make_teacher, cross_attent
 
 def test_attention_equals_torchs_with_padding_masked():
     torch.manual_seed(0)
-    ours, reference = MaskedAttention(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
+    ours, reference = MaskedHeads(16, 4), nn.MultiheadAttention(16, 4, batch_first=True)
     with torch.no_grad():
         reference.in_proj_weight.copy_(torch.cat([ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]))
         reference.in_proj_bias.copy_(torch.cat([ours.q_proj.bias, ours.k_proj.bias, ours.v_proj.bias]))
@@ -483,6 +483,18 @@ def test_the_loss_equals_a_loop_in_float64_even_under_autocast():
 def test_the_default_loss_temperature_is_the_papers(make_teacher):
     outputs = make_teacher()(**batch())
     torch.testing.assert_close(outputs.loss, symmetric_info_nce(outputs.teacher_embeds, outputs.text_embeds, 0.05))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cross_attention", CROSS_ATTENTIONS)
+def test_the_attention_of_the_clip_inside_can_be_chosen(make_teacher, tmp_path, cross_attention):
+    make_teacher(cross_attention=cross_attention).save_pretrained(tmp_path)
+    outputs = {}
+    for name in ("eager", "sdpa"):
+        teacher = DCLIPTeacher.from_pretrained(tmp_path, attn_implementation=name)
+        assert teacher.clip.vision_model.config._attn_implementation == name
+        outputs[name] = teacher(**batch()).teacher_embeds
+    torch.testing.assert_close(outputs["eager"], outputs["sdpa"], rtol=0, atol=1e-5)
 
 
 def test_the_loss_can_be_left_out(make_teacher):
