@@ -108,6 +108,9 @@ class AnchorArguments(StageTrainingArguments):
     image_to_text_weight: float = _help(
         "Share of the image-to-text direction in the loss; the rest is text-to-image's.", 0.5
     )
+    save_dtype: Literal["float32", "float16", "bfloat16"] = _help(
+        "Of the saved weights; training is float32.", "float32"
+    )
     learning_rate: float = _help("Peak learning rate.", 1e-3)
     weight_decay: float = _help("Weight decay of matrices.", 0.1)
     lr_scheduler_type: str = _help("Schedule of the learning rate.", "cosine")

@@ -8,7 +8,7 @@
 
 `--output_dir other --student.learning_rate 2e-6` on the command line goes before the file; a value is typed the same in
 both. `base: other.yaml` reads another recipe first. A key that is no field is an error that names the nearest one.
-`null` and an empty list leave the default.
+`null` and an empty list in a file leave the default; where that is nothing, the word `none` on the command line gives it back.
 """
 
 import difflib
@@ -171,6 +171,25 @@ def _split(words: Sequence[str]) -> dict[str, list[str]]:
     return sections
 
 
+def _take_back_none(kind: type, words: list[str]) -> list[str]:
+    """Words without the fields whose last value is the one word `none` and whose default is nothing."""
+    nothing = {f.name for f in fields(kind) if f.default is None or _is_empty(f)}
+    values: dict[str, list[str]] = {}
+    for word in words:
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            values.pop(name, None)  # the last one counts
+            values[name] = [value] if equals else []
+        else:
+            values[list(values)[-1]].append(word)
+    kept = {name: given for name, given in values.items() if not (name in nothing and given == ["none"])}
+    return [word for name, given in kept.items() for word in (f"--{name}", *given)]
+
+
+def _is_empty(one: Any) -> bool:
+    return callable(one.default_factory) and one.default_factory() == []
+
+
 def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe:
     """Parse a recipe file, then a command line over it.
 
@@ -187,7 +206,8 @@ def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe
     """
     from_file = [] if path is None else list(_flatten(read_recipe_file(path)))
     split_file, split_line = _split(from_file), _split(list(words))
-    given = {name: [*split_file[name], *split_line[name]] for name in split_file}
+    kinds = {GLOBAL: RunArguments, **SECTIONS}
+    given = {name: _take_back_none(kinds[name], [*split_file[name], *split_line[name]]) for name in kinds}
     (run,) = _Parser(GLOBAL, RunArguments).parse_args_into_dataclasses(given[GLOBAL], look_for_args_file=False)
     sections = {}
     for name, kind in SECTIONS.items():

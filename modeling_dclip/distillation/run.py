@@ -87,10 +87,14 @@ class Run:
                 [name for name in ("boxes", "box_scores") if name in dataset.column_names]
             )
         splits = {"train": dataset}
+        validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
         if run.train_fraction < 1:
             splits["train"], validation = split_train_validation(dataset, run.train_fraction, run.seed)
-            if any(str(args.eval_strategy.value) != "no" for args in (self.recipe.teacher, self.recipe.student)):
-                splits["validation"] = validation
+            splits |= {"validation": validation} if validates else {}
+        elif validates:
+            raise ValueError(
+                "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or eval_strategy to no."
+            )
         return {split: (rows, image_keys(rows)) for split, rows in splits.items()}
 
     @cached_property

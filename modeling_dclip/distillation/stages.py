@@ -80,6 +80,8 @@ def make_anchor(run: Run) -> None:
     trainer = AnchorTrainer(model, args, batches, processor, recipe.resolved("anchor"))
     train_or_resume(trainer, record.folder)
     model.config.freeze_text = True  # what fine-tunes it keeps its text tower
+    logit_scale = model.logit_scale.data
+    model.to(getattr(torch, args.save_dtype)).logit_scale.data = logit_scale  # float32 in every model
     trainer.save_model()
     record.finish()
 

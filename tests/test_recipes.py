@@ -1,0 +1,147 @@
+"""Recipes: every file parses into what it says, and a wrong key or value is told before anything runs."""
+
+from pathlib import Path
+
+import pytest
+
+from modeling_dclip import PRESETS
+from modeling_dclip.data.captions import SOURCES
+from modeling_dclip.data.specs import parse_spec
+from modeling_dclip.distillation.recipes import parse_recipe, read_recipe_file
+
+RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FOLDER = RECIPES[0].parent
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_parses_and_its_specs_are_known(path):
+    recipe = parse_recipe([], path)
+    specs = [*recipe.run.train_datasets, *recipe.anchor.train_datasets]
+    assert specs
+    for spec in specs:
+        parse_spec(spec, SOURCES, counted=True)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_recipe_writes_into_a_folder_of_its_own_name(path):
+    assert parse_recipe([], path).run.output_dir == f"outputs/{path.stem}"
+
+
+@pytest.mark.parametrize("name", ["dclip_vitb16", "dclip_vitb32", "dclip_vitl14"])
+def test_the_papers_recipes_have_the_papers_values(name):
+    recipe = parse_recipe([], FOLDER / f"{name}.yaml")
+    counts = [parse_spec(spec, SOURCES, counted=True)[3] for spec in recipe.run.train_datasets]
+    assert counts == [50_000, 15_000, 10_000] and recipe.run.train_fraction == 0.9
+    assert len(recipe.run.exclude_karpathy) == 2
+    assert recipe.run.clip_model in PRESETS and recipe.run.clip_model == name.replace("_", "-")
+    assert recipe.regions.detector == "ultralytics:yolov8x.pt"
+    teacher, student = recipe.teacher, recipe.student
+    assert (teacher.learning_rate, teacher.weight_decay, teacher.num_train_epochs) == (1e-5, 0.0, 3)
+    assert (teacher.cross_attention, teacher.text_share, teacher.loss_temperature) == ("bidirectional", 0.5, 0.05)
+    assert (student.learning_rate, student.weight_decay, student.num_train_epochs) == (1e-6, 0.01, 2)
+    assert (student.per_device_train_batch_size, student.gradient_accumulation_steps) == (32, 4)
+    assert student.max_grad_norm == 0.5 and student.temperature == 0.05
+    assert student.cosine_distillation_loss_weight == student.contrastive_loss_weight == 1
+
+
+def test_the_large_model_takes_the_papers_three_remedies():
+    recipe = parse_recipe([], FOLDER / "dclip_vitl14.yaml")
+    assert (recipe.teacher.aggregation, recipe.teacher.num_clusters) == ("multi_cluster", 3)
+    assert recipe.student.position_embedding_type == "rope"
+    assert recipe.student.cosine_preservation_loss_weight == 0.3
+
+
+def test_ablations_change_what_their_name_says_and_nothing_else():
+    for model in ("dclip_vitb16", "dclip_vitl14"):
+        base = parse_recipe([], FOLDER / f"{model}.yaml")
+        ablations = {
+            name: parse_recipe([], FOLDER / f"{model}_{name}.yaml")
+            for name in ("no_regions", "no_bidirectional", "no_cross_modal", "no_teacher")
+        }
+        assert ablations["no_regions"].regions.detector is None and ablations["no_regions"].regions.ignore_boxes
+        assert ablations["no_bidirectional"].teacher.cross_attention == "none"
+        assert ablations["no_bidirectional"].teacher.text_share == 0.5
+        assert ablations["no_cross_modal"].teacher.text_share == 0
+        assert not ablations["no_teacher"].student.reads_teacher
+        assert ablations["no_teacher"].student.columns == ["text_embeds"]
+        for recipe in ablations.values():
+            assert recipe.run.train_datasets == base.run.train_datasets
+            assert recipe.student.learning_rate == base.student.learning_rate
+            assert recipe.student.num_train_epochs == base.student.num_train_epochs
+            assert recipe.student.position_embedding_type == base.student.position_embedding_type
+
+
+def test_the_sweep_covers_one_to_five_epochs_of_the_teacher():
+    paths = [FOLDER / "dclip_vitb16.yaml", *FOLDER.glob("dclip_vitb16_teacher_epochs_*.yaml")]
+    assert sorted(parse_recipe([], path).teacher.num_train_epochs for path in paths) == [1, 2, 3, 4, 5]
+
+
+def test_the_command_line_goes_before_the_file_and_numbers_are_numbers(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("seed: 3\nstudent: {learning_rate: 1e-5, freeze: [a, b], bf16: false}\n")
+    recipe = parse_recipe([], tmp_path / "recipe.yaml")
+    assert recipe.student.learning_rate == 1e-5 and recipe.student.freeze == ["a", "b"] and recipe.student.seed == 3
+    words = ["--student.learning_rate=2e-6", "--student.seed", "4", "--stages", "targets,student", "--student.freeze", "none"]
+    recipe = parse_recipe(words, tmp_path / "recipe.yaml")
+    assert recipe.student.learning_rate == 2e-6 and (recipe.student.seed, recipe.teacher.seed) == (4, 3)
+    assert recipe.run.stages == ["targets", "student"] and recipe.student.freeze == []
+
+
+def test_none_takes_back_a_fields_value_only_where_nothing_is_its_default(tmp_path):
+    words = ["--regions.detector", "none", "--exclude_karpathy", "none", "--teacher.cross_attention", "none"]
+    recipe = parse_recipe(words, FOLDER / "dclip_vitb16.yaml")
+    assert recipe.regions.detector is None and recipe.run.exclude_karpathy == []
+    assert recipe.teacher.cross_attention == "none"
+
+
+def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
+    (tmp_path / "base.yaml").write_text("seed: 1\nstudent: {temperature: 0.1, learning_rate: 1e-3}\n")
+    (tmp_path / "recipe.yaml").write_text("base: base.yaml\nstudent: {temperature: 0.2}\n")
+    assert read_recipe_file(tmp_path / "recipe.yaml") == {
+        "seed": 1,
+        "student": {"temperature": 0.2, "learning_rate": "1e-3"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--student.learning_rat", "1"], "Did you mean 'student.learning_rate'"),
+        (["--sead", "1"], "Did you mean 'seed'"),
+        (["--learning_rate", "1"], "write anchor.learning_rate"),
+        (["--studnt.temperature", "1"], "Unknown recipe section 'studnt'"),
+        (["--student.learning_rate", "fast"], "student: .*invalid float value: 'fast'"),
+        (["--student.output_dir", "x"], "set the global 'output_dir'"),
+        (["--student.remove_unused_columns", "true"], "remove_unused_columns"),
+        (["--student.learning_r", "1"], "Did you mean"),
+        (["--stages", "teach"], "Unknown stage 'teach'"),
+        (["--train_fraction", "1.5"], r"train_fraction in \(0, 1\]"),
+        (["--student.wise_ft_alpha", "2"], "wise_ft_alpha"),
+        (["--teacher.cross_attention", "all"], "invalid choice"),
+        (["--student.cosine_distillation_loss_weight", "0", "--student.contrastive_loss_weight", "0"], "nothing to learn"),
+        (["stray"], "--FIELD before 'stray'"),
+    ],
+)
+def test_a_wrong_word_is_an_error_that_helps(words, message):
+    with pytest.raises(ValueError, match=message):
+        parse_recipe(words)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("student: {learning_rat: 1}", "Did you mean 'student.learning_rate'"),
+        ("studnet: {learning_rate: 1}", "Did you mean 'student'"),
+        ("student: 3", "expected a mapping of fields, got 3"),
+        ("- a\n- b", "expected a mapping of fields, got list"),
+        ("a: [", "is no YAML"),
+    ],
+)
+def test_a_wrong_file_is_an_error_that_helps(tmp_path, text, message):
+    (tmp_path / "recipe.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        parse_recipe([], tmp_path / "recipe.yaml")
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        parse_recipe([], tmp_path / "nowhere.yaml")
