@@ -6,7 +6,8 @@ from setuptools import find_packages, setup
 
 EXTRAS = {
     # AGPL-3.0. The Apache-2.0 alternative, a transformers object-detection checkpoint, needs no extra.
-    "regions": ["ultralytics>=8.3"],
+    # ultralytics' own release with opencv-python-headless: the other one needs libGL and X libraries of the system.
+    "regions": ["ultralytics-opencv-headless>=8.3.242"],
     "peft": ["peft>=0.17"],
     "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision"],
     "space": ["gradio>=5"],

@@ -126,8 +126,8 @@ class UltralyticsDetector(RegionDetector):
         except ImportError as error:
             raise ImportError(
                 f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install 'modeling_dclip[regions]'`; "
-                "where a system library such as libGL.so.1 is missing, also "
-                "`pip install --force-reinstall --no-deps opencv-python-headless`. "
+                "where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, then "
+                "`pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
                 "Without the package (it is AGPL-3.0) use 'transformers:MODEL'."
             ) from error
         if Path(weights).parent != Path(".") and not Path(weights).is_file():
