@@ -1,0 +1,94 @@
+"""Columns: out of Arrow and back without loss, whatever rows are selected, and keys that follow content alone."""
+
+import doctest
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+from modeling_dclip.data import columns
+from modeling_dclip.data.columns import (
+    Ragged,
+    attach_columns,
+    check_finite,
+    flat_column,
+    ragged_column,
+    row_keys,
+    with_flat_embeds,
+    with_ragged_embeds,
+)
+from modeling_dclip.data.scenes import load_scenes
+
+
+def numbers(n=4):
+    return Dataset.from_dict({"image_id": [f"i{row}" for row in range(n)]})
+
+
+def test_docstring_examples_hold():
+    assert doctest.testmod(columns).failed == 0
+
+
+def test_embeddings_go_in_and_come_out_the_same_for_selected_rows():
+    values = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float16)
+    embeds = Ragged.from_lengths(values, np.array([2, 0, 4, 1]))
+    dataset = with_flat_embeds(with_ragged_embeds(numbers(), "text_embeds", embeds), "anchor_embeds", values[:4])
+    assert dataset[2]["text_embeds"] == values[2:6].tolist()
+    picked = dataset.select([3, 0])
+    read = ragged_column(picked, "text_embeds")
+    assert read.values.dtype == np.float16 and read.lengths.tolist() == [1, 2]
+    np.testing.assert_array_equal(read.values, values[[6, 0, 1]])
+    np.testing.assert_array_equal(flat_column(picked, "anchor_embeds"), values[[3, 0]])
+
+
+def test_padding_keeps_every_entry_and_masks_the_rest():
+    ragged = Ragged.from_lengths(np.arange(1, 7), np.array([3, 1, 2]))
+    padded, mask = ragged.pad(np.array([2, 0]), fill=-1)
+    assert padded.tolist() == [[5, 6, -1], [1, 2, 3]]
+    assert mask.tolist() == [[True, True, False], [True, True, True]]
+
+
+def test_a_missing_column_is_named():
+    with pytest.raises(ValueError, match="Expected a column 'boxes'"):
+        ragged_column(numbers(), "boxes")
+
+
+def test_keys_follow_content_and_not_names():
+    dataset = load_scenes("test", n=4, image_size=32)
+    keys = row_keys(dataset)
+    assert len(set(keys)) == 4
+    renamed = dataset.remove_columns("image_id").add_column("image_id", [f"other{row}" for row in range(4)])
+    assert row_keys(renamed) == keys
+    assert row_keys(dataset.select([2, 1])) == [keys[2], keys[1]]
+
+
+@pytest.mark.parametrize("column", ["captions", "boxes", "image"])
+def test_a_change_of_any_content_changes_that_rows_key_alone(column):
+    dataset = load_scenes("test", n=4, image_size=32)
+    rows = dataset.with_format(None).to_dict()
+    rows[column][1] = rows[column][0]
+    changed = row_keys(Dataset.from_dict(rows, features=dataset.features))
+    assert [a == b for a, b in zip(row_keys(dataset), changed, strict=True)] == [True, False, True, True]
+
+
+def test_a_missing_image_file_is_named(tmp_path):
+    dataset = load_scenes("test", n=1, image_size=32)
+    rows = {**dataset.with_format(None).to_dict(), "image": [{"path": str(tmp_path / "gone.png"), "bytes": None}]}
+    with pytest.raises(FileNotFoundError, match="gone.png"):
+        row_keys(Dataset.from_dict(rows, features=dataset.features))
+
+
+def test_attached_columns_stand_beside_their_rows_and_leave_out_the_others():
+    stored = with_flat_embeds(numbers().select([0, 2, 3]), "anchor_embeds", np.eye(3, dtype=np.float16))
+    joined = attach_columns(numbers().add_column("n", range(4)), stored)
+    assert joined["n"][:] == [0, 2, 3] and joined["anchor_embeds"][1] == [0, 1, 0]
+    with pytest.raises(ValueError, match="'i0' out of place"):
+        attach_columns(numbers(), stored.select([1, 0]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_bad_number_is_told_with_its_row_image_and_entry(bad):
+    values = np.zeros((5, 2), np.float16)
+    values[3, 1] = bad
+    embeds = Ragged.from_lengths(values, np.array([1, 1, 3]))
+    with pytest.raises(ValueError, match=r"'teacher_embeds', row 2 \(image 'i2'\), entry 1"):
+        check_finite(numbers(3), "teacher_embeds", embeds)
