@@ -158,7 +158,8 @@ def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str
 def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dataset:
     """Add columns, or replace those of the same name, beside what is on disk.
 
-    New columns are added before old ones go: datasets 5.2 cannot add to a table that once lost a whole added block.
+    New columns are added before old ones go: where all added columns have gone and another was cast, datasets 5.2 cannot
+    add one.
 
     Args:
         dataset (`datasets.Dataset`): Pictures in it are not copied, unless rows were selected from stored bytes before.
