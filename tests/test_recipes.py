@@ -80,7 +80,15 @@ def test_the_command_line_goes_before_the_file_and_numbers_are_numbers(tmp_path)
     (tmp_path / "recipe.yaml").write_text("seed: 3\nstudent: {learning_rate: 1e-5, freeze: [a, b], bf16: false}\n")
     recipe = parse_recipe([], tmp_path / "recipe.yaml")
     assert recipe.student.learning_rate == 1e-5 and recipe.student.freeze == ["a", "b"] and recipe.student.seed == 3
-    words = ["--student.learning_rate=2e-6", "--student.seed", "4", "--stages", "targets,student", "--student.freeze", "none"]
+    words = [
+        "--student.learning_rate=2e-6",
+        "--student.seed",
+        "4",
+        "--stages",
+        "targets,student",
+        "--student.freeze",
+        "none",
+    ]
     recipe = parse_recipe(words, tmp_path / "recipe.yaml")
     assert recipe.student.learning_rate == 2e-6 and (recipe.student.seed, recipe.teacher.seed) == (4, 3)
     assert recipe.run.stages == ["targets", "student"] and recipe.student.freeze == []
@@ -117,7 +125,10 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
         (["--train_fraction", "1.5"], r"train_fraction in \(0, 1\]"),
         (["--student.wise_ft_alpha", "2"], "wise_ft_alpha"),
         (["--teacher.cross_attention", "all"], "invalid choice"),
-        (["--student.cosine_distillation_loss_weight", "0", "--student.contrastive_loss_weight", "0"], "nothing to learn"),
+        (
+            ["--student.cosine_distillation_loss_weight", "0", "--student.contrastive_loss_weight", "0"],
+            "nothing to learn",
+        ),
         (["stray"], "--FIELD before 'stray'"),
     ],
 )

@@ -1,0 +1,232 @@
+"""Targets: computed once they are what the teacher says online, whatever the chunks, and only what changed is computed again."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+
+from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
+from modeling_dclip.data.collation import TeacherBatches
+from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.data.teacher_features import (
+    TeacherFeatures,
+    compute_features,
+    fingerprint_model,
+    fingerprint_processor,
+)
+from modeling_dclip.data.teacher_targets import add_teacher_targets
+
+# Two roundings to float16 (features, target) of numbers up to 1, each 2^-11 relative, through one small block.
+ATOL = 2e-3
+TEACHERS = {
+    "paper": {},
+    "one way": {"cross_attention": "text_to_image", "region_weighting": False},
+    "clusters": {"aggregation": "multi_cluster"},
+    "leak-free": {"cross_attention": "regions"},
+}
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_clip_dir):
+    return DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load_scenes("train", n=7, captions_per_image=3, image_size=40)
+
+
+def make_teacher(folder, **config):
+    torch.manual_seed(0)
+    teacher = DCLIPTeacher.from_clip(folder, **config)
+    with torch.no_grad():
+        for name, parameter in teacher.named_parameters():
+            if not name.startswith("clip."):  # as if trained: the leak-free block starts as the identity
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    return teacher.eval()
+
+
+def targets_of(dataset, teacher, processor, folder, **options):
+    options = {"keys": row_keys(dataset), "cache_dir": folder, "chunk_rows": 3, "batch_size": 2, **options}
+    return add_teacher_targets(dataset, teacher, processor, **options)
+
+
+@torch.no_grad()
+def online(teacher, processor, row):
+    count = len(row["captions"])
+    inputs = processor(
+        images=[row["image"]] * count,
+        text=row["captions"],
+        boxes=[row["boxes"]] * count,
+        box_scores=[row["box_scores"]] * count,
+    )
+    return teacher(**inputs)
+
+
+@pytest.mark.parametrize("config", TEACHERS.values(), ids=TEACHERS)
+def test_targets_computed_once_equal_targets_computed_online(tiny_clip_dir, scenes, processor, tmp_path, config):
+    teacher = make_teacher(tiny_clip_dir, **config)
+    dataset = targets_of(scenes, teacher, processor, tmp_path)
+    for row in dataset:
+        outputs = online(teacher, processor, row)
+        for name in ("teacher_embeds", "text_embeds"):
+            stored = torch.tensor(row[name])
+            torch.testing.assert_close(stored, getattr(outputs, name), rtol=0, atol=ATOL)
+            torch.testing.assert_close(stored.norm(dim=-1), torch.ones(3), rtol=0, atol=ATOL)
+        anchor = teacher.encode_images(processor(images=row["image"])["pixel_values"])[0]
+        torch.testing.assert_close(torch.tensor(row["anchor_embeds"]), anchor, rtol=0, atol=ATOL)
+
+
+def test_the_leak_free_teacher_says_the_same_for_every_caption_and_the_papers_does_not(
+    tiny_clip_dir, scenes, processor, tmp_path
+):
+    for name, alike in (("leak-free", True), ("paper", False)):
+        teacher = make_teacher(tiny_clip_dir, **TEACHERS[name])
+        embeds = np.array(targets_of(scenes, teacher, processor, tmp_path)["teacher_embeds"])
+        assert (np.abs(embeds - embeds[:, :1]).max() == 0) == alike
+
+
+def test_chunks_and_batches_change_nothing(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    first = targets_of(scenes, teacher, processor, tmp_path / "a")
+    second = targets_of(scenes, teacher, processor, tmp_path / "b", chunk_rows=7, batch_size=5, text_batch_size=4)
+    for name in ("teacher_embeds", "text_embeds", "anchor_embeds"):
+        np.testing.assert_allclose(np.array(second[name]), np.array(first[name]), rtol=0, atol=ATOL)
+
+
+def test_each_image_is_encoded_once_and_not_once_a_caption(tiny_clip_dir, scenes, processor, tmp_path, monkeypatch):
+    teacher = make_teacher(tiny_clip_dir)
+    encoded = []
+    encode_images = teacher.encode_images
+    monkeypatch.setattr(teacher, "encode_images", lambda pixels: encoded.append(len(pixels)) or encode_images(pixels))
+    targets_of(scenes, teacher, processor, tmp_path)
+    assert sum(encoded) == len(scenes) + sum(map(len, scenes["boxes"]))
+
+
+def test_without_a_teacher_only_the_frozen_clip_speaks(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir, cross_attention="none")
+    dataset = targets_of(scenes, teacher, processor, tmp_path, with_teacher=False)
+    assert "teacher_embeds" not in dataset.column_names
+    expected = targets_of(scenes, make_teacher(tiny_clip_dir), processor, tmp_path)
+    np.testing.assert_allclose(np.array(dataset["text_embeds"]), np.array(expected["text_embeds"]), rtol=0, atol=ATOL)
+
+
+def files(folder):
+    return {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_a_second_run_computes_nothing_and_a_changed_row_only_its_chunk(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    targets_of(scenes, teacher, processor, tmp_path)
+    before = files(tmp_path)
+    assert len(before) == 2 * 3  # features and targets of chunks of 3, 3 and 1
+    targets_of(scenes, teacher, processor, tmp_path)
+    assert files(tmp_path) == before
+    rows = scenes.with_format(None).to_dict()
+    rows["captions"][4] = [*rows["captions"][4][:2], "a red dog"]
+    targets_of(Dataset.from_dict(rows, features=scenes.features), teacher, processor, tmp_path)
+    after = files(tmp_path)
+    assert {name: after[name] for name in before} == before and len(after) == len(before) + 2
+
+
+def test_another_block_over_the_same_clip_computes_targets_only(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    targets_of(scenes, teacher, processor, tmp_path)
+    before = len(files(tmp_path))
+    with torch.no_grad():
+        teacher.text_to_image.norm.weight.mul_(1.5)
+    targets_of(scenes, teacher, processor, tmp_path)
+    assert len(files(tmp_path)) == before + 3
+
+
+def test_keys_of_models_and_processors_follow_what_they_compute(tiny_clip_dir, processor):
+    teacher, again = make_teacher(tiny_clip_dir), make_teacher(tiny_clip_dir)
+    again.config._name_or_path = "elsewhere"
+    assert fingerprint_model(teacher) == fingerprint_model(again)
+    again.config.attention_temperature = 1.0
+    assert fingerprint_model(teacher) != fingerprint_model(again)
+    key = fingerprint_processor(processor)
+    processor.tokenizer(["a", "a dog"], truncation=True, padding=True)  # a call's settings stay out of the key
+    assert fingerprint_processor(processor) == key
+
+
+def test_a_damaged_chunk_is_named(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    targets_of(scenes, teacher, processor, tmp_path)
+    victim = sorted(tmp_path.iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:50])
+    with pytest.raises(ValueError, match=f"{victim.name}' is damaged.*Delete the file"):
+        targets_of(scenes, teacher, processor, tmp_path)
+
+
+def test_a_teacher_that_answers_nan_is_told_by_image(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    with torch.no_grad():
+        teacher.text_to_image.norm.weight[0] = float("nan")
+    with pytest.raises(ValueError, match="'teacher_embeds', row 0 .image 'scenes-train-0-0'"):
+        targets_of(scenes, teacher, processor, tmp_path)
+
+
+def test_a_teachers_training_batch_is_what_it_would_compute_itself(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    keys = row_keys(scenes)
+    paths = compute_features(scenes, teacher, processor, keys=keys, cache_dir=tmp_path, chunk_rows=3)
+    batches = TeacherBatches(TeacherFeatures.load(paths), seed=2)
+    batch = batches.__getitems__([5, 1])
+    image_ids = batch.pop("image_ids")
+    embeds = teacher(**batch).teacher_embeds
+    for row, embed in zip(image_ids.tolist(), embeds, strict=True):
+        choices = online(teacher, processor, scenes[row]).teacher_embeds
+        assert (choices - embed).abs().max(dim=-1).values.min() < ATOL
+
+
+KILLED = textwrap.dedent(
+    """
+    import os, sys
+    from pathlib import Path
+    from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
+    from modeling_dclip.data import chunks
+    from modeling_dclip.data.columns import row_keys
+    from modeling_dclip.data.scenes import load_scenes
+    from modeling_dclip.data.teacher_targets import add_teacher_targets
+
+    teacher_dir, clip_dir, cache, die_after = sys.argv[1:]
+    written, write_chunk = [], chunks.write_chunk
+    def write_and_die(path, chunk):
+        write_chunk(path, chunk)
+        written.append(path.name)
+        if len(written) == int(die_after):
+            os.kill(os.getpid(), 9)
+    chunks.write_chunk = write_and_die
+    scenes = load_scenes("train", n=7, captions_per_image=3, image_size=40)
+    teacher = DCLIPTeacher.from_pretrained(teacher_dir)
+    processor = DCLIPTeacherProcessor.from_pretrained(clip_dir)
+    dataset = add_teacher_targets(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=Path(cache), chunk_rows=3, batch_size=2)
+    import json
+    print(json.dumps({"written": len(written), "teacher_embeds": dataset["teacher_embeds"][:]}))
+    """
+)
+
+
+def test_a_killed_run_goes_on_at_the_next_chunk(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    teacher.save_pretrained(tmp_path / "teacher")
+
+    def run(die_after):
+        arguments = [tmp_path / "teacher", tiny_clip_dir, tmp_path / "cache", die_after]
+        command = [sys.executable, "-c", KILLED, *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+    assert run(die_after=2).returncode == -9
+    finished = run(die_after=99)
+    assert finished.returncode == 0, finished.stderr[-3000:]
+    said = json.loads(finished.stdout.splitlines()[-1])
+    assert said["written"] == 4  # 3 chunks of features and 3 of targets, less the 2 there already
+    expected = targets_of(scenes, teacher, processor, tmp_path / "uninterrupted")
+    np.testing.assert_array_equal(np.array(said["teacher_embeds"]), np.array(expected["teacher_embeds"]))
