@@ -104,7 +104,7 @@ class Run:
         for split, (dataset, images) in self.sources.items():
             if self.recipe.regions.detector is not None and self.recipe.student.reads_teacher:
                 key_of = dict(zip(dataset["image_id"][:], images, strict=True))
-                dataset = attach_columns(dataset, load_from_disk(self.made("regions", split) / split))
+                dataset = attach_columns(dataset, load_from_disk(self.made("regions", split, "") / split))
                 images = [key_of[image_id] for image_id in dataset["image_id"][:]]
             data[split] = dataset, row_keys(dataset, images)
         return data
