@@ -1,0 +1,261 @@
+"""Trainers: what they log, what they save, what stays frozen, and two processes against one."""
+
+import doctest
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
+from modeling_dclip.data.collation import StudentBatches, TeacherBatches
+from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features
+from modeling_dclip.distillation import trainer as trainer_module
+from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments
+from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
+from modeling_dclip.distillation.student import fit_student, load_student
+from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer, interpolate_weights
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+
+
+@pytest.fixture(scope="module")
+def processor(tiny_clip_dir):
+    return DCLIPProcessor.from_pretrained(tiny_clip_dir)
+
+
+@pytest.fixture
+def data(distillation_data):
+    return load_from_disk(distillation_data)
+
+
+def student_arguments(folder, **options):
+    options = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 8,
+        "max_steps": 2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "learning_rate": 1e-3,
+        "disable_tqdm": True,
+        **options,
+    }
+    return StudentArguments(**options)
+
+
+def make_trainer(clip_dir, data, processor, args, **options):
+    model = load_student(str(clip_dir))
+    batches = StudentBatches(data, processor.image_processor, args.columns, width=16)
+    return StudentTrainer(model, args, batches, processor, {"student": {"seed": 0}}, **options)
+
+
+def text_state(model):
+    names = [name for name in model.state_dict() if not name.startswith(("vision_model.", "visual_projection."))]
+    return {name: model.state_dict()[name].clone() for name in names}
+
+
+def test_docstring_examples_hold():
+    assert doctest.testmod(trainer_module).failed == 0
+
+
+def test_the_loss_is_the_weighted_sum_of_the_logged_terms(tiny_clip_dir, data, processor, tmp_path):
+    args = student_arguments(
+        tmp_path, cosine_distillation_loss_weight=2.0, contrastive_loss_weight=0.5, temperature=0.1
+    )
+    trainer = make_trainer(tiny_clip_dir, data, processor, args)
+    trainer.train()
+    first, second = [log for log in trainer.state.log_history if "loss" in log]
+    for log in (first, second):
+        assert {"cosine_distillation_loss", "contrastive_loss"} <= log.keys()
+        total = 2 * log["cosine_distillation_loss"] + 0.5 * log["contrastive_loss"]
+        assert log["loss"] == pytest.approx(total, abs=1e-4)
+    assert "cosine_preservation_loss" not in first
+
+
+def test_the_first_step_has_the_loss_of_the_untouched_clip(tiny_clip_dir, data, processor, tmp_path):
+    trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, max_steps=1, seed=3))
+    seen = []
+    batches = trainer.train_dataset
+    collate = batches.collate
+    batches.collate = lambda rows, captions: seen.append(collate(rows, captions)) or seen[-1]
+    trainer.train()
+    with torch.no_grad():
+        model = load_student(str(tiny_clip_dir))
+        image_embeds = model.get_image_features(pixel_values=seen[0]["pixel_values"]).pooler_output
+    log = trainer.state.log_history[0]
+    expected = cosine_distillation_loss(image_embeds, seen[0]["teacher_embeds"])
+    assert log["cosine_distillation_loss"] == pytest.approx(float(expected), abs=1e-4)
+    expected = contrastive_loss(image_embeds, seen[0]["text_embeds"])
+    assert log["contrastive_loss"] == pytest.approx(float(expected), abs=1e-3)
+
+
+def test_a_step_runs_the_image_encoder_only_and_leaves_the_rest_untouched(
+    tiny_clip_dir, data, processor, tmp_path, monkeypatch
+):
+    args = student_arguments(tmp_path, save_strategy="steps", save_steps=1)
+    trainer = make_trainer(tiny_clip_dir, data, processor, args)
+    model = trainer.dual_encoder
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the text tower ran in a student's step")
+
+    monkeypatch.setattr(model.text_model, "forward", refuse)
+    before, vision = text_state(model), model.vision_model.post_layernorm.weight.clone()
+    trainer.train()
+    assert (model.vision_model.post_layernorm.weight != vision).any()
+    saved = DCLIPModel.from_pretrained(tmp_path / "checkpoint-2")
+    for state in (text_state(model), text_state(saved)):
+        assert state.keys() == before.keys()
+        assert all(torch.equal(state[name], before[name]) for name in before)
+    assert saved.config.freeze_text
+    assert not any(p.requires_grad for p in saved.train().text_model.parameters())
+
+
+def test_a_checkpoint_holds_the_dual_encoder_code_processor_and_arguments_but_no_teacher(
+    tiny_clip_dir, data, processor, tmp_path
+):
+    make_trainer(
+        tiny_clip_dir, data, processor, student_arguments(tmp_path, save_strategy="steps", save_steps=2)
+    ).train()
+    folder = tmp_path / "checkpoint-2"
+    names = {path.name for path in folder.iterdir()}
+    assert {
+        "config.json",
+        "model.safetensors",
+        "modeling_dclip.py",
+        "configuration_dclip.py",
+        "processing_dclip.py",
+    } <= names
+    assert {"tokenizer.json", "preprocessor_config.json", "processor_config.json", "arguments.yaml"} <= names
+    assert "training_args.bin" not in names and "modeling_dclip_teacher.py" not in names
+    assert yaml.safe_load((folder / "arguments.yaml").read_text()) == {"student": {"seed": 0}}
+    assert load_file(folder / "model.safetensors").keys() == load_student(str(tiny_clip_dir)).state_dict().keys()
+    config = load_student(str(tiny_clip_dir)).config.vision_config
+    assert DCLIPModel.from_pretrained(folder).config.vision_config.to_dict().keys() == config.to_dict().keys()
+
+
+def test_gradient_accumulation_averages_micro_batches(tiny_clip_dir, data, processor, tmp_path):
+    """Two micro-batches of 8 with a loss that is a mean over rows move the weights as one batch of 16 does."""
+    trained = []
+    for size, steps in ((16, 1), (8, 2)):
+        args = student_arguments(
+            tmp_path / str(size),
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps,
+            contrastive_loss_weight=0.0,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=1.0,
+        )
+        trainer = make_trainer(tiny_clip_dir, data, processor, args)
+        trainer.train()
+        trained.append(trainer.model.state_dict())
+    for name, weight in trained[0].items():
+        torch.testing.assert_close(trained[1][name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_checkpointing_and_freezing_go_together(tiny_clip_dir, data, processor, tmp_path):
+    args = student_arguments(
+        tmp_path, bf16=True, activation_checkpointing=True, freeze=["vision_model.encoder.layers.0.*"]
+    )
+    model = load_student(str(tiny_clip_dir))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer = fit_student(model, args, data, processor, {})
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith(("vision_model.", "visual_projection.")) for name in moved)
+    assert not any(name.startswith("vision_model.encoder.layers.0.") for name in moved)
+    assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
+    assert model.vision_model.post_layernorm.weight.dtype == torch.float32
+
+
+def test_interpolated_weights_lie_between_anchor_and_student(tiny_clip_dir, data, processor, tmp_path):
+    states = {}
+    for alpha in (1.0, 0.25):
+        model = load_student(str(tiny_clip_dir))
+        anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        fit_student(model, student_arguments(tmp_path / str(alpha), wise_ft_alpha=alpha), data, processor, {})
+        states[alpha] = load_file(tmp_path / str(alpha) / "model.safetensors")
+    for name, weight in anchor.items():
+        expected = 0.75 * weight + 0.25 * states[1.0][name]
+        torch.testing.assert_close(states[0.25][name], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "names", "message"), [(1.5, ["w"], "alpha in"), (0.5, ["v"], "in one only: .'v', 'w'")]
+)
+def test_interpolation_refuses_what_does_not_fit(alpha, names, message):
+    with pytest.raises(ValueError, match=message):
+        interpolate_weights({"w": torch.ones(1)}, {name: torch.ones(1) for name in names}, alpha)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_clip_dir, data, processor, tmp_path):
+    trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, contrastive_loss_weight=0.0))
+    with torch.no_grad():
+        trainer.model.visual_projection.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="cosine_distillation_loss is nan at step 1"):
+        trainer.train()
+
+
+def test_fewer_rows_than_a_batch_are_an_error(tiny_clip_dir, data, processor, tmp_path):
+    with pytest.raises(ValueError, match="at least one batch of 32 rows .1 processes., got 16"):
+        make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, per_device_train_batch_size=32))
+
+
+def test_validation_logs_every_term(tiny_clip_dir, data, processor, tmp_path):
+    args = student_arguments(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=8)
+    validation = StudentBatches(data, processor.image_processor, args.columns, width=16)
+    trainer = make_trainer(tiny_clip_dir, data, processor, args, eval_batches=validation)
+    trainer.train()
+    (log, _) = [log for log in trainer.state.log_history if "eval_loss" in log]
+    total = log["eval_cosine_distillation_loss"] + log["eval_contrastive_loss"]
+    assert log["eval_loss"] == pytest.approx(total, abs=1e-4)
+
+
+@pytest.mark.parametrize("cross_attention", ["bidirectional", "regions"])
+def test_a_teacher_trains_its_block_and_learns(tiny_clip_dir, data, tmp_path, cross_attention):
+    torch.manual_seed(0)
+    teacher = DCLIPTeacher.from_clip(tiny_clip_dir, cross_attention=cross_attention)
+    processor = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
+    clip = {name: tensor.clone() for name, tensor in teacher.clip.state_dict().items()}
+    paths = compute_features(data, teacher, processor, keys=row_keys(data), cache_dir=tmp_path / "cache")
+    args = TeacherArguments(
+        output_dir=str(tmp_path / "teacher"),
+        per_device_train_batch_size=16,
+        max_steps=30,
+        logging_steps=5,
+        save_strategy="no",
+        use_cpu=True,
+        learning_rate=1e-2,
+        disable_tqdm=True,
+        loss_temperature=0.05,
+    )
+    trainer = TeacherTrainer(teacher, args, TeacherBatches(TeacherFeatures.load(paths)), processor, {})
+    trainer.train()
+    losses = [log["contrastive_loss"] for log in trainer.state.log_history if "contrastive_loss" in log]
+    assert losses[-1] < losses[0] - 0.3
+    assert all(torch.equal(tensor, clip[name]) for name, tensor in teacher.clip.state_dict().items())
+    trainer.save_model()
+    again = DCLIPTeacher.from_pretrained(tmp_path / "teacher")
+    assert all(torch.equal(tensor, teacher.state_dict()[name]) for name, tensor in again.state_dict().items())
+    assert not any(parameter.requires_grad for parameter in again.train().clip.parameters())
+
+
+def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, tmp_path, launch):
+    script = Path(__file__).with_name("run_student.py")
+    results = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        launch(script, processes, tiny_clip_dir, distillation_data, folder, processes)
+        results.append(load_file(folder / "results.safetensors"))
+    alone, shared = results
+    assert alone.keys() == shared.keys()
+    assert sum(name.startswith("loss/") for name in alone) >= 2 * 5
+    for name, value in alone.items():
+        torch.testing.assert_close(
+            shared[name], value, rtol=1e-4, atol=2e-6, msg=lambda message, name=name: f"{name}: {message}"
+        )
