@@ -7,38 +7,18 @@ Benchmarks: `retrieval=SPEC` (a caption source, e.g. karpathy:dataset_coco.json:
 """
 
 import argparse
-import inspect
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModel, AutoProcessor, set_seed
+from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
-from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.specs import Source, parse_spec
-from modeling_dclip.evaluation.provenance import dataset_fingerprint, model_revision
-from modeling_dclip.evaluation.results import make_record, render_table, write_results
-from modeling_dclip.evaluation.retrieval import evaluate_retrieval
+from modeling_dclip.evaluation.benchmarks import DEFAULT_SPECS, benchmark_record, evaluate_model, load_benchmark
+from modeling_dclip.evaluation.results import render_table, write_results
 from modeling_dclip.evaluation.tradeoff import compare_to_anchor
-from modeling_dclip.evaluation.zero_shot import SOURCES as LABELLED_SOURCES
-from modeling_dclip.evaluation.zero_shot import evaluate_zero_shot, load_classification
-
-DEFAULT_SPECS = {"retrieval": "scenes:test", "zero_shot": "scenes:test"}
-
-
-class Benchmark(NamedTuple):
-    """A loaded benchmark: `evaluate(model, processor)` gives its metrics."""
-
-    name: str
-    split: str | None
-    fingerprint: str
-    evaluate: Any
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -73,49 +53,23 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
-    """Give the split a spec names, or the default; `None` where the source has no splits."""
-    source, fields, *_ = parse_spec(spec, sources, counted=True)
-    bound = inspect.signature(source.build).bind(*fields)
-    bound.apply_defaults()
-    return bound.arguments.get("split")
-
-
-def read_lines(path: str) -> list[str]:
+def read_lines(path: str | None) -> list[str] | None:
+    if path is None:
+        return None
     return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-def load_benchmark(benchmark: str, arguments: argparse.Namespace) -> Benchmark:
-    kind, _, spec = benchmark.partition("=")
-    spec = spec or DEFAULT_SPECS[kind]
-    options = {key: getattr(arguments, key) for key in ("batch_size", "device", "num_workers")}
-    if kind == "retrieval":
-        dataset, split = load_captions(spec, seed=arguments.seed), split_of(spec, CAPTION_SOURCES)
-        evaluate = partial(evaluate_retrieval, dataset=dataset, **options)
-    else:
-        dataset, class_names, templates = load_classification(spec)
-        split = split_of(spec, LABELLED_SOURCES)
-        options["class_names"] = read_lines(arguments.class_names) if arguments.class_names else class_names
-        options["templates"] = read_lines(arguments.templates) if arguments.templates else templates
-        evaluate = partial(evaluate_zero_shot, dataset=dataset, **options)
-    return Benchmark(f"{kind}={spec}", split, dataset_fingerprint(dataset), evaluate)
-
-
-def evaluate_model(name: str, benchmarks: Sequence[Benchmark], trust: bool) -> tuple[list[dict[str, Any]], str]:
-    """Give the result of every benchmark, and the model's revision."""
-    model = AutoModel.from_pretrained(name, trust_remote_code=trust, dtype=torch.float32)
-    processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust, backend="pil")
-    results = [benchmark.evaluate(model, processor) for benchmark in benchmarks]
-    return results, model_revision(name, model)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     set_seed(arguments.seed)
     command = shlex.join(["eval.py", *(sys.argv[1:] if argv is None else argv)])
-    benchmarks = [load_benchmark(benchmark, arguments) for benchmark in arguments.benchmark]
+    options = {key: getattr(arguments, key) for key in ("batch_size", "device", "num_workers", "seed")}
+    options |= {key: read_lines(getattr(arguments, key)) for key in ("class_names", "templates")}
+    benchmarks = [load_benchmark(benchmark, **options) for benchmark in arguments.benchmark]
     names = [name for name in (arguments.anchor, arguments.model) if name is not None]
-    evaluated = {name: evaluate_model(name, benchmarks, arguments.trust_remote_code) for name in names}
+    evaluated = {
+        name: evaluate_model(name, benchmarks, trust_remote_code=arguments.trust_remote_code) for name in names
+    }
     records = []
     for name, (results, revision) in evaluated.items():
         for index, (benchmark, result) in enumerate(zip(benchmarks, results, strict=True)):
@@ -124,22 +78,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 anchor_results, anchor_revision = evaluated[arguments.anchor]
                 intervals = compare_to_anchor(result, anchor_results[index], seed=arguments.seed)
                 comparison = {"anchor": arguments.anchor, "anchor_revision": anchor_revision, **intervals}
-            records.append(
-                make_record(
-                    model=name,
-                    label=arguments.label if name == arguments.model else None,
-                    benchmark=benchmark.name,
-                    metrics={key: value for key, value in result.items() if isinstance(value, float)},
-                    n=result["n"],
-                    n_captions=result.get("n_captions"),
-                    seed=arguments.seed,
-                    split=benchmark.split,
-                    revision=revision,
-                    dataset_fingerprint=benchmark.fingerprint,
-                    command=command,
-                    comparison=comparison,
-                )
-            )
+            fields = {"label": arguments.label if name == arguments.model else None, "comparison": comparison}
+            fields |= {"model": name, "seed": arguments.seed, "revision": revision, "command": command}
+            records.append(benchmark_record(benchmark, result, **fields))
     write_results(arguments.output, records)
     print(render_table(records))
     print(f"\nWritten to {arguments.output}")
