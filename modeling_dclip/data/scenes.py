@@ -10,6 +10,7 @@ downloaded; the same split, seed and index give the same pixels and sentences on
 """
 
 import io
+import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from tqdm.auto import tqdm
 from transformers import CLIPTokenizer
 
@@ -176,6 +179,24 @@ def train_tokenizer(
         sentences = [template.format(name) for template in TEMPLATES for name in CLASS_NAMES]
         for scene, rng in iterate_scenes("pretrain", 2000, seed=0, singles=0.3):
             sentences += [*detailed_captions(scene, rng), coarse_caption(scene, rng)]
-    tokenizer = CLIPTokenizer().train_new_from_iterator(sentences, vocab_size=vocab_size, show_progress=False)
-    tokenizer.model_max_length = model_max_length
-    return tokenizer
+    sentences = list(sentences)
+    clip = CLIPTokenizer()
+    backend = clip.backend_tokenizer
+    words = {
+        word
+        for sentence in set(sentences)
+        for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(sentence))
+    }
+    # The trainer numbers characters in the order of a hash map, another one every time, and breaks ties by number. Named
+    # as special tokens they are numbered first, in this order.
+    characters = [*sorted(ByteLevel.alphabet()), *sorted({f"{word[-1]}</w>" for word in words})]
+    trainer = BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[clip.bos_token, clip.eos_token, *characters],
+        end_of_word_suffix="</w>",
+        show_progress=False,
+    )
+    backend.train_from_iterator(sentences, trainer)
+    learned = json.loads(backend.to_str())["model"]
+    merges = [tuple(merge) for merge in learned["merges"]]
+    return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=model_max_length)

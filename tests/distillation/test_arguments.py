@@ -1,0 +1,73 @@
+"""Arguments: each field says what it is, and what decides a result is told from what does not."""
+
+import dataclasses
+import doctest
+
+import pytest
+
+from modeling_dclip import DCLIPTeacherConfig
+from modeling_dclip.distillation import arguments, recipes
+from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments, deciding_fields
+from modeling_dclip.distillation.recipes import SECTIONS, describe_fields
+
+
+def test_docstring_examples_hold():
+    assert doctest.testmod(arguments).failed == doctest.testmod(recipes).failed == 0
+
+
+@pytest.mark.parametrize("kind", [arguments.RunArguments, *SECTIONS.values()], ids=lambda kind: kind.__name__)
+def test_every_field_says_what_it_is(kind):
+    for field in dataclasses.fields(kind):
+        assert not field.init or len(field.metadata.get("help", "")) > 5, f"{kind.__name__}.{field.name}"
+
+
+def test_help_lists_every_field_of_ours():
+    text = describe_fields()
+    for name in (
+        "--seed",
+        "--anchor.vision_config",
+        "--teacher.text_share",
+        "--student.wise_ft_alpha",
+        "--targets.chunk_rows",
+    ):
+        assert f"{name} (default" in text
+
+
+def test_the_teachers_section_holds_every_choice_of_its_config():
+    own = {f.name for f in dataclasses.fields(DCLIPTeacherConfig)} - {"clip_config", "layer_norm_eps"}
+    inherited = {f.name for f in dataclasses.fields(DCLIPTeacherConfig.__mro__[1])}
+    architecture = TeacherArguments(output_dir="x").architecture()
+    assert architecture.keys() == own - inherited
+    config = DCLIPTeacherConfig()
+    assert architecture == {name: getattr(config, name) for name in architecture}
+
+
+def test_only_fields_that_decide_the_result_count():
+    plain = deciding_fields(StudentArguments(output_dir="a"))
+    loud = StudentArguments(
+        output_dir="b", logging_steps=1, save_strategy="no", dataloader_num_workers=2, image_cache_mib=1
+    )
+    assert deciding_fields(loud) == plain
+    for change in ({"learning_rate": 1e-3}, {"seed": 1}, {"freeze": ["a"]}, {"temperature": 0.1}, {"bf16": True, "use_cpu": True}):
+        assert deciding_fields(StudentArguments(output_dir="a", **change)) != plain
+
+
+@pytest.mark.parametrize(
+    ("weights", "columns"),
+    [
+        ({}, ["teacher_embeds", "text_embeds"]),
+        ({"cosine_distillation_loss_weight": 0.0}, ["text_embeds"]),
+        ({"contrastive_loss_weight": 0.0}, ["teacher_embeds"]),
+        ({"cosine_preservation_loss_weight": 0.3}, ["teacher_embeds", "text_embeds", "anchor_embeds"]),
+        (
+            {
+                "cosine_distillation_loss_weight": 0.0,
+                "contrastive_loss_weight": 0.0,
+                "similarity_distillation_loss_weight": 1.0,
+            },
+            ["teacher_embeds", "text_embeds"],
+        ),
+    ],
+)
+def test_only_the_columns_that_a_loss_reads_are_asked_for(weights, columns):
+    assert StudentArguments(output_dir="x", **weights).columns == columns
