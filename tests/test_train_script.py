@@ -1,0 +1,70 @@
+"""train.py as users start it: through accelerate, with help, with a recipe, and with a word that is wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_dclip import DCLIPModel
+
+ROOT = Path(__file__).parents[1]
+TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+def train(*words, launcher=()):
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, words)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
+
+
+def test_help_names_every_section_and_starts_nothing():
+    shown = train("--help")
+    assert shown.returncode == 0, shown.stderr[-2000:]
+    for name in (
+        "--recipe FILE",
+        "--stages",
+        "Section anchor:",
+        "Section student:",
+        "--student.temperature (default 0.05)",
+    ):
+        assert name in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--student.learning_rat", "1"], "Did you mean 'student.learning_rate'?"),
+        (["--recipe", "nowhere.yaml"], "No recipe at 'nowhere.yaml'"),
+        (["--recipe"], "Expected a file after --recipe"),
+    ],
+)
+def test_a_wrong_word_ends_with_one_clear_line(words, message):
+    if "--recipe" not in words:
+        words = ["--recipe", ROOT / "recipes" / "dclip_vitb16.yaml", *words]
+    ended = train(*words)
+    assert ended.returncode == 1 and message in ended.stderr.strip().splitlines()[-1]
+    assert "Traceback" not in ended.stderr
+
+
+def test_a_recipe_runs_through_accelerate_and_says_where_it_wrote(tmp_path):
+    steps = {"use_cpu": True, "per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no"}
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "train_datasets": ["scenes:train,n=8,image_size=32,captions_per_image=1"],
+        "anchor": {"vision_config": {**TOWER, "image_size": 32, "patch_size": 16}, "text_config": TOWER, **steps},
+        "student": {"cosine_distillation_loss_weight": 0.0, **steps},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    ended = train("--recipe", path, launcher=launcher)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    for stage in ("anchor", "targets", "student"):
+        assert f"{stage}: wrote {tmp_path / 'run' / stage}" in ended.stderr
+    assert DCLIPModel.from_pretrained(tmp_path / "run" / "student").config.freeze_text
+    again = train("--recipe", path, "--stages", "student")
+    assert again.returncode == 0 and "student: already finished" in again.stderr
