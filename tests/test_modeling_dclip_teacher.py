@@ -81,6 +81,14 @@ def test_the_papers_teacher_trains_exactly_its_number_of_parameters(width, expec
     assert sum(weight.numel() for weight in trainable(teacher).values()) == expected
 
 
+def test_the_default_teacher_is_vit_b16_with_the_papers_number_of_parameters():
+    with torch.device("meta"):
+        teacher = DCLIPTeacher(DCLIPTeacherConfig())
+    assert sum(weight.numel() for weight in trainable(teacher).values()) == 2_103_296
+    vision = teacher.clip.vision_model
+    assert len(vision.encoder.layers) == 12 and vision.embeddings.position_embedding.weight.shape == (197, 768)
+
+
 @pytest.mark.parametrize(
     ("cross_attention", "modules"),
     [
