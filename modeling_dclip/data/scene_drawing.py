@@ -54,6 +54,7 @@ class Scene:
 
 
 def random_group(rng: random.Random) -> Group:
+    """One group with every attribute drawn from `rng`; one object is likelier than three."""
     return Group(
         shape=rng.choice(SHAPES),
         colour=rng.choice(tuple(COLOURS)),
