@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import yaml
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from transformers import Trainer, TrainerCallback
@@ -71,6 +72,8 @@ class BatchesTrainer(Trainer):
                 "per_device_train_batch_size."
             )
         self.processor, self.resolved_arguments = processor, resolved_arguments
+        # One process trains several stages, and each may have another precision; accelerate keeps the first one's.
+        AcceleratorState._reset_state()
         self._sums: dict[str, dict[str, torch.Tensor]] = {"": {}, "eval_": {}}
         self._counts = {"": 0, "eval_": 0}
         super().__init__(

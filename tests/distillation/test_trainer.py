@@ -172,6 +172,17 @@ def test_bfloat16_checkpointing_and_freezing_go_together(tiny_clip_dir, data, pr
     assert model.vision_model.post_layernorm.weight.dtype == torch.float32
 
 
+def test_stages_of_one_process_may_differ_in_precision(tiny_clip_dir, data, processor, tmp_path):
+    losses = {}
+    for bf16 in (False, True, False):
+        trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, bf16=bf16, max_steps=1))
+        assert trainer.accelerator.mixed_precision == ("bf16" if bf16 else "no")
+        trainer.train()
+        losses.setdefault(bf16, []).append(trainer.state.log_history[0]["loss"])
+    assert losses[False][0] == losses[False][1] != losses[True][0]
+    assert losses[True][0] == pytest.approx(losses[False][0], rel=0.05)
+
+
 def test_interpolated_weights_lie_between_anchor_and_student(tiny_clip_dir, data, processor, tmp_path):
     states = {}
     for alpha in (1.0, 0.25):
