@@ -1,5 +1,6 @@
 """A recipe at work: what its stages share, read when first asked for."""
 
+import json
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from datasets import Dataset, load_from_disk
 from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.captions import karpathy_test_ids, load_mix, split_train_validation
 from modeling_dclip.data.columns import attach_columns, combine_keys, image_keys, row_keys
+from modeling_dclip.data.pixels import PixelReader
 from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
 from modeling_dclip.distillation.arguments import STAGES
 from modeling_dclip.distillation.recipes import Recipe
@@ -20,15 +22,25 @@ from modeling_dclip.processing_dclip import DCLIPProcessor
 logger = logging.getLogger(__name__)
 
 
+class SharedData:
+    """What several runs of one process need not read twice: captioned images and their pixels, by what selects them."""
+
+    def __init__(self):
+        self.sources: dict[str, dict[str, tuple[Dataset, list[str]]]] = {}
+        self.pixels: dict[tuple, PixelReader] = {}
+
+
 class Run:
     """A recipe with what its stages share, read when first asked for.
 
     Args:
         recipe ([`Recipe`]): Parsed.
+        shared ([`SharedData`], *optional*): Of runs before it in this process.
     """
 
-    def __init__(self, recipe: Recipe):
+    def __init__(self, recipe: Recipe, shared: SharedData | None = None):
         self.recipe = recipe
+        self.shared = SharedData() if shared is None else shared
         self.folder = Path(recipe.run.output_dir)
         self.cache_dir = Path(recipe.run.cache_dir or self.folder / "cache")
 
@@ -38,12 +50,18 @@ class Run:
         recipe = self.recipe
         needed = {
             "anchor": recipe.run.clip_model is None,
-            "regions": recipe.regions.detector is not None and recipe.student.reads_teacher,
+            "regions": self.uses_detector,
             "teacher": recipe.student.reads_teacher and recipe.run.teacher_model is None,
             "targets": True,
             "student": True,
         }
         return [name for name in STAGES if (name in recipe.run.stages if recipe.run.stages else needed[name])]
+
+    @property
+    def uses_detector(self) -> bool:
+        """Whether rows go through the detector: for the teacher, or because it leaves bad images out."""
+        regions = self.recipe.regions
+        return regions.detector is not None and (self.recipe.student.reads_teacher or regions.on_bad_image == "skip")
 
     @property
     def clip_path(self) -> str:
@@ -61,6 +79,11 @@ class Run:
         return self.recipe.run.teacher_model or str(self.made("teacher", "config.json", "teacher_model"))
 
     def made(self, stage: str, file: str, instead: str) -> Path:
+        """The folder of a stage that `file` shows to be done.
+
+        Raises:
+            FileNotFoundError: If it is not there; the message says which stage to run, or which field to set instead.
+        """
         if not (self.folder / stage / file).exists():
             raise FileNotFoundError(
                 f"No {file} in '{self.folder / stage}': run the stage {stage!r} first"
@@ -78,31 +101,38 @@ class Run:
     def sources(self) -> dict[str, tuple[Dataset, list[str]]]:
         """The captioned images as loaded, by split, with the keys of their images."""
         run = self.recipe.run
+        validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
         if not run.train_datasets:
             raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
-        excluded = set().union(*(karpathy_test_ids(path) for path in run.exclude_karpathy))
-        dataset = load_mix(run.train_datasets, seed=run.seed, exclude_ids=excluded)
-        if self.recipe.regions.ignore_boxes:
-            dataset = dataset.remove_columns(
-                [name for name in ("boxes", "box_scores") if name in dataset.column_names]
-            )
-        splits = {"train": dataset}
-        validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
-        if run.train_fraction < 1:
-            splits["train"], validation = split_train_validation(dataset, run.train_fraction, run.seed)
-            splits |= {"validation": validation} if validates else {}
-        elif validates:
+        if validates and run.train_fraction == 1:
             raise ValueError(
                 "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or eval_strategy to no."
             )
-        return {split: (rows, image_keys(rows)) for split, rows in splits.items()}
+        selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
+        key = json.dumps([*selection, self.recipe.regions.ignore_boxes, validates])
+        if key not in self.shared.sources:
+            splits = self._load(validates)
+            self.shared.sources[key] = {split: (rows, image_keys(rows)) for split, rows in splits.items()}
+        return self.shared.sources[key]
+
+    def _load(self, validates: bool) -> dict[str, Dataset]:
+        run = self.recipe.run
+        excluded = set().union(*(karpathy_test_ids(path) for path in run.exclude_karpathy))
+        dataset = load_mix(run.train_datasets, seed=run.seed, exclude_ids=excluded)
+        if self.recipe.regions.ignore_boxes:
+            own = [name for name in ("boxes", "box_scores") if name in dataset.column_names]
+            dataset = dataset.remove_columns(own)
+        if run.train_fraction == 1:
+            return {"train": dataset}
+        train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
+        return {"train": train, **({"validation": validation} if validates else {})}
 
     @cached_property
     def data(self) -> dict[str, tuple[Dataset, list[str]]]:
         """The captioned images with their regions, by split, and the keys of their rows."""
         data = {}
         for split, (dataset, images) in self.sources.items():
-            if self.recipe.regions.detector is not None and self.recipe.student.reads_teacher:
+            if self.uses_detector:
                 key_of = dict(zip(dataset["image_id"][:], images, strict=True))
                 dataset = attach_columns(dataset, load_from_disk(self.made("regions", split, "") / split))
                 images = [key_of[image_id] for image_id in dataset["image_id"][:]]
@@ -113,6 +143,14 @@ class Run:
     def data_keys(self) -> dict[str, str]:
         """One key of all rows, by split."""
         return {split: combine_keys(keys) for split, (_, keys) in self.data.items()}
+
+    def pixels(self, image_processor: Any, cache_mib: int) -> PixelReader:
+        """Reads the training rows' pixels."""
+        settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+        key = (self.data_keys["train"], settings, cache_mib)
+        if key not in self.shared.pixels:
+            self.shared.pixels[key] = PixelReader(self.data["train"][0], image_processor, cache_mib)
+        return self.shared.pixels[key]
 
     def record(self, stage: str, inputs: dict[str, Any]) -> StageRecord:
         """The record of a stage of this run."""

@@ -20,7 +20,7 @@ from modeling_dclip.data.teacher_targets import add_teacher_targets
 from modeling_dclip.distillation.arguments import deciding_fields
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.records import RECORD_NAME, finished_inputs
-from modeling_dclip.distillation.run import Run
+from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.student import fit_student, load_student, train_or_resume
 from modeling_dclip.distillation.trainer import AnchorTrainer, TeacherTrainer
 from modeling_dclip.modeling_dclip import DCLIPModel
@@ -32,8 +32,12 @@ logger = logging.getLogger(__name__)
 TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds")
 
 
-def run_stages(recipe: Recipe) -> Path:
+def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     """Run a recipe's stages; finished ones are skipped, interrupted ones go on.
+
+    Args:
+        recipe ([`Recipe`]): Parsed.
+        shared ([`SharedData`], *optional*): One for several runs in a process, so that images are read once.
 
     Returns:
         `Path`: The run's folder.
@@ -42,7 +46,7 @@ def run_stages(recipe: Recipe) -> Path:
         FileNotFoundError: If a stage needs one that was not run.
         ValueError: If a stage's folder was made from other inputs, or an input is wrong.
     """
-    run = Run(recipe)
+    run = Run(recipe, shared)
     logger.info("Stages: %s, in %s", ", ".join(run.stages), run.folder)
     for name in run.stages:
         _STAGES[name](run)
@@ -233,7 +237,7 @@ def train_student(run: Run) -> None:
     processor = DCLIPProcessor.from_pretrained(run.clip_path)
     fit_student(
         model, args, data["train"], processor, recipe.resolved("regions", "teacher", "targets", "student"),
-        validation=data.get("validation"),
+        validation=data.get("validation"), pixels=run.pixels(processor.image_processor, args.image_cache_mib),
     )  # fmt: skip
     record.finish()
 

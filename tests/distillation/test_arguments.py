@@ -48,7 +48,13 @@ def test_only_fields_that_decide_the_result_count():
         output_dir="b", logging_steps=1, save_strategy="no", dataloader_num_workers=2, image_cache_mib=1
     )
     assert deciding_fields(loud) == plain
-    for change in ({"learning_rate": 1e-3}, {"seed": 1}, {"freeze": ["a"]}, {"temperature": 0.1}, {"bf16": True, "use_cpu": True}):
+    for change in (
+        {"learning_rate": 1e-3},
+        {"seed": 1},
+        {"freeze": ["a"]},
+        {"temperature": 0.1},
+        {"bf16": True, "use_cpu": True},
+    ):
         assert deciding_fields(StudentArguments(output_dir="a", **change)) != plain
 
 

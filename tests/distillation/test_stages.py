@@ -9,12 +9,16 @@ import textwrap
 import pytest
 import torch
 import yaml
-from datasets import load_from_disk
+from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
+from modeling_dclip.data.captions import load_mix
+from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.distillation import run as run_module
 from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.distillation.records import last_checkpoint
+from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -142,7 +146,42 @@ def test_a_trained_teacher_can_be_taken_from_elsewhere(finished, tmp_path):
     assert equal(weights(out / "student"), weights(source / "student"))
 
 
-def test_regions_come_from_a_detector_and_rows_it_skips_stay_out(finished, tmp_path):
+def test_runs_of_one_process_read_their_images_once(finished, tmp_path, monkeypatch):
+    loaded = []
+    monkeypatch.setattr(
+        run_module, "load_mix", lambda *args, **kwargs: loaded.append(args) or load_mix(*args, **kwargs)
+    )
+    source, shared, outs = finished / "run", SharedData(), []
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        path = write_recipe(tmp_path / name, clip_model=str(source / "anchor"))
+        outs.append(run_stages(parse_recipe([], path), shared))
+    assert len(loaded) == 1 and len(shared.pixels) == 1
+    for out in outs:
+        assert equal(weights(out / "student"), weights(source / "student"))
+
+
+def test_an_unreadable_image_stays_out_of_every_arm_where_bad_images_are_skipped(finished, tmp_path):
+    scenes = load_scenes("train", n=9, image_size=32, captions_per_image=2).remove_columns("coarse_caption")
+    rows = scenes.with_format(None).to_dict()
+    rows["image"][3]["bytes"] = rows["image"][3]["bytes"][:150]
+    Dataset.from_dict(rows, features=scenes.features).to_parquet(tmp_path / "scenes.parquet")
+    common = {"clip_model": str(finished / "run" / "anchor"), "train_datasets": [f"parquet:{tmp_path}/scenes.parquet"]}
+    for weight in (1.0, 0.0):
+        regions = {"detector": "grid:1x2", "on_bad_image": "skip"}
+        student = {**RECIPE["student"], "cosine_distillation_loss_weight": weight}
+        out = run(
+            write_recipe(tmp_path, regions=regions, student=student, **common), "--output_dir", f"{tmp_path}/{weight}"
+        )
+        assert load_from_disk(out / "targets" / "train")["image_id"][:] == [
+            i for i in rows["image_id"] if not i.endswith("-3")
+        ]
+        assert json.loads((out / "regions" / "train_report.json").read_text())["skipped_images"] == 1
+    with pytest.raises(ValueError, match="cannot be read.*on_bad_image"):
+        run(write_recipe(tmp_path, **common), "--output_dir", f"{tmp_path}/raises")
+
+
+def test_regions_come_from_a_detector(finished, tmp_path):
     regions = {"detector": "grid:2x2", "max_regions": 3}
     path = write_recipe(tmp_path, regions=regions, clip_model=str(finished / "run" / "anchor"))
     out = run(path)
