@@ -5,34 +5,88 @@
     ... --stages teacher,student                                     some stages only
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
-Finished stages are recognised and skipped; interrupted ones go on where they were.
+Finished stages are recognised and skipped; interrupted ones go on where they were. A recipe with `arms` and `seeds` trains every arm with every
+seed; one with `evaluate` then measures them beside the anchor and says where it wrote.
 """
 
 import logging
+import shlex
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
 
-from modeling_dclip.distillation.recipes import Recipe, describe_fields, parse_recipe
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_arms, parse_recipe
+from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
+from modeling_dclip.evaluation.arms import evaluate_arms
+from modeling_dclip.evaluation.attention import draw_teacher_attention
+from modeling_dclip.evaluation.results import render_table
+from modeling_dclip.evaluation.tables import render_summary
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
 
-def read_recipe(words: list[str]) -> Recipe:
-    """The recipe that a command line asks for; a wrong word ends the script with one line that says so."""
-    path = DEMO
-    try:
-        if "--recipe" in words:
-            position = words.index("--recipe")
-            if position + 1 == len(words):
-                raise ValueError("Expected a file after --recipe, got nothing.")
-            path = Path(words[position + 1])
-            words = [*words[:position], *words[position + 2 :]]
-        return parse_recipe(words, path)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(str(error))
+# Runs in a process of its own, in which the package is not imported: the code comes with the folder.
+RELOAD = """
+import sys
+from transformers import AutoModel, AutoProcessor
+for folder in sys.argv[1:]:
+    model = AutoModel.from_pretrained(folder, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    print(f"loaded {type(model).__name__} and {type(processor).__name__} from {folder}")
+"""
+
+
+def read_recipe(words: list[str]) -> tuple[list[str], Path]:
+    """The command line without its recipe file, and that file."""
+    if "--recipe" not in words:
+        return words, DEMO
+    position = words.index("--recipe")
+    if position + 1 == len(words):
+        raise ValueError("Expected a file after --recipe, got nothing.")
+    return [*words[:position], *words[position + 2 :]], Path(words[position + 1])
+
+
+def train_runs(runs: Sequence[ArmRun], words: list[str], path: Path) -> str:
+    """Run every arm's stages; returns the folder or id of the CLIP they all start from."""
+    shared = SharedData()
+    whole = parse_recipe(words, path)
+    if runs[0].recipe.run.clip_model is not None and whole.run.clip_model is None:
+        whole.run.stages = ["anchor"]
+        run_stages(whole, shared)
+    for run in runs:
+        if len(runs) > 1:
+            logging.info("\n=== %s, seed %d", run.arm, run.seed)
+        run_stages(run.recipe, shared)
+    return Run(runs[0].recipe).clip_path
+
+
+def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
+    """Evaluate all runs beside their anchor, draw a teacher's attention, load what was saved in a fresh process."""
+    first = runs[0].recipe.run
+    arms: dict[str, dict[int, str]] = {}
+    for run in runs:
+        student = Path(run.recipe.run.output_dir) / "student"
+        if (student / "config.json").exists():
+            arms.setdefault(run.arm, {})[run.seed] = str(student)
+    options = {"baseline": first.baseline, "command": shlex.join(["train.py", *sys.argv[1:]])}
+    summary = evaluate_arms(arms, anchor, first.evaluate, folder, device=PartialState().device, **options)
+    kinds = [name.partition("=")[0] for name in first.evaluate]
+    print("\n" + (render_summary(summary) if {"retrieval", "zero_shot"} <= set(kinds) else render_table(summary)))
+    folders = [next(iter(seeds.values())) for seeds in list(arms.values())[-1:]]
+    teachers = [Path(run.recipe.run.output_dir) / "teacher" for run in runs]
+    teachers = {str(teacher): None for teacher in teachers if (teacher / "config.json").exists()}
+    captions = [name.partition("=")[2] for name in first.evaluate if name.startswith("retrieval=")]
+    if teachers and captions and "boxes" in (dataset := load_captions(captions[0])).column_names:
+        for teacher in teachers:
+            draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
+    if folders:
+        subprocess.run([sys.executable, "-c", RELOAD, *folders, *list(teachers)[-1:]], check=True, cwd=Path.home())
+    print(f"\nWritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
 def main(words: list[str]) -> None:
@@ -40,12 +94,17 @@ def main(words: list[str]) -> None:
     if "--help" in words or "-h" in words:
         print(f"{__doc__}\n  --recipe FILE (default {DEMO.relative_to(Path(__file__).parent)})\n\n{describe_fields()}")
         return
-    recipe = read_recipe(words)
-    level = logging.INFO if PartialState().is_main_process else logging.WARNING
-    logging.basicConfig(level=level, format="%(message)s")
+    try:
+        words, path = read_recipe(words)
+        runs = expand_arms(words, path)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(str(error))
+    state = PartialState()
+    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    run_stages(recipe)
-    # Evaluation joins distillation here: `recipe.run.evaluate` lists the benchmarks.
+    anchor = train_runs(runs, words, path)
+    if state.is_main_process and runs[0].recipe.run.evaluate:
+        report(runs, anchor, Path(parse_recipe(words, path).run.output_dir) / "results")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,12 @@ class RunArguments:
         "Where regions, features and targets are cached by content. Defaults to OUTPUT_DIR/cache."
     )
     seed: int = _help("Of everything that is drawn; a section's own seed goes before.", 0)
+    seeds: list[int] = _help("Run once with each, into OUTPUT_DIR/ARM/seed-N; by default once, with seed.", [])
+    arms: dict[str, Any] | str | None = _help(
+        "Variants of this recipe to compare: name -> fields and sections over this recipe's. They share one anchor.",
+        "{}",
+    )
+    baseline: str | None = _help("The arm that the others are compared with, paired by seed.")
     overwrite: bool = _help("Make stages again whose inputs have changed, instead of stopping with an error.", False)
     evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, as NAME=SPEC.", [])
 
@@ -59,6 +65,10 @@ class RunArguments:
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
             raise ValueError(f"Unknown stage {unknown[0]!r} in stages. Known stages: {', '.join(STAGES)}.")
+        if isinstance(self.arms, str):
+            self.arms = json.loads(self.arms)
+        if self.baseline is not None and self.baseline not in self.arms:
+            raise ValueError(f"Expected baseline to be one of the arms {list(self.arms)}, got {self.baseline!r}.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"Expected train_fraction in (0, 1], got {self.train_fraction}.")
 

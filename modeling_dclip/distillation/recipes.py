@@ -221,6 +221,52 @@ def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe
     return Recipe(run=run, **sections, has_anchor=has_anchor, path=None if path is None else str(path))
 
 
+@dataclass
+class ArmRun:
+    """One run of an experiment.
+
+    Args:
+        arm (`str`): Its variant's name.
+        seed (`int`): Its seed.
+        recipe ([`Recipe`]): Complete, with an output folder of its own.
+    """
+
+    arm: str
+    seed: int
+    recipe: Recipe
+
+
+def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[ArmRun]:
+    """Every run that a recipe with `arms` or `seeds` asks for, in order; one run where it has neither.
+
+    An arm's fields go before the file's, the command line before both. Runs share the cache, and the anchor in `OUTPUT_DIR/anchor` where
+    no `clip_model` is named.
+
+    Args:
+        words, path: As for [`parse_recipe`].
+
+    Returns:
+        `list[ArmRun]`
+
+    Raises:
+        FileNotFoundError, ValueError: As [`parse_recipe`].
+    """
+    recipe = parse_recipe(words, path)
+    run = recipe.run
+    if not run.arms and not run.seeds:
+        return [ArmRun("student", run.seed, recipe)]
+    clip_model = run.clip_model or f"{run.output_dir}/anchor"
+    cache_dir = run.cache_dir or f"{run.output_dir}/cache"
+    runs = []
+    for arm, overrides in (run.arms or {"student": {}}).items():
+        for seed in run.seeds or [run.seed]:
+            folder = f"{run.output_dir}/{arm}/seed-{seed}"
+            forced = {"seed": seed, "output_dir": folder, "cache_dir": cache_dir, "clip_model": clip_model}
+            given = [*_flatten(overrides or {}), *words, *_flatten(forced)]
+            runs.append(ArmRun(arm, seed, parse_recipe(given, path)))
+    return runs
+
+
 def describe_fields() -> str:
     """Every field of every section with its default, for `--help`."""
     own = {name: set(_field_names(kind)) for name, kind in SECTIONS.items()}

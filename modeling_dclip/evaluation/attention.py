@@ -1,0 +1,50 @@
+"""What a teacher looks at: its attention over the regions of one image, drawn on the image."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+
+from modeling_dclip.evaluation.plots import plot_region_attention
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+
+
+@torch.no_grad()
+def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Path, *, row: int = 0) -> None:
+    """Draw a teacher's attention over the regions of one row.
+
+    With text in the teacher: the region weights, and beside them which token attends to which region, averaged over heads. The leak-free
+    teacher reads no text: what the whole image attends to in the last layer, averaged over heads, renormalised over the regions.
+
+    Args:
+        teacher (`str` or `Path`): Folder of a trained teacher with its processor.
+        dataset (`datasets.Dataset`): With `image`, `captions`, `boxes`, `box_scores`.
+        path (`str` or `Path`): A `.png` file.
+        row (`int`, *optional*, defaults to 0): Which row; its first caption is used.
+
+    Raises:
+        ValueError: If the dataset has no boxes.
+    """
+    if "boxes" not in dataset.column_names:
+        raise ValueError(f"Expected the column 'boxes' to draw attention over, got {dataset.column_names}.")
+    model = DCLIPTeacher.from_pretrained(teacher, dtype=torch.float32).eval()
+    processor = DCLIPTeacherProcessor.from_pretrained(teacher)
+    sample = dataset[row]
+    boxes, scores, caption = np.array(sample["boxes"]), np.array(sample["box_scores"]), sample["captions"][0]
+    inputs = processor(text=[caption], images=[sample["image"]], boxes=[boxes], box_scores=[scores])
+    outputs = model(**inputs, output_attentions=True)
+    token_attention, tokens = None, None
+    if outputs.region_attentions is not None:
+        weights = outputs.region_attentions[-1][0].mean(dim=0)[0, 1:]
+        weights = weights / weights.sum()
+    else:
+        weights = outputs.region_weights[0]
+    if outputs.text_to_image_attentions is not None:
+        token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
+        tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0, 1 : 1 + len(token_attention)])
+        tokens = [token.removesuffix("</w>") for token in tokens]
+        token_attention = token_attention.numpy()
+    boxes = inputs["region_boxes"][0].numpy() * np.tile(sample["image"].size, 2)
+    plot_region_attention(sample["image"], boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)
