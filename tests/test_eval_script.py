@@ -121,21 +121,6 @@ def test_a_bad_source_stops_before_a_model_is_loaded(script):
         script.main(["--model", "does/not/exist", "--benchmark", "retrieval=nowhere:test"])
 
 
-@pytest.mark.parametrize(
-    ("spec", "kind", "split"),
-    [
-        ("scenes:validation,n=3@2", "CAPTION_SOURCES", "validation"),
-        ("karpathy:a.json:images:test", "CAPTION_SOURCES", "test"),
-        ("coco:a.json:images", "CAPTION_SOURCES", None),
-        ("scenes", "LABELLED_SOURCES", "test"),
-        ("scenes:train", "LABELLED_SOURCES", "train"),
-        ("parquet:x.parquet", "LABELLED_SOURCES", None),
-    ],
-)
-def test_the_split_is_read_off_the_source(script, spec, kind, split):
-    assert script.split_of(spec, getattr(script, kind)) == split
-
-
 @pytest.mark.real_data
 @pytest.mark.skipif(not DATA.is_dir(), reason=f"needs {DATA}")
 def test_real_photographs_are_evaluated(script, tiny_clip_dir, tmp_path):

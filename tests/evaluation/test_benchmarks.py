@@ -1,0 +1,38 @@
+"""Benchmarks by name: known ones load, their split is read off the spec, unknown ones are named."""
+
+import pytest
+
+from modeling_dclip.evaluation import benchmarks
+
+
+@pytest.mark.parametrize(
+    ("spec", "kind", "split"),
+    [
+        ("scenes:validation,n=3@2", "CAPTION_SOURCES", "validation"),
+        ("karpathy:a.json:images:test", "CAPTION_SOURCES", "test"),
+        ("coco:a.json:images", "CAPTION_SOURCES", None),
+        ("scenes", "LABELLED_SOURCES", "test"),
+        ("scenes:train", "LABELLED_SOURCES", "train"),
+        ("parquet:x.parquet", "LABELLED_SOURCES", None),
+    ],
+)
+def test_the_split_is_read_off_the_source(spec, kind, split):
+    assert benchmarks._split_of(spec, getattr(benchmarks, kind)) == split
+
+
+def test_an_unknown_benchmark_is_named_with_the_known_ones():
+    with pytest.raises(
+        ValueError, match=r"unknown benchmark 'imagenet'; known benchmarks: retrieval\[=SPEC\], zero_shot"
+    ):
+        benchmarks.load_benchmark("imagenet=x")
+
+
+def test_a_record_holds_the_metrics_and_where_they_come_from():
+    benchmark = benchmarks.load_benchmark("retrieval=scenes:test,n=4,image_size=40@3")
+    fields = {"model": "m", "seed": 1, "revision": "sha256:0", "command": "c"}
+    record = benchmarks.benchmark_record(
+        benchmark, {"text_to_image_recall@1": 0.5, "n": 3, "n_captions": 15}, **fields
+    )
+    assert record["metrics"] == {"text_to_image_recall@1": 0.5}
+    assert (record["n"], record["split"], record["n_captions"]) == (3, "test", 15)
+    assert record["dataset_fingerprint"] == benchmark.fingerprint

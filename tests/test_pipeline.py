@@ -1,0 +1,83 @@
+"""The whole path on few drawn scenes: arms and seeds from one recipe, evaluated, drawn, loaded back; a second run does nothing again."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from modeling_dclip.distillation.recipes import expand_arms
+from modeling_dclip.evaluation.results import read_results
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    fields = {
+        "output_dir": str(tmp_path / "out"),
+        "clip_model": str(ROOT / "recipes" / "demo_anchor"),
+        "train_datasets": ["scenes:train,n=32"],
+        "seeds": [0, 1],
+        "baseline": "no_teacher",
+        "arms": {
+            "no_teacher": {"student": {"cosine_distillation_loss_weight": 0}},
+            "leak_free": {"teacher": {"cross_attention": "regions"}},
+        },
+        "teacher": {"num_train_epochs": 1, "per_device_train_batch_size": 16},
+        "student": {"num_train_epochs": 1, "per_device_train_batch_size": 16, "learning_rate": 1e-4},
+        "evaluate": ["retrieval=scenes:test,n=40", "zero_shot=scenes:test,n=64"],
+    }
+    path.write_text(yaml.safe_dump(fields, sort_keys=False))
+    return path
+
+
+def test_arms_differ_in_their_own_fields_and_folders_and_share_the_rest(recipe, tmp_path):
+    runs = expand_arms(["--student.learning_rate", "3e-4"], recipe)
+    assert [(run.arm, run.seed) for run in runs] == [
+        ("no_teacher", 0),
+        ("no_teacher", 1),
+        ("leak_free", 0),
+        ("leak_free", 1),
+    ]
+    assert len({run.recipe.run.output_dir for run in runs}) == 4
+    assert {run.recipe.run.cache_dir for run in runs} == {str(tmp_path / "out" / "cache")}
+    assert {run.recipe.student.learning_rate for run in runs} == {3e-4}  # the command line goes before all
+    assert [run.recipe.student.seed for run in runs] == [0, 1, 0, 1]
+    assert [run.recipe.student.cosine_distillation_loss_weight for run in runs] == [0, 0, 1, 1]
+    assert [run.recipe.teacher.cross_attention for run in runs][1:3] == ["bidirectional", "regions"]
+
+
+def test_an_unknown_baseline_and_a_wrong_field_of_an_arm_are_named(recipe):
+    with pytest.raises(ValueError, match="baseline to be one of the arms"):
+        expand_arms(["--baseline", "nobody"], recipe)
+    fields = yaml.safe_load(recipe.read_text())
+    fields["arms"]["leak_free"] = {"teacher": {"cross_atention": "regions"}}
+    recipe.write_text(yaml.safe_dump(fields, sort_keys=False))
+    with pytest.raises(ValueError, match="Did you mean 'teacher.cross_attention'"):
+        expand_arms([], recipe)
+
+
+def test_one_command_trains_evaluates_draws_and_reloads_and_a_second_skips(recipe, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--recipe", str(recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    options = {"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "timeout": 300}
+    first = subprocess.run(command, **options)
+    assert first.returncode == 0, first.stderr[-3000:]
+    assert "leak_free minus no_teacher" in first.stdout
+    assert "loaded DCLIPModel" in first.stdout and "loaded DCLIPTeacher" in first.stdout
+    out = tmp_path / "out"
+    records = read_results(out / "results" / "records.json")
+    assert len(records) == (1 + 4) * 2
+    assert {record["label"] for record in records} >= {"anchor", "no_teacher, seed 0", "leak_free, seed 1"}
+    for path in ("results/summary.json", "results/tradeoff.png", "leak_free/seed-0/teacher_attention.png"):
+        assert (out / path).stat().st_size > 0
+    assert not (out / "no_teacher" / "seed-0" / "teacher").exists()
+    weights = out / "leak_free" / "seed-1" / "student" / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+    again = subprocess.run(command, **options)
+    assert again.returncode == 0 and weights.stat().st_mtime_ns == made
+    assert again.stderr.count("already finished") == 2 * 2 + 2 * 3
