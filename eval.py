@@ -1,6 +1,6 @@
 """Evaluate a dual encoder, DCLIP's or any CLIP of transformers, on retrieval and zero-shot classification.
 
-    python eval.py --model runs/demo/student --anchor runs/demo/anchor --benchmark retrieval=scenes:test zero_shot=scenes
+    python eval.py --model outputs/demo/leak_free/seed-0/student --anchor recipes/demo_anchor --benchmark retrieval=scenes:test zero_shot=scenes
 
 Benchmarks: `retrieval=SPEC` (a caption source, e.g. karpathy:dataset_coco.json:images:test, scenes:test, parquet:GLOB) and
 `zero_shot=SPEC` (scenes or parquet:GLOB with the columns image and label). Numbers are for the PIL image processor, in float32.

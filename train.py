@@ -84,8 +84,8 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
     if teachers and captions and "boxes" in (dataset := load_captions(captions[0])).column_names:
         for teacher in teachers:
             draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
-    if folders:
-        subprocess.run([sys.executable, "-c", RELOAD, *folders, *list(teachers)[-1:]], check=True, cwd=Path.home())
+    if saved := [str(Path(name).resolve()) for name in (*folders, *list(teachers)[-1:])]:
+        subprocess.run([sys.executable, "-c", RELOAD, *saved], check=True, cwd=Path.home())
     print(f"\nWritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 

@@ -209,7 +209,7 @@ def substitutes(tiny_clip_dir, tmp_path_factory):
     DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(student)
     Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "photo.jpg")
     return {
-        "outputs/demo/student": student,
+        "outputs/demo/leak_free/seed-0/student": student,
         "photo.jpg": folder / "photo.jpg",
         "openai/clip-vit-base-patch16": tiny_clip_dir,
     }

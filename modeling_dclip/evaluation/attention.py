@@ -43,8 +43,11 @@ def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Pa
         weights = outputs.region_weights[0]
     if outputs.text_to_image_attentions is not None:
         token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
-        tokens = processor.tokenizer.convert_ids_to_tokens(inputs["input_ids"][0, 1 : 1 + len(token_attention)])
-        tokens = [token.removesuffix("</w>") for token in tokens]
-        token_attention = token_attention.numpy()
+        input_ids = inputs["input_ids"][0, 1 : 1 + len(token_attention)]
+        is_word = input_ids != processor.tokenizer.eos_token_id  # EOS is no token of the teacher's, padding neither
+        tokens = [
+            token.removesuffix("</w>") for token in processor.tokenizer.convert_ids_to_tokens(input_ids[is_word])
+        ]
+        token_attention = token_attention[is_word].numpy()
     boxes = inputs["region_boxes"][0].numpy() * np.tile(sample["image"].size, 2)
     plot_region_attention(sample["image"], boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)
