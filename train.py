@@ -24,7 +24,7 @@ from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
 from modeling_dclip.evaluation.attention import draw_teacher_attention
-from modeling_dclip.evaluation.results import render_table
+from modeling_dclip.evaluation.results import read_results, render_table
 from modeling_dclip.evaluation.tables import render_summary
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
@@ -76,7 +76,14 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
     options = {"baseline": first.baseline, "command": shlex.join(["train.py", *sys.argv[1:]])}
     summary = evaluate_arms(arms, anchor, first.evaluate, folder, device=PartialState().device, **options)
     kinds = [name.partition("=")[0] for name in first.evaluate]
-    print("\n" + (render_summary(summary) if {"retrieval", "zero_shot"} <= set(kinds) else render_table(summary)))
+    print(
+        "\n"
+        + (
+            render_summary(summary)
+            if {"retrieval", "zero_shot"} <= set(kinds)
+            else render_table(read_results(folder / "records.json"))
+        )
+    )
     folders = [next(iter(seeds.values())) for seeds in list(arms.values())[-1:]]
     teachers = [Path(run.recipe.run.output_dir) / "teacher" for run in runs]
     teachers = {str(teacher): None for teacher in teachers if (teacher / "config.json").exists()}
