@@ -1,20 +1,18 @@
 """Embed the images and captions of a dataset with any dual encoder of transformers: bounded memory, named failures.
 
-Pixels are those of the processor given, bit for bit; give one loaded with `backend="pil"` for numbers to publish, as PIL and
-torchvision differ by 1-2 grey levels. transformers rescales and normalises image by image in numpy: 1.1 of the 1.8 ms that a 224 px
-JPEG takes on one quiet core, several times as much on a busy one. An 8-bit value has only 256 results per channel, so [`PixelReader`]
-takes a table of them from the processor itself, and a batch is looked up at once on the model's device: a quarter of the bytes
-travel, and the host is left with 0.7 ms an image.
+Pixels are those of the processor given, bit for bit ([`~modeling_dclip.data.pixels.PixelReader`]); give one loaded with `backend="pil"`
+for numbers to publish, as PIL and torchvision differ by 1-2 grey levels.
 """
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from datasets import Dataset, Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
+
+from modeling_dclip.data.pixels import PixelReader
 
 
 class DatasetEmbeddings(NamedTuple):
@@ -23,64 +21,6 @@ class DatasetEmbeddings(NamedTuple):
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
     image_of_caption: torch.Tensor
-
-
-class PixelReader:
-    """Decode dataset rows into one batch of pixels; collate function of a `DataLoader`.
-
-    Args:
-        image_processor: Of transformers. If it is of the PIL backend, a probe decides whether the table gives its exact values.
-    """
-
-    def __init__(self, image_processor: Any) -> None:
-        self.image_processor = image_processor
-        self.feature = Image()
-        self.table = self._value_table()  # (channels, 256), or None: call the processor for everything
-
-    def _value_table(self) -> torch.Tensor | None:
-        processor = self.image_processor
-        rescales = getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False)
-        pads = getattr(processor, "do_pad", False)  # comes after normalising, so its zeros are no value of the table
-        if getattr(processor, "backend", None) != "pil" or not rescales or pads:
-            return None
-        greys = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)  # (1, 256, 3)
-        keep_size = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_last"}
-        table = processor(images=greys, return_tensors="pt", **keep_size)["pixel_values"][0, :, 0, :]
-        generator = np.random.default_rng(0)
-        probes = [generator.integers(0, 256, shape, dtype=np.uint8) for shape in ((37, 61, 3), (90, 50, 3))]
-        expected = processor(images=probes, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-        raw = self._bytes_of(probes, input_data_format="channels_last")
-        same = raw.dtype == torch.uint8 and torch.equal(look_up(raw, table), expected)
-        return table if same else None
-
-    def _bytes_of(self, images: list[Any], **kwargs: Any) -> torch.Tensor:
-        return self.image_processor(
-            images=images, return_tensors="pt", do_rescale=False, do_normalize=False, **kwargs
-        )["pixel_values"]
-
-    def _decode(self, row: dict[str, Any]) -> Any:
-        try:
-            image = self.feature.decode_example(row["image"])  # loads all pixels
-        except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for a missing, truncated or foreign file
-            raise ValueError(
-                f"Expected a readable image, got {type(error).__name__}: {error} for image_id {row['image_id']!r}. Repair or "
-                f"remove this image."
-            ) from error
-        # Left to the processor where it converts: transformers lays transparent pixels over white.
-        return image if getattr(self.image_processor, "do_convert_rgb", False) else image.convert("RGB")
-
-    def __call__(self, rows: list[dict[str, Any]]) -> torch.Tensor:
-        """Give (B, channels, H, W): uint8 to be looked up in `table`, or float32 pixel values where `table` is `None`."""
-        images = [self._decode(row) for row in rows]
-        if self.table is None:
-            return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return self._bytes_of(images)
-
-
-def look_up(raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Replace every 8-bit value by its entry: raw (B, channels, H, W) uint8, table (channels, 256) -> (B, channels, H, W)."""
-    offsets = 256 * torch.arange(len(table), dtype=torch.int32, device=raw.device).view(1, -1, 1, 1)
-    return table.flatten().index_select(0, (raw.int() + offsets).flatten()).view(raw.shape)
 
 
 def _projected(output: Any) -> torch.Tensor:
@@ -142,18 +82,16 @@ def embed_images(
         raise ValueError("Expected at least one image, got an empty dataset.")
     if "image_id" not in dataset.column_names:
         dataset = dataset.add_column("image_id", [f"row {row}" for row in range(len(dataset))])
-    rows = dataset.select_columns(["image_id", "image"]).cast_column("image", Image(decode=False))
-    reader = PixelReader(getattr(processor, "image_processor", processor))
+    reader = PixelReader(dataset, getattr(processor, "image_processor", processor), cache_mib=0)
     device = torch.device(device) if device is not None else model.device
-    loader = DataLoader(rows, batch_size, num_workers=num_workers, collate_fn=reader, pin_memory=device.type == "cuda")
-    table = None if reader.table is None else reader.table.to(device)
+    options = {"num_workers": num_workers, "collate_fn": reader.decode, "pin_memory": device.type == "cuda"}
+    loader = DataLoader(range(len(dataset)), batch_size, **options)
     training = model.training
     model.to(device).eval()
     embeds = []
     try:
         for pixels in tqdm(loader, desc="Embedding images", unit="batch"):
-            pixels = pixels.to(device, non_blocking=True)
-            pixel_values = pixels if table is None else look_up(pixels, table)
+            pixel_values = reader.normalise(pixels.to(device, non_blocking=True))
             output = model.get_image_features(pixel_values=pixel_values.to(model.dtype))
             embeds.append(_projected(output).float().cpu())
     finally:
