@@ -1,8 +1,6 @@
-"""Retrieval gained against zero-shot accuracy kept, in one picture of numbers, and the line of weights between two checkpoints.
+"""Retrieval gained against zero-shot accuracy kept, in one picture of numbers.
 
 Every value comes as an [`~modeling_dclip.evaluation.intervals.Interval`] that says what it covers: test images, or training seeds.
-
-Source: weight interpolation is WiSE-FT (arXiv 2109.01903).
 """
 
 from collections.abc import Mapping, Sequence
@@ -196,45 +194,3 @@ def _ratios(
             )
         ratios.append(metrics[metric] / reference)
     return ratios
-
-
-def interpolate_state_dicts(
-    anchor: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor], alpha: float
-) -> dict[str, torch.Tensor]:
-    """Walk the straight line between two checkpoints (WiSE-FT): (1 - alpha) * anchor + alpha * student.
-
-    Computed in float32 or wider and cast back. Both ends are exact copies. Integers and booleans must agree and are copied.
-
-    Args:
-        anchor, student (`Mapping[str, torch.Tensor]`): State dicts with the same keys, shapes and types.
-        alpha (`float`): In [0, 1]; 0 is the anchor.
-
-    Returns:
-        `dict[str, torch.Tensor]`: New tensors.
-
-    Raises:
-        ValueError: If `alpha` is out of range, or keys, shapes, types or integer values differ; the first key is named.
-    """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"Expected alpha in [0, 1], got {alpha}.")
-    odd = sorted(set(anchor) ^ set(student))
-    if odd:
-        raise ValueError(
-            f"Expected the same keys in both checkpoints, got {len(odd)} in one only, the first {odd[0]!r}."
-        )
-    mixed = {}
-    for key, start in anchor.items():
-        end = student[key]
-        if start.shape != end.shape or start.dtype != end.dtype:
-            raise ValueError(
-                f"Expected the same shape and type in both checkpoints, got {tuple(start.shape)} {start.dtype} and "
-                f"{tuple(end.shape)} {end.dtype} for {key!r}."
-            )
-        if not start.is_floating_point() and not torch.equal(start, end):
-            raise ValueError(f"Expected equal integers in both checkpoints, got different ones for {key!r}.")
-        if alpha in (0, 1) or not start.is_floating_point():
-            mixed[key] = (end if alpha == 1 else start).clone()
-        else:
-            wide = torch.promote_types(start.dtype, torch.float32)
-            mixed[key] = torch.lerp(start.to(wide), end.to(start.device, wide), alpha).to(start.dtype)
-    return mixed

@@ -1,4 +1,4 @@
-"""Gain, retention, arms and weight interpolation."""
+"""Gain, retention and arms."""
 
 import json
 
@@ -10,7 +10,6 @@ from modeling_dclip.evaluation.tradeoff import (
     compare_arms,
     compare_to_anchor,
     hits_per_image,
-    interpolate_state_dicts,
     retrieval_gain,
     summarise_arms,
     zero_shot_retention,
@@ -139,54 +138,3 @@ def test_bad_arms_are_named(change, options, message):
     change(arms)
     with pytest.raises(ValueError, match=message):
         summarise_arms(arms, **options)
-
-
-def make_states(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        {"weight": torch.randn(5, 3, generator=generator).to(dtype), "positions": torch.arange(4)} for _ in range(2)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_ends_of_the_line_are_exact_copies(dtype):
-    anchor, student = make_states(dtype)
-    for alpha, end in ((0, anchor), (1.0, student)):
-        mixed = interpolate_state_dicts(anchor, student, alpha)
-        assert all(torch.equal(mixed[key], end[key]) and mixed[key].dtype == end[key].dtype for key in end)
-        assert mixed["weight"].data_ptr() != end["weight"].data_ptr()
-
-
-def test_the_middle_of_the_line_is_the_mean():
-    anchor, student = make_states()
-    mixed = interpolate_state_dicts(anchor, student, 0.5)
-    assert torch.allclose(mixed["weight"], (anchor["weight"] + student["weight"]) / 2, atol=1e-7)
-    assert torch.equal(mixed["positions"], torch.arange(4))
-
-
-@pytest.mark.parametrize(
-    ("change", "alpha", "message"),
-    [
-        (lambda state: state.pop("weight"), 0.5, "one only, the first 'weight'"),
-        (lambda state: state.update(extra=torch.ones(1)), 0.5, "one only, the first 'extra'"),
-        (lambda state: state.update(weight=torch.ones(3, 5)), 0.0, r"\(5, 3\) torch.float32 and \(3, 5\).*'weight'"),
-        (lambda state: state.update(weight=state["weight"].half()), 1.0, "torch.float16 for 'weight'"),
-        (lambda state: state.update(positions=torch.zeros(4, dtype=torch.long)), 0.5, "equal integers.*'positions'"),
-        (lambda state: None, 1.5, r"alpha in \[0, 1\], got 1.5"),
-    ],
-)
-def test_checkpoints_that_do_not_match_are_refused(change, alpha, message):
-    anchor, student = make_states()
-    change(student)
-    with pytest.raises(ValueError, match=message):
-        interpolate_state_dicts(anchor, student, alpha)
-
-
-def test_interpolated_weights_load_into_a_model(tiny_clip_dir, tiny_clip):
-    student = type(tiny_clip[0]).from_pretrained(tiny_clip_dir)
-    with torch.no_grad():
-        student.visual_projection.weight.add_(1.0)
-    state = interpolate_state_dicts(tiny_clip[0].state_dict(), student.state_dict(), 0.25)
-    student.load_state_dict(state)
-    expected = tiny_clip[0].visual_projection.weight + 0.25
-    assert torch.allclose(student.visual_projection.weight, expected, atol=1e-6)
