@@ -1,4 +1,4 @@
-"""DCLIP: CLIP image encoders distilled for retrieval, Hugging Face-native.
+"""DCLIP and DM-CLIP: CLIP image encoders distilled for retrieval and for speed, Hugging Face-native.
 
 Importing registers the models, configs and processors with transformers' Auto classes.
 """
@@ -13,13 +13,17 @@ from transformers import (
 )
 
 from .configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
+from .configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
 from .modeling_dclip import DCLIPModel, DCLIPVisionModel, DCLIPVisionModelOutput
 from .modeling_dclip_teacher import DCLIPTeacher, DCLIPTeacherOutput
+from .modeling_dmclip import DMCLIPModel, DMCLIPVisionModel, DMCLIPVisionModelOutput
+from .modeling_dmclip_text import DMCLIPTextModel, DMCLIPTextModelOutput
 from .processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
 
 __version__ = "0.1.0.dev0"
 
 __all__ = [
+    "DMCLIP_PRESETS",
     "PRESETS",
     "DCLIPConfig",
     "DCLIPModel",
@@ -31,15 +35,27 @@ __all__ = [
     "DCLIPVisionConfig",
     "DCLIPVisionModel",
     "DCLIPVisionModelOutput",
+    "DMCLIPConfig",
+    "DMCLIPModel",
+    "DMCLIPTextConfig",
+    "DMCLIPTextModel",
+    "DMCLIPTextModelOutput",
+    "DMCLIPVisionConfig",
+    "DMCLIPVisionModel",
+    "DMCLIPVisionModelOutput",
 ]
 
 for _config, _model, _processor in (
     (DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
     (DCLIPConfig, DCLIPModel, DCLIPProcessor),
     (DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
+    (DMCLIPVisionConfig, DMCLIPVisionModel, DCLIPProcessor),
+    (DMCLIPTextConfig, DMCLIPTextModel, DCLIPProcessor),
+    (DMCLIPConfig, DMCLIPModel, DCLIPProcessor),
 ):
     AutoConfig.register(_config.model_type, _config)
     AutoModel.register(_config, _model)
     AutoProcessor.register(_config, _processor)
     AutoImageProcessor.register(_config, image_processor_classes={"pil": CLIPImageProcessorPil})
 AutoModelForZeroShotImageClassification.register(DCLIPConfig, DCLIPModel)
+AutoModelForZeroShotImageClassification.register(DMCLIPConfig, DMCLIPModel)

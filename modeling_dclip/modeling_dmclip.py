@@ -11,18 +11,20 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import CLIPModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.clip.modeling_clip import eager_attention_forward
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_dmclip import NUM_CONV_STAGES, DMCLIPVisionConfig
+from .configuration_dmclip import NUM_CONV_STAGES, DMCLIPConfig, DMCLIPVisionConfig
 from .modeling_dclip import set_auto_map
+from .modeling_dmclip_text import DMCLIPTextModel
 from .selective_scan import selective_scan
 
 STEM_NORM_EPS = 1e-4
@@ -457,4 +459,100 @@ def _fold_norm(state, conv, norm, eps):
     state[f"{conv}.bias"] = (offset + state[f"{conv}.bias"].double() if f"{conv}.bias" in state else offset).to(dtype)
 
 
+class DMCLIPModel(CLIPModel):
+    """The dual encoder: MambaVision beside MobileCLIP-S1's text tower, with the interface of [`DCLIPModel`].
+
+    With `config.freeze_text` the text tower stays without gradient and in eval mode through saving, loading, `.train()`
+    and `accelerate.prepare`; set it before the model is built.
+
+    Source: PAPERS.md, DM-CLIP. Deviation: none.
+
+    Example:
+        >>> vision = {"hidden_size": 8, "stem_dim": 4, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)}
+        >>> text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> model = DMCLIPModel(DMCLIPConfig(text_config=text, vision_config=vision)).eval()
+        >>> model(torch.tensor([[49406, 320, 49407]]), torch.zeros(2, 3, 64, 64)).logits_per_image.shape
+        torch.Size([2, 1])
+    """
+
+    config: DMCLIPConfig
+    base_model_prefix = "dmclip"
+    # In half precision the multiplier (about 100) would be off by up to 0.4, which moves every logit.
+    _keep_in_fp32_modules_strict = ["logit_scale"]
+    _no_split_modules = [*DMCLIPVisionModel._no_split_modules, "CLIPTextEmbeddings", "CLIPEncoderLayer"]
+
+    def __init__(self, config):
+        PreTrainedModel.__init__(self, config)
+        self.text_model = DMCLIPTextModel._from_config(config.text_config)
+        self.vision_model = DMCLIPVisionModel._from_config(config.vision_config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.post_init()
+        self.train(self.training)  # freezes
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if module is self:  # the towers initialise themselves
+            init.constant_(self.logit_scale, self.config.logit_scale_init_value)
+
+    def save_pretrained(self, save_directory, **kwargs):
+        """As in transformers, with the code beside the weights."""
+        set_auto_map(self, "AutoModel", "AutoModelForZeroShotImageClassification")
+        super().save_pretrained(save_directory, **kwargs)
+
+    def train(self, mode=True):
+        """Set the mode of everything that is not frozen. Loading ends here too, so freezing survives it."""
+        super().train(mode)
+        if self.config.freeze_text:
+            self.text_model.eval().requires_grad_(False)
+        return self
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values=None, interpolate_pos_encoding=False, **kwargs):
+        """Embed images of any size; `interpolate_pos_encoding` is moot, for there are no positions.
+
+        Args:
+            pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): As for [`DMCLIPVisionModel`].
+
+        Returns:
+            `BaseModelOutputWithPooling`: Its `pooler_output` `(B, D)` is the projected embedding, not normalised.
+        """
+        outputs = self.vision_model(pixel_values, return_dict=True, **kwargs)
+        return _with_projected_pooling(outputs, outputs.image_embeds)
+
+    @can_return_tuple
+    def get_text_features(self, input_ids=None, attention_mask=None, **kwargs):
+        """Embed texts of any length, as [`DMCLIPTextModel`].
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): Token ids, any `T`.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 1 = real.
+
+        Returns:
+            `BaseModelOutputWithPooling`: Its `pooler_output` `(B, D)` is the projected embedding, not normalised.
+        """
+        outputs = self.text_model(input_ids, attention_mask, return_dict=True, **kwargs)
+        return _with_projected_pooling(outputs, outputs.text_embeds)
+
+    def fuse(self):
+        """A copy for inference, its image encoder in the form of [`~DMCLIPVisionModel.fuse`].
+
+        Returns:
+            [`DMCLIPModel`]: In eval mode.
+        """
+        fused = copy.deepcopy(self).eval()
+        fused.vision_model = self.vision_model.fuse()
+        fused.config.vision_config = fused.vision_model.config
+        return fused
+
+
+def _with_projected_pooling(outputs, embeds):
+    return BaseModelOutputWithPooling(
+        last_hidden_state=outputs.last_hidden_state,
+        pooler_output=embeds,
+        hidden_states=outputs.hidden_states,
+        attentions=outputs.attentions,
+    )
+
+
 DMCLIPVisionModel.register_for_auto_class("AutoModel")
+DMCLIPModel.register_for_auto_class("AutoModel")
