@@ -13,6 +13,7 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
+from modeling_dclip.distillation.reinforced_losses import distillation_loss
 
 WIDTH = 6
 SHARES = {1: [8], 2: [5, 3]}  # rows per process: unequal, as the last batch of an epoch may be
@@ -31,6 +32,9 @@ LOSSES = {
     ),
     "relational_similarity_distillation_loss": lambda image, text, teacher, scale: similarity_distillation_loss(
         image, teacher, temperature=0.1, teacher_temperature=0.2
+    ),
+    "distillation_loss": lambda image, text, teacher, scale: distillation_loss(
+        image, text, teacher, teacher.roll(1, dims=1), [WIDTH - 2, 2], [3.0, 5.0], scale.neg().exp()
     ),
 }
 
