@@ -3,8 +3,6 @@
 A run that was killed goes on at the next chunk, and several processes share the chunks among them.
 """
 
-import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,17 +13,15 @@ from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.columns import combine_keys
+from modeling_dclip.data.files import replacing
 
 Chunk = dict[str, np.ndarray]
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:
     """Write a chunk atomically: whoever looks sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(descriptor)
-    save_file({name: np.ascontiguousarray(array) for name, array in chunk.items()}, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file({name: np.ascontiguousarray(array) for name, array in chunk.items()}, temporary)
 
 
 def read_chunk(path: Path) -> Chunk:

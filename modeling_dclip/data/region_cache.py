@@ -1,30 +1,14 @@
 """What a detector said, checked once and kept by the content of the image."""
 
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
+from modeling_dclip.data.files import replacing
 from modeling_dclip.data.network_detectors import Regions
 
 # A crop narrower than a pixel shows nothing.
 MIN_SIDE_PIXELS = 1.0
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path` and move it there at the end: whoever looks sees all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary / path.name
-        os.replace(temporary / path.name, path)
-    finally:
-        shutil.rmtree(temporary)
 
 
 def clip_regions(regions: Regions, size: tuple[int, int], image_id: str) -> tuple[np.ndarray, int]:

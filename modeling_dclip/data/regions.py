@@ -26,7 +26,8 @@ from transformers import HfArgumentParser
 from modeling_dclip.data.caption_rows import first, put_columns, require_rows
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.detectors import RegionDetector, build_detector
-from modeling_dclip.data.region_cache import RegionCache, clip_regions, replacing
+from modeling_dclip.data.files import replacing
+from modeling_dclip.data.region_cache import RegionCache, clip_regions
 
 __all__ = ["RegionDetector", "add_regions", "build_detector"]
 
@@ -144,7 +145,7 @@ def _report(progress: _Progress, detector: str, report_file: str | Path | None) 
         "skipped_images": len(skipped),
         "skipped": skipped,
     }
-    with replacing(Path(report_file)) as path:
+    with replacing(report_file) as path:
         path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 
 

@@ -2,12 +2,13 @@
 
 import json
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+
+from modeling_dclip.data.files import replacing
 
 logger = logging.getLogger(__name__)
 
@@ -70,12 +71,9 @@ class StageRecord:
 
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary = self.path.with_suffix(".tmp")
-            temporary.write_text(
-                json.dumps({"finished": finished, "inputs": self.inputs}, indent=2) + "\n", encoding="utf-8"
-            )
-            os.replace(temporary, self.path)
+            record = json.dumps({"finished": finished, "inputs": self.inputs}, indent=2) + "\n"
+            with replacing(self.path) as temporary:
+                temporary.write_text(record, encoding="utf-8")
         PartialState().wait_for_everyone()
 
 

@@ -20,13 +20,13 @@ import json
 import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from modeling_dclip.data.files import replacing
 from modeling_dclip.evaluation.provenance import environment
 from modeling_dclip.evaluation.tables import render_summary, render_table
 
@@ -119,17 +119,9 @@ def validate_record(record: Any, where: str) -> None:
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all: a temporary file beside it, then `os.replace`. Folders are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    """Write a file whole or not at all. Folders are made."""
+    with replacing(path) as temporary:
         temporary.write_bytes(content)
-        if path.exists():
-            shutil.copymode(path, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
