@@ -1,0 +1,1 @@
+"""What meets other projects' formats: conversion of their checkpoints."""

@@ -1,0 +1,197 @@
+"""Turn checkpoints of MambaVision and MobileCLIP into folders of this package's models.
+
+    python -m modeling_dclip.hub.convert mambavision --checkpoint mambavision_tiny_1k.pth.tar --output runs/mambavision_t
+    python -m modeling_dclip.hub.convert mobileclip --checkpoint mobileclip_s1.pt --output runs/mobileclip_s1_text
+
+Every key of the checkpoint (of its text tower, for MobileCLIP) has its place in the model, or nothing is written and the
+keys are named. The folder holds weights, config, code, for images the preprocessing, and a README with the licence's note.
+"""
+
+import argparse
+import hashlib
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from modeling_dclip.evaluation.results import write_text
+from modeling_dclip.hub.checkpoints import check_keys, check_new_folder, read_checkpoint, write_folder
+from modeling_dclip.hub.mambavision import (
+    image_processor_for,
+    published_mambavision_keys,
+    read_mambavision_config,
+)
+from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+
+README = """---
+library_name: transformers
+license: other
+license_name: {license_name}
+license_link: {license_link}
+pipeline_tag: {pipeline_tag}
+tags:
+- dm-clip
+- {origin}
+---
+
+# {title}
+
+Converted from `{file}` (sha256 {digest}) by `python -m modeling_dclip.hub.convert {origin}`. {keys}
+
+**Licence.** {note}
+
+{use}
+"""
+MAMBAVISION_NOTE = (
+    "MambaVision's weights are published for non-commercial use only (CC-BY-NC-SA-4.0 by its package's description, its code "
+    "under the NVIDIA Source Code License-NC). That binds this folder and every model that starts from it: its card must say "
+    "so. Only weights that were trained from scratch elsewhere are free of it."
+)
+
+
+def load_published(
+    model: PreTrainedModel,
+    weights: dict[str, torch.Tensor],
+    published_keys: Callable[[str], tuple[str, ...]],
+    path: str | Path,
+    what: str,
+) -> None:
+    """Put a checkpoint's weights into a model, all of them.
+
+    Args:
+        model (`PreTrainedModel`): Filled in place, in its own dtypes.
+        weights (`dict[str, torch.Tensor]`): Under the checkpoint's names.
+        published_keys (`Callable[[str], tuple[str, ...]]`): A key of the model to the checkpoint's that make it up, which
+            divide its rows evenly; none for a parameter that stays as it is.
+        path (`str` or `Path`): Of the checkpoint, for messages.
+        what (`str`): The architecture, for messages.
+
+    Raises:
+        ValueError: If a key is missing, left over or of another shape.
+    """
+    state = model.state_dict()
+    sources = {key: names for key in state if (names := published_keys(key))}
+    expected = {
+        name: (state[key].shape[0] // len(names), *state[key].shape[1:]) if len(names) > 1 else state[key].shape
+        for key, names in sources.items()
+        for name in names
+    }
+    check_keys(weights, expected, path, what)
+    for key, names in sources.items():
+        state[key] = torch.cat([weights[name] for name in names]) if len(names) > 1 else weights[names[0]]
+    model.load_state_dict(state)
+
+
+def convert_mambavision(
+    checkpoint: str | Path, output: str | Path, config: str | Path | None = None, projection_dim: int | None = None
+) -> DMCLIPVisionModel:
+    """Make a [`DMCLIPVisionModel`] folder of a MambaVision checkpoint.
+
+    Its classifier `head` becomes the projection: `image_embeds` are then the published class scores, and `pooler_output`
+    the published features. With `projection_dim` the head is left out and a fresh projection of that width starts there.
+
+    Args:
+        checkpoint (`str` or `Path`): See [`~modeling_dclip.hub.checkpoints.read_checkpoint`].
+        output (`str` or `Path`): New or empty folder; written whole or not at all.
+        config (`str` or `Path`, *optional*): JSON with the published fields `depths`, `dim`, `in_dim`, `num_heads`,
+            `window_size`, `mlp_ratio` and `resolution`, such as the `config.json` beside published weights. Without it the
+            preset whose shapes the weights have says what no shape tells: heads, windows and resolution.
+        projection_dim (`int`, *optional*): Width of a fresh projection, drawn with seed 0.
+
+    Returns:
+        [`DMCLIPVisionModel`]: In eval mode, float32.
+
+    Raises:
+        FileExistsError, FileNotFoundError: If the output is in use, or a file is not there.
+        ValueError: If the checkpoint is damaged, of another architecture or of no preset's shapes, or the config is not
+            complete or not the checkpoint's.
+    """
+    check_new_folder(output)
+    weights = read_checkpoint(checkpoint)
+    model_config, preset = read_mambavision_config(weights, checkpoint, config)
+    name = f"MambaVision-{preset}" if preset else "MambaVision"
+    if projection_dim is None and not any(key.startswith("head.") for key in weights):
+        raise ValueError(
+            f"Expected a head (head.weight, head.bias) in {checkpoint}, got none. Give --projection_dim for a fresh projection."
+        )
+    if projection_dim is not None:
+        weights = {key: value for key, value in weights.items() if not key.startswith("head.")}
+        model_config.projection_dim = projection_dim
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = DMCLIPVisionModel(model_config).eval()
+
+    def keys(key):
+        fresh = projection_dim is not None and key.startswith("projection.")
+        return () if fresh else published_mambavision_keys(key)
+
+    load_published(model, weights, keys, checkpoint, name)
+    width = model_config.projection_dim
+    if projection_dim is None:
+        head = (
+            f"Its head is the projection: `image_embeds` are its {width} outputs, for published weights class scores."
+        )
+    else:
+        head = f"Its head was left out; the projection to {width} is untrained (seed 0)."
+    processor = image_processor_for(model_config.image_size, preset)
+    readme = README.format(
+        license_name="mambavision-non-commercial",
+        license_link="https://github.com/NVlabs/MambaVision#licenses",
+        pipeline_tag="image-feature-extraction",
+        origin="mambavision",
+        title=f"{name} as a DM-CLIP image encoder",
+        file=Path(checkpoint).name,
+        digest=_sha256(checkpoint),
+        keys=f"All its {len(weights)} keys{'' if projection_dim is None else ' but the head'} are in it. {head}",
+        note=MAMBAVISION_NOTE,
+        use="Images are normalised with ImageNet's mean and deviation (`preprocessor_config.json`), not with CLIP's.",
+    )
+    write_folder(output, lambda folder: _save(folder, readme, model, processor))
+    return model
+
+
+def _save(folder: Path, readme: str, *parts) -> None:
+    for part in parts:
+        part.save_pretrained(folder)
+    write_text(folder / "README.md", readme)
+
+
+def _sha256(path: str | Path) -> str:
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Convert, and say what became of it; one line and exit status 2 where the input is not what it should be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_dclip.hub.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in ("mambavision",):
+        command = kinds.add_parser(kind)
+        command.add_argument("--checkpoint", required=True, help=".safetensors, .pth.tar or a state dict")
+        command.add_argument("--output", required=True, help="a new or empty folder")
+    mambavision = kinds.choices["mambavision"]
+    mambavision.add_argument(
+        "--config", help="published config as JSON; needed where no preset has the weights' shapes"
+    )
+    mambavision.add_argument(
+        "--projection_dim", type=int, help="leave the head out; start a fresh projection of this width"
+    )
+    args = parser.parse_args(argv)
+    try:
+        model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key placed.\n")
+    sys.stdout.write(f"Licence: {MAMBAVISION_NOTE}\n")
+
+
+if __name__ == "__main__":
+    main()
