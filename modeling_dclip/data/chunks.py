@@ -44,6 +44,7 @@ def compute_chunks(
     cache_dir: Path,
     chunk_rows: int,
     desc: str,
+    alone: bool = False,
 ) -> list[Path]:
     """Compute rows in chunks, each kept in a file named by its content; those there already are not computed again.
 
@@ -56,18 +57,21 @@ def compute_chunks(
         cache_dir (`Path`): Where the files are; shared by all datasets and models.
         chunk_rows (`int`): Rows a file.
         desc (`str`): Of the progress bar.
+        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls: it computes all and waits for nobody.
 
     Returns:
         `list[Path]`: The files, in order of rows.
     """
     state = PartialState()
+    processes, process = (1, 0) if alone else (state.num_processes, state.process_index)
     starts = range(0, len(keys), chunk_rows)
     rows_of = [range(start, min(start + chunk_rows, len(keys))) for start in starts]
     paths = [Path(cache_dir) / f"{combine_keys([made_by, *keys[r.start : r.stop]])}.safetensors" for r in rows_of]
     with tqdm(total=len(keys), desc=desc, unit="image", disable=not state.is_local_main_process) as progress:
         for index, (rows, path) in enumerate(zip(rows_of, paths, strict=True)):
-            if index % state.num_processes == state.process_index and not path.is_file():
+            if index % processes == process and not path.is_file():
                 write_chunk(path, compute(rows))
             progress.update(len(rows))
-    state.wait_for_everyone()
+    if not alone:
+        state.wait_for_everyone()
     return paths

@@ -201,6 +201,7 @@ def compute_features(
     text_batch_size: int = 256,
     chunk_rows: int = 512,
     num_workers: int = 0,
+    alone: bool = False,
 ) -> list[Path]:
     """Encode images, regions, captions and, where the teacher reads text, tokens with the CLIP inside a teacher.
 
@@ -216,6 +217,7 @@ def compute_features(
         text_batch_size (`int`, *optional*, defaults to 256): Captions a forward pass.
         chunk_rows (`int`, *optional*, defaults to 512): Images a file.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and crop.
+        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls.
 
     Returns:
         `list[Path]`: Files for [`TeacherFeatures.load`], in order of rows.
@@ -237,5 +239,10 @@ def compute_features(
     made_by = combine_keys(
         [fingerprint_model(teacher.clip), fingerprint_processor(processor), json.dumps(settings, sort_keys=True)]
     )
-    options = {"cache_dir": cache_dir, "chunk_rows": chunk_rows, "desc": "Encoding regions and captions"}
+    options = {
+        "cache_dir": cache_dir,
+        "chunk_rows": chunk_rows,
+        "desc": "Encoding regions and captions",
+        "alone": alone,
+    }
     return compute_chunks(keys, compute, made_by=made_by, **options)

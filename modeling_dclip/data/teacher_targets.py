@@ -20,6 +20,27 @@ PAIRS_PER_PASS = 512  # of the teacher's block, which is small
 
 
 @torch.no_grad()
+def embed_pairs(teacher: Any, features: TeacherFeatures, rows: np.ndarray, captions: np.ndarray) -> torch.Tensor:
+    """A teacher's embedding of pairs of an image and a caption, whether or not they belong together.
+
+    Args:
+        teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
+        features ([`TeacherFeatures`]): N images, C captions.
+        rows (`np.ndarray` of shape `(P,)`): The image of each pair, below N.
+        captions (`np.ndarray` of shape `(P,)`): The caption of each pair, below C.
+
+    Returns:
+        `torch.Tensor` of shape `(P, D)`: float32, L2-normalised, on the CPU.
+    """
+    embeds = []
+    for start in range(0, len(rows), PAIRS_PER_PASS):
+        pairs = slice(start, start + PAIRS_PER_PASS)
+        batch = features.batch(rows[pairs], captions[pairs])
+        batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
+        embeds.append(teacher(**batch, return_loss=False).teacher_embeds.float().cpu())
+    return torch.cat(embeds)
+
+
 def teach(teacher: Any, features: TeacherFeatures) -> np.ndarray:
     """A frozen teacher's embedding of every caption's pair.
 
@@ -34,12 +55,7 @@ def teach(teacher: Any, features: TeacherFeatures) -> np.ndarray:
     rows = np.arange(len(captions_per_image))
     if teacher.config.cross_attention != "regions":
         rows = np.repeat(rows, captions_per_image)  # a pair a caption; else one an image
-    embeds = []
-    for start in range(0, len(rows), PAIRS_PER_PASS):
-        pairs = np.arange(start, min(start + PAIRS_PER_PASS, len(rows)))
-        batch = {name: tensor.to(teacher.device) for name, tensor in features.batch(rows[pairs], pairs).items()}
-        embeds.append(teacher(**batch, return_loss=False).teacher_embeds.cpu())
-    values = torch.cat(embeds).to(torch.float16).numpy()
+    values = embed_pairs(teacher, features, rows, np.arange(len(rows))).to(torch.float16).numpy()
     return np.repeat(values, captions_per_image, axis=0) if teacher.config.cross_attention == "regions" else values
 
 

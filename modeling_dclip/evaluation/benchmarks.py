@@ -29,7 +29,7 @@ class Benchmark(NamedTuple):
     evaluate: Any
 
 
-def _split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
+def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
     """The split a spec names, or the default; `None` where the source has no splits."""
     source, fields, *_ = parse_spec(spec, sources, counted=True)
     bound = inspect.signature(source.build).bind(*fields)
@@ -65,11 +65,11 @@ def load_benchmark(
         raise ValueError(f"unknown benchmark {kind!r}; known benchmarks: {known}")
     spec = spec or DEFAULT_SPECS[kind]
     if kind == "retrieval":
-        dataset, split = load_captions(spec, seed=seed), _split_of(spec, CAPTION_SOURCES)
+        dataset, split = load_captions(spec, seed=seed), split_of(spec, CAPTION_SOURCES)
         evaluate = partial(evaluate_retrieval, dataset=dataset, **options)
     else:
         dataset, own_names, own_templates = load_classification(spec)
-        split = _split_of(spec, LABELLED_SOURCES)
+        split = split_of(spec, LABELLED_SOURCES)
         options |= {"class_names": class_names or own_names, "templates": templates or own_templates}
         evaluate = partial(evaluate_zero_shot, dataset=dataset, **options)
     return Benchmark(f"{kind}={spec}", split, dataset_fingerprint(dataset), evaluate)

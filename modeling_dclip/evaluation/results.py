@@ -6,8 +6,9 @@ A results file is a JSON list of records, one per benchmark of one model:
      "n": 1000, "seed": 0, "split": "test", "revision": "sha256:...", "dataset_fingerprint": "sha256:...",
      "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
 
-`split` is `null` where the source has none. Two fields are optional: `label` (the name to show) and `comparison` (intervals against an
-anchor). In a README the opening marker of a block names its source and form,
+`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `comparison` (intervals against an
+anchor) and, of a measurement under several conditions, `condition`, `intervals` of metrics and the values of their `draws`.
+In a README the opening marker of a block names its source and form,
 
     <!-- results:demo source=results/demo/summary.json table=demo -->
     <!-- /results:demo -->
@@ -28,7 +29,7 @@ from typing import Any
 
 from modeling_dclip.data.files import replacing
 from modeling_dclip.evaluation.provenance import environment
-from modeling_dclip.evaluation.tables import render_summary, render_table
+from modeling_dclip.evaluation.tables import render_leakage, render_summary, render_table
 
 __all__ = [
     "environment",
@@ -56,7 +57,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "command": (str,),
     "created": (str,),
 }
-OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "comparison": (dict,), "n_captions": (int,)}
+OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
+OPTIONAL_FIELDS |= dict.fromkeys(("comparison", "intervals", "draws"), (dict,))
 
 
 def make_record(**fields: Any) -> dict[str, Any]:
@@ -64,7 +66,7 @@ def make_record(**fields: Any) -> dict[str, Any]:
 
     Args:
         fields: `model`, `benchmark`, `metrics` (in [0, 1]), `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`, and
-            optionally `label`, `comparison`, `n_captions` (left out where `None`).
+            optionally those of `OPTIONAL_FIELDS` (left out where `None`).
 
     Returns:
         `dict[str, Any]`: Valid for [`write_results`].
@@ -74,13 +76,8 @@ def make_record(**fields: Any) -> dict[str, Any]:
     """
     versions, hardware = environment()
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    filled = {
-        "format_version": FORMAT_VERSION,
-        "versions": versions,
-        "hardware": hardware,
-        "created": created,
-        **fields,
-    }
+    filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
+    filled |= {"created": created, **fields}
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")
@@ -112,9 +109,8 @@ def validate_record(record: Any, where: str) -> None:
             kinds = " or ".join(kind.__name__ for kind in known[name])
             raise ValueError(f"Expected {kinds} in the field {name!r} of {where}, got {value!r}.")
     for name, value in record["metrics"].items():
-        if (
-            isinstance(value, bool) or not isinstance(value, int | float) or not -1e300 < value < 1e300
-        ):  # NaN fails this too
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number and -1e300 < value < 1e300):  # NaN fails this too
             raise ValueError(f"Expected a finite number in 'metrics' / {name!r} of {where}, got {value!r}.")
 
 
@@ -221,7 +217,15 @@ def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     return "\n\n".join(render_summary(_read_json(path), where=str(path)) for path in paths)
 
 
-TABLES = {"results": (_render_results, {"metrics", "best"}), "demo": (_render_demo, set())}
+def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
+    return render_leakage([record for path in paths for record in read_results(path)], **options)
+
+
+TABLES = {
+    "results": (_render_results, {"metrics", "best"}),
+    "demo": (_render_demo, set()),
+    "leakage": (_render_leakage, {"metric"}),
+}
 
 
 def _sources(readme: Path, name: str, patterns: str) -> list[Path]:
@@ -237,7 +241,8 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     """Render every block that names a source.
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file; `table=results` (the
-    default; with `metrics=` a comma-separated choice and `best=true` for bold) or `table=demo` (a summary of arms).
+    default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms) or `table=leakage` (what
+    a teacher reads off its caption; `metric=` another than text-to-teacher R@1).
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.

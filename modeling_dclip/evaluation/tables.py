@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from modeling_dclip.evaluation.intervals import seed_interval
+
 METRIC_TITLES = {
     "text_to_image_recall@1": "T→I R@1",
     "text_to_image_recall@5": "T→I R@5",
@@ -16,6 +18,17 @@ METRIC_TITLES = {
     "image_to_text_map": "I→T mAP",
     "top1": "top-1",
     "top5": "top-5",
+    "text_to_teacher_recall@1": "sentence→teacher R@1",
+    "teacher_to_text_recall@1": "teacher→sentence R@1",
+}
+LEAKAGE_TITLES = {
+    "as_trained": "own regions, own caption",
+    "regions_shuffled": "another image's regions, own caption",
+    "captions_shuffled": "own regions, another image's caption",
+    "text_share_0": "own regions, own caption, text share 0",
+    "text_share_0_regions_shuffled": "another image's regions, own caption, text share 0",
+    "whole_image": "no teacher: CLIP's embedding of the image",
+    "chance": "chance",
 }
 COMPARISON_TITLES = {"text_to_image_recall@1_gain": "T→I R@1 gain", "top1_retention": "top-1 kept"}
 INTERVAL_NOTES = {
@@ -46,12 +59,15 @@ def percent(value: float, *, signed: bool = False) -> str:
 
 
 def show_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
-    """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not, and `12.3` where there is none."""
+    """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images, and `12.3` where there is none."""
     estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))
     text = percent(estimate, signed=signed)
     if low is None and high is None:
         return text
-    if low is not None and high is not None and abs((high - estimate) - (estimate - low)) < 1e-9:
+    symmetric = low is not None and high is not None and abs((high - estimate) - (estimate - low)) < 1e-9
+    if (
+        symmetric and interval.get("covers") != "images"
+    ):  # there it is by chance, and the notes tell the two kinds by their form
         return f"{text} ± {percent(high - estimate)}"
     ends = ["∞" if end is None else percent(end, signed=signed) for end in (low, high)]
     return f"{text} [{ends[0]}, {ends[1]}]"
@@ -141,3 +157,60 @@ def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") ->
         shown = (f"{METRIC_TITLES[name]} {show_interval(pair['metrics'][name], signed=True)}" for name in columns)
         lines += ["", f"{pair['student']} minus {pair['baseline']}, paired by seed, in points: {', '.join(shown)}."]
     return "\n".join(lines)
+
+
+def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1") -> str:
+    """Show what teachers reach with parts of their input exchanged: a row for each condition, a column for each label.
+
+    Args:
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark. Those with one label
+            are trainings of one teacher with several seeds.
+        metric (`str`, *optional*, defaults to `"text_to_teacher_recall@1"`): Which to show, in percent.
+
+    Returns:
+        `str`: Markdown: a table, and a line on what was measured and what the intervals are.
+
+    Raises:
+        ValueError: If a record is of another kind or lacks the metric, a cell is missing, or the benchmarks differ.
+    """
+    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for record in records:
+        if "condition" not in record or metric not in record["metrics"]:
+            raise ValueError(
+                f"Expected a 'condition' and the metric {metric!r} in every record, got {record.get('condition')!r} and "
+                f"{sorted(record['metrics'])} for {record['model']!r}."
+            )
+        cells.setdefault((record["condition"], record.get("label", record["model"])), []).append(record)
+    conditions, labels = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
+    measured = {(record["benchmark"], record["dataset_fingerprint"], record["n"]) for record in records}
+    if len(measured) != 1 or len(cells) != len(conditions) * len(labels):
+        raise ValueError(
+            f"Expected every condition for every label on one benchmark, got {sorted(cells)} on {sorted(measured)}. Measure them again."
+        )
+    rows, covers = [], set()
+    for condition in conditions:
+        row = [LEAKAGE_TITLES.get(condition, condition)]
+        for label in labels:
+            interval = _pool_trainings(cells[condition, label], metric)
+            covers.add((interval["covers"], interval["confidence"]))
+            row.append(show_interval(interval))
+        rows.append(row)
+    (benchmark, _, n), draws = measured.pop(), [record["draws"][metric] for record in records if "draws" in record]
+    trained = {label: len(cells[conditions[0], label]) for label in labels}
+    header = [f"{label} ({count} trained)" if count > 1 else label for label, count in trained.items()]
+    notes = [f"{METRIC_TITLES.get(metric, metric)} in percent, {n:,} images of `{benchmark.partition('=')[2]}`."]
+    if draws:
+        apart = max(max(values) - min(values) for values in draws)
+        notes.append(
+            f"Means of {len(draws[0])} draws of captions and shuffles, which are at most {percent(apart)} apart."
+        )
+    notes += [INTERVAL_NOTES[name].format(level) for name, level in sorted(covers) if name in INTERVAL_NOTES]
+    return "\n".join([markdown_table(["The teacher reads", *header], rows), "", " ".join(notes)])
+
+
+def _pool_trainings(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
+    """Over training seeds where there are several; else over images, where the record holds it."""
+    values = [record["metrics"][metric] for record in records]
+    if len(values) == 1 or len(set(values)) == 1:  # what no training moves has no spread over trainings
+        return records[0].get("intervals", {}).get(metric) or seed_interval(values[:1]).to_dict()
+    return seed_interval(values).to_dict()

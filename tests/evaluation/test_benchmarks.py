@@ -17,7 +17,7 @@ from modeling_dclip.evaluation import benchmarks
     ],
 )
 def test_the_split_is_read_off_the_source(spec, kind, split):
-    assert benchmarks._split_of(spec, getattr(benchmarks, kind)) == split
+    assert benchmarks.split_of(spec, getattr(benchmarks, kind)) == split
 
 
 def test_an_unknown_benchmark_is_named_with_the_known_ones():

@@ -146,6 +146,7 @@ def test_table_shows_the_comparison_with_its_interval():
         ({"estimate": 0.5, "low": 0.48, "high": 0.52}, "50.0 ± 2.0"),
         ({"estimate": 0.5, "low": 0.4, "high": 0.52}, "50.0 [40.0, 52.0]"),
         ({"estimate": 0.5, "low": 0.4, "high": None}, "50.0 [40.0, ∞]"),
+        ({"estimate": 0.5, "low": 0.48, "high": 0.52, "covers": "images"}, "50.0 [48.0, 52.0]"),
     ],
 )
 def test_intervals_are_shown_by_their_shape(interval, text):
