@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple, merge_with_config_defau
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_dmclip import NUM_CONV_STAGES, DMCLIPConfig, DMCLIPVisionConfig
-from .modeling_dclip import set_auto_map
+from .modeling_dclip import InitialisedAsInTree, set_auto_map
 from .modeling_dmclip_text import DMCLIPTextModel
 from .selective_scan import selective_scan
 
@@ -288,7 +288,7 @@ class DMCLIPStage(nn.Module):
         return hidden_states if self.downsample is None else self.downsample(hidden_states), hidden_states
 
 
-class DMCLIPVisionModel(PreTrainedModel):
+class DMCLIPVisionModel(InitialisedAsInTree, PreTrainedModel):
     """The image encoder alone: one image in, one embedding of the shared space out.
 
     `from_pretrained` takes its own folder or a dual DM-CLIP one. Images of any size go in. For speed see
@@ -312,6 +312,8 @@ class DMCLIPVisionModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _no_split_modules = ["DMCLIPStem", "DMCLIPConvBlock", "DMCLIPHybridBlock"]
+    # The scan runs in float32, and rates of 1 to 8 rounded to 8 bits would be other rates.
+    _keep_in_fp32_modules_strict = ["A_log", "D"]
     _can_record_outputs = {"hidden_states": OutputRecorder(DMCLIPStage, index=1), "attentions": DMCLIPAttention}
     _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^logit_scale$"]
 
@@ -428,8 +430,9 @@ class DMCLIPVisionModel(PreTrainedModel):
                 mixer = "proj" if isinstance(module.mixer, DMCLIPAttention) else "out_proj"
                 _fold_gain(state, f"{name}.gamma_1", f"{name}.mixer.{mixer}")
                 _fold_gain(state, f"{name}.gamma_2", f"{name}.mlp.fc2")
-        fused = type(self)._from_config(config, dtype=self.dtype).to(self.device)
-        fused.load_state_dict(state)
+        with torch.device("meta"):  # nothing is drawn: every weight comes from here, in its own type and place
+            fused = type(self)(config)
+        fused.load_state_dict(state, assign=True)
         return fused.eval()
 
 
@@ -459,7 +462,7 @@ def _fold_norm(state, conv, norm, eps):
     state[f"{conv}.bias"] = (offset + state[f"{conv}.bias"].double() if f"{conv}.bias" in state else offset).to(dtype)
 
 
-class DMCLIPModel(CLIPModel):
+class DMCLIPModel(InitialisedAsInTree, CLIPModel):
     """The dual encoder: MambaVision beside MobileCLIP-S1's text tower, with the interface of [`DCLIPModel`].
 
     With `config.freeze_text` the text tower stays without gradient and in eval mode through saving, loading, `.train()`
