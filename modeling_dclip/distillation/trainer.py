@@ -137,8 +137,13 @@ class BatchesTrainer(Trainer):
         return 0
 
     def get_decay_parameter_names(self, model):
-        """Matrices only: no decay of gains, biases and the logit scale, as CLIP."""
-        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2]
+        """Matrices only: no decay of gains, biases and the logit scale, as CLIP, nor of what a module asks to spare."""
+        spared = {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in model.named_modules()
+            for name in getattr(module, "no_weight_decay", ())
+        }
+        return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in spared]
 
     def _save(self, output_dir=None, state_dict=None):
         """Weights, config, code, processor and resolved arguments; no pickled arguments."""
