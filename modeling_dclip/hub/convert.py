@@ -23,7 +23,9 @@ from modeling_dclip.hub.mambavision import (
     published_mambavision_keys,
     read_mambavision_config,
 )
+from modeling_dclip.hub.mobileclip import load_text_tower, read_text_config, select_text_tower
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 
 README = """---
 library_name: transformers
@@ -48,6 +50,11 @@ MAMBAVISION_NOTE = (
     "MambaVision's weights are published for non-commercial use only (CC-BY-NC-SA-4.0 by its package's description, its code "
     "under the NVIDIA Source Code License-NC). That binds this folder and every model that starts from it: its card must say "
     "so. Only weights that were trained from scratch elsewhere are free of it."
+)
+
+MOBILECLIP_NOTE = (
+    "MobileCLIP's weights are published under a licence of Apple's own (LICENSE_weights beside them). It binds this folder and "
+    "every model that starts from it: read it, and name it in the card."
 )
 
 
@@ -152,6 +159,43 @@ def convert_mambavision(
     return model
 
 
+def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCLIPTextModel, list[str]]:
+    """Make a [`DMCLIPTextModel`] folder of the text tower in a MobileCLIP checkpoint, open_clip's or Apple's.
+
+    The image tower, a FastViT, is not taken: DM-CLIP puts a MambaVision in its place. Neither is `logit_scale`.
+
+    Args:
+        checkpoint (`str` or `Path`): See [`~modeling_dclip.hub.checkpoints.read_checkpoint`].
+        output (`str` or `Path`): New or empty folder; written whole or not at all.
+
+    Returns:
+        `tuple`: [`DMCLIPTextModel`] in eval mode, float32, and the keys that were not taken.
+
+    Raises:
+        FileExistsError, FileNotFoundError: If the output is in use, or the file is not there.
+        ValueError: If the checkpoint is damaged or of another architecture; keys are named.
+    """
+    check_new_folder(output)
+    text, left = select_text_tower(read_checkpoint(checkpoint), checkpoint)
+    model = DMCLIPTextModel(read_text_config(text, checkpoint)).eval()
+    load_text_tower(model, text, checkpoint)
+    images = sum(key != "logit_scale" for key in left)
+    readme = README.format(
+        license_name="apple-mobileclip-weights",
+        license_link="https://github.com/apple/ml-mobileclip",
+        pipeline_tag="feature-extraction",
+        origin="mobileclip",
+        title="MobileCLIP's text tower as a DM-CLIP text encoder",
+        file=Path(checkpoint).name,
+        digest=_sha256(checkpoint),
+        keys=f"All {len(text)} keys of its text tower are in it; the {images} of its image tower are not.",
+        note=MOBILECLIP_NOTE,
+        use="The tokenizer is CLIP's, which the checkpoint does not hold: `openai/clip-vit-base-patch32` has it.",
+    )
+    write_folder(output, lambda folder: _save(folder, readme, model))
+    return model, left
+
+
 def _save(folder: Path, readme: str, *parts) -> None:
     for part in parts:
         part.save_pretrained(folder)
@@ -172,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="python -m modeling_dclip.hub.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in ("mambavision",):
+    for kind in ("mambavision", "mobileclip"):
         command = kinds.add_parser(kind)
         command.add_argument("--checkpoint", required=True, help=".safetensors, .pth.tar or a state dict")
         command.add_argument("--output", required=True, help="a new or empty folder")
@@ -184,13 +228,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--projection_dim", type=int, help="leave the head out; start a fresh projection of this width"
     )
     args = parser.parse_args(argv)
+    note, left = MAMBAVISION_NOTE, []
     try:
-        model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
+        if args.kind == "mambavision":
+            model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
+        else:
+            note = MOBILECLIP_NOTE
+            model, left = convert_mobileclip(args.checkpoint, args.output)
     except (ValueError, OSError) as error:
         parser.error(str(error))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key placed.\n")
-    sys.stdout.write(f"Licence: {MAMBAVISION_NOTE}\n")
+    if left:
+        towers = sorted({key.split(".")[0] for key in left})
+        sys.stdout.write(f"Not taken: {len(left)} keys, under {', '.join(towers)} (the image tower and the scale).\n")
+    sys.stdout.write(f"Licence: {note}\n")
 
 
 if __name__ == "__main__":

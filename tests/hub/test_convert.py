@@ -232,6 +232,7 @@ def whole(folder):
     return path.read_bytes()
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "name, content, message",
     [
