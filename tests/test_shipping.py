@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -27,6 +28,12 @@ from modeling_dclip import (
     DCLIPTeacherProcessor,
     DCLIPVisionConfig,
     DCLIPVisionModel,
+    DMCLIPConfig,
+    DMCLIPModel,
+    DMCLIPTextConfig,
+    DMCLIPTextModel,
+    DMCLIPVisionConfig,
+    DMCLIPVisionModel,
 )
 
 # Runs with -I and from another folder; the finder refuses the package even where it is installed.
@@ -61,10 +68,32 @@ CASES = (
     ("dual", "AutoModelForZeroShotImageClassification"),
     ("vision", "AutoModel"),
     ("teacher", "AutoModel"),
+    ("dmclip", "AutoModel"),
+    ("dmclip", "AutoModelForZeroShotImageClassification"),
+    ("dmclip_fused_vision", "AutoModel"),
+    ("dmclip_text", "AutoModel"),
 )
 
 
+def build_dmclip(kind, clip_dir):
+    processor = DCLIPProcessor.from_pretrained(clip_dir)
+    batch = processor(images=pictures(), text=["a red dog", "a dog"], return_tensors="pt")
+    ends = {"bos_token_id": processor.tokenizer.bos_token_id, "eos_token_id": processor.tokenizer.eos_token_id}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    stages = {"hidden_size": 8, "stem_dim": 4, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)}
+    text = {**sizes, **ends, "vocab_size": len(processor.tokenizer)}
+    model = DMCLIPModel(DMCLIPConfig(text_config=text, vision_config=stages, projection_dim=16))
+    if kind == "dmclip":
+        return model, DCLIPProcessor, batch
+    if kind == "dmclip_text":
+        return model.text_model, DCLIPProcessor, {name: batch[name] for name in ("input_ids", "attention_mask")}
+    tower = model.vision_model.fuse() if kind == "dmclip_fused_vision" else model.vision_model
+    return tower, DCLIPProcessor, {"pixel_values": batch["pixel_values"]}
+
+
 def build(kind, clip_dir):
+    if kind.startswith("dmclip"):
+        return build_dmclip(kind, clip_dir)
     if kind == "dual":
         batch = DCLIPProcessor.from_pretrained(clip_dir)(
             images=pictures(), text=["a red dog", "a dog"], return_tensors="pt"
@@ -164,13 +193,32 @@ def test_the_dual_encoder_names_every_auto_class_that_serves_it(tiny_clip_dir, t
     assert processor_map == {"AutoProcessor": "processing_dclip.DCLIPProcessor"}
 
 
+def test_dmclip_ships_the_scan_and_names_every_auto_class_that_serves_it(tiny_clip_dir, tmp_path):
+    build("dmclip", tiny_clip_dir)[0].save_pretrained(tmp_path)
+    code = code_files(tmp_path)
+    assert {"modeling_dmclip.py", "modeling_dmclip_text.py", "configuration_dmclip.py", "selective_scan.py"} <= set(
+        code
+    )
+    for text in code.values():  # whatever a shipped file imports beside it is there too
+        assert {f"{module}.py" for module in re.findall(r"^from \.(\w+) import", text, flags=re.MULTILINE)} <= set(
+            code
+        )
+    assert auto_map(tmp_path) == {
+        "AutoConfig": "configuration_dmclip.DMCLIPConfig",
+        "AutoModel": "modeling_dmclip.DMCLIPModel",
+        "AutoModelForZeroShotImageClassification": "modeling_dmclip.DMCLIPModel",
+    }
+
+
 def test_importing_the_package_registers_every_auto_class(tiny_clip_dir, tmp_path):
-    for config_class, model_class, processor_class in (
-        (DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
-        (DCLIPConfig, DCLIPModel, DCLIPProcessor),
-        (DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
+    for kind, config_class, model_class, processor_class in (
+        ("vision", DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
+        ("dual", DCLIPConfig, DCLIPModel, DCLIPProcessor),
+        ("teacher", DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
+        ("dmclip", DMCLIPConfig, DMCLIPModel, DCLIPProcessor),
+        ("dmclip_vision", DMCLIPVisionConfig, DMCLIPVisionModel, DCLIPProcessor),
+        ("dmclip_text", DMCLIPTextConfig, DMCLIPTextModel, DCLIPProcessor),
     ):
-        kind = {DCLIPVisionModel: "vision", DCLIPModel: "dual", DCLIPTeacher: "teacher"}[model_class]
         folder = tmp_path / kind
         build(kind, tiny_clip_dir)[0].save_pretrained(folder)
         processor_class.from_pretrained(tiny_clip_dir).save_pretrained(folder)
@@ -178,8 +226,8 @@ def test_importing_the_package_registers_every_auto_class(tiny_clip_dir, tmp_pat
         assert type(AutoModel.from_pretrained(folder)) is model_class
         assert type(AutoProcessor.from_pretrained(folder)) is processor_class
         assert AutoImageProcessor.from_pretrained(folder, backend="pil").crop_size["height"] == 32
-    zero_shot = AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / "dual")
-    assert type(zero_shot) is DCLIPModel
+    for kind, model_class in (("dual", DCLIPModel), ("dmclip", DMCLIPModel)):
+        assert type(AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / kind)) is model_class
 
 
 def test_the_teachers_clip_carries_no_code_of_its_own_in_the_config(tiny_clip_dir, tmp_path):
