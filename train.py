@@ -24,8 +24,9 @@ from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
 from modeling_dclip.evaluation.attention import draw_teacher_attention
+from modeling_dclip.evaluation.leakage import evaluate_leakage
 from modeling_dclip.evaluation.results import read_results, render_table
-from modeling_dclip.evaluation.tables import render_summary
+from modeling_dclip.evaluation.tables import render_leakage, render_summary
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -51,28 +52,29 @@ def read_recipe(words: list[str]) -> tuple[list[str], Path]:
     return [*words[:position], *words[position + 2 :]], Path(words[position + 1])
 
 
-def train_runs(runs: Sequence[ArmRun], words: list[str], path: Path) -> str:
-    """Run every arm's stages; returns the folder or id of the CLIP they all start from."""
+def train_runs(runs: Sequence[ArmRun], words: list[str], path: Path) -> None:
+    """Run every arm's stages, after those that all share."""
     shared = SharedData()
     whole = parse_recipe(words, path)
-    if runs[0].recipe.run.clip_model is not None and whole.run.clip_model is None:
+    needs_anchor = whole.run.clip_model is None and ("dmclip" not in whole.named or "anchor" in whole.named)
+    if needs_anchor and runs[0].recipe.run.clip_model is not None:
         whole.run.stages = ["anchor"]
         run_stages(whole, shared)
     for run in runs:
         if len(runs) > 1:
             logging.info("\n=== %s, seed %d", run.arm, run.seed)
         run_stages(run.recipe, shared)
-    return Run(runs[0].recipe).clip_path
 
 
 def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
-    """Evaluate all runs beside their anchor, draw a teacher's attention, load what was saved in a fresh process."""
+    """Evaluate all runs beside their anchor and what their teachers read, draw attention, load what was saved in a fresh process."""
     first = runs[0].recipe.run
     arms: dict[str, dict[int, str]] = {}
     for run in runs:
-        student = Path(run.recipe.run.output_dir) / "student"
-        if (student / "config.json").exists():
-            arms.setdefault(run.arm, {})[run.seed] = str(student)
+        for name in ("student", "dmclip"):
+            student = Path(run.recipe.run.output_dir) / name
+            if (student / "config.json").exists():
+                arms.setdefault(run.arm, {})[run.seed] = str(student)
     options = {"baseline": first.baseline, "command": shlex.join(["train.py", *sys.argv[1:]])}
     summary = evaluate_arms(arms, anchor, first.evaluate, folder, device=PartialState().device, **options)
     kinds = [name.partition("=")[0] for name in first.evaluate]
@@ -85,13 +87,17 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
         )
     )
     folders = [next(iter(seeds.values())) for seeds in list(arms.values())[-1:]]
-    teachers = [Path(run.recipe.run.output_dir) / "teacher" for run in runs]
-    teachers = {str(teacher): None for teacher in teachers if (teacher / "config.json").exists()}
+    trained = [(run.arm, Path(run.recipe.run.output_dir) / "teacher") for run in runs]
+    teachers = [(arm, str(teacher)) for arm, teacher in trained if (teacher / "config.json").exists()]
     captions = [name.partition("=")[2] for name in first.evaluate if name.startswith("retrieval=")]
     if teachers and captions and "boxes" in (dataset := load_captions(captions[0])).column_names:
-        for teacher in teachers:
+        for _, teacher in teachers:
             draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
-    if saved := [str(Path(name).resolve()) for name in (*folders, *list(teachers)[-1:])]:
+        cache = {"cache_dir": Run(runs[0].recipe).cache_dir, "max_regions": runs[0].recipe.regions.max_regions}
+        options = {"device": PartialState().device, "command": options["command"], **cache}
+        leakage = evaluate_leakage(teachers, dataset, captions[0], folder / "leakage.json", **options)
+        print(f"\n{render_leakage(leakage)}")
+    if saved := [str(Path(name).resolve()) for name in (*folders, *(teacher for _, teacher in teachers[-1:]))]:
         subprocess.run([sys.executable, "-c", RELOAD, *saved], check=True, cwd=Path.home())
     print(f"\nWritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
@@ -109,9 +115,9 @@ def main(words: list[str]) -> None:
     state = PartialState()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    anchor = train_runs(runs, words, path)
+    train_runs(runs, words, path)
     if state.is_main_process and runs[0].recipe.run.evaluate:
-        report(runs, anchor, Path(parse_recipe(words, path).run.output_dir) / "results")
+        report(runs, Run(runs[0].recipe).clip_path, Path(parse_recipe(words, path).run.output_dir) / "results")
 
 
 if __name__ == "__main__":

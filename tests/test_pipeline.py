@@ -75,6 +75,9 @@ def test_one_command_trains_evaluates_draws_and_reloads_and_a_second_skips(recip
     assert {record["label"] for record in records} >= {"anchor", "no_teacher, seed 0", "leak_free, seed 1"}
     for path in ("results/summary.json", "results/tradeoff.png", "leak_free/seed-0/teacher_attention.png"):
         assert (out / path).stat().st_size > 0
+    leakage = read_results(out / "results" / "leakage.json")
+    assert {record["label"] for record in leakage} == {"leak_free"} and len(leakage) == 2 * 7
+    assert "leak_free (2 trained)" in first.stdout and leakage[0]["benchmark"] == "leakage=scenes:test,n=40"
     assert not (out / "no_teacher" / "seed-0" / "teacher").exists()
     weights = out / "leak_free" / "seed-1" / "student" / "model.safetensors"
     made = weights.stat().st_mtime_ns

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from modeling_dclip import DCLIPModel
+from modeling_dclip.evaluation.results import read_results
 
 ROOT = Path(__file__).parents[1]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -68,3 +69,34 @@ def test_a_recipe_runs_through_accelerate_and_says_where_it_wrote(tmp_path):
     assert DCLIPModel.from_pretrained(tmp_path / "run" / "student").config.freeze_text
     again = train("--recipe", path, "--stages", "student")
     assert again.returncode == 0 and "student: already finished" in again.stderr
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "titles", "absent"),
+    [
+        ("retrieval=scenes:test,n=8,captions_per_image=1", ["T→I R@1", "I→T mAP"], "top-1"),
+        ("zero_shot=scenes:test,n=64", ["top-1", "top-5"], "R@1"),
+    ],
+)
+def test_a_recipe_with_one_kind_of_benchmark_prints_its_table(tmp_path, benchmark, titles, absent):
+    steps = {"use_cpu": True, "per_device_train_batch_size": 8, "max_steps": 1, "save_strategy": "no"}
+    recipe = {
+        "output_dir": str(tmp_path / "run"),
+        "clip_model": str(ROOT / "recipes" / "demo_anchor"),
+        "train_datasets": ["scenes:train,n=8,captions_per_image=1"],
+        "student": {"cosine_distillation_loss_weight": 0.0, **steps},
+        "evaluate": [benchmark],
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    ended = train("--recipe", path)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    header, _, anchor, student = [line for line in ended.stdout.splitlines() if line.startswith("|")]
+    assert all(title in header for title in titles) and absent not in header
+    assert anchor.startswith("| anchor ") and student.startswith("| student, seed 0 ")
+    results = tmp_path / "run" / "results"
+    assert sorted(file.name for file in results.iterdir()) == [
+        "records.json",
+        "summary.json",
+    ]  # no trade-off of one axis
+    assert {record["benchmark"] for record in read_results(results / "records.json")} == {benchmark}
