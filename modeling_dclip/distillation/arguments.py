@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 
-STAGES = ("anchor", "regions", "teacher", "targets", "student")
+STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dmclip")
 
 # Fields that decide where and how loudly a stage runs, not what comes out of it.
 _SIDE_FIELDS = {
@@ -15,7 +15,7 @@ _SIDE_FIELDS = {
     "disable_tqdm", "run_name", "report_to", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "use_cpu",
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
     "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint", "push_to_hub", "hub_token", "local_rank",
-    "image_cache_mib", "num_workers", "batch_size", "text_batch_size", "on_bad_image",
+    "image_cache_mib", "num_workers", "batch_size", "text_batch_size", "on_bad_image", "folder",
 }  # fmt: skip
 
 

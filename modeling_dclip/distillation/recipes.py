@@ -25,21 +25,16 @@ from modeling_dclip.distillation.arguments import (
     AnchorArguments,
     RegionsArguments,
     RunArguments,
+    StageTrainingArguments,
     StudentArguments,
     TargetsArguments,
     TeacherArguments,
     as_plain,
 )
+from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments
+from modeling_dclip.distillation.sections import SECTIONS, TRAINING_SECTIONS
 
-SECTIONS = {
-    "anchor": AnchorArguments,
-    "regions": RegionsArguments,
-    "teacher": TeacherArguments,
-    "targets": TargetsArguments,
-    "student": StudentArguments,
-}
 GLOBAL = "global fields"
-TRAINING_SECTIONS = ("anchor", "teacher", "student")
 # What the run decides for every stage that trains.
 _SET_BY_RUN = ("output_dir",)
 
@@ -61,8 +56,8 @@ class Recipe:
 
     Args:
         run ([`RunArguments`]): The global fields.
-        anchor, regions, teacher, targets, student: The sections.
-        has_anchor (`bool`): Whether the recipe says how to make an anchor.
+        anchor, regions, teacher, targets, student, reinforce, dmclip: The sections.
+        named (`frozenset[str]`): Sections that the file or the command line sets anything in.
         path (`str` or None): The file it came from.
     """
 
@@ -72,7 +67,9 @@ class Recipe:
     teacher: TeacherArguments
     targets: TargetsArguments
     student: StudentArguments
-    has_anchor: bool
+    reinforce: ReinforceArguments
+    dmclip: DMCLIPArguments
+    named: frozenset[str]
     path: str | None
 
     def resolved(self, *sections: str) -> dict[str, Any]:
@@ -217,8 +214,8 @@ def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe
         (sections[name],) = _Parser(name, kind).parse_args_into_dataclasses(
             [*forced, *given[name]], look_for_args_file=False
         )
-    has_anchor = bool(given["anchor"])
-    return Recipe(run=run, **sections, has_anchor=has_anchor, path=None if path is None else str(path))
+    named = frozenset(name for name in SECTIONS if given[name])
+    return Recipe(run=run, **sections, named=named, path=None if path is None else str(path))
 
 
 @dataclass
@@ -239,8 +236,8 @@ class ArmRun:
 def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[ArmRun]:
     """Every run that a recipe with `arms` or `seeds` asks for, in order; one run where it has neither.
 
-    An arm's fields go before the file's, the command line before both. Runs share the cache, and the anchor in `OUTPUT_DIR/anchor` where
-    no `clip_model` is named.
+    An arm's fields go before the file's, the command line before both. Runs share the cache, the shards of `reinforce`, and the anchor in
+    `OUTPUT_DIR/anchor` where no `clip_model` is named.
 
     Args:
         words, path: As for [`parse_recipe`].
@@ -257,12 +254,13 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
         return [ArmRun("student", run.seed, recipe)]
     clip_model = run.clip_model or f"{run.output_dir}/anchor"
     cache_dir = run.cache_dir or f"{run.output_dir}/cache"
+    shards = {"reinforce": {"folder": recipe.reinforce.folder or f"{run.output_dir}/reinforce"}}
     runs = []
     for arm, overrides in (run.arms or {"student": {}}).items():
         for seed in run.seeds or [run.seed]:
             folder = f"{run.output_dir}/{arm}/seed-{seed}"
             forced = {"seed": seed, "output_dir": folder, "cache_dir": cache_dir, "clip_model": clip_model}
-            given = [*_flatten(overrides or {}), *words, *_flatten(forced)]
+            given = [*_flatten(shards), *_flatten(overrides or {}), *words, *_flatten(forced)]
             runs.append(ArmRun(arm, seed, parse_recipe(given, path)))
     return runs
 
@@ -282,7 +280,7 @@ def describe_fields() -> str:
 
 
 def _declared(kind: type) -> list[Any]:
-    if kind.__module__ != RunArguments.__module__:
+    if not issubclass(kind, StageTrainingArguments):
         return []
     return [f for f in fields(kind) if f.name in kind.__dict__.get("__annotations__", {})]
 

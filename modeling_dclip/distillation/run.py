@@ -48,12 +48,15 @@ class Run:
     def stages(self) -> list[str]:
         """The stages to run, in order: those asked for, else those the recipe needs."""
         recipe = self.recipe
+        reinforced = "dmclip" in recipe.named
         needed = {
-            "anchor": recipe.run.clip_model is None,
-            "regions": self.uses_detector,
-            "teacher": recipe.student.reads_teacher and recipe.run.teacher_model is None,
-            "targets": True,
-            "student": True,
+            "anchor": recipe.run.clip_model is None and (not reinforced or "anchor" in recipe.named),
+            "regions": not reinforced and self.uses_detector,
+            "teacher": not reinforced and recipe.student.reads_teacher and recipe.run.teacher_model is None,
+            "targets": not reinforced,
+            "student": not reinforced,
+            "reinforce": reinforced and recipe.dmclip.train_shards is None,
+            "dmclip": reinforced,
         }
         return [name for name in STAGES if (name in recipe.run.stages if recipe.run.stages else needed[name])]
 
@@ -77,6 +80,11 @@ class Run:
     def teacher_path(self) -> str:
         """Folder or Hub id of the trained teacher."""
         return self.recipe.run.teacher_model or str(self.made("teacher", "config.json", "teacher_model"))
+
+    @property
+    def reinforce_folder(self) -> Path:
+        """Where the stage reinforce writes, its shards in `shards`."""
+        return Path(self.recipe.reinforce.folder or self.folder / "reinforce")
 
     def made(self, stage: str, file: str, instead: str) -> Path:
         """The folder of a stage that `file` shows to be done.
@@ -152,9 +160,9 @@ class Run:
             self.shared.pixels[key] = PixelReader(self.data["train"][0], image_processor, cache_mib)
         return self.shared.pixels[key]
 
-    def record(self, stage: str, inputs: dict[str, Any]) -> StageRecord:
-        """The record of a stage of this run."""
-        record = StageRecord(self.folder / stage, inputs, self.recipe.run.overwrite)
+    def record(self, stage: str, inputs: dict[str, Any], folder: Path | None = None) -> StageRecord:
+        """The record of a stage of this run, in the stage's own folder if no other is given."""
+        record = StageRecord(folder or self.folder / stage, inputs, self.recipe.run.overwrite)
         if record.finished:
             logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
         return record
