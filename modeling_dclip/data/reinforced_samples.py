@@ -1,0 +1,290 @@
+"""One sample of a reinforced dataset: read, checked, and packed.
+
+| member | what |
+|---|---|
+| `jpg`, `jpeg`, `png` or `webp` | the stored image |
+| `txt` | one caption, or a JSON list of captions |
+| `json` | of the source; a list under `captions` stands in for a missing `txt` |
+| `syn.json` | `{"syn_text": [synthetic captions]}`, maybe more such keys |
+| `paug.json` | `{"param_aug": [augmentations]}`, or a JSON string of that list; one is [`StoredAugmentation`] |
+| `npz` or `pth.gz` | `image_emb (augmentations, W)`; `text_emb (captions + synthetic captions, W)`, or only the captions, with `<key>_emb` for each key of synthetic captions beside it |
+"""
+
+import gzip
+import io
+import json
+import pickle
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from modeling_dclip.data.reinforced_shards import DamagedSampleError, SamplePlace, ShardFiles
+
+IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
+ARRAY_MEMBERS = ("npz", "pth.gz")
+SYNTHETIC_KEYS = r"syn_text.*"
+# What PIL raises for broken files, besides OSError: bad PNG chunks, a missing plugin, absurd sizes.
+_UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError)
+_UNREADABLE_ARRAYS = (
+    *(OSError, EOFError, ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError),
+    *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error),
+)
+
+
+class Sample(NamedTuple):
+    """A sample as it is stored, its counts checked: A augmentations, C captions, S synthetic captions, width W, any float type.
+
+    Args:
+        image (`bytes`): Encoded.
+        image_member (`str`): What it is called, for messages.
+        captions (`list[str]`): At least one.
+        synthetic_captions (`list[str]`): None to many.
+        augmentations (`list`): As JSON holds them; at least one.
+        image_embeds (`torch.Tensor` of shape `(A, W)`): Finite.
+        text_embeds (`torch.Tensor` of shape `(C + S, W)`): Finite; the captions first.
+    """
+
+    image: bytes
+    image_member: str
+    captions: list[str]
+    synthetic_captions: list[str]
+    augmentations: list[Any]
+    image_embeds: torch.Tensor
+    text_embeds: torch.Tensor
+
+
+def open_image(encoded: bytes) -> Image.Image:
+    """Decode to RGB.
+
+    Raises:
+        ValueError: If that cannot be done.
+    """
+    try:
+        return Image.open(io.BytesIO(encoded)).convert("RGB")
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"expected an image, got {error}") from error
+
+
+def _present(place: SamplePlace, members: Sequence[str], what: str) -> str:
+    found = [member for member in members if member in place.members]
+    if not found:
+        problem = f"expected {what}, got the members {sorted(place.members)}"
+        raise DamagedSampleError(place.shard, problem, place.key, " or ".join(members))
+    return found[0]
+
+
+def _texts(value: Any) -> list[str] | None:
+    """The stripped texts, or `None` if it is no list of texts with words."""
+    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+        return None
+    return [text.strip() for text in value]
+
+
+class SampleReader:
+    """Reads samples from their places.
+
+    Args:
+        width (`int`): W, of all teachers together.
+        synthetic_keys (`str`, *optional*, defaults to `"syn_text.*"`): Regular expression; the keys of `syn.json` that match
+            whole are read.
+    """
+
+    def __init__(self, width: int, synthetic_keys: str = SYNTHETIC_KEYS):
+        self.width, self.synthetic_keys, self.files = width, re.compile(synthetic_keys), ShardFiles()
+
+    def read(self, place: SamplePlace) -> Sample:
+        """One sample.
+
+        Raises:
+            DamagedSampleError: If a member is missing or malformed, counts disagree, an embedding has another width or is not
+                finite.
+        """
+        image_member = _present(place, IMAGE_MEMBERS, "an image")
+        captions, synthetic = self._captions(place), self._synthetic_captions(place)
+        augmentations = self._augmentations(place)
+        image_embeds, text_embeds = self._embeds(place, len(augmentations), len(captions), synthetic)
+        return Sample(
+            image=self.files.read(place, image_member),
+            image_member=image_member,
+            captions=captions,
+            synthetic_captions=[text for texts in synthetic.values() for text in texts],
+            augmentations=augmentations,
+            image_embeds=image_embeds,
+            text_embeds=text_embeds,
+        )
+
+    def _json(self, place: SamplePlace, member: str) -> Any:
+        try:
+            return json.loads(self.files.read(place, member))
+        except ValueError as error:
+            if isinstance(error, DamagedSampleError):
+                raise
+            raise DamagedSampleError(place.shard, f"expected JSON, got {error}", place.key, member) from error
+
+    def _captions(self, place: SamplePlace) -> list[str]:
+        member = "txt" if "txt" in place.members else _present(place, ("txt", "json"), "captions")
+        if member == "txt":
+            text = self.files.read(place, member).decode("utf-8", errors="replace").strip()
+            found = [text]
+            if text.startswith("["):
+                try:
+                    found = json.loads(text)
+                except ValueError:
+                    pass  # a caption that happens to begin with a bracket
+        else:
+            source = self._json(place, member)
+            found = source.get("captions", [source.get("caption")]) if isinstance(source, dict) else None
+        captions = _texts(found)
+        if not captions:
+            problem = f"expected one or more captions with words, got {str(found)[:80]!r}"
+            raise DamagedSampleError(place.shard, problem, place.key, member)
+        return captions
+
+    def _synthetic_captions(self, place: SamplePlace) -> dict[str, list[str]]:
+        if "syn.json" not in place.members:
+            return {}
+        stored = self._json(place, "syn.json")
+        keys = [key for key in stored if self.synthetic_keys.fullmatch(key)] if isinstance(stored, dict) else []
+        synthetic = {key: _texts(stored[key]) for key in keys}
+        wrong = next((key for key, texts in synthetic.items() if texts is None), None)
+        if not keys or wrong is not None:
+            problem = f"expected lists of captions with words under keys like {self.synthetic_keys.pattern!r}, got "
+            problem += (
+                repr(sorted(stored) if isinstance(stored, dict) else stored) if wrong is None else repr(stored[wrong])
+            )
+            raise DamagedSampleError(place.shard, problem, place.key, "syn.json")
+        return synthetic
+
+    def _augmentations(self, place: SamplePlace) -> list[Any]:
+        stored = self._json(place, "paug.json")
+        augmentations = stored.get("param_aug") if isinstance(stored, dict) else None
+        if isinstance(augmentations, str):
+            try:
+                augmentations = json.loads(augmentations)
+            except ValueError as error:
+                raise DamagedSampleError(place.shard, f"expected JSON, got {error}", place.key, "paug.json") from error
+        if not isinstance(augmentations, list) or not augmentations:
+            problem = f'expected {{"param_aug": [augmentations]}}, got {str(stored)[:80]}'
+            raise DamagedSampleError(place.shard, problem, place.key, "paug.json")
+        return augmentations
+
+    def _embeds(
+        self, place: SamplePlace, augmentations: int, captions: int, synthetic: Mapping[str, list[str]]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        member = _present(place, ARRAY_MEMBERS, "embeddings")
+        arrays = self._arrays(place, member)
+        counts = {key: len(texts) for key, texts in synthetic.items()}
+        beside = [f"{key}_emb" for key in counts if f"{key}_emb" in arrays]
+        if len(beside) < len(counts):  # all are behind the captions, in the order of the keys
+            expected = {"image_emb": augmentations, "text_emb": captions + sum(counts.values())}
+        else:
+            expected = {"image_emb": augmentations, "text_emb": captions}
+            expected |= {f"{key}_emb": count for key, count in counts.items()}
+        for name, rows in expected.items():
+            problem = self._problem(arrays.get(name), rows)
+            if problem is not None:
+                of = (
+                    "augmentations"
+                    if name == "image_emb"
+                    else f"captions ({captions}) and synthetic captions ({counts})"
+                )
+                raise DamagedSampleError(place.shard, f"array {name!r} of the {of}: {problem}", place.key, member)
+        return arrays["image_emb"], torch.cat([arrays[name] for name in expected if name != "image_emb"])
+
+    def _problem(self, array: Any, rows: int) -> str | None:
+        if not isinstance(array, torch.Tensor) or not array.is_floating_point():
+            return f"expected floating point numbers of shape ({rows}, {self.width}), got {type(array).__name__}"
+        if array.shape != (rows, self.width):
+            return f"expected the shape ({rows}, {self.width}), got {tuple(array.shape)}"
+        if not bool(torch.isfinite(array).all()):
+            row = int((~torch.isfinite(array).all(dim=1)).nonzero()[0])
+            return f"expected finite numbers, got NaN or infinity in row {row}"
+        return None
+
+    def _arrays(self, place: SamplePlace, member: str) -> dict[str, Any]:
+        content = self.files.read(place, member)
+        try:
+            content = gzip.decompress(content) if member == "pth.gz" else content
+            if not content.startswith(b"PK"):
+                raise ValueError("not a zip file, which both npz and torch's files are")
+            if member == "pth.gz":
+                stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+                return stored if isinstance(stored, dict) else {}
+            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+                arrays = {name: stored[name] for name in stored.files}
+        except _UNREADABLE_ARRAYS as error:
+            problem = f"expected arrays of numbers, got {type(error).__name__}: {error}"
+            raise DamagedSampleError(place.shard, problem, place.key, member) from error
+        return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+
+
+def storable_image(encoded: bytes) -> tuple[str, bytes]:
+    """Kind of member and bytes an image is stored as: its own, if it is a JPEG, PNG or WebP that lies upright; else PNG in RGB.
+
+    Raises:
+        ValueError: If it cannot be decoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(encoded))
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # readers of shards do not look at it
+    except _UNREADABLE_IMAGE as error:
+        raise ValueError(f"expected an image, got {error}") from error
+    kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format)
+    if kind is not None and not turned:
+        return kind, encoded
+    open_image(encoded)
+    buffer = io.BytesIO()
+    ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
+    return "png", buffer.getvalue()
+
+
+def pack_sample(
+    image: tuple[str, bytes],
+    captions: Sequence[str],
+    synthetic_captions: Sequence[str],
+    augmentations: Sequence[Any],
+    image_embeds: np.ndarray,
+    text_embeds: np.ndarray,
+    source: Mapping[str, Any],
+) -> dict[str, bytes]:
+    """The members of a sample, as [`SampleReader`] and readers of DataCompDR read them. Equal arguments give equal bytes.
+
+    Where there are several captions the synthetic captions' embeddings stand in `syn_text_emb`, else behind the caption's in
+    `text_emb`.
+
+    Args:
+        image (`tuple[str, bytes]`): See [`storable_image`].
+        captions (`Sequence[str]`): C, at least one.
+        synthetic_captions (`Sequence[str]`): S, or none.
+        augmentations (`Sequence`): A, encoded.
+        image_embeds (`np.ndarray` of shape `(A, W)`): Any float type.
+        text_embeds (`np.ndarray` of shape `(C + S, W)`): The captions first.
+        source (`Mapping`): What `json` holds.
+
+    Returns:
+        `dict[str, bytes]`: By what follows the key.
+    """
+    arrays = {"image_emb": image_embeds, "text_emb": text_embeds}
+    if len(captions) > 1 and synthetic_captions:
+        arrays |= {"text_emb": text_embeds[: len(captions)], "syn_text_emb": text_embeds[len(captions) :]}
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    plain = len(captions) == 1 and not captions[0].startswith("[")
+    members = {
+        image[0]: image[1],
+        "txt": (captions[0] if plain else json.dumps(list(captions))).encode(),
+        "json": json.dumps(dict(source)).encode(),
+        "syn.json": json.dumps({"syn_text": list(synthetic_captions)}).encode(),
+        "paug.json": json.dumps({"param_aug": list(augmentations)}).encode(),
+        "npz": buffer.getvalue(),
+    }
+    if not synthetic_captions:
+        del members["syn.json"]
+    return members
