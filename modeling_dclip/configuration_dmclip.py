@@ -191,7 +191,7 @@ class DMCLIPTextConfig(CLIPTextConfig):
         kwargs: Every field of [`~transformers.CLIPTextConfig`], same meaning and defaults.
 
     Raises:
-        StrictDataclassError: If `eos_token_id` or `pad_token_id` is not one id of the vocabulary.
+        StrictDataclassError: If `eos_token_id` or `pad_token_id` is not one id.
 
     Example:
         >>> DMCLIPTextConfig().num_hidden_layers, DMCLIPTextConfig().max_position_embeddings
@@ -209,8 +209,8 @@ class DMCLIPTextConfig(CLIPTextConfig):
         super().validate_architecture()
         for name in ("eos_token_id", "pad_token_id"):
             token_id = getattr(self, name)
-            if not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                raise ValueError(f"{name}: expected one id below vocab_size {self.vocab_size}, got {token_id}.")
+            if not isinstance(token_id, int) or token_id < 0:
+                raise ValueError(f"{name}: expected one token id, got {token_id}.")
 
 
 @strict

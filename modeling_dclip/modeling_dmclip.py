@@ -176,8 +176,8 @@ class DMCLIPMambaMixer(nn.Module):
         self.conv1d = nn.Conv1d(width, width, config.conv_kernel, padding="same", groups=width, bias=False)
         self.x_proj = nn.Linear(inner, self.dt_rank + 2 * self.state_size, bias=False)
         self.dt_proj = nn.Linear(self.dt_rank, inner)
-        self.A_log = nn.Parameter(torch.empty(inner, self.state_size))
-        self.D = nn.Parameter(torch.empty(inner))
+        self.A_log = nn.Parameter(torch.empty(inner, self.state_size, dtype=torch.float32))
+        self.D = nn.Parameter(torch.empty(inner, dtype=torch.float32))
         self.out_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, hidden_states, **kwargs):
@@ -488,7 +488,7 @@ class DMCLIPModel(InitialisedAsInTree, CLIPModel):
         PreTrainedModel.__init__(self, config)
         self.text_model = DMCLIPTextModel._from_config(config.text_config)
         self.vision_model = DMCLIPVisionModel._from_config(config.vision_config)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value, dtype=torch.float32))
         self.post_init()
         self.train(self.training)  # freezes
 
