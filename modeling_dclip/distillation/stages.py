@@ -1,4 +1,4 @@
-"""The stages of a run, in order: anchor, regions, teacher, targets, student. Each adds columns or makes a model, in its own folder."""
+"""The stages of a run, in order. Each adds columns or makes a model, in its own folder; those of reinforced training: reinforced_stages.py."""
 
 import logging
 from pathlib import Path
@@ -18,11 +18,13 @@ from modeling_dclip.data.scenes import train_tokenizer
 from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features, fingerprint_model
 from modeling_dclip.data.teacher_targets import add_teacher_targets
 from modeling_dclip.distillation.arguments import deciding_fields
+from modeling_dclip.distillation.dual_encoder_trainers import AnchorTrainer
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.records import RECORD_NAME, finished_inputs
+from modeling_dclip.distillation.reinforced_stages import reinforce, train_dmclip
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.student import fit_student, load_student, train_or_resume
-from modeling_dclip.distillation.trainer import AnchorTrainer, TeacherTrainer
+from modeling_dclip.distillation.trainer import TeacherTrainer
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
@@ -248,4 +250,6 @@ _STAGES = {
     "teacher": train_teacher,
     "targets": write_targets,
     "student": train_student,
+    "reinforce": reinforce,
+    "dmclip": train_dmclip,
 }

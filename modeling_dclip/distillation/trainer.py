@@ -1,4 +1,4 @@
-"""Trainers of anchor, teacher and student: `transformers.Trainer` with named loss terms over gathered batches.
+"""Trainers of teacher and student, and what all trainers share: `transformers.Trainer` with named loss terms over gathered batches.
 
 Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
 """
@@ -26,7 +26,6 @@ from modeling_dclip.distillation.losses import (
 )
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 
-MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
 ARGUMENTS_NAME = "arguments.yaml"
 
 LossTerms = dict[str, tuple[torch.Tensor, float]]
@@ -43,7 +42,7 @@ class _TellEpoch(TrainerCallback):
 
 
 class BatchesTrainer(Trainer):
-    """What the three share: whole batches in, a dict of named, weighted loss terms out, each logged under its name.
+    """What all share: whole batches in, a dict of named, weighted loss terms out, each logged under its name.
 
     Args:
         model (`nn.Module`): What trains.
@@ -67,7 +66,8 @@ class BatchesTrainer(Trainer):
         eval_batches: Batches | None = None,
     ):
         rows_per_step = args.train_batch_size * args.world_size
-        if args.dataloader_drop_last and len(train_batches) < rows_per_step:
+        counts_rows = isinstance(train_batches, Batches)  # a stream counts batches, and has checked its samples itself
+        if counts_rows and args.dataloader_drop_last and len(train_batches) < rows_per_step:
             raise ValueError(
                 f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got {len(train_batches)} rows. Lower "
                 "per_device_train_batch_size."
@@ -158,26 +158,6 @@ class BatchesTrainer(Trainer):
 
     def _complete(self, state_dict):
         return state_dict
-
-
-class AnchorTrainer(BatchesTrainer):
-    """Contrastive pretraining of a small dual encoder, logit scale included.
-
-    Source: CLIP; PAPERS.md. Deviation: none.
-    """
-
-    def loss_terms(self, model, batch):
-        """Symmetric InfoNCE over the global batch."""
-        image_ids = batch.pop("image_ids")
-        outputs = model(**batch)
-        logit_scale = self.accelerator.unwrap_model(model, keep_torch_compile=False).logit_scale
-        image_embeds, text_embeds, image_ids = gather_across_processes(
-            outputs.image_embeds, outputs.text_embeds, image_ids
-        )
-        temperature = logit_scale.clamp(max=MAX_LOGIT_SCALE).neg().exp()
-        share = self.args.image_to_text_weight
-        loss = contrastive_loss(image_embeds, text_embeds, temperature, share, image_ids)
-        return {"contrastive_loss": (loss, 1.0)}
 
 
 class TeacherTrainer(BatchesTrainer):

@@ -1,0 +1,164 @@
+"""The stages of reinforced training: reinforce writes shards, dmclip trains a DM-CLIP on them."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModel, AutoTokenizer, set_seed
+
+from modeling_dclip.configuration_dclip import PRESETS
+from modeling_dclip.data.captions import karpathy_test_ids, load_mix
+from modeling_dclip.data.columns import combine_keys, row_keys
+from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.data.reinforced_shards import INDEX_NAME, find_shards
+from modeling_dclip.data.reinforced_teachers import TransformersCaptioner, build_teacher
+from modeling_dclip.data.reinforced_writer import write_reinforced
+from modeling_dclip.data.stored_augmentations import AugmentationSettings
+from modeling_dclip.data.teacher_features import fingerprint_model
+from modeling_dclip.distillation.arguments import deciding_fields
+from modeling_dclip.distillation.dmclip import build_dmclip
+from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
+from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
+from modeling_dclip.distillation.run import Run
+from modeling_dclip.distillation.student import train_or_resume
+
+logger = logging.getLogger(__name__)
+
+SHARDS_NAME = "shards"  # inside the stage's folder, whose record must not lie among them
+
+
+def reinforce(run: Run) -> None:
+    """Let the teachers speak once about augmented images and captions, and write it down beside them."""
+    recipe, args = run.recipe, run.recipe.reinforce
+    names = args.teachers or [run.clip_path]
+    device = PartialState().device
+    teachers = [build_teacher(PRESETS.get(name, name), device) for name in names]
+    dataset, keys = _captioned_images(run)
+    size = args.image_size or recipe.dmclip.image_size
+    inputs = {"arguments": deciding_fields(args), "image_size": size, "dataset": combine_keys(keys)}
+    inputs["teachers"] = [teacher.fingerprint for teacher in teachers]
+    record = run.record("reinforce", inputs, run.reinforce_folder)
+    if record.finished:
+        return
+    captioner = None
+    if args.captioner is not None:
+        options = {"captions": args.captions_per_image, "seed": args.seed, "device": device}
+        captioner = TransformersCaptioner(args.captioner, **options)
+    write_reinforced(
+        dataset,
+        teachers,
+        output=record.folder / SHARDS_NAME,
+        settings=AugmentationSettings(
+            size, scale=(args.min_crop_area, 1.0), num_operations=args.num_operations, magnitude=args.magnitude
+        ),
+        augmentations=args.augmentations,
+        synthetic_captions=args.synthetic_captions,
+        captioner=captioner,
+        samples_per_shard=args.samples_per_shard,
+        seed=args.seed,
+        dtype=args.dtype,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+    )
+    record.finish()
+
+
+def _captioned_images(run: Run) -> tuple[Dataset, list[str]]:
+    """What is reinforced, the same for every arm and seed, with keys of its rows."""
+    recipe = run.recipe.run
+    selection = [recipe.train_datasets, recipe.exclude_karpathy, run.recipe.reinforce.seed]
+    key = json.dumps(["reinforce", *selection])
+    if key not in run.shared.sources:
+        if not recipe.train_datasets:
+            raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
+        excluded = set().union(*(karpathy_test_ids(path) for path in recipe.exclude_karpathy))
+        dataset = load_mix(recipe.train_datasets, seed=run.recipe.reinforce.seed, exclude_ids=excluded)
+        run.shared.sources[key] = {"train": (dataset, row_keys(dataset))}
+    return run.shared.sources[key]["train"]
+
+
+def train_dmclip(run: Run) -> None:
+    """Train a DM-CLIP on reinforced shards."""
+    recipe, args = run.recipe, run.recipe.dmclip
+    shards = args.train_shards or str(run.reinforce_folder / SHARDS_NAME)
+    if args.train_shards is None and not (Path(shards) / INDEX_NAME).exists():
+        raise FileNotFoundError(
+            f"No {INDEX_NAME} in '{shards}': run the stage 'reinforce' first, or name dmclip.train_shards."
+        )
+    check_shards(args, shards)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model or run.clip_path)
+    named = {"model": args.model, "text_model": args.text_model}
+    models = {name: fingerprint_model(AutoModel.from_pretrained(path)) for name, path in named.items() if path}
+    keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **models}
+    record = run.record("dmclip", {"arguments": deciding_fields(args), **keys})
+    if record.finished:
+        return
+    set_seed(args.seed)
+    model, processor = build_dmclip(args, tokenizer)
+    batches = _open_batches(args, shards, processor)
+    trainer = DMCLIPTrainer(model, args, batches, processor, recipe.resolved("reinforce", "dmclip"))
+    train_or_resume(trainer, record.folder)
+    if batches.skipped:
+        logger.warning("dmclip: left out %d damaged samples or shards", sum(batches.skipped.values()))
+    trainer.save_model()
+    record.finish()
+
+
+def check_shards(args: DMCLIPArguments, shards: str) -> None:
+    """See whether shards can be what a recipe takes them for, as far as an index beside them tells.
+
+    Args:
+        args ([`DMCLIPArguments`]): What is asked of them.
+        shards (`str`): Folder, tar file or pattern.
+
+    Raises:
+        FileNotFoundError: If there are none.
+        ValueError: If the teachers' widths are not `args.teacher_widths`, or there are no synthetic captions where `args` asks for them.
+    """
+    index = find_shards(shards)[1]
+    if index is None:
+        return
+    stored = [teacher["width"] for teacher in index["teachers"]]
+    if args.teacher_widths and list(args.teacher_widths) != stored:
+        raise ValueError(
+            f"dmclip.teacher_widths: expected {stored}, as the index of '{shards}' says, got {args.teacher_widths}. Leave them out."
+        )
+    if args.synthetic_captions and not index["counts"]["synthetic_captions"]:
+        raise ValueError(
+            f"dmclip.synthetic_captions: expected synthetic captions in '{shards}', got none. Write the shards with "
+            "reinforce.synthetic_captions or reinforce.captioner, or leave the field out."
+        )
+
+
+def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> ReinforcedBatches:
+    image_processor = processor.image_processor
+    return ReinforcedBatches(
+        shards,
+        processor.tokenizer,
+        batch_size=args.per_device_train_batch_size,
+        image_size=args.image_size,
+        teacher_widths=args.teacher_widths or None,
+        image_mean=image_processor.image_mean,
+        image_std=image_processor.image_std,
+        synthetic_captions=args.synthetic_captions,
+        synthetic_keys=args.synthetic_keys,
+        seed=args.seed,
+        shuffle_buffer=args.shuffle_buffer,
+        samples_per_epoch=args.samples_per_epoch,
+        on_bad_sample=args.on_bad_sample,
+    )
+
+
+def _shards_key(shards: str) -> str:
+    """A key of what will be read: the index where there is one, else names and sizes (shards may be terabytes)."""
+    paths, index = find_shards(shards)
+    if index is not None:
+        return combine_keys([json.dumps(index, sort_keys=True)])
+    return combine_keys([f"{path.name}/{path.stat().st_size}" for path in paths])
+
+
+def _tokenizer_key(tokenizer: Any) -> str:
+    return combine_keys([tokenizer.backend_tokenizer.to_str(), str(tokenizer.model_max_length)])
