@@ -20,13 +20,14 @@ except ImportError as error:
     ) from error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-BLOCK_STATES = 4096  # N x L of a block: 16 numbers a thread in the 8 warps of the backward pass
+BLOCK_STATES = 2048  # N x L of a block: twice that spills registers in the backward pass, compiled for sm_90
+WARP_STATES = 512  # of which a warp takes so many, half in the backward pass
 PROGRAMS = 512  # enough for any device; beyond it a program of the backward pass takes several channels
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 def _block_length(state):
-    return max(16, min(512, BLOCK_STATES // triton.next_power_of_2(state)))
+    return max(16, min(256, BLOCK_STATES // triton.next_power_of_2(state)))
 
 
 def starts_shape(batch, channels, length, state):
@@ -153,11 +154,11 @@ def _backward_kernel(
     tl.store(grad_C + part, sum_C, mask=tile_mask)
 
 
-def _blocks(state, length):
-    return {
-        "BLOCK_N": triton.next_power_of_2(state),
-        "BLOCK_L": min(_block_length(state), max(16, triton.next_power_of_2(length))),
-    }
+def _blocks(state, length, warp_states):
+    """Sizes of a program's block, and its warps."""
+    block_n = triton.next_power_of_2(state)
+    block_l = min(_block_length(state), max(16, triton.next_power_of_2(length)))
+    return {"BLOCK_N": block_n, "BLOCK_L": block_l, "num_warps": max(1, min(8, block_n * block_l // warp_states))}
 
 
 def _parameters(A, D, delta_bias):
@@ -181,13 +182,15 @@ def triton_forward(x, delta, A, B, C, D, delta_bias, delta_softplus, keep_starts
     state = A.shape[1]
     outputs = x.new_empty(x.shape)
     starts = x.new_empty(starts_shape(*x.shape, state) if keep_starts else (0,), dtype=torch.float32)
-    if outputs.numel():
-        rates, skip, bias = _parameters(A, D, delta_bias)
+    if not outputs.numel():
+        return outputs, starts
+    rates, skip, bias = _parameters(A, D, delta_bias)
+    with torch.cuda.device_of(x):
         _forward_kernel[channels, batch](
             x, delta, rates, B, C, skip, bias, outputs, starts, batch, channels, length, state,
             *x.stride(), *delta.stride(), *B.stride(), *C.stride(),
             HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, KEEP=keep_starts,
-            **_blocks(state, length), num_warps=4,
+            **_blocks(state, length, WARP_STATES),
         )  # fmt: skip
     return outputs, starts
 
@@ -207,20 +210,21 @@ def triton_backward(grad, starts, x, delta, A, B, C, D, delta_bias, delta_softpl
     state = A.shape[1]
     each = max(1, min(16, batch * channels // PROGRAMS))
     groups = -(-channels // each)
-    blocks = _blocks(state, length)
+    blocks = _blocks(state, length, WARP_STATES // 2)
     rates, skip, bias = _parameters(A, D, delta_bias)
     grad_x, grad_delta = x.new_empty(x.shape), delta.new_empty(delta.shape)
     carries, grad_A = rates.new_zeros(2, batch, channels, state)
     grad_D, grad_bias = rates.new_zeros(2, batch, channels)
     grad_B, grad_C = rates.new_empty(2, groups, batch, state, length)
-    for index in reversed(range(len(starts) if grad_x.numel() else 0)):
-        _backward_kernel[groups, batch](
-            grad, starts[index], x, delta, rates, B, C, skip, bias, carries,
-            grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
-            index * blocks["BLOCK_L"], batch, channels, length, state, each,
-            *grad.stride(), *x.stride(), *delta.stride(), *B.stride(), *C.stride(),
-            HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **blocks, num_warps=8,
-        )  # fmt: skip
+    with torch.cuda.device_of(x):
+        for index in reversed(range(len(starts) if grad_x.numel() else 0)):
+            _backward_kernel[groups, batch](
+                grad, starts[index], x, delta, rates, B, C, skip, bias, carries,
+                grad_x, grad_delta, grad_A, grad_B, grad_C, grad_D, grad_bias,
+                index * blocks["BLOCK_L"], batch, channels, length, state, each,
+                *grad.stride(), *x.stride(), *delta.stride(), *B.stride(), *C.stride(),
+                HAS_D=D is not None, HAS_BIAS=delta_bias is not None, SOFTPLUS=delta_softplus, **blocks,
+            )  # fmt: skip
     vectors = [
         x.new_empty(0) if vector is None else total.sum(dim=0).to(vector.dtype)
         for total, vector in ((grad_D, D), (grad_bias, delta_bias))
