@@ -1,8 +1,11 @@
-"""Freezing: by whole name, reported, and never in silence."""
+"""Freezing: by whole name, reported, and never in silence; through accelerate and two processes not one bit moves."""
 
 import doctest
+from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from modeling_dclip.distillation import freezing
@@ -52,3 +55,16 @@ def test_no_pattern_freezes_nothing():
 def test_a_useless_pattern_is_an_error(patterns, message):
     with pytest.raises(ValueError, match=message):
         freeze_parameters(make_model(), patterns)
+
+
+def test_two_prepared_processes_train_the_image_encoder_and_leave_every_bit_of_the_text_tower(
+    tiny_clip_dir, tmp_path, launch
+):
+    launch(Path(__file__).with_name("run_frozen.py"), 2, tiny_clip_dir, tmp_path, 2)
+    first, second = (load_file(tmp_path / f"{process}.safetensors") for process in range(2))
+    for results in (first, second):
+        assert results["wrapped"] and results["text_has_no_gradient"] and results["text_is_in_eval_mode"]
+        assert torch.equal(results["text_after"], results["text_before"])
+        assert not torch.equal(results["vision_after"], results["vision_before"])
+    assert torch.equal(first["text_before"], second["text_before"])
+    assert torch.equal(first["vision_after"], second["vision_after"])  # they trained together
