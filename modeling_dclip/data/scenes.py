@@ -57,13 +57,22 @@ def _check(split: str, n: int) -> None:
         raise ValueError(f"Expected at least one drawn scene, got n={n}.")
 
 
-def iterate_scenes(split: str, n: int, seed: int, singles: float = 0.0) -> Iterator[tuple[Scene, random.Random]]:
-    """Yield `(scene, rng)` for `n` scenes: family after family; a share `singles` of the families is one group alone."""
+def iterate_scenes(
+    split: str, n: int, seed: int, singles: float = 0.0, max_siblings: int = 3
+) -> Iterator[tuple[Scene, random.Random]]:
+    """Yield `(scene, rng)` for `n` scenes, family after family: a scene and at most `max_siblings` that differ from it in one respect.
+
+    A share `singles` of the families is one group alone.
+    """
     produced, family = 0, 0
     while produced < n:
         rng = random.Random(f"scenes/{split}/{seed}/{family}")
         alone = rng.random() < singles
-        members = [random_close_up(rng, random_group(rng))] if alone else siblings(random_scene(rng), rng)[:4]
+        members = (
+            [random_close_up(rng, random_group(rng))]
+            if alone
+            else siblings(random_scene(rng), rng)[: 1 + max_siblings]
+        )
         for scene in members[: n - produced]:
             yield scene, rng
             produced += 1
@@ -79,10 +88,11 @@ def load_scenes(
     captions_per_image: int = 5,
     image_size: int = 128,
     singles: float = 0.0,
+    max_siblings: int = 3,
 ) -> Dataset:
     """Draw a split of the scenes.
 
-    Splits never share a random stream. Up to four siblings of a family follow each other.
+    Splits never share a random stream. The scenes of a family follow each other.
 
     Args:
         split (`str`): `"pretrain"`, `"train"`, `"validation"` or `"test"`.
@@ -92,13 +102,15 @@ def load_scenes(
         captions_per_image (`int`, *optional*, defaults to 5): Number of detailed captions.
         image_size (`int`, *optional*, defaults to 128): Side of the stored image in pixels.
         singles (`float`, *optional*, defaults to 0.0): Share of families that hold one group only, in [0, 1].
+        max_siblings (`int`, *optional*, defaults to 3): Scenes beside each that differ from it in one respect only, at most; 0 makes
+            all scenes independent. The more there are, the more of the problem is telling them apart.
 
     Returns:
         `datasets.Dataset`: Columns `image_id`, `image`, `captions`, `coarse_caption`, `boxes` float32 (R, 4) xyxy in pixels, `box_scores`
         float32 (R,), all 1.
 
     Raises:
-        ValueError: If the split or the kind of captions is unknown or `n < 1`.
+        ValueError: If the split or the kind of captions is unknown, `n < 1` or `max_siblings < 0`.
 
     Example:
         >>> load_scenes("test", n=2)[0]["image"].size
@@ -107,10 +119,12 @@ def load_scenes(
     _check(split, n)
     if captions not in CAPTION_KINDS:
         raise ValueError(f"Expected captions to be one of {CAPTION_KINDS}, got {captions!r}.")
+    if max_siblings < 0:
+        raise ValueError(f"Expected max_siblings >= 0, got {max_siblings}.")
     columns: dict[str, list[Any]] = {
         name: [] for name in ("image_id", "image", "captions", "coarse_caption", "boxes", "box_scores")
     }
-    scenes = iterate_scenes(split, n, seed, singles)
+    scenes = iterate_scenes(split, n, seed, singles, max_siblings)
     for index, (scene, rng) in enumerate(tqdm(scenes, total=n, desc=f"Drawing scenes ({split})", unit="image")):
         image, boxes = draw_scene(scene, rng, image_size)
         coarse = coarse_caption(scene, rng)

@@ -121,6 +121,16 @@ def test_siblings_differ_from_the_scene_in_one_respect():
                 )
 
 
+@pytest.mark.parametrize("max_siblings", [0, 1, 3])
+def test_families_hold_a_scene_and_at_most_so_many_siblings(max_siblings):
+    families = {}  # by random source, of which each family has its own
+    for scene, rng in iterate_scenes("test", 200, 0, max_siblings=max_siblings):
+        families.setdefault(id(rng), (rng, []))[1].append(scene)
+    sizes = {len(scenes) for _, scenes in families.values()}
+    assert max(sizes) == 1 + max_siblings
+    assert all(len(set(scenes)) == len(scenes) for _, scenes in families.values())
+
+
 def test_coarse_captions_are_shorter_than_detailed_ones():
     pairs = [
         (coarse_caption(scene, rng), detailed_captions(scene, rng)) for scene, rng in iterate_scenes("train", 200, 0)
@@ -151,6 +161,7 @@ def test_class_names_are_colours_times_shapes_and_templates_have_a_slot():
         (lambda: load_scenes("tset"), "split of the drawn scenes.*'tset'"),
         (lambda: load_scenes("test", n=0), "at least one drawn scene, got n=0"),
         (lambda: load_scenes("test", captions="long"), "captions to be one of.*'long'"),
+        (lambda: load_scenes("test", max_siblings=-1), "max_siblings >= 0, got -1"),
         (lambda: load_single_objects("tset"), "split of the drawn scenes.*'tset'"),
     ],
 )
