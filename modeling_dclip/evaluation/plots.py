@@ -1,4 +1,4 @@
-"""Two pictures: the trade-off between retrieval and zero-shot accuracy, and what a teacher attends to.
+"""Three pictures: the trade-off between retrieval and zero-shot accuracy, what a teacher attends to, how costs grow.
 
 matplotlib is imported when a picture is drawn, never before. Figures are drawn with the Agg backend without touching a global state.
 """
@@ -211,3 +211,54 @@ def _draw_attention(figure: Any, axes: Any, attention: np.ndarray, tokens: Seque
     bar = figure.colorbar(picture, ax=axes, shrink=0.6, label="attention")
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8)
+
+
+def plot_growth(
+    series: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]],
+    path: str | os.PathLike,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+) -> None:
+    """Draw costs against the size of the input on logarithmic axes, where a power is a straight line.
+
+    Args:
+        series (`Mapping[str, Sequence]`): By label, points of a size and a cost with `median`, `min` and `max`, all > 0.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        x_label, y_label, title (`str`, *optional*): Texts.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no series, one is empty or has a value that is not positive and finite, or the file is no `.png`.
+    """
+    if not series:
+        raise ValueError("Expected one or more series to draw, got none.")
+    for label, points in series.items():
+        values = np.array([[size, cost["median"], cost["min"], cost["max"]] for size, cost in points], dtype=float)
+        if not len(values) or not (np.isfinite(values).all() and (values > 0).all()):
+            raise ValueError(
+                f"Expected positive, finite sizes and costs in the series {label!r}, got {values.tolist()}."
+            )
+    figure = _new_figure(6.8, 4.8)
+    axes = figure.add_subplot()
+    for index, (label, points) in enumerate(series.items()):
+        sizes, costs = [size for size, _ in points], [cost for _, cost in points]
+        medians = np.array([cost["median"] for cost in costs])
+        bars = np.abs([medians - [cost["min"] for cost in costs], [cost["max"] for cost in costs] - medians])
+        axes.errorbar(
+            sizes, medians, yerr=bars, label=label, color=COLOURS[index % len(COLOURS)], lw=1.4, capsize=2, ms=5,
+            marker=MARKERS[index % len(MARKERS)], ls="-" if index < len(COLOURS) else "--",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({size for points in series.values() for size, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    if title:
+        axes.set_title(title, fontsize=11, color=INK)
+    _save(figure, path)

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from modeling_dclip.evaluation import plots
-from modeling_dclip.evaluation.plots import plot_region_attention, plot_tradeoff
+from modeling_dclip.evaluation.plots import plot_growth, plot_region_attention, plot_tradeoff
 
 POINTS = [
     {"label": "anchor", "x": 1.0, "y": 0.19},
@@ -141,3 +141,27 @@ def test_matplotlib_is_imported_only_to_draw():
     body = ast.parse(Path(plots.__file__).read_text(encoding="utf-8")).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports and not any("matplotlib" in ast.unparse(node) for node in imports)
+
+
+def cost(median):
+    return {"median": median, "min": 0.9 * median, "max": 1.2 * median}
+
+
+def test_growth_shows_every_series_on_logarithmic_axes(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    series = {"linear": [(224, cost(1.0)), (448, cost(4.0))], "worse": [(224, cost(2.0)), (448, cost(32.0))]}
+    plot_growth(series, tmp_path / "growth.png", x_label="pixels a side", y_label="ms")
+    assert is_not_blank(tmp_path / "growth.png")
+    axes = figures[0].axes[0]
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["linear", "worse"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["224", "448"]
+
+
+@pytest.mark.parametrize(
+    "series, message",
+    [({}, "one or more series"), ({"a": []}, "series 'a'"), ({"a": [(1, cost(0.0))]}, "Expected positive, finite")],
+)
+def test_growth_refuses_what_logarithms_cannot_show(tmp_path, series, message):
+    with pytest.raises(ValueError, match=message):
+        plot_growth(series, tmp_path / "growth.png", x_label="", y_label="")
