@@ -1,5 +1,6 @@
 """Recipes: every file parses into what it says, and a wrong key or value is told before anything runs."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,8 @@ import pytest
 from modeling_dclip import PRESETS
 from modeling_dclip.data.captions import SOURCES
 from modeling_dclip.data.specs import parse_spec
-from modeling_dclip.distillation.recipes import parse_recipe, read_recipe_file
+from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file
+from modeling_dclip.distillation.run import Run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 FOLDER = RECIPES[0].parent
@@ -17,7 +19,7 @@ FOLDER = RECIPES[0].parent
 def test_every_recipe_parses_and_its_specs_are_known(path):
     recipe = parse_recipe([], path)
     specs = [*recipe.run.train_datasets, *recipe.anchor.train_datasets]
-    assert specs
+    assert specs or recipe.dmclip.train_shards
     for spec in specs:
         parse_spec(spec, SOURCES, counted=True)
 
@@ -69,6 +71,41 @@ def test_ablations_change_what_their_name_says_and_nothing_else():
             assert recipe.student.learning_rate == base.student.learning_rate
             assert recipe.student.num_train_epochs == base.student.num_train_epochs
             assert recipe.student.position_embedding_type == base.student.position_embedding_type
+
+
+def test_the_posters_recipe_has_the_posters_values():
+    recipe = parse_recipe([], FOLDER / "dmclip_b_datacompdr.yaml")
+    args = recipe.dmclip
+    assert (args.preset, args.image_size, args.teacher_widths, args.teacher_logit_scale) == ("B", 256, [768, 768], 100)
+    assert (args.contrastive_loss_weight, args.distillation_loss_weight, args.synthetic_captions) == (0.25, 0.75, True)
+    assert (args.learning_rate, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (1e-4, 0.95, 0.2, 1.0)
+    assert (args.warmup_steps, args.per_device_train_batch_size, args.train_samples) == (1000, 256, 6_000_000)
+    assert args.max_steps == 6_000_000 // 256
+    assert Run(recipe).stages == ["dmclip"]
+
+
+@pytest.mark.parametrize("name", ["b_datacompdr_weights", "demo", "flickr8k"])
+def test_the_posters_question_is_asked_with_its_four_weightings(name):
+    runs = expand_arms([], FOLDER / f"dmclip_{name}.yaml")
+    weights = {
+        run.arm: (run.recipe.dmclip.contrastive_loss_weight, run.recipe.dmclip.distillation_loss_weight)
+        for run in runs
+    }
+    assert list(weights.values()) == [(1, 0), (0.25, 0.75), (0.75, 0.25), (0, 1)]
+    assert runs[0].recipe.run.baseline == "contrastive" == runs[0].arm  # what the others have to beat
+    others = [dataclasses.replace(run.recipe, run=None, dmclip=None) for run in runs]
+    assert all(one.reinforce == others[0].reinforce for one in others)  # one set of shards
+    budgets = {(run.recipe.dmclip.max_steps, run.recipe.dmclip.num_train_epochs) for run in runs}
+    assert len(budgets) == 1
+    wanted = {"b_datacompdr_weights": [], "demo": ["reinforce"], "flickr8k": ["reinforce"]}[name]
+    assert Run(runs[0].recipe).stages[:-1] == wanted
+
+
+def test_the_demos_teachers_are_two_committed_clips():
+    teachers = parse_recipe([], FOLDER / "dmclip_demo.yaml").reinforce.teachers
+    assert len(teachers) == 2
+    for name in teachers:
+        assert (FOLDER.parent / name / "config.json").is_file()
 
 
 def test_the_sweep_covers_one_to_five_epochs_of_the_teacher():
@@ -124,6 +161,9 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
         (["--stages", "teach"], "Unknown stage 'teach'"),
         (["--train_fraction", "1.5"], r"train_fraction in \(0, 1\]"),
         (["--student.wise_ft_alpha", "2"], "wise_ft_alpha"),
+        (["--dmclip.distilation_loss_weight", "1"], "Did you mean 'dmclip.distillation_loss_weight'"),
+        (["--dmclip.augmentations", "2"], "write reinforce.augmentations"),
+        (["--reinforce.captioner", "x", "--reinforce.synthetic_captions", "y"], "or captioner, got both"),
         (["--teacher.cross_attention", "all"], "invalid choice"),
         (
             ["--student.cosine_distillation_loss_weight", "0", "--student.contrastive_loss_weight", "0"],

@@ -13,6 +13,7 @@ from modeling_dclip.distillation.reinforced_losses import distillation_loss
 from modeling_dclip.distillation.trainer import BatchesTrainer
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
+PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, where trained CLIPs end
 
 
 class AnchorTrainer(BatchesTrainer):
@@ -64,7 +65,7 @@ class DMCLIPTrainer(BatchesTrainer):
     computed over the images with one real caption each and, where there are any, again with one synthetic caption each, and the two are added.
     The student's scale is learned and bounded as CLIP's. BatchNorm sees a process's own images.
 
-    Source: [MC] eq. 1 to 3; [M]; PAPERS.md. Deviation: none.
+    Source: [MC] eq. 1 to 3; [M]; PAPERS.md. Deviation: teachers whose trained scale is known are scaled by it.
 
     Args:
         model ([`DMCLIPModel`]): Trains, in place.
@@ -76,6 +77,9 @@ class DMCLIPTrainer(BatchesTrainer):
     def __init__(self, model: Any, args: Any, train_batches: Any, processor: Any, resolved_arguments: dict[str, Any]):
         super().__init__(model, args, train_batches, processor, resolved_arguments)
         self.teacher_widths = list(train_batches.teacher_widths)
+        self.teacher_logit_scales = [args.teacher_logit_scale or PUBLISHED_LOGIT_SCALE] * len(self.teacher_widths)
+        if args.teacher_logit_scale is None and train_batches.teacher_logit_scales is not None:
+            self.teacher_logit_scales = [math.exp(scale) for scale in train_batches.teacher_logit_scales]
         self.add_callback(_FollowStream(train_batches))
 
     def get_train_dataloader(self):
@@ -114,9 +118,9 @@ class DMCLIPTrainer(BatchesTrainer):
                 loss = contrastive_loss(image_embeds, text_embeds[index], temperature, args.image_to_text_weight)
                 terms[f"{text}contrastive_loss"] = (loss, args.contrastive_loss_weight)
             if args.reads_teachers:
-                scales = [args.teacher_logit_scale] * len(self.teacher_widths)
                 loss = distillation_loss(
-                    image_embeds, text_embeds[index], teachers[0], teachers[1 + index], self.teacher_widths, scales,
+                    image_embeds, text_embeds[index], teachers[0], teachers[1 + index], self.teacher_widths,
+                    self.teacher_logit_scales,
                     temperature, args.image_to_text_weight,
                 )  # fmt: skip
                 terms[f"{text}distillation_loss"] = (loss, args.distillation_loss_weight)

@@ -1,10 +1,15 @@
 """What the stages of reinforced training may set: the sections `reinforce` and `dmclip`."""
 
 import json
+import logging
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from transformers.utils import is_torch_bf16_gpu_available
+
 from modeling_dclip.distillation.arguments import StageTrainingArguments, _help
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,7 +82,9 @@ class DMCLIPArguments(StageTrainingArguments):
     synthetic_captions: bool | None = _help(
         "Add both losses once more over one synthetic caption of each image. By default where the shards have them."
     )
-    teacher_logit_scale: float = _help("What multiplies every teacher's cosines.", 100.0)
+    teacher_logit_scale: float | None = _help(
+        "What multiplies every teacher's cosines. By default each one's own, as trained, if the index beside the shards knows it, else 100."
+    )
     image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5)
     synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
     samples_per_epoch: int | None = _help(
@@ -125,6 +132,11 @@ class DMCLIPArguments(StageTrainingArguments):
             raise ValueError(
                 "ignore_data_skip: expected true, got false. A resumed stream goes on by itself; more would be skipped."
             )
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            logger.warning(
+                "dmclip.bf16: no device with bfloat16 here, training will be in float32. With use_cpu it would be the CPU's."
+            )
+            self.bf16 = False
         super().__post_init__()
         if self.train_samples is not None:
             if self.max_steps > 0:
