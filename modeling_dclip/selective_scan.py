@@ -226,15 +226,10 @@ def _define_operator(name, forward, backward, starts_shape, empty_like):
 
     @scan_backward.register_fake
     def _(grad, starts, x, delta, A, B, C, D, delta_bias, delta_softplus):
-        vectors = (x.new_empty(0) if vector is None else torch.empty_like(vector) for vector in (D, delta_bias))
-        return (
-            empty_like(x),
-            empty_like(delta),
-            A.new_empty(A.shape[::-1]).T,
-            empty_like(B),
-            empty_like(C),
-            *vectors,
+        A, D, delta_bias = (
+            x.new_empty(0) if tensor is None else _empty_contiguous(tensor) for tensor in (A, D, delta_bias)
         )
+        return empty_like(x), empty_like(delta), A, empty_like(B), empty_like(C), D, delta_bias
 
     def keep(ctx, inputs, output):
         ctx.set_materialize_grads(False)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_dclip import selective_scan as scan_module
 from modeling_dclip.selective_scan import _chunked_scan, _scan_two_level, selective_scan
@@ -218,6 +219,28 @@ def test_the_operator_keeps_torchs_contract(complete):
         tensors = take_options([tensor.detach() for tensor in tensors], False, False, False)
         tensors[0].requires_grad_()
     torch.library.opcheck(_chunked_scan, (*tensors, complete, True))
+
+
+def assert_foretold(operator, tensors):
+    """Inductor takes sizes, strides and dtypes from the fake kernels and stops where the real ones differ."""
+    backward = getattr(getattr(torch.ops, operator._namespace), f"{operator._name}_backward")
+    outputs, starts = operator(*tensors, True, True)
+    grads = backward(torch.ones_like(outputs), starts, *tensors, True)
+    with FakeTensorMode() as mode:
+        fakes = [None if tensor is None else mode.from_tensor(tensor) for tensor in tensors]
+        fake_outputs, fake_starts = operator(*fakes, True, True)
+        fake_grads = backward(torch.ones_like(fake_outputs), fake_starts, *fakes, True)
+    real, foretold = (outputs, starts, *grads), (fake_outputs, fake_starts, *fake_grads)
+    for index, (one, other) in enumerate(zip(real, foretold, strict=True)):
+        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype), index
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_shapes_and_strides_are_foretold(dtype):
+    tensors = make_inputs((2, 3, CHUNK + 1, 4), dtype)
+    assert_foretold(_chunked_scan, tensors)
+    assert_foretold(_chunked_scan, other_strides(tensors))
+    assert_foretold(_chunked_scan, [*tensors[:5], None, None])
 
 
 class Mixer(torch.nn.Module):
@@ -427,6 +450,9 @@ def test_triton_operator_keeps_torchs_contract():
     torch.library.opcheck(
         scan_module._triton_scan, (*(t.requires_grad_() for t in tensors), True, True), test_utils=tests
     )
+    tensors = [tensor.detach() for tensor in tensors]
+    assert_foretold(scan_module._triton_scan, tensors)
+    assert_foretold(scan_module._triton_scan, [*other_strides(tensors)[:5], None, None])
 
 
 def test_triton_kernels_pass_under_the_interpreter():
