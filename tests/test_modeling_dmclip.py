@@ -395,6 +395,24 @@ def test_an_exported_encoder_takes_any_batch():
 
 
 @torch.no_grad()
+def test_an_exported_dual_encoder_ranks_alike():
+    model, batch = shaken(make_dual()), {**texts(), "pixel_values": pixels()}
+    program = torch.export.export(model, (), batch)
+    expected = model(**batch).logits_per_image
+    torch.testing.assert_close(program.module()(**batch).logits_per_image, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_autocast_points_the_same_way_and_its_gradients_are_finite():
+    model = make_vision()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        embeds = model(pixels()).image_embeds
+    assert embeds.dtype == torch.bfloat16
+    assert F.cosine_similarity(embeds.float(), model(pixels()).image_embeds).min() > 0.9995
+    embeds.float().pow(2).sum().backward()
+    assert all(weight.grad.isfinite().all() and weight.grad.any() for weight in model.parameters())
+
+
+@torch.no_grad()
 def test_eager_and_sdpa_attention_agree_and_eager_shows_its_weights():
     model = make_vision()
     expected = model(pixels()).image_embeds
