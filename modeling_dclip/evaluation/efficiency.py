@@ -120,14 +120,13 @@ def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
     """Measure how much memory of tensors a call needs at once beyond what was there before: its activations and buffers.
 
     Args:
-        call (`Callable`): Runs eager PyTorch, once before and once measured.
+        call (`Callable`): Runs eager PyTorch; it ran before, so that nothing is set up for the first time.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where its tensors live.
 
     Returns:
         `float`: Of PyTorch's allocator, not of the process. Exact, and the same at each call.
     """
     device = torch.device(device)
-    call()
     if device.type == "cuda":
         _wait(device)
         torch.cuda.reset_peak_memory_stats(device)
