@@ -84,3 +84,56 @@ def test_one_command_trains_evaluates_draws_and_reloads_and_a_second_skips(recip
     again = subprocess.run(command, **options)
     assert again.returncode == 0 and weights.stat().st_mtime_ns == made
     assert again.stderr.count("already finished") == 2 * 2 + 2 * 3
+
+
+@pytest.fixture
+def reinforced_recipe(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    teacher = str(ROOT / "recipes" / "demo_anchor")
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    fields = {
+        "output_dir": str(tmp_path / "out"),
+        "clip_model": teacher,
+        "train_datasets": ["scenes:train,n=24"],
+        "baseline": "contrastive",
+        "arms": {
+            "contrastive": {"dmclip": {"contrastive_loss_weight": 1, "distillation_loss_weight": 0}},
+            "distillation": {"dmclip": {"contrastive_loss_weight": 0, "distillation_loss_weight": 1}},
+        },
+        "reinforce": {"teachers": [teacher, teacher], "augmentations": 2, "synthetic_captions": "coarse_caption"},
+        "dmclip": {
+            "image_size": 32,
+            "vision_config": {"stem_dim": 4, "hidden_size": 8, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
+            "text_config": {**tower, "mask_padding": True},
+            "projection_dim": 16,
+            "per_device_train_batch_size": 12,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "warmup_steps": 0,
+        },
+        "evaluate": ["retrieval=scenes:test,n=40", "zero_shot=scenes:test,n=64"],
+    }
+    path.write_text(yaml.safe_dump(fields, sort_keys=False))
+    return path
+
+
+def test_a_mamba_clip_is_taught_evaluated_beside_its_teacher_and_reloaded_by_one_command(reinforced_recipe, tmp_path):
+    command = [sys.executable, str(ROOT / "train.py"), "--recipe", str(reinforced_recipe)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert "distillation minus contrastive" in ended.stdout and "loaded DMCLIPModel" in ended.stdout
+    out = tmp_path / "out"
+    records = read_results(out / "results" / "records.json")
+    assert [record["label"] for record in records[::2]] == ["anchor", "contrastive, seed 0", "distillation, seed 0"]
+    assert all(0 <= record["metrics"]["top1"] <= 1 for record in records[1::2])
+    assert (out / "results" / "tradeoff.png").stat().st_size > 0
+    assert (out / "reinforce" / "shards" / "reinforced.json").is_file() and not (out / "anchor").exists()
+    student = str(out / "distillation" / "seed-0" / "dmclip")
+    evaluated = ["--model", student, "--benchmark", "retrieval=scenes:test,n=40", "--output", str(tmp_path / "r.json")]
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *evaluated], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    (alone,) = read_results(tmp_path / "r.json")
+    assert alone["metrics"] == records[4]["metrics"]
