@@ -223,7 +223,7 @@ def test_a_draw_is_a_pure_function_of_seed_epoch_and_key(folder):
     assert sum(same(sample, by_key[sample["key"]]) for sample in others) < 10  # one of six draws by chance
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 2])
 def test_workers_change_nothing(folder, tiny_clip_dir, workers):
     single, several = (load(batches(folder, tiny_clip_dir, batch_size=4), count) for count in (0, workers))
     assert len(single) == 5 and all(same(*pair) for pair in zip(single, several, strict=True))
@@ -406,9 +406,7 @@ def test_of_a_truncated_shard_the_whole_samples_before_the_end_are_read(tmp_path
     whole = {place.key: max(offset + size for offset, size in place.members.values()) for place in scan_shard(path)}
     size = int(max(whole.values()) * kept)
     path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(
-        DamagedSampleError, match=r"Shard '.*a.tar'.*(the end of the file|damage at or after byte)"
-    ):
+    with pytest.raises(DamagedSampleError, match=r"Shard '.*a.tar'.*(the end of the file|damage at or after byte)"):
         read(path)
     survivors = sorted(key for key, end in whole.items() if end <= size)
     dataset = read(path, on_bad_sample="skip", samples_per_epoch=len(survivors))
