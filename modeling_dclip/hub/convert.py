@@ -4,7 +4,9 @@
     python -m modeling_dclip.hub.convert mobileclip --checkpoint mobileclip_s1.pt --output runs/mobileclip_s1_text
 
 Every key of the checkpoint (of its text tower, for MobileCLIP) has its place in the model, or nothing is written and the
-keys are named. The folder holds weights, config, code, for images the preprocessing, and a README with the licence's note.
+keys are named. `--config` gives MambaVision's published config where no preset has the shapes; `--projection_dim` leaves its
+head out for a fresh projection. The folder holds weights, config, code, for images the preprocessing, and a README with the
+licence's note.
 """
 
 import argparse
