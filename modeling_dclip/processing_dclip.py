@@ -221,11 +221,29 @@ def check_boxes(boxes, scores, image_size, sample, max_regions=None):
     return boxes, scores
 
 
+def lay_over_white(image):
+    """An image in RGB, transparent pixels over white: what transformers' image processors do, and PIL's own conversion does not.
+
+    Args:
+        image (`PIL.Image`): Any mode.
+
+    Returns:
+        `PIL.Image`: RGB.
+    """
+    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    white = image.copy()
+    white.paste((255, 255, 255, 255), (0, 0, *image.size))
+    white.alpha_composite(image)
+    return white.convert("RGB")
+
+
 def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
     """Cut boxes out of an image and resize each to `size`, not keeping its aspect.
 
     Args:
-        image (`PIL.Image`): Any mode; read as RGB.
+        image (`PIL.Image`): Any mode; read as RGB, transparent pixels as white.
         boxes (`np.ndarray` of shape `(R, 4)`): xyxy inside the image; rounded to whole pixels, at least one each way.
         size (`tuple`): `(width, height)` of a crop.
         resample (`int`, *optional*): A PIL filter. No pixel outside the box enters it.
@@ -233,7 +251,7 @@ def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
     Returns:
         `np.ndarray` of shape `(R, height, width, 3)`: uint8.
     """
-    image = image.convert("RGB")
+    image = lay_over_white(image)
     corners = np.rint(boxes).astype(int)
     limits = np.array(image.size)
     top_left = np.minimum(corners[:, :2], limits - 1)

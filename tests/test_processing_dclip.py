@@ -1,7 +1,6 @@
 """Processors: the same pixels as CLIP's, exact crops, and boxes that are refused by name."""
 
 import logging
-import time
 
 import numpy as np
 import pytest
@@ -146,6 +145,19 @@ def test_grey_and_transparent_pictures_are_read_as_rgb(processor):
     assert features["region_pixel_values"].shape == (2, 1, 3, 32, 32)
 
 
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "LA", "P", "1", "I;16"])
+def test_a_transparent_region_shows_white_as_the_whole_image_does(processor, mode):
+    picture = noise(32, 32).convert("L" if mode == "I;16" else mode)
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(np.random.default_rng(1).integers(0, 256, (32, 32), dtype=np.uint8)))
+    if mode == "P":
+        picture.info["transparency"] = 3
+    if mode == "I;16":
+        picture = picture.convert("I;16")
+    features = processor(images=picture)  # no box: the whole image is the region
+    torch.testing.assert_close(features["region_pixel_values"][:, 0], features["pixel_values"], rtol=0, atol=1e-6)
+
+
 def test_texts_alone_need_no_image(processor):
     assert set(processor(text=["a dog"])) == {"input_ids", "attention_mask"}
 
@@ -162,23 +174,6 @@ def test_a_saved_teacher_processor_gives_the_same(processor, tmp_path):
 def test_numpy_can_be_asked_for(processor):
     features = processor(images=noise(), return_tensors="np")
     assert isinstance(features["region_mask"], np.ndarray) and isinstance(features["pixel_values"], np.ndarray)
-
-
-def test_cropping_is_cheaper_than_the_image_processor_a_region(processor):
-    images, boxes = [noise(300, 200, seed) for seed in range(4)], [[[10, 10, 90, 80]] * 8] * 4
-    crops = [image.crop(box) for image, rows in zip(images, boxes, strict=True) for box in rows]
-
-    def best(work):
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - start)
-        return min(times)
-
-    batched = best(lambda: processor._crop_regions(images, boxes, None, None, "np"))
-    one_by_one = best(lambda: [processor.image_processor(crop, return_tensors="np") for crop in crops])
-    assert batched < one_by_one
 
 
 # -- bad boxes -------------------------------------------------------------------------------------------------------

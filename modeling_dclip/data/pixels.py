@@ -16,6 +16,8 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_dclip.processing_dclip import lay_over_white
+
 IMAGES_PER_READ = 64  # enough for one call of the image processor to pay, few enough for a smooth progress bar
 
 
@@ -27,7 +29,7 @@ def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image
     """
     try:
         image = dataset[row]["image"]  # decoded whole
-        return image.convert("RGB") if rgb else image
+        return lay_over_white(image) if rgb else image
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for missing, truncated and malformed files
         image_id = dataset.select_columns("image_id")[row]["image_id"]
         raise ValueError(

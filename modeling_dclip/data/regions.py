@@ -28,6 +28,7 @@ from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.detectors import RegionDetector, build_detector
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.region_cache import RegionCache, clip_regions
+from modeling_dclip.processing_dclip import lay_over_white
 
 __all__ = ["RegionDetector", "add_regions", "build_detector"]
 
@@ -70,7 +71,7 @@ def _read_image(stored: dict[str, Any]) -> bytes:
 
 def _decode(data: bytes, stored: dict[str, Any]) -> Image.Image:
     """As the column decodes it (turned by its EXIF orientation), so that boxes fit what later stages see."""
-    return ImageFeature().decode_example({"bytes": data, "path": stored["path"]}).convert("RGB")
+    return lay_over_white(ImageFeature().decode_example({"bytes": data, "path": stored["path"]}))
 
 
 def _detect(
