@@ -186,6 +186,9 @@ class DMCLIPMambaMixer(nn.Module):
         steps, entering, leaving = self.x_proj(scanned.transpose(1, 2)).split(
             [self.dt_rank, self.state_size, self.state_size], dim=-1
         )
+        bias = self.dt_proj.bias
+        if bias.is_meta:  # offloaded until its module runs: what that makes of nothing
+            bias = self.dt_proj(steps.new_zeros(self.dt_rank))
         scanned = selective_scan(
             scanned,
             self.dt_proj(steps).transpose(1, 2),
@@ -193,7 +196,7 @@ class DMCLIPMambaMixer(nn.Module):
             entering.transpose(1, 2),
             leaving.transpose(1, 2),
             self.D.float(),
-            delta_bias=self.dt_proj.bias.float(),
+            delta_bias=bias.float(),
             delta_softplus=True,
         )
         return self.out_proj(torch.cat([scanned, passed], dim=1).transpose(1, 2)), None
