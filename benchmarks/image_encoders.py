@@ -337,6 +337,27 @@ def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
     return lines
 
 
+def summarise(rows: Sequence[dict[str, Any]], args: BenchmarkArguments) -> dict[str, Any]:
+    """The results file's content."""
+    versions, hardware = environment()
+    for package in ("timm", "onnxruntime"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    clock = ratio_clock(args)
+    return {
+        "benchmark": "image_encoders",
+        "arguments": {name: value for name, value in asdict(args).items() if name != "output"},
+        "clock_of_ratios": clock,
+        "rows": list(rows),
+        "growth_exponents": growth(rows, clock),
+        "targets": judge(rows, args.device.partition(":")[0]),
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
 def draw(rows: Sequence[dict[str, Any]], exponents: dict[str, float], clock: str, path: Path) -> None:
     """Time against resolution, a line for each encoder."""
     batch_size = min(row["batch_size"] for row in rows)
@@ -362,37 +383,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(parse_encoder(entry)[0] in S1_FORMS for entry in args.encoders):
         import_timm()
     torch.set_num_threads(args.threads)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with torch.inference_mode():
         for cell in args.cells:
             gc.collect()
-            measured = run_cell(cell, args)
+            rows += (measured := run_cell(cell, args))
             print(table(measured), flush=True)
-            rows += measured
-    clock = ratio_clock(args)
-    exponents = growth(rows, clock)
-    versions, hardware = environment()
-    for package in ("timm", "onnxruntime"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    results = {
-        "benchmark": "image_encoders",
-        "arguments": {name: value for name, value in asdict(args).items() if name != "output"},
-        "clock_of_ratios": clock,
-        "rows": rows,
-        "growth_exponents": exponents,
-        "targets": judge(rows, args.device.partition(":")[0]),
-        "versions": versions,
-        "hardware": hardware,
-    }
-    write_json(Path(args.output), results)
+            results = summarise(rows, args)  # after every cell: a run that is interrupted leaves what it measured
+            write_json(Path(args.output), results)
+    exponents = results["growth_exponents"]
     for encoder, exponent in exponents.items():
         print(f"{encoder}: time grows as pixels^{exponent:.2f}")
     print("\n".join(results["targets"]))
     if exponents:
-        draw(rows, exponents, clock, Path(args.output).with_suffix(".png"))
+        draw(rows, exponents, results["clock_of_ratios"], Path(args.output).with_suffix(".png"))
 
 
 if __name__ == "__main__":
