@@ -66,7 +66,7 @@ class SampleDraw:
         if self.synthetic_captions:
             if not sample.synthetic_captions:
                 problem = "expected synthetic captions, got none (synthetic_captions=False reads without)"
-                raise DamagedSampleError(place.shard, problem, place.key, "syn.json")
+                raise DamagedSampleError.at(place.shard, problem, place.key, "syn.json")
             chosen = rng.randrange(len(sample.synthetic_captions))
             embeds = sample.text_embeds[len(sample.captions) + chosen]
             drawn["synthetic_caption"] = sample.synthetic_captions[chosen]
@@ -82,7 +82,7 @@ class SampleDraw:
             member = "paug.json"
             image = replay_augmentation(image, augmentation, self.image_size)
         except ValueError as error:
-            raise DamagedSampleError(place.shard, f"augmentation {number}: {error}", place.key, member) from error
+            raise DamagedSampleError.at(place.shard, f"augmentation {number}: {error}", place.key, member) from error
         return normalise_pixels(image, self.mean, self.deviation)
 
     def _normalise(self, embeds: torch.Tensor, place: SamplePlace) -> torch.Tensor:
@@ -90,5 +90,5 @@ class SampleDraw:
         lengths = [float(one.norm()) for one in slices]
         if min(lengths) == 0:
             problem = f"expected a direction from every teacher, got embeddings of lengths {lengths}"
-            raise DamagedSampleError(place.shard, problem, place.key, "npz" if "npz" in place.members else "pth.gz")
+            raise DamagedSampleError.at(place.shard, problem, place.key, "npz" if "npz" in place.members else "pth.gz")
         return torch.cat([one / length for one, length in zip(slices, lengths, strict=True)])

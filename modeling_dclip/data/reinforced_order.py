@@ -126,6 +126,6 @@ class SampleOrder:
                 yield place
             expected = self.samples_of.get(shard, count)
             if count != expected:
-                raise DamagedSampleError(shard, f"expected {expected} samples as the index says, got {count}")
+                raise DamagedSampleError.at(shard, f"expected {expected} samples as the index says, got {count}")
         except DamagedSampleError as error:
             self.report(error)

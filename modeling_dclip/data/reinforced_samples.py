@@ -76,7 +76,7 @@ def _present(place: SamplePlace, members: Sequence[str], what: str) -> str:
     found = [member for member in members if member in place.members]
     if not found:
         problem = f"expected {what}, got the members {sorted(place.members)}"
-        raise DamagedSampleError(place.shard, problem, place.key, " or ".join(members))
+        raise DamagedSampleError.at(place.shard, problem, place.key, " or ".join(members))
     return found[0]
 
 
@@ -126,7 +126,7 @@ class SampleReader:
         except ValueError as error:
             if isinstance(error, DamagedSampleError):
                 raise
-            raise DamagedSampleError(place.shard, f"expected JSON, got {error}", place.key, member) from error
+            raise DamagedSampleError.at(place.shard, f"expected JSON, got {error}", place.key, member) from error
 
     def _captions(self, place: SamplePlace) -> list[str]:
         member = "txt" if "txt" in place.members else _present(place, ("txt", "json"), "captions")
@@ -144,7 +144,7 @@ class SampleReader:
         captions = _texts(found)
         if not captions:
             problem = f"expected one or more captions with words, got {str(found)[:80]!r}"
-            raise DamagedSampleError(place.shard, problem, place.key, member)
+            raise DamagedSampleError.at(place.shard, problem, place.key, member)
         return captions
 
     def _synthetic_captions(self, place: SamplePlace) -> dict[str, list[str]]:
@@ -159,7 +159,7 @@ class SampleReader:
             problem += (
                 repr(sorted(stored) if isinstance(stored, dict) else stored) if wrong is None else repr(stored[wrong])
             )
-            raise DamagedSampleError(place.shard, problem, place.key, "syn.json")
+            raise DamagedSampleError.at(place.shard, problem, place.key, "syn.json")
         return synthetic
 
     def _augmentations(self, place: SamplePlace) -> list[Any]:
@@ -169,10 +169,12 @@ class SampleReader:
             try:
                 augmentations = json.loads(augmentations)
             except ValueError as error:
-                raise DamagedSampleError(place.shard, f"expected JSON, got {error}", place.key, "paug.json") from error
+                raise DamagedSampleError.at(
+                    place.shard, f"expected JSON, got {error}", place.key, "paug.json"
+                ) from error
         if not isinstance(augmentations, list) or not augmentations:
             problem = f'expected {{"param_aug": [augmentations]}}, got {str(stored)[:80]}'
-            raise DamagedSampleError(place.shard, problem, place.key, "paug.json")
+            raise DamagedSampleError.at(place.shard, problem, place.key, "paug.json")
         return augmentations
 
     def _embeds(
@@ -195,7 +197,7 @@ class SampleReader:
                     if name == "image_emb"
                     else f"captions ({captions}) and synthetic captions ({counts})"
                 )
-                raise DamagedSampleError(place.shard, f"array {name!r} of the {of}: {problem}", place.key, member)
+                raise DamagedSampleError.at(place.shard, f"array {name!r} of the {of}: {problem}", place.key, member)
         return arrays["image_emb"], torch.cat([arrays[name] for name in expected if name != "image_emb"])
 
     def _problem(self, array: Any, rows: int) -> str | None:
@@ -221,7 +223,7 @@ class SampleReader:
                 arrays = {name: stored[name] for name in stored.files}
         except _UNREADABLE_ARRAYS as error:
             problem = f"expected arrays of numbers, got {type(error).__name__}: {error}"
-            raise DamagedSampleError(place.shard, problem, place.key, member) from error
+            raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
         return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
 
 

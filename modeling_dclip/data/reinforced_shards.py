@@ -21,14 +21,21 @@ _BLOCK = 512  # bytes of a tar header; members are padded to a multiple
 class DamagedSampleError(ValueError):
     """A shard, sample or member that cannot be used; the message names all three, what was expected and what came."""
 
-    def __init__(self, shard: Path, problem: str, key: str | None = None, member: str | None = None):
+    # Not in the constructor: a data loader's worker hands its error over by the message alone.
+    shard: Path | None = None
+    key: str | None = None
+    member: str | None = None
+
+    @classmethod
+    def at(cls, shard: Path, problem: str, key: str | None = None, member: str | None = None) -> "DamagedSampleError":
+        """The error of a place."""
         place = f"Shard '{shard}'"
         place += f", sample {key!r}" if key is not None else ""
         place += f", member {member!r}" if member is not None else ""
-        super().__init__(
-            f"{place}: {problem}. Download or write the shard again, or pass on_bad_sample='skip' to leave out what is damaged."
-        )
-        self.shard, self.key, self.member = shard, key, member
+        remedy = "Download or write the shard again, or pass on_bad_sample='skip' to leave out what is damaged."
+        error = cls(f"{place}: {problem}. {remedy}")
+        error.shard, error.key, error.member = shard, key, member
+        return error
 
 
 class SamplePlace(NamedTuple):
@@ -63,9 +70,9 @@ class ShardFiles:
             DamagedSampleError: If the sample lacks it, has it twice, or the file ends before it.
         """
         if f"{member} (repeated)" in place.members:
-            raise DamagedSampleError(place.shard, "expected it once, got it twice", place.key, member)
+            raise DamagedSampleError.at(place.shard, "expected it once, got it twice", place.key, member)
         if member not in place.members:
-            raise DamagedSampleError(place.shard, f"expected it, got {sorted(place.members)}", place.key, member)
+            raise DamagedSampleError.at(place.shard, f"expected it, got {sorted(place.members)}", place.key, member)
         if place.shard not in self._open:
             while len(self._open) >= self.limit:
                 self._open.pop(next(iter(self._open))).close()
@@ -74,7 +81,7 @@ class ShardFiles:
         self._open[place.shard].seek(offset)
         content = self._open[place.shard].read(size)
         if len(content) < size:
-            raise DamagedSampleError(place.shard, f"expected {size} bytes, got {len(content)}", place.key, member)
+            raise DamagedSampleError.at(place.shard, f"expected {size} bytes, got {len(content)}", place.key, member)
         return content
 
     def close(self) -> None:
@@ -171,7 +178,7 @@ def _split_name(name: str) -> tuple[str, str]:
 
 
 def _truncated(path: Path, name: str, size: int) -> DamagedSampleError:
-    return DamagedSampleError(path, f"expected {size} bytes, got the end of the file", *_split_name(name))
+    return DamagedSampleError.at(path, f"expected {size} bytes, got the end of the file", *_split_name(name))
 
 
 def _members(path: Path) -> Iterator[tuple[str, int, int]]:
@@ -190,7 +197,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
             if name:
                 yield name, offset + _BLOCK, size
             offset += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    raise DamagedSampleError(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
+    raise DamagedSampleError.at(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
 
 
 def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[str, int, int]]:
@@ -211,7 +218,9 @@ def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[s
             return
     except tarfile.TarError as error:
         problem = str(error)
-    raise DamagedSampleError(path, f"expected an uncompressed tar, got damage at or after byte {offset} ({problem})")
+    raise DamagedSampleError.at(
+        path, f"expected an uncompressed tar, got damage at or after byte {offset} ({problem})"
+    )
 
 
 def scan_shard(path: Path) -> Iterator[SamplePlace]:
@@ -237,5 +246,5 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
             yield SamplePlace(path, current, members)
         raise
     if not members:
-        raise DamagedSampleError(path, "expected samples, got an empty shard")
+        raise DamagedSampleError.at(path, "expected samples, got an empty shard")
     yield SamplePlace(path, current, members)

@@ -275,5 +275,6 @@ def main(argv: list[str] | None = None) -> Path:
     )
     counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
     told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
-    sys.stdout.write(f"Wrote {told} to {arguments.output}\n")
+    if PartialState().is_main_process:
+        sys.stdout.write(f"Wrote {told} to {arguments.output}\n")
     return index

@@ -390,6 +390,12 @@ def test_a_damaged_sample_is_named_or_skipped_and_counted(tmp_path, caplog, dama
     assert "sample 'b'" in caplog.text
 
 
+def test_damage_met_by_a_worker_is_named_too(tmp_path):
+    path = write_tar(tmp_path / "some.tar", {"a": members(1), "b": members(2, txt=b"")})
+    with pytest.raises(DamagedSampleError, match="some.tar', sample 'b', member 'txt': expected one or more captions"):
+        load(read(path), workers=1)
+
+
 def test_a_member_that_comes_twice_is_damage(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for kind, content in [*members().items(), ("txt", b"a dog")]:

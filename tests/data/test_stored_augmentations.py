@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from modeling_dclip.data.stored_augmentations import (
     replay_augmentation,
 )
 
+PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco_val_sample" / "val2017"
 SIZE = (61, 47)  # odd, so that centres lie on half pixels and inside pixels
 
 
@@ -152,6 +154,17 @@ def test_crops_are_spread_as_torchvisions():
     for percentile in (10, 50, 90):
         difference = np.percentile(ours, percentile, axis=0) - np.percentile(theirs, percentile, axis=0)
         assert (np.abs(difference) < 0.05 * spread).all(), (percentile, difference / spread)
+
+
+@pytest.mark.real_data
+@pytest.mark.skipif(not PHOTOS.is_dir(), reason="needs ../shared/data/coco_val_sample")
+def test_replay_gives_torchvisions_pixels_on_photographs():
+    paths = sorted(PHOTOS.glob("*.jpg"))
+    assert len(paths) == 128
+    for number, path in enumerate(paths):
+        image = Image.open(path).convert("RGB")
+        drawn = draw_augmentation(0, path.stem, number, image.size, AugmentationSettings(image_size=224))
+        assert same(replay_augmentation(image, drawn, 224), torchvision_replay(image, drawn, 224)), (path.name, drawn)
 
 
 @pytest.mark.parametrize("size", [(1000, 3), (3, 1000), (1, 1)], ids=str)
