@@ -1,1 +1,1 @@
-"""What meets other projects' formats: conversion of their checkpoints."""
+"""What meets other projects' formats: conversion of their checkpoints, export to ONNX."""
