@@ -329,7 +329,9 @@ def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
     """One line for each target of a native cell: reached or missed."""
     lines = []
     for row in rows:
-        for rival, target in zip(reversed(S1_FORMS), TARGETS[device].get(row["encoder"], (None, None)), strict=True):
+        for rival, target in zip(
+            reversed(S1_FORMS), TARGETS.get(device, {}).get(row["encoder"], (None, None)), strict=True
+        ):
             if row["cell"].startswith("native") and target is not None and rival in row["time_over"]:
                 ratio = row["time_over"][rival]["median"]
                 verdict = "reached" if ratio <= target else "missed"
