@@ -505,6 +505,7 @@ def test_mambas_initial_steps_lie_in_its_range_although_the_bias_is_added_twice(
     assert float(mixer.dt_proj.weight.abs().max()) <= mixer.dt_rank**-0.5
 
 
+@torch.no_grad()
 def test_weights_that_are_missing_are_drawn_as_new_ones(tmp_path):
     DMCLIPVisionModel(DMCLIPVisionConfig(**SCALED)).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
