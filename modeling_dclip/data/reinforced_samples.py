@@ -26,6 +26,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 
 from modeling_dclip.data.reinforced_shards import DamagedSampleError, SamplePlace, ShardFiles
+from modeling_dclip.processing_dclip import lay_over_white
 
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 ARRAY_MEMBERS = ("npz", "pth.gz")
@@ -61,13 +62,13 @@ class Sample(NamedTuple):
 
 
 def open_image(encoded: bytes) -> Image.Image:
-    """Decode to RGB.
+    """Decode to RGB, transparent pixels over white.
 
     Raises:
         ValueError: If that cannot be done.
     """
     try:
-        return Image.open(io.BytesIO(encoded)).convert("RGB")
+        return lay_over_white(Image.open(io.BytesIO(encoded)))
     except _UNREADABLE_IMAGE as error:
         raise ValueError(f"expected an image, got {error}") from error
 
@@ -243,7 +244,7 @@ def storable_image(encoded: bytes) -> tuple[str, bytes]:
         return kind, encoded
     open_image(encoded)
     buffer = io.BytesIO()
-    ImageOps.exif_transpose(image).convert("RGB").save(buffer, format="PNG")
+    lay_over_white(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
     return "png", buffer.getvalue()
 
 

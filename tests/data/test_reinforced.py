@@ -189,6 +189,14 @@ def test_several_captions_are_drawn_with_their_own_embeddings(tmp_path):
     assert seen == set(captions)
 
 
+def test_transparent_pixels_are_white(tmp_path):
+    buffer = io.BytesIO()
+    Image.new("RGBA", (32, 24), (255, 0, 0, 0)).save(buffer, "PNG")
+    parts = members(**{"jpg": None, "png": buffer.getvalue(), "paug.json": text({"param_aug": [STORED[1]] * 3})})
+    (sample,) = read(write_tar(tmp_path / "a.tar", {"x": parts}), image_mean=[0.0] * 3, image_std=[1.0] * 3)
+    assert (sample["pixel_values"] == 1).all()
+
+
 def test_a_caption_that_begins_with_a_bracket_is_a_caption(tmp_path):
     (sample,) = read(write_tar(tmp_path / "a.tar", {"x": members(txt=b"[sold] a dog")}))
     assert sample["caption"] == "[sold] a dog"
