@@ -284,7 +284,7 @@ class DCLIPModel(InitialisedAsInTree, CLIPModel):
         self.vision_model = DCLIPVisionTransformer._from_config(config.vision_config)
         self.visual_projection = nn.Linear(self.vision_embed_dim, self.projection_dim, bias=False)
         self.text_projection = nn.Linear(self.text_embed_dim, self.projection_dim, bias=False)
-        self.logit_scale = nn.Parameter(torch.tensor(float(config.logit_scale_init_value)))
+        self.logit_scale = nn.Parameter(torch.tensor(config.logit_scale_init_value, dtype=torch.float32))
         self.post_init()
         self.train(self.training)  # freezes
 
