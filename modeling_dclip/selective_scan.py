@@ -165,7 +165,7 @@ def _scan_two_level(x, delta, A, B, C, D, delta_bias, delta_softplus):
 
     def fold(tensor):  # (B, ..., L) to (B, R, S, ...); a step of 0 passes the state on
         tensor = F.pad(tensor.to(inputs.dtype), (0, rows * side - length))
-        return tensor.unflatten(-1, (rows, side)).permute(0, 2, 3, 1)
+        return tensor.unflatten(-1, (rows, side)).permute(0, 2, 3, 1).contiguous()
 
     rates = A.to(inputs.dtype).T  # (N, D)
     steps_, driven = fold(steps)[..., None, :], fold(steps * inputs)[..., None, :]
