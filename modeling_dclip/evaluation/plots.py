@@ -241,19 +241,24 @@ def plot_growth(
                 f"Expected positive, finite sizes and costs in the series {label!r}, got {values.tolist()}."
             )
     figure = _new_figure(6.8, 4.8)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    colours = COLOURS[1:]  # grey is the anchor's
     axes = figure.add_subplot()
     for index, (label, points) in enumerate(series.items()):
         sizes, costs = [size for size, _ in points], [cost for _, cost in points]
         medians = np.array([cost["median"] for cost in costs])
         bars = np.abs([medians - [cost["min"] for cost in costs], [cost["max"] for cost in costs] - medians])
         axes.errorbar(
-            sizes, medians, yerr=bars, label=label, color=COLOURS[index % len(COLOURS)], lw=1.4, capsize=2, ms=5,
-            marker=MARKERS[index % len(MARKERS)], ls="-" if index < len(COLOURS) else "--",
+            sizes, medians, yerr=bars, label=label, color=colours[index % len(colours)], lw=1.4, capsize=2, ms=5,
+            marker=MARKERS[index % len(MARKERS)], ls="-" if index < len(colours) else "--",
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set_yscale("log")
     ticks = sorted({size for points in series.values() for size, _ in points})
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.minorticks_off()
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
