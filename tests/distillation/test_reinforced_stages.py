@@ -14,6 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
+from modeling_dclip.distillation import reinforced_stages
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.records import last_checkpoint
 from modeling_dclip.distillation.stages import run_stages
@@ -275,6 +276,26 @@ def test_synthetic_captions_that_are_not_there_are_told(tiny_clip_dir, tmp_path)
         run(path, *words, "--dmclip.teacher_widths", "16", "16", "--output_dir", str(tmp_path / "foreign"))
     with pytest.raises(ValueError, match="column 'nowhere'"):
         run(path, "--reinforce.synthetic_captions", "nowhere", "--output_dir", str(tmp_path / "column"))
+
+
+def test_a_captioner_writes_what_no_column_holds(tiny_clip_dir, tmp_path, monkeypatch):
+    class Captioner:
+        name, fingerprint = "tiny", "tiny"
+
+        def __init__(self, name, *, captions, seed, device):
+            self.captions = [f"caption {number} of {name}" for number in range(captions)]
+
+        def __call__(self, images, lot=0):
+            return [self.captions for _ in images]
+
+    monkeypatch.setattr(reinforced_stages, "TransformersCaptioner", Captioner)
+    written = {"captioner": "tiny", "captions_per_image": 3, "synthetic_captions": None}
+    run(write_recipe(tmp_path, tiny_clip_dir, {"max_steps": 1}, reinforce=written))
+    with tarfile.open(next((tmp_path / "run" / "reinforce" / "shards").glob("*.tar"))) as tar:
+        members = [member for member in tar if member.name.endswith("syn.json")]
+        stored = json.loads(tar.extractfile(members[0]).read())
+    assert stored == {"syn_text": [f"caption {number} of tiny" for number in range(3)]}
+    assert "synthetic_distillation_loss" in logs(tmp_path / "run" / "dmclip")[0]
 
 
 def test_an_empty_shard_is_named_and_left_out_on_demand(foreign, tiny_clip_dir, tmp_path, caplog):
