@@ -1,7 +1,8 @@
-"""Train a DCLIP teacher and student from a recipe, stage by stage.
+"""Train a DCLIP teacher and student, or a DM-CLIP, from a recipe, stage by stage.
 
     accelerate launch train.py                                       the demo, offline, minutes on two CPU cores
     accelerate launch train.py --recipe recipes/dclip_vitb16.yaml    the paper
+    accelerate launch train.py --recipe recipes/dmclip_demo.yaml     a Mamba CLIP taught by stored teachers, offline
     ... --stages teacher,student                                     some stages only
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
