@@ -82,13 +82,14 @@ def test_the_walk_sees_a_wrong_arrow():
 
 @pytest.mark.parametrize("path", SHIPPED, ids=name)
 def test_a_shipped_file_imports_only_what_every_reader_has(path):
+    module = tree(path)
     optional = {
         child
-        for node in ast.walk(tree(path))
+        for node in ast.walk(module)
         if isinstance(node, ast.Try) and any("ImportError" in ast.unparse(handler.type) for handler in node.handlers)
         for child in ast.walk(node)
     }
-    for node in ast.walk(tree(path)):
+    for node in ast.walk(module):
         if isinstance(node, ast.Import):
             modules = [alias.name.split(".")[0] for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and not node.level:
