@@ -36,7 +36,7 @@ setup(
         "pyarrow>=17",
         "pyyaml>=6",
         "safetensors>=0.5",
-        "torch>=2.6",
+        "torch>=2.7",
         "tqdm>=4.66",
         "transformers>=5.17,<6",
     ],
