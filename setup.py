@@ -13,6 +13,8 @@ EXTRAS = {
     "space": ["gradio>=5"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
     "dev": ["jinja2>=3.1", "matplotlib>=3.8", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+    # What the benchmarks compare with.
+    "benchmarks": ["timm>=1.0"],
     # Needs a CUDA toolchain at install time, so it is not part of `all`.
     "mamba": ["mamba-ssm>=2.2"],
 }
