@@ -25,6 +25,7 @@ DMCLIP = {
     "vision_config": {"stem_dim": 4, "hidden_size": 4, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]},
     "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
     "projection_dim": 8,
+    "teacher_logit_scale": 100.0,
     "learning_rate": 1e-3,
     "warmup_steps": 0,
     "max_steps": 5,
