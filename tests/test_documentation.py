@@ -107,7 +107,7 @@ def recipe_words(words):
 def test_every_training_command_is_one_the_parser_takes(words):
     given, path = recipe_words(arguments(words))
     recipe = parse_recipe(given, None if path is None else ROOT / path)
-    for spec in recipe.run.train_datasets:
+    for spec in [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets]:
         parse_spec(spec, SOURCES, counted=True)
 
 

@@ -18,7 +18,7 @@ FOLDER = RECIPES[0].parent
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_parses_and_its_specs_are_known(path):
     recipe = parse_recipe([], path)
-    specs = [*recipe.run.train_datasets, *recipe.anchor.train_datasets]
+    specs = [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets, *recipe.anchor.train_datasets]
     assert specs or recipe.dmclip.train_shards
     for spec in specs:
         parse_spec(spec, SOURCES, counted=True)

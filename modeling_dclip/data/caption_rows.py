@@ -102,14 +102,14 @@ def require_unique(image_ids: Sequence[str], source: str) -> None:
     )
 
 
-def require_rows(number: int, source: str) -> None:
+def require_rows(number: int, source: str, what: str = "an image and a caption") -> None:
     """Refuse a dataset left empty.
 
     Raises:
         ValueError: If `number` is 0.
     """
     if number == 0:
-        raise ValueError(f"No row with an image and a caption is left of {source}. Expected at least one.")
+        raise ValueError(f"No row with {what} is left of {source}. Expected at least one.")
 
 
 def clean_captions(

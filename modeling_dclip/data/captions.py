@@ -10,6 +10,7 @@
 | `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source` |
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
+| `images:FOLDER` | images without captions, for [`load_uncaptioned`] alone; option `source` |
 
 Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a
 picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
@@ -20,7 +21,7 @@ import math
 from collections.abc import Collection, Sequence
 from fractions import Fraction
 
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 
 from modeling_dclip.data.caption_files import (
     karpathy_test_ids,
@@ -30,10 +31,19 @@ from modeling_dclip.data.caption_files import (
     read_karpathy,
 )
 from modeling_dclip.data.caption_rows import logger, require_rows, require_unique
-from modeling_dclip.data.caption_tables import read_disk, read_hub, read_parquet, standardise_columns
+from modeling_dclip.data.caption_tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
+from modeling_dclip.data.columns import concatenate_shared
+from modeling_dclip.data.image_folders import drop_captions, read_images
 from modeling_dclip.data.specs import Source, bind_options, parse_spec
 
-__all__ = ["karpathy_test_ids", "load_captions", "load_mix", "split_train_validation", "standardise_columns"]
+__all__ = [
+    "karpathy_test_ids",
+    "load_captions",
+    "load_mix",
+    "load_uncaptioned",
+    "split_train_validation",
+    "standardise_columns",
+]
 
 
 def _read_scenes(split: str, **options: str) -> Dataset:
@@ -51,6 +61,7 @@ SOURCES = {
     "parquet": Source("parquet:GLOB", read_parquet),
     "hub": Source("hub:NAME:SPLIT", read_hub),
     "disk": Source("disk:FOLDER", read_disk),
+    "images": Source("images:FOLDER", read_images),
 }
 
 
@@ -75,9 +86,18 @@ def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
-        ValueError: If the spec is wrong (the message lists the known forms), a file is malformed, no row is left, or
-            the count is larger than what is there.
+        ValueError: If the spec is wrong (the message lists the known forms) or of a source without captions, a file is malformed,
+            no row is left, or the count is larger than what is there.
     """
+    if parse_spec(spec, SOURCES, counted=True)[0] is SOURCES["images"]:
+        raise ValueError(
+            f"{spec!r} has images and no captions. Expected a source of captioned images here; this one may be named in "
+            "uncaptioned_datasets."
+        )
+    return _draw(spec, seed, exclude_ids, "an image and a caption")
+
+
+def _draw(spec: str, seed: int, exclude_ids: Collection[str], what: str) -> Dataset:
     if isinstance(exclude_ids, str):
         raise ValueError(f"Expected exclude_ids to be a collection of image ids, got the one string {exclude_ids!r}.")
     source, fields, options, count = parse_spec(spec, SOURCES, counted=True)
@@ -87,7 +107,7 @@ def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()
     rows = [row for row, image_id in enumerate(image_ids) if image_id not in excluded]
     if len(rows) < len(image_ids):
         logger.info("%s: left out %d images by id", spec, len(image_ids) - len(rows))
-        require_rows(len(rows), f"{spec!r} after leaving out {len(image_ids)} images by id")
+        require_rows(len(rows), f"{spec!r} after leaving out {len(image_ids)} images by id", what)
     if count is not None:
         if count > len(rows):
             raise ValueError(
@@ -115,10 +135,34 @@ def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = 
     """
     if isinstance(specs, str) or not specs:
         raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
-    parts = [load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs]
-    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    return _join([load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs], specs)
+
+
+def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
+    """Load images to be looked at without their captions: those of any source, and of folders that hold nothing but images.
+
+    Args:
+        specs (`Sequence[str]`): As in [`load_captions`], and `images:FOLDER`.
+        seed (`int`): Seed of the draws.
+        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source, counted and logged.
+
+    Returns:
+        `datasets.Dataset`: The rows of all sources in order: `image_id`, `image`, empty `captions`, and `boxes`, `box_scores` where
+        all have them.
+
+    Raises:
+        FileNotFoundError, ValueError: As in [`load_mix`].
+    """
+    if isinstance(specs, str) or not specs:
+        raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
+    dataset = _join([_draw(spec, seed, exclude_ids, "an image") for spec in specs], specs)
+    kept = [name for name in ("image_id", "image", *REGION_COLUMNS) if name in dataset.column_names]
+    return drop_captions(dataset.select_columns(kept))
+
+
+def _join(parts: Sequence[Dataset], specs: Sequence[str]) -> Dataset:
     require_unique([image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(specs)}")
-    return concatenate_datasets([part.select_columns(shared) for part in parts])
+    return concatenate_shared(parts)
 
 
 def split_train_validation(dataset: Dataset, fraction: float = 0.9, seed: int = 0) -> tuple[Dataset, Dataset]:

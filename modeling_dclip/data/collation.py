@@ -21,6 +21,7 @@ from torch.utils.data import Dataset as TorchDataset
 from modeling_dclip.data.columns import (
     Ragged,
     arrow_column,
+    check_entries,
     check_finite,
     column_lengths,
     flat_column,
@@ -201,6 +202,9 @@ class TeacherBatches(Batches):
 class StudentBatches(Batches):
     """Images with the targets stored beside them, to train an image encoder: no text, no boxes, no teacher.
 
+    A row without captions has one teacher's target and no text's. Where a dataset has such rows, every batch says which they are not,
+    in `caption_mask`, and holds zeros for their text.
+
     Args:
         dataset (`datasets.Dataset`): With `image_id`, `image`, `text_embeds` and those of `teacher_embeds`,
             `anchor_embeds` that are asked for.
@@ -231,22 +235,24 @@ class StudentBatches(Batches):
         if not 0 < min_crop_area <= 1:
             raise ValueError(f"Expected min_crop_area in (0, 1], got {min_crop_area}.")
         self.columns = {name: read_embeds(dataset, name, width) for name in columns}
-        super().__init__(column_lengths(dataset, "captions"), seed)
-        for name, embeds in self.columns.items():
-            if name != "anchor_embeds" and not np.array_equal(embeds.lengths, self.captions_per_row):
-                row = int(np.flatnonzero(embeds.lengths != self.captions_per_row)[0])
-                raise ValueError(
-                    f"Column {name!r}, row {row}: expected one embedding per caption ({self.captions_per_row[row]}), got "
-                    f"{embeds.lengths[row]}. Make the targets of this dataset again."
-                )
+        captions = column_lengths(dataset, "captions")
+        super().__init__(np.maximum(captions, 1), seed)
+        check_entries(self.columns, captions)
+        self.caption_mask = None if captions.all() else captions > 0
+        if self.caption_mask is not None and "text_embeds" in self.columns:
+            values = np.zeros((self.captions_per_row.sum(), width), np.float16)
+            values[np.repeat(self.caption_mask, self.captions_per_row)] = self.columns["text_embeds"].values
+            self.columns["text_embeds"] = Ragged.from_lengths(values, self.captions_per_row)
         self.pixels = PixelReader(dataset, image_processor, cache_mib) if pixels is None else pixels
         self.min_crop_area = min_crop_area
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`."""
+        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`; maybe `caption_mask (B,)`, bool."""
         batch = {"pixel_values": self._augment(self.pixels.read(rows), rows), "image_ids": torch.from_numpy(rows)}
         for name, embeds in self.columns.items():
             batch[name] = torch.from_numpy(embeds.values[rows if name == "anchor_embeds" else captions])
+        if self.caption_mask is not None:
+            batch["caption_mask"] = torch.from_numpy(self.caption_mask[rows])
         return batch
 
     def _augment(self, pixel_values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:

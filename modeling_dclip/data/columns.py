@@ -205,6 +205,12 @@ def attach_columns(dataset: Dataset, columns: Dataset) -> Dataset:
     return concatenate_datasets([dataset, columns.select_columns(added)], axis=1)
 
 
+def concatenate_shared(parts: Sequence[Dataset]) -> Dataset:
+    """The rows of several datasets, one after the other, with the columns that all of them have."""
+    shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
+    return concatenate_datasets([part.select_columns(shared) for part in parts])
+
+
 def combine_keys(keys: Sequence[str]) -> str:
     """One key of several, in their order."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
@@ -228,3 +234,24 @@ def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:
             f"Column {name!r}, row {row} (image {dataset[row]['image_id']!r}), entry {bad[0] - entries.offsets[row]}: expected finite "
             f"numbers, got NaN or infinity ({len(bad)} such entries in all). Delete the targets and make them again."
         )
+
+
+def check_entries(columns: dict[str, Ragged], captions_per_row: np.ndarray) -> None:
+    """Refuse embedding columns that count captions differently.
+
+    Args:
+        columns (`dict`): Embedding columns by name; `teacher_embeds` and `text_embeds` are looked at.
+        captions_per_row (`np.ndarray` of shape `(N,)`): Captions of each row.
+
+    Raises:
+        ValueError: If a row has not one embedding per caption, or without captions not one of the teacher's and none of a text;
+            the message names column and row.
+    """
+    wanted = {"teacher_embeds": np.maximum(captions_per_row, 1), "text_embeds": captions_per_row}
+    for name, expected in wanted.items():
+        if name in columns and not np.array_equal(columns[name].lengths, expected):
+            row = int(np.flatnonzero(columns[name].lengths != expected)[0])
+            raise ValueError(
+                f"Column {name!r}, row {row}: expected one embedding per caption ({captions_per_row[row]}; without captions one of the "
+                f"teacher's), got {columns[name].lengths[row]}. Make the targets of this dataset again."
+            )

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
 from modeling_dclip.data.collation import pass_batch, read_captions, tokenize_captions
-from modeling_dclip.data.columns import Ragged, combine_keys, ragged_column
+from modeling_dclip.data.columns import Ragged, column_lengths, combine_keys, ragged_column
 from modeling_dclip.data.pixels import decode_image
 
 # Fields of a config that say where a model comes from, not what it computes.
@@ -98,8 +98,8 @@ class TeacherFeatures:
         columns.setdefault("token_embeds", None)
         return cls(image_embeds=joined["image_embeds"], **columns)
 
-    def batch(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """Inputs of [`DCLIPTeacher`] for pairs of images and captions, padded and masked, on the CPU."""
+    def batch(self, rows: np.ndarray, captions: np.ndarray | None) -> dict[str, torch.Tensor]:
+        """Inputs of [`DCLIPTeacher`] for pairs of images and captions, padded and masked, on the CPU; None leaves the text out."""
         region_embeds, region_mask = self.region_embeds.pad(rows)
         arrays = {
             "image_embeds": self.image_embeds[rows],
@@ -107,9 +107,10 @@ class TeacherFeatures:
             "region_mask": region_mask,
             "region_boxes": self.region_boxes.pad(rows)[0],
             "region_scores": self.region_scores.pad(rows)[0],
-            "text_embeds": self.text_embeds.values[captions],
         }
-        if self.token_embeds is not None:
+        if captions is not None:
+            arrays["text_embeds"] = self.text_embeds.values[captions]
+        if captions is not None and self.token_embeds is not None:
             arrays["token_embeds"], arrays["token_mask"] = self.token_embeds.pad(captions)
         # The block computes in float32; float16 is how features are kept.
         return {
@@ -188,6 +189,21 @@ def _encode_captions(
     return chunk
 
 
+def _no_captions(dataset: Dataset, teacher: Any, reads_text: bool) -> Ragged:
+    if reads_text:
+        raise ValueError(
+            f"Expected a teacher that reads no caption (cross_attention='regions') for images without captions, got "
+            f"{teacher.config.cross_attention!r}. Train such a teacher, or give the images captions."
+        )
+    lengths = column_lengths(dataset, "captions")
+    if lengths.any():
+        row = int(np.flatnonzero(lengths)[0])
+        raise ValueError(
+            f"Image {dataset[row]['image_id']!r} (row {row}): expected no caption, got {lengths[row]}. Drop the captions first."
+        )
+    return Ragged.from_lengths(np.array([], dtype=object), lengths)
+
+
 def compute_features(
     dataset: Dataset,
     teacher: Any,
@@ -202,6 +218,7 @@ def compute_features(
     chunk_rows: int = 512,
     num_workers: int = 0,
     alone: bool = False,
+    captioned: bool = True,
 ) -> list[Path]:
     """Encode images, regions, captions and, where the teacher reads text, tokens with the CLIP inside a teacher.
 
@@ -218,21 +235,26 @@ def compute_features(
         chunk_rows (`int`, *optional*, defaults to 512): Images a file.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and crop.
         alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls.
+        captioned (`bool`, *optional*, defaults to `True`): Without, the rows have no captions and the teacher must read none.
 
     Returns:
         `list[Path]`: Files for [`TeacherFeatures.load`], in order of rows.
 
     Raises:
-        ValueError: If an image cannot be read, a caption is blank, or a box is wrong.
+        ValueError: If an image cannot be read, a caption is blank, or a box is wrong; without `captioned`, if a row has a caption or
+            the teacher reads them.
     """
-    captions = read_captions(dataset)
-    images = _RegionRows(dataset, processor, max_regions, regions)
     reads_text = regions and teacher.config.cross_attention != "regions"
+    captions = read_captions(dataset) if captioned else _no_captions(dataset, teacher, reads_text)
+    images = _RegionRows(dataset, processor, max_regions, regions)
 
     def compute(rows: range) -> Chunk:
         texts = captions.values[captions.offsets[rows.start] : captions.offsets[rows.stop]]
         chunk = _encode_images(rows, images, teacher, batch_size, num_workers)
-        chunk |= _encode_captions(texts, processor, teacher, text_batch_size, reads_text)
+        if captioned:
+            chunk |= _encode_captions(texts, processor, teacher, text_batch_size, reads_text)
+        else:
+            chunk["text_embeds"] = np.zeros((0, chunk["image_embeds"].shape[1]), np.float16)
         return chunk | {"captions_per_image": captions.lengths[rows.start : rows.stop]}
 
     settings = {"regions": regions, "max_regions": max_regions, "reads_text": reads_text}

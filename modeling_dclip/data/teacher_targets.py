@@ -1,7 +1,8 @@
 """Let a frozen teacher write its targets beside the data: one per caption, float16, L2-normalised.
 
 The teacher is deterministic, so a target computed once equals the one computed in every step. A teacher that reads
-text gives another target for each caption of an image; the leak-free one (`cross_attention="regions"`) the same.
+text gives another target for each caption of an image; the leak-free one (`cross_attention="regions"`) the same, and
+one to an image without a caption.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,16 @@ PAIRS_PER_PASS = 512  # of the teacher's block, which is small
 
 
 @torch.no_grad()
-def embed_pairs(teacher: Any, features: TeacherFeatures, rows: np.ndarray, captions: np.ndarray) -> torch.Tensor:
+def embed_pairs(
+    teacher: Any, features: TeacherFeatures, rows: np.ndarray, captions: np.ndarray | None
+) -> torch.Tensor:
     """A teacher's embedding of pairs of an image and a caption, whether or not they belong together.
 
     Args:
         teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
         features ([`TeacherFeatures`]): N images, C captions.
         rows (`np.ndarray` of shape `(P,)`): The image of each pair, below N.
-        captions (`np.ndarray` of shape `(P,)`): The caption of each pair, below C.
+        captions (`np.ndarray` of shape `(P,)` or None): The caption of each pair, below C; None if the teacher reads no text.
 
     Returns:
         `torch.Tensor` of shape `(P, D)`: float32, L2-normalised, on the CPU.
@@ -35,28 +38,29 @@ def embed_pairs(teacher: Any, features: TeacherFeatures, rows: np.ndarray, capti
     embeds = []
     for start in range(0, len(rows), PAIRS_PER_PASS):
         pairs = slice(start, start + PAIRS_PER_PASS)
-        batch = features.batch(rows[pairs], captions[pairs])
+        batch = features.batch(rows[pairs], None if captions is None else captions[pairs])
         batch = {name: tensor.to(teacher.device) for name, tensor in batch.items()}
         embeds.append(teacher(**batch, return_loss=False).teacher_embeds.float().cpu())
     return torch.cat(embeds)
 
 
 def teach(teacher: Any, features: TeacherFeatures) -> np.ndarray:
-    """A frozen teacher's embedding of every caption's pair.
+    """A frozen teacher's embedding of every caption's pair; one of an image without captions.
 
     Args:
         teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
         features ([`TeacherFeatures`]): N images, C captions.
 
     Returns:
-        `np.ndarray` of shape `(C, D)`: float16, L2-normalised.
+        `np.ndarray` of shape `(C + images without captions, D)`: float16, L2-normalised.
     """
     captions_per_image = features.text_embeds.lengths
     rows = np.arange(len(captions_per_image))
-    if teacher.config.cross_attention != "regions":
-        rows = np.repeat(rows, captions_per_image)  # a pair a caption; else one an image
-    values = embed_pairs(teacher, features, rows, np.arange(len(rows))).to(torch.float16).numpy()
-    return np.repeat(values, captions_per_image, axis=0) if teacher.config.cross_attention == "regions" else values
+    if teacher.config.cross_attention == "regions":  # computed once an image
+        values = embed_pairs(teacher, features, rows, None).to(torch.float16).numpy()
+        return np.repeat(values, np.maximum(captions_per_image, 1), axis=0)
+    rows = np.repeat(rows, captions_per_image)
+    return embed_pairs(teacher, features, rows, np.arange(len(rows))).to(torch.float16).numpy()
 
 
 def _read(paths: Sequence[Path], name: str) -> np.ndarray:
@@ -91,7 +95,8 @@ def add_teacher_targets(
 
     Returns:
         `datasets.Dataset`: The rows with `teacher_embeds` float16 (captions, D), `text_embeds` float16 (captions, D),
-        `anchor_embeds` float16 (D,), all L2-normalised, replacing older ones.
+        `anchor_embeds` float16 (D,), all L2-normalised, replacing older ones. A row without captions (`captioned=False`) has one
+        entry in `teacher_embeds` and none in `text_embeds`.
 
     Raises:
         ValueError: If an image cannot be read, a caption is blank, a box is wrong, or a target is not finite; the
@@ -110,7 +115,8 @@ def add_teacher_targets(
         chunk_keys = [paths[row // chunk_rows].stem for row in range(len(dataset))]
         made_by = fingerprint_model(teacher)
         targets = compute_chunks(chunk_keys, compute, made_by=made_by, desc="Writing teacher targets", **cache)
-        columns["teacher_embeds"] = Ragged(_read(targets, "teacher_embeds"), text_embeds.offsets)
+        entries = np.maximum(text_embeds.lengths, 1)
+        columns["teacher_embeds"] = Ragged.from_lengths(_read(targets, "teacher_embeds"), entries)
     for name, embeds in columns.items():
         check_finite(dataset, name, embeds)
         dataset = with_ragged_embeds(dataset, name, embeds)

@@ -43,6 +43,11 @@ class RunArguments:
     train_datasets: list[str] = _help(
         "Captioned images to train on: specs of modeling_dclip/data/captions.py, @COUNT at the end.", []
     )
+    uncaptioned_datasets: list[str] = _help(
+        "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose captions are dropped, and "
+        "images:FOLDER. Those that are among train_datasets are left out.",
+        [],
+    )
     train_fraction: float = _help(
         "Share of the images to train on, by image id; the rest validates (see eval_strategy).", 1.0
     )

@@ -33,6 +33,7 @@ from modeling_dclip.distillation.arguments import (
 )
 from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments
 from modeling_dclip.distillation.sections import SECTIONS, TRAINING_SECTIONS
+from modeling_dclip.distillation.uncaptioned import check_uncaptioned_fields
 
 GLOBAL = "global fields"
 # What the run decides for every stage that trains.
@@ -246,7 +247,7 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
         `list[ArmRun]`
 
     Raises:
-        FileNotFoundError, ValueError: As [`parse_recipe`].
+        FileNotFoundError, ValueError: As [`parse_recipe`] and, of any arm, as [`check_uncaptioned_fields`].
     """
     recipe = parse_recipe(words, path)
     run = recipe.run
@@ -262,6 +263,7 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
             forced = {"seed": seed, "output_dir": folder, "cache_dir": cache_dir, "clip_model": clip_model}
             given = [*_flatten(shards), *_flatten(overrides or {}), *words, *_flatten(forced)]
             runs.append(ArmRun(arm, seed, parse_recipe(given, path)))
+            check_uncaptioned_fields(runs[-1].recipe)
     return runs
 
 

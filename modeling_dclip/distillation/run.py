@@ -10,23 +10,25 @@ from datasets import Dataset, load_from_disk
 
 from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.captions import karpathy_test_ids, load_mix, split_train_validation
-from modeling_dclip.data.columns import attach_columns, combine_keys, image_keys, row_keys
+from modeling_dclip.data.columns import attach_columns, combine_keys, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.pixels import PixelReader
 from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
 from modeling_dclip.distillation.arguments import STAGES
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.records import StageRecord
 from modeling_dclip.distillation.student import load_student
+from modeling_dclip.distillation.uncaptioned import UNCAPTIONED, load_new_images
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
 
 class SharedData:
-    """What several runs of one process need not read twice: captioned images and their pixels, by what selects them."""
+    """What several runs of one process need not read twice: images and their pixels, by what selects them."""
 
     def __init__(self):
         self.sources: dict[str, dict[str, tuple[Dataset, list[str]]]] = {}
+        self.captioned_ids: dict[str, set[str]] = {}
         self.pixels: dict[tuple, PixelReader] = {}
 
 
@@ -107,7 +109,7 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """The captioned images as loaded, by split, with the keys of their images."""
+        """The images as loaded, by split, with the keys of their images; those without captions are the split `uncaptioned`."""
         run = self.recipe.run
         validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
         if not run.train_datasets:
@@ -119,25 +121,50 @@ class Run:
         selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
         key = json.dumps([*selection, self.recipe.regions.ignore_boxes, validates])
         if key not in self.shared.sources:
-            splits = self._load(validates)
+            dataset = self._without_boxes(load_mix(run.train_datasets, seed=run.seed, exclude_ids=self._excluded_ids))
+            self.shared.captioned_ids[key] = set(dataset["image_id"][:])
+            splits = self._split(dataset, validates)
             self.shared.sources[key] = {split: (rows, image_keys(rows)) for split, rows in splits.items()}
-        return self.shared.sources[key]
+        return self.shared.sources[key] | self._uncaptioned(key)
 
-    def _load(self, validates: bool) -> dict[str, Dataset]:
+    @cached_property
+    def _excluded_ids(self) -> set[str]:
+        return set().union(*(karpathy_test_ids(path) for path in self.recipe.run.exclude_karpathy))
+
+    def _without_boxes(self, dataset: Dataset) -> Dataset:
+        """The rows without boxes of their own where the recipe ignores them."""
+        own = [name for name in ("boxes", "box_scores") if name in dataset.column_names]
+        return dataset.remove_columns(own) if self.recipe.regions.ignore_boxes else dataset
+
+    def _split(self, dataset: Dataset, validates: bool) -> dict[str, Dataset]:
         run = self.recipe.run
-        excluded = set().union(*(karpathy_test_ids(path) for path in run.exclude_karpathy))
-        dataset = load_mix(run.train_datasets, seed=run.seed, exclude_ids=excluded)
-        if self.recipe.regions.ignore_boxes:
-            own = [name for name in ("boxes", "box_scores") if name in dataset.column_names]
-            dataset = dataset.remove_columns(own)
         if run.train_fraction == 1:
             return {"train": dataset}
         train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
         return {"train": train, **({"validation": validation} if validates else {})}
 
+    def _uncaptioned(self, captioned: str) -> dict[str, tuple[Dataset, list[str]]]:
+        """The new images beside the captioned ones of a key, validation's and those held out included."""
+        run, shared = self.recipe.run, self.shared
+        if not run.uncaptioned_datasets:
+            return {}
+        key = json.dumps([UNCAPTIONED, captioned, run.uncaptioned_datasets])
+        if key not in shared.sources:
+            options = {"seed": run.seed, "captioned": shared.sources[captioned]}
+            excluded = self._excluded_ids | shared.captioned_ids[captioned]
+            rows, images = load_new_images(run.uncaptioned_datasets, exclude_ids=excluded, **options)
+            shared.sources[key] = {UNCAPTIONED: (self._without_boxes(rows), images)}
+            has_boxes = ["boxes" in dataset.column_names for dataset in (options["captioned"]["train"][0], rows)]
+            if has_boxes == [True, False] and not self.uses_detector and self.recipe.student.reads_teacher:
+                logger.warning(
+                    "The captioned images have boxes of their own, those without captions none: there the teacher sees the whole image "
+                    "alone. Name regions.detector to give both the same regions."
+                )
+        return shared.sources[key]
+
     @cached_property
     def data(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """The captioned images with their regions, by split, and the keys of their rows."""
+        """The images with their regions, by split, and the keys of their rows."""
         data = {}
         for split, (dataset, images) in self.sources.items():
             if self.uses_detector:
@@ -148,16 +175,27 @@ class Run:
         return data
 
     @property
+    def captioned_data(self) -> dict[str, tuple[Dataset, list[str]]]:
+        """Of [`Run.data`] what a teacher trains and validates on."""
+        return {split: data for split, data in self.data.items() if split != UNCAPTIONED}
+
+    @property
     def data_keys(self) -> dict[str, str]:
         """One key of all rows, by split."""
         return {split: combine_keys(keys) for split, (_, keys) in self.data.items()}
 
+    @property
+    def student_splits(self) -> list[str]:
+        """The splits whose rows, one after the other, the student trains on."""
+        return [split for split in ("train", UNCAPTIONED) if split in self.data]
+
     def pixels(self, image_processor: Any, cache_mib: int) -> PixelReader:
-        """Reads the training rows' pixels."""
+        """Reads the pixels of the student's training rows."""
         settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
-        key = (self.data_keys["train"], settings, cache_mib)
+        key = (*(self.data_keys[split] for split in self.student_splits), settings, cache_mib)
         if key not in self.shared.pixels:
-            self.shared.pixels[key] = PixelReader(self.data["train"][0], image_processor, cache_mib)
+            images = [self.data[split][0].select_columns(["image_id", "image"]) for split in self.student_splits]
+            self.shared.pixels[key] = PixelReader(concatenate_shared(images), image_processor, cache_mib)
         return self.shared.pixels[key]
 
     def record(self, stage: str, inputs: dict[str, Any], folder: Path | None = None) -> StageRecord:

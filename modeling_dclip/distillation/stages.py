@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, set_seed
 from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import AnchorBatches, TeacherBatches
-from modeling_dclip.data.columns import attach_columns, combine_keys, row_keys
+from modeling_dclip.data.columns import attach_columns, combine_keys, concatenate_shared, row_keys
 from modeling_dclip.data.regions import add_regions, build_detector
 from modeling_dclip.data.scenes import train_tokenizer
 from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features, fingerprint_model
@@ -25,6 +25,7 @@ from modeling_dclip.distillation.reinforced_stages import reinforce, train_dmcli
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.student import fit_student, load_student, train_or_resume
 from modeling_dclip.distillation.trainer import TeacherTrainer
+from modeling_dclip.distillation.uncaptioned import UNCAPTIONED, check_uncaptioned
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
@@ -48,6 +49,7 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
         FileNotFoundError: If a stage needs one that was not run.
         ValueError: If a stage's folder was made from other inputs, or an input is wrong.
     """
+    check_uncaptioned(recipe)
     run = Run(recipe, shared)
     logger.info("Stages: %s, in %s", ", ".join(run.stages), run.folder)
     for name in run.stages:
@@ -156,7 +158,8 @@ def train_teacher(run: Run) -> None:
     if recipe.run.teacher_model is not None:
         logger.info("teacher: nothing to do, the recipe takes %s", recipe.run.teacher_model)
         return
-    inputs = {"arguments": deciding_fields(args), "clip": run.clip_key, "dataset": run.data_keys}
+    keys = {split: run.data_keys[split] for split in run.captioned_data}
+    inputs = {"arguments": deciding_fields(args), "clip": run.clip_key, "dataset": keys}
     record = run.record("teacher", inputs | {"max_regions": recipe.regions.max_regions})
     if record.finished:
         return
@@ -172,7 +175,7 @@ def train_teacher(run: Run) -> None:
         return
     teacher.to(PartialState().device)
     batches = {}
-    for split, (dataset, keys) in run.data.items():
+    for split, (dataset, keys) in run.captioned_data.items():
         paths = compute_features(dataset, teacher, processor, keys=keys, **_feature_options(run))
         batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed)
     trainer = TeacherTrainer(
@@ -201,7 +204,7 @@ def write_targets(run: Run) -> None:
     teacher.to(PartialState().device)
     processor = _teacher_processor(run, path)
     for split, (dataset, keys) in run.data.items():
-        options = _feature_options(run)
+        options = _feature_options(run) | {"captioned": split != UNCAPTIONED}
         targets = add_teacher_targets(dataset, teacher, processor, keys=keys, with_teacher=with_teacher, **options)
         names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
         if PartialState().is_main_process:
@@ -234,11 +237,13 @@ def train_student(run: Run) -> None:
     if record.finished:
         return
     data = {split: attach_columns(rows, load_from_disk(targets / split)) for split, (rows, _) in run.data.items()}
+    columns = ["image_id", "image", "captions", *args.columns]
+    train = concatenate_shared([data[split].select_columns(columns) for split in run.student_splits])
     set_seed(args.seed)
     model = load_student(run.clip_path, args.position_embedding_type)
     processor = DCLIPProcessor.from_pretrained(run.clip_path)
     fit_student(
-        model, args, data["train"], processor, recipe.resolved("regions", "teacher", "targets", "student"),
+        model, args, train, processor, recipe.resolved("regions", "teacher", "targets", "student"),
         validation=data.get("validation"), pixels=run.pixels(processor.image_processor, args.image_cache_mib),
     )  # fmt: skip
     record.finish()

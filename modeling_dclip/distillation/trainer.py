@@ -205,32 +205,40 @@ class StudentTrainer(BatchesTrainer):
         return self.dual_encoder
 
     def loss_terms(self, model, batch):
-        """Every term whose weight is not 0, over the global batch."""
+        """Every term whose weight is not 0, over the global batch; the in-batch terms over its rows with a caption."""
         image_embeds = model(pixel_values=batch.pop("pixel_values")).image_embeds
         names = list(batch)
         image_embeds, *columns = gather_across_processes(image_embeds, *batch.values())
         columns = dict(zip(names, columns, strict=True))
-        args, text_embeds = self.args, columns.get("text_embeds")
-        terms = {}
+        args, terms = self.args, {}
         if args.cosine_distillation_loss_weight:
             terms["cosine_distillation_loss"] = cosine_distillation_loss(image_embeds, columns["teacher_embeds"])
-        if args.contrastive_loss_weight:
-            terms["contrastive_loss"] = contrastive_loss(
-                image_embeds, text_embeds, args.temperature, args.image_to_text_weight, columns["image_ids"]
-            )
         if args.cosine_preservation_loss_weight:
             terms["cosine_preservation_loss"] = cosine_preservation_loss(image_embeds, columns["anchor_embeds"])
-        if args.similarity_distillation_loss_weight:
-            terms["similarity_distillation_loss"] = similarity_distillation_loss(
-                image_embeds,
-                columns["teacher_embeds"],
-                text_embeds,
-                text_embeds,
-                args.similarity_temperature,
-                args.similarity_teacher_temperature,
-                args.image_to_text_weight,
-            )
+        if (mask := columns.pop("caption_mask", None)) is not None:
+            image_embeds, columns = image_embeds[mask], {name: column[mask] for name, column in columns.items()}
+        terms |= self._in_batch_terms(image_embeds, columns)
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
+
+    def _in_batch_terms(self, image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The terms that compare each image with every text of these rows: 0, with a gradient, where there are fewer than two."""
+        args, texts = self.args, columns.get("text_embeds")
+        names = [
+            name for name in ("contrastive_loss", "similarity_distillation_loss") if getattr(args, f"{name}_weight")
+        ]
+        if len(image_embeds) < 2:
+            return {name: 0.0 * image_embeds.float().sum() for name in names}
+        terms = {}
+        if "contrastive_loss" in names:
+            terms["contrastive_loss"] = contrastive_loss(
+                image_embeds, texts, args.temperature, args.image_to_text_weight, columns["image_ids"]
+            )
+        if "similarity_distillation_loss" in names:
+            temperatures = args.similarity_temperature, args.similarity_teacher_temperature
+            terms["similarity_distillation_loss"] = similarity_distillation_loss(
+                image_embeds, columns["teacher_embeds"], texts, texts, *temperatures, args.image_to_text_weight
+            )
+        return terms
 
     def _complete(self, state_dict):
         """The dual encoder's state with what trained put in: sharded training hands over its own copy."""

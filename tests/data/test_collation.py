@@ -158,10 +158,44 @@ def test_another_width_than_the_students_is_told(scenes, processor):
 
 
 def test_targets_of_other_captions_are_told(scenes, processor):
-    with pytest.raises(ValueError, match=r"row 0: expected one embedding per caption \(3\), got 2"):
+    with pytest.raises(ValueError, match=r"row 0: expected one embedding per caption \(3; without .*\), got 2"):
         student_batches(with_targets(scenes, captions=2), processor)
 
 
 def test_a_missing_target_column_is_told(scenes, processor):
     with pytest.raises(ValueError, match="Expected a column 'teacher_embeds'"):
         student_batches(scenes, processor)
+
+
+def without_captions(dataset, *rows):
+    """The targets of these rows as an image without captions has them: one of the teacher's, none of a text."""
+    columns = dataset.with_format(None).to_dict()
+    for row in rows:
+        columns["captions"][row], columns["text_embeds"][row] = [], []
+        columns["teacher_embeds"][row] = columns["teacher_embeds"][row][:1]
+    return Dataset.from_dict(columns, features=dataset.features)
+
+
+def test_rows_without_captions_say_so_and_change_nothing_for_the_others(scenes, processor):
+    whole = student_batches(with_targets(scenes), processor, seed=5)
+    partly = student_batches(without_captions(with_targets(scenes), 1, 4), processor, seed=5)
+    for epoch in range(3):
+        for batches in (whole, partly):
+            batches.set_epoch(epoch)
+        expected, batch = whole.__getitems__([4, 3, 1, 5]), partly.__getitems__([4, 3, 1, 5])
+        assert "caption_mask" not in expected
+        assert batch["caption_mask"].tolist() == [False, True, False, True]
+        assert batch["teacher_embeds"][[0, 2], :2].tolist() == [[4, 0], [1, 0]]
+        assert batch["text_embeds"][[0, 2]].abs().max() == 0
+        for name in ("teacher_embeds", "text_embeds"):
+            torch.testing.assert_close(batch[name][[1, 3]], expected[name][[1, 3]])
+        for name in ("anchor_embeds", "pixel_values", "image_ids"):
+            torch.testing.assert_close(batch[name], expected[name])
+
+
+def test_a_row_without_captions_has_one_target_of_the_teachers(scenes, processor):
+    columns = with_targets(scenes).with_format(None).to_dict()
+    columns["captions"][2], columns["text_embeds"][2] = [], []
+    dataset = Dataset.from_dict(columns, features=with_targets(scenes).features)
+    with pytest.raises(ValueError, match=r"'teacher_embeds', row 2: expected one .*\(0; without captions one.*got 3"):
+        student_batches(dataset, processor)

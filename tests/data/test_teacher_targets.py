@@ -13,6 +13,7 @@ from datasets import Dataset
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.collation import TeacherBatches
 from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.image_folders import drop_captions
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.teacher_features import (
     TeacherFeatures,
@@ -90,6 +91,41 @@ def test_the_leak_free_teacher_says_the_same_for_every_caption_and_the_papers_do
         teacher = make_teacher(tiny_clip_dir, **TEACHERS[name])
         embeds = np.array(targets_of(scenes, teacher, processor, tmp_path)["teacher_embeds"])
         assert (np.abs(embeds - embeds[:, :1]).max() == 0) == alike
+
+
+def test_an_image_without_captions_has_the_target_it_has_with_them(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir, **TEACHERS["leak-free"])
+    expected = targets_of(scenes, teacher, processor, tmp_path)
+    bare = drop_captions(scenes)
+    dataset = targets_of(bare, teacher, processor, tmp_path, captioned=False)
+    assert dataset["captions"][:] == dataset["text_embeds"][:] == [[]] * len(scenes)
+    for row, captioned in zip(dataset, expected, strict=True):
+        assert row["teacher_embeds"] == captioned["teacher_embeds"][:1]
+        assert row["anchor_embeds"] == captioned["anchor_embeds"]
+    assert dataset.features == expected.features
+    before = files(tmp_path)
+    targets_of(bare, teacher, processor, tmp_path, captioned=False)
+    assert files(tmp_path) == before
+
+
+def test_without_a_teacher_images_without_captions_have_their_anchor(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir, cross_attention="none")
+    options = {"captioned": False, "with_teacher": False}
+    dataset = targets_of(drop_captions(scenes), teacher, processor, tmp_path, **options)
+    assert "teacher_embeds" not in dataset.column_names
+    expected = targets_of(scenes, teacher, processor, tmp_path, with_teacher=False)
+    assert dataset["anchor_embeds"][:] == expected["anchor_embeds"][:]
+
+
+def test_captions_have_to_be_there_or_not_as_said(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir, **TEACHERS["leak-free"])
+    with pytest.raises(ValueError, match="'scenes-train-0-0' .row 0.: expected one or more captions"):
+        targets_of(drop_captions(scenes), teacher, processor, tmp_path)
+    with pytest.raises(ValueError, match="'scenes-train-0-0' .row 0.: expected no caption, got 3"):
+        targets_of(scenes, teacher, processor, tmp_path, captioned=False)
+    teacher = make_teacher(tiny_clip_dir)
+    with pytest.raises(ValueError, match="reads no caption .*got 'bidirectional'"):
+        targets_of(drop_captions(scenes), teacher, processor, tmp_path, captioned=False)
 
 
 def test_chunks_and_batches_change_nothing(tiny_clip_dir, scenes, processor, tmp_path):

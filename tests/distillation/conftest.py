@@ -47,3 +47,19 @@ def distillation_data(tiny_clip_dir, tmp_path_factory):
     dataset = add_teacher_targets(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=folder / "cache")
     dataset.save_to_disk(folder / "data")
     return folder / "data"
+
+
+@pytest.fixture(scope="session")
+def partly_captioned_data(distillation_data, tmp_path_factory):
+    """The same rows, two of three without captions and texts, as the images of `uncaptioned_datasets` are."""
+    from datasets import Dataset, load_from_disk
+
+    folder = tmp_path_factory.mktemp("partly_captioned")
+    dataset = load_from_disk(distillation_data)
+    rows = dataset.with_format(None).to_dict()
+    for row in range(SCENES):
+        if row % 3:
+            rows["captions"][row], rows["text_embeds"][row] = [], []
+            rows["teacher_embeds"][row] = rows["teacher_embeds"][row][:1]
+    Dataset.from_dict(rows, features=dataset.features).save_to_disk(folder / "data")
+    return folder / "data"

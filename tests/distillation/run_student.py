@@ -1,4 +1,4 @@
-"""One real step of the student's trainer on 16 rows, however many processes share them. Run by test_trainer.py through `accelerate launch`."""
+"""Real steps of the student's trainer on 16 rows, however many processes share them. Run by test_trainer.py through `accelerate launch`."""
 
 import sys
 
@@ -21,39 +21,45 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-clip_dir, data_dir, output_dir, processes = sys.argv[1:]
+def train(data_dir):
+    """Losses, the last gradients and the trained weights on one dataset."""
+    set_seed(0)
+    args = StudentArguments(
+        output_dir=output_dir,
+        per_device_train_batch_size=16 // PartialState().num_processes,
+        max_steps=2,
+        logging_steps=1,
+        save_strategy="no",
+        use_cpu=True,
+        learning_rate=1e-3,
+        optim="sgd",  # linear in the gradient: rounding is not magnified as Adam's first steps do
+        cosine_preservation_loss_weight=0.5,
+        similarity_distillation_loss_weight=0.5,
+    )
+    model = load_student(clip_dir)
+    processor = DCLIPProcessor.from_pretrained(clip_dir)
+    dataset = load_from_disk(data_dir)
+    batches = StudentBatches(dataset, processor.image_processor, args.columns, width=model.config.projection_dim)
+    keep = KeepGradients()
+    trainer = StudentTrainer(model, args, batches, processor, {})
+    trainer.add_callback(keep)
+    trainer.train()
+    return {
+        **{
+            f"loss/{k}/{log['step']}": torch.tensor(v)
+            for log in trainer.state.log_history
+            for k, v in log.items()
+            if "loss" in k
+        },
+        **{f"gradient/{name}": tensor for name, tensor in keep.gradients.items()},
+        **{f"trained/{name}": tensor for name, tensor in trainer.model.state_dict().items()},
+    }
+
+
+clip_dir, output_dir, processes, *data_dirs = sys.argv[1:]
 if PartialState(cpu=True).num_processes != int(processes):
     raise RuntimeError(f"Expected {processes} processes, got {PartialState().num_processes}.")
-set_seed(0)
-args = StudentArguments(
-    output_dir=output_dir,
-    per_device_train_batch_size=16 // PartialState().num_processes,
-    max_steps=2,
-    logging_steps=1,
-    save_strategy="no",
-    use_cpu=True,
-    learning_rate=1e-3,
-    optim="sgd",  # linear in the gradient: rounding is not magnified as Adam's first steps do
-    cosine_preservation_loss_weight=0.5,
-    similarity_distillation_loss_weight=0.5,
-)
-model = load_student(clip_dir)
-processor = DCLIPProcessor.from_pretrained(clip_dir)
-batches = StudentBatches(
-    load_from_disk(data_dir), processor.image_processor, args.columns, width=model.config.projection_dim
-)
-keep = KeepGradients()
-trainer = StudentTrainer(model, args, batches, processor, {})
-trainer.add_callback(keep)
-trainer.train()
-losses = {
-    f"loss/{k}/{log['step']}": torch.tensor(v)
-    for log in trainer.state.log_history
-    for k, v in log.items()
-    if "loss" in k
-}
+results = {f"{i}/{name}": tensor for i, data_dir in enumerate(data_dirs) for name, tensor in train(data_dir).items()}
 if PartialState().is_main_process:
-    trained = {f"trained/{name}": tensor for name, tensor in trainer.model.state_dict().items()}
-    gradients = {f"gradient/{name}": tensor for name, tensor in keep.gradients.items()}
-    save_file({**losses, **gradients, **trained}, f"{output_dir}/results.safetensors")
+    save_file(results, f"{output_dir}/results.safetensors")
 PartialState().destroy_process_group()

@@ -240,6 +240,47 @@ def test_checkpoints_that_do_not_match_are_refused(change, alpha, message):
         interpolate_weights(anchor, student, alpha)
 
 
+EVERY_TERM = {"cosine_preservation_loss_weight": 0.5, "similarity_distillation_loss_weight": 0.5}
+
+
+def terms_of(clip_dir, data, processor, args, rows):
+    """The loss terms of a batch of these rows, and the image encoder."""
+    trainer = make_trainer(clip_dir, data, processor, args)
+    batch = trainer.train_dataset.__getitems__(rows)
+    return {name: term for name, (term, _) in trainer.loss_terms(trainer.model, batch).items()}, trainer.model
+
+
+def test_in_batch_terms_see_the_rows_with_a_caption_and_the_others_all(
+    tiny_clip_dir, data, partly_captioned_data, processor, tmp_path
+):
+    args = student_arguments(tmp_path, **EVERY_TERM)
+    partly = load_from_disk(partly_captioned_data)
+    mixed, _ = terms_of(tiny_clip_dir, partly, processor, args, [0, 1, 2, 3, 4, 6])
+    captioned, _ = terms_of(tiny_clip_dir, data, processor, args, [0, 3, 6])
+    for name in ("contrastive_loss", "similarity_distillation_loss"):
+        torch.testing.assert_close(mixed[name], captioned[name], rtol=1e-5, atol=1e-6)
+    others, _ = terms_of(tiny_clip_dir, partly, processor, args, [1, 2, 4])
+    for name in ("cosine_distillation_loss", "cosine_preservation_loss"):
+        mean = (captioned[name] + others[name]) / 2
+        torch.testing.assert_close(mixed[name], mean, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [[1, 2, 4], [0, 1, 2]], ids=["none", "one"])
+def test_a_batch_with_fewer_than_two_captions_has_no_in_batch_loss_and_a_gradient(
+    tiny_clip_dir, partly_captioned_data, processor, tmp_path, rows
+):
+    args = student_arguments(tmp_path, **EVERY_TERM)
+    terms, model = terms_of(tiny_clip_dir, load_from_disk(partly_captioned_data), processor, args, rows)
+    for name in ("contrastive_loss", "similarity_distillation_loss"):
+        assert terms[name] == 0 and terms[name].requires_grad
+        model.zero_grad()
+        terms[name].backward(retain_graph=True)
+        assert all((parameter.grad == 0).all() for parameter in model.parameters() if parameter.grad is not None)
+        assert model.visual_projection.weight.grad is not None
+    terms["cosine_distillation_loss"].backward()
+    assert model.visual_projection.weight.grad.abs().max() > 0
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_clip_dir, data, processor, tmp_path):
     trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, contrastive_loss_weight=0.0))
     with torch.no_grad():
@@ -292,17 +333,20 @@ def test_a_teacher_trains_its_block_and_learns(tiny_clip_dir, data, tmp_path, cr
     assert not any(parameter.requires_grad for parameter in again.train().clip.parameters())
 
 
-def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, tmp_path, launch):
+def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, partly_captioned_data, tmp_path, launch):
     script = Path(__file__).with_name("run_student.py")
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch(script, processes, tiny_clip_dir, distillation_data, folder, processes)
+        launch(script, processes, tiny_clip_dir, folder, processes, distillation_data, partly_captioned_data)
         results.append(load_file(folder / "results.safetensors"))
     alone, shared = results
     assert alone.keys() == shared.keys()
-    assert sum(name.startswith("loss/") for name in alone) >= 2 * 5
+    assert sum("/loss/" in name for name in alone) >= 2 * 2 * 5
+    assert (
+        alone["0/loss/contrastive_loss/1"] - alone["1/loss/contrastive_loss/1"]
+    ).abs() > 0.01  # fewer texts to choose from
     for name, value in alone.items():
         torch.testing.assert_close(
             shared[name], value, rtol=1e-4, atol=2e-6, msg=lambda message, name=name: f"{name}: {message}"
