@@ -22,24 +22,15 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from modeling_dclip.data.files import replacing
+from modeling_dclip.evaluation.benchmark_tables import render_encoders, render_scan, render_student_step
 from modeling_dclip.evaluation.provenance import environment
 from modeling_dclip.evaluation.tables import render_leakage, render_summary, render_table
-
-__all__ = [
-    "environment",
-    "make_record",
-    "read_results",
-    "render_block",
-    "render_readme",
-    "render_table",
-    "write_results",
-]
 
 FORMAT_VERSION = 1
 FIELDS: dict[str, tuple[type, ...]] = {
@@ -221,10 +212,17 @@ def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     return render_leakage([record for path in paths for record in read_results(path)], **options)
 
 
+def _of_benchmark(render: Callable[..., str]) -> Callable[[Sequence[Path], Mapping[str, str]], str]:
+    return lambda paths, options: "\n\n".join(render(_read_json(path), **options) for path in paths)
+
+
 TABLES = {
     "results": (_render_results, {"metrics", "best"}),
     "demo": (_render_demo, set()),
     "leakage": (_render_leakage, {"metric"}),
+    "encoders": (_of_benchmark(render_encoders), {"cells", "over"}),
+    "scan": (_of_benchmark(render_scan), set()),
+    "student_step": (_of_benchmark(render_student_step), set()),
 }
 
 
@@ -241,8 +239,8 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     """Render every block that names a source.
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file; `table=results` (the
-    default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms) or `table=leakage` (what
-    a teacher reads off its caption; `metric=` another than text-to-teacher R@1).
+    default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms), `table=leakage` (what
+    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark `encoders`, `scan`, `student_step`.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.

@@ -1,0 +1,95 @@
+"""Markdown tables from what the scripts in `benchmarks/` wrote. Pure: dicts in, text out."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from modeling_dclip.evaluation.tables import markdown_table
+
+CLOCKS = {"cpu_ms": "CPU ms", "latency_ms": "ms"}
+
+
+def _spread(value: Mapping[str, float] | None, digits: int) -> str:
+    """A median with the smallest and the largest of its rounds."""
+    if value is None:
+        return "–"
+    return f"{value['median']:.{digits}f} [{value['min']:.{digits}f}, {value['max']:.{digits}f}]"
+
+
+def _note(data: Mapping[str, Any], measured: str) -> str:
+    hardware, arguments = data["hardware"], data["arguments"]
+    device = arguments.get("device", "cpu")
+    where = hardware["cpu"] if device == "cpu" else ", ".join(hardware["gpus"])
+    threads = f", {arguments['threads']} thread(s)" if device == "cpu" and "threads" in arguments else ""
+    return f"{measured} {where}{threads}, PyTorch {data['versions']['torch']}."
+
+
+def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: str = "") -> str:
+    """Cost of image encoders beside each other.
+
+    Args:
+        data (`Mapping`): What `benchmarks/image_encoders.py` wrote.
+        cells (`str`, *optional*, defaults to `"native@1"`): Comma-separated cells `SIZE@BATCH`, in the order to show.
+        over (`str`, *optional*): Comma-separated encoders whose ratio has a column. By default all that rows are compared with.
+
+    Returns:
+        `str`: Markdown.
+
+    Raises:
+        ValueError: If a cell was not measured.
+    """
+    measured = {row["cell"] for row in data["rows"]}
+    chosen = cells.split(",")
+    if missing := [cell for cell in chosen if cell not in measured]:
+        raise ValueError(f"Expected cells of {sorted(measured)}, got {missing[0]!r}.")
+    rows = [row for cell in chosen for row in data["rows"] if row["cell"] == cell]
+    baselines = over.split(",") if over else list(dict.fromkeys(name for row in rows for name in row["time_over"]))
+    clock = data["clock_of_ratios"]
+    header = ["Image encoder", "px", "batch", "parameters, M", "GFLOP", CLOCKS[clock]]
+    lines = []
+    for row in rows:
+        line = [row["encoder"], str(row["image_size"]), str(row["batch_size"]), f"{row['parameters'] / 1e6:.1f}"]
+        line += [f"{row['gflops']:.1f}", f"{row[clock]['median']:.0f}"]
+        lines.append(line + [_spread(row["time_over"].get(name), 2) for name in baselines])
+    table = markdown_table([*header, *(f"/ {name}" for name in baselines)], lines)
+    note = "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch."
+    return f"{table}\n\n{_note(data, note)}"
+
+
+def render_scan(data: Mapping[str, Any]) -> str:
+    """Cost of the selective scan's paths against mamba-ssm's reference algorithm and a plain loop.
+
+    Args:
+        data (`Mapping`): What `benchmarks/selective_scan.py` wrote.
+
+    Returns:
+        `str`: Markdown.
+    """
+    header = ["(batch, channels, length)", "forward, ms", "× mamba-ssm's algorithm", "× plain loop"]
+    header += ["forward + backward, ms", "× mamba-ssm's algorithm", "× plain loop"]
+    lines = []
+    for row in data["rows"]:
+        path, line = row["paths"]["torch"], ["({}, {}, {})".format(*row["shape"])]
+        for work in ("forward", "forward_backward"):
+            line.append(f"{path[f'{work}_ms']['median']:.1f}")
+            for baseline in ("mamba_ssm_reference_algorithm", "reference"):
+                line.append(_spread(path.get(f"{work}_times_faster_than_{baseline}"), 1))
+        lines.append(line)
+    note = "× is how many times faster, the median of interleaved rounds with the smallest and largest; state size 8, float32."
+    return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
+
+
+def render_student_step(data: Mapping[str, Any]) -> str:
+    """Time of a student's step with teacher and text tower online against one with stored targets.
+
+    Args:
+        data (`Mapping`): What `benchmarks/student_step.py` wrote.
+
+    Returns:
+        `str`: Markdown.
+    """
+    header = ["Student's step", "ms", "× stored targets"]
+    lines = [
+        ["stored targets", _spread(data["cached_ms"], 0), "1"],
+        ["teacher and text tower online", _spread(data["online_ms"], 0), _spread(data["online_over_cached"], 2)],
+    ]
+    return f"{markdown_table(header, lines)}\n\n{_note(data, 'Medians of interleaved rounds, with the smallest and largest.')}"

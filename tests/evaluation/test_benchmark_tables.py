@@ -1,0 +1,58 @@
+"""Tables of benchmarks: the numbers of the files that are committed, and of nothing else."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from modeling_dclip.evaluation.benchmark_tables import render_encoders, render_scan, render_student_step
+
+RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def read(name):
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def cells_of(text):
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+
+
+def test_an_encoder_stands_with_its_cost_and_its_ratio_to_each_baseline():
+    data = read("image_encoders")
+    header, _, *lines = cells_of(render_encoders(data, cells="native@8,native@1"))
+    rows = [row for cell in ("native@8", "native@1") for row in data["rows"] if row["cell"] == cell]
+    assert [line[0] for line in lines] == [row["encoder"] for row in rows]
+    for line, row in zip(lines, rows, strict=True):
+        shown = dict(zip(header, line, strict=True))
+        assert shown["CPU ms"] == f"{row['cpu_ms']['median']:.0f}" and shown["batch"] == str(row["batch_size"])
+        for name, ratio in row["time_over"].items():
+            assert shown[f"/ {name}"] == f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+
+
+def test_an_encoder_is_compared_with_what_is_asked_for_only():
+    header = cells_of(render_encoders(read("image_encoders"), over="mobileclip_s1_train_form"))[0]
+    assert [name for name in header if name.startswith("/")] == ["/ mobileclip_s1_train_form"]
+
+
+def test_a_cell_that_was_not_measured_is_named():
+    with pytest.raises(ValueError, match="Expected cells of .*native@1.*, got '999@1'"):
+        render_encoders(read("image_encoders"), cells="999@1")
+
+
+def test_a_scan_without_the_slow_algorithm_shows_a_dash():
+    data = read("selective_scan")
+    lines = cells_of(render_scan(data))[2:]
+    assert [line[0] for line in lines] == ["({}, {}, {})".format(*row["shape"]) for row in data["rows"]]
+    for line, row in zip(lines, data["rows"], strict=True):
+        measured = "mamba_ssm_reference_algorithm" in row["paths"]
+        assert (line[2] != "–") == measured
+        ratio = row["paths"]["torch"]["forward_backward_times_faster_than_reference"]
+        assert line[6].startswith(f"{ratio['median']:.1f} [")
+
+
+def test_a_step_says_how_many_times_longer_it_takes_online_and_on_what():
+    data = read("student_step")
+    text = render_student_step(data)
+    assert f"{data['online_over_cached']['median']:.2f} [" in cells_of(text)[3][2]
+    assert data["hardware"]["cpu"] in text and "1 thread(s)" in text
