@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 
 import pytest
 import torch
@@ -94,6 +95,20 @@ def test_a_second_run_finds_every_stage_finished(finished, caplog):
         run(finished / "recipe.yaml")
     assert all(f"{stage}: already finished" in caplog.text for stage in ("teacher", "targets", "student"))
     assert "left out 8 images by id" in caplog.text and "16 images for the student alone" in caplog.text
+
+
+def test_an_interrupted_student_goes_on_with_the_very_batches(tiny_clip_dir, tmp_path, caplog):
+    student = {**RECIPE["student"], "save_strategy": "steps", "save_steps": 1, "save_total_limit": 3}
+    path = write_recipe(tmp_path, tiny_clip_dir, student=student)
+    folder = run(path) / "student"
+    (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    shutil.rmtree(folder / "checkpoint-3")
+    record = json.loads((folder / "stage.json").read_text())
+    (folder / "stage.json").write_text(json.dumps({**record, "finished": False}))
+    with caplog.at_level(logging.INFO):
+        run(path)
+    assert "resuming from" in caplog.text and "checkpoint-2" in caplog.text
+    assert same_weights(folder, tmp_path)
 
 
 def test_other_images_are_noticed_and_leave_the_teacher_as_it_is(finished, tiny_clip_dir, tmp_path, caplog):
