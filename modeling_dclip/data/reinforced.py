@@ -287,7 +287,12 @@ class ReinforcedBatches(ReinforcedDataset):
         return batch
 
 
-if __name__ == "__main__":
-    from modeling_dclip.data.reinforced_writer import main
+def main(argv: Sequence[str] | None = None) -> None:
+    """Reinforce a dataset from the command line: [`~modeling_dclip.data.reinforced_writer.write_reinforced`]."""
+    from modeling_dclip.data import reinforced_writer  # reading needs no teacher
 
+    reinforced_writer.main(argv)
+
+
+if __name__ == "__main__":
     main()
