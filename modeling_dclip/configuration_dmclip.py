@@ -16,6 +16,7 @@ NUM_STAGES = 4
 NUM_CONV_STAGES = 2  # the others are hybrid: mixers first, then attention
 STEM_STRIDE = 4
 DT_INITS = ("published", "mamba")
+SCAN_BACKENDS = ("auto", "reference", "torch", "triton", "mamba_ssm")  # selective_scan's BACKENDS
 
 # Fields of DMCLIPVisionConfig, as published for 224 pixels. T is the small default.
 DMCLIP_PRESETS = {
@@ -48,7 +49,7 @@ class DMCLIPVisionConfig(PreTrainedConfig):
     Of four stages, widths `hidden_size * (1, 2, 4, 8)`, the first two are convolutional and the last two hybrid: in
     windows of the map, `ceil(depth / 2)` Mamba mixers, then `floor(depth / 2)` attentions.
 
-    Source: [MV]; [M]; PAPERS.md. Deviation: `batch_norm_folded` and `dt_init` are ours.
+    Source: [MV]; [M]; PAPERS.md. Deviation: `batch_norm_folded`, `dt_init` and `scan_backend` are ours.
 
     Args:
         image_size (`int`, *optional*, defaults to 224): Pixels a side it is meant for. Any size runs: the map is padded
@@ -69,6 +70,9 @@ class DMCLIPVisionConfig(PreTrainedConfig):
         conv_kernel (`int`, *optional*, defaults to 3): Of the mixers' depthwise convolution; odd.
         dt_init (`str`, *optional*, defaults to `"published"`): How the mixers' step sizes start. `"published"`: like
             every Linear (bias 0, so every step starts near log 2). `"mamba"`: as Mamba's, log-uniform in [0.001, 0.1].
+        scan_backend (`str`, *optional*, defaults to `"auto"`): What computes the mixers' selective scan, as in
+            `selective_scan`: `"auto"`, `"reference"`, `"torch"`, `"triton"` or `"mamba_ssm"`. Read at every call; one
+            that cannot run where the model does is an error there.
         layer_norm_eps (`float`, *optional*, defaults to 1e-5): Of the hybrid blocks' LayerNorms.
         initializer_range (`float`, *optional*, defaults to 0.02): Deviation of Linear weights, a truncated normal.
         projection_dim (`int`, *optional*, defaults to 512): Width of the shared space.
@@ -102,6 +106,7 @@ class DMCLIPVisionConfig(PreTrainedConfig):
     state_size: int = 8
     conv_kernel: int = 3
     dt_init: str = "published"
+    scan_backend: str = "auto"
     layer_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     projection_dim: int = 512
@@ -171,6 +176,7 @@ class DMCLIPVisionConfig(PreTrainedConfig):
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected a probability in [0, 1), got {self.drop_path_rate}.")
         _check_choice("dt_init", self.dt_init, DT_INITS)
+        _check_choice("scan_backend", self.scan_backend, SCAN_BACKENDS)
         gains = (self.layer_scale_init_value, self.conv_layer_scale_init_value)
         if self.batch_norm_folded and gains != (None, None):
             raise ValueError(f"batch_norm_folded: expected no layer scales beside it, got {gains}. Use `fuse()`.")

@@ -171,6 +171,7 @@ class DMCLIPMambaMixer(nn.Module):
 
     def __init__(self, config, width):
         super().__init__()
+        self.config = config
         inner, self.state_size, self.dt_rank = width // 2, config.state_size, math.ceil(width / 16)
         self.in_proj = nn.Linear(width, width, bias=False)
         self.conv1d = nn.Conv1d(width, width, config.conv_kernel, padding="same", groups=width, bias=False)
@@ -198,6 +199,7 @@ class DMCLIPMambaMixer(nn.Module):
             self.D.float(),
             delta_bias=bias.float(),
             delta_softplus=True,
+            backend=self.config.scan_backend,
         )
         return self.out_proj(torch.cat([scanned, passed], dim=1).transpose(1, 2)), None
 

@@ -7,12 +7,14 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 
 from modeling_dclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
+from modeling_dclip.configuration_dmclip import SCAN_BACKENDS
+from modeling_dclip.selective_scan import BACKENDS
 
 
 @pytest.mark.parametrize(
     "config",
     [
-        DMCLIPVisionConfig(**DMCLIP_PRESETS["L"], dt_init="mamba", projection_dim=64),
+        DMCLIPVisionConfig(**DMCLIP_PRESETS["L"], dt_init="mamba", scan_backend="reference", projection_dim=64),
         DMCLIPTextConfig(mask_padding=True, num_hidden_layers=3),
         DMCLIPConfig(freeze_text=True, projection_dim=64, vision_config=DMCLIP_PRESETS["B"]),
     ],
@@ -23,6 +25,12 @@ def test_a_saved_config_is_read_back_equal_through_auto_config(config, tmp_path)
     again = AutoConfig.from_pretrained(tmp_path)
     assert type(again) is type(config)
     assert {**again.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+
+def test_a_config_may_ask_for_every_backend_of_the_scan_and_no_other():
+    assert SCAN_BACKENDS == BACKENDS
+    for name in BACKENDS:
+        assert DMCLIPVisionConfig(scan_backend=name).scan_backend == name
 
 
 def test_what_json_makes_a_list_is_a_tuple_again():
@@ -74,6 +82,7 @@ def test_windows_for_a_resolution_divide_its_maps(image_size, windows):
         (DMCLIPVisionConfig, {"drop_path_rate": 1.0}, r"drop_path_rate.*\[0, 1\), got 1.0"),
         (DMCLIPVisionConfig, {"state_size": 0}, "state_size: expected > 0, got 0"),
         (DMCLIPVisionConfig, {"dt_init": "zeros"}, "dt_init.*'zeros'"),
+        (DMCLIPVisionConfig, {"scan_backend": "cuda"}, "scan_backend: expected one of .*'triton'.*, got 'cuda'"),
         (DMCLIPVisionConfig, {"batch_norm_folded": True, "layer_scale_init_value": 1e-5}, "batch_norm_folded.*fuse"),
         (DMCLIPVisionConfig, {"depths": "1384"}, "depths"),
         (DMCLIPTextConfig, {"eos_token_id": [1, 2]}, r"eos_token_id: expected one token id, got \[1, 2\]"),

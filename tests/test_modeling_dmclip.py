@@ -20,9 +20,11 @@ from modeling_dclip import (
     DMCLIPTextModel,
     DMCLIPVisionConfig,
     DMCLIPVisionModel,
+    modeling_dmclip,
 )
 from modeling_dclip.distillation.trainer import BatchesTrainer
 from modeling_dclip.modeling_dmclip import DMCLIPDropPath, DMCLIPMambaMixer, merge_windows, partition_windows
+from modeling_dclip.selective_scan import selective_scan
 
 VISION = {
     "image_size": 64,
@@ -251,6 +253,33 @@ def test_the_first_half_of_a_hybrid_stage_mixes_and_the_rest_attends():
         [isinstance(block.mixer, DMCLIPMambaMixer) for block in stage.blocks] for stage in list(model.stages)[2:]
     ]
     assert is_mixer == [[True] * 4 + [False] * 3, [True] * 3 + [False] * 2]
+
+
+def test_the_scans_backend_is_the_configs_and_is_kept_by_fusing_and_loading(tmp_path, monkeypatch):
+    taken = []
+
+    def spy(*args, backend, **kwargs):
+        taken.append(backend)
+        return selective_scan(*args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(modeling_dmclip, "selective_scan", spy)
+    model = shaken(make_vision(depths=SHALLOW, scan_backend="reference"))
+    model.save_pretrained(tmp_path)
+    loaded = DMCLIPVisionModel.from_pretrained(tmp_path)
+    outputs = [one(pixels()).image_embeds.detach() for one in (model, model.fuse(), loaded)]
+    automatic = DMCLIPVisionModel.from_pretrained(tmp_path, scan_backend="auto")
+    assert set(taken) == {"reference"} and len(taken) == 3 * 2  # a mixer in each hybrid stage
+    expected = automatic(pixels()).image_embeds.detach()
+    assert set(taken[3 * 2 :]) == {"auto"}
+    assert all(relative_error(output, expected) < 1e-5 for output in outputs)
+
+
+@pytest.mark.parametrize("dual", [False, True])
+def test_a_backend_that_cannot_run_here_is_an_error_of_the_scan(dual):
+    vision = make_dual().vision_model if dual else make_vision()
+    vision.config.scan_backend = "mamba_ssm"
+    with pytest.raises(ValueError, match="CUDA device for the backend 'mamba_ssm', got cpu"):
+        vision(pixels())
 
 
 def test_windows_come_back_as_they_were_cut():
