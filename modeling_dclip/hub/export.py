@@ -2,8 +2,9 @@
 
     python -m modeling_dclip.hub.export --model runs/student --output student.onnx
 
-Input `pixel_values` (batch, channels, S, S) with a free batch size, output `image_embeds` (batch, D), not normalised. DM-CLIP's
-encoder is fused first (norms and layer scales inside the weights), with windows that divide its map if `--image_size` is given.
+The model is what training wrote, a dual encoder whose image encoder is taken, or an image encoder alone. Input `pixel_values`
+(batch, channels, S, S) with a free batch size, output `image_embeds` (batch, D), not normalised. DM-CLIP's encoder is fused first
+(norms and layer scales inside the weights), with windows that divide its map if `--image_size` is given.
 """
 
 import argparse
@@ -15,11 +16,18 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig
 
-import modeling_dclip  # noqa: F401  registers the Auto classes
+from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
 from modeling_dclip.evaluation.results import write_bytes
 
+# By the folder's model_type: each loads its own folder and, out of a dual one, its tower.
+ENCODERS = {
+    "dmclip": DMCLIPVisionModel,
+    "dmclip_vision": DMCLIPVisionModel,
+    "dclip": DCLIPVisionModel,
+    "dclip_vision": DCLIPVisionModel,
+}
 GATE = 1e-4  # relative; the orders of sums differ, and eager PyTorch itself is off by about 5e-7
 BATCH_SIZES = (1, 3)  # checked: the traced one would not show a batch size that got stuck
 
@@ -46,9 +54,10 @@ def load_image_encoder(model: str | os.PathLike, image_size: int | None = None) 
     """Load an image encoder in its fastest form that computes the same.
 
     Args:
-        model (`str` or `os.PathLike`): A folder of [`DMCLIPVisionModel`] or [`DCLIPVisionModel`].
-        image_size (`int`, *optional*): Pixels a side; for DM-CLIP with windows that divide the map. By default the config's,
-            with its own windows.
+        model (`str` or `os.PathLike`): A folder of [`DMCLIPVisionModel`] or [`DCLIPVisionModel`], or of a dual encoder that
+            has one: the rest of it is not loaded.
+        image_size (`int`, *optional*): Pixels a side; for DM-CLIP with windows that divide the map, also if it is the
+            config's. By default the config's, with its own windows.
 
     Returns:
         `PreTrainedModel`: In eval mode.
@@ -56,19 +65,18 @@ def load_image_encoder(model: str | os.PathLike, image_size: int | None = None) 
     Raises:
         ValueError: If the folder holds another model, or the size is not the config's and the model takes no other.
     """
-    config = AutoConfig.from_pretrained(model)
-    if config.model_type not in ("dmclip_vision", "dclip_vision"):
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type not in ENCODERS:
         raise ValueError(
-            f"Expected an image encoder (dmclip_vision or dclip_vision) at {model}, got {config.model_type!r}. Save the "
-            "vision model alone."
+            f"Expected an image encoder, or a dual encoder with one, at {model} ({', '.join(ENCODERS)}), got {model_type!r}."
         )
-    if image_size is not None and image_size != config.image_size:
-        if config.model_type != "dmclip_vision":
-            raise ValueError(
-                f"image_size: expected {config.image_size}, which {model} was made for, got {image_size}."
-            )
+    encoder_class = ENCODERS[model_type]
+    config = encoder_class.config_class.from_pretrained(model)
+    if image_size is not None and encoder_class is DMCLIPVisionModel:
         config = config.for_image_size(image_size)
-    encoder = AutoModel.from_pretrained(model, config=config, dtype=torch.float32).eval()
+    elif image_size not in (None, config.image_size):
+        raise ValueError(f"image_size: expected {config.image_size}, which {model} was made for, got {image_size}.")
+    encoder = encoder_class.from_pretrained(model, config=config, dtype=torch.float32).eval()
     return encoder.fuse() if hasattr(encoder, "fuse") else encoder
 
 
@@ -149,9 +157,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder of an image encoder")
+    parser.add_argument("--model", required=True, help="folder of an image encoder, or of a dual encoder")
     parser.add_argument("--output", required=True, help="a .onnx file")
-    parser.add_argument("--image_size", type=int, help="pixels a side; the config's by default")
+    parser.add_argument(
+        "--image_size", type=int, help="pixels a side, for DM-CLIP with windows that fit; the config's by default"
+    )
     args = parser.parse_args(argv)
     try:
         error = export_onnx(load_image_encoder(args.model, args.image_size), args.output)

@@ -8,12 +8,12 @@ import torch
 from naive_mambavision import TINY, NaiveMambaVision, random_checkpoint
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
-from modeling_dclip.configuration_dmclip import DMCLIPVisionConfig
+from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
 from modeling_dclip.hub.convert import load_published
 from modeling_dclip.hub.export import compare_onnx, export_onnx, load_image_encoder, main
 from modeling_dclip.hub.mambavision import published_mambavision_keys, read_mambavision_config
-from modeling_dclip.modeling_dclip import DCLIPVisionModel
-from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
+from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is the extra [export]")
 pytest.importorskip("onnxscript", reason="ONNX is the extra [export]")
@@ -52,6 +52,31 @@ def test_another_size_gets_windows_that_divide_its_map(encoder_folder):
     encoder = load_image_encoder(encoder_folder, 96)
     assert encoder.config.image_size == 96 and encoder.config.batch_norm_folded
     assert all(96 // (16, 32)[stage] % window == 0 for stage, window in enumerate(encoder.config.window_sizes[2:]))
+
+
+def test_the_configs_own_size_gets_windows_that_divide_its_map_only_when_asked_for(tmp_path):
+    sizes = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
+    DMCLIPVisionModel(DMCLIPVisionConfig(**sizes, image_size=256)).save_pretrained(tmp_path)
+    assert load_image_encoder(tmp_path).config.window_sizes == (8, 8, 14, 7)
+    assert load_image_encoder(tmp_path, 256).config.window_sizes == (8, 8, 16, 8)
+
+
+@pytest.mark.parametrize("name", ["dmclip", "dclip"])
+def test_the_image_encoder_of_a_dual_folder_exports(name, tiny_clip_dir, tmp_path):
+    if name == "dclip":
+        model = DCLIPModel.from_pretrained(tiny_clip_dir)
+    else:
+        vision = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
+        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = DMCLIPModel(DMCLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+    model.eval().save_pretrained(tmp_path / "dual")
+    main(["--model", str(tmp_path / "dual"), "--output", str(tmp_path / "dual.onnx")])
+    size = model.config.vision_config.image_size
+    pixels = torch.randn(3, 3, size, size)
+    session = onnxruntime.InferenceSession(tmp_path / "dual.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
+    expected = model.get_image_features(pixels).pooler_output.detach().numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
 
 
 def test_a_vit_student_exports_too(tmp_path):
