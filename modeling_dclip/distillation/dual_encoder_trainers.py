@@ -16,11 +16,28 @@ MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
 PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, where trained CLIPs end
 
 
+class _BoundLogitScale(TrainerCallback):
+    """Keeps the learned scale at CLIP's bound or below, before the first step and after each one.
+
+    The parameter itself is clamped, as CLIP does: where only the forward is, there is no gradient above the bound, and no way back.
+    """
+
+    @torch.no_grad()
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        model.logit_scale.clamp_(max=MAX_LOGIT_SCALE)
+
+    on_step_end = on_train_begin
+
+
 class AnchorTrainer(BatchesTrainer):
     """Contrastive pretraining of a small dual encoder, logit scale included.
 
     Source: CLIP; PAPERS.md. Deviation: none.
     """
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.add_callback(_BoundLogitScale())
 
     def loss_terms(self, model, batch):
         """Symmetric InfoNCE over the global batch."""
@@ -30,7 +47,7 @@ class AnchorTrainer(BatchesTrainer):
         image_embeds, text_embeds, image_ids = gather_across_processes(
             outputs.image_embeds, outputs.text_embeds, image_ids
         )
-        temperature = logit_scale.clamp(max=MAX_LOGIT_SCALE).neg().exp()
+        temperature = logit_scale.neg().exp()
         share = self.args.image_to_text_weight
         loss = contrastive_loss(image_embeds, text_embeds, temperature, share, image_ids)
         return {"contrastive_loss": (loss, 1.0)}
@@ -77,10 +94,12 @@ class DMCLIPTrainer(BatchesTrainer):
     def __init__(self, model: Any, args: Any, train_batches: Any, processor: Any, resolved_arguments: dict[str, Any]):
         super().__init__(model, args, train_batches, processor, resolved_arguments)
         self.teacher_widths = list(train_batches.teacher_widths)
-        self.teacher_logit_scales = [args.teacher_logit_scale or PUBLISHED_LOGIT_SCALE] * len(self.teacher_widths)
+        given = PUBLISHED_LOGIT_SCALE if args.teacher_logit_scale is None else args.teacher_logit_scale
+        self.teacher_logit_scales = [given] * len(self.teacher_widths)
         if args.teacher_logit_scale is None and train_batches.teacher_logit_scales is not None:
             self.teacher_logit_scales = [math.exp(scale) for scale in train_batches.teacher_logit_scales]
         self.add_callback(_FollowStream(train_batches))
+        self.add_callback(_BoundLogitScale())
 
     def get_train_dataloader(self):
         """The stream itself, which knows its process and worker: accelerate would split it once more."""
@@ -113,7 +132,7 @@ class DMCLIPTrainer(BatchesTrainer):
         image_embeds, *gathered = gather_across_processes(outputs.image_embeds, *text_embeds, *teachers)
         text_embeds, teachers = gathered[: len(texts)], gathered[len(texts) :]
         logit_scale = self.accelerator.unwrap_model(model, keep_torch_compile=False).logit_scale
-        temperature = logit_scale.clamp(max=MAX_LOGIT_SCALE).neg().exp()
+        temperature = logit_scale.neg().exp()
         terms = {}
         for index, text in enumerate(texts):
             if args.contrastive_loss_weight:

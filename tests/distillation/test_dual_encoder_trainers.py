@@ -8,13 +8,16 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
+from modeling_dclip import DCLIPModel, DCLIPProcessor
+from modeling_dclip.data.collation import AnchorBatches
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.data.reinforced_teachers import build_teacher
 from modeling_dclip.data.reinforced_writer import write_reinforced
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.stored_augmentations import AugmentationSettings
+from modeling_dclip.distillation.arguments import AnchorArguments
 from modeling_dclip.distillation.dmclip import build_dmclip
-from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
+from modeling_dclip.distillation.dual_encoder_trainers import MAX_LOGIT_SCALE, AnchorTrainer, DMCLIPTrainer
 from modeling_dclip.distillation.losses import contrastive_loss
 from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
 from modeling_dclip.distillation.reinforced_losses import distillation_loss
@@ -100,6 +103,40 @@ def test_the_scale_is_learned_and_the_model_trains(tiny_clip_dir, shards, tmp_pa
     losses = [log["loss"] for log in trainer.state.log_history if "loss" in log]
     assert losses[-1] < losses[0] - 0.3
     assert float(trainer.model.logit_scale) != before
+
+
+def make_anchor_trainer(clip_dir, folder, **options):
+    steps = {"max_steps": 1, "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "warmup_steps": 0}
+    args = AnchorArguments(output_dir=str(folder), per_device_train_batch_size=8, **{**steps, **options})
+    processor = DCLIPProcessor.from_pretrained(clip_dir)
+    scenes = load_scenes("train", n=8, image_size=32, captions_per_image=1)
+    return AnchorTrainer(DCLIPModel.from_pretrained(clip_dir), args, AnchorBatches(scenes, processor), processor, {})
+
+
+@pytest.mark.parametrize("kind", ["anchor", "dmclip"])
+@pytest.mark.parametrize("start", [MAX_LOGIT_SCALE, 5.0])  # at the bound, and from a checkpoint that is past it
+def test_the_scale_is_saved_within_its_bound_and_comes_down_again(kind, start, tiny_clip_dir, shards, tmp_path):
+    bound = torch.tensor(MAX_LOGIT_SCALE)
+
+    def step(start, direction):
+        # SGD on one gradient: a step of 0.5 in the direction asked for, whatever the batch says.
+        options = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.0, "weight_decay": 0.0}
+        if kind == "anchor":
+            trainer = make_anchor_trainer(tiny_clip_dir, tmp_path, lr_scheduler_type="constant", **options)
+        else:
+            options |= {"lr_scheduler_type": "constant", "warmup_steps": 0}
+            trainer = make_trainer(tiny_clip_dir, shards, tmp_path, **options)
+        scale, gradients = trainer.model.logit_scale, []
+        scale.data.fill_(start)
+        scale.register_hook(lambda gradient: gradients.append(gradient) or torch.full_like(gradient, -direction))
+        trainer.train()
+        trainer.save_model()
+        assert gradients[0] != 0  # the bound lets it through
+        return load_file(tmp_path / "model.safetensors")["logit_scale"]
+
+    up = step(start, 1.0)
+    torch.testing.assert_close(up, bound, rtol=0, atol=0)
+    torch.testing.assert_close(step(float(up), -1.0), bound - 0.5)
 
 
 def test_two_processes_train_as_one_does(tiny_clip_dir, shards, tmp_path, launch):
