@@ -7,6 +7,7 @@ for PIL images, with PIL alone.
 
 import math
 import random
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +78,9 @@ class StoredAugmentation(NamedTuple):
             raise ValueError(
                 f"expected a crop [top, left, height, width] in whole pixels with an area, got {stored[0]!r}"
             )
-        operations = stored[1] or []
+        operations = [] if stored[1] is None else stored[1]
+        if not isinstance(operations, (list, tuple)):
+            raise ValueError(f"expected a list of operations, or null, got {operations!r}")
         wrong = [one for one in operations if one is not None and not _is_operation(one)]
         if wrong:
             raise ValueError(
@@ -95,7 +98,7 @@ def _numbers(value: Any, count: int) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) == count
-        and all(isinstance(number, (int, float)) and math.isfinite(number) for number in value)
+        and all(isinstance(number, (int, float)) and abs(number) <= sys.float_info.max for number in value)
     )
 
 

@@ -190,8 +190,15 @@ def test_extreme_images_are_cut_at_the_centre_as_torchvision_does(size):
         [[0, 0, 5, 6], [[1.5, 0.1]]],
         [[0, 0, 5, 6], [[1, math.nan]]],
         [[0, 0, 5, 6], [[10, 9.0]]],
+        [[0, 0, 5, 6], 5],
+        [[0, 0, 5, 6], 0],
+        [[0, 0, 5, 6], {}],
+        [[0, 0, 5, 10**400], []],
+        [[0, 0, 5, math.inf], []],
+        [[0, 0, 5, 6], [[1, 10**400]]],
+        [[0, 0, 5, 6], [[10**400, 1]]],
     ],
-    ids=repr,
+    ids=lambda stored: repr(stored)[:40],
 )
 def test_a_malformed_augmentation_is_refused(stored):
     with pytest.raises(ValueError, match="expected"):
