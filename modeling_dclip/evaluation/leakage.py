@@ -266,11 +266,16 @@ class LeakageArguments:
     )
 
 
+def _labelled(name: str) -> tuple[str, str]:
+    """Label and folder; a folder's own name may hold `=`, and a Hub id is its own label too."""
+    return (name, name) if "=" not in name or Path(name).is_dir() else name.partition("=")[::2]
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     words = sys.argv[1:] if argv is None else list(argv)
     (arguments,) = HfArgumentParser(LeakageArguments).parse_args_into_dataclasses(words)
-    teachers = [(name, name) if Path(name).is_dir() else name.partition("=")[::2] for name in arguments.teacher]
+    teachers = [_labelled(name) for name in arguments.teacher]
     options = {
         name: getattr(arguments, name) for name in ("draws", "seed", "max_regions", "batch_size", "num_workers")
     }

@@ -256,3 +256,13 @@ def test_a_cell_is_over_trainings_where_there_are_several_and_over_images_where_
 def test_records_that_make_no_table_are_named(others, message):
     with pytest.raises(ValueError, match=message):
         render_leakage([record(), *others])
+
+
+def test_a_teacher_without_a_label_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a=b").mkdir()
+    seen = []
+    monkeypatch.setattr(leakage, "evaluate_leakage", lambda teachers, *_, **__: seen.extend(teachers) or [])
+    monkeypatch.setattr(leakage, "render_leakage", lambda records, metric=None: "")
+    leakage.main(["--teacher", "someone/teacher", "paper=folder", "a=b", "--dataset", "scenes:test,n=1"])
+    assert seen == [("someone/teacher", "someone/teacher"), ("paper", "folder"), ("a=b", "a=b")]
