@@ -6,7 +6,8 @@ writes one ([`~modeling_dclip.data.reinforced_writer.write_reinforced`]); the cl
 
 An epoch is a fixed number of samples. Which samples, in which order and with which draws, is a pure function of seed,
 epoch and the process's place among the others: not of the number of `DataLoader` workers, nor of how often the run
-was resumed.
+was resumed. Where damaged samples are skipped, each worker fills the gaps from its own share, so that there the number of
+workers decides too.
 """
 
 import itertools
