@@ -81,6 +81,21 @@ def _write_index(path: Path, index: Mapping[str, Any]) -> None:
         temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def _read_index(path: Path) -> dict[str, Any]:
+    """The index of a folder that was begun."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"The index '{path}': expected JSON, got {error}. Remove the folder, or name another."
+        ) from error
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"The index '{path}': expected an object, got {type(index).__name__}. Remove the folder, or name another."
+        )
+    return index
+
+
 def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
         stored, now = dict(enumerate(stored)), dict(enumerate(now))
@@ -96,11 +111,11 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
 
     Raises:
         FileExistsError: If it holds something else.
-        ValueError: If it was begun with other rows, teachers or settings.
+        ValueError: If it was begun with other rows, teachers or settings, or its index cannot be read.
     """
     path = output / INDEX_NAME
     if path.is_file():
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = _read_index(path)
         different = _differences({name: stored.get(name) for name in made_from}, dict(made_from))
         if different:
             raise ValueError(
@@ -215,7 +230,7 @@ def write_reinforced(
 
 
 @dataclass
-class ReinforceArguments:
+class ReinforcedWriterArguments:
     """One run of the command line."""
 
     dataset: str = field(metadata={"help": "Spec of the captions, e.g. scenes:train,n=1000; see data/captions.py."})
@@ -223,7 +238,7 @@ class ReinforceArguments:
         metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
     )
     output: str = field(metadata={"help": "Folder to write; a run that was stopped goes on in it."})
-    augmentations: int = field(default=10, metadata={"help": "Stored augmentations of each image."})
+    augmentations: int = field(default=30, metadata={"help": "Stored augmentations of each image."})
     synthetic_captions: str | None = field(
         default=None, metadata={"help": "Column of synthetic captions, e.g. coarse_caption of drawn scenes."}
     )
@@ -231,8 +246,10 @@ class ReinforceArguments:
         default=None, metadata={"help": "Folder or Hub id of a captioner (BLIP, GIT, ViT-GPT2) that writes them."}
     )
     captions_per_image: int = field(default=5, metadata={"help": "Synthetic captions the captioner draws."})
-    image_size: int = field(default=224, metadata={"help": "Side in pixels of the augmented image, as in training."})
-    min_scale: float = field(default=0.08, metadata={"help": "Smallest share of the image's area that a crop keeps."})
+    image_size: int = field(default=256, metadata={"help": "Side in pixels of the augmented image, as in training."})
+    min_crop_area: float = field(
+        default=0.08, metadata={"help": "Smallest share of the image that a random resized crop keeps, in (0, 1]."}
+    )
     num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment."})
     magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
     samples_per_shard: int = field(default=1000, metadata={"help": "Images a file."})
@@ -244,7 +261,7 @@ class ReinforceArguments:
 
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the index written."""
-    (arguments,) = HfArgumentParser(ReinforceArguments).parse_args_into_dataclasses(argv)
+    (arguments,) = HfArgumentParser(ReinforcedWriterArguments).parse_args_into_dataclasses(argv)
     device, seed, captioner = PartialState().device, arguments.seed, None
     if arguments.captioner is not None:
         options = {"captions": arguments.captions_per_image, "seed": seed, "device": device}
@@ -255,7 +272,7 @@ def main(argv: list[str] | None = None) -> Path:
         output=arguments.output,
         settings=AugmentationSettings(
             arguments.image_size,
-            scale=(arguments.min_scale, 1.0),
+            scale=(arguments.min_crop_area, 1.0),
             num_operations=arguments.num_operations,
             magnitude=arguments.magnitude,
         ),

@@ -30,6 +30,7 @@ from modeling_dclip.data.stored_augmentations import (
 )
 
 TEXTS_PER_PASS = 256
+IMAGES_PER_LOT = 16  # captioned together, whatever batch_size is: a lot decides the captioner's draws
 DTYPES = ("float16", "float32")
 
 
@@ -113,7 +114,7 @@ class Reinforcer:
         captioner ([`~modeling_dclip.data.reinforced_teachers.TransformersCaptioner`] or None): Writes them otherwise; without, there are none.
         teachers (`Sequence`): See [`~modeling_dclip.data.reinforced_teachers.ReinforcementTeacher`].
         settings ([`~modeling_dclip.data.stored_augmentations.AugmentationSettings`]): What augmentations are drawn from.
-        augmentations (`int`, *optional*, defaults to 10): Of each image.
+        augmentations (`int`, *optional*, defaults to 30): Of each image.
         seed (`int`, *optional*, defaults to 0): Of the draws.
         dtype (`str`, *optional*, defaults to `"float16"`): Of the embeddings, or `"float32"`.
         batch_size (`int`, *optional*, defaults to 64): Augmented images a forward pass.
@@ -129,7 +130,7 @@ class Reinforcer:
     captioner: TransformersCaptioner | None
     teachers: Sequence[ReinforcementTeacher]
     settings: AugmentationSettings
-    augmentations: int = 10
+    augmentations: int = 30
     seed: int = 0
     dtype: Literal["float16", "float32"] = "float16"
     batch_size: int = 64
@@ -183,8 +184,8 @@ class Reinforcer:
         if self.captioner is None:
             return [[] for _ in rows]
         found: list[list[str]] = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = [open_image(image) for image in images[start : start + self.batch_size]]
+        for start in range(0, len(rows), IMAGES_PER_LOT):
+            batch = [open_image(image) for image in images[start : start + IMAGES_PER_LOT]]
             found += self.captioner(batch, lot=rows[start])
         silent = [image_id for image_id, texts in zip(image_ids, found, strict=True) if not texts]
         if silent:

@@ -242,6 +242,14 @@ def test_a_folder_written_from_something_else_is_refused(scenes, teachers, tmp_p
     assert contents(tmp_path) == before
 
 
+@pytest.mark.parametrize("content", ['{"format": 1, "teach', "[]"])
+def test_an_index_that_is_cut_is_named(scenes, teachers, tmp_path, content):
+    (tmp_path / "reinforced.json").write_text(content)
+    with pytest.raises(ValueError, match=r"The index '.*reinforced.json': expected .* Remove the folder"):
+        write(scenes, teachers, tmp_path)
+    assert os.listdir(tmp_path) == ["reinforced.json"]
+
+
 def test_a_teacher_with_other_weights_is_another(scenes, teachers, tmp_path, tiny_clip_dir):
     write(scenes, teachers, tmp_path / "out")
     model = CLIPModel.from_pretrained(tiny_clip_dir)
@@ -327,6 +335,16 @@ class Captioner:
     def __call__(self, images, lot):
         self.lots.append((lot, [image.size for image in images]))
         return [self.answers[number % len(self.answers)] for number in range(lot, lot + len(images))]
+
+
+def test_the_captioners_draws_do_not_depend_on_the_batch_size(teachers, tmp_path):
+    scenes, lots = load_scenes("train", n=37, captions_per_image=1, image_size=40), []
+    for size in (3, 64):
+        captioner = Captioner([["a circle"]])
+        options = {"samples_per_shard": 20, "synthetic_captions": None, "augmentations": 1, "batch_size": size}
+        write(scenes, teachers[:1], tmp_path / str(size), captioner=captioner, **options)
+        lots.append([(lot, len(images)) for lot, images in captioner.lots])
+    assert lots[0] == lots[1] == [(0, 16), (16, 4), (20, 16), (36, 1)]
 
 
 def test_a_captioner_describes_the_stored_images(scenes, teachers, tmp_path):

@@ -6,9 +6,11 @@ import doctest
 import pytest
 
 from modeling_dclip import DCLIPTeacherConfig
+from modeling_dclip.data.reinforced_writer import ReinforcedWriterArguments
 from modeling_dclip.distillation import arguments, recipes
 from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments, deciding_fields
 from modeling_dclip.distillation.recipes import SECTIONS, describe_fields
+from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments
 
 
 def test_docstring_examples_hold():
@@ -77,3 +79,14 @@ def test_only_fields_that_decide_the_result_count():
 )
 def test_only_the_columns_that_a_loss_reads_are_asked_for(weights, columns):
     assert StudentArguments(output_dir="x", **weights).columns == columns
+
+
+def test_the_writers_command_line_has_the_sections_names_and_defaults():
+    ours, theirs = ({f.name: f.default for f in dataclasses.fields(kind)} for kind in (ReinforceArguments, ReinforcedWriterArguments))  # fmt: skip
+    shared = ours.keys() & theirs.keys() - {
+        "teachers",
+        "image_size",
+    }  # a list in a recipe; by default dmclip.image_size
+    assert {name: theirs[name] for name in shared} == {name: ours[name] for name in shared}
+    assert theirs.keys() - ours.keys() == {"dataset", "output"} and ours.keys() - theirs.keys() == {"folder"}
+    assert theirs["image_size"] == DMCLIPArguments(output_dir="x").image_size
