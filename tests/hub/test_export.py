@@ -61,22 +61,33 @@ def test_the_configs_own_size_gets_windows_that_divide_its_map_only_when_asked_f
     assert load_image_encoder(tmp_path, 256).config.window_sizes == (8, 8, 16, 8)
 
 
-@pytest.mark.parametrize("name", ["dmclip", "dclip"])
-def test_the_image_encoder_of_a_dual_folder_exports(name, tiny_clip_dir, tmp_path):
-    if name == "dclip":
-        model = DCLIPModel.from_pretrained(tiny_clip_dir)
-    else:
-        vision = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
-        text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-        model = DMCLIPModel(DMCLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
-    model.eval().save_pretrained(tmp_path / "dual")
+def dual_dclip(tiny_clip_dir):
+    return DCLIPModel.from_pretrained(tiny_clip_dir)
+
+
+def dual_dmclip(_):
+    vision = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return DMCLIPModel(DMCLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+
+
+@pytest.mark.parametrize("make_dual", [dual_dclip, dual_dmclip])
+def test_the_image_encoder_is_loaded_out_of_a_dual_folder(make_dual, tiny_clip_dir, tmp_path):
+    dual = make_dual(tiny_clip_dir).eval()
+    dual.save_pretrained(tmp_path)
+    encoder = load_image_encoder(tmp_path)
+    size = dual.config.vision_config.image_size
+    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+    expected = dual.get_image_features(pixels).pooler_output.detach()
+    assert (encoder(pixels).image_embeds.detach() - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert not hasattr(encoder, "text_model")
+
+
+def test_a_dual_folder_exports_by_the_command(tiny_clip_dir, tmp_path, capsys):
+    dual_dclip(tiny_clip_dir).save_pretrained(tmp_path / "dual")
     main(["--model", str(tmp_path / "dual"), "--output", str(tmp_path / "dual.onnx")])
-    size = model.config.vision_config.image_size
-    pixels = torch.randn(3, 3, size, size)
-    session = onnxruntime.InferenceSession(tmp_path / "dual.onnx", providers=["CPUExecutionProvider"])
-    (found,) = session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
-    expected = model.get_image_features(pixels).pooler_output.detach().numpy()
-    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    assert "ONNX Runtime's outputs are the model's" in capsys.readouterr().out
+    assert compare_onnx((tmp_path / "dual.onnx").read_bytes(), load_image_encoder(tmp_path / "dual")) <= 1e-5
 
 
 def test_a_vit_student_exports_too(tmp_path):
