@@ -66,37 +66,67 @@ def build_dmclip(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DC
         tokenizer (`CLIPTokenizer`): Decides vocabulary, special tokens and length of a text tower that is made.
 
     Returns:
-        `tuple[DMCLIPModel, DCLIPProcessor]`
+        `tuple[DMCLIPModel, DCLIPProcessor]`: The processor of a checkpoint is its own, at the size it trains at, with this tokenizer.
 
     Raises:
-        ValueError: If a field of a config is unknown, or the pretrained text tower does not fit tokenizer or shared space.
+        ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's, or the tokenizer
+            does not fit the text tower.
     """
     if args.model is not None:
-        config = DMCLIPConfig.from_pretrained(args.model)
-        if config.vision_config.image_size != args.image_size:
-            config.vision_config = config.vision_config.for_image_size(args.image_size)
-        config.freeze_text = args.freeze_text
-        model = DMCLIPModel.from_pretrained(args.model, config=config, dtype=torch.float32)
+        model, processor = _load_checkpoint(args, tokenizer)
     else:
-        text = None
-        text_config = _text_config(args, tokenizer)
-        if args.text_model is not None:
-            text = DMCLIPTextModel.from_pretrained(args.text_model, dtype=torch.float32)
-            text_config = text.config
-        model = DMCLIPModel(
-            DMCLIPConfig(
-                text_config=text_config,
-                vision_config=_vision_config(args),
-                projection_dim=args.projection_dim if text is None else text.config.projection_dim,
-                freeze_text=args.freeze_text,
-            )
+        model, processor = (
+            _make_model(args, tokenizer),
+            DCLIPProcessor(CLIPImageProcessorPil(**_sizes(args.image_size)), tokenizer),
         )
-        if text is not None:
-            model.text_model.load_state_dict(text.state_dict())
     _check_tokenizer(tokenizer, model.config.text_config)
-    side = args.image_size
-    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    return model, DCLIPProcessor(CLIPImageProcessorPil(**size), tokenizer)
+    return model, processor
+
+
+def find_image_size(args: DMCLIPArguments) -> int:
+    """Pixels a side that a DM-CLIP will train at: those given, else those of the checkpoint."""
+    return args.image_size or DMCLIPConfig.from_pretrained(args.model).vision_config.image_size
+
+
+def _load_checkpoint(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DCLIPProcessor]:
+    config = DMCLIPConfig.from_pretrained(args.model)
+    _check_projection(args, config.projection_dim, f"model {args.model!r}")
+    image_processor = DCLIPProcessor.from_pretrained(args.model).image_processor
+    if args.image_size not in (None, config.vision_config.image_size):
+        config.vision_config = config.vision_config.for_image_size(args.image_size)
+        image_processor = CLIPImageProcessorPil.from_dict(image_processor.to_dict() | _sizes(args.image_size))
+    config.freeze_text = args.freeze_text
+    model = DMCLIPModel.from_pretrained(args.model, config=config, dtype=torch.float32)
+    return model, DCLIPProcessor(image_processor, tokenizer)
+
+
+def _make_model(args: DMCLIPArguments, tokenizer: Any) -> DMCLIPModel:
+    text, text_config, projection_dim = None, _text_config(args, tokenizer), args.projection_dim
+    if args.text_model is not None:
+        text = DMCLIPTextModel.from_pretrained(args.text_model, dtype=torch.float32)
+        text_config, projection_dim = text.config, text.config.projection_dim
+        _check_projection(args, projection_dim, f"text_model {args.text_model!r}")
+    config = DMCLIPConfig(
+        text_config=text_config,
+        vision_config=_vision_config(args),
+        projection_dim=projection_dim,
+        freeze_text=args.freeze_text,
+    )
+    model = DMCLIPModel(config)
+    if text is not None:
+        model.text_model.load_state_dict(text.state_dict())
+    return model
+
+
+def _sizes(side: int) -> dict[str, dict[str, int]]:
+    return {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+
+
+def _check_projection(args: DMCLIPArguments, width: int, whose: str) -> None:
+    if args.projection_dim not in (None, width):
+        raise ValueError(
+            f"dmclip.projection_dim: expected {width}, as {whose} has it, got {args.projection_dim}. Leave it out."
+        )
 
 
 def _check_tokenizer(tokenizer: Any, config: DMCLIPTextConfig) -> None:

@@ -1,15 +1,15 @@
 """What the stages of reinforced training may set: the sections `reinforce` and `dmclip`."""
 
 import json
-import logging
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from transformers.utils import is_torch_bf16_gpu_available
+from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from modeling_dclip.distillation.arguments import StageTrainingArguments, _help
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 
 @dataclass
@@ -61,14 +61,14 @@ class DMCLIPArguments(StageTrainingArguments):
     model: str | None = _help(
         "A DM-CLIP checkpoint to go on from, folder or Hub id. By default one is made from scratch."
     )
-    preset: Literal["T", "T2", "S", "B", "L"] = _help("Size of the image encoder.", "T")
+    preset: Literal["T", "T2", "S", "B", "L"] | None = _help("Size of the image encoder; T unless a model is named.")
     vision_config: dict[str, Any] | str | None = _help("Fields of DMCLIPVisionConfig, over the preset's.", "{}")
     text_config: dict[str, Any] | str | None = _help(
         "Fields of DMCLIPTextConfig; vocabulary, special tokens and length come from the tokenizer.", "{}"
     )
-    projection_dim: int = _help("Width of the shared space.", 512)
-    image_size: int = _help(
-        "Pixels a side. Windows are chosen to divide the maps unless vision_config names them.", 256
+    projection_dim: int | None = _help("Width of the shared space; that of model or text_model, else 512.")
+    image_size: int | None = _help(
+        "Pixels a side; that of model, else 256. Windows are chosen to divide the maps unless vision_config names them."
     )
     tokenizer: str | None = _help("Folder or Hub id. By default that of clip_model.")
     text_model: str | None = _help(
@@ -123,21 +123,36 @@ class DMCLIPArguments(StageTrainingArguments):
             raise ValueError(
                 f"Expected loss weights >= 0 and one above 0, got contrastive and distillation {weights}."
             )
-        if self.model is not None and (self.text_model is not None or self.vision_config or self.text_config):
+        self._resolve_architecture()
+        if self.teacher_logit_scale is not None and not 0 < self.teacher_logit_scale < math.inf:
             raise ValueError(
-                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, or text_model, "
-                "vision_config and text_config."
+                f"Expected teacher_logit_scale > 0, which multiplies the teachers' cosines, got {self.teacher_logit_scale}."
             )
         if not self.ignore_data_skip:
             raise ValueError(
                 "ignore_data_skip: expected true, got false. A resumed stream goes on by itself; more would be skipped."
             )
         if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
-            logger.warning(
+            logger.warning_once(  # a recipe is parsed for every arm and seed
                 "dmclip.bf16: no device with bfloat16 here, training will be in float32. With use_cpu it would be the CPU's."
             )
             self.bf16 = False
         super().__post_init__()
+        self._count_steps()
+
+    def _resolve_architecture(self) -> None:
+        """Defaults of what is made; a checkpoint knows its own."""
+        if self.model is None:
+            self.preset, self.image_size = self.preset or "T", self.image_size or 256
+            if self.text_model is None:
+                self.projection_dim = self.projection_dim or 512
+        elif self.text_model is not None or self.preset or self.vision_config or self.text_config:
+            raise ValueError(
+                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, or text_model, "
+                "preset, vision_config and text_config."
+            )
+
+    def _count_steps(self) -> None:
         if self.train_samples is not None:
             if self.max_steps > 0:
                 raise ValueError(

@@ -19,7 +19,7 @@ from modeling_dclip.data.reinforced_writer import write_reinforced
 from modeling_dclip.data.stored_augmentations import AugmentationSettings
 from modeling_dclip.data.teacher_features import fingerprint_model
 from modeling_dclip.distillation.arguments import deciding_fields
-from modeling_dclip.distillation.dmclip import build_dmclip
+from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
 from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
 from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
 from modeling_dclip.distillation.run import Run
@@ -35,21 +35,26 @@ def reinforce(run: Run) -> None:
     recipe, args = run.recipe, run.recipe.reinforce
     names = args.teachers or [run.clip_path]
     device = PartialState().device
-    teachers = [build_teacher(PRESETS.get(name, name), device) for name in names]
+    specs = [PRESETS.get(name, name) for name in names]
+    loaded = {
+        spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in run.shared.fingerprints
+    }
+    run.shared.fingerprints |= {spec: teacher.fingerprint for spec, teacher in loaded.items()}
     dataset, keys = _captioned_images(run)
-    size = args.image_size or recipe.dmclip.image_size
+    size = args.image_size or find_image_size(recipe.dmclip)
     inputs = {"arguments": deciding_fields(args), "image_size": size, "dataset": combine_keys(keys)}
-    inputs["teachers"] = [teacher.fingerprint for teacher in teachers]
+    inputs["teachers"] = [run.shared.fingerprints[spec] for spec in specs]
     record = run.record("reinforce", inputs, run.reinforce_folder)
     if record.finished:
         return
+    loaded |= {spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in loaded}
     captioner = None
     if args.captioner is not None:
         options = {"captions": args.captions_per_image, "seed": args.seed, "device": device}
         captioner = TransformersCaptioner(args.captioner, **options)
     write_reinforced(
         dataset,
-        teachers,
+        [loaded[spec] for spec in specs],
         output=record.folder / SHARDS_NAME,
         settings=AugmentationSettings(
             size, scale=(args.min_crop_area, 1.0), num_operations=args.num_operations, magnitude=args.magnitude
@@ -139,7 +144,7 @@ def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> Reinfor
         shards,
         processor.tokenizer,
         batch_size=args.per_device_train_batch_size,
-        image_size=args.image_size,
+        image_size=find_image_size(args),
         teacher_widths=args.teacher_widths or None,
         image_mean=image_processor.image_mean,
         image_std=image_processor.image_std,

@@ -24,12 +24,13 @@ logger = logging.getLogger(__name__)
 
 
 class SharedData:
-    """What several runs of one process need not read twice: images and their pixels, by what selects them."""
+    """What several runs of one process need not read twice: images and their pixels, by what selects them, and teachers' fingerprints."""
 
     def __init__(self):
         self.sources: dict[str, dict[str, tuple[Dataset, list[str]]]] = {}
         self.captioned_ids: dict[str, set[str]] = {}
         self.pixels: dict[tuple, PixelReader] = {}
+        self.fingerprints: dict[str, str] = {}  # of the teachers of reinforced data, by their specs
 
 
 class Run:

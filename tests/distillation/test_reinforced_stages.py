@@ -11,12 +11,17 @@ import textwrap
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
-from modeling_dclip.distillation import reinforced_stages
+from modeling_dclip.distillation import reinforced_arguments, reinforced_stages
+from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.records import last_checkpoint
+from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
+from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 4}
@@ -124,14 +129,19 @@ def test_finished_stages_are_skipped_and_changed_ones_refused(finished, caplog):
         run(finished / "recipe.yaml", "--reinforce.augmentations", "3")
 
 
-def test_arms_and_seeds_share_one_set_of_shards(tiny_clip_dir, tmp_path, caplog):
+def test_arms_and_seeds_share_one_set_of_shards(tiny_clip_dir, tmp_path, caplog, monkeypatch):
     arms = {"contrastive": {"dmclip": {"contrastive_loss_weight": 1, "distillation_loss_weight": 0}}}
     arms["distilled"] = {"dmclip": {"contrastive_loss_weight": 0, "distillation_loss_weight": 1}}
     path = write_recipe(tmp_path, tiny_clip_dir, {"max_steps": 1}, arms=arms, seeds=[0, 1])
-    runs = expand_arms([], path)
+    runs, shared, loaded = expand_arms([], path), SharedData(), []
+    build = reinforced_stages.build_teacher
+    monkeypatch.setattr(
+        reinforced_stages, "build_teacher", lambda spec, device: loaded.append(spec) or build(spec, device)
+    )
     with caplog.at_level(logging.INFO):
         for one in runs:
-            run_stages(one.recipe)
+            run_stages(one.recipe, shared)
+    assert loaded == [str(tiny_clip_dir)]  # by the first of four runs, though it is named twice
     assert caplog.text.count("reinforce: wrote") == 1 and caplog.text.count("reinforce: already finished") == 3
     assert [folder.name for folder in tmp_path.rglob("shards")] == ["shards"]
     (contrastive,), (distilled,) = (logs(tmp_path / "run" / arm / "seed-0" / "dmclip") for arm in arms)
@@ -250,6 +260,50 @@ def test_a_checkpoint_trains_on_at_another_size(finished, shards, tiny_clip_dir,
     assert config.image_size == 64 and config.window_sizes[2:] == (2, 1)
 
 
+@pytest.fixture
+def grey(finished, tmp_path):
+    """The trained model with a normalisation of its own, as converted weights may have."""
+    processor = DCLIPProcessor.from_pretrained(finished / "run" / "dmclip")
+    processor.image_processor.image_mean, processor.image_processor.image_std = [0.0] * 3, [1.0] * 3
+    DMCLIPModel.from_pretrained(finished / "run" / "dmclip").save_pretrained(tmp_path / "grey")
+    processor.save_pretrained(tmp_path / "grey")
+    return str(tmp_path / "grey")
+
+
+@pytest.mark.parametrize(("asked", "side"), [({}, 32), ({"image_size": 64}, 64)])
+def test_a_checkpoint_keeps_its_size_width_and_normalisation_unless_another_size_is_asked_for(grey, asked, side):
+    args = DMCLIPArguments(output_dir="x", model=grey, use_cpu=True, **asked)
+    model, processor = build_dmclip(args, AutoTokenizer.from_pretrained(grey))
+    assert model.config.vision_config.image_size == find_image_size(args) == side
+    assert model.config.projection_dim == 8
+    kept = processor.image_processor
+    assert (kept.crop_size["height"], kept.size["shortest_edge"]) == (side, side)
+    assert (list(kept.image_mean), list(kept.image_std)) == ([0.0] * 3, [1.0] * 3)
+    image = Image.new("RGB", (80, 80), (255, 0, 0))
+    pixels = processor(images=image, return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, side, side) and pixels.unique().tolist() == [0.0, 1.0]
+
+
+def test_what_contradicts_a_checkpoint_is_refused(grey):
+    tokenizer = AutoTokenizer.from_pretrained(grey)
+    for named in ("model", "text_model"):
+        args = DMCLIPArguments(output_dir="x", use_cpu=True, projection_dim=16, **{named: grey})
+        with pytest.raises(ValueError, match=f"projection_dim: expected 8, as {named} .* has it, got 16"):
+            build_dmclip(args, tokenizer)
+    with pytest.raises(ValueError, match="a checkpoint to go on from .* preset"):
+        DMCLIPArguments(output_dir="x", use_cpu=True, model=grey, preset="B")
+    made = DMCLIPArguments(output_dir="x", use_cpu=True)
+    assert (made.preset, made.image_size, made.projection_dim) == ("T", 256, 512)
+
+
+def test_a_device_without_bfloat16_is_told_once(tiny_clip_dir, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(reinforced_arguments, "is_torch_bf16_gpu_available", lambda: False)
+    logging.Logger.warning_once.cache_clear()
+    path = write_recipe(tmp_path, tiny_clip_dir, {"bf16": True, "use_cpu": False})
+    recipes = [parse_recipe([], path) for _ in range(3)]
+    assert caplog.text.count("no device with bfloat16 here") == 1 and not any(one.dmclip.bf16 for one in recipes)
+
+
 def test_widths_that_are_not_the_teachers_are_told(shards, foreign, tiny_clip_dir, tmp_path):
     def train(**changes):
         run(write_recipe(tmp_path, tiny_clip_dir, changes))
@@ -327,6 +381,8 @@ def test_what_is_missing_is_told_with_its_remedy(shards, tiny_clip_dir, tmp_path
         ({"contrastive_loss_weight": 0, "distillation_loss_weight": 0}, "loss weights >= 0 and one above 0"),
         ({"contrastive_loss_weight": -1}, "loss weights >= 0"),
         ({"ignore_data_skip": False}, "ignore_data_skip: expected true"),
+        ({"teacher_logit_scale": 0}, "teacher_logit_scale > 0"),
+        ({"teacher_logit_scale": -1}, "teacher_logit_scale > 0"),
         ({"model": "x"}, "a checkpoint to go on from"),
         ({"preset": "XL"}, "invalid choice"),
     ],
