@@ -12,6 +12,7 @@ Weights are random, statistics and gains made uneven so that a form that lost on
 `native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over rounds. With one
 thread on the CPU they are of CPU time, which is what latency is on an idle machine; the wall clock stands beside it. On CUDA
 everything runs compiled with CUDA graphs in bfloat16 unless told otherwise, and ratios are of latency.
+Parameters, operations and memory (`eager_*`) are those of the eager float32 model in every row, whatever the form.
 """
 
 import copy
@@ -222,14 +223,17 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 
 def describe(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any]:
-    """What does not depend on the machine's load: parameters, operations, memory of an eager call beside the weights."""
+    """What does not depend on the machine's load, of the eager float32 model: parameters, operations, memory of a call beside the weights.
+
+    Whatever the form that is timed: no counter sees into ONNX Runtime or a compiled graph.
+    """
     with torch.device("meta"):
         twin, shapes = copy.deepcopy(model).to("meta"), torch.empty_like(pixels, device="meta")
     batch_size, _, image_size, _ = pixels.shape
     return {
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "gflops": (count_flops(lambda: twin(shapes)) + scan_flops(model, image_size, batch_size)) / 1e9,
-        "peak_memory_mib": peak_memory_mib(lambda: model(pixels), pixels.device),
+        "eager_parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "eager_gflops": (count_flops(lambda: twin(shapes)) + scan_flops(model, image_size, batch_size)) / 1e9,
+        "eager_peak_memory_mib": peak_memory_mib(lambda: model(pixels), pixels.device),
     }
 
 
@@ -319,8 +323,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         shown = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
         lines.append(
             f"{row['cell']:10} {row['encoder']:38} {row['image_size']:4} {times:>26} {row['cpu_ms']['median']:8.1f} "
-            f"{row['images_per_second']:8.1f} {row['parameters'] / 1e6:7.1f} {row['gflops']:8.2f} "
-            f"{row['peak_memory_mib']:7.1f} {row['difference_to_eager']:8.1e} {shown[0]:>9} {shown[1]:>10}"
+            f"{row['images_per_second']:8.1f} {row['eager_parameters'] / 1e6:7.1f} {row['eager_gflops']:8.2f} "
+            f"{row['eager_peak_memory_mib']:7.1f} {row['difference_to_eager']:8.1e} {shown[0]:>9} {shown[1]:>10}"
         )
     return "\n".join(lines)
 

@@ -8,11 +8,19 @@ from modeling_dclip.evaluation.tables import markdown_table
 CLOCKS = {"cpu_ms": "CPU ms", "latency_ms": "ms"}
 
 
-def _spread(value: Mapping[str, float] | None, digits: int) -> str:
-    """A median with the smallest and the largest of its rounds."""
+def _ms(value: float) -> str:
+    """Three digits that count, or more before the point: two rows whose ratio shows a difference show it themselves."""
+    return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
+
+
+def _spread(value: Mapping[str, float] | None, digits: int | None = None) -> str:
+    """A median with the smallest and the largest of its rounds: of so many decimals, or as times."""
     if value is None:
         return "–"
-    return f"{value['median']:.{digits}f} [{value['min']:.{digits}f}, {value['max']:.{digits}f}]"
+    median, low, high = (
+        _ms(value[name]) if digits is None else f"{value[name]:.{digits}f}" for name in ("median", "min", "max")
+    )
+    return f"{median} [{low}, {high}]"
 
 
 def _note(data: Mapping[str, Any], measured: str) -> str:
@@ -47,11 +55,14 @@ def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: s
     header = ["Image encoder", "px", "batch", "parameters, M", "GFLOP", CLOCKS[clock]]
     lines = []
     for row in rows:
-        line = [row["encoder"], str(row["image_size"]), str(row["batch_size"]), f"{row['parameters'] / 1e6:.1f}"]
-        line += [f"{row['gflops']:.1f}", f"{row[clock]['median']:.0f}"]
+        line = [row["encoder"], str(row["image_size"]), str(row["batch_size"]), f"{row['eager_parameters'] / 1e6:.1f}"]
+        line += [f"{row['eager_gflops']:.1f}", _ms(row[clock]["median"])]
         lines.append(line + [_spread(row["time_over"].get(name), 2) for name in baselines])
     table = markdown_table([*header, *(f"/ {name}" for name in baselines)], lines)
-    note = "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch."
+    note = (
+        "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch, and like the "
+        "parameters the eager float32 model's in every form."
+    )
     return f"{table}\n\n{_note(data, note)}"
 
 
@@ -70,7 +81,7 @@ def render_scan(data: Mapping[str, Any]) -> str:
     for row in data["rows"]:
         path, line = row["paths"]["torch"], ["({}, {}, {})".format(*row["shape"])]
         for work in ("forward", "forward_backward"):
-            line.append(f"{path[f'{work}_ms']['median']:.1f}")
+            line.append(_ms(path[f"{work}_ms"]["median"]))
             for baseline in ("mamba_ssm_reference_algorithm", "reference"):
                 line.append(_spread(path.get(f"{work}_times_faster_than_{baseline}"), 1))
         lines.append(line)
@@ -89,7 +100,7 @@ def render_student_step(data: Mapping[str, Any]) -> str:
     """
     header = ["Student's step", "ms", "× stored targets"]
     lines = [
-        ["stored targets", _spread(data["cached_ms"], 0), "1"],
-        ["teacher and text tower online", _spread(data["online_ms"], 0), _spread(data["online_over_cached"], 2)],
+        ["stored targets", _spread(data["cached_ms"]), "1"],
+        ["teacher and text tower online", _spread(data["online_ms"]), _spread(data["online_over_cached"], 2)],
     ]
     return f"{markdown_table(header, lines)}\n\n{_note(data, 'Medians of interleaved rounds, with the smallest and largest.')}"

@@ -25,9 +25,22 @@ def test_an_encoder_stands_with_its_cost_and_its_ratio_to_each_baseline():
     assert [line[0] for line in lines] == [row["encoder"] for row in rows]
     for line, row in zip(lines, rows, strict=True):
         shown = dict(zip(header, line, strict=True))
-        assert shown["CPU ms"] == f"{row['cpu_ms']['median']:.0f}" and shown["batch"] == str(row["batch_size"])
+        assert float(shown["CPU ms"]) == pytest.approx(row["cpu_ms"]["median"], rel=5e-3)
+        assert shown["batch"] == str(row["batch_size"]) and shown["GFLOP"] == f"{row['eager_gflops']:.1f}"
         for name, ratio in row["time_over"].items():
             assert shown[f"/ {name}"] == f"{ratio['median']:.2f} [{ratio['min']:.2f}, {ratio['max']:.2f}]"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0.01234, "0.0123"), (0.9999, "1.00"), (8.0, "8.00"), (86.099, "86.1"), (99.96, "100"), (143.6, "144"), (2815.4, "2815")],
+)  # fmt: skip
+def test_a_time_shows_three_digits_and_no_exponent(value, shown):
+    row = {"cell": "native@1", "encoder": "a", "image_size": 8, "batch_size": 1, "time_over": {}}
+    row |= {"eager_parameters": 1e6, "eager_gflops": 1.0, "latency_ms": {"median": value, "min": value, "max": value}}
+    data = {"rows": [row], "clock_of_ratios": "latency_ms", "arguments": {}, "versions": {"torch": "2"}}
+    header, _, line = cells_of(render_encoders(data | {"hardware": {"cpu": "a CPU"}}))
+    assert dict(zip(header, line, strict=True))["ms"] == shown
 
 
 def test_an_encoder_is_compared_with_what_is_asked_for_only():
