@@ -1,9 +1,8 @@
-"""Read other projects' weights, compare them with what a model expects, and write a folder whole or not at all."""
+"""Read other projects' weights, and compare them with what a model expects."""
 
 import argparse
 import os
 import pickle
-import shutil
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -92,6 +91,33 @@ def _strip_prefixes(weights: dict[str, torch.Tensor], path: Path) -> dict[str, t
     return weights
 
 
+def shape_of(
+    weights: Mapping[str, torch.Tensor], key: str, dimensions: int, path: str | os.PathLike
+) -> tuple[int, ...]:
+    """Look up the shape of a weight that tells the architecture.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): Read from the checkpoint.
+        key (`str`): Under the checkpoint's own name.
+        dimensions (`int`): How many it has to have.
+        path (`str` or `os.PathLike`): Of the checkpoint, for messages.
+
+    Returns:
+        `tuple[int, ...]`: All > 0.
+
+    Raises:
+        ValueError: If the key is missing, or its shape has other dimensions or an empty one.
+    """
+    if key not in weights:
+        raise ValueError(
+            f"Expected the key {key!r} in {path}, got none: 1 missing. The architecture is read off its shape."
+        )
+    found = tuple(weights[key].shape)
+    if len(found) != dimensions or 0 in found:
+        raise ValueError(f"{key!r} in {path}: expected {dimensions} dimensions, none empty, got the shape {found}.")
+    return found
+
+
 def check_keys(
     weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], path: str | os.PathLike, what: str
 ) -> None:
@@ -127,28 +153,6 @@ def check_keys(
         f"Expected the {len(expected)} keys of {what} in {path}, got {'; '.join(parts)}. Is it a checkpoint of this "
         "architecture, whole and unchanged?"
     )
-
-
-def write_folder(folder: str | os.PathLike, fill) -> None:
-    """Write a folder whole or not at all: under another name beside it, then renamed.
-
-    Args:
-        folder (`str` or `os.PathLike`): New or empty; parents are made.
-        fill (`Callable[[Path], None]`): Writes the files into the folder it is given.
-
-    Raises:
-        FileExistsError: If there is something at `folder`.
-    """
-    folder = Path(folder)
-    check_new_folder(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    temporary.mkdir()
-    try:
-        fill(temporary)
-        os.replace(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def check_new_folder(folder: str | os.PathLike) -> None:

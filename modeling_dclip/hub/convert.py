@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from modeling_dclip.evaluation.results import write_text
-from modeling_dclip.hub.checkpoints import check_keys, check_new_folder, read_checkpoint, write_folder
+from modeling_dclip.evaluation.results import replacing, write_text
+from modeling_dclip.hub.checkpoints import check_keys, check_new_folder, read_checkpoint
 from modeling_dclip.hub.mambavision import (
     image_processor_for,
     published_mambavision_keys,
@@ -157,7 +157,7 @@ def convert_mambavision(
         note=MAMBAVISION_NOTE,
         use="Images are normalised with ImageNet's mean and deviation (`preprocessor_config.json`), not with CLIP's.",
     )
-    write_folder(output, lambda folder: _save(folder, readme, model, processor))
+    _save(output, readme, model, processor)
     return model
 
 
@@ -194,14 +194,16 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
         note=MOBILECLIP_NOTE,
         use="The tokenizer is CLIP's, which the checkpoint does not hold: `openai/clip-vit-base-patch32` has it.",
     )
-    write_folder(output, lambda folder: _save(folder, readme, model))
+    _save(output, readme, model)
     return model, left
 
 
-def _save(folder: Path, readme: str, *parts) -> None:
-    for part in parts:
-        part.save_pretrained(folder)
-    write_text(folder / "README.md", readme)
+def _save(output: str | Path, readme: str, *parts) -> None:
+    """Write a folder whole or not at all; it has to be new or empty."""
+    with replacing(output) as folder:
+        for part in parts:
+            part.save_pretrained(folder)
+        write_text(folder / "README.md", readme)
 
 
 def _sha256(path: str | Path) -> str:

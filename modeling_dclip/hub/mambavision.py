@@ -15,6 +15,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, NUM_STAGES, DMCLIPVisionConfig
+from modeling_dclip.hub.checkpoints import shape_of
 
 CONFIG_FIELDS = {
     "depths": "depths",
@@ -122,16 +123,7 @@ def _fields_from_shapes(weights: Mapping[str, torch.Tensor], path: str | Path) -
         )
 
     def shape(key, dimensions):
-        if key not in weights:
-            raise ValueError(
-                f"Expected the key {key!r} in {path}, got none: 1 missing. The architecture is read off its shape."
-            )
-        found = tuple(weights[key].shape)
-        if len(found) != dimensions or 0 in found:
-            raise ValueError(
-                f"{key!r} in {path}: expected {dimensions} dimensions, none empty, got the shape {found}."
-            )
-        return found
+        return shape_of(weights, key, dimensions, path)
 
     stem_dim, num_channels, _, _ = shape("patch_embed.conv_down.0.weight", 4)
     hidden_size = shape("patch_embed.conv_down.3.weight", 4)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from modeling_dclip.configuration_dmclip import DMCLIPTextConfig
-from modeling_dclip.hub.checkpoints import check_keys
+from modeling_dclip.hub.checkpoints import check_keys, shape_of
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 
 HEAD_DIM = 64  # of every published tower: 512 wide with 8 heads, 768 with 12
@@ -86,17 +86,8 @@ def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCL
     column = _column(text)
     prefix = LAYOUTS[column]
 
-    def shape(name, dimensions):
-        if name not in text:
-            raise ValueError(
-                f"Expected the key {name!r} in {path}, got none: 1 missing. The architecture is read off its shape."
-            )
-        found = tuple(text[name].shape)
-        if len(found) != dimensions or 0 in found:
-            raise ValueError(
-                f"{name!r} in {path}: expected {dimensions} dimensions, none empty, got the shape {found}."
-            )
-        return found
+    def shape(key, dimensions):
+        return shape_of(text, key, dimensions, path)
 
     vocab_size, width = shape(prefix + TOKENS[column], 2)
     if width % HEAD_DIM:

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPVisionConfig
-from modeling_dclip.hub.checkpoints import read_checkpoint, write_folder
+from modeling_dclip.hub import convert
+from modeling_dclip.hub.checkpoints import read_checkpoint
 from modeling_dclip.hub.convert import convert_mambavision, main
 from modeling_dclip.hub.mambavision import published_mambavision_keys, read_mambavision_config
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
@@ -289,14 +290,25 @@ def test_an_output_in_use_is_left_alone(tiny, tmp_path):
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine.txt"]
 
 
-def test_a_folder_is_written_whole_or_not_at_all(tmp_path):
-    def fail(folder):
-        (folder / "half.txt").write_text("half")
+def test_a_folder_is_written_whole_or_not_at_all(tiny, tmp_path, monkeypatch):
+    _, checkpoint, config = tiny
+
+    def fail(path, text):  # the README, after weights and config
+        assert (path.parent / "config.json").is_file()
         raise OSError("disk full")
 
+    monkeypatch.setattr(convert, "write_text", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_folder(tmp_path / "out", fail)
-    assert list(tmp_path.iterdir()) == []
+        convert_mambavision(checkpoint, tmp_path / "made" / "out", config)
+    assert list((tmp_path / "made").iterdir()) == []
+
+
+def test_an_empty_folder_is_filled(tiny, tmp_path):
+    _, checkpoint, config = tiny
+    output = tmp_path / "made" / "out"
+    output.mkdir(parents=True)
+    convert_mambavision(checkpoint, output, config)
+    assert (output / "config.json").is_file() and list(output.parent.iterdir()) == [output]
 
 
 def test_a_converted_folder_holds_all_a_reader_needs(tiny, tmp_path):
