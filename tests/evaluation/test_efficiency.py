@@ -1,7 +1,6 @@
-"""Costs that are known beforehand come out: sleeps, products, tensors of a known size, powers."""
+"""Costs that are known beforehand come out: seconds of a made-up clock, products, tensors of a known size, powers."""
 
 import doctest
-import time
 
 import pytest
 import torch
@@ -23,27 +22,50 @@ def test_calls_take_turns_and_each_round_is_kept():
     assert [len(taken) for taken in times.values()] == [3, 3, 3]
 
 
-def test_times_tell_a_long_call_from_a_short_one():
-    times = interleaved_times({"long": lambda: time.sleep(0.02), "short": lambda: None}, rounds=2, min_ms=0.1)
-    for long, short in zip(times["long"], times["short"], strict=True):
-        assert long["latency_ms"] >= 20 > 10 > short["latency_ms"]
-        assert long["cpu_ms"] < long["latency_ms"]  # sleeping costs the wall clock only
+@pytest.fixture
+def clock(monkeypatch):
+    """The clocks that `efficiency` reads, which only what is called moves on: no machine is too busy for these tests."""
+
+    class Clock:
+        wall = cpu = 1000.0
+
+        def pass_by(self, wall, cpu=0.0):
+            self.wall += wall
+            self.cpu += cpu
+
+        def perf_counter(self):
+            return self.wall
+
+        def process_time(self):
+            return self.cpu
+
+    clock = Clock()
+    monkeypatch.setattr(efficiency, "time", clock)
+    return clock
 
 
-def test_short_calls_are_repeated():
+def test_each_call_is_charged_its_own_time_by_both_clocks(clock):
+    calls = {"waits": lambda: clock.pass_by(0.02), "works": lambda: clock.pass_by(0.004, cpu=0.003)}
+    times = interleaved_times(calls, rounds=2, min_ms=8)  # the second takes two to fill it, and is averaged
+    for waits, works in zip(times["waits"], times["works"], strict=True):
+        assert waits == {"latency_ms": pytest.approx(20), "cpu_ms": pytest.approx(0)}
+        assert works == {"latency_ms": pytest.approx(4), "cpu_ms": pytest.approx(3)}
+
+
+def test_short_calls_are_repeated(clock):
     count = [0]
 
     def call():
         count[0] += 1
-        time.sleep(0.001)
+        clock.pass_by(2**-10)
 
-    interleaved_times({"call": call}, rounds=1, min_ms=10)
-    assert 5 <= count[0] <= 12  # once to warm up, then as many as fill 10 ms
+    interleaved_times({"call": call}, rounds=2, min_ms=10)
+    assert count[0] == 1 + 2 * 11  # once to warm up, then as many of 0.98 ms as fill 10
 
 
-def test_a_slow_set_stops_after_three_rounds():
-    times = interleaved_times({"slow": lambda: time.sleep(0.01)}, rounds=50, max_seconds=0)
-    assert len(times["slow"]) == 3
+def test_a_slow_set_stops_after_three_rounds_and_a_quick_one_does_not(clock):
+    assert len(interleaved_times({"slow": lambda: clock.pass_by(5)}, rounds=50, max_seconds=12)["slow"]) == 3
+    assert len(interleaved_times({"quick": lambda: clock.pass_by(0.01)}, rounds=50, max_seconds=12)["quick"]) == 50
 
 
 @pytest.mark.parametrize("calls, rounds", [({}, 1), ({"a": lambda: None}, 0)])
