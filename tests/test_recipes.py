@@ -1,6 +1,7 @@
 """Recipes: every file parses into what it says, and a wrong key or value is told before anything runs."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,13 @@ def test_every_recipe_parses_and_its_specs_are_known(path):
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_writes_into_a_folder_of_its_own_name(path):
     assert parse_recipe([], path).run.output_dir == f"outputs/{path.stem}"
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_every_path_among_the_recipes_that_a_recipe_names_exists(path):
+    named = set(re.findall(r"(?<![\w/])recipes/[\w./-]*[\w-]", path.read_text(encoding="utf-8")))
+    missing = sorted(name for name in named if not (FOLDER.parent / name).exists())
+    assert not missing, f"{path.name} names {missing}"
 
 
 @pytest.mark.parametrize("name", ["dclip_vitb16", "dclip_vitb32", "dclip_vitl14"])
@@ -99,6 +107,18 @@ def test_the_posters_question_is_asked_with_its_four_weightings(name):
     assert len(budgets) == 1
     wanted = {"b_datacompdr_weights": [], "demo": ["reinforce"], "flickr8k": ["reinforce"]}[name]
     assert Run(runs[0].recipe).stages[:-1] == wanted
+    kinds = {one.partition("=")[0] for one in runs[0].recipe.run.evaluate}
+    assert kinds == {"retrieval", "zero_shot"}  # its answer is a table
+
+
+@pytest.mark.parametrize("arms", ["", "arms: {one: {dmclip: {seed: 1}}}\n"])
+def test_a_table_without_a_reference_is_refused_before_training(tmp_path, arms):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("evaluate: [zero_shot=scenes]\ndmclip: {max_steps: 1, train_shards: x, tokenizer: y}\n" + arms)
+    with pytest.raises(ValueError, match="evaluate: name clip_model, the reference of the table"):
+        expand_arms([], path)
+    for words in (["--clip_model", "z"], ["--anchor.projection_dim", "8"], ["--evaluate", "none"]):
+        assert len(expand_arms(words, path)) == 1
 
 
 def test_the_demos_teachers_are_two_committed_clips():

@@ -31,7 +31,7 @@ from modeling_dclip.distillation.arguments import (
     TeacherArguments,
     as_plain,
 )
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments
+from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments, check_reference
 from modeling_dclip.distillation.sections import SECTIONS, TRAINING_SECTIONS
 from modeling_dclip.distillation.uncaptioned import check_uncaptioned_fields
 
@@ -247,9 +247,10 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
         `list[ArmRun]`
 
     Raises:
-        FileNotFoundError, ValueError: As [`parse_recipe`] and, of any arm, as [`check_uncaptioned_fields`].
+        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm, [`check_uncaptioned_fields`].
     """
     recipe = parse_recipe(words, path)
+    check_reference(recipe)
     run = recipe.run
     if not run.arms and not run.seeds:
         return [ArmRun("student", run.seed, recipe)]

@@ -161,3 +161,20 @@ class DMCLIPArguments(StageTrainingArguments):
             self.max_steps = max(
                 1, self.train_samples // (self.train_batch_size * self.world_size * self.gradient_accumulation_steps)
             )
+
+
+def check_reference(recipe: Any) -> None:
+    """Refuse a recipe that asks for a table of DM-CLIPs, which start from no CLIP, but has no CLIP to set beside them.
+
+    Args:
+        recipe ([`~modeling_dclip.distillation.recipes.Recipe`]): Parsed.
+
+    Raises:
+        ValueError: If it is one; before training, not after.
+    """
+    run, named = recipe.run, recipe.named
+    if run.evaluate and "dmclip" in named and "anchor" not in named and run.clip_model is None:
+        raise ValueError(
+            "evaluate: name clip_model, the reference of the table. This recipe trains a DM-CLIP, and has neither a clip_model nor a "
+            "section anchor that makes one."
+        )
