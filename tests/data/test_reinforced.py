@@ -363,6 +363,8 @@ DAMAGE = {
     "an empty list": ({"paug.json": text({"param_aug": []})}, "paug.json", "param_aug"),
     "a crop outside": ({"paug.json": text({"param_aug": [[[0, 0, 25, 32], []]] * 3})}, "paug.json", "32 x 24 pixels"),
     "an unknown operation": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], [[99, 0]]]] * 3})}, "paug.json", "index below 14"),
+    "no list of operations": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], 5]] * 3})}, "paug.json", "expected a list of operations"),
+    "a crop past floats": ({"paug.json": text({"param_aug": [[[0, 0, 5, 10**400], []]] * 3})}, "paug.json", "expected .*top, left"),
     "no embeddings": ({"npz": None}, "npz or pth.gz", "expected embeddings"),
     "no npz": ({"npz": b"text"}, "npz", "expected arrays of numbers"),
     "half an npz": ({"npz": npz(image_emb=embeds(3, 0))[:-40]}, "npz", "expected arrays of numbers"),
