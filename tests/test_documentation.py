@@ -5,6 +5,7 @@ import contextlib
 import fnmatch
 import importlib
 import importlib.util
+import inspect
 import io
 import re
 import shlex
@@ -18,6 +19,7 @@ from PIL import Image
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DMCLIPVisionConfig, DMCLIPVisionModel
 from modeling_dclip.data.captions import SOURCES
 from modeling_dclip.data.detectors import DETECTORS
+from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.evaluation.results import render_readme
@@ -146,6 +148,35 @@ def test_every_spec_shown_is_one_the_parser_takes():
 def test_the_tables_of_specs_list_what_the_code_knows(heading, kinds):
     section = README.split(f"\n{heading}\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([^`]+)`", section, flags=re.MULTILINE) == [source.form for source in kinds.values()]
+
+
+def test_the_row_of_the_scenes_lists_every_option_and_no_other():
+    (row,) = re.findall(r"^\| `scenes:SPLIT` \|(.*)\|$", README, flags=re.MULTILINE)
+    options = row.split("options")[1]
+    keywords = [p.name for p in inspect.signature(load_scenes).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert sorted(re.findall(r"`(\w+)`", options)) == sorted(keywords)
+
+
+def rows_without_a_header(text):
+    """Table rows that open a table but are followed by no rule: GitHub shows them as text."""
+    lines = ["", *re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines(), ""]
+    return [
+        line
+        for before, line, after in zip(lines, lines[1:], lines[2:], strict=False)
+        if line.startswith("|") and not before.startswith("|") and not re.fullmatch(r"\|(\s*:?-+:?\s*\|)+\s*", after)
+    ]
+
+
+def test_a_row_that_a_blank_line_cuts_off_is_seen():
+    table = "| a | b |\n|---|--:|\n| 1 | 2 |\n"
+    assert rows_without_a_header(f"text\n\n{table}") == []
+    assert rows_without_a_header(f"{table}\n| 3 | 4 |\n") == ["| 3 | 4 |"]
+    assert rows_without_a_header(f"{table}text\n| 3 | 4 |\n| 5 | 6 |\n") == ["| 3 | 4 |"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_table_row_has_its_header(page):
+    assert rows_without_a_header(PAGES[page]) == []
 
 
 def test_every_make_target_exists():
