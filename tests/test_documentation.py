@@ -120,7 +120,15 @@ def test_every_evaluation_command_asks_for_all_its_benchmarks(words):
 
 
 def test_every_field_shown_inline_is_one_the_parser_takes():
-    of_others = ("--class_names", "--templates", "--teachers", "--captioner", "--projection_dim", "--model", "--image_size")
+    of_others = (
+        "--class_names",
+        "--templates",
+        "--teachers",
+        "--captioner",
+        "--projection_dim",
+        "--model",
+        "--image_size",
+    )
     shown = [shlex.split(span) for span in spans(README) if span.startswith("--") and not span.startswith(of_others)]
     assert len(shown) >= 5
     for words in shown:
