@@ -165,7 +165,7 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
         )
         multiplier = (self.image_processor.rescale_factor / deviation).astype(np.float32)
-        for crop, pixels in zip(crops, into, strict=False):  # `into` is longer by its padding
+        for crop, pixels in zip(crops, into[: len(crops)], strict=True):  # the rest of `into` is padding
             np.multiply(crop.transpose(2, 0, 1), multiplier, out=pixels)
             pixels -= mean / deviation
 
