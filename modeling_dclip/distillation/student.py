@@ -13,9 +13,10 @@ from modeling_dclip.data.pixels import PixelReader
 from modeling_dclip.distillation.arguments import StudentArguments
 from modeling_dclip.distillation.freezing import freeze_parameters
 from modeling_dclip.distillation.records import last_checkpoint
-from modeling_dclip.distillation.trainer import BatchesTrainer, StudentTrainer, interpolate_weights
+from modeling_dclip.distillation.trainer import BatchesTrainer, StudentTrainer
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
+from modeling_dclip.weight_interpolation import interpolate_weights
 
 logger = logging.getLogger(__name__)
 

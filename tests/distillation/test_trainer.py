@@ -18,7 +18,7 @@ from modeling_dclip.distillation import trainer as trainer_module
 from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.student import fit_student, load_student
-from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer, interpolate_weights
+from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 
@@ -193,51 +193,6 @@ def test_interpolated_weights_lie_between_anchor_and_student(tiny_clip_dir, data
     for name, weight in anchor.items():
         expected = 0.75 * weight + 0.25 * states[1.0][name]
         torch.testing.assert_close(states[0.25][name], expected, rtol=0, atol=1e-6)
-
-
-def make_states(dtype=torch.float32):
-    generator = torch.Generator().manual_seed(0)
-    return tuple(
-        {"weight": torch.randn(5, 3, generator=generator).to(dtype), "positions": torch.arange(4)} for _ in range(2)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_ends_of_the_line_are_exact_copies(dtype):
-    anchor, student = make_states(dtype)
-    for alpha, end in ((0, anchor), (1.0, student)):
-        mixed = interpolate_weights(anchor, student, alpha)
-        assert all(torch.equal(mixed[key], end[key]) and mixed[key].dtype == end[key].dtype for key in end)
-        assert mixed["weight"].data_ptr() != end["weight"].data_ptr()
-
-
-def test_the_middle_of_the_line_is_the_mean():
-    anchor, student = make_states()
-    mixed = interpolate_weights(anchor, student, 0.5)
-    assert torch.allclose(mixed["weight"], (anchor["weight"] + student["weight"]) / 2, atol=1e-7)
-    assert torch.equal(mixed["positions"], torch.arange(4))
-
-
-@pytest.mark.parametrize(
-    ("change", "alpha", "message"),
-    [
-        (lambda state: state.pop("weight"), 0.5, "one only, the first 'weight'"),
-        (lambda state: state.update(extra=torch.ones(1)), 0.5, "one only, the first 'extra'"),
-        (lambda state: state.update(weight=torch.ones(3, 5)), 0.0, r"\(5, 3\) torch.float32.*\(3, 5\).*'weight'"),
-        (lambda state: state.update(weight=state["weight"].half()), 1.0, "torch.float16'. for 'weight'"),
-        (
-            lambda state: state.update(positions=torch.zeros(4, dtype=torch.long)),
-            0.5,
-            r"equal integers, got .'.4,. torch.int64', .*'positions'",
-        ),
-        (lambda state: None, 1.5, r"alpha in \[0, 1\], got 1.5"),
-    ],
-)
-def test_checkpoints_that_do_not_match_are_refused(change, alpha, message):
-    anchor, student = make_states()
-    change(student)
-    with pytest.raises(ValueError, match=message):
-        interpolate_weights(anchor, student, alpha)
 
 
 EVERY_TERM = {"cosine_preservation_loss_weight": 0.5, "similarity_distillation_loss_weight": 0.5}
