@@ -4,23 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modeling_dclip.evaluation.intervals import seed_interval
+from modeling_dclip.evaluation.metric_names import METRIC_TITLES, Metric, comparison_title, metric_of, percent
 
-METRIC_TITLES = {
-    "text_to_image_recall@1": "T→I R@1",
-    "text_to_image_recall@5": "T→I R@5",
-    "text_to_image_recall@10": "T→I R@10",
-    "text_to_image_mrr": "T→I MRR",
-    "text_to_image_map": "T→I mAP",
-    "image_to_text_recall@1": "I→T R@1",
-    "image_to_text_recall@5": "I→T R@5",
-    "image_to_text_recall@10": "I→T R@10",
-    "image_to_text_mrr": "I→T MRR",
-    "image_to_text_map": "I→T mAP",
-    "top1": "top-1",
-    "top5": "top-5",
-    "text_to_teacher_recall@1": "sentence→teacher R@1",
-    "teacher_to_text_recall@1": "teacher→sentence R@1",
-}
 LEAKAGE_TITLES = {
     "as_trained": "own regions, own caption",
     "regions_shuffled": "another image's regions, own caption",
@@ -30,7 +15,7 @@ LEAKAGE_TITLES = {
     "whole_image": "no teacher: CLIP's embedding of the image",
     "chance": "chance",
 }
-COMPARISON_TITLES = {"text_to_image_recall@1_gain": "T→I R@1 gain", "top1_retention": "top-1 kept"}
+SHARE = Metric("", "%", True)
 INTERVAL_NOTES = {
     "seeds": "±: {:.0%} t-interval over training seeds, on one test set.",
     "images": "In brackets: {:.0%} bootstrap interval over test images, for these checkpoints.",
@@ -52,43 +37,70 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
     return "\n".join(line(row) for row in (cells[0], rule, *cells[1:]))
 
 
-def percent(value: float, *, signed: bool = False) -> str:
-    """Show a share as a percentage with one decimal: 0.1234 -> "12.3"."""
-    text = f"{100 * value:+.1f}" if signed else f"{100 * value:.1f}"
-    return "0.0" if float(text) == 0 else text
-
-
-def show_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
+def show_interval(interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE) -> str:
     """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images, and `12.3` where there is none."""
     estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))
-    text = percent(estimate, signed=signed)
+    text = metric.show(estimate, signed=signed)
     if low is None and high is None:
         return text
     symmetric = low is not None and high is not None and abs((high - estimate) - (estimate - low)) < 1e-9
     if (
         symmetric and interval.get("covers") != "images"
     ):  # there it is by chance, and the notes tell the two kinds by their form
-        return f"{text} ± {percent(high - estimate)}"
-    ends = ["∞" if end is None else percent(end, signed=signed) for end in (low, high)]
+        return f"{text} ± {metric.show(high - estimate)}"
+    ends = ["∞" if end is None else metric.show(end, signed=signed) for end in (low, high)]
     return f"{text} [{ends[0]}, {ends[1]}]"
 
 
+def name_of(record: Mapping[str, Any]) -> str:
+    """What a row is called: the record's label, or else the model."""
+    return record.get("label", record["model"])
+
+
+COLUMNS = {
+    "model": ("Model", name_of),
+    "benchmark": ("Benchmark", lambda record: record["benchmark"]),
+    "n": ("n", lambda record: f"{record['n']:,}"),
+    "seed": ("Seed", lambda record: str(record["seed"])),
+    "data": ("Data", lambda record: short_hash(record["dataset_fingerprint"])),
+    "revision": ("Weights", lambda record: short_hash(record["revision"])),
+}
+
+
+def short_hash(text: str) -> str:
+    """The first eight digits of `sha256:<hex>` or `commit:<hex>`; anything else as it is."""
+    kind, _, digits = text.partition(":")
+    return digits[:8] if digits and kind in ("sha256", "commit") else text
+
+
 def render_table(
-    records: Sequence[Mapping[str, Any]], *, metrics: Sequence[str] | None = None, best: bool = False
+    records: Sequence[Mapping[str, Any]],
+    *,
+    metrics: Sequence[str] | None = None,
+    best: bool = False,
+    columns: Sequence[str] = ("model", "benchmark", "n"),
 ) -> str:
     """Show results records, one row each, one table for each kind of benchmark (records with the same metrics).
+
+    In bold is the best *as shown*: all that show the same best number, in the metric's own direction, among several records of one
+    benchmark on the same data; none where all show the same, or the metric has no better direction. Bold says nothing of noise: the
+    intervals do, and [`~modeling_dclip.evaluation.comparison.compare_results`].
 
     Args:
         records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.results.read_results`].
         metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of them are left out.
         best (`bool`, *optional*, defaults to `False`): Whether the best of several models on one benchmark is in bold.
+        columns (`Sequence[str]`, *optional*): What stands before the metrics, of `COLUMNS`.
 
     Returns:
-        `str`: Markdown. Metrics in percent; after them gain and retention with their intervals, where a record holds them.
+        `str`: Markdown. Shares in percent, other metrics in their units, with their intervals where a record holds them, and a line on
+        what those are; after the metrics gain and retention, where a record holds them.
 
     Raises:
-        ValueError: If there is no record, or none has one of the metrics.
+        ValueError: If there is no record, none has one of the metrics, or a column is unknown.
     """
+    if unknown := [name for name in columns if name not in COLUMNS]:
+        raise ValueError(f"Expected columns of {list(COLUMNS)}, got {unknown[0]!r}.")
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         names = tuple(name for name in metrics or record["metrics"] if name in record["metrics"])
@@ -98,25 +110,63 @@ def render_table(
         raise ValueError(
             f"Expected records with any of the metrics {metrics or 'at all'}, got {len(records)} without."
         )
-    return "\n\n".join(_render_kind(names, kind, best) for names, kind in kinds.items())
+    return "\n\n".join(render_rows(kind, names, best=best, columns=columns) for names, kind in kinds.items())
 
 
-def _render_kind(names: Sequence[str], records: Sequence[Mapping[str, Any]], best: bool) -> str:
-    compared = [key for key in COMPARISON_TITLES if any(key in record.get("comparison", {}) for record in records)]
-    header = ["Model", "Benchmark", "n", *(METRIC_TITLES.get(name, name) for name in names)]
+def render_rows(
+    records: Sequence[Mapping[str, Any]], names: Sequence[str], *, best: bool, columns: Sequence[str]
+) -> str:
+    """One table of these records and metrics, for [`render_table`]; a metric that a record lacks is a dash."""
+    compared = list(dict.fromkeys(key for record in records for key in record.get("comparison", {})))
+    compared = [key for key in compared if comparison_title(key)]
+    winners = _find_best(records, names) if best else set()
     rows = []
-    for record in records:
-        rivals = [other["metrics"] for other in records if other["benchmark"] == record["benchmark"]]
-        row = [record.get("label", record["model"]), record["benchmark"], f"{record['n']:,}"]
+    for index, record in enumerate(records):
+        row = [COLUMNS[name][1](record) for name in columns]
         for name in names:
-            value = record["metrics"][name]
-            wins = best and len(rivals) > 1 and value == max(rival[name] for rival in rivals)
-            row.append(f"**{percent(value)}**" if wins else percent(value))
+            cell = _show_metric(record, name)
+            value, _, rest = cell.partition(" ")
+            row.append(f"**{value}** {rest}".strip() if (index, name) in winners else cell)
         for key in compared:
             interval = record.get("comparison", {}).get(key)
             row.append(show_interval(interval, signed=key.endswith("_gain")) + " %" if interval else "–")
         rows.append(row)
-    return markdown_table([*header, *(COMPARISON_TITLES[key] for key in compared)], rows, left=2)
+    header = [COLUMNS[name][0] for name in columns] + [metric_of(name).heading for name in names]
+    left = next((i for i, name in enumerate(columns) if name == "n"), len(columns))
+    table = markdown_table([*header, *(comparison_title(key) for key in compared)], rows, left=left)
+    kinds = {
+        (interval["covers"], interval["confidence"])
+        for record in records
+        for name, interval in record.get("intervals", {}).items()
+        if name in names and interval["low"] is not None
+    }
+    notes = [INTERVAL_NOTES[name].format(level) for name, level in sorted(kinds) if name in INTERVAL_NOTES]
+    return "\n\n".join([table, " ".join(notes)]) if notes else table
+
+
+def _show_metric(record: Mapping[str, Any], name: str) -> str:
+    if name not in record["metrics"]:
+        return "–"
+    interval = record.get("intervals", {}).get(name, {"low": None, "high": None})
+    return show_interval({**interval, "estimate": record["metrics"][name]}, metric=metric_of(name))
+
+
+def _find_best(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple[int, str]]:
+    """`(row, metric)` of the cells to set in bold."""
+    groups: dict[tuple[str, str], list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault((record["benchmark"], record["dataset_fingerprint"]), []).append(index)
+    winners = set()
+    for rows in groups.values():
+        for name in names:
+            metric = metric_of(name)
+            values = {index: records[index]["metrics"][name] for index in rows if name in records[index]["metrics"]}
+            shown = {index: metric.show(value) for index, value in values.items()}
+            if metric.higher_is_better is None or len(set(shown.values())) < 2:
+                continue
+            top = metric.show((max if metric.higher_is_better else min)(values.values()))
+            winners |= {(index, name) for index, text in shown.items() if text == top}
+    return winners
 
 
 def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> str:
