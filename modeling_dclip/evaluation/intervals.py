@@ -9,7 +9,7 @@ Source: percentile bootstrap and t-interval as in any textbook.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -64,29 +64,64 @@ def bootstrap_ratio(
     Raises:
         ValueError: If the shapes differ, there are fewer than two images, or the denominators sum to 0.
     """
-    _check_confidence(confidence)
     if numerators.ndim != 1 or numerators.shape != denominators.shape or len(numerators) < 2:
         raise ValueError(
             f"Expected two vectors of one length >= 2, one entry per image, got {tuple(numerators.shape)} and "
             f"{tuple(denominators.shape)}. Were both models evaluated on the same images?"
         )
+    outcomes = {"ratio": torch.stack([numerators, denominators], dim=1)}
+    return bootstrap_outcomes(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
+
+
+def bootstrap_outcomes(
+    outcomes: Mapping[str, torch.Tensor], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Interval]:
+    """Intervals of several metrics of one evaluation at once, each a ratio of sums over images; all from the same draws.
+
+    Args:
+        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, e.g. the hits of its captions
+            and their number. Counts are >= 0. All of one length.
+        resamples, confidence, seed: As in [`bootstrap_ratio`].
+
+    Returns:
+        `dict[str, Interval]`: By metric.
+
+    Raises:
+        ValueError: If shapes differ, there are fewer than two images, or the counts of a metric sum to 0.
+    """
+    _check_confidence(confidence)
     if resamples < 1:
         raise ValueError(f"Expected resamples >= 1, got {resamples}.")
-    pair = torch.stack([numerators, denominators], dim=1).double().cpu()  # (I, 2)
-    top, bottom = pair.sum(dim=0).tolist()
-    if bottom <= 0:
-        raise ValueError("Expected a reference with at least one hit, got none: a ratio to it is not defined.")
-    generator = torch.Generator().manual_seed(seed)
-    ratios = []
-    per_chunk = max(1, 2_000_000 // len(pair))  # 16 MB of indices at a time
+    shapes = {tuple(values.shape) for values in outcomes.values()}
+    if len(shapes) != 1 or (shape := next(iter(shapes)))[1:] != (2,) or shape[0] < 2:
+        raise ValueError(
+            f"Expected sums and counts (I, 2) of the same two or more images, got shapes {sorted(shapes)}."
+        )
+    pairs = torch.stack([values.double().cpu() for values in outcomes.values()], dim=1)  # (I, metrics, 2)
+    totals = pairs.sum(dim=0)
+    for name, (_, count) in zip(outcomes, totals.tolist(), strict=True):
+        if count <= 0:
+            raise ValueError(
+                f"Expected a reference with at least one hit, got none ({name}): a ratio to it is not defined."
+            )
+    images, generator, ratios = len(pairs), torch.Generator().manual_seed(seed), []
+    per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices at a time
     for start in range(0, resamples, per_chunk):
-        size = (min(per_chunk, resamples - start), len(pair))
-        sums = pair[torch.randint(len(pair), size, generator=generator)].sum(dim=1)
-        ratios.append(torch.where(sums[:, 1] > 0, sums[:, 0] / sums[:, 1], torch.inf))
-    ordered = torch.cat(ratios).sort().values
+        draws = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
+        # How often each image was drawn: then all metrics are one product, and no metric's rows are gathered.
+        times = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(
+            1, draws, torch.ones((), dtype=torch.double).expand(draws.shape)
+        )
+        sums = (times @ pairs.flatten(1)).view(len(draws), len(outcomes), 2)
+        ratios.append(torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf))
+    ordered = torch.cat(ratios).sort(dim=0).values
     tail = (1 - confidence) / 2 * (resamples - 1)
-    low, high = ordered[math.floor(tail)], ordered[math.ceil(resamples - 1 - tail)]
-    return Interval(top / bottom, float(low), float(high), confidence, "images")
+    lows, highs = ordered[math.floor(tail)].tolist(), ordered[math.ceil(resamples - 1 - tail)].tolist()
+    estimates = (totals[:, 0] / totals[:, 1]).tolist()
+    return {
+        name: Interval(estimate, low, high, confidence, "images")
+        for name, estimate, low, high in zip(outcomes, estimates, lows, highs, strict=True)
+    }
 
 
 @lru_cache
