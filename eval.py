@@ -1,9 +1,14 @@
-"""Evaluate a dual encoder, DCLIP's or any CLIP of transformers, on retrieval and zero-shot classification.
+"""Evaluate dual encoders: DCLIP, DM-CLIP, any CLIP or SigLIP of transformers, or one of open_clip (open_clip:NAME:PRETRAINED).
 
-    python eval.py --model outputs/demo/leak_free/seed-0/student --anchor recipes/demo_anchor --benchmark retrieval=scenes:test zero_shot=scenes
+    python eval.py --model outputs/demo/leak_free/seed-0/student --anchor recipes/demo_anchor --benchmark retrieval zero_shot
+    python eval.py --model STUDENT --anchor recipes/demo_anchor --alphas 0.25 0.5 0.75 --benchmark retrieval zero_shot --plot curve.png
+    python eval.py report results/ --output report/
+    python eval.py compare a.json b.json
 
-Benchmarks: `retrieval=SPEC` (a caption source, e.g. karpathy:dataset_coco.json:images:test, scenes:test, parquet:GLOB) and
-`zero_shot=SPEC` (scenes or parquet:GLOB with the columns image and label). Numbers are for the PIL image processor, in float32.
+The results file grows by one record a model and benchmark; run again, it goes on where it was. What fails is reported at the end and does not
+lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks, KIND[=SPEC]:
+
+{benchmarks}
 """
 
 import argparse
@@ -16,40 +21,51 @@ import torch
 from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.evaluation.benchmarks import DEFAULT_SPECS, benchmark_record, evaluate_model, load_benchmark
-from modeling_dclip.evaluation.results import render_table, write_results
-from modeling_dclip.evaluation.tradeoff import compare_to_anchor
+from modeling_dclip.evaluation.benchmarks import KINDS
+from modeling_dclip.evaluation.comparison import compare_results, render_comparison
+from modeling_dclip.evaluation.curves import plot_curve
+from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.reports import write_report
+from modeling_dclip.evaluation.results import render_table
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, metavar="DIR_OR_HUB_ID", help="the model to evaluate, with its processor")
-    add("--benchmark", required=True, nargs="+", metavar="NAME[=SPEC]", help="see above")
-    add(
-        "--anchor",
-        metavar="DIR_OR_HUB_ID",
-        help="also evaluate this model; adds relative gain and retention, with intervals",
+    kinds = "\n".join(f"    {name + '[=SPEC]':24}{kind.help}" for name, kind in KINDS.items())
+    description = __doc__.format(benchmarks=kinds)
+    parser = argparse.ArgumentParser(
+        prog="eval.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", metavar="MODEL", help="folders, Hub ids or open_clip:NAME:PRETRAINED")
+    add("--benchmark", required=True, nargs="+", metavar="KIND[=SPEC]", help="see above")
+    add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
+    add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
+    add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
+    add("--gallery", metavar="DIR", help="write what the last model finds and misses as an HTML page")
     add("--output", default="results.json", help="results file (default: %(default)s)")
-    add("--label", help="name to show in tables instead of the model's path")
+    add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
+    add("--label", nargs="+", help="names to show in tables instead of the models' paths")
     add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
     add("--num_workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--seed", type=int, default=0, help="of the draw of @COUNT and of the bootstrap (default: %(default)s)")
     add("--class_names", metavar="FILE", help="zero_shot: class names, one a line, in the order of the labels")
-    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {}")
-    add("--trust_remote_code", action="store_true", help="run code that comes with the model")
+    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {{}}".format())
+    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
     arguments = parser.parse_args(argv)
     for benchmark in arguments.benchmark:
         name = benchmark.partition("=")[0]
-        if name not in DEFAULT_SPECS:
-            known = ", ".join(f"{known}[=SPEC]" for known in DEFAULT_SPECS)
+        if name not in KINDS:
+            known = ", ".join(f"{known}[=SPEC]" for known in KINDS)
             parser.error(f"unknown benchmark {name!r}; known benchmarks: {known}")
     if (arguments.class_names or arguments.templates) and not any(
         b.startswith("zero_shot") for b in arguments.benchmark
     ):
         parser.error("--class_names and --templates belong to the benchmark zero_shot, which is not asked for")
+    if arguments.label and len(arguments.label) != len(arguments.model):
+        parser.error(f"--label: expected one name for each of {len(arguments.model)} models, got {arguments.label}")
+    if arguments.alphas and arguments.anchor is None:
+        parser.error("--alphas: expected an --anchor, where the line to the model begins")
     return arguments
 
 
@@ -59,32 +75,67 @@ def read_lines(path: str | None) -> list[str] | None:
     return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
+    """Each model, after the points between the anchor and it."""
+    labels = arguments.label or [None] * len(arguments.model)
+    return [
+        Candidate(name, label, alpha)
+        for name, label in zip(arguments.model, labels, strict=True)
+        for alpha in [*(arguments.alphas or ()), None]
+    ]
+
+
+def run(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv)
     set_seed(arguments.seed)
-    command = shlex.join(["eval.py", *(sys.argv[1:] if argv is None else argv)])
-    options = {key: getattr(arguments, key) for key in ("batch_size", "device", "num_workers", "seed")}
+    shared = ("anchor", "batch_size", "device", "num_workers", "overwrite", "seed", "trust_remote_code")
+    options = {key: getattr(arguments, key) for key in shared}
     options |= {key: read_lines(getattr(arguments, key)) for key in ("class_names", "templates")}
-    benchmarks = [load_benchmark(benchmark, **options) for benchmark in arguments.benchmark]
-    names = [name for name in (arguments.anchor, arguments.model) if name is not None]
-    evaluated = {
-        name: evaluate_model(name, benchmarks, trust_remote_code=arguments.trust_remote_code) for name in names
-    }
-    records = []
-    for name, (results, revision) in evaluated.items():
-        for index, (benchmark, result) in enumerate(zip(benchmarks, results, strict=True)):
-            comparison = None
-            if arguments.anchor is not None and name == arguments.model:
-                anchor_results, anchor_revision = evaluated[arguments.anchor]
-                intervals = compare_to_anchor(result, anchor_results[index], seed=arguments.seed)
-                comparison = {"anchor": arguments.anchor, "anchor_revision": anchor_revision, **intervals}
-            fields = {"label": arguments.label if name == arguments.model else None, "comparison": comparison}
-            fields |= {"model": name, "seed": arguments.seed, "revision": revision, "command": command}
-            records.append(benchmark_record(benchmark, result, **fields))
-    write_results(arguments.output, records)
-    print(render_table(records))
-    print(f"\nWritten to {arguments.output}")
+    command = shlex.join(["eval.py", *argv])
+    done = evaluate(find_candidates(arguments), arguments.benchmark, arguments.output, command=command, **options)
+    if done.records:
+        print(render_table(done.records))
+        if arguments.plot:
+            plot_curve(done.records, arguments.plot, anchor=arguments.anchor)
+            print(f"\nDrawn to {arguments.plot}")
+        print(
+            f"\nWritten to {arguments.output}" + f"; {done.kept} of these records were there already" * bool(done.kept)
+        )
+    for failure in done.failures:
+        print(f"Failed: {failure}", file=sys.stderr)
+    return 1 if done.failures else 0
+
+
+def report(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="eval.py report", description="Render results files as Markdown and HTML.")
+    parser.add_argument("results", nargs="+", help="results files, or folders of them")
+    parser.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
+    arguments = parser.parse_args(argv)
+    for path in write_report(arguments.results, arguments.output):
+        print(f"Written to {path}")
+    return 0
+
+
+def compare(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="eval.py compare", description="Say what differs between two results files, and whether beyond noise."
+    )
+    parser.add_argument("a", metavar="A.json")
+    parser.add_argument("b", metavar="B.json")
+    arguments = parser.parse_args(argv)
+    print(render_comparison(compare_results(arguments.a, arguments.b)))
+    return 0
+
+
+COMMANDS = {"report": report, "compare": compare}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv and argv[0] in COMMANDS:
+        return COMMANDS[argv[0]](argv[1:])
+    return run(argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

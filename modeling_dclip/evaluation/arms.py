@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from modeling_dclip.evaluation.benchmarks import benchmark_record, evaluate_model, load_benchmark
+from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.plots import plot_tradeoff
-from modeling_dclip.evaluation.results import write_json, write_results
-from modeling_dclip.evaluation.tradeoff import GAIN_METRIC, RETENTION_METRIC, compare_to_anchor, summarise_arms
+from modeling_dclip.evaluation.results import write_json
+from modeling_dclip.evaluation.tradeoff import GAIN_METRIC, RETENTION_METRIC, summarise_arms
 
 ANCHOR = "anchor"
 
@@ -30,7 +30,7 @@ def evaluate_arms(
         arms (`Mapping[str, Mapping[int, str]]`): Arm -> seed -> folder of a dual encoder.
         anchor (`str`): Folder or Hub id of the untouched CLIP.
         benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.load_benchmark`]; one of each kind at most.
-        output_dir (`str` or `Path`): Gets `records.json`, `summary.json` and, with retrieval and zero-shot, `tradeoff.png`.
+        output_dir (`str` or `Path`): Gets `records.json` (which a killed run goes on with), `summary.json` and, with retrieval and zero-shot, `tradeoff.png`.
         baseline (`str`, *optional*): The arm that the others are compared with, paired by seed.
         command (`str`, *optional*): What the user ran, for the records.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
@@ -39,41 +39,34 @@ def evaluate_arms(
         `dict[str, Any]`: The summary, of [`~modeling_dclip.evaluation.tradeoff.summarise_arms`], with `benchmarks` and `anchor_model`.
 
     Raises:
-        ValueError: If a benchmark is unknown, two are of one kind, or the anchor scores 0.
+        RuntimeError: If a benchmark is unknown or failed, or a model did; what had been measured stays in `records.json`.
+        ValueError: If two benchmarks are of one kind, or the anchor scores 0.
     """
     kinds = [name.partition("=")[0] for name in benchmarks]
     if len(set(kinds)) != len(kinds):
         raise ValueError(f"Expected at most one benchmark of a kind to summarise, got {list(benchmarks)}.")
     output_dir = Path(output_dir)
-    loaded = [load_benchmark(name, device=device) for name in benchmarks]
+    runs = [(ANCHOR, 0, Candidate(str(anchor), ANCHOR, seed=0))]
+    runs += [
+        (arm, seed, Candidate(str(model), f"{arm}, seed {seed}", seed=seed))
+        for arm, by_seed in arms.items()
+        for seed, model in by_seed.items()
+    ]
+    candidates, records_file = [candidate for *_, candidate in runs], output_dir / "records.json"
+    options = {"anchor": str(anchor), "command": command, "keep_others": False, "device": device}
+    done = evaluate(candidates, benchmarks, records_file, **options)
+    if done.failures:
+        raise RuntimeError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
     metrics: dict[str, dict[int, dict[str, float]]] = {}
-    records = []
-    models = {ANCHOR: {0: anchor}, **arms}
-    for arm, runs in models.items():
-        for seed, model in runs.items():
-            results, revision = evaluate_model(model, loaded)
-            metrics.setdefault(arm, {})[seed] = {
-                name: value for result in results for name, value in result.items() if isinstance(value, float)
-            }
-            fields = {
-                "model": str(model),
-                "label": f"{arm}, seed {seed}",
-                "seed": seed,
-                "revision": revision,
-                "command": command,
-            }
-            if arm == ANCHOR:
-                anchor_results, anchor_revision = results, revision
-                fields["label"] = ANCHOR
-            for index, (benchmark, result) in enumerate(zip(loaded, results, strict=True)):
-                if arm != ANCHOR:
-                    intervals = compare_to_anchor(result, anchor_results[index], seed=seed)
-                    fields["comparison"] = {"anchor": str(anchor), "anchor_revision": anchor_revision, **intervals}
-                records.append(benchmark_record(benchmark, result, **fields))
+    for index, (arm, seed, _) in enumerate(runs):
+        own = done.records[index * len(benchmarks) : (index + 1) * len(benchmarks)]
+        metrics.setdefault(arm, {})[seed] = {
+            name: value for record in own for name, value in record["metrics"].items()
+        }
     pairs = [(arm, baseline) for arm in arms if baseline in arms and arm != baseline]
     summary = summarise_arms(metrics, anchor=ANCHOR, pairs=pairs)
-    summary |= {"benchmarks": [benchmark.name for benchmark in loaded], "anchor_model": str(anchor)}
-    write_results(output_dir / "records.json", records)
+    names = [record["benchmark"] for record in done.records[: len(benchmarks)]]
+    summary |= {"benchmarks": names, "anchor_model": str(anchor)}
     write_json(output_dir / "summary.json", summary)
     if {"retrieval", "zero_shot"} <= set(kinds):
         plot_tradeoff(tradeoff_points(summary), output_dir / "tradeoff.png", x_label="zero-shot top-1 (%)")

@@ -6,8 +6,9 @@ A results file is a JSON list of records, one per benchmark of one model:
      "n": 1000, "seed": 0, "split": "test", "revision": "sha256:...", "dataset_fingerprint": "sha256:...",
      "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
 
-`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `comparison` (intervals against an
-anchor) and, of a measurement under several conditions, `condition`, `intervals` of metrics and the values of their `draws`.
+`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of metrics, `comparison`
+(intervals against an anchor), `settings` (what else the numbers depend on) and, of a measurement under several conditions, `condition`
+and the values of the metrics' `draws`.
 In a README the opening marker of a block names its source and form,
 
     <!-- results:demo source=results/demo/summary.json table=demo -->
@@ -49,14 +50,14 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "created": (str,),
 }
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
-OPTIONAL_FIELDS |= dict.fromkeys(("comparison", "intervals", "draws"), (dict,))
+OPTIONAL_FIELDS |= dict.fromkeys(("comparison", "intervals", "draws", "settings"), (dict,))
 
 
 def make_record(**fields: Any) -> dict[str, Any]:
     """Make one record; format version, versions, hardware and time are filled in.
 
     Args:
-        fields: `model`, `benchmark`, `metrics` (in [0, 1]), `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`, and
+        fields: `model`, `benchmark`, `metrics`, `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`, and
             optionally those of `OPTIONAL_FIELDS` (left out where `None`).
 
     Returns:

@@ -9,94 +9,56 @@ from typing import Any
 import torch
 
 from modeling_dclip.evaluation.intervals import Interval, bootstrap_ratio, seed_interval
-from modeling_dclip.evaluation.retrieval import RetrievalRanks
 
 GAIN_METRIC = "text_to_image_recall@1"
 RETENTION_METRIC = "top1"
 
 
-def hits_per_image(ranks: RetrievalRanks, k: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count text-to-image hits by image.
+def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: Any) -> Interval:
+    """A metric of the student over the anchor's: 0.94 is "94 % kept", 1.2 is "20 % gained".
+
+    Covers **images** for these two checkpoints, see [`~modeling_dclip.evaluation.intervals.bootstrap_ratio`]; not training seeds.
 
     Args:
-        ranks ([`~modeling_dclip.evaluation.retrieval.RetrievalRanks`]): Of one model.
-        k (`int`, *optional*, defaults to 1): Cut-off.
-
-    Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: Both of shape `(I,)`, float64: captions that find their image within `k`; captions.
-    """
-    owners = ranks.image_of_caption
-    hits = torch.zeros(int(owners.max()) + 1, dtype=torch.double)
-    return hits.index_add(0, owners, (ranks.text_to_image <= k).double()), torch.bincount(owners).double()
-
-
-def retrieval_gain(student: RetrievalRanks, anchor: RetrievalRanks, *, k: int = 1, **bootstrap: Any) -> Interval:
-    """Relative text-to-image recall@k gain, student / anchor - 1: 0.2 is "+20 %".
-
-    Covers **images** for these two checkpoints, see [`bootstrap_ratio`]; not training seeds.
-
-    Args:
-        student, anchor ([`~modeling_dclip.evaluation.retrieval.RetrievalRanks`]): On the same images and captions.
-        k (`int`, *optional*, defaults to 1): Cut-off.
-        bootstrap: `resamples`, `confidence`, `seed` of [`bootstrap_ratio`].
-
-    Returns:
-        [`Interval`]: Of the gain.
-
-    Raises:
-        ValueError: If the two were not measured on the same captions, or the anchor has no hit.
-    """
-    if not torch.equal(student.image_of_caption, anchor.image_of_caption):
-        raise ValueError(
-            f"Expected ranks on the same captions in the same order, got {len(student.image_of_caption)} and "
-            f"{len(anchor.image_of_caption)} captions with other owners. Evaluate both on one dataset."
-        )
-    ratio = bootstrap_ratio(hits_per_image(student, k)[0], hits_per_image(anchor, k)[0], **bootstrap)
-    return ratio._replace(estimate=ratio.estimate - 1, low=ratio.low - 1, high=ratio.high - 1)
-
-
-def zero_shot_retention(student_hits: torch.Tensor, anchor_hits: torch.Tensor, **bootstrap: Any) -> Interval:
-    """Zero-shot accuracy kept, student / anchor: 0.94 is "94 % retained".
-
-    Covers **images** for these two checkpoints, see [`bootstrap_ratio`]; not training seeds.
-
-    Args:
-        student_hits, anchor_hits (`torch.Tensor` of shape `(I,)`): Per image, on the same images (`top1_hits` of zero-shot results).
-        bootstrap: `resamples`, `confidence`, `seed` of [`bootstrap_ratio`].
+        student, anchor (`torch.Tensor` of shape `(I, 2)`): Of every image the sum and the count of the metric (`outcomes` of an
+            evaluation), on the same data.
+        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.intervals.bootstrap_ratio`].
 
     Returns:
         [`Interval`]: Of the ratio.
 
     Raises:
-        ValueError: If the lengths differ or the anchor has no hit.
+        ValueError: If the two were not measured on the same images and captions, or the anchor has no hit.
     """
-    return bootstrap_ratio(student_hits, anchor_hits, **bootstrap)
+    if student.shape != anchor.shape or not torch.equal(student[:, 1], anchor[:, 1]):
+        raise ValueError(
+            f"Expected outcomes on the same images with the same captions, got {len(student)} and {len(anchor)} images or other "
+            f"numbers of captions. Evaluate both on one dataset."
+        )
+    return bootstrap_ratio(student[:, 0], anchor[:, 0], **bootstrap)
 
 
 def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **bootstrap: Any) -> dict[str, Any]:
     """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification. Covers **images**.
 
     Args:
-        student, anchor (`dict`): Both from [`~modeling_dclip.evaluation.retrieval.evaluate_retrieval`], or both from
-            [`~modeling_dclip.evaluation.zero_shot.evaluate_zero_shot`].
+        student, anchor (`dict`): `outcomes` of two evaluations of one benchmark.
         bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.intervals.bootstrap_ratio`].
 
     Returns:
-        `dict[str, dict]`: `text_to_image_recall@1_gain` or `top1_retention`, an [`Interval`] as a dict, JSON-ready; empty where the anchor
-        has no hit, as a ratio to it is not defined.
+        `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor), an [`Interval`] as a
+        dict, JSON-ready; empty for a benchmark that has neither metric, or where the anchor has no hit: a ratio to it is not defined.
 
     Raises:
-        ValueError: If the two are of different kinds or on different data.
+        ValueError: If the two are on different data.
     """
-    if 0 in (anchor.get(GAIN_METRIC), anchor.get(RETENTION_METRIC)):
-        return {}
-    if "ranks" in student and "ranks" in anchor:
-        gain = retrieval_gain(student["ranks"], anchor["ranks"], **bootstrap)
-        return {f"{GAIN_METRIC}_gain": gain.to_dict()}
-    if "top1_hits" in student and "top1_hits" in anchor:
-        retention = zero_shot_retention(student["top1_hits"], anchor["top1_hits"], **bootstrap)
-        return {f"{RETENTION_METRIC}_retention": retention.to_dict()}
-    raise ValueError(f"Expected two evaluations of one kind, got {sorted(student)} and {sorted(anchor)}.")
+    compared = {}
+    for metric, name, offset in ((GAIN_METRIC, "gain", 1), (RETENTION_METRIC, "retention", 0)):
+        if metric in student and metric in anchor and anchor[metric][:, 0].sum() > 0:
+            ratio = ratio_to_anchor(student[metric], anchor[metric], **bootstrap)
+            ends = (value - offset for value in ratio[:3])
+            compared[f"{metric}_{name}"] = Interval(*ends, *ratio[3:]).to_dict()
+    return compared
 
 
 def compare_arms(student: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95) -> Interval:

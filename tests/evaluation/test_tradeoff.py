@@ -5,79 +5,55 @@ import json
 import pytest
 import torch
 
-from modeling_dclip.evaluation.retrieval import RetrievalRanks, metrics_from_ranks
 from modeling_dclip.evaluation.tradeoff import (
+    GAIN_METRIC,
     compare_arms,
     compare_to_anchor,
-    hits_per_image,
-    retrieval_gain,
+    ratio_to_anchor,
     summarise_arms,
-    zero_shot_retention,
 )
 
-OWNERS = torch.arange(200) // 5
+
+def outcomes(share, seed, images=40, captions=5):
+    """Hits and captions of every image, by chance."""
+    hits = torch.rand(images, captions, generator=torch.Generator().manual_seed(seed)) < share
+    return torch.stack([hits.sum(dim=1), torch.full((images,), captions)], dim=1).double()
 
 
-def make_ranks(share, seed):
-    hit = torch.rand(200, generator=torch.Generator().manual_seed(seed)) < share
-    ranks = torch.where(hit, 1, 7)
-    return RetrievalRanks(ranks, ranks, OWNERS)
+def test_a_ratio_to_the_anchor_has_a_bracket_around_it():
+    student, anchor = outcomes(0.5, seed=0), outcomes(0.3, seed=1)
+    ratio = ratio_to_anchor(student, anchor)
+    assert ratio.estimate == pytest.approx(float(student[:, 0].sum() / anchor[:, 0].sum()))
+    assert ratio.low < ratio.estimate < ratio.high
+    assert ratio.covers == "images"
+    assert ratio_to_anchor(anchor, anchor)[:3] == (1, 1, 1)
 
 
-def test_gain_is_the_ratio_of_recalls_minus_one_with_a_bracket_around_it():
-    student, anchor = make_ranks(0.5, seed=0), make_ranks(0.3, seed=1)
-    recalls = [metrics_from_ranks(ranks)["text_to_image_recall@1"] for ranks in (student, anchor)]
-    gain = retrieval_gain(student, anchor)
-    assert gain.estimate == pytest.approx(recalls[0] / recalls[1] - 1)
-    assert gain.low < gain.estimate < gain.high
-    assert gain.covers == "images"
-    assert retrieval_gain(student, anchor, k=10).estimate == 0
+def test_a_ratio_needs_the_same_images_and_captions():
+    for other in (outcomes(0.5, 0, images=39), outcomes(0.5, 0, captions=4)):
+        with pytest.raises(ValueError, match="same images with the same captions"):
+            ratio_to_anchor(outcomes(0.5, 0), other)
 
 
-def test_hits_are_counted_by_image_whatever_the_order_of_captions():
-    ranks = RetrievalRanks(torch.tensor([1, 3, 1, 9]), torch.ones(4), torch.tensor([1, 0, 1, 0]))
-    hits, captions = hits_per_image(ranks, k=3)
-    assert (hits.tolist(), captions.tolist()) == ([1, 2], [2, 2])
-
-
-def test_gain_needs_the_same_captions():
-    other = RetrievalRanks(OWNERS, OWNERS, OWNERS.flip(0))
-    with pytest.raises(ValueError, match="same captions"):
-        retrieval_gain(make_ranks(0.5, 0), other)
-
-
-def test_retention_is_the_ratio_of_accuracies():
-    anchor = torch.arange(100) < 80
-    student = torch.arange(100) < 76
-    retention = zero_shot_retention(student, anchor)
-    assert retention.estimate == pytest.approx(0.95)
-    assert retention.low < 0.95 < retention.high <= 1
-
-
-def test_retention_against_an_anchor_without_hits_is_refused():
+def test_a_ratio_to_an_anchor_without_hits_is_refused():
     with pytest.raises(ValueError, match="at least one hit"):
-        zero_shot_retention(torch.ones(9), torch.zeros(9))
+        ratio_to_anchor(outcomes(1, 0), outcomes(0, 0))
 
 
-def test_evaluations_of_one_kind_are_compared_and_others_refused():
-    retrieval = [
-        {"ranks": make_ranks(share, seed), "text_to_image_recall@1": share} for seed, share in enumerate((0.5, 0.3))
-    ]
-    gain = compare_to_anchor(*retrieval, resamples=50, seed=3)
-    assert gain == {
-        "text_to_image_recall@1_gain": retrieval_gain(
-            retrieval[0]["ranks"], retrieval[1]["ranks"], resamples=50, seed=3
-        ).to_dict()
-    }
-    zero_shot = {"top1_hits": torch.arange(9) < 5, "top1": 5 / 9}
-    assert compare_to_anchor(zero_shot, zero_shot)["top1_retention"]["estimate"] == 1
-    with pytest.raises(ValueError, match="two evaluations of one kind"):
-        compare_to_anchor(zero_shot, retrieval[0])
+def test_retrieval_is_compared_as_gain_and_classification_as_retention():
+    student, anchor = outcomes(0.5, seed=0), outcomes(0.3, seed=1)
+    ratio = ratio_to_anchor(student, anchor, resamples=50, seed=3)
+    gain = compare_to_anchor({GAIN_METRIC: student}, {GAIN_METRIC: anchor}, resamples=50, seed=3)
+    assert list(gain) == ["text_to_image_recall@1_gain"]
+    shifted = ratio._replace(estimate=ratio.estimate - 1, low=ratio.low - 1, high=ratio.high - 1)
+    assert gain["text_to_image_recall@1_gain"] == shifted.to_dict()
+    both = [{"top1": side, "top5": side} for side in (student, anchor)]
+    assert compare_to_anchor(*both, resamples=50, seed=3) == {"top1_retention": ratio.to_dict()}
 
 
-def test_an_anchor_without_hits_gives_no_ratio():
-    nothing = {"top1_hits": torch.zeros(9), "top1": 0.0}
-    assert compare_to_anchor({"top1_hits": torch.ones(9), "top1": 1.0}, nothing) == {}
+def test_no_ratio_where_the_anchor_has_no_hit_or_the_benchmark_no_such_metric():
+    assert compare_to_anchor({"top1": outcomes(1, 0)}, {"top1": outcomes(0, 0)}) == {}
+    assert compare_to_anchor({"accuracy": outcomes(1, 0)}, {"accuracy": outcomes(1, 0)}) == {}
 
 
 def test_arms_are_paired_by_seed():

@@ -1,0 +1,202 @@
+"""Evaluate models on benchmarks, one pair after the other: what is done is on disk, what fails does not lose the rest.
+
+The results file grows by one record a pair. Run again, it keeps what was measured with the same weights, data, settings and version.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from datasets.exceptions import DatasetsError
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from modeling_dclip.evaluation.benchmarks import Benchmark, benchmark_record, load_benchmark
+from modeling_dclip.evaluation.models import load_dual_encoder
+from modeling_dclip.evaluation.outcomes import Outcomes, read_outcomes, record_key, write_outcomes
+from modeling_dclip.evaluation.results import read_results, write_results
+from modeling_dclip.evaluation.tradeoff import compare_to_anchor
+from modeling_dclip.weight_interpolation import interpolate_weights
+
+logger = logging.get_logger(__name__)
+
+# What data, weights, memory or a missing package can do to one benchmark. A bug of another kind still stops everything.
+FAILURES = (ArithmeticError, DatasetsError, ImportError, LookupError, OSError, RuntimeError, SafetensorError)
+FAILURES += (TypeError, ValueError)
+
+
+class Candidate(NamedTuple):
+    """A model to evaluate.
+
+    Attributes:
+        name (`str`): As of [`~modeling_dclip.evaluation.models.load_dual_encoder`].
+        label (`str`, *optional*): What tables show instead.
+        alpha (`float`, *optional*): The point on the line from the anchor (0) to the model (1), in place of the model.
+        seed (`int`, *optional*): It was trained with; the evaluation's own if not given.
+    """
+
+    name: str
+    label: str | None = None
+    alpha: float | None = None
+    seed: int | None = None
+
+
+@dataclass
+class Evaluation:
+    """What [`evaluate`] did: `records` asked for, in order; how many of them were `kept` from an earlier run; `failures`, one line each."""
+
+    records: list[dict[str, Any]] = field(default_factory=list)
+    kept: int = 0
+    failures: list[str] = field(default_factory=list)
+
+
+class _Store:
+    """The results file and the outcomes beside it, as they grow. Records of other measurements stay where they are."""
+
+    def __init__(self, path: str | os.PathLike, overwrite: bool):
+        self.path, self.records = Path(path), []
+        self.outcomes: dict[str, Outcomes] = {}
+        if not overwrite and self.path.exists():
+            self.records, self.outcomes = read_results(self.path), read_outcomes(self.path)
+
+    def find(self, key: str) -> dict[str, Any] | None:
+        return next((record for record in self.records if record_key(record) == key), None)
+
+    def put(self, record: dict[str, Any], outcomes: Outcomes) -> None:
+        def place(one: dict[str, Any]) -> tuple:
+            return one["model"], one["benchmark"], one.get("condition"), one["seed"]
+
+        stale = [old for old in self.records if place(old) == place(record)]
+        for old in stale:
+            self.outcomes.pop(record_key(old), None)
+        rest = [old for old in self.records if old not in stale]
+        self.records = [*rest, record]
+        self.outcomes[record_key(record)] = outcomes
+        write_results(self.path, self.records)
+        write_outcomes(self.path, self.outcomes)
+
+    def keep_only(self, records: Sequence[dict[str, Any]]) -> None:
+        """Drop what an earlier run left and this one did not ask for."""
+        keys = [record_key(record) for record in records]
+        self.records = list(records)
+        self.outcomes = {key: self.outcomes[key] for key in keys if key in self.outcomes}
+        if records:
+            write_results(self.path, self.records)
+            write_outcomes(self.path, self.outcomes)
+
+
+def _load(
+    candidate: Candidate, anchor: str | None, trust_remote_code: bool
+) -> tuple[torch.nn.Module, Any, str, dict[str, Any]]:
+    """Model, processor, revision, and of a point on the line what fixes it."""
+    model, processor, revision = load_dual_encoder(candidate.name, trust_remote_code=trust_remote_code)
+    if candidate.alpha is None:
+        return model, processor, revision, {}
+    start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
+    model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
+    return model, processor, revision, {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
+
+
+def evaluate(
+    candidates: Sequence[Candidate],
+    benchmarks: Sequence[str],
+    output: str | os.PathLike,
+    *,
+    anchor: str | None = None,
+    command: str = "",
+    seed: int = 0,
+    overwrite: bool = False,
+    keep_others: bool = True,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Evaluation:
+    """Evaluate every model, the anchor first, on every benchmark.
+
+    Args:
+        candidates (`Sequence[Candidate]`): The models.
+        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.load_benchmark`].
+        output (`str` or `os.PathLike`): The results file; the outcomes lie beside it. Written after every pair.
+        anchor (`str`, *optional*): The reference: the other models' records get their gain or retention against it.
+        command (`str`, *optional*): What the user ran, for the records.
+        seed (`int`, *optional*, defaults to 0): Of draws of data and of the bootstrap.
+        overwrite (`bool`, *optional*, defaults to `False`): Begin anew instead of going on with what `output` holds.
+        keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not ask for stay.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
+        options: `batch_size`, `device`, `num_workers`, `class_names`, `templates`...: as of
+            [`~modeling_dclip.evaluation.benchmarks.load_benchmark`].
+
+    Returns:
+        [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under `failures` and has none.
+
+    Raises:
+        ValueError: If `output` is no results file, or an interpolation is without an anchor.
+    """
+    if anchor is None and any(candidate.alpha is not None for candidate in candidates):
+        raise ValueError("Expected an anchor to interpolate from, got none. Name it.")
+    store, done = _Store(output, overwrite), Evaluation()
+    loaded: dict[str, Benchmark] = {}
+    for benchmark in benchmarks:
+        try:
+            loaded[benchmark] = load_benchmark(benchmark, seed=seed, **options)
+        except FAILURES as error:
+            done.failures.append(_failure(benchmark, error))
+    candidates = _anchor_first(candidates, anchor) if loaded else ()
+    references: dict[str, tuple[Outcomes, str]] = {}
+    for candidate in tqdm(candidates, desc="Models", unit="model", disable=len(candidates) < 2):
+        try:
+            model, processor, revision, settings = _load(candidate, anchor, trust_remote_code)
+        except FAILURES as error:
+            done.failures.append(_failure(candidate.name, error))
+            continue
+        fields = {"model": candidate.name, "label": candidate.label, "command": command, "revision": revision}
+        fields["seed"] = seed if candidate.seed is None else candidate.seed
+        fields["condition"] = None if candidate.alpha is None else f"alpha={candidate.alpha:g}"
+        for name, benchmark in loaded.items():
+            fields["settings"] = {**benchmark.settings, **settings} or None
+            try:
+                record, outcomes, kept = _evaluate_pair(store, benchmark, model, processor, fields)
+            except FAILURES as error:
+                done.failures.append(_failure(f"{candidate.label or candidate.name} on {name}", error))
+                continue
+            if candidate.name == anchor and candidate.alpha is None:
+                references[name] = outcomes, revision
+            elif name in references:
+                reference, anchor_revision = references[name]
+                ratios = compare_to_anchor(outcomes, reference, seed=fields["seed"])
+                record["comparison"] = {"anchor": anchor, "anchor_revision": anchor_revision, **ratios}
+            store.put(record, outcomes)
+            done.records.append(record)
+            done.kept += kept
+    if not keep_others:
+        store.keep_only(done.records)
+    return done
+
+
+def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[Candidate]:
+    if anchor is None:
+        return list(candidates)
+    named = [one for one in candidates if one.name == anchor and one.alpha is None] or [Candidate(anchor)]
+    return named[:1] + [one for one in candidates if one not in named]
+
+
+def _failure(what: str, error: BaseException) -> str:
+    logger.warning("%s failed and is left out", what, exc_info=error)
+    return f"{what}: {type(error).__name__}: {error}"
+
+
+def _evaluate_pair(
+    store: _Store, benchmark: Benchmark, model: torch.nn.Module, processor: Any, fields: dict[str, Any]
+) -> tuple[dict[str, Any], Outcomes, bool]:
+    """A record with its outcomes, and whether the store had both."""
+    known = benchmark_record(benchmark, {"n": 0}, **fields)
+    key = record_key(known)
+    kept = store.find(key)
+    if kept is not None and (key in store.outcomes or "intervals" not in kept):  # else killed between the two files
+        label = {"label": fields["label"]} if fields["label"] else {}
+        return {**kept, "model": fields["model"], **label}, store.outcomes.get(key, {}), True
+    result = benchmark.evaluate(model, processor)
+    return benchmark_record(benchmark, result, **fields), result.get("outcomes", {}), False

@@ -1,0 +1,43 @@
+"""Points and curves from records."""
+
+import pytest
+from PIL import Image
+
+from modeling_dclip.evaluation.curves import plot_curve, tradeoff_points
+
+
+def records(model, retrieval, top1, condition=None, **fields):
+    interval = {"top1": {"estimate": top1, "low": top1 - 0.1, "high": top1 + 0.1}}
+    shared = {"model": model, **fields} | ({"condition": condition} if condition else {})
+    return [
+        {**shared, "benchmark": "retrieval=a", "metrics": {"text_to_image_recall@1": retrieval}},
+        {**shared, "benchmark": "zero_shot=b", "metrics": {"top1": top1}, "intervals": interval},
+        {**shared, "benchmark": "zero_shot=other", "metrics": {"top1": 0.0}},
+    ]
+
+
+def test_each_model_is_a_point_with_the_anchor_first():
+    points, curve = tradeoff_points([*records("m", 0.3, 0.8, label="ours"), *records("a", 0.2, 0.9)], anchor="a")
+    assert curve == []
+    assert points == [
+        {"label": "a", "x": 0.9, "y": 0.2, "x_interval": (0.8, 1.0)},
+        {"label": "ours", "x": 0.8, "y": 0.3, "x_interval": (pytest.approx(0.7), 0.9)},
+    ]
+
+
+def test_alphas_become_a_curve_between_anchor_and_model(tmp_path):
+    found = [*records("a", 0.2, 0.9), *records("m", 0.25, 0.88, "alpha=0.75"), *records("m", 0.22, 0.9, "alpha=0.5")]
+    found += records("m", 0.3, 0.8)
+    points, curve = tradeoff_points(found, anchor="a")
+    assert [point["label"] for point in points] == ["a", "m"]
+    assert [(point["alpha"], point["y"]) for point in curve] == [(0.0, 0.2), (0.5, 0.22), (0.75, 0.25), (1.0, 0.3)]
+    plot_curve(found, tmp_path / "c.png", anchor="a")
+    assert Image.open(tmp_path / "c.png").size[0] > 300
+
+
+def test_records_without_a_pair_or_with_two_lines_are_refused():
+    with pytest.raises(ValueError, match="got 1 records without such a pair"):
+        tradeoff_points(records("m", 0.3, 0.8)[:1])
+    two = [*records("m", 0.3, 0.8, "alpha=0.5"), *records("k", 0.3, 0.8, "alpha=0.5")]
+    with pytest.raises(ValueError, match=r"lines to \['k', 'm'\]"):
+        tradeoff_points(two)

@@ -1,0 +1,135 @@
+"""Evaluations that go on, lose nothing to a failure, and compare with an anchor."""
+
+import pytest
+import torch
+
+from modeling_dclip.evaluation import evaluator
+from modeling_dclip.evaluation.benchmarks import Benchmark
+from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes
+from modeling_dclip.evaluation.results import read_results
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """Models that are one number, benchmarks that threshold it; counts what is evaluated."""
+    calls = []
+
+    def load_model(name, *, trust_remote_code=False):
+        if name == "broken":
+            raise OSError("broken: no weights there")
+        model = torch.nn.Linear(1, 1, bias=False)
+        model.load_state_dict({"weight": torch.tensor([[{"anchor": 0.2, "student": 0.6}[name]]])})
+        return model, None, f"sha256:{name}"
+
+    def load_benchmark(name, *, seed=0, **options):
+        if name == "zero_shot=missing":
+            raise FileNotFoundError("no such data")
+
+        def score(model, processor):
+            calls.append((name, round(model.weight.item(), 3)))
+            if name == "retrieval=fatal" and model.weight.item() > 0.5:
+                raise RuntimeError("out of memory")
+            if name == "zero_shot=bug":
+                raise AssertionError("a bug")
+            hits = (torch.arange(10) / 10 < model.weight).double().flatten()
+            metric = "top1" if name.startswith("zero_shot") else "text_to_image_recall@1"
+            outcomes = {metric: torch.stack([hits, torch.ones(10)], dim=1).double()}
+            if name == "efficiency":
+                return {"image_latency_ms": 3.0, "n": 1}
+            return {metric: float(hits.mean()), "n": 10, "outcomes": outcomes}
+
+        return Benchmark(name, "test", f"sha256:{name}", score, {})
+
+    monkeypatch.setattr(evaluator, "load_dual_encoder", load_model)
+    monkeypatch.setattr(evaluator, "load_benchmark", load_benchmark)
+    return calls
+
+
+BENCHMARKS = ["retrieval=a", "zero_shot=b"]
+
+
+def test_the_anchor_comes_first_and_the_others_are_compared_with_it(world, tmp_path):
+    done = evaluate([Candidate("student", "ours")], BENCHMARKS, tmp_path / "r.json", anchor="anchor", command="c")
+    assert [record["model"] for record in done.records] == ["anchor", "anchor", "student", "student"]
+    assert read_results(tmp_path / "r.json") == done.records and done.failures == [] and done.kept == 0
+    retrieval, zero_shot = done.records[2:]
+    assert retrieval["comparison"]["text_to_image_recall@1_gain"]["estimate"] == pytest.approx(2)
+    assert zero_shot["comparison"]["top1_retention"]["estimate"] == pytest.approx(3)
+    assert zero_shot["comparison"]["anchor_revision"] == "sha256:anchor" and zero_shot["label"] == "ours"
+    assert zero_shot["intervals"]["top1"]["low"] < 0.6 < zero_shot["intervals"]["top1"]["high"]
+    assert "comparison" not in done.records[0]
+
+
+def test_a_second_run_evaluates_only_what_is_not_there(world, tmp_path):
+    evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
+    evaluate([Candidate("anchor")], ["efficiency"], tmp_path / "r.json")
+    world.clear()
+    models = [Candidate("student", "new name"), Candidate("anchor")]
+    done = evaluate(models, [*BENCHMARKS, "efficiency"], tmp_path / "r.json")
+    assert sorted(world) == [
+        ("efficiency", 0.6),
+        ("retrieval=a", 0.2),
+        ("zero_shot=b", 0.2),
+        ("zero_shot=b", 0.6),
+    ]
+    assert done.kept == 2 and len(done.records) == 6 and done.records[0]["label"] == "new name"
+    world.clear()
+    evaluate(models, BENCHMARKS, tmp_path / "r.json", overwrite=True)
+    assert len(world) == 4 and len(read_results(tmp_path / "r.json")) == 4
+
+
+def test_other_seeds_and_other_models_stay_in_the_file_unless_told(world, tmp_path):
+    evaluate([Candidate("student", seed=1)], BENCHMARKS[:1], tmp_path / "r.json")
+    evaluate([Candidate("student", seed=2)], BENCHMARKS[:1], tmp_path / "r.json")
+    assert [record["seed"] for record in read_results(tmp_path / "r.json")] == [1, 2]
+    done = evaluate([Candidate("anchor")], BENCHMARKS[:1], tmp_path / "r.json", keep_others=False)
+    assert read_results(tmp_path / "r.json") == done.records and len(read_outcomes(tmp_path / "r.json")) == 1
+
+
+def test_a_record_killed_before_its_outcomes_is_measured_again(world, tmp_path):
+    evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
+    outcomes_path(tmp_path / "r.json").unlink()
+    done = evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
+    assert done.kept == 0 and len(world) == 2 and len(read_outcomes(tmp_path / "r.json")) == 1
+
+
+def test_what_fails_is_reported_and_the_rest_is_kept(world, tmp_path):
+    benchmarks = ["zero_shot=missing", "retrieval=fatal", *BENCHMARKS]
+    done = evaluate([Candidate("broken"), Candidate("student")], benchmarks, tmp_path / "r.json", anchor="anchor")
+    assert done.failures == [
+        "zero_shot=missing: FileNotFoundError: no such data",
+        "broken: OSError: broken: no weights there",
+        "student on retrieval=fatal: RuntimeError: out of memory",
+    ]
+    assert [record["benchmark"] for record in read_results(tmp_path / "r.json")] == [*benchmarks[1:], *BENCHMARKS]
+
+
+def test_nothing_is_loaded_where_no_benchmark_is(world, tmp_path):
+    done = evaluate([Candidate("broken")], ["zero_shot=missing"], tmp_path / "r.json")
+    assert len(done.failures) == 1 and not (tmp_path / "r.json").exists()
+
+
+def test_a_bug_is_not_taken_for_bad_data(world, tmp_path):
+    with pytest.raises(AssertionError, match="a bug"):
+        evaluate([Candidate("student")], ["retrieval=a", "zero_shot=bug"], tmp_path / "r.json")
+    assert len(read_results(tmp_path / "r.json")) == 1
+
+
+def test_points_on_the_line_are_measured_and_say_which(world, tmp_path):
+    candidates = [Candidate("student", alpha=0.5), Candidate("student")]
+    done = evaluate(candidates, BENCHMARKS, tmp_path / "r.json", anchor="anchor")
+    middle = done.records[2]
+    assert middle["condition"] == "alpha=0.5" and middle["settings"]["alpha"] == 0.5
+    assert middle["metrics"]["text_to_image_recall@1"] == 0.4 and ("retrieval=a", 0.4) in world
+    world.clear()
+    assert evaluate(candidates, BENCHMARKS, tmp_path / "r.json", anchor="anchor").kept == 6 and world == []
+    with pytest.raises(ValueError, match="anchor to interpolate from"):
+        evaluate(candidates, BENCHMARKS, tmp_path / "r.json")
+
+
+def test_a_file_that_is_no_results_file_is_not_touched(world, tmp_path):
+    (tmp_path / "r.json").write_text("mine")
+    with pytest.raises(ValueError, match=r"Expected JSON in .*r.json"):
+        evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
+    assert (tmp_path / "r.json").read_text() == "mine" and world == []
