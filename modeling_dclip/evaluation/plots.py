@@ -1,44 +1,17 @@
 """Three pictures: the trade-off between retrieval and zero-shot accuracy, what a teacher attends to, how costs grow.
 
-matplotlib is imported when a picture is drawn, never before. Figures are drawn with the Agg backend without touching a global state.
+matplotlib is imported when a picture is drawn, never before.
 """
 
-import io
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image as PILImage
 
-from modeling_dclip.evaluation.results import write_bytes
-
-INK, QUIET = "#1f2430", "#8a90a0"
-COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
-MARKERS = ("s", "^", "o", "D", "v", "P")
-
-
-def _new_figure(width: float, height: float) -> Any:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError(
-            "Expected matplotlib for drawing, got no such package. Install it with `pip install modeling_dclip[eval]`."
-        ) from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _save(figure: Any, path: str | os.PathLike) -> None:
-    if Path(path).suffix.lower() != ".png":
-        raise ValueError(f"Expected a .png file to draw to, got {str(path)!r}.")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
-    write_bytes(path, buffer.getvalue())
+from modeling_dclip.evaluation.figures import COLOURS, GRID, INK, MARKERS, QUIET, new_figure, save_figure
 
 
 def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
@@ -54,6 +27,7 @@ def plot_tradeoff(
     path: str | os.PathLike,
     *,
     curve: Sequence[Mapping[str, Any]] = (),
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
     x_label: str = "zero-shot top-1 kept (% of the anchor)",
     y_label: str = "text-to-image R@1 (%)",
     title: str | None = None,
@@ -62,9 +36,12 @@ def plot_tradeoff(
 
     Args:
         points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as `(low, high)`. The first
-            is drawn in grey as the reference, with dashed lines through it.
+            is drawn in grey as the reference, with dashed lines through it. Points of one label are one series, in one colour.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
-        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the order of `alpha`.
+        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the order of `alpha`. Its
+            ends are not labelled: they are among the points.
+        curves (`Mapping[str, Sequence[dict]]`, *optional*): By name, points on a line in the order given, as over epochs or checkpoints, each
+            with `x`, `y`, a `label` written beside it, and optionally intervals.
         x_label, y_label, title (`str`, *optional*): Texts.
 
     Raises:
@@ -73,57 +50,86 @@ def plot_tradeoff(
     """
     _check_points(points, ("label", "x", "y"))
     _check_points(curve, ("x", "y", "alpha"), least=0)
-    figure = _new_figure(6.4, 4.4)
+    for name, steps in (curves or {}).items():
+        _check_points(steps, ("label", "x", "y"), where=f" of the curve {name!r}")
+    figure = new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
     axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
-    for index, point in enumerate(points):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
-        where = (100 * point["x"], 100 * point["y"])
-        axes.errorbar(*where, **bars, fmt=marker, ms=7, color=colour, mec="white", mew=0.8, elinewidth=1.3, capsize=3,
-                      zorder=3, label=point["label"])  # fmt: skip
+    series = {label: index for index, label in enumerate(dict.fromkeys(point["label"] for point in points))}
+    for point in points:
+        index = series[point["label"]]
+        _draw_point(axes, point, COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], ms=7)
     if curve:
-        xs, ys = ([100 * point[name] for point in curve] for name in "xy")
-        axes.plot(xs, ys, color="#93a3bd", lw=1.6, marker=".", ms=6, zorder=1, label="weights between, α (WiSE-FT)")
-        for point in curve[1:-1]:
-            where = (100 * point["x"], 100 * point["y"])
-            axes.annotate(
-                f"{point['alpha']:g}",
-                where,
-                (-9, -9),
-                textcoords="offset points",
-                ha="center",
-                fontsize=7,
-                color=QUIET,
-            )
+        between = [
+            {**point, "label": f"{point['alpha']:g}" if 0 < place < len(curve) - 1 else ""}
+            for place, point in enumerate(curve)
+        ]
+        _draw_curve(axes, between, "#93a3bd", "weights between, α (WiSE-FT)")
+    for index, (name, steps) in enumerate((curves or {}).items(), start=len(series)):
+        _draw_curve(axes, steps, COLOURS[1 + (index - 1) % (len(COLOURS) - 1)], name)
+    handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     axes.margins(0.12)
+    widest = max(map(len, handles))
     axes.legend(
+        handles.values(),
+        handles,
         frameon=False,
         fontsize=9,
         loc="upper center",
         bbox_to_anchor=(0.5, -0.16),
-        ncols=min(4, len(points) + bool(curve)),
+        ncols=max(1, min(4, len(handles), 80 // (widest + 4))),
     )
     axes.tick_params(labelsize=8, colors=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.set_title(title or "", loc="left", color=INK, fontsize=11)
-    axes.grid(color="#e6e8ee", lw=0.7)
+    axes.grid(color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _check_points(points: Sequence[Mapping[str, Any]], keys: Sequence[str], least: int = 1) -> None:
+def _draw_point(axes: Any, point: Mapping[str, Any], colour: str, **style: Any) -> None:
+    bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
+    where = (100 * point["x"], 100 * point["y"])
+    style = {
+        "mec": "white",
+        "mew": 0.8,
+        "elinewidth": 1.3,
+        "capsize": 3,
+        "zorder": 3,
+        "ls": "",
+        "label": point["label"],
+        **style,
+    }
+    axes.errorbar(*where, **bars, color=colour, **style)
+
+
+def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
+    """A line with a dot at every point, and the point's label beside it, on the side that the line does not take."""
+    xs, ys = ([100 * step[axis] for step in steps] for axis in "xy")
+    axes.plot(xs, ys, color=colour, lw=1.6, marker=".", ms=6, zorder=1, label=name)
+    for place, step in enumerate(steps):
+        if any(step.get(f"{axis}_interval") for axis in "xy"):
+            _draw_point(axes, {**step, "label": None}, colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
+        before, after = max(0, place - 1), min(len(steps) - 1, place + 1)
+        falls = (xs[after] - xs[before]) * (ys[after] - ys[before]) < 0
+        axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points", ha="center",
+                      va="center", fontsize=7, color=QUIET)  # fmt: skip
+
+
+def _check_points(points: Sequence[Mapping[str, Any]], keys: Sequence[str], least: int = 1, where: str = "") -> None:
     if len(points) < least:
-        raise ValueError(f"Expected at least {least} point to draw, got none.")
+        raise ValueError(f"Expected at least {least} point to draw{where}, got none.")
     for index, point in enumerate(points):
         missing = [key for key in keys if key not in point]
         if missing:
-            raise ValueError(f"Expected the keys {list(keys)} in every point, got {sorted(point)} in point {index}.")
+            raise ValueError(
+                f"Expected the keys {list(keys)} in every point, got {sorted(point)} in point {index}{where}."
+            )
         if not np.isfinite([point["x"], point["y"]]).all():
-            raise ValueError(f"Expected finite numbers, got x={point['x']}, y={point['y']} in point {index}.")
+            raise ValueError(f"Expected finite numbers, got x={point['x']}, y={point['y']} in point {index}{where}.")
 
 
 def plot_region_attention(
@@ -169,7 +175,7 @@ def plot_region_attention(
     if attention is not None and len(tokens) != len(attention):
         raise ValueError(f"Expected {len(attention)} tokens, one per row of token_attention, got {len(tokens)}.")
 
-    figure = _new_figure(4.6 if attention is None else 5.2 + 0.45 * regions + 1.2, 4.9)
+    figure = new_figure(4.6 if attention is None else 5.2 + 0.45 * regions + 1.2, 4.9)
     if attention is None:
         axes = figure.add_subplot()
     else:
@@ -177,7 +183,7 @@ def plot_region_attention(
         _draw_attention(figure, beside, attention, tokens)
     _draw_regions(axes, image, boxes, weights)
     figure.suptitle(textwrap.fill(caption, 48 if attention is None else 80), fontsize=10, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: np.ndarray) -> None:
@@ -240,7 +246,7 @@ def plot_growth(
             raise ValueError(
                 f"Expected positive, finite sizes and costs in the series {label!r}, got {values.tolist()}."
             )
-    figure = _new_figure(6.8, 4.8)
+    figure = new_figure(6.8, 4.8)
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     colours = COLOURS[1:]  # grey is the anchor's
@@ -266,4 +272,4 @@ def plot_growth(
     axes.legend(fontsize=8, frameon=False)
     if title:
         axes.set_title(title, fontsize=11, color=INK)
-    _save(figure, path)
+    save_figure(figure, path)

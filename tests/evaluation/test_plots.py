@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_dclip.evaluation import plots
+from modeling_dclip.evaluation import figures as figures_module
+from modeling_dclip.evaluation import plots, report_plots
 from modeling_dclip.evaluation.plots import plot_growth, plot_region_attention, plot_tradeoff
 
 POINTS = [
@@ -25,13 +26,14 @@ BOXES = [[5, 5, 25, 30], [30, 10, 55, 35]]
 def figures(monkeypatch):
     """The figures drawn, in order."""
     drawn = []
-    original = plots._save
+    original = plots.save_figure
 
     def save(figure, path):
         drawn.append(figure)
         original(figure, path)
 
-    monkeypatch.setattr(plots, "_save", save)
+    for module in (plots, report_plots):
+        monkeypatch.setattr(module, "save_figure", save)
     return drawn
 
 
@@ -137,8 +139,9 @@ def test_without_matplotlib_the_extra_is_named(tmp_path, monkeypatch):
         plot_tradeoff(POINTS, tmp_path / "a.png")
 
 
-def test_matplotlib_is_imported_only_to_draw():
-    body = ast.parse(Path(plots.__file__).read_text(encoding="utf-8")).body
+@pytest.mark.parametrize("module", [plots, report_plots, figures_module], ids=lambda module: module.__name__)
+def test_matplotlib_is_imported_only_to_draw(module):
+    body = ast.parse(Path(module.__file__).read_text(encoding="utf-8")).body
     imports = [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
     assert imports and not any("matplotlib" in ast.unparse(node) for node in imports)
 
