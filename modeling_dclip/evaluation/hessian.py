@@ -1,0 +1,267 @@
+"""How curved a checkpoint's loss is: the largest eigenvalues of its Hessian, and the smallest, on fixed batches of captioned images.
+
+The loss is CLIP's: cross-entropy of an image's own caption among those of its batch, and the other way round, averaged over batches. Every
+batch holds different images with one caption each.
+
+What the numbers depend on, and so has to be equal where models are compared: the images and captions, the number of **pairs a batch** (a
+caption competes with those of its batch), the **temperature** (the model's own unless given; sharper is more curved), the tower, and how
+the model is parameterised (the same function with layers scaled up and down against each other has another Hessian). Models are in eval
+mode: BatchNorm uses its stored statistics, nothing is dropped.
+
+Products with the Hessian come from differentiating twice, through the plain form of attention: the fused ones have no second derivative.
+DM-CLIP's selective scan has its own. Memory: `(steps + 2)` times the parameters of the tower for Lanczos, and the graph of one batch's
+gradient, two to three times what a training step of that batch needs.
+
+Sources: "How Do Vision Transformers Work?", arXiv 2202.06709, reads the loss surface of image encoders off the Hessian's eigenvalues, the
+negative ones too; products with the Hessian, Pearlmutter 1994, "Fast exact multiplication by the Hessian". The poster of DM-CLIP says that
+Mamba's surface is hard and gives no number.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from modeling_dclip.data.pixels import PixelReader
+from modeling_dclip.evaluation.lanczos import lanczos, spectral_density
+
+TOWERS = ("image", "text", "all")
+
+
+class PairBatch(NamedTuple):
+    """One batch of B images with one caption each: `pixel_values` (B, 3, H, W); `input_ids`, `attention_mask` (B, T)."""
+
+    pixel_values: torch.Tensor
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor
+
+
+def draw_batches(
+    processor: Any, dataset: Dataset, *, batches: int, pairs: int, max_length: int, seed: int = 0
+) -> list[PairBatch]:
+    """Draw batches of different images, one caption each.
+
+    Args:
+        processor: The model's, with `image_processor` and `tokenizer`.
+        dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`.
+        batches, pairs (`int`): How many, and of how many images, 2 or more.
+        max_length (`int`): Tokens of a text, at most.
+        seed (`int`, *optional*, defaults to 0): Decides images, captions and their order.
+
+    Returns:
+        `list[PairBatch]`: On the CPU.
+
+    Raises:
+        ValueError: If there are fewer images than asked for, a batch has fewer than two, or an image or a caption is bad, naming it.
+    """
+    needed = batches * pairs
+    if batches < 1 or pairs < 2 or needed > len(dataset):
+        raise ValueError(
+            f"Expected one or more batches of two or more images, together at most the dataset's {len(dataset)}, got {batches} of "
+            f"{pairs}. Lower them or give more images."
+        )
+    generator = np.random.default_rng(seed)
+    dataset = dataset.select(generator.permutation(len(dataset))[:needed])
+    texts = []
+    for image_id, captions in zip(dataset["image_id"], dataset["captions"], strict=True):
+        if not captions or not all(caption and caption.strip() for caption in captions):
+            raise ValueError(
+                f"Expected non-empty captions for image_id {image_id!r}, got {captions!r}. Remove the image."
+            )
+        texts.append(captions[generator.integers(len(captions))])
+    reader = PixelReader(dataset, processor.image_processor, cache_mib=0)
+    drawn = []
+    for start in range(0, needed, pairs):
+        rows = np.arange(start, start + pairs)
+        tokens = processor.tokenizer(
+            texts[start : start + pairs],
+            padding=True,
+            truncation=True,
+            max_length=max_length,
+            return_tensors="pt",
+        )
+        drawn.append(PairBatch(reader.read(rows), tokens["input_ids"], tokens["attention_mask"]))
+    return drawn
+
+
+def _image_embeds(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
+    output = model.get_image_features(pixel_values=batch.pixel_values.to(next(model.parameters()).dtype))
+    return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+
+
+def _text_embeds(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
+    output = model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
+    return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+
+
+class ContrastiveLoss:
+    """A model's contrastive loss on fixed batches as a function of one tower's parameters: its value, and products with its Hessian.
+
+    What the tower does not change is computed once. The model is read, not changed, but for `requires_grad` and its mode: use it inside
+    [`frozen_but`] or on a model of one's own.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder, in eval mode, on the device to use, float32 or float64.
+        batches (`Sequence[PairBatch]`): On that device.
+        tower (`str`): `"image"` or `"text"`, what an image's or a text's embedding depends on; `"all"`, every parameter.
+        temperature (`float`, *optional*): > 0; the model's own if not given.
+
+    Raises:
+        ValueError: If the tower is unknown, the temperature is not > 0, or there is none and no `logit_scale` either.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, batches: Sequence[PairBatch], tower: str, temperature: float | None = None
+    ):
+        if tower not in TOWERS:
+            raise ValueError(f"Expected one of {TOWERS} as the tower, got {tower!r}.")
+        if temperature is None and getattr(model, "logit_scale", None) is None:
+            raise ValueError(f"Expected a temperature, since {type(model).__name__} has no logit_scale. Give one.")
+        if temperature is not None and temperature <= 0:
+            raise ValueError(f"Expected a temperature > 0, got {temperature}.")
+        self.model, self.batches, self.tower, self.temperature = model, batches, tower, temperature
+        self.parameters = self._parameters()
+        self.fixed: list[torch.Tensor] | None = None
+        if tower != "all":
+            embed = _text_embeds if tower == "image" else _image_embeds
+            with torch.no_grad():
+                self.fixed = [embed(model, batch) for batch in batches]
+
+    @property
+    def size(self) -> int:
+        """How many numbers the parameters are."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        """Those the loss is a function of, by following an embedding back: no names of modules are needed."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.is_floating_point()]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        if self.tower != "all":
+            embed = _image_embeds if self.tower == "image" else _text_embeds
+            one = PairBatch(*(tensor[:1] for tensor in self.batches[0]))
+            with sdpa_kernel(SDPBackend.MATH):
+                found = torch.autograd.grad(embed(self.model, one).sum(), parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, found, strict=True):
+                parameter.requires_grad_(gradient is not None)
+        return [parameter for parameter in parameters if parameter.requires_grad]
+
+    def of_batch(self, index: int) -> torch.Tensor:
+        """The loss of one batch, `()`."""
+        batch = self.batches[index]
+        images = self.fixed[index] if self.tower == "text" else _image_embeds(self.model, batch)
+        texts = self.fixed[index] if self.tower == "image" else _text_embeds(self.model, batch)
+        scale = 1 / self.temperature if self.temperature is not None else self.model.logit_scale.exp()
+        logits = images @ texts.T * scale  # in the model's own precision, for second derivatives need it
+        labels = torch.arange(len(logits), device=logits.device)
+        return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+    @torch.no_grad()
+    def value(self) -> float:
+        """The loss, in nats."""
+        return sum(float(self.of_batch(index)) for index in range(len(self.batches))) / len(self.batches)
+
+    def hessian_product(self, vector: torch.Tensor) -> torch.Tensor:
+        """The Hessian times a vector `(size,)`, in the vector's type and place."""
+        shares = vector.split([parameter.numel() for parameter in self.parameters])
+        directions = [
+            share.view_as(parameter).to(parameter.dtype)
+            for share, parameter in zip(shares, self.parameters, strict=True)
+        ]
+        total = torch.zeros_like(vector)
+        for index in range(len(self.batches)):
+            with sdpa_kernel(SDPBackend.MATH):
+                loss = self.of_batch(index)
+                gradients = torch.autograd.grad(loss, self.parameters, create_graph=True, materialize_grads=True)
+                slope = sum((one * way).sum() for one, way in zip(gradients, directions, strict=True))
+                products = torch.autograd.grad(slope, self.parameters, materialize_grads=True)
+            total += torch.cat([product.flatten().to(vector.dtype) for product in products])
+        return total / len(self.batches)
+
+
+@contextmanager
+def frozen_but(model: torch.nn.Module) -> Iterator[None]:
+    """Give a model back as it came: its mode, and which parameters take a gradient."""
+    training, flags = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        model.train(training)
+        for parameter, flag in zip(model.parameters(), flags, strict=True):
+            parameter.requires_grad_(flag)
+
+
+def evaluate_hessian(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: Dataset,
+    *,
+    k: int = 5,
+    steps: int = 40,
+    batches: int = 4,
+    pairs: int = 64,
+    tower: str = "image",
+    temperature: float | None = None,
+    tolerance: float = 0.01,
+    probes: int = 0,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    num_workers: int = 0,
+) -> dict[str, Any]:
+    """Measure the ends of the Hessian's spectrum; see the module's text for what the numbers depend on.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder, in float32 or float64. Comes back as it was.
+        processor: The model's, with `image_processor` and `tokenizer`.
+        dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`; `batches * pairs` images are drawn from it.
+        k (`int`, *optional*, defaults to 5): How many of the largest eigenvalues.
+        steps (`int`, *optional*, defaults to 40): Of Lanczos, at most: one product with the Hessian each, over all batches.
+        batches, pairs (`int`, *optional*, default to 4 and 64): The loss is the mean over so many batches of so many pairs.
+        tower (`str`, *optional*, defaults to `"image"`): `"image"`, `"text"` or `"all"`, where `logit_scale` is a parameter too.
+        temperature (`float`, *optional*): Of the loss; the model's own if not given.
+        tolerance (`float`, *optional*, defaults to 0.01): Stop once each number is sure to so much of the largest magnitude.
+        probes (`int`, *optional*, defaults to 0): Runs of all `steps` from other start vectors, for the spectral density.
+        seed (`int`, *optional*, defaults to 0): Of images, captions and start vectors.
+        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
+        batch_size, num_workers (`int`, *optional*): Moot: no number may depend on them. Taken for likeness with other benchmarks.
+
+    Returns:
+        `dict[str, Any]`: `hessian_eigenvalue_1` (the largest) to `hessian_eigenvalue_<k>`, `hessian_eigenvalue_min` (negative where the loss
+        is not convex), `contrastive_loss` (of these batches, in nats), `n` images, `n_captions`. Further `residuals` (in the order
+        of the eigenvalues: within this distance of each lies an eigenvalue), `parameters` (`int`), `steps` (`int`, those made), and
+        with probes `density` (`eigenvalues` and `density`, lists). `outcomes` is empty: no metric is a mean over images.
+
+    Raises:
+        ValueError: As in [`draw_batches`], [`ContrastiveLoss`] and [`~modeling_dclip.evaluation.lanczos.lanczos`]; also if a model is in
+            half precision, whose second derivatives are noise.
+    """
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    dtype = next(model.parameters()).dtype
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"Expected a model in float32 or float64, got {dtype}. Load it with dtype=torch.float32.")
+    text_config = getattr(getattr(model, "config", None), "text_config", None)
+    longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 1 << 30))
+    drawn = draw_batches(processor, dataset, batches=batches, pairs=pairs, max_length=longest, seed=seed)
+    drawn = [PairBatch(*(tensor.to(device) for tensor in batch)) for batch in drawn]
+    with frozen_but(model):
+        loss = ContrastiveLoss(model.to(device).eval(), drawn, tower, temperature)
+        options = {"steps": steps, "k": k, "device": device, "dtype": dtype}
+        found = lanczos(loss.hessian_product, loss.size, tolerance=tolerance, seed=seed, **options)
+        runs = [lanczos(loss.hessian_product, loss.size, seed=seed + 1 + probe, **options) for probe in range(probes)]
+        value, size = loss.value(), loss.size
+    kept = min(k, len(found.values))
+    result: dict[str, Any] = {f"hessian_eigenvalue_{i + 1}": float(found.values[i]) for i in range(kept)}
+    result |= {"hessian_eigenvalue_min": float(found.values[-1]), "contrastive_loss": value}
+    result |= {"n": batches * pairs, "n_captions": batches * pairs, "parameters": size}
+    result |= {"steps": len(found.values), "outcomes": {}}
+    result["residuals"] = [*found.residuals[:kept].tolist(), float(found.residuals[-1])]
+    if runs:
+        eigenvalues, density = spectral_density(runs)
+        result["density"] = {"eigenvalues": eigenvalues.tolist(), "density": density.tolist()}
+    return result
