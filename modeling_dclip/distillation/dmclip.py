@@ -1,19 +1,32 @@
-"""Make a DM-CLIP about to train: from scratch, around a pretrained text tower, or from a checkpoint.
+"""Make a DM-CLIP about to train: from scratch, around pretrained towers, or from a checkpoint.
 
 Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; "MobileCLIP", arXiv 2311.17049 [MC]; PAPERS.md.
 """
 
+import logging
 from dataclasses import fields
 from typing import Any
 
 import torch
-from transformers import CLIPImageProcessorPil
+from transformers import CLIPImageProcessorPil, PreTrainedConfig
+from transformers.utils import has_file
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
 from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
-from modeling_dclip.modeling_dmclip import DMCLIPModel
+from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
+
+logger = logging.getLogger(__name__)
+
+# What a field of the section may name, by the model_type in its config.
+_STARTS = {
+    "model": (DMCLIPConfig,),
+    "vision_model": (DMCLIPConfig, DMCLIPVisionConfig),
+    "text_model": (DMCLIPConfig, DMCLIPTextConfig),
+}
+_PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
+_HEAD = "projection."  # of the image encoder; the rest of its keys are its backbone
 
 # What the section has a field of its own for, or the tokenizer decides.
 _SET_ELSEWHERE = {
@@ -36,7 +49,37 @@ def _check_fields(name: str, given: dict[str, Any], config_class: type) -> None:
         )
 
 
+def check_starts(args: DMCLIPArguments) -> None:
+    """See by their configs alone whether `model`, `vision_model` and `text_model` are what their fields may name.
+
+    Args:
+        args ([`DMCLIPArguments`]): What is named.
+
+    Raises:
+        OSError: If there is no config in a folder or under a Hub id.
+        ValueError: If it is another model's, or that of an image encoder whose norms are folded away.
+    """
+    for name, kinds in _STARTS.items():
+        if (path := getattr(args, name)) is None:
+            continue
+        stored = PreTrainedConfig.get_config_dict(path)[0]
+        if stored.get("model_type") not in (expected := [kind.model_type for kind in kinds]):
+            raise ValueError(
+                f"dmclip.{name}: expected the model_type {' or '.join(expected)} in the config of {path!r}, got "
+                f"{stored.get('model_type')!r}. Published MambaVision and MobileCLIP checkpoints are made ready by "
+                "`python -m modeling_dclip.hub.convert`."
+            )
+        if name != "text_model" and DMCLIPVisionConfig.from_pretrained(path).batch_norm_folded:
+            raise ValueError(
+                f"dmclip.{name}: expected an image encoder with its BatchNorms, got {path!r}, where fuse() folded them into the weights "
+                "for inference. Name what it was made from."
+            )
+
+
 def _vision_config(args: DMCLIPArguments) -> DMCLIPVisionConfig:
+    if args.vision_model is not None:
+        config = DMCLIPVisionConfig.from_pretrained(args.vision_model)
+        return config if args.image_size in (None, config.image_size) else config.for_image_size(args.image_size)
     _check_fields("vision_config", args.vision_config, DMCLIPVisionConfig)
     config = DMCLIPVisionConfig(**{**DMCLIP_PRESETS[args.preset], **args.vision_config, "image_size": args.image_size})
     return config if "window_sizes" in args.vision_config else config.for_image_size(args.image_size)
@@ -61,61 +104,122 @@ def build_dmclip(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DC
     """A DM-CLIP about to train, in float32, and its processor.
 
     Args:
-        args ([`DMCLIPArguments`]): From scratch by `preset`, `vision_config`, `text_config`; with `text_model` around a pretrained text
-            tower; with `model` a whole checkpoint. The draw of weights is torch's: seed before.
+        args ([`DMCLIPArguments`]): From scratch by `preset`, `vision_config`, `text_config`; with `vision_model` or `text_model` around a
+            pretrained tower, or both; with `model` a whole checkpoint. The draw of weights is torch's: seed before. A pretrained image
+            encoder keeps its projection where it has the wanted width, else a new one is drawn, and that is logged.
         tokenizer (`CLIPTokenizer`): Decides vocabulary, special tokens and length of a text tower that is made.
 
     Returns:
-        `tuple[DMCLIPModel, DCLIPProcessor]`: The processor of a checkpoint is its own, at the size it trains at, with this tokenizer.
+        `tuple[DMCLIPModel, DCLIPProcessor]`: The processor of [`find_image_processor`] with this tokenizer.
 
     Raises:
-        ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's, or the tokenizer
-            does not fit the text tower.
+        ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's, what is named is
+            another model's or lacks weights, or the tokenizer does not fit the text tower.
     """
-    if args.model is not None:
-        model, processor = _load_checkpoint(args, tokenizer)
-    else:
-        model, processor = (
-            _make_model(args, tokenizer),
-            DCLIPProcessor(CLIPImageProcessorPil(**_sizes(args.image_size)), tokenizer),
-        )
+    check_starts(args)
+    model = _make_model(args, tokenizer) if args.model is None else _load_checkpoint(args)
     _check_tokenizer(tokenizer, model.config.text_config)
-    return model, processor
+    return model, DCLIPProcessor(find_image_processor(args), tokenizer)
 
 
 def find_image_size(args: DMCLIPArguments) -> int:
-    """Pixels a side that a DM-CLIP will train at: those given, else those of the checkpoint."""
-    return args.image_size or DMCLIPConfig.from_pretrained(args.model).vision_config.image_size
+    """Pixels a side that a DM-CLIP will train at: those given, else those of the checkpoint or the image encoder."""
+    return args.image_size or DMCLIPVisionConfig.from_pretrained(args.model or args.vision_model).image_size
 
 
-def _load_checkpoint(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DCLIPProcessor]:
+def find_image_processor(args: DMCLIPArguments) -> CLIPImageProcessorPil:
+    """How images become pixels: as for the checkpoint or the image encoder where its folder says so, else as for CLIP.
+
+    Args:
+        args ([`DMCLIPArguments`]): What is named.
+
+    Returns:
+        `CLIPImageProcessorPil`: At the size the model trains at.
+    """
+    source, side = args.model or args.vision_model, find_image_size(args)
+    if source is None:
+        return CLIPImageProcessorPil(**_sizes(side))
+    if not any(has_file(source, name) for name in _PREPROCESSING):
+        logger.warning("dmclip: no %s in %r, images are normalised as CLIP's", _PREPROCESSING[0], source)
+        return CLIPImageProcessorPil(**_sizes(side))
+    if args.model is not None:
+        image_processor = DCLIPProcessor.from_pretrained(args.model).image_processor
+    else:
+        image_processor = CLIPImageProcessorPil.from_pretrained(args.vision_model)
+    if image_processor.crop_size["height"] == image_processor.crop_size["width"] == side:
+        return image_processor
+    return CLIPImageProcessorPil.from_dict(image_processor.to_dict() | _sizes(side))
+
+
+def _load_checkpoint(args: DMCLIPArguments) -> DMCLIPModel:
     config = DMCLIPConfig.from_pretrained(args.model)
     _check_projection(args, config.projection_dim, f"model {args.model!r}")
-    image_processor = DCLIPProcessor.from_pretrained(args.model).image_processor
     if args.image_size not in (None, config.vision_config.image_size):
         config.vision_config = config.vision_config.for_image_size(args.image_size)
-        image_processor = CLIPImageProcessorPil.from_dict(image_processor.to_dict() | _sizes(args.image_size))
     config.freeze_text = args.freeze_text
-    model = DMCLIPModel.from_pretrained(args.model, config=config, dtype=torch.float32)
-    return model, DCLIPProcessor(image_processor, tokenizer)
+    return _load(DMCLIPModel, args.model, "model", config=config)[0]
 
 
 def _make_model(args: DMCLIPArguments, tokenizer: Any) -> DMCLIPModel:
-    text, text_config, projection_dim = None, _text_config(args, tokenizer), args.projection_dim
+    text, text_config, vision_config = None, _text_config(args, tokenizer), _vision_config(args)
+    projection_dim = args.projection_dim or (vision_config.projection_dim if _is_dual(args.vision_model) else 512)
     if args.text_model is not None:
-        text = DMCLIPTextModel.from_pretrained(args.text_model, dtype=torch.float32)
+        text, _ = _load(DMCLIPTextModel, args.text_model, "text_model")
         text_config, projection_dim = text.config, text.config.projection_dim
         _check_projection(args, projection_dim, f"text_model {args.text_model!r}")
     config = DMCLIPConfig(
         text_config=text_config,
-        vision_config=_vision_config(args),
+        vision_config=vision_config,
         projection_dim=projection_dim,
         freeze_text=args.freeze_text,
     )
     model = DMCLIPModel(config)
     if text is not None:
         model.text_model.load_state_dict(text.state_dict())
+    if args.vision_model is not None:
+        _take_vision_weights(model.vision_model, args.vision_model)
     return model
+
+
+def _is_dual(path: str | None) -> bool:
+    """Whether its projection leads into a space that texts share, unlike that of an image encoder alone, often a classifier."""
+    return path is not None and PreTrainedConfig.get_config_dict(path)[0]["model_type"] == DMCLIPConfig.model_type
+
+
+def _take_vision_weights(vision_model: DMCLIPVisionModel, path: str) -> None:
+    """All weights of a pretrained image encoder, but for a projection of another width, which stays as it was drawn."""
+    loaded, lacking = _load(DMCLIPVisionModel, path, "vision_model", may_lack=_HEAD)
+    weights, width, stored = loaded.state_dict(), vision_model.config.projection_dim, loaded.config.projection_dim
+    if lacking or stored != width:
+        found = "none" if lacking else f"one to {stored}"
+        logger.info(
+            "dmclip: drew a new projection to %d, for %r has %s; every other weight is its", width, path, found
+        )
+        own = vision_model.state_dict()
+        weights |= {name: tensor for name, tensor in own.items() if name.startswith(_HEAD)}
+    vision_model.load_state_dict(weights)
+
+
+def _load(
+    model_class: type, path: str, name: str, may_lack: str | None = None, config: Any = None
+) -> tuple[Any, list[str]]:
+    """A model in float32 with every weight from its folder, and those of the layer that it may lack which it does."""
+    options = {} if config is None else {"config": config}
+    model, found = model_class.from_pretrained(
+        path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
+    lacking = [key for key in sorted(found["missing_keys"]) if may_lack is not None and key.startswith(may_lack)]
+    wrong = {
+        "missing": sorted(set(found["missing_keys"]) - set(lacking)),
+        "left over": sorted(found["unexpected_keys"]),
+        "of another shape": sorted(key for key, *_ in found["mismatched_keys"]),
+    }
+    if told := [f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys]:
+        raise ValueError(
+            f"dmclip.{name}: expected in {path!r} the weights that its config tells of, got {'; '.join(told)}. It is damaged, or the config "
+            "is another model's."
+        )
+    return model, lacking
 
 
 def _sizes(side: int) -> dict[str, dict[str, int]]:

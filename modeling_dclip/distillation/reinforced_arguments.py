@@ -61,16 +61,24 @@ class DMCLIPArguments(StageTrainingArguments):
     model: str | None = _help(
         "A DM-CLIP checkpoint to go on from, folder or Hub id. By default one is made from scratch."
     )
-    preset: Literal["T", "T2", "S", "B", "L"] | None = _help("Size of the image encoder; T unless a model is named.")
+    preset: Literal["T", "T2", "S", "B", "L"] | None = _help(
+        "Size of the image encoder; T unless model or vision_model is named."
+    )
     vision_config: dict[str, Any] | str | None = _help("Fields of DMCLIPVisionConfig, over the preset's.", "{}")
     text_config: dict[str, Any] | str | None = _help(
         "Fields of DMCLIPTextConfig; vocabulary, special tokens and length come from the tokenizer.", "{}"
     )
-    projection_dim: int | None = _help("Width of the shared space; that of model or text_model, else 512.")
+    projection_dim: int | None = _help(
+        "Width of the shared space; that of model, text_model or a whole DM-CLIP in vision_model, else 512."
+    )
     image_size: int | None = _help(
-        "Pixels a side; that of model, else 256. Windows are chosen to divide the maps unless vision_config names them."
+        "Pixels a side; that of model or vision_model, else 256. Windows are chosen to divide the maps unless vision_config names them."
     )
     tokenizer: str | None = _help("Folder or Hub id. By default that of clip_model.")
+    vision_model: str | None = _help(
+        "A pretrained image encoder to start from, with its preprocessing: folder or Hub id of a DM-CLIP or of its image encoder, such as "
+        "hub.convert makes of MambaVision. A projection of another width is drawn anew."
+    )
     text_model: str | None = _help(
         "A pretrained text tower to start from: folder or Hub id of a DM-CLIP or of its text tower."
     )
@@ -141,15 +149,20 @@ class DMCLIPArguments(StageTrainingArguments):
         self._count_steps()
 
     def _resolve_architecture(self) -> None:
-        """Defaults of what is made; a checkpoint knows its own."""
-        if self.model is None:
-            self.preset, self.image_size = self.preset or "T", self.image_size or 256
-            if self.text_model is None:
-                self.projection_dim = self.projection_dim or 512
-        elif self.text_model is not None or self.preset or self.vision_config or self.text_config:
+        """Defaults of what is made; what is pretrained knows its own."""
+        if self.vision_model is not None and (self.preset or self.vision_config):
             raise ValueError(
-                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, or text_model, "
-                "preset, vision_config and text_config."
+                f"vision_model: expected no preset and no vision_config beside {self.vision_model!r}, which has its own architecture."
+            )
+        if self.model is None:
+            if self.vision_model is None:
+                self.preset, self.image_size = self.preset or "T", self.image_size or 256
+                if self.text_model is None:
+                    self.projection_dim = self.projection_dim or 512
+        elif self.vision_model or self.text_model or self.preset or self.vision_config or self.text_config:
+            raise ValueError(
+                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, or vision_model, "
+                "text_model, preset, vision_config and text_config."
             )
 
     def _count_steps(self) -> None:

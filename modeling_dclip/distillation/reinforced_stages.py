@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModel, AutoTokenizer, set_seed
@@ -19,7 +20,7 @@ from modeling_dclip.data.reinforced_writer import write_reinforced
 from modeling_dclip.data.stored_augmentations import AugmentationSettings
 from modeling_dclip.data.teacher_features import fingerprint_model
 from modeling_dclip.distillation.arguments import deciding_fields
-from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
+from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_image_processor, find_image_size
 from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
 from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
 from modeling_dclip.distillation.run import Run
@@ -33,6 +34,7 @@ SHARDS_NAME = "shards"  # inside the stage's folder, whose record must not lie a
 def reinforce(run: Run) -> None:
     """Let the teachers speak once about augmented images and captions, and write it down beside them."""
     recipe, args = run.recipe, run.recipe.reinforce
+    check_starts(recipe.dmclip)  # whose size it may take
     names = args.teachers or [run.clip_path]
     device = PartialState().device
     specs = [PRESETS.get(name, name) for name in names]
@@ -94,10 +96,9 @@ def train_dmclip(run: Run) -> None:
             f"No {INDEX_NAME} in '{shards}': run the stage 'reinforce' first, or name dmclip.train_shards."
         )
     check_shards(args, shards)
+    check_starts(args)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model or run.clip_path)
-    named = {"model": args.model, "text_model": args.text_model}
-    models = {name: fingerprint_model(AutoModel.from_pretrained(path)) for name, path in named.items() if path}
-    keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **models}
+    keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **_model_keys(run)}
     record = run.record("dmclip", {"arguments": deciding_fields(args), **keys})
     if record.finished:
         return
@@ -155,6 +156,32 @@ def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> Reinfor
         samples_per_epoch=args.samples_per_epoch,
         on_bad_sample=args.on_bad_sample,
     )
+
+
+def _model_keys(run: Run) -> dict[str, Any]:
+    """Keys of the pretrained weights that are named, and how images are normalised for them."""
+    args, keys = run.recipe.dmclip, {}
+    for name in ("model", "vision_model", "text_model"):
+        if (path := getattr(args, name)) is not None:
+            keys[name] = _model_key(path, run.shared.fingerprints)
+    if args.model or args.vision_model:
+        image_processor = find_image_processor(args)
+        keys["normalisation"] = [list(image_processor.image_mean), list(image_processor.image_std)]
+    return keys
+
+
+def _model_key(path: str, known: dict[str, str]) -> str:
+    """A key of a folder's or a Hub id's weights, which are read once for all arms and seeds, and again if a file changes between them."""
+    files = sorted(file for file in Path(path).iterdir() if file.is_file()) if Path(path).is_dir() else []
+    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    read = json.dumps(["weights", path, states])
+    if read not in known:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # an encoder without a head gets one here: the same one, or the key would never recur
+            torch.manual_seed(0)
+            known[read] = fingerprint_model(AutoModel.from_pretrained(path))
+    return known[read]
 
 
 def _shards_key(shards: str) -> str:
