@@ -5,8 +5,11 @@
 
 MobileCLIP-S1's encoder (FastViT MCi1) comes from timm: `pip install --no-deps --target /tmp/timm_bench timm`. It is measured
 as it trains and reparameterised, as it is meant to run; the second is the honest rival. Ours has windows that divide its map
-unless a form says `published_windows`. A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded
-in), `published_windows`, `bf16`, `compiled`, `onnx`. Each is compared with the eager one in output.
+unless a form says `published_windows`. The published MambaVision's own code is measured as `published_mambavision_*`, from a
+folder given as `--published_package`, with the weights of ours (see published_mambavision.py).
+
+A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded in), `published_windows`, `bf16`,
+`compiled`, `onnx`, and for published code `our_scan`. Each is compared with the eager one in output.
 
 Weights are random, statistics and gains made uneven so that a form that lost one would be seen. A cell is an image size (or
 `native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over rounds. With one
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from published_mambavision import PUBLISHED, PublishedEncoder, import_published
 from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, HfArgumentParser
 
@@ -43,8 +47,8 @@ from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 OURS = {f"dmclip_{name.lower()}": preset for name, preset in DMCLIP_PRESETS.items()}
 S1_FORMS = ("mobileclip_s1_train_form", "mobileclip_s1_reparameterised")
 VIT_PATCHES = {"clip_vitb16": 16, "clip_vitb32": 32}
-NATIVE_SIZES = {**dict.fromkeys([*OURS, *VIT_PATCHES], 224), **dict.fromkeys(S1_FORMS, 256)}
-FORMS = ("published_windows", "fused", "bf16", "compiled", "onnx")
+NATIVE_SIZES = {**dict.fromkeys([*OURS, *PUBLISHED, *VIT_PATCHES], 224), **dict.fromkeys(S1_FORMS, 256)}
+FORMS = ("published_windows", "fused", "bf16", "compiled", "onnx", "our_scan")
 DEFAULT_ENCODERS = (
     "dmclip_t",
     "dmclip_b",
@@ -61,7 +65,13 @@ DEFAULT_ENCODERS = (
     "dmclip_b:published_windows@256@1",
 )
 SCAN_FLOPS = 9  # for each position, channel and state: the usual count
-TARGETS = {"cpu": {"dmclip_t": (0.9, None)}, "cuda": {"dmclip_t": (0.75, 0.4), "dmclip_b": (1.0, 0.5)}}
+TARGETS = {  # by device and encoder: the largest ratio to a rival
+    "cpu": {"dmclip_t": {S1_FORMS[1]: 0.9}, "dmclip_b": {"published_mambavision_b": 1.0}},
+    "cuda": {
+        "dmclip_t": {S1_FORMS[1]: 0.75, S1_FORMS[0]: 0.4},
+        "dmclip_b": {S1_FORMS[1]: 1.0, S1_FORMS[0]: 0.5, "published_mambavision_b": 1.0},
+    },
+}
 
 
 @dataclass
@@ -84,18 +94,27 @@ class BenchmarkArguments:
     changes: str = field(
         default="auto", metadata={"help": "Made to every encoder: as in a form; auto is none on cpu, bf16+compiled on cuda."}
     )  # fmt: skip
+    published_package: str | None = field(
+        default=None, metadata={"help": "Folder that the package mambavision was fetched to; see published_mambavision.py."}
+    )  # fmt: skip
     output: str = field(
         default="benchmarks/results/image_encoders.json",
         metadata={"help": "Results file; replaced if it is there. The plot stands beside it."},
     )
 
 
-def build(name: str, image_size: int, windows: str = "dividing") -> nn.Module:
+def build(name: str, image_size: int, changes: Sequence[str], args: BenchmarkArguments) -> nn.Module:
     """An encoder in eval mode, from pixels to embeddings of width 512; equal names give equal weights."""
     torch.manual_seed(0)
+    if name in PUBLISHED:
+        scan = None if args.device.startswith("cuda") else "torch" if "our_scan" in changes else "reference"
+        ours = build(twin_of(name), image_size, ["published_windows"], args)
+        return PublishedEncoder(
+            ours, PUBLISHED[name], import_published(args.published_package, args.device), scan
+        ).eval()
     if name in OURS:
         config = DMCLIPVisionConfig(**OURS[name])
-        model = DMCLIPVisionModel(config if windows == "published" else config.for_image_size(image_size))
+        model = DMCLIPVisionModel(config if "published_windows" in changes else config.for_image_size(image_size))
     elif name in VIT_PATCHES:
         layers = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
         model = CLIPVisionModelWithProjection(
@@ -107,6 +126,19 @@ def build(name: str, image_size: int, windows: str = "dividing") -> nn.Module:
     make_uneven(model)
     model.eval()
     return timm.utils.reparameterize_model(model) if name == S1_FORMS[1] else model
+
+
+def twin_of(name: str) -> str:
+    """Of ours and of the published MambaVision the other one, the same architecture."""
+    preset = PUBLISHED.get(name)
+    return f"dmclip_{preset.lower()}" if preset else name.replace("dmclip_", "published_mambavision_")
+
+
+def function_of(name: str, model: nn.Module) -> tuple:
+    """What an encoder computes: equal for those whose outputs must be."""
+    if isinstance(model, (DMCLIPVisionModel, PublishedEncoder)):
+        return model.config.hidden_size, model.config.depths, model.config.window_sizes
+    return ("mobileclip_s1" if name in S1_FORMS else name,)  # reparameterised, it is still the same function
 
 
 def import_timm() -> Any:
@@ -180,7 +212,7 @@ def onnx_call(model: nn.Module, pixels: torch.Tensor, threads: int) -> Callable[
 
 def scan_flops(model: nn.Module, image_size: int, batch_size: int) -> int:
     """Of the selective scans, which no counter knows."""
-    if not isinstance(model, DMCLIPVisionModel):
+    if not isinstance(model, (DMCLIPVisionModel, PublishedEncoder)):
         return 0
     config, total = model.config, 0
     for stage in range(NUM_CONV_STAGES, len(config.depths)):
@@ -202,6 +234,8 @@ def parse_encoder(entry: str) -> tuple[str, list[str], str]:
         )
     if {"fused", "published_windows"} & set(changes) and name not in OURS:
         raise ValueError(f"Expected one of {', '.join(OURS)} for fused and published_windows, got {entry!r}.")
+    if "our_scan" in changes and name not in PUBLISHED:
+        raise ValueError(f"Expected one of {', '.join(PUBLISHED)} for our_scan, got {entry!r}.")
     return name, changes, pinned
 
 
@@ -246,14 +280,10 @@ def run_cell(cell: str, args: BenchmarkArguments) -> list[dict[str, Any]]:
         if pinned not in ("", cell) and not (pinned == "native" and size is None):
             continue
         form, image_size = entry.partition("@")[0], size or NATIVE_SIZES[name]
-        windows = "published" if "published_windows" in changes else "dividing"
         generator = torch.Generator().manual_seed(1)
         pixels = torch.randn(batch_size, 3, image_size, image_size, generator=generator).to(args.device)
-        model = build(name, image_size, windows).to(args.device)
-        base = (
-            "mobileclip_s1" if name in S1_FORMS else name,
-            windows,
-        )  # reparameterised, it is still the same function
+        model = build(name, image_size, changes, args).to(args.device)
+        base = function_of(name, model)
         found = None
         if base not in eager:
             found = eager[base] = embeddings(model(pixels)).clone()
@@ -261,9 +291,10 @@ def run_cell(cell: str, args: BenchmarkArguments) -> list[dict[str, Any]]:
         if changes or args.changes or found is None:
             found = calls[form]().clone()
         shared = {"cell": cell, "encoder": form, "image_size": image_size, "batch_size": batch_size}
-        rows[form] = (
-            shared | describe(build(name, image_size, windows).to(args.device), pixels) | compare(found, eager[base])
-        )
+        if name in PUBLISHED:
+            shared["scan"] = model.scan_name
+        described = describe(build(name, image_size, changes, args).to(args.device), pixels)
+        rows[form] = shared | described | compare(found, eager[base])
     load = os.getloadavg()[0]
     times = interleaved_times(
         calls,
@@ -283,15 +314,17 @@ def ratio_clock(args: BenchmarkArguments) -> str:
 
 
 def finish_row(row: dict[str, Any], times: dict[str, list[dict[str, float]]], clock: str) -> dict[str, Any]:
-    """A row with its times, its throughput, and its ratios to MobileCLIP-S1 within each round."""
+    """A row with its times, its throughput, and its ratios to MobileCLIP-S1 and published code within each round."""
     own = times[row["encoder"]]
     for name in ("latency_ms", "cpu_ms"):
         row[name] = spread([taken[name] for taken in own])
     row["images_per_second"] = 1000 * row["batch_size"] / row["latency_ms"]["median"]
     row["rounds"] = len(own)
-    changes = row["encoder"].partition(":")[2].split("+")  # S1 in the same form; reparameterised, it is fused already
+    name, _, joined = row["encoder"].partition(":")
+    changes = joined.split("+")  # S1 in the same form; reparameterised, it is fused already
     alike = ":".join([S1_FORMS[1], "+".join(change for change in changes if change in ("bf16", "compiled", "onnx"))])
-    rivals = [rival for rival in (*S1_FORMS, alike) if rival in times]
+    published = [twin_of(name), f"{twin_of(name)}:our_scan"] if name in OURS else []
+    rivals = [rival for rival in (*S1_FORMS, alike, *published) if rival in times]
     row["time_over"] = {
         rival: spread([a[clock] / b[clock] for a, b in zip(own, times[rival], strict=True)])
         for rival in rivals
@@ -333,10 +366,8 @@ def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
     """One line for each target of a native cell: reached or missed."""
     lines = []
     for row in rows:
-        for rival, target in zip(
-            reversed(S1_FORMS), TARGETS.get(device, {}).get(row["encoder"], (None, None)), strict=True
-        ):
-            if row["cell"].startswith("native") and target is not None and rival in row["time_over"]:
+        for rival, target in TARGETS.get(device, {}).get(row["encoder"], {}).items():
+            if row["cell"].startswith("native") and rival in row["time_over"]:
                 ratio = row["time_over"][rival]["median"]
                 verdict = "reached" if ratio <= target else "missed"
                 lines.append(f"{row['cell']}: {row['encoder']} over {rival} {ratio:.2f}, target {target}: {verdict}")
@@ -346,7 +377,7 @@ def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
 def summarise(rows: Sequence[dict[str, Any]], args: BenchmarkArguments) -> dict[str, Any]:
     """The results file's content."""
     versions, hardware = environment()
-    for package in ("timm", "onnxruntime"):
+    for package in ("timm", "onnxruntime", "mambavision", "mamba_ssm"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
@@ -388,6 +419,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parse_cell(cell)
     if any(parse_encoder(entry)[0] in S1_FORMS for entry in args.encoders):
         import_timm()
+    if any(parse_encoder(entry)[0] in PUBLISHED for entry in args.encoders):
+        import_published(args.published_package, args.device)
     torch.set_num_threads(args.threads)
     rows: list[dict[str, Any]] = []
     with torch.inference_mode():
