@@ -27,7 +27,8 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "diamond", "ring", "h
 PATTERNS = ("plain", "striped", "dotted", "checked")
 SIZES = {"small": 0.6, "large": 1.0}
 COUNT_WORDS = ("no", "one", "two", "three")
-MAX_COUNT = 3
+COUNTS, COUNT_WEIGHTS = (1, 2, 3), (3, 2, 1)  # one object is likelier than three
+MAX_COUNT = max(COUNTS)
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def random_group(rng: random.Random) -> Group:
         colour=rng.choice(tuple(COLOURS)),
         pattern=rng.choice(PATTERNS),
         size=rng.choice(tuple(SIZES)),
-        count=rng.choices((1, 2, 3), weights=(3, 2, 1))[0],
+        count=rng.choices(COUNTS, weights=COUNT_WEIGHTS)[0],
     )
 
 
@@ -205,7 +206,7 @@ def draw_scene(scene: Scene, rng: random.Random, image_size: int = 128) -> tuple
 # --- words -----------------------------------------------------------------------------------------------------------
 
 
-def _noun_phrase(group: Group, rng: random.Random, attributes: tuple[str, ...]) -> str:
+def noun_phrase(group: Group, rng: random.Random, attributes: tuple[str, ...]) -> str:
     """Name a group, e.g. "two small red stars with dots": only the given attributes, in a wording drawn from `rng`."""
     noun = group.shape
     if group.count > 1:
@@ -239,7 +240,7 @@ def _chain(phrases: list[str], words: str) -> str:
     return f" {words} ".join(phrases)
 
 
-_RELATIONS: dict[str, tuple[Callable[[list[str]], str], ...]] = {
+RELATIONS: dict[str, tuple[Callable[[list[str]], str], ...]] = {
     "horizontal": (
         lambda p: _chain(p, "to the left of"),
         lambda p: _chain(p[::-1], "to the right of"),
@@ -267,7 +268,7 @@ _ALONE: tuple[Callable[[list[str]], str], ...] = (
 
 def detailed_captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]:
     """`n` true sentences of different wording that name every group and their order; most attributes, never all left out."""
-    relations = _RELATIONS[scene.axis] if len(scene.groups) > 1 else _ALONE
+    relations = RELATIONS[scene.axis] if len(scene.groups) > 1 else _ALONE
     captions = []
     for relation in rng.sample(relations, k=min(n, len(relations))) + rng.choices(
         relations, k=max(n - len(relations), 0)
@@ -276,7 +277,7 @@ def detailed_captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]
         for group in scene.groups:
             left_out = rng.choices(("size", "pattern", None), weights=(4, 1, 5))[0]
             kept = tuple(a for a in ("count", "size", "pattern", "colour") if a != left_out)
-            phrases.append(_noun_phrase(group, rng, kept))
+            phrases.append(noun_phrase(group, rng, kept))
         captions.append(relation(phrases))
     return captions
 
@@ -292,7 +293,7 @@ def coarse_caption(scene: Scene, rng: random.Random) -> str:
     phrases = []
     for group in groups:
         attributes = rng.sample(("colour", "pattern", "size"), k=rng.choice((1, 1, 2)))
-        phrases.append(_noun_phrase(group, rng, tuple(attributes)))
+        phrases.append(noun_phrase(group, rng, tuple(attributes)))
     if with_relation:
-        return rng.choice(_RELATIONS[scene.axis][:2])(phrases)
+        return rng.choice(RELATIONS[scene.axis][:2])(phrases)
     return rng.choice(("{}", "{}", "a picture of {}", "we see {}", "a drawing of {}")).format(_join(phrases))

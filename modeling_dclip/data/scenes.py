@@ -44,13 +44,19 @@ CLASS_NAMES = tuple(f"{colour} {shape}" for colour in COLOURS for shape in SHAPE
 TEMPLATES = ("a {}", "a picture of a {}", "a drawing of a {}", "one {}", "we see a {}")
 
 
-def _png(image: PILImage.Image) -> dict[str, Any]:
+def encode_png(image: PILImage.Image) -> dict[str, Any]:
+    """A picture as `datasets.Image` stores it, lossless."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return {"bytes": buffer.getvalue(), "path": None}
 
 
-def _check(split: str, n: int) -> None:
+def check_request(split: str, n: int) -> None:
+    """Refuse an unknown split or an empty set.
+
+    Raises:
+        ValueError: Naming what was asked for.
+    """
     if split not in SPLITS:
         raise ValueError(f"Expected a split of the drawn scenes, one of {SPLITS}, got {split!r}.")
     if n < 1:
@@ -116,7 +122,7 @@ def load_scenes(
         >>> load_scenes("test", n=2)[0]["image"].size
         (128, 128)
     """
-    _check(split, n)
+    check_request(split, n)
     if captions not in CAPTION_KINDS:
         raise ValueError(f"Expected captions to be one of {CAPTION_KINDS}, got {captions!r}.")
     if max_siblings < 0:
@@ -129,7 +135,7 @@ def load_scenes(
         image, boxes = draw_scene(scene, rng, image_size)
         coarse = coarse_caption(scene, rng)
         columns["image_id"].append(f"scenes-{split}-{seed}-{index}")
-        columns["image"].append(_png(image))
+        columns["image"].append(encode_png(image))
         columns["captions"].append(
             [coarse] if captions == "coarse" else detailed_captions(scene, rng, captions_per_image)
         )
@@ -162,7 +168,7 @@ def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size:
     Raises:
         ValueError: If the split is unknown or `n < 1`.
     """
-    _check(split, n)
+    check_request(split, n)
     columns: dict[str, list[Any]] = {"image_id": [], "image": [], "label": []}
     for index in tqdm(range(n), desc=f"Drawing single objects ({split})", unit="image"):
         rng = random.Random(f"single/{split}/{seed}/{index}")
@@ -170,7 +176,7 @@ def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size:
         colour, shape = CLASS_NAMES[label].split()
         group = replace(random_group(rng), colour=colour, shape=shape, count=1)
         columns["image_id"].append(f"single-{split}-{seed}-{index}")
-        columns["image"].append(_png(draw_scene(random_close_up(rng, group), rng, image_size)[0]))
+        columns["image"].append(encode_png(draw_scene(random_close_up(rng, group), rng, image_size)[0]))
         columns["label"].append(label)
     features = Features(image_id=Value("string"), image=Image(), label=ClassLabel(names=list(CLASS_NAMES)))
     return Dataset.from_dict(columns, features=features)
