@@ -1,0 +1,93 @@
+"""Publish a trained model: the dual encoder, its image encoder alone, its teacher, and the CLIP it is, each with a card.
+
+    python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher \
+      --results outputs/mine/results --repo_id me/dclip-vitb16 --license mit
+
+makes `me/dclip-vitb16`, `me/dclip-vitb16-vision`, `me/dclip-vitb16-teacher` and, for a plain ViT student, `me/dclip-vitb16-clip`, a
+stock `CLIPModel`. With `--dry_run` nothing leaves the machine. Everything is written and checked in a folder first; each repository
+then changes in one commit, or not at all where it already is as it should be.
+"""
+
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import HfApi
+from transformers import HfArgumentParser
+
+from modeling_dclip.hub.publish_arguments import PublishArguments
+from modeling_dclip.hub.repositories import (
+    DELAYS_S,
+    Pushed,
+    check_access,
+    check_repo_name,
+    list_files,
+    push_folder,
+    validate_online,
+)
+from modeling_dclip.hub.staging import StagedRepo, stage_repos
+
+MESSAGE = "Publish with modeling_dclip"
+DRY_RUN_FOLDER = "outputs/publish"
+
+
+def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> list[StagedRepo] | list[Pushed]:
+    """Write the repositories, check them, and push them.
+
+    Args:
+        arguments ([`PublishArguments`]): What, as what, and whether at all.
+        delays (`tuple[float, ...]`, *optional*): Seconds before each repetition of what failed transiently.
+
+    Returns:
+        `list[StagedRepo]` of a dry run, else `list[Pushed]`.
+
+    Raises:
+        ConnectionError: If the Hub cannot be reached or stays busy.
+        FileExistsError, FileNotFoundError, ImportError, ValueError: If the publication is not complete. Then nothing was pushed.
+        PermissionError: If the token is missing, unknown, or may not write there.
+    """
+    check_repo_name(arguments.repo_id)
+    if arguments.dry_run:
+        return stage_repos(arguments, Path(arguments.staging or DRY_RUN_FOLDER))
+    api = HfApi()
+    check_access(arguments.repo_id, api, delays)
+    with tempfile.TemporaryDirectory() as temporary:
+        staged = stage_repos(arguments, Path(arguments.staging or temporary))
+        for repo in staged:
+            validate_online((repo.folder / "README.md").read_text(encoding="utf-8"), repo.repo_id, delays)
+        options = {"message": MESSAGE, "private": arguments.private, "delays": delays}
+        return [push_folder(repo.repo_id, repo.folder, api, **options) for repo in staged]
+
+
+def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
+    """Say what became of each repository, or would."""
+    lines = []
+    for repo in done:
+        if isinstance(repo, StagedRepo):
+            files = list_files(repo.folder)
+            size = sum((repo.folder / name).stat().st_size for name in files) / 2**20
+            lines.append(f"{repo.repo_id}: would push {len(files)} files, {size:.1f} MiB, from {repo.folder}")
+            lines += [f"    {name}" for name in files]
+        elif repo.changed or repo.deleted:
+            lines.append(
+                f"{repo.url}: {len(repo.changed)} files written, {len(repo.deleted)} deleted, commit {repo.commit}"
+            )
+        else:
+            lines.append(f"{repo.url}: already as it should be, commit {repo.commit}")
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Publish, and print the links."""
+    parser = HfArgumentParser(PublishArguments, prog="python -m modeling_dclip.hub.publish", description=__doc__)
+    (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    try:
+        done = publish(arguments)
+    except (ValueError, OSError, ImportError) as problem:
+        sys.exit(str(problem))
+    sys.stdout.write(describe_publication(done) + "\n")
+
+
+if __name__ == "__main__":
+    main()

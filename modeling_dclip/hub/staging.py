@@ -1,0 +1,171 @@
+"""Write the repositories of a publication as folders, complete and checked, before anything leaves the machine."""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, CLIPModel, PreTrainedModel
+
+from modeling_dclip.hub.card_facts import gather_facts
+from modeling_dclip.hub.cards import SUFFIXES, check_card, render_card
+from modeling_dclip.hub.examples import Example, draw_pictures, make_examples, save_pictures
+from modeling_dclip.hub.native_clip import (
+    check_twin,
+    has_native_twin,
+    load_dual_encoder,
+    to_native_clip,
+    to_native_processor,
+)
+from modeling_dclip.hub.publish_arguments import PublishArguments
+from modeling_dclip.hub.repositories import list_files
+from modeling_dclip.modeling_dclip import DCLIPVisionModel
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+
+VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+WITH_EXAMPLES = ("dual", "clip")
+
+
+@dataclass(frozen=True)
+class StagedRepo:
+    """A repository as a folder: its `kind` (`dual`, `vision`, `teacher`, `clip`), its id and where it lies."""
+
+    kind: str
+    repo_id: str
+    folder: Path
+
+
+def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
+    """Write all repositories of a publication.
+
+    Args:
+        arguments ([`PublishArguments`]): Of the publication.
+        root (`Path`): New or empty folder; each repository gets one inside, by its name.
+
+    Returns:
+        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them.
+
+    Raises:
+        FileExistsError: If the folder is in use.
+        FileNotFoundError, ImportError, ValueError: If anything that belongs there is missing, differs from the model, or does not fit.
+    """
+    if root.exists() and any(root.iterdir()):
+        raise FileExistsError(
+            f"Expected a new or empty folder to write the repositories in, got '{root}'. Name another or empty it."
+        )
+    model = load_dual_encoder(arguments.model)
+    processor = DCLIPProcessor.from_pretrained(arguments.model)
+    teacher = _load_teacher(arguments, model)
+    kinds = [
+        "vision",
+        *(["teacher"] if teacher is not None else []),
+        *(["clip"] if has_native_twin(model) else []),
+        "dual",
+    ]
+    ids = {kind: f"{arguments.repo_id}{SUFFIXES[kind]}" for kind in kinds}
+    staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in ids.items()]
+    examples = make_examples(model, processor)
+    facts = gather_facts(arguments, model, teacher, examples, ids)
+    for repo in reversed(staged):  # the image encoder is read out of the dual one
+        dual = staged[-1].folder
+        if repo.kind == "dual":
+            _save(model, processor, repo.folder)
+        elif repo.kind == "vision":
+            _save(_load_whole(VISION_MODELS[model.config.model_type], dual), processor, repo.folder)
+        elif repo.kind == "teacher":
+            _save(teacher, DCLIPTeacherProcessor.from_pretrained(arguments.teacher), repo.folder)
+        else:
+            _stage_twin(model, processor, repo.folder)
+        _add_card(repo, facts, examples, arguments.cards)
+    for repo in staged:
+        check_folder(repo)
+    return staged
+
+
+def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPTeacher | None:
+    if arguments.teacher is None:
+        return None
+    if model.config.model_type != "dclip":
+        raise ValueError(
+            f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got '{arguments.teacher}'."
+        )
+    model_type = AutoConfig.from_pretrained(arguments.teacher).model_type
+    if model_type != "dclip_teacher":
+        raise ValueError(
+            f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{arguments.teacher}'."
+        )
+    return _load_whole(DCLIPTeacher, arguments.teacher)
+
+
+def _load_whole(model_class: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
+    model, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(f"Expected all weights in '{folder}', got none for {missing[0]} and {len(missing)} in all.")
+    return model.eval()
+
+
+def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
+    for name in ("is_local", "local_files_only"):  # say where it was read, not what it is
+        processor.tokenizer.init_kwargs.pop(name, None)
+    _forget_paths(model.config)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def _forget_paths(config: Any) -> None:
+    """Configs inside a config keep the folder they were read from, and would publish it."""
+    for name in config.sub_configs:
+        inner = getattr(config, name)
+        inner._name_or_path = ""
+        _forget_paths(inner)
+
+
+def _stage_twin(model: PreTrainedModel, processor: DCLIPProcessor, folder: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        native = to_native_processor(processor, scratch)
+    _save(to_native_clip(model), native, folder)
+    native.image_processor.save_pretrained(folder)
+    pictures = list(draw_pictures().values())
+    batch = processor(images=pictures, text=["a red circle", "two blue stars", "a heart"], return_tensors="pt")
+    check_twin(model, CLIPModel.from_pretrained(folder, dtype="auto").eval(), dict(batch))
+
+
+def _add_card(repo: StagedRepo, facts: dict[str, Any], examples: list[Example], cards: str | None) -> None:
+    if repo.kind in WITH_EXAMPLES:
+        save_pictures(repo.folder, [example.path for example in examples])
+    card = render_card(repo.kind, facts, cards)
+    (repo.folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def check_folder(repo: StagedRepo) -> None:
+    """Check that a repository is complete: card, weights, config, processor, and all code that its code imports.
+
+    Args:
+        repo ([`StagedRepo`]): Written.
+
+    Raises:
+        FileNotFoundError: Naming the file that is missing.
+        ValueError: If the card is not valid.
+    """
+    files = list_files(repo.folder)
+    weights = "model.safetensors.index.json" if "model.safetensors" not in files else "model.safetensors"
+    expected = {"README.md", "config.json", weights, *PROCESSOR_FILES}
+    code = [name for name in files if name.endswith(".py")]
+    if repo.kind != "clip":
+        expected |= {f"{module}.py" for module in ("processing_dclip", *_auto_modules(repo.folder))}
+    for name in code:
+        text = (repo.folder / name).read_text(encoding="utf-8")
+        expected |= {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE)}
+    if missing := sorted(expected - set(files)):
+        raise FileNotFoundError(
+            f"Expected {missing[0]} in '{repo.folder}', the folder of {repo.repo_id}, got only {', '.join(files)}."
+        )
+    check_card((repo.folder / "README.md").read_text(encoding="utf-8"), repo.folder, repo.repo_id)
+
+
+def _auto_modules(folder: Path) -> set[str]:
+    return {reference.split(".")[0] for reference in AutoConfig.from_pretrained(folder).auto_map.values()}

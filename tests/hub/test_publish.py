@@ -1,0 +1,373 @@
+"""All repositories pushed over real HTTP to a Hub on this machine, and loaded from there by a process that has nothing else."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from loopback_hub import READ_TOKEN, TOKEN, run_loopback_hub
+from PIL import Image
+from publications import make_arguments, make_dmclip, make_student, make_teacher, write_records
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel
+
+from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
+from modeling_dclip.hub.examples import LABELS, draw_pictures
+from modeling_dclip.hub.publish import describe_publication, main, publish
+from modeling_dclip.hub.repositories import check_access
+from modeling_dclip.hub.staging import StagedRepo, check_folder
+
+DELAYS = (0.0, 0.0)
+REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny-clip", "me/tiny")
+PICTURE = next(iter(draw_pictures()))
+
+# Runs with -I, an empty cache, no token, and without this package.
+READER = """
+import contextlib, io, json, os, sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "modeling_dclip":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Refuse())
+import torch, transformers
+from safetensors.torch import load_file, save_file
+torch.set_num_threads(1)
+jobs = json.loads(open(sys.argv[1]).read())
+answers = {"models": [], "pipelines": [], "code": []}
+for job in jobs["models"]:
+    named = {"trust_remote_code": True} if job["trust"] else {}
+    if job["revision"]:
+        named["revision"] = job["revision"]
+    model = getattr(transformers, job["auto_class"]).from_pretrained(job["repo"], **named)
+    processor = transformers.AutoProcessor.from_pretrained(job["repo"], **named)
+    with torch.no_grad():
+        out = model(**load_file(job["inputs"]))
+    save_file({name: out[name].contiguous() for name in job["names"]}, job["outputs"])
+    ids = processor(text=["a red dog"], return_tensors="pt")["input_ids"].tolist()
+    answers["models"].append([type(model).__name__, type(processor).__name__, ids])
+for job in jobs["pipelines"]:
+    named = {"trust_remote_code": True} if job["trust"] else {}
+    run = transformers.pipeline(job["task"], model=job["repo"], **named)
+    answers["pipelines"].append(run(job["image"], **job["options"]))
+for code in jobs["code"]:
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        exec(compile(code, "card", "exec"), {})
+    answers["code"].append(said.getvalue())
+print(json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def hub():
+    with run_loopback_hub() as loopback, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "ENDPOINT", loopback.url)
+        patch.setattr(constants, "HF_HUB_OFFLINE", False)
+        patch.setenv("HF_TOKEN", TOKEN)
+        yield loopback
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_clip_dir, tmp_path_factory):
+    """Folders of a student, what it was a day later, a teacher and a DM-CLIP, and results of all."""
+    root = tmp_path_factory.mktemp("trained")
+    made = {
+        "student": make_student(root / "student", tiny_clip_dir),
+        "later": make_student(root / "later", tiny_clip_dir, seed=2),
+        "teacher": make_teacher(root / "teacher", tiny_clip_dir),
+        "dmclip": make_dmclip(root / "dmclip", tiny_clip_dir),
+    }
+    (root / "results").mkdir()
+    models = (made["student"], made["later"], made["dmclip"])
+    made["results"] = write_records(root / "results", *models, anchor=tiny_clip_dir, teacher=made["teacher"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def pushed(hub, trained):
+    """The student pushed through a failure, pushed again, its later state over it, and a DM-CLIP."""
+    arguments = make_arguments(trained["student"], trained["results"], teacher=str(trained["teacher"]))
+    hub.fail("POST", r"^/api/models/me/tiny-teacher/commit/", 500)
+    hub.fail("LOST", r"/me/tiny-clip$", 0)
+    first = publish(arguments, DELAYS)
+    commits = {repo_id: hub.commits(repo_id) for repo_id in REPOS}
+    again = publish(arguments, DELAYS)
+    commits_again = {repo_id: hub.commits(repo_id) for repo_id in REPOS}
+    later = publish(make_arguments(trained["later"], trained["results"], teacher=str(trained["teacher"])), DELAYS)
+    dmclip = publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba"), DELAYS)
+    return {
+        "first": first, "commits": commits, "again": again, "commits_again": commits_again, "later": later, "dmclip": dmclip,
+    }  # fmt: skip
+
+
+def test_every_repository_gets_one_commit_through_failures(hub, pushed):
+    assert [done.repo_id for done in pushed["first"]] == list(REPOS)
+    asked = [path for method, path in hub.requests if method == "POST" and "/me/tiny-teacher/commit/" in path]
+    assert len(asked) >= 2  # one was refused
+    for repo_id in REPOS:
+        assert len(pushed["commits"][repo_id]) == 2  # the Hub's own first one, and ours
+    lost = next(done for done in pushed["first"] if done.repo_id == "me/tiny-clip")
+    assert lost.commit == pushed["commits"]["me/tiny-clip"][-1] and not lost.changed  # found done when asked again
+    assert "me/tiny-vision" in describe_publication(pushed["first"])
+
+
+def test_pushing_twice_changes_nothing(pushed):
+    assert pushed["commits_again"] == pushed["commits"]
+    assert all(not done.changed and not done.deleted for done in pushed["again"])
+    assert "already as it should be" in describe_publication(pushed["again"])
+
+
+def test_a_later_state_changes_the_files_that_differ_in_one_commit(hub, pushed):
+    assert all(len(hub.commits(repo_id)) == (2 if repo_id == "me/tiny-teacher" else 3) for repo_id in REPOS)
+    changed = next(done.changed for done in pushed["later"] if done.repo_id == "me/tiny")
+    assert set(changed) == {"README.md", "model.safetensors"}
+
+
+def test_the_card_was_checked_by_the_hub_before_the_first_repository_was_made(hub, pushed):
+    checks = [index for index, (_, path) in enumerate(hub.requests) if path == "/api/validate-yaml"]
+    created = next(index for index, (_, path) in enumerate(hub.requests) if path == "/api/repos/create")
+    assert len([index for index in checks if index < created]) == len(REPOS)
+
+
+def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
+    for repo_id in (*REPOS, "me/mamba", "me/mamba-vision"):
+        for path, content in hub.files(repo_id).items():
+            for place in (str(trained["student"].parent), str(tiny_clip_dir)):
+                assert place.encode() not in content, (repo_id, path)
+
+
+def save_inputs(path, batch):
+    save_file({name: value.contiguous() for name, value in batch.items()}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
+    """What to load by repository id, and what this process gets from the folders that were published."""
+    root = tmp_path_factory.mktemp("reader")
+    pictures = list(draw_pictures().values())[:2]
+    batch = DCLIPProcessor.from_pretrained(tiny_clip_dir)(images=pictures, text=["a dog", "red"], return_tensors="pt")
+    boxes = [[[1, 2, 30, 20], [5, 5, 40, 40]], None]
+    read = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)(pictures, ["a dog", "red"], boxes=boxes)
+    inputs = {
+        "dual": save_inputs(root / "dual.inputs", batch),
+        "vision": save_inputs(root / "vision.inputs", {"pixel_values": batch["pixel_values"]}),
+        "teacher": save_inputs(root / "teacher.inputs", read),
+    }
+    student, later = (DCLIPModel.from_pretrained(trained[name]).eval() for name in ("student", "later"))
+    teacher, mamba = (
+        DCLIPTeacher.from_pretrained(trained["teacher"]).eval(),
+        DMCLIPModel.from_pretrained(trained["dmclip"]).eval(),
+    )
+    both, embeds = ["image_embeds", "text_embeds", "logits_per_image"], ["image_embeds"]
+    pinned, zero_shot = pushed["commits"]["me/tiny"][-1], "AutoModelForZeroShotImageClassification"
+
+    def tower(model):
+        return lambda pixel_values: {"image_embeds": model.get_image_features(pixel_values=pixel_values).pooler_output}
+
+    cases = [
+        ("me/tiny", "AutoModel", None, "dual", both, later, "DCLIPModel"),
+        ("me/tiny", "AutoModel", pinned, "dual", both, student, "DCLIPModel"),
+        ("me/tiny", zero_shot, pinned, "dual", both, student, "DCLIPModel"),
+        ("me/tiny-vision", "AutoModel", None, "vision", embeds, tower(later), "DCLIPVisionModel"),
+        ("me/tiny-teacher", "AutoModel", None, "teacher", ["teacher_embeds"], teacher, "DCLIPTeacher"),
+        ("me/tiny-clip", "AutoModel", None, "dual", both, later, "CLIPModel"),
+        ("me/tiny-clip", zero_shot, None, "dual", both, later, "CLIPModel"),
+        ("me/mamba", zero_shot, None, "dual", both, mamba, "DMCLIPModel"),
+        ("me/mamba-vision", "AutoModel", None, "vision", embeds, tower(mamba), "DMCLIPVisionModel"),
+    ]  # fmt: skip
+    jobs, expected = [], []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the reader: a product split over threads may differ in its last bit
+    for index, (repo, auto_class, revision, kind, names, model, class_name) in enumerate(cases):
+        job = {"repo": repo, "auto_class": auto_class, "revision": revision, "names": names, "inputs": inputs[kind]}
+        jobs.append({**job, "trust": repo != "me/tiny-clip", "outputs": str(root / f"{index}.outputs")})
+        with torch.no_grad():
+            outputs = model(**load_file(inputs[kind]))
+        expected.append((class_name, {name: outputs[name] for name in names}))
+    torch.set_num_threads(threads)
+    picture = str(root / "photo.jpg")
+    draw_pictures()[PICTURE].save(root / "picture.png")
+    Image.effect_noise((64, 48), 80).convert("RGB").save(picture)
+    labels = {"candidate_labels": list(LABELS[0])}
+    pipelines = [
+        {
+            "task": task,
+            "repo": repo,
+            "image": str(root / "picture.png"),
+            "options": options,
+            "trust": repo != "me/tiny-clip",
+        }
+        for task, repo, options in (
+            ("zero-shot-image-classification", "me/tiny", labels),
+            ("zero-shot-image-classification", "me/tiny-clip", labels),
+            ("zero-shot-image-classification", "me/mamba", labels),
+            ("image-feature-extraction", "me/tiny-vision", {}),
+            ("image-feature-extraction", "me/mamba-vision", {}),
+        )
+    ]
+    cards = {repo: hub.files(repo)["README.md"].decode() for repo in (*REPOS, "me/mamba", "me/mamba-vision")}
+    code = [block for card in cards.values() for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)]
+    return {
+        "root": root,
+        "jobs": {"models": jobs, "pipelines": pipelines, "code": code},
+        "expected": expected,
+        "cards": cards,
+    }
+
+
+@pytest.fixture(scope="module")
+def answers(hub, reader_jobs):
+    """What a fresh process with an empty cache gets."""
+    root = reader_jobs["root"]
+    (root / "jobs.json").write_text(json.dumps(reader_jobs["jobs"]))
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "TRANSFORMERS_"))}
+    environment = {**kept, "HF_ENDPOINT": hub.url, "HF_HOME": str(root / "empty_cache"), "OMP_NUM_THREADS": "1"}
+    environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "NO_PROXY": "127.0.0.1"}
+    command = [sys.executable, "-I", "-c", READER, str(root / "jobs.json")]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_a_process_with_nothing_but_the_id_loads_each_and_gets_the_same_numbers(reader_jobs, answers, tiny_clip_dir):
+    ids = DCLIPProcessor.from_pretrained(tiny_clip_dir)(text=["a red dog"], return_tensors="pt")["input_ids"].tolist()
+    processors = {"me/tiny-teacher": "DCLIPTeacherProcessor", "me/tiny-clip": "CLIPProcessor"}
+    assert len(answers["models"]) == len(reader_jobs["expected"])
+    for job, answer, (class_name, expected) in zip(
+        reader_jobs["jobs"]["models"], answers["models"], reader_jobs["expected"], strict=True
+    ):
+        assert answer == [class_name, processors.get(job["repo"], "DCLIPProcessor"), ids]
+        outputs = load_file(job["outputs"])
+        for name, value in expected.items():
+            assert torch.equal(outputs[name], value), (job["repo"], job["auto_class"], name)
+
+
+def test_both_pipelines_serve_the_repositories_and_give_what_the_card_stores(reader_jobs, answers):
+    dual, clip, mamba, vision, mamba_vision = answers["pipelines"]
+    for repo, found in (("me/tiny", dual), ("me/mamba", mamba)):
+        widget = read_metadata(reader_jobs["cards"][repo])["widget"][0]
+        assert {one["label"]: round(one["score"], 3) for one in found} == {
+            one["label"]: one["score"] for one in widget["output"]
+        }
+    # The native twin may prepare pixels with torchvision: a grey level or two apart.
+    scores = [{one["label"]: one["score"] for one in found} for found in (dual, clip)]
+    assert all(abs(scores[0][label] - scores[1][label]) < 0.02 for label in LABELS[0])
+    assert len(vision[0]) == len(mamba_vision[0]) == 16
+
+
+def read_metadata(card):
+    from huggingface_hub import ModelCard
+
+    return ModelCard(card).data.to_dict()
+
+
+def test_the_code_in_the_cards_runs_as_it_stands(reader_jobs, answers):
+    assert len(answers["code"]) == len(reader_jobs["jobs"]["code"]) >= 11
+    for code, said in zip(reader_jobs["jobs"]["code"], answers["code"], strict=True):
+        assert said.strip(), code
+
+
+def test_a_token_that_may_not_write_ends_before_anything_is_pushed(hub, trained, monkeypatch):
+    arguments = make_arguments(trained["student"], trained["results"], repo_id="me/refused")
+    for token, message in (("hf_wrong", "token that http"), (READ_TOKEN, "only reads")):
+        monkeypatch.setenv("HF_TOKEN", token)
+        with pytest.raises(PermissionError, match=message):
+            publish(arguments, DELAYS)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with pytest.raises(PermissionError, match="Expected a repository of me or lab"):
+        publish(make_arguments(trained["student"], trained["results"], repo_id="you/tiny"), DELAYS)
+    with pytest.raises(ValueError, match="expected namespace/name"):
+        publish(make_arguments(trained["student"], trained["results"], repo_id="tiny"), DELAYS)
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+    with pytest.raises(PermissionError, match="got none. Set HF_TOKEN"):
+        publish(arguments, DELAYS)
+    assert not any(repo_id.endswith("refused") for repo_id in hub.repos)
+
+
+def test_a_hub_that_stays_broken_is_given_up_on_with_a_clear_error(hub):
+    from huggingface_hub import HfApi
+
+    hub.fail("GET", "^/api/whoami-v2$", 503, times=3)
+    with pytest.raises(ConnectionError, match="answered 503, 3 times"):
+        check_access("me/tiny", HfApi(), DELAYS)
+    assert check_access("me/tiny", HfApi(), DELAYS) == "me"
+    with pytest.raises(ConnectionError, match="ConnectError.*, 3 times"):
+        check_access("me/tiny", HfApi(endpoint="http://127.0.0.1:9"), DELAYS)
+
+
+def test_files_of_others_stay_and_code_that_is_no_longer_shipped_goes(hub, pushed, trained):
+    repo = hub.repos["me/tiny"]
+    files = dict(hub.files("me/tiny")) | {"onnx/model.onnx": b"graph", "notes.md": b"mine", "modeling_old.py": b"old"}
+    repo.commit(files)
+    later = make_arguments(trained["later"], trained["results"], teacher=str(trained["teacher"]))
+    done = {one.repo_id: one for one in publish(later, DELAYS)}["me/tiny"]
+    assert done.deleted == ("modeling_old.py",) and not done.changed
+    assert {"onnx/model.onnx", "notes.md"} <= set(hub.files("me/tiny"))
+
+
+def test_a_private_publication_refuses_what_is_public_and_makes_private_repositories(hub, pushed, trained):
+    with pytest.raises(ValueError, match="public already"):
+        publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba", private=True), DELAYS)
+    publish(make_arguments(trained["dmclip"], trained["results"], repo_id="lab/hidden", private=True), DELAYS)
+    assert hub.repos["lab/hidden"].private and hub.repos["lab/hidden-vision"].private
+    assert not hub.repos["me/mamba"].private
+
+
+def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tmp_path, capsys):
+    before = len(hub.requests)
+    words = [
+        "--model",
+        trained["student"],
+        "--results",
+        trained["results"],
+        "--repo_id",
+        "me/tiny",
+        "--license",
+        "mit",
+    ]
+    main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
+    said = capsys.readouterr().out
+    assert "me/tiny-clip: would push 10 files" in said and "me/tiny-teacher" not in said
+    assert len(hub.requests) == before
+    twin = CLIPModel.from_pretrained(tmp_path / "staged" / "tiny-clip")
+    assert "auto_map" not in json.loads((tmp_path / "staged" / "tiny-clip" / "config.json").read_text())
+    assert torch.equal(
+        twin.visual_projection.weight, DCLIPModel.from_pretrained(trained["student"]).visual_projection.weight
+    )
+    with pytest.raises(SystemExit, match="Expected a new or empty folder"):
+        main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
+
+
+@pytest.mark.parametrize("missing", ["README.md", "tokenizer.json", "modeling_dclip.py", "examples/red-circle.png"])
+def test_a_repository_that_lacks_a_file_is_not_pushed(hub, pushed, tmp_path, missing):
+    for path, content in hub.files("me/tiny").items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content)
+    check_folder(StagedRepo("dual", "me/tiny", tmp_path))
+    (tmp_path / missing).unlink()
+    with pytest.raises((FileNotFoundError, ValueError), match=re.escape(missing)):
+        check_folder(StagedRepo("dual", "me/tiny", tmp_path))
+
+
+def test_a_card_that_the_hub_refuses_stops_everything(hub, trained, monkeypatch, tmp_path):
+    cards = tmp_path / "cards"
+    cards.mkdir()
+    for template in (Path(__file__).parents[2] / "hub_cards").glob("*.jinja"):
+        (cards / template.name).write_bytes(template.read_bytes())
+    hub.fail("POST", "^/api/validate-yaml$", 400)
+    created = len(hub.repos)
+    with pytest.raises(ValueError, match="metadata that the Hub takes"):
+        publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/faulty", cards=str(cards)), DELAYS)
+    (cards / "dmclip-vision.md.jinja").unlink()
+    with pytest.raises(FileNotFoundError, match="dmclip-vision.md.jinja"):
+        publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/faulty", cards=str(cards)), DELAYS)
+    assert len(hub.repos) == created
