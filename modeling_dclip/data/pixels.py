@@ -60,6 +60,8 @@ class PixelReader:
     def __init__(self, dataset: Dataset, image_processor: Any, cache_mib: int = 2048):
         self.images = dataset.select_columns(["image_id", "image"]).with_format(None)
         self.image_processor = image_processor
+        # More than one where images differ in shape: SigLIP 2's NaFlex has masks and grids beside its patches.
+        self.input_names = tuple(getattr(image_processor, "model_input_names", ("pixel_values",)))
         self.table = self._value_table()  # (channels, 256), or None
         self.cache: torch.Tensor | None = None
         if self.table is None or not cache_mib:
@@ -77,7 +79,7 @@ class PixelReader:
         processor = self.image_processor
         rescales = getattr(processor, "do_rescale", False) and getattr(processor, "do_normalize", False)
         pads = getattr(processor, "do_pad", False)  # comes after normalising, so its zeros are no value of the table
-        if getattr(processor, "backend", None) != "pil" or not rescales or pads:
+        if getattr(processor, "backend", None) != "pil" or not rescales or pads or len(self.input_names) > 1:
             return None
         greys = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)  # (1, 256, 3)
         keep_size = {"do_resize": False, "do_center_crop": False, "input_data_format": "channels_last"}
@@ -103,12 +105,23 @@ class PixelReader:
         Raises:
             ValueError: If an image cannot be decoded; the message names its id.
         """
+        if self.table is None:
+            return self.decode_inputs(rows)["pixel_values"]
+        return self._bytes_of(self._images(rows))
+
+    def decode_inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+        """Read rows as all that the image processor makes of them, by `input_names`; a collate function too.
+
+        Raises:
+            ValueError: If an image cannot be decoded; the message names its id.
+        """
+        inputs = self.image_processor(images=self._images(rows), return_tensors="pt")
+        return {name: inputs[name] for name in self.input_names}
+
+    def _images(self, rows: Sequence[int]) -> list[Image.Image]:
         # Left to the processor where it converts: transformers lays transparent pixels over white.
         rgb = not getattr(self.image_processor, "do_convert_rgb", False)
-        images = [decode_image(self.images, int(row), rgb=rgb) for row in rows]
-        if self.table is None:
-            return self.image_processor(images=images, return_tensors="pt")["pixel_values"]
-        return self._bytes_of(images)
+        return [decode_image(self.images, int(row), rgb=rgb) for row in rows]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """What [`PixelReader.decode`] gave as the processor's pixel values, on the device it is on."""

@@ -2,7 +2,7 @@
 
 | spec of a teacher | what |
 |---|---|
-| a folder or Hub id | a CLIP of transformers or of this package |
+| a folder or Hub id | a CLIP or SigLIP of transformers, or a model of this package |
 | `open_clip:NAME:PRETRAINED` | one of the package `open_clip_torch`; `PRETRAINED` is a tag or a file of weights |
 """
 
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModel, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from modeling_dclip.data.collation import tokenize_captions
 from modeling_dclip.data.columns import combine_keys
+from modeling_dclip.data.dual_encoders import load_pair, projected, tokenize_texts
+from modeling_dclip.data.open_clip_models import OPEN_CLIP, fingerprint_open_clip
 from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
 
-OPEN_CLIP = "open_clip:"
 SAMPLED_TOP_P = 0.9  # of captions, where several are wanted
 
 
@@ -55,61 +55,59 @@ def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tenso
     return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
 
 
-def _transform(transform: Callable[[Image.Image], torch.Tensor], images: Sequence[Image.Image]) -> torch.Tensor:
-    return torch.stack([transform(image) for image in images])
+class _DualEncoderTeacher:
+    """What the teachers share: a pair of model and processor that embeds."""
+
+    def __init__(self, name: str, device: str | torch.device):
+        self.name, self.device = name, device
+        model, self.processor = load_pair(name)
+        if not hasattr(model, "logit_scale"):
+            raise TypeError(
+                f"Expected a dual encoder with a trained logit_scale at {name!r}, got {type(model).__name__}."
+            )
+        self.model = model.to(device)
+        self.preprocess = functools.partial(_process, self.processor.image_processor)
+        self.logit_scale = self.model.logit_scale.item()
+        self.width = self.encode_texts(["a"]).shape[1]
+
+    def _unit(self, output: Any) -> np.ndarray:
+        return F.normalize(projected(output).float(), dim=-1).cpu().numpy()
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> np.ndarray:
+        """`(B, D)` float32, L2-normalised."""
+        return self._unit(self.model.get_image_features(pixel_values=pixel_values.to(self.device)))
+
+    @torch.no_grad()
+    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
+        """`(B, D)` float32, L2-normalised; a text too long is cut, keeping EOS."""
+        tokens = tokenize_texts(self.model, self.processor, texts)
+        return self._unit(self.model.get_text_features(**{name: ids.to(self.device) for name, ids in tokens.items()}))
 
 
-def _unit(embeds: Any) -> np.ndarray:
-    embeds = embeds if isinstance(embeds, torch.Tensor) else embeds.pooler_output
-    return F.normalize(embeds.float(), dim=-1).cpu().numpy()
-
-
-class TransformersTeacher:
-    """A CLIP that `AutoModel` loads.
+class TransformersTeacher(_DualEncoderTeacher):
+    """A dual encoder that `AutoModel` loads: CLIP, SigLIP, this package's.
 
     Args:
         name (`str`): Folder or Hub id, with tokenizer and image processor.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where it runs.
 
     Raises:
-        ValueError: If the model is no dual encoder, or of a family that reads text another way.
+        TypeError: If the model is no dual encoder.
+        ValueError: If it reads more of an image than its pixels, or as [`~modeling_dclip.data.dual_encoders.load_pair`].
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
-        self.name, self.device = name, device
-        self.model = AutoModel.from_pretrained(name).eval().to(device)
-        if not hasattr(self.model, "get_text_features") or not hasattr(self.model, "logit_scale"):
+        super().__init__(name, device)
+        read = self.processor.image_processor.model_input_names
+        if len(read) > 1:
             raise ValueError(
-                f"Expected a dual encoder such as CLIPModel at {name!r}, got {type(self.model).__name__}."
+                f"Expected a teacher that reads pixel_values alone, got one that reads {read} at {name!r}."
             )
-        if self.model.config.model_type in ("siglip", "siglip2"):
-            raise ValueError(
-                f"{name!r} is a SigLIP, which reads text padded to a fixed length. Name it as {OPEN_CLIP}NAME:PRETRAINED."
-            )
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
-        self.preprocess = functools.partial(_process, image_processor)
-        processor = SimpleNamespace(image_processor=image_processor, tokenizer=self.tokenizer)
-        self.fingerprint = combine_keys([fingerprint_model(self.model), fingerprint_processor(processor)])
-        self.logit_scale = self.model.logit_scale.item()
-        self.width = self.encode_texts(["a"]).shape[1]
-
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised."""
-        return _unit(self.model.get_image_features(pixel_values=pixel_values.to(self.device)))
-
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised; a text too long is cut, keeping EOS, and counted in a warning."""
-        longest = min(self.tokenizer.model_max_length, self.model.config.text_config.max_position_embeddings)
-        tokens = tokenize_captions(self.tokenizer, texts, longest)
-        input_ids, mask = tokens.pad(np.arange(len(texts)), self.tokenizer.pad_token_id)
-        inputs = {"input_ids": torch.from_numpy(input_ids).long(), "attention_mask": torch.from_numpy(mask).long()}
-        return _unit(self.model.get_text_features(**{name: ids.to(self.device) for name, ids in inputs.items()}))
+        self.fingerprint = combine_keys([fingerprint_model(self.model), fingerprint_processor(self.processor)])
 
 
-class OpenClipTeacher:
+class OpenClipTeacher(_DualEncoderTeacher):
     """A model of the package `open_clip_torch`.
 
     Args:
@@ -118,38 +116,12 @@ class OpenClipTeacher:
 
     Raises:
         ImportError: If the package is not installed.
-        ValueError: If the spec has another form.
+        ValueError: If the spec has another form, or names what open_clip does not know.
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu"):
-        name, _, pretrained = spec.partition(":")
-        if not name or not pretrained:
-            raise ValueError(
-                f"Expected {OPEN_CLIP}NAME:PRETRAINED, got {OPEN_CLIP}{spec}. A tag or a file names the weights."
-            )
-        try:
-            import open_clip
-        except ImportError as error:
-            raise ImportError(f"{OPEN_CLIP}{spec} needs the package: pip install open_clip_torch") from error
-        self.name, self.device = f"{OPEN_CLIP}{spec}", device
-        model, _, transform = open_clip.create_model_and_transforms(name, pretrained=pretrained)
-        self.model, self.tokenizer = model.eval().to(device), open_clip.get_tokenizer(name)
-        self.preprocess = functools.partial(_transform, transform)  # the one for evaluation
-        settings = {"name": name, "transform": repr(transform)}
-        described = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: settings), state_dict=self.model.state_dict)
-        self.fingerprint = fingerprint_model(described)
-        self.logit_scale = self.model.logit_scale.item()
-        self.width = self.encode_texts(["a"]).shape[1]
-
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised."""
-        return _unit(self.model.encode_image(pixel_values.to(self.device)))
-
-    @torch.no_grad()
-    def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised; a text too long is cut."""
-        return _unit(self.model.encode_text(self.tokenizer(list(texts)).to(self.device)))
+        super().__init__(f"{OPEN_CLIP}{spec}", device)
+        self.fingerprint = fingerprint_open_clip(self.model, self.processor)
 
 
 def build_teacher(spec: str, device: str | torch.device = "cpu") -> ReinforcementTeacher:

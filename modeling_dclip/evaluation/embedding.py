@@ -1,4 +1,4 @@
-"""Embed the images and captions of a dataset with any dual encoder of transformers: bounded memory, named failures.
+"""Embed the images and captions of a dataset with any dual encoder: bounded memory, named failures.
 
 Pixels are those of the processor given, bit for bit ([`~modeling_dclip.data.pixels.PixelReader`]); give one loaded with `backend="pil"`
 for numbers to publish, as PIL and torchvision differ by 1-2 grey levels.
@@ -12,6 +12,7 @@ from datasets import Dataset, Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from modeling_dclip.data.dual_encoders import projected, require_dual_encoder, tokenize_texts
 from modeling_dclip.data.pixels import PixelReader
 
 
@@ -23,11 +24,6 @@ class DatasetEmbeddings(NamedTuple):
     image_of_caption: torch.Tensor
 
 
-def _projected(output: Any) -> torch.Tensor:
-    """Take the shared-space vectors out of what `get_*_features` returned: a tensor, or transformers 5's output object."""
-    return output if isinstance(output, torch.Tensor) else output.pooler_output
-
-
 def _unit(embeds: torch.Tensor, names: Sequence[str], kind: str) -> torch.Tensor:
     bad = (~torch.isfinite(embeds).all(dim=1)) | (embeds == 0).all(dim=1)
     if bad.any():
@@ -37,15 +33,6 @@ def _unit(embeds: torch.Tensor, names: Sequence[str], kind: str) -> torch.Tensor
             f"{kind} {first!r}. Check the model's weights and precision."
         )
     return torch.nn.functional.normalize(embeds, dim=1)
-
-
-def _require_dual_encoder(model: torch.nn.Module) -> None:
-    missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
-    if missing:
-        raise TypeError(
-            f"Expected a dual encoder with get_image_features and get_text_features, got {type(model).__name__} without "
-            f"{missing}. Evaluate the dual checkpoint, not one tower."
-        )
 
 
 @torch.no_grad()
@@ -75,7 +62,7 @@ def embed_images(
         TypeError: If the model is not a dual encoder.
         ValueError: If the dataset is empty, an image can't be decoded, or an embedding is not finite; the id is named.
     """
-    _require_dual_encoder(model)
+    require_dual_encoder(model)
     if "image" not in dataset.column_names or not isinstance(dataset.features["image"], Image):
         raise ValueError(f"Expected a column 'image' of type datasets.Image, got the columns {dataset.features}.")
     if not len(dataset):
@@ -84,16 +71,19 @@ def embed_images(
         dataset = dataset.add_column("image_id", [f"row {row}" for row in range(len(dataset))])
     reader = PixelReader(dataset, getattr(processor, "image_processor", processor), cache_mib=0)
     device = torch.device(device) if device is not None else model.device
-    options = {"num_workers": num_workers, "collate_fn": reader.decode, "pin_memory": device.type == "cuda"}
+    several = len(reader.input_names) > 1
+    options = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
+    options["collate_fn"] = reader.decode_inputs if several else reader.decode
     loader = DataLoader(range(len(dataset)), batch_size, **options)
     training = model.training
     model.to(device).eval()
     embeds = []
     try:
-        for pixels in tqdm(loader, desc="Embedding images", unit="batch"):
-            pixel_values = reader.normalise(pixels.to(device, non_blocking=True))
-            output = model.get_image_features(pixel_values=pixel_values.to(model.dtype))
-            embeds.append(_projected(output).float().cpu())
+        for read in tqdm(loader, desc="Embedding images", unit="batch"):
+            named = read if several else {"pixel_values": read}
+            inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
+            inputs["pixel_values"] = reader.normalise(inputs["pixel_values"]).to(model.dtype)
+            embeds.append(projected(model.get_image_features(**inputs)).float().cpu())
     finally:
         model.train(training)
     return _unit(torch.cat(embeds), dataset["image_id"], "image")
@@ -108,11 +98,11 @@ def embed_texts(
     batch_size: int = 256,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Embed texts. They are batched by length, so that a batch is padded to its own longest text only.
+    """Embed texts, tokenized as the model reads them ([`~modeling_dclip.data.dual_encoders.tokenize_texts`]) and batched by length.
 
     Args:
         model (`torch.nn.Module`): With `get_text_features`. Evaluated in `eval` mode; its mode is restored.
-        processor: The model's processor, or its tokenizer alone. Longer texts than the model's positions are cut; EOS stays.
+        processor: The model's processor, or its tokenizer alone. Longer texts than the model's positions are cut, counted in a warning.
         texts (`Sequence[str]`): At least one; none empty.
         batch_size (`int`, *optional*, defaults to 256): Texts at a time.
         device (`torch.device` or `str`, *optional*): As in [`embed_images`].
@@ -124,13 +114,10 @@ def embed_texts(
         TypeError: If the model is not a dual encoder.
         ValueError: If there is no text, one is empty, or an embedding is not finite.
     """
-    _require_dual_encoder(model)
+    require_dual_encoder(model)
     empty = [row for row, text in enumerate(texts) if not text.strip()]
     if empty or not len(texts):
         raise ValueError(f"Expected one or more non-empty texts, got {len(texts)}, of which empty: rows {empty[:10]}.")
-    tokenizer = getattr(processor, "tokenizer", processor)
-    text_config = getattr(model.config, "text_config", None)
-    longest = min(tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 1 << 30))
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     device = torch.device(device) if device is not None else model.device
     training = model.training
@@ -139,11 +126,9 @@ def embed_texts(
     try:
         for start in tqdm(range(0, len(order), batch_size), desc="Embedding texts", unit="batch"):
             batch = [texts[row] for row in order[start : start + batch_size]]
-            tokens = tokenizer(batch, padding=True, truncation=True, max_length=longest, return_tensors="pt").to(
-                device
-            )
-            output = model.get_text_features(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"])
-            embeds.append(_projected(output).float().cpu())
+            tokens = tokenize_texts(model, processor, batch)
+            output = model.get_text_features(**{name: tensor.to(device) for name, tensor in tokens.items()})
+            embeds.append(projected(output).float().cpu())
     finally:
         model.train(training)
     back = torch.empty(len(order), dtype=torch.long)

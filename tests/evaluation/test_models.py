@@ -1,0 +1,211 @@
+"""Every family of dual encoders embeds as it does alone on what its own processor makes, one row at a time; what is none is refused."""
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from tiny_dual_encoders import FAMILIES, make_word_tokenizer, save_dual_encoder
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPVisionModelWithProjection,
+    FlavaConfig,
+    FlavaModel,
+)
+
+from modeling_dclip import DCLIPModel
+from modeling_dclip.data.dual_encoders import tokenize_texts
+from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.evaluation.models import load_dual_encoder
+from modeling_dclip.evaluation.provenance import model_revision
+
+TEXTS = ["a red dog", "the small blue circle and a large square", "dog", "a photo of the red square and of the dog"]
+# How each family was trained to read one text.
+TRAINED = dict.fromkeys(FAMILIES, {"padding": False}) | dict.fromkeys(
+    ("siglip", "siglip2_naflex"), {"padding": "max_length", "truncation": True, "max_length": 16}
+)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family_dir(request, tmp_path_factory):
+    """`(family, folder of a random checkpoint)`."""
+    return request.param, save_dual_encoder(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@torch.no_grad()
+def embed_alone(folder, family, images):
+    """transformers' own model on its own processor's outputs, one row at a time."""
+    model = AutoModel.from_pretrained(folder).eval()
+    processor = AutoProcessor.from_pretrained(folder, backend="pil")
+    image_rows, text_rows = [], []
+    for image in images:
+        inputs = processor.image_processor(images=image, return_tensors="pt")
+        image_rows.append(model.get_image_features(**inputs).pooler_output)
+    for text in TEXTS:
+        tokens = processor(text=[text], return_tensors="pt", **TRAINED[family])
+        text_rows.append(model.get_text_features(**tokens).pooler_output)
+    return [F.normalize(torch.cat(rows), dim=1) for rows in (image_rows, text_rows)]
+
+
+def test_embeddings_are_those_of_transformers_alone_whatever_the_batch(family_dir, tiny_scenes):
+    family, folder = family_dir
+    images, texts = embed_alone(folder, family, tiny_scenes["image"])
+    assert (images[0] - images[1]).abs().max() > 1e-3 < (texts[0] - texts[1]).abs().max()
+    model, processor, revision = load_dual_encoder(folder)
+    assert revision == model_revision(folder, model) and not model.training and model.dtype == torch.float32
+    for batch_size in (1, 3, 8):
+        found = embed_images(model, processor, tiny_scenes, batch_size=batch_size)
+        assert torch.allclose(found, images, atol=2e-6)
+        assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=batch_size), texts, atol=2e-6)
+
+
+def test_a_text_too_long_for_the_model_is_cut_and_counted(family_dir, caplog):
+    _, folder = family_dir
+    model, processor, _ = load_dual_encoder(folder)
+    with caplog.at_level("WARNING"):
+        embeds = embed_texts(model, processor, ["dog " * 50, "dog " * 60, "dog"])
+    assert torch.allclose(embeds[0], embeds[1], atol=1e-6) and not torch.allclose(embeds[0], embeds[2], atol=1e-3)
+    assert "2 of 3 texts exceed" in caplog.text and "'dog dog" in caplog.text
+
+
+def test_siglip_reads_padding_which_nobody_else_does(family_dir):
+    family, folder = family_dir
+    model, processor, _ = load_dual_encoder(folder)
+    tokens = tokenize_texts(model, processor, TEXTS[:1], max_length=9)
+    longer = tokenize_texts(model, processor, TEXTS[:2], max_length=9)
+    assert ("attention_mask" in tokens) is not family.startswith("siglip")
+    lengths = [made["input_ids"].shape[1] for made in (tokens, longer)]
+    assert lengths == ([16, 16] if family.startswith("siglip") else [5, 9])
+    with torch.no_grad():
+        short = model.get_text_features(input_ids=tokens["input_ids"][:, :8]).pooler_output
+        whole = model.get_text_features(**tokens).pooler_output
+    assert family.startswith("siglip") is not torch.allclose(short, whole, atol=1e-4)
+
+
+def test_a_dclip_is_the_clip_it_was_made_from(tmp_path, tiny_clip_dir, tiny_scenes):
+    DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    CLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    ours, clip = load_dual_encoder(tmp_path), load_dual_encoder(str(tiny_clip_dir))
+    assert isinstance(ours[0], DCLIPModel) and ours[2] == clip[2]  # the same weights
+    assert torch.equal(embed_images(*ours[:2], tiny_scenes), embed_images(*clip[:2], tiny_scenes))
+    assert torch.equal(embed_texts(*ours[:2], TEXTS), embed_texts(*clip[:2], TEXTS))
+
+
+def test_a_checkpoint_without_a_tower_is_refused(tiny_clip_dir, tmp_path):
+    CLIPVisionModelWithProjection.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="Expected a dual encoder .*got CLIPVisionModel without"):
+        load_dual_encoder(tmp_path)
+    # The same weights under the config of the whole: transformers would draw the rest at random, with a warning.
+    CLIPModel.from_pretrained(tiny_clip_dir).config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"Expected all weights of CLIPModel .* missing \(logit_scale, text_model"):
+        load_dual_encoder(tmp_path)
+
+
+def test_missing_folders_weights_and_processors_are_named(tiny_clip_dir, tmp_path):
+    with pytest.raises(FileNotFoundError, match="Expected a folder with a model at .*gone"):
+        load_dual_encoder(tmp_path / "gone")
+    model = CLIPModel.from_pretrained(tiny_clip_dir)
+    model.config.save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"Expected \*.safetensors in .*pickled weights are not read"):
+        load_dual_encoder(tmp_path)
+    model.save_pretrained(tmp_path)
+    AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil").image_processor.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer that tells letters apart in .* got a CLIPTokenizer of 2 tokens"):
+        load_dual_encoder(tmp_path)
+
+
+def test_a_model_that_embeds_every_token_is_refused():
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = FlavaConfig(
+        image_config=small, text_config={**small, "vocab_size": 17}, multimodal_config=small, hidden_size=16
+    )
+    with pytest.raises(TypeError, match=r"Expected one embedding a row, \(B, D\).*got \(1, 5, "):
+        embed_texts(FlavaModel(config), make_word_tokenizer(16), TEXTS[:1])
+
+
+OPEN_CLIP_CONFIG = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 32, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 24, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+SIGLIP_TEXT = {"no_causal_mask": True, "pool_type": "last", "proj_bias": True}
+
+
+@pytest.fixture(scope="module", params=["clip", "siglip"])
+def tiny_open_clip(request, tmp_path_factory):
+    """`(name, file of weights)` of a random model, and open_clip's own functions for it."""
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    folder, name = tmp_path_factory.mktemp("open_clip"), f"tiny-{request.param}"
+    config = {**OPEN_CLIP_CONFIG}
+    if request.param == "siglip":
+        config |= {"custom_text": True, "text_cfg": {**config["text_cfg"], **SIGLIP_TEXT}}
+        config["text_cfg"]["hf_tokenizer_name"] = str(folder)
+        config["vision_cfg"] = {**config["vision_cfg"], "attentional_pool": False, "pool_type": "avg"}
+        make_word_tokenizer(24, "$A </s>").save_pretrained(folder)
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    torch.manual_seed(0)
+    torch.save(open_clip.create_model(name).state_dict(), folder / "weights.pt")
+    return name, folder / "weights.pt"
+
+
+@torch.no_grad()
+def test_an_open_clip_model_embeds_as_open_clip_does(tiny_open_clip, tiny_scenes):
+    import open_clip
+
+    name, weights = tiny_open_clip
+    theirs, transform = open_clip.create_model_from_pretrained(name, pretrained=str(weights))
+    theirs.eval()
+    pictures = tiny_scenes["image"][:]
+    images = theirs.encode_image(torch.stack([transform(picture) for picture in pictures]), normalize=True)
+    texts = theirs.encode_text(open_clip.get_tokenizer(name)(TEXTS), normalize=True)
+    model, processor, revision = load_dual_encoder(f"open_clip:{name}:{weights}")
+    assert revision.startswith("sha256:") and not model.training
+    for batch_size in (1, 3, 8):
+        found = embed_images(model, processor, tiny_scenes, batch_size=batch_size)
+        assert torch.allclose(found, images, atol=2e-6)
+        assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=batch_size), texts, atol=2e-6)
+
+
+@pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)
+def test_the_revision_of_an_open_clip_model_is_of_its_weights(tiny_open_clip, tmp_path):
+    name, weights = tiny_open_clip
+    state = torch.load(weights, weights_only=True)
+    torch.save(state, tmp_path / "copy.pt")
+    first, copy = (load_dual_encoder(f"open_clip:{name}:{path}")[2] for path in (weights, tmp_path / "copy.pt"))
+    state["logit_scale"] += 1
+    torch.save(state, tmp_path / "other.pt")
+    assert first == copy != load_dual_encoder(f"open_clip:{name}:{tmp_path / 'other.pt'}")[2]
+
+
+@pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)
+def test_a_folder_of_open_clip_holds_architecture_and_weights(tiny_open_clip, tmp_path, tiny_scenes):
+    name, weights = tiny_open_clip
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": OPEN_CLIP_CONFIG}))
+    with pytest.raises(ValueError, match="got none that load with open_clip:local-dir:"):
+        load_dual_encoder(f"open_clip:local-dir:{tmp_path}")
+    save_file(torch.load(weights, weights_only=True), tmp_path / "open_clip_model.safetensors")
+    folder, file = (
+        load_dual_encoder(f"open_clip:local-dir:{tmp_path}"),
+        load_dual_encoder(f"open_clip:{name}:{weights}"),
+    )
+    assert folder[2] == file[2]
+    assert torch.equal(embed_texts(*folder[:2], TEXTS), embed_texts(*file[:2], TEXTS))
+
+
+@pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)
+def test_names_and_weights_that_open_clip_lacks_are_refused(tiny_open_clip, tmp_path):
+    name, weights = tiny_open_clip
+    with pytest.raises(ValueError, match="architecture that open_clip knows, got 'ViT-B-31' .*Near it: .*ViT-B-32"):
+        load_dual_encoder("open_clip:ViT-B-31:openai")
+    with pytest.raises(ValueError, match="a file of weights or one of the tags .*'openai'.* of ViT-B-32, got 'opnai'"):
+        load_dual_encoder("open_clip:ViT-B-32:opnai")
+    state = torch.load(weights, weights_only=True)
+    del state["logit_scale"]
+    torch.save(state, tmp_path / "part.pt")
+    with pytest.raises(ValueError, match=r"Expected whole weights of the architecture .*part.pt: (.|\n)*logit_scale"):
+        load_dual_encoder(f"open_clip:{name}:{tmp_path / 'part.pt'}")
