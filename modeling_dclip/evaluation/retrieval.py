@@ -1,213 +1,132 @@
 """Retrieval in both directions with any number of captions per image: ranks first, every metric from them.
 
-The similarity matrix exists one tile at a time. Ties count **against** the model: another image or caption whose cosine is
-equal to, or less than [`TIE_TOLERANCE`] below, the relevant one's ranks before it, so a collapsed model scores at the floor and
-equal embeddings do not depend on rounding, tiling or order. Relevant captions of one image that tie rank by index among themselves.
+Definitions, those of the CLIP papers. Text to image asks one question per **caption**: where does its one image come among all images?
+Image to text asks one question per **image**: where do its captions come among all captions of the set? Recall@k is the share of
+questions with **any** right answer among the first k, so an image with five captions needs one of them (not the share of the five).
+MRR is the mean of 1 / rank of the first right answer. mAP is the mean over questions of the average precision over **all** right
+answers, without a cut-off; with one right image per caption, `text_to_image_map` equals `text_to_image_mrr`. The median rank is that of
+the first right answer, the middle of the two middle ones where their number is even. R-sum is the sum of the six recalls at 1, 5 and 10.
+
+Ties count against the model: [`~modeling_dclip.evaluation.retrieval_ranks.retrieval_ranks`].
 """
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from datasets import Dataset
 
-from modeling_dclip.evaluation.embedding import embed_dataset
+from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
+from modeling_dclip.evaluation.retrieval_index import NOT_FOUND, approximate_ranks, find_faiss
+from modeling_dclip.evaluation.retrieval_ranks import TIE_TOLERANCE as TIE_TOLERANCE  # others know it by this address
+from modeling_dclip.evaluation.retrieval_ranks import RetrievalRanks, rank_within_group, retrieval_ranks
 
-# Four units in the last place of 1.0 in float32: what a dot product of unit vectors may move by when it is summed in another order.
-TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
-
-
-class RetrievalRanks(NamedTuple):
-    """Where the relevant items came, one entry per caption; 1 is first.
-
-    Attributes:
-        text_to_image (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption's image among all images.
-        image_to_text (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption among all captions for its own image. The best
-            of an image's ranks is the rank of its first hit.
-        image_of_caption (`torch.Tensor` of shape `(C,)`): int64.
-    """
-
-    text_to_image: torch.Tensor
-    image_to_text: torch.Tensor
-    image_of_caption: torch.Tensor
+RSUM_AT = (1, 5, 10)
 
 
-def _unit_rows(embeds: torch.Tensor, name: str) -> torch.Tensor:
-    if embeds.ndim != 2 or not embeds.numel():
-        raise ValueError(f"Expected {name} of shape (rows, width), not empty, got {tuple(embeds.shape)}.")
-    embeds = embeds.float()
-    bad = (~torch.isfinite(embeds).all(dim=1)) | (embeds == 0).all(dim=1)
-    if bad.any():
-        rows = bad.nonzero()[:5, 0].tolist()
-        raise ValueError(
-            f"Expected finite, non-zero rows in {name}, got {int(bad.sum())} bad ones, the first at {rows}."
-        )
-    return torch.nn.functional.normalize(embeds, dim=1)
-
-
-def _check_owners(image_of_caption: torch.Tensor, images: int, captions: int) -> torch.Tensor:
-    if image_of_caption.shape != (captions,) or image_of_caption.is_floating_point():
-        raise ValueError(
-            f"Expected image_of_caption as {captions} integers, one per caption, got {image_of_caption.dtype} of shape "
-            f"{tuple(image_of_caption.shape)}."
-        )
-    outside = (image_of_caption < 0) | (image_of_caption >= images)
-    if outside.any():
-        row = int(outside.nonzero()[0])
-        raise ValueError(
-            f"Expected image_of_caption in [0, {images}), got {int(image_of_caption[row])} for caption {row}."
-        )
-    count = torch.bincount(image_of_caption.long(), minlength=images)
-    if (count == 0).any():
-        rows = (count == 0).nonzero()[:5, 0].tolist()
-        raise ValueError(
-            f"Expected at least one caption per image, got none for {int((count == 0).sum())} images, the first at {rows}. "
-            f"Remove these images."
-        )
-    return count
-
-
-@torch.no_grad()
-def retrieval_ranks(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_of_caption: torch.Tensor, *, chunk_size: int = 1024
-) -> RetrievalRanks:
-    """Rank every relevant pair in both directions.
-
-    Args:
-        image_embeds (`torch.Tensor` of shape `(I, D)`): Any scale and float type; normalised here, computed in float32.
-        text_embeds (`torch.Tensor` of shape `(C, D)`): Likewise, on the same device.
-        image_of_caption (`torch.Tensor` of shape `(C,)`): Row in `image_embeds` of each caption's image; every image at least once.
-        chunk_size (`int`, *optional*, defaults to 1024): Captions in a tile; it has four times as many images. Does not change the result.
-
-    Returns:
-        [`RetrievalRanks`]: On the CPU. Resample by image for intervals: an image's captions are not independent.
-
-    Raises:
-        ValueError: If widths differ, something is empty, zero or not finite, an index is out of range, or an image has no caption.
-    """
-    if chunk_size < 1:
-        raise ValueError(f"Expected chunk_size >= 1, got {chunk_size}.")
-    images, texts = _unit_rows(image_embeds, "image_embeds"), _unit_rows(text_embeds, "text_embeds")
-    if images.shape[1] != texts.shape[1]:
-        raise ValueError(
-            f"Expected embeddings of one width, got {images.shape[1]} for images and {texts.shape[1]} for texts. Do both come "
-            f"from one model?"
-        )
-    count = _check_owners(image_of_caption, len(images), len(texts))
-    device = images.device
-    owners = image_of_caption.to(device=device, dtype=torch.long)
-
-    # Images with the most captions first: those with a j-th caption are then a prefix, and ragged captions waste no work.
-    by_count = torch.argsort(count.to(device), descending=True, stable=True)
-    place = torch.empty_like(by_count)
-    place[by_count] = torch.arange(len(by_count), device=device)
-    images, owners = images[by_count], place[owners]
-    slot, slots = _position_in_group(owners), int(count.max())
-
-    relevant = (texts * images[owners]).sum(dim=1)  # (C,)
-    bar = torch.full(
-        (len(images), slots), torch.inf, device=device
-    )  # what a wrong caption must reach to come before slot j
-    bar[owners, slot] = relevant - TIE_TOLERANCE
-    before_image, before_caption = _count_wrong_before(
-        texts, images, owners, relevant - TIE_TOLERANCE, bar, chunk_size
-    )
-    image_to_text = before_caption[owners, slot] + _rank_within_group(owners, relevant)
-    return RetrievalRanks((before_image + 1).cpu(), image_to_text.cpu(), image_of_caption.long().cpu())
-
-
-def _position_in_group(groups: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2... within each group, in the order given: [4, 7, 4, 4] -> [0, 0, 1, 2]."""
-    order = torch.argsort(groups, stable=True)
-    ordered = groups[order]
-    index = torch.arange(len(groups), device=groups.device)
-    is_start = torch.ones_like(ordered, dtype=torch.bool)
-    is_start[1:] = ordered[1:] != ordered[:-1]
-    start = torch.cummax(torch.where(is_start, index, 0), dim=0).values
-    position = torch.empty_like(groups)
-    position[order] = index - start
-    return position
-
-
-def _rank_within_group(groups: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """1 for the highest score of a group, 2 for the next...; ties by index."""
-    order = torch.argsort(scores, descending=True, stable=True)
-    rank = torch.empty_like(groups)
-    rank[order] = _position_in_group(groups[order]) + 1
-    return rank
-
-
-def _count_wrong_before(
-    texts: torch.Tensor,
-    images: torch.Tensor,
-    owners: torch.Tensor,
-    text_bar: torch.Tensor,
-    image_bar: torch.Tensor,
-    chunk_size: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count, tile by tile, the wrong items that reach the bars: images per caption (C,), and captions per image and slot (I, slots)."""
-    device = texts.device
-    before_image = torch.zeros(len(texts), dtype=torch.long, device=device)
-    before_caption = torch.zeros(image_bar.shape, dtype=torch.long, device=device)
-    images_with_slot = torch.isfinite(image_bar).sum(dim=0).tolist()
-    flags = torch.empty(
-        min(chunk_size, len(texts)) * min(4 * chunk_size, len(images)), device=device
-    )  # summing floats is fastest
-    for left in range(0, len(images), 4 * chunk_size):
-        image_chunk = images[left : left + 4 * chunk_size]
-        for top in range(0, len(texts), chunk_size):
-            tile = texts[top : top + chunk_size] @ image_chunk.T
-            own = owners[top : top + chunk_size] - left
-            inside = ((own >= 0) & (own < tile.shape[1])).nonzero()[:, 0]
-            tile[inside, own[inside]] = -torch.inf
-            reached = flags[: tile.numel()].view(tile.shape)
-            torch.ge(tile, text_bar[top : top + chunk_size, None], out=reached)
-            before_image[top : top + chunk_size] += reached.sum(dim=1).long()
-            for slot, total in enumerate(images_with_slot):
-                width = min(total - left, tile.shape[1])
-                if width <= 0:
-                    break
-                torch.ge(tile[:, :width], image_bar[left : left + width, slot], out=reached[:, :width])
-                before_caption[left : left + width, slot] += reached[:, :width].sum(dim=0).long()
-    return before_image, before_caption
-
-
-def metrics_from_ranks(ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Turn ranks into metrics.
-
-    Text to image asks one question per caption, image to text one per image. Recall@k: any relevant item among the first k. MRR: mean
-    of 1 / rank of the first relevant item. mAP: mean over questions of the average precision over **all** relevant items; with one
-    relevant image per caption, `text_to_image_map` equals `text_to_image_mrr`.
-
-    Args:
-        ranks ([`RetrievalRanks`]): From [`retrieval_ranks`].
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs, >= 1.
-
-    Returns:
-        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1].
-
-    Raises:
-        ValueError: If a cut-off is below 1 or there is none.
-    """
+def _check_cut_offs(ks: Sequence[int], depth: int | None) -> None:
     if not ks or min(ks) < 1:
         raise ValueError(f"Expected cut-offs >= 1, got {tuple(ks)}.")
+    if depth is not None and max(ks) > depth:
+        raise ValueError(f"Expected cut-offs of at most the depth {depth} that was searched, got {tuple(ks)}.")
+
+
+def _first_ranks(ranks: RetrievalRanks) -> dict[str, torch.Tensor]:
+    """Rank of the first right answer of every question: (C,) from texts, (I,) from images."""
     owners = ranks.image_of_caption
-    images = int(owners.max()) + 1
-    first = torch.full((images,), torch.iinfo(torch.long).max).scatter_reduce(0, owners, ranks.image_to_text, "amin")
-    found = _rank_within_group(
+    first = torch.full((int(owners.max()) + 1,), NOT_FOUND).scatter_reduce(0, owners, ranks.image_to_text, "amin")
+    return {"text_to_image": ranks.text_to_image, "image_to_text": first}
+
+
+def _reciprocal(ranks: torch.Tensor) -> torch.Tensor:
+    return torch.where(ranks == NOT_FOUND, 0.0, 1 / ranks.double())
+
+
+def outcomes_from_ranks(
+    ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10), *, depth: int | None = None
+) -> dict[str, torch.Tensor]:
+    """What every image with its captions adds to each metric: a sum and a count.
+
+    Args:
+        ranks ([`RetrievalRanks`]): From [`retrieval_ranks`], or from an index.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall, >= 1.
+        depth (`int`, *optional*): Where only so many answers were searched: MRR and mAP then are `mrr@depth` and `map@depth`, in which
+            right answers that were not found add nothing.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, each float64 of shape `(I, 2)`. The metric is the
+        sum of column 0 over the sum of column 1; an image is what to resample.
+
+    Raises:
+        ValueError: If a cut-off is below 1 or above the depth, or there is none.
+    """
+    _check_cut_offs(ks, depth)
+    owners, first = ranks.image_of_caption, _first_ranks(ranks)
+    count = torch.bincount(owners).double()  # (I,)
+    found = rank_within_group(
         owners, -ranks.image_to_text.double()
-    )  # relevant captions seen up to and including this one
-    precision = torch.zeros(images, dtype=torch.double).index_add(0, owners, found.double() / ranks.image_to_text)
-    average_precision = precision / torch.bincount(owners, minlength=images)
-    metrics = {}
-    for direction, rank, precisions in (
-        ("text_to_image", ranks.text_to_image, 1 / ranks.text_to_image.double()),
-        ("image_to_text", first, average_precision),
-    ):
-        metrics |= {f"{direction}_recall@{k}": float((rank <= k).double().mean()) for k in ks}
-        metrics[f"{direction}_mrr"] = float((1 / rank.double()).mean())
-        metrics[f"{direction}_map"] = float(precisions.mean())
+    )  # right captions seen up to and including this one
+
+    def by_image(per_caption: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(count).index_add(0, owners, per_caption.double())
+
+    average_precision = by_image(found * _reciprocal(ranks.image_to_text)) / count
+    outcomes, suffix = {}, "" if depth is None else f"@{depth}"
+    for direction, rank in first.items():
+        from_texts = direction == "text_to_image"
+        questions = count if from_texts else torch.ones_like(count)
+        answers = {f"recall@{k}": (rank <= k).double() for k in ks}
+        answers |= {f"mrr{suffix}": _reciprocal(rank)}
+        answers |= {f"map{suffix}": _reciprocal(rank) if from_texts else average_precision}
+        for name, values in answers.items():
+            sums = by_image(values) if from_texts else values
+            outcomes[f"{direction}_{name}"] = torch.stack([sums, questions], dim=1)
+    return outcomes
+
+
+def _metrics(ranks: RetrievalRanks, outcomes: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    metrics = {name: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for name, pairs in outcomes.items()}
+    for direction, rank in _first_ranks(ranks).items():
+        ordered = rank.sort().values
+        middle = ordered[[(len(rank) - 1) // 2, len(rank) // 2]]
+        if int(middle[1]) != NOT_FOUND:
+            metrics[f"{direction}_median_rank"] = float(middle.double().mean())
+    recalls = [f"{direction}_recall@{k}" for direction in ("text_to_image", "image_to_text") for k in RSUM_AT]
+    if all(name in metrics for name in recalls):
+        metrics["rsum"] = sum(metrics[name] for name in recalls)
     return metrics
+
+
+def metrics_from_ranks(
+    ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10), *, depth: int | None = None
+) -> dict[str, float]:
+    """Turn ranks into metrics; the module's text defines them.
+
+    Args:
+        ranks, ks, depth: As in [`outcomes_from_ranks`].
+
+    Returns:
+        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1]; `{text_to_image,image_to_text}_median_rank`,
+        >= 1 (left out if the answer was not found to at least half of the questions); and `rsum`, in [0, 6], if 1, 5 and 10 are among the cut-offs.
+
+    Raises:
+        ValueError: As in [`outcomes_from_ranks`].
+    """
+    return _metrics(ranks, outcomes_from_ranks(ranks, ks, depth=depth))
+
+
+def _measure(
+    embeddings: DatasetEmbeddings, ks: Sequence[int], index: str | None, depth: int, chunk_size: int | None = None
+) -> tuple[dict[str, float], dict[str, torch.Tensor], RetrievalRanks]:
+    """Metrics, their outcomes and the ranks both come from, by tiles or by an index."""
+    reached = None if index is None else depth
+    _check_cut_offs(ks, reached)  # before the work
+    if index is None:
+        ranks, index_recalls = retrieval_ranks(*embeddings, chunk_size=chunk_size), {}
+    else:
+        ranks, index_recalls = approximate_ranks(*embeddings, index=index, ks=ks, depth=depth)
+    outcomes = outcomes_from_ranks(ranks, ks, depth=reached)
+    return _metrics(ranks, outcomes) | index_recalls, outcomes, ranks
 
 
 def retrieval_metrics(
@@ -216,25 +135,74 @@ def retrieval_metrics(
     image_of_caption: torch.Tensor,
     *,
     ks: Sequence[int] = (1, 5, 10),
-    chunk_size: int = 1024,
+    chunk_size: int | None = None,
+    index: str | None = None,
+    depth: int = 100,
 ) -> dict[str, float]:
-    """Recall@k, MRR and mAP in both directions: [`retrieval_ranks`], then [`metrics_from_ranks`].
+    """Recall@k, MRR, mAP and median rank in both directions: ranks, then [`metrics_from_ranks`].
 
     Args:
-        image_embeds, text_embeds, image_of_caption, chunk_size: As in [`retrieval_ranks`].
+        image_embeds, text_embeds, image_of_caption, chunk_size: As in [`~modeling_dclip.evaluation.retrieval_ranks.retrieval_ranks`].
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall.
+        index (`str`, *optional*): `"faiss"` or `"faiss:FACTORY"` searches an approximate index instead of everything, for sets too large
+            for that: [`~modeling_dclip.evaluation.retrieval_index.approximate_ranks`].
+        depth (`int`, *optional*, defaults to 100): Answers to ask the index for; ignored without one.
 
     Returns:
-        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1].
+        `dict[str, float]`: Those of [`metrics_from_ranks`]. With an index, MRR and mAP are cut off (`mrr@100`, `map@100`) and
+        `{text_to_image,image_to_text}_index_recall@k` say which share of the exact first k answers the index found.
 
     Raises:
-        ValueError: As in [`retrieval_ranks`] and [`metrics_from_ranks`].
+        ImportError: If an index is asked for and `faiss-cpu` is not installed.
+        ValueError: As in [`~modeling_dclip.evaluation.retrieval_ranks.retrieval_ranks`], [`metrics_from_ranks`] and
+            [`~modeling_dclip.evaluation.retrieval_index.approximate_ranks`].
 
     Example:
         >>> retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3))["text_to_image_recall@1"]
         1.0
     """
-    return metrics_from_ranks(retrieval_ranks(image_embeds, text_embeds, image_of_caption, chunk_size=chunk_size), ks)
+    embeddings = DatasetEmbeddings(image_embeds, text_embeds, image_of_caption)
+    return _measure(embeddings, ks, index, depth, chunk_size)[0]
+
+
+def embeddings_of_pairs(
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_ids: Sequence[Any]
+) -> DatasetEmbeddings:
+    """Take pairs, one for each caption with its image's embedding, apart into images and captions.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(C, D)`): The image of each caption; the same for captions of one image.
+        text_embeds (`torch.Tensor` of shape `(C, D)`): The captions.
+        image_ids (`Sequence` of length C): Equal for captions of one image; anything hashable.
+
+    Returns:
+        [`DatasetEmbeddings`]: Images in the order of their first captions. Not normalised.
+
+    Raises:
+        ValueError: If the lengths differ, or one id has two different image embeddings.
+
+    Example:
+        >>> embeddings_of_pairs(torch.eye(3)[[0, 1, 0]], torch.eye(3), ["a", "b", "a"]).image_of_caption.tolist()
+        [0, 1, 0]
+    """
+    if not len(image_embeds) == len(text_embeds) == len(image_ids):
+        raise ValueError(
+            f"Expected as many image embeddings as text embeddings and ids, got {len(image_embeds)}, {len(text_embeds)} and "
+            f"{len(image_ids)}."
+        )
+    rows: dict[Any, int] = {}
+    owners = torch.tensor([rows.setdefault(image_id, len(rows)) for image_id in image_ids], dtype=torch.long)
+    first = torch.full((len(rows),), len(owners)).scatter_reduce(0, owners, torch.arange(len(owners)), "amin")
+    images = image_embeds[first]
+    for start in range(0, len(owners), 4096):
+        differs = (image_embeds[start : start + 4096] != images[owners[start : start + 4096]]).any(dim=1)
+        if differs.any():
+            row = start + int(differs.nonzero()[0])
+            raise ValueError(
+                f"Expected one embedding for each image, got two for {image_ids[row]!r}: rows {int(first[owners[row]])} and {row} "
+                f"differ. Embed each image once, or give different images different ids."
+            )
+    return DatasetEmbeddings(images, text_embeds, owners)
 
 
 def evaluate_retrieval(
@@ -246,27 +214,34 @@ def evaluate_retrieval(
     device: torch.device | str | None = None,
     num_workers: int = 0,
     ks: Sequence[int] = (1, 5, 10),
+    index: str | None = None,
+    depth: int = 100,
 ) -> dict[str, Any]:
-    """Embed a dataset and measure retrieval on it.
+    """Embed a dataset and measure retrieval on it, both on the model's device.
 
     Args:
         model, processor, dataset, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
-        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall.
+        ks, index, depth: As in [`retrieval_metrics`].
 
     Returns:
-        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `ranks` ([`RetrievalRanks`]) for intervals.
+        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, `outcomes` ([`outcomes_from_ranks`], for
+        intervals) and `ranks` ([`RetrievalRanks`]).
 
     Raises:
+        ImportError, ValueError: As in [`retrieval_metrics`]; also as in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
         TypeError: If the model is not a dual encoder.
-        ValueError: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`] and [`retrieval_ranks`].
     """
+    if index is not None:
+        find_faiss(index)  # before the work
     embeddings = embed_dataset(
         model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers
     )
-    ranks = retrieval_ranks(*embeddings)
+    device = torch.device(device) if device is not None else model.device
+    metrics, outcomes, ranks = _measure(DatasetEmbeddings(*(part.to(device) for part in embeddings)), ks, index, depth)
     return {
-        **metrics_from_ranks(ranks, ks),
+        **metrics,
         "n": len(embeddings.image_embeds),
         "n_captions": len(embeddings.text_embeds),
+        "outcomes": outcomes,
         "ranks": ranks,
     }

@@ -1,0 +1,237 @@
+"""Exact ranks of every relevant pair in both directions, for any number of captions per image and sets of any size.
+
+The similarity matrix exists one tile at a time, computed in float32 whatever the embeddings are, and nothing else grows faster than the
+number of images or captions. Ties count **against** the model: another image or caption whose cosine is equal to, or less than
+[`TIE_TOLERANCE`] below, the relevant one's ranks before it, so a collapsed model scores at the floor and equal embeddings do not depend
+on rounding, tiling or order. Relevant captions of one image that tie rank by index among themselves.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+# Four units in the last place of 1.0 in float32: what a dot product of unit vectors may move by when it is summed in another order.
+TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
+# Captions in a tile; it has four times as many images. On a CPU a tile stays in its cache, on a GPU a call has to be worth its launch.
+CHUNK_ON_CPU, CHUNK_ON_GPU = 512, 4096
+_ROWS = 4096  # of embeddings that are looked at together outside the tiles
+_WIDE = 64  # images that have to share a slot for a call of its own
+_LEAST_NORM = 1e-12  # below it `normalize` gives no unit vector
+
+
+class RetrievalRanks(NamedTuple):
+    """Where the relevant items came, one entry per caption; 1 is first.
+
+    Attributes:
+        text_to_image (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption's image among all images.
+        image_to_text (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption among all captions for its own image. The best
+            of an image's ranks is the rank of its first hit.
+        image_of_caption (`torch.Tensor` of shape `(C,)`): int64.
+    """
+
+    text_to_image: torch.Tensor
+    image_to_text: torch.Tensor
+    image_of_caption: torch.Tensor
+
+
+def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
+    """Normalise rows in float32: `(rows, D)` of any scale and float type to unit length."""
+    return torch.nn.functional.normalize(embeds.float(), dim=1)
+
+
+def _check_rows(embeds: torch.Tensor, name: str) -> None:
+    if embeds.ndim != 2 or not embeds.numel():
+        raise ValueError(f"Expected {name} of shape (rows, width), not empty, got {tuple(embeds.shape)}.")
+    norms = torch.cat([rows.float().norm(dim=1) for rows in embeds.split(_ROWS)])
+    bad = ~((norms >= _LEAST_NORM) & (norms < torch.inf))  # NaN is neither
+    if bad.any():
+        rows = bad.nonzero()[:5, 0].tolist()
+        raise ValueError(
+            f"Expected finite, non-zero rows in {name}, got {int(bad.sum())} bad ones, the first at {rows}."
+        )
+
+
+def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_of_caption: torch.Tensor) -> None:
+    """Refuse what can't be ranked.
+
+    Args:
+        image_embeds, text_embeds, image_of_caption: As in [`retrieval_ranks`].
+
+    Raises:
+        ValueError: If widths or devices differ, something is empty, zero or not finite, an index is out of range, or an image has no caption.
+    """
+    _check_rows(image_embeds, "image_embeds")
+    _check_rows(text_embeds, "text_embeds")
+    if image_embeds.shape[1] != text_embeds.shape[1]:
+        raise ValueError(
+            f"Expected embeddings of one width, got {image_embeds.shape[1]} for images and {text_embeds.shape[1]} for texts. Do "
+            f"both come from one model?"
+        )
+    if image_embeds.device != text_embeds.device:
+        raise ValueError(
+            f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for texts."
+        )
+    images, captions = len(image_embeds), len(text_embeds)
+    if image_of_caption.shape != (captions,) or image_of_caption.is_floating_point():
+        raise ValueError(
+            f"Expected image_of_caption as {captions} integers, one per caption, got {image_of_caption.dtype} of shape "
+            f"{tuple(image_of_caption.shape)}."
+        )
+    outside = (image_of_caption < 0) | (image_of_caption >= images)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(
+            f"Expected image_of_caption in [0, {images}), got {int(image_of_caption[row])} for caption {row}."
+        )
+    lonely = (torch.bincount(image_of_caption.long(), minlength=images) == 0).nonzero()[:, 0]
+    if len(lonely):
+        raise ValueError(
+            f"Expected at least one caption per image, got none for {len(lonely)} images, the first at {lonely[:5].tolist()}. "
+            f"Remove these images."
+        )
+
+
+@contextmanager
+def full_float32(device: torch.device) -> Iterator[None]:
+    """Multiply matrices in float32 proper: neither autocast nor the shorter formats that a user may allow for training."""
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
+@torch.no_grad()
+def retrieval_ranks(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_of_caption: torch.Tensor,
+    *,
+    chunk_size: int | None = None,
+) -> RetrievalRanks:
+    """Rank every relevant pair in both directions.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(I, D)`): Any scale and float type; normalised here, computed in float32 where it lies.
+        text_embeds (`torch.Tensor` of shape `(C, D)`): Likewise, on the same device.
+        image_of_caption (`torch.Tensor` of shape `(C,)`): Row in `image_embeds` of each caption's image; every image at least once.
+        chunk_size (`int`, *optional*): Captions in a tile; it has four times as many images. Does not change the result. By default
+            512 on a CPU and 4,096 on a GPU: tiles of 8 MiB and 512 MiB, beside which only some vectors are held.
+
+    Returns:
+        [`RetrievalRanks`]: On the CPU. Resample by image for intervals: an image's captions are not independent.
+
+    Raises:
+        ValueError: As in [`check_embeddings`], or if `chunk_size < 1`.
+    """
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"Expected chunk_size >= 1, got {chunk_size}.")
+    check_embeddings(image_embeds, text_embeds, image_of_caption)
+    device = image_embeds.device
+    chunk_size = chunk_size or (CHUNK_ON_CPU if device.type == "cpu" else CHUNK_ON_GPU)
+    owners = image_of_caption.to(device=device, dtype=torch.long)
+
+    # Images with the most captions first: those with a j-th caption are then a prefix, and ragged captions waste no work.
+    by_count = torch.argsort(torch.bincount(owners), descending=True, stable=True)
+    place = torch.empty_like(by_count)
+    place[by_count] = torch.arange(len(by_count), device=device)
+    slot = _position_in_group(owners)
+    images_with_slot = torch.bincount(slot)
+    start = torch.cumsum(images_with_slot, dim=0) - images_with_slot
+    own = start[slot] + place[owners]  # (C,): captions in the order of their slots, each slot an image after another
+
+    with full_float32(device):
+        relevant = torch.cat(
+            [
+                (unit_rows(texts) * unit_rows(image_embeds[rows])).sum(dim=1)
+                for texts, rows in zip(text_embeds.split(_ROWS), owners.split(_ROWS), strict=True)
+            ]
+        )  # (C,)
+        bar = torch.empty_like(relevant)
+        bar[own] = relevant - TIE_TOLERANCE  # what a wrong caption must reach to come before
+        before_image, before_caption = _count_wrong_before(
+            text_embeds, image_embeds, place[owners], by_count, bar[own], bar, images_with_slot.tolist(), chunk_size
+        )
+    image_to_text = before_caption[own] + rank_within_group(owners, relevant)
+    return RetrievalRanks((before_image + 1).cpu(), image_to_text.cpu(), image_of_caption.long().cpu())
+
+
+def _position_in_group(groups: torch.Tensor) -> torch.Tensor:
+    """0, 1, 2... within each group, in the order given: [4, 7, 4, 4] -> [0, 0, 1, 2]."""
+    order = torch.argsort(groups, stable=True)
+    ordered = groups[order]
+    index = torch.arange(len(groups), device=groups.device)
+    is_start = torch.ones_like(ordered, dtype=torch.bool)
+    is_start[1:] = ordered[1:] != ordered[:-1]
+    start = torch.cummax(torch.where(is_start, index, 0), dim=0).values
+    position = torch.empty_like(groups)
+    position[order] = index - start
+    return position
+
+
+def rank_within_group(groups: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    """1 for the highest score of a group, 2 for the next...; ties by index."""
+    order = torch.argsort(scores, descending=True, stable=True)
+    rank = torch.empty_like(groups)
+    rank[order] = _position_in_group(groups[order]) + 1
+    return rank
+
+
+def _count_wrong_before(
+    texts: torch.Tensor,
+    images: torch.Tensor,
+    places: torch.Tensor,
+    by_count: torch.Tensor,
+    text_bar: torch.Tensor,
+    image_bar: torch.Tensor,
+    images_with_slot: list[int],
+    chunk_size: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count, tile by tile, the wrong items that reach the bars: images per caption, and captions in the order of `image_bar`; both (C,)."""
+    device = texts.device
+    before_image = torch.zeros(len(texts), dtype=torch.long, device=device)
+    before_caption = torch.zeros(len(texts), dtype=torch.long, device=device)
+    flags = torch.empty(
+        min(chunk_size, len(texts)) * min(4 * chunk_size, len(images)), device=device
+    )  # summing floats is fastest
+    for left in range(0, len(images), 4 * chunk_size):
+        image_chunk = unit_rows(images[by_count[left : left + 4 * chunk_size]])
+        wide, narrow = _bars_of_images(images_with_slot, left, len(image_chunk), device)
+        for top in range(0, len(texts), chunk_size):
+            tile = unit_rows(texts[top : top + chunk_size]) @ image_chunk.T
+            own = places[top : top + chunk_size] - left
+            inside = ((own >= 0) & (own < tile.shape[1])).nonzero()[:, 0]
+            tile[inside, own[inside]] = -torch.inf
+            reached = flags[: tile.numel()].view(tile.shape)
+            torch.ge(tile, text_bar[top : top + chunk_size, None], out=reached)
+            before_image[top : top + chunk_size] += reached.sum(dim=1).long()
+            for start, width in wide:
+                torch.ge(tile[:, :width], image_bar[start : start + width], out=reached[:, :width])
+                before_caption[start : start + width] += reached[:, :width].sum(dim=0).long()
+            for bars, columns in narrow:
+                before_caption[bars] += (tile[:, columns] >= image_bar[bars]).sum(dim=0)
+    return before_image, before_caption
+
+
+def _bars_of_images(
+    images_with_slot: list[int], left: int, images: int, device: torch.device
+) -> tuple[list[tuple[int, int]], list[tuple[torch.Tensor, torch.Tensor]]]:
+    """Where the bars of some images in a row lie: slots that many of them have, as `(start, width)`, and all others as positions and columns."""
+    wide, positions, columns, start = [], [], [], left
+    for total in images_with_slot:
+        width = min(total - left, images)
+        if width <= 0:
+            break
+        if width >= _WIDE:
+            wide.append((start, width))
+        else:  # one call for each of the hundreds of captions that one image may have would take long
+            columns.append(torch.arange(width, device=device))
+            positions.append(columns[-1] + start)
+        start += total
+    if not columns:
+        return wide, []
+    return wide, list(zip(torch.cat(positions).split(images), torch.cat(columns).split(images), strict=True))
