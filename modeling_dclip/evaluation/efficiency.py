@@ -1,6 +1,7 @@
 """What a call costs: time beside its rivals on the same machine, operations, memory, and how that grows with the input.
 
-Everything takes calls without arguments, so that a model, a compiled one and an ONNX session are measured alike.
+What measures takes calls without arguments, so that a model, a compiled one and an ONNX session are measured alike.
+[`evaluate_efficiency`] is the benchmark of one dual encoder.
 """
 
 import json
@@ -12,13 +13,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+import modeling_dclip.selective_scan  # noqa: F401  registers its operators
+from modeling_dclip.data.dual_encoders import projected, require_dual_encoder, tokenize_texts
+
 Call = Callable[[], Any]
 MIB = 2**20
+SCAN_FLOPS = 9  # for each position, channel and state: the usual count
+MIN_MS = 20.0  # a shorter call is repeated to fill it, beside which the clock's own cost is nothing
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
@@ -95,14 +103,15 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def count_flops(call: Call) -> int:
+def count_flops(call: Call, formulas: Mapping[Any, Callable[..., int]] | None = None) -> int:
     """Count the floating-point operations of matrix products and convolutions, a multiplication and an addition as two.
 
-    Attention is counted through its plain form. Operators that PyTorch has no formula for (the selective scan is one) count
-    as nothing: add them.
+    Attention is counted through its plain form, `nn.MultiheadAttention` of eval mode too. Operators that PyTorch has no formula for
+    (the selective scan is one) count as nothing: give their formulas, or add them.
 
     Args:
         call (`Callable`): Runs eager PyTorch.
+        formulas (`Mapping`, *optional*): Operations of further operators of `torch.ops`, from the shapes of their arguments.
 
     Returns:
         `int`
@@ -111,9 +120,27 @@ def count_flops(call: Call) -> int:
         >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
         48
     """
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        call()
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator, which the counter does not know
+    try:
+        counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
     return counter.get_total_flops()
+
+
+def _scan_flops(x: Sequence[int], delta: Sequence[int], A: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, channels, length = x
+    return SCAN_FLOPS * batch * channels * length * A[1]
+
+
+def scan_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for [`count_flops`] of this package's selective scans, wherever they run."""
+    operators = torch.ops.modeling_dclip_selective_scan
+    names = ("chunked", "triton")  # the second only where Triton is
+    return {getattr(operators, name): _scan_flops for name in names if hasattr(operators, name)}
 
 
 def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
@@ -169,3 +196,101 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
         raise ValueError(f"Expected two or more positive sizes with a positive cost each, got {sizes} and {costs}.")
     xs, ys = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
     return statistics.linear_regression(xs, ys).slope
+
+
+def _least_and_most(values: Sequence[int]) -> tuple[int, int]:
+    if not values or min(values) < 1:
+        raise ValueError(f"Expected batch sizes of at least 1, got {values}.")
+    return min(values), max(values)
+
+
+def _repeated(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def evaluate_efficiency(
+    model: torch.nn.Module,
+    processor: Any,
+    *,
+    device: torch.device | str | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    rounds: int = 10,
+    max_seconds: float = 60.0,
+    text_tokens: int = 77,
+) -> dict[str, Any]:
+    """Measure what embedding costs, from tensors on the device to embeddings: reading, resizing and tokenizing are not part of it.
+
+    Image and text take turns, each warmed up. The text fills `text_tokens`, as in published latencies: models that pad by themselves
+    take as long for a short one. Times move with the machine's load, so compare those of one quiet machine, by their spread.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder, in its own precision. Evaluated in `eval` mode; its mode is restored.
+        processor: Its processor: it makes the inputs, of the model's own size.
+        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if not given.
+        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): Latency is of the smallest, throughput of the largest.
+        rounds (`int`, *optional*, defaults to 10): Measured, of either.
+        max_seconds (`float`, *optional*, defaults to 60): No further round starts after so long; three are always measured.
+        text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads.
+
+    Returns:
+        `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`, `text_throughput_per_s`;
+            `parameters_millions` of both towers; `image_gflop` of one image, as [`count_flops`] counts; `peak_memory_mib` of weights and
+            activations while a largest batch of images is embedded; `n`, rounds; `spread`, of each time its median, min and max;
+            `condition` (`str`), what was measured on what.
+
+    Raises:
+        TypeError: If the model is no dual encoder.
+        ValueError: If a batch size or the rounds are below 1.
+    """
+    require_dual_encoder(model)
+    small, large = _least_and_most(batch_sizes)
+    device = torch.device(device) if device is not None else model.device
+    training = model.training
+    model.to(device).eval()
+    try:
+        image, text = _one_of_each(model, processor, device, text_tokens)
+        calls = {}
+        for count in (small, large):
+            images, texts = _repeated(image, count), _repeated(text, count)
+            calls[count] = {
+                "image": lambda images=images: projected(model.get_image_features(**images)),
+                "text": lambda texts=texts: projected(model.get_text_features(**texts)),
+            }
+        timing = {"rounds": rounds, "max_seconds": max_seconds, "min_ms": MIN_MS, "device": device, "warmups": 2}
+        latencies = interleaved_times(calls[small], **timing)
+        batches = latencies if small == large else interleaved_times(calls[large], **timing)
+        flops = count_flops(lambda: model.get_image_features(**image), scan_formulas())
+        activations_mib = peak_memory_mib(calls[large]["image"], device)
+    finally:
+        model.train(training)
+    spreads = {f"{kind}_latency_ms": spread([taken["latency_ms"] for taken in latencies[kind]]) for kind in latencies}
+    for kind, times in batches.items():
+        spreads[f"{kind}_throughput_per_s"] = spread([1000 * large / taken["latency_ms"] for taken in times])
+    tensors = [*model.parameters(), *model.buffers()]
+    weights_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+    shape = " x ".join(str(side) for side in image["pixel_values"].shape[1:])
+    return {
+        **{name: found["median"] for name, found in spreads.items()},
+        "parameters_millions": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "image_gflop": flops / 1e9,
+        "peak_memory_mib": weights_mib + activations_mib,
+        "n": len(latencies["image"]),
+        "spread": spreads,
+        "condition": f"{device.type}, {str(model.dtype).removeprefix('torch.')}, batches of {small} and {large}, images {shape}, "
+        f"texts of {text['input_ids'].shape[1]} tokens, {torch.get_num_threads()} CPU threads",
+    }
+
+
+def _one_of_each(
+    model: torch.nn.Module, processor: Any, device: torch.device, text_tokens: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Inputs of one image, of noise, and of one text, which is cut: no model is faster for what they hold."""
+    image_processor = getattr(processor, "image_processor", processor)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
+    made = image_processor(images=noise, return_tensors="pt")
+    image = {name: made[name].to(device) for name in image_processor.model_input_names}
+    image["pixel_values"] = image["pixel_values"].to(model.dtype)
+    words = ["a photo of a dog " * (1 + text_tokens // 5)]
+    text = tokenize_texts(model, processor, words, max_length=text_tokens)
+    return image, {name: tensor.to(device) for name, tensor in text.items()}

@@ -5,9 +5,20 @@ import doctest
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_dual_encoders import save_dual_encoder
+from torch import nn
 
 from modeling_dclip.evaluation import efficiency
-from modeling_dclip.evaluation.efficiency import count_flops, growth_exponent, interleaved_times, peak_memory_mib
+from modeling_dclip.evaluation.efficiency import (
+    count_flops,
+    evaluate_efficiency,
+    growth_exponent,
+    interleaved_times,
+    peak_memory_mib,
+    scan_formulas,
+)
+from modeling_dclip.evaluation.models import load_dual_encoder
+from modeling_dclip.selective_scan import selective_scan
 
 
 def test_examples_are_true():
@@ -100,6 +111,84 @@ def test_peak_memory_is_what_lives_at_once():
 def test_growth_needs_two_sizes_and_positive_costs(sizes, costs):
     with pytest.raises(ValueError, match="Expected two or more positive sizes"):
         growth_exponent(sizes, costs)
+
+
+@torch.no_grad()
+def test_the_fused_attention_of_eval_mode_is_counted_like_that_of_training():
+    attention, tokens = nn.MultiheadAttention(8, 2, batch_first=True), torch.randn(1, 10, 8)
+    for mode in (True, False):
+        attention.train(mode)
+        assert count_flops(lambda: attention(tokens, tokens, tokens)) == 2 * (4 * 10 * 8 * 8 + 2 * 10 * 10 * 8)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+@torch.no_grad()
+def test_a_selective_scan_counts_with_its_formula():
+    x, delta, A, B = torch.randn(2, 6, 10), torch.rand(2, 6, 10), -torch.rand(6, 4), torch.randn(2, 4, 10)
+    assert count_flops(lambda: selective_scan(x, delta, A, B, B)) == 0
+    assert count_flops(lambda: selective_scan(x, delta, A, B, B), scan_formulas()) == 9 * 2 * 6 * 10 * 4
+
+
+def test_latency_is_of_the_smallest_batch_and_throughput_of_the_largest(tiny_clip, clock, monkeypatch):
+    model, processor = tiny_clip
+    lengths = []
+
+    def embed_images(pixel_values):
+        clock.pass_by(0.030 + 0.001 * len(pixel_values))
+        return torch.zeros(len(pixel_values), 4)
+
+    def embed_texts(input_ids, attention_mask):
+        lengths.append(input_ids.shape[1])
+        clock.pass_by(0.025)
+        return torch.zeros(len(input_ids), 4)
+
+    monkeypatch.setattr(model, "get_image_features", embed_images)
+    monkeypatch.setattr(model, "get_text_features", embed_texts)
+    result = evaluate_efficiency(model, processor, batch_sizes=(1, 20), rounds=4)
+    assert result["n"] == 4
+    assert result["image_latency_ms"] == pytest.approx(31) and result["text_latency_ms"] == pytest.approx(25)
+    assert result["image_throughput_per_s"] == pytest.approx(20 / 0.050)
+    assert result["text_throughput_per_s"] == pytest.approx(20 / 0.025)
+    times = [name for name in result if name.endswith(("_ms", "_per_s"))]
+    assert set(times) == set(result["spread"]) and len(times) == 4
+    for name in times:
+        assert result["spread"][name]["min"] <= result[name] <= result["spread"][name]["max"]
+    assert set(lengths) == {77}  # the model's positions, filled
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "siglip2_naflex"])
+def test_costs_of_a_model_are_those_of_its_parts(family, tmp_path):
+    model, processor, _ = load_dual_encoder(save_dual_encoder(family, tmp_path))
+    model.train()
+    result = evaluate_efficiency(model, processor, batch_sizes=[4, 2], rounds=1)
+    assert model.training and "batches of 2 and 4" in result["condition"] and "16 tokens" in result["condition"]
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    assert result["parameters_millions"] == parameters / 1e6
+    assert result["peak_memory_mib"] > 4 * parameters / 2**20
+    # Two layers of width 16 over 16 patches (17 tokens with CLIP's class token), and what is before and after them.
+    tokens, width = (17 if family == "clip" else 16), 16
+    layers = 2 * 2 * (4 * tokens * width**2 + 2 * tokens**2 * width + 2 * tokens * width * 2 * width)
+    patches = 2 * 16 * (3 * 8 * 8) * width
+    assert layers + patches < 1e9 * result["image_gflop"] < 1.4 * (layers + patches)
+    assert all(result[name] > 0 for name in result if isinstance(result[name], float))
+
+
+def test_what_cannot_be_measured_is_refused(tiny_clip):
+    with pytest.raises(ValueError, match="batch sizes of at least 1, got .0, 4."):
+        evaluate_efficiency(*tiny_clip, batch_sizes=(0, 4))
+    with pytest.raises(ValueError, match="Expected one or more calls and rounds"):
+        evaluate_efficiency(*tiny_clip, rounds=0)
+    with pytest.raises(TypeError, match="dual encoder"):
+        evaluate_efficiency(tiny_clip[0].vision_model, tiny_clip[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_model_is_measured_on_cuda(tiny_clip_dir):
+    model, processor, _ = load_dual_encoder(tiny_clip_dir)
+    result = evaluate_efficiency(model, processor, device="cuda", batch_sizes=(1, 64), rounds=3)
+    assert result["condition"].startswith("cuda, float32") and result["image_latency_ms"] > 0
+    assert result["peak_memory_mib"] > 4 * result["parameters_millions"]
 
 
 @pytest.mark.gpu
