@@ -204,6 +204,8 @@ def _ranked_pairs(
         is_own = search.owner_of_item[items.clamp(min=0)] == search.owner_of_query[top : top + _QUERIES, None]
         is_own &= items >= 0
         query, answer = is_own.nonzero(as_tuple=True)  # (pairs,)
+        by_item = items[query, answer].argsort(stable=True)  # equal captions of one image rank by index
+        query, answer = query[by_item], answer[by_item]
         scores_of_own = scores[query, answer]
         wrong = torch.where(is_own | (items < 0), -torch.inf, scores)
         before = (wrong[query] >= scores_of_own[:, None] - TIE_TOLERANCE).sum(dim=1)
