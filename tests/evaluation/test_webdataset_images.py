@@ -1,0 +1,250 @@
+"""`clip-benchmark/wds_*` sets: rows that point into tars, in a folder or behind http, and every kind of damage named."""
+
+import functools
+import http.server
+import re
+import threading
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Image, Value
+from webdatasets import picture, sample, write_set, write_tar
+
+from modeling_dclip.data.files import replacing
+from modeling_dclip.evaluation import webdataset_images
+from modeling_dclip.evaluation.provenance import dataset_fingerprint
+from modeling_dclip.evaluation.webdataset_files import WebdatasetFiles
+from modeling_dclip.evaluation.webdataset_images import read_description, read_images
+
+TWO_SHARDS = [
+    [*sample(0, 1), *sample(1, 0, "jpg"), *sample(2, 2, "webp")],
+    [*sample(3, "2\n", "jpeg"), *sample(4, 0)],
+]
+
+
+def read(root, split="test", **options):
+    files = WebdatasetFiles(str(root), **options)
+    return read_images(files, split, read_description(files, split))
+
+
+@pytest.fixture(scope="module")
+def two_shards(tmp_path_factory):
+    return write_set(tmp_path_factory.mktemp("sets") / "wds_two", TWO_SHARDS)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder, with a count of requests; may break off in the middle of a tar or refuse."""
+
+    requests = []
+    status = None
+    cut = False
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        if self.status is not None:
+            self.send_error(self.status)
+            return
+        if self.cut and self.path.endswith("1.tar"):
+            self.send_response(200)
+            self.send_header("Content-Length", "10000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+            return
+        super().do_GET()
+
+
+@pytest.fixture
+def served(two_shards):
+    """`(address of the set, its handler)`."""
+    handler = type("CountingHandler", (Handler,), {"requests": []})
+    factory = functools.partial(handler, directory=str(two_shards.parent))
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), factory)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_address[1]}/wds_two", handler
+    server.shutdown()
+    thread.join()
+
+
+def test_rows_are_the_samples_of_all_shards_in_their_order(two_shards):
+    dataset = read(two_shards)
+    assert dataset["image_id"][:] == [
+        "wds_two/test/0.tar/s0000000.png",
+        "wds_two/test/0.tar/s0000001.jpg",
+        "wds_two/test/0.tar/s0000002.webp",
+        "wds_two/test/1.tar/s0000003.jpeg",
+        "wds_two/test/1.tar/s0000004.png",
+    ]
+    assert dataset["label"][:] == [1, 0, 2, 2, 0]
+    assert dataset.features["label"] == ClassLabel(names=["dog", "red circle", "blue square"])
+    stored = dataset.cast_column("image", Image(decode=False))["image"][:]
+    kinds = ["png", "jpg", "webp", "jpeg", "png"]
+    assert [one["bytes"] for one in stored] == [picture(n, kind) for n, kind in enumerate(kinds)]
+    assert [image.size for image in dataset["image"]] == [(40, 36)] * 5
+    assert dataset_fingerprint(dataset) != dataset_fingerprint(dataset.select(range(4)))
+
+
+def test_pictures_beyond_the_reach_of_an_offset_go_into_another_part(two_shards, monkeypatch):
+    whole = read(two_shards).cast_column("image", Image(decode=False))[:]
+    longest = max(len(one["bytes"]) for one in whole["image"])
+    monkeypatch.setattr(webdataset_images, "_REACH", longest + 600)
+    assert read(two_shards).cast_column("image", Image(decode=False))[:] == whole
+    monkeypatch.setattr(webdataset_images, "_REACH", longest - 1)
+    with pytest.raises(ValueError, match=r"member 's\d+.png': expected a picture below"):
+        read(two_shards)
+
+
+def test_a_row_points_into_the_mapped_shard(tmp_path):
+    root = write_set(tmp_path / "wds_mapped", [[member for n in range(9) for member in sample(n, n % 3)]])
+    content = read(root).data.column("image").chunk(0).field("bytes").buffers()[2]
+    end = (root / "test" / "0.tar").stat().st_size
+    assert (
+        content.size > sum(len(picture(n)) for n in range(9)) and content.size < end
+    )  # all of the tar after a header,
+    assert not content.is_mutable and content.parent.size == end  # as a view of the mapping
+
+
+def test_classes_of_one_name_are_numbers(tmp_path):
+    root = write_set(tmp_path / "wds_twice", [sample(0, 2)], names=["missile", "dog", "missile"])
+    assert read(root).features["label"] == Value("int64")
+
+
+@pytest.mark.parametrize("label_kind", ["npy", "cls"])
+def test_several_labels_an_image_are_vectors(tmp_path, label_kind):
+    vectors = [[1, 0, 1], [0, 0, 0], [0, 1, 0]]
+    members = [m for n, vector in enumerate(vectors) for m in sample(n, vector, "jpg", label_kind)]
+    dataset = read(write_set(tmp_path / "wds_many", [members], dataset_type="multilabel\n"))
+    assert dataset["label"][:] == vectors
+
+
+def test_metadata_beside_a_label_is_no_label(tmp_path):
+    members = [*sample(0, 1), ("s0000000.npy", b"not read")]
+    assert read(write_set(tmp_path / "wds_wilds", [members]))["label"][:] == [1]
+
+
+def test_a_set_behind_http_is_the_set_and_its_shards_come_once(two_shards, served, tmp_path):
+    address, handler = served
+    local = read(two_shards).cast_column("image", Image(decode=False))[:]
+    assert read(address, cache_dir=tmp_path).cast_column("image", Image(decode=False))[:] == local
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")}
+    assert sorted(path.name for path in kept) == ["0.tar", "1.tar"]
+    read(address, cache_dir=tmp_path)
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == kept
+    assert handler.requests.count("/wds_two/test/0.tar") == 2  # asked whether it changed
+
+
+def test_a_shard_that_breaks_off_is_not_kept_and_the_ones_before_are(served, tmp_path):
+    address, handler = served
+    handler.cut = True
+    with pytest.raises(ConnectionError, match=r"1\.tar.*(10000 bytes|broke off|got 100)|10000 bytes.*1\.tar"):
+        read(address, cache_dir=tmp_path)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0.tar"]
+    handler.cut = False
+    assert len(read(address, cache_dir=tmp_path)) == 5
+
+
+def test_a_server_that_refuses_and_one_that_is_not_there_are_named(served, tmp_path):
+    address, handler = served
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{address}/train/nshards.txt")):
+        read(address, "train", cache_dir=tmp_path)
+    handler.status = 503
+    with pytest.raises(ConnectionError, match=f"{re.escape(address)}.*503"):
+        read(address, cache_dir=tmp_path)
+    with pytest.raises(ConnectionError, match="Cannot reach 'http://127.0.0.1:9/x/test/nshards.txt'"):
+        read("http://127.0.0.1:9/x", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("root", "files", "name"),
+    [
+        ("https://hub.example/datasets/o/wds_x", "https://hub.example/datasets/o/wds_x/resolve/main", "wds_x"),
+        ("https://hub.example/datasets/o/wds_x/tree/v1/", "https://hub.example/datasets/o/wds_x/resolve/v1", "wds_x"),
+        ("https://hub.example/some/wds_y", "https://hub.example/some/wds_y", "wds_y"),
+    ],
+)
+def test_a_page_of_the_hub_stands_for_its_files(root, files, name):
+    found = WebdatasetFiles(root)
+    assert (found.root, found.name) == (files, name)
+
+
+@pytest.mark.parametrize(
+    ("members", "kind", "message"),
+    [
+        (sample(0, 3), None, r"0.tar', member 's0000000.cls': expected a label in \[0, 3\).*got 3"),
+        (sample(0, -1), None, r"s0000000.cls': expected a label in \[0, 3\).*got -1"),
+        (sample(0, "dog"), None, "s0000000.cls': expected the number of a class.*got b'dog'"),
+        (sample(0, [1, 0, 0]), None, "s0000000.cls'.*'multilabel' in dataset_type.txt"),
+        ([("s1.png", b"x")], None, "0.tar', sample 's1': expected one picture.*one label.*got ..png"),
+        ([("s1.cls", b"0")], None, "sample 's1': expected one picture"),
+        ([("s1.png", b"x"), ("s1.jpg", b"x"), ("s1.cls", b"0")], None, "sample 's1': expected one picture"),
+        ([("s1.png", b"x"), ("s1.cls", b"0"), ("s1.cls", b"1")], None, "sample 's1': expected one picture"),
+        (sample(0, [1, 0], label_kind="npy"), "multilabel", r"s0000000.npy': expected 3 values.*\(2,\)"),
+        (sample(0, [1, 0, 2], label_kind="npy"), "multilabel", "s0000000.npy': expected zeros and ones, got .*2"),
+        ([("s1.png", b"x"), ("s1.npy", b"garbage")], "multilabel", "s1.npy': expected a vector of zeros and ones"),
+        ([("s1.png", b"x"), ("s1.cls", b"a b c")], "multilabel", "s1.cls': expected a vector of zeros and ones"),
+    ],
+)
+def test_a_damaged_member_is_named_with_its_shard(tmp_path, members, kind, message):
+    root = write_set(tmp_path / "wds_bad", [members], **({"dataset_type": kind} if kind else {}))
+    with pytest.raises(ValueError, match=message):
+        read(root)
+
+
+def test_a_pickled_label_is_not_loaded(tmp_path):
+    objects = sample(0, np.array([{"a": 1}, 0, 0], dtype=object), label_kind="npy")
+    with pytest.raises(ValueError, match="s0000000.npy': expected a vector"):
+        read(write_set(tmp_path / "wds_pickle", [objects], dataset_type="multilabel"))
+
+
+def test_a_cut_shard_and_an_empty_one_are_named(two_shards, tmp_path):
+    root = write_set(tmp_path / "wds_cut", TWO_SHARDS)
+    path = root / "test" / "1.tar"
+    content = path.read_bytes()
+    for broken, message in ((content[:1500], "1.tar.*got the end of the file.*Fetch"), (b"", "1.tar.*empty file")):
+        with replacing(path) as temporary:
+            temporary.write_bytes(broken)
+        with pytest.raises(ValueError, match=message) as error:
+            read(root)
+        assert "on_bad_sample" not in str(error.value)
+    write_tar(path, [])
+    with pytest.raises(ValueError, match="1.tar'.*expected samples"):
+        read(root)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="1.tar' is missing"):
+        read(root)
+
+
+def test_a_damaged_picture_is_named_when_it_is_decoded(tmp_path, tiny_clip):
+    from modeling_dclip.evaluation.embedding import embed_images
+
+    members = [*sample(0, 1), ("s0000001.png", picture(1)[:60]), ("s0000001.cls", b"0")]
+    dataset = read(write_set(tmp_path / "wds_bad", [members]))
+    with pytest.raises(ValueError, match="wds_bad/test/0.tar/s0000001.png.*cannot be read"):
+        embed_images(*tiny_clip, dataset)
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ({"names": None}, FileNotFoundError, "classnames.txt': the classes of 'wds_bad' have no names"),
+        ({"names": ["dog", "", "cat"]}, ValueError, "classnames.txt', but line 2 is empty"),
+        ({"names": [""]}, ValueError, "classnames.txt', but the file is empty"),
+        ({"nshards": "two"}, ValueError, "number of shards in '.*nshards.txt', got 'two'"),
+        ({"nshards": "0"}, ValueError, "number of shards"),
+        ({"dataset_type": "retrieval"}, ValueError, "dataset_type.txt' says 'retrieval'"),
+    ],
+)
+def test_bad_texts_are_named(tmp_path, texts, error, message):
+    root = write_set(tmp_path / "wds_bad", [sample(0, 0)], **texts)
+    with pytest.raises(error, match=message):
+        read(root)
+
+
+def test_text_of_another_encoding_is_named(tmp_path):
+    root = write_set(tmp_path / "wds_bad", [sample(0, 0)])
+    (root / "classnames.txt").write_bytes(b"caf\xe9\ndog\ncat\n")
+    with pytest.raises(ValueError, match="UTF-8 text in '.*classnames.txt'"):
+        read(root)
