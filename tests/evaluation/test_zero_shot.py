@@ -2,17 +2,14 @@
 
 import pytest
 import torch
-from datasets import Dataset, Value
+from datasets import Value
 from transformers import pipeline
 
 from modeling_dclip.data.scenes import CLASS_NAMES, load_single_objects
-from modeling_dclip.evaluation.zero_shot import (
-    PHOTO_TEMPLATES,
-    build_classifier,
-    evaluate_zero_shot,
-    label_ranks,
-    load_classification,
-)
+from modeling_dclip.evaluation.classifier_cache import ClassifierCache
+from modeling_dclip.evaluation.embedding import embed_images
+from modeling_dclip.evaluation.zero_shot import build_classifier, evaluate_zero_shot
+from modeling_dclip.evaluation.zero_shot_metrics import average_precision
 
 NAMES = ["red circle", "blue square", "dog", "photo of the left", "small and large", "right dog"]
 
@@ -50,24 +47,9 @@ def test_predictions_equal_the_transformers_pipeline(tiny_clip, objects):
             NAMES[label] in [answer["label"] for answer in found[:k]]
             for label, found in zip(objects["label"], answers, strict=True)
         ]
-        assert result[f"top{k}_hits"].tolist() == hits
+        assert result["outcomes"][f"top{k}"].tolist() == [[float(hit), 1.0] for hit in hits]
         assert result[f"top{k}"] == pytest.approx(sum(hits) / len(hits))
     assert result["n"] == 12
-
-
-def test_ranks_equal_sorting_and_perfect_embeddings_come_first():
-    generator = torch.Generator().manual_seed(0)
-    images = torch.nn.functional.normalize(torch.randn(40, 6, generator=generator), dim=1)
-    classifier = torch.nn.functional.normalize(torch.randn(9, 6, generator=generator), dim=1)
-    labels = torch.randint(0, 9, (40,), generator=generator)
-    order = (images.double() @ classifier.double().T).argsort(dim=1, descending=True)
-    assert torch.equal(label_ranks(images, classifier, labels), (order == labels[:, None]).nonzero()[:, 1] + 1)
-    assert label_ranks(classifier, classifier, torch.arange(9)).tolist() == [1] * 9
-
-
-def test_a_collapsed_model_never_hits():
-    ones = torch.nn.functional.normalize(torch.ones(7, 5), dim=1)
-    assert label_ranks(ones, ones, torch.arange(7)).tolist() == [7] * 7
 
 
 @pytest.mark.parametrize(
@@ -78,8 +60,8 @@ def test_a_collapsed_model_never_hits():
         (NAMES, ["a {}", "no place"], "hold '{}' once.*got 'no place'"),
         (NAMES, ["{} and {}"], "hold '{}' once"),
         (["dog"], ["a {}"], "at least 2 class names"),
-        (["dog", "red", "dog "], ["a {}"], "distinct, non-empty class names, got 'dog'"),
-        (["dog", ""], ["a {}"], "distinct, non-empty class names, got ''"),
+        (NAMES, ["{c} {}"], "hold '{}' once.*got '{c} {}'"),
+        (["dog", " "], ["a {}"], "non-empty class names, got an empty one for class 1"),
     ],
 )
 def test_bad_prompts_are_named(tiny_clip, names, templates, message):
@@ -90,8 +72,6 @@ def test_bad_prompts_are_named(tiny_clip, names, templates, message):
 def test_a_label_out_of_range_is_named(tiny_clip, objects):
     with pytest.raises(ValueError, match=r"labels in \[0, 4\), got 4 in row 4"):
         evaluate_zero_shot(*tiny_clip, objects, NAMES[:4], ["a {}"])
-    with pytest.raises(ValueError, match=r"labels in \[0, 3\), got -1 in row 1"):
-        label_ranks(torch.eye(3), torch.eye(3), torch.tensor([0, -1, 2]))
 
 
 def test_another_number_of_classes_is_refused(tiny_clip):
@@ -105,30 +85,38 @@ def test_a_dataset_without_labels_is_refused(tiny_clip, objects):
         evaluate_zero_shot(*tiny_clip, objects.remove_columns("label"), NAMES, ["a {}"])
 
 
-def test_widths_that_differ_are_refused():
-    with pytest.raises(ValueError, match=r"got \(3, 3\), \(4, 4\) and \(3,\)"):
-        label_ranks(torch.eye(3), torch.eye(4), torch.arange(3))
+def test_classes_of_one_name_share_a_row_and_are_told_of(tiny_clip):
+    model, processor = tiny_clip
+    with pytest.warns(UserWarning, match="1 of 3 classes have the name of another one, e.g. 'dog'"):
+        twice = build_classifier(model, processor, ["dog", "red", "dog "], ["a {c}", "the {}"])
+    assert torch.equal(twice, build_classifier(model, processor, ["dog", "red"], ["a {}", "the {}"])[[0, 1, 0]])
 
 
-def test_drawn_objects_load_by_spec():
-    dataset, names, templates = load_classification("scenes:validation,n=5,image_size=40@3")
-    assert (len(dataset), names) == (3, list(CLASS_NAMES))
-    assert all("{}" in template for template in templates)
+def test_few_classes_have_no_top5(tiny_clip, objects):
+    few = objects.filter(lambda label: label < 4, input_columns="label")
+    result = evaluate_zero_shot(*tiny_clip, few, NAMES[:4], ["a {}"])
+    assert {"top1", "mean_per_class", "n", "outcomes"} == set(result)
+    assert set(result["outcomes"]) == {"top1", "mean_per_class"}
 
 
-def test_parquet_loads_by_spec(tmp_path):
-    load_single_objects("test", n=3, image_size=40).to_parquet(str(tmp_path / "part-0.parquet"))
-    dataset, names, templates = load_classification(f"parquet:{tmp_path}/*.parquet")
-    assert (len(dataset), names, templates) == (3, list(CLASS_NAMES), list(PHOTO_TEMPLATES))
+def test_several_labels_an_image_give_average_precision(tiny_clip, objects):
+    model, processor = tiny_clip
+    vectors = [[int(column <= label) for column in range(len(NAMES))] for label in objects["label"]]
+    several = objects.remove_columns("label").add_column("label", vectors)
+    result = evaluate_zero_shot(model, processor, several, NAMES, ["a {}"])
+    scores = embed_images(model, processor, several) @ build_classifier(model, processor, NAMES, ["a {}"]).T
+    each = [average_precision(scores[:, k], torch.tensor(vectors)[:, k]) for k in range(len(NAMES))]
+    assert result == {"map": pytest.approx(sum(each) / len(each), abs=1e-6), "n": 12}
+    with pytest.raises(ValueError, match="Expected 4 zeros and ones an image.*got 6 in row 0"):
+        evaluate_zero_shot(model, processor, several, NAMES[:4], ["a {}"])
 
 
-def test_bad_specs_are_named(tmp_path):
-    Dataset.from_dict({"image": ["a"], "label": ["dog"]}).to_parquet(str(tmp_path / "names.parquet"))
-    with pytest.raises(ValueError, match="ClassLabel.*class_encode_column"):
-        load_classification(f"parquet:{tmp_path}/names.parquet")
-    with pytest.raises(FileNotFoundError, match="parquet files at"):
-        load_classification(f"parquet:{tmp_path}/none*.parquet")
-    with pytest.raises(ValueError, match="Unknown kind 'imagenet'.*scenes.*parquet"):
-        load_classification("imagenet")
-    with pytest.raises(ValueError, match="at least 9 rows"):
-        load_classification("scenes:test,n=4,image_size=40@9")
+def test_a_cached_classifier_gives_the_same_result(tiny_clip, objects, tmp_path):
+    arguments = (*tiny_clip, objects, NAMES, ["a {}", "the {}"])
+    plain = evaluate_zero_shot(*arguments)
+    for _ in range(2):
+        found = evaluate_zero_shot(*arguments, classifiers=ClassifierCache(tmp_path))
+        assert {name: found[name] for name in ("top1", "top5", "mean_per_class")} == {
+            name: plain[name] for name in ("top1", "top5", "mean_per_class")
+        }
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
