@@ -7,7 +7,7 @@
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
 Finished stages are recognised and skipped; interrupted ones go on where they were. A recipe with `arms` and `seeds` trains every arm with every
-seed; one with `evaluate` then measures them beside the anchor and says where it wrote.
+seed; one with `evaluate` then measures them beside the anchor and says where it wrote; `--push_to_hub me/name` publishes what was trained.
 """
 
 import logging
@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
@@ -28,6 +29,8 @@ from modeling_dclip.evaluation.attention import draw_teacher_attention
 from modeling_dclip.evaluation.leakage import evaluate_leakage
 from modeling_dclip.evaluation.results import read_results, render_table
 from modeling_dclip.evaluation.tables import render_leakage, render_summary
+from modeling_dclip.hub.publish import check_publication, describe_publication, publish
+from modeling_dclip.hub.publish_arguments import PublishArguments
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 
@@ -103,6 +106,19 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
     print(f"\nWritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
+def plan_publication(runs: Sequence[ArmRun], results: Path) -> PublishArguments | None:
+    """What to publish at the end; whether the Hub will take it is seen before training."""
+    run = runs[0].recipe.run
+    if run.push_to_hub is None:
+        return None
+    recipe = next(one.recipe for one in runs if run.push_arm in (None, one.arm))
+    model = Path(recipe.run.output_dir) / ("dmclip" if "dmclip" in recipe.named else "student")
+    named = {"repo_id": run.push_to_hub, "license": run.push_license, "private": run.push_private}
+    plan = PublishArguments(model=str(model), results=[str(results)], **named)
+    check_publication(plan)
+    return plan
+
+
 def main(words: list[str]) -> None:
     """Run a recipe."""
     if "--help" in words or "-h" in words:
@@ -111,14 +127,22 @@ def main(words: list[str]) -> None:
     try:
         words, path = read_recipe(words)
         runs = expand_arms(words, path)
-    except (ValueError, FileNotFoundError) as error:
+        results = Path(parse_recipe(words, path).run.output_dir) / "results"
+        publication = plan_publication(runs, results)
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     state = PartialState()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     train_runs(runs, words, path)
     if state.is_main_process and runs[0].recipe.run.evaluate:
-        report(runs, Run(runs[0].recipe).clip_path, Path(parse_recipe(words, path).run.output_dir) / "results")
+        report(runs, Run(runs[0].recipe).clip_path, results)
+    if state.is_main_process and publication is not None:
+        made = [str(file.parent) for file in Path(publication.model).parent.glob("teacher/config.json")]
+        try:
+            print(describe_publication(publish(replace(publication, teacher=made[0] if made else None))))
+        except (ValueError, OSError) as error:
+            sys.exit(f"Trained, but not published: {error}\nThen run `python -m modeling_dclip.hub.publish`.")
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ class RunArguments:
     baseline: str | None = _help("The arm that the others are compared with, paired by seed.")
     overwrite: bool = _help("Make stages again whose inputs have changed, instead of stopping with an error.", False)
     evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, as NAME=SPEC.", [])
+    push_to_hub: str | None = _help(
+        "namespace/name on the Hub: publish the trained model there at the end, as modeling_dclip.hub.publish does. Needs evaluate and "
+        "push_license."
+    )
+    push_license: str | None = _help("Licence of the published weights, as the Hub writes it.")
+    push_arm: str | None = _help("The arm to publish, its first seed; needed where there are several.")
+    push_private: bool = _help("Make the published repositories private.", False)
 
     def __post_init__(self):
         self.stages = [name for entry in self.stages for name in entry.split(",") if name]
@@ -76,6 +83,18 @@ class RunArguments:
             raise ValueError(f"Expected baseline to be one of the arms {list(self.arms)}, got {self.baseline!r}.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"Expected train_fraction in (0, 1], got {self.train_fraction}.")
+        if self.push_to_hub is not None:
+            self._check_push()
+
+    def _check_push(self):
+        for name in ("push_license", "evaluate"):
+            if not getattr(self, name):
+                raise ValueError(f"push_to_hub: expected {name} too, which the model's card needs, got none.")
+        arms = list(self.arms or {})
+        if self.push_arm is None and len(arms) > 1:
+            raise ValueError(f"push_to_hub: expected push_arm, which of {arms} to publish, got none.")
+        if self.push_arm is not None and self.push_arm not in arms:
+            raise ValueError(f"push_arm: expected one of the arms {arms}, got {self.push_arm!r}.")
 
 
 @dataclass

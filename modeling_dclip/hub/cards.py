@@ -29,6 +29,19 @@ def template_name(family: str, kind: str) -> str:
     return f"{family}{SUFFIXES[kind]}.md.jinja"
 
 
+def load_jinja() -> Any:
+    """The module jinja2, of the extra `hub`.
+
+    Raises:
+        ImportError: If it is not installed.
+    """
+    try:
+        import jinja2
+    except ImportError as error:
+        raise ImportError(NEEDS_EXTRA.format(error)) from error
+    return jinja2
+
+
 def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | None = None) -> str:
     """Render one card.
 
@@ -45,10 +58,7 @@ def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | 
         ImportError: If jinja2 is not installed.
         ValueError: If a fact that the template names is missing.
     """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(NEEDS_EXTRA.format(error)) from error
+    jinja2 = load_jinja()
     folder, name = Path(cards or CARDS), template_name(facts["family"], kind)
     if not (folder / name).is_file():
         raise FileNotFoundError(

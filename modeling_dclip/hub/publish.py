@@ -16,6 +16,8 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from transformers import HfArgumentParser
 
+from modeling_dclip.hub.cards import load_jinja
+from modeling_dclip.hub.licences import check_licence
 from modeling_dclip.hub.publish_arguments import PublishArguments
 from modeling_dclip.hub.repositories import (
     DELAYS_S,
@@ -30,6 +32,25 @@ from modeling_dclip.hub.staging import StagedRepo, stage_repos
 
 MESSAGE = "Publish with modeling_dclip"
 DRY_RUN_FOLDER = "outputs/publish"
+
+
+def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> None:
+    """See what can be seen before there is a model: the name, the licence, the token, the templates' library.
+
+    Args:
+        arguments ([`PublishArguments`]): Of the publication to come.
+        delays (`tuple[float, ...]`, *optional*): As for [`publish`].
+
+    Raises:
+        ConnectionError: If the Hub cannot be reached or stays busy.
+        ImportError: If jinja2 is not installed.
+        PermissionError: If the token is missing, unknown, or may not write there.
+        ValueError: If the name or the licence is none.
+    """
+    check_repo_name(arguments.repo_id)
+    check_licence(arguments.license, arguments.license_name, arguments.license_link, [])
+    load_jinja()
+    check_access(arguments.repo_id, HfApi(), delays)
 
 
 def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> list[StagedRepo] | list[Pushed]:
@@ -47,11 +68,11 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
         FileExistsError, FileNotFoundError, ImportError, ValueError: If the publication is not complete. Then nothing was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
     """
-    check_repo_name(arguments.repo_id)
     if arguments.dry_run:
+        check_repo_name(arguments.repo_id)
         return stage_repos(arguments, Path(arguments.staging or DRY_RUN_FOLDER))
+    check_publication(arguments, delays)
     api = HfApi()
-    check_access(arguments.repo_id, api, delays)
     with tempfile.TemporaryDirectory() as temporary:
         staged = stage_repos(arguments, Path(arguments.staging or temporary))
         for repo in staged:
