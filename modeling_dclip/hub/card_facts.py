@@ -139,9 +139,7 @@ def describe_model(model: PreTrainedModel) -> dict[str, Any]:
         "position_embedding_type": getattr(vision, "position_embedding_type", None),
         "projection_dim": model.config.projection_dim,
         "text_length": text.max_position_embeddings,
-        "dtype": str(
-            model.visual_projection.weight.dtype if hasattr(model, "visual_projection") else model.dtype
-        ).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "image_parameters_millions": _millions(model, images),
         "text_parameters_millions": _millions(model, texts),
     }

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, CLIPModel, PreTrainedModel
 
 from modeling_dclip.hub.card_facts import gather_facts
@@ -102,7 +103,7 @@ def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPT
 
 
 def _load_whole(model_class: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
-    model, report = model_class.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"Expected all weights in '{folder}', got none for {missing[0]} and {len(missing)} in all.")
     return model.eval()
@@ -131,7 +132,7 @@ def _stage_twin(model: PreTrainedModel, processor: DCLIPProcessor, folder: Path)
     native.image_processor.save_pretrained(folder)
     pictures = list(draw_pictures().values())
     batch = processor(images=pictures, text=["a red circle", "two blue stars", "a heart"], return_tensors="pt")
-    check_twin(model, CLIPModel.from_pretrained(folder, dtype="auto").eval(), dict(batch))
+    check_twin(model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
 
 
 def _add_card(repo: StagedRepo, facts: dict[str, Any], examples: list[Example], cards: str | None) -> None:

@@ -1,0 +1,227 @@
+"""Every card renders from files alone, is valid, says what leaks, and fails where a fact is missing."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import ModelCard
+from loopback_hub import find_fault
+from publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
+from transformers import AutoModel
+
+from modeling_dclip.hub.card_facts import gather_facts, read_all_results
+from modeling_dclip.hub.cards import SUFFIXES, check_card, make_metadata, render_card, template_name
+from modeling_dclip.hub.examples import LABELS, Example, draw_pictures, save_pictures
+from modeling_dclip.hub.licences import check_licence, find_origins
+from modeling_dclip.hub.native_clip import load_dual_encoder
+
+CARDS = Path(__file__).parents[2] / "hub_cards"
+KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vision")}
+
+
+def make_fake_examples():
+    scores = (0.5, 0.25, 0.125, 0.125)
+    return [
+        Example(path, labels, tuple({"label": label, "score": score} for label, score in zip(labels, scores, strict=True)))
+        for path, labels in zip(draw_pictures(), LABELS, strict=True)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tiny_clip_dir, tmp_path_factory):
+    root = tmp_path_factory.mktemp("cards")
+    folders = {
+        "dclip": make_student(root / "student", tiny_clip_dir),
+        "teacher": make_teacher(root / "teacher", tiny_clip_dir),
+        "dmclip": make_dmclip(root / "dmclip", tiny_clip_dir),
+    }
+    (root / "results").mkdir()
+    models = (folders["dclip"], folders["dmclip"])
+    folders["results"] = write_records(root / "results", *models, anchor=tiny_clip_dir, teacher=folders["teacher"])
+    return folders
+
+
+def gather(made, family="dclip", *, teacher=True, **fields):
+    arguments = make_arguments(made[family], made["results"], **fields)
+    loaded = None
+    if teacher and family == "dclip":
+        arguments.teacher = str(made["teacher"])
+        loaded = AutoModel.from_pretrained(made["teacher"])
+    kinds = [kind for kind in KINDS[family] if kind != "teacher" or loaded is not None]
+    repos = {kind: f"me/tiny{SUFFIXES[kind]}" for kind in kinds}
+    return gather_facts(arguments, load_dual_encoder(made[family]), loaded, make_fake_examples(), repos)
+
+
+@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in KINDS.items() for kind in kinds])
+def test_every_card_renders_and_is_valid(made, tmp_path, family, kind):
+    facts = gather(made, family, hardware="1 x H200", emissions_grams=120.5)
+    card = render_card(kind, facts)
+    assert find_fault(card) is None
+    save_pictures(tmp_path, [example.path for example in make_fake_examples()])
+    check_card(card, tmp_path, "me/tiny")
+    data = ModelCard(card).data.to_dict()
+    assert data["license"] == "mit" and data["co2_eq_emissions"]["emissions"] == 120.5
+    assert data.get("base_model") == (["openai/clip-vit-base-patch16"] if family == "dclip" else None)
+    for part in ("## Intended use", "## Training", "## Licence", "arXiv 2505.21549" if family == "dclip" else "Mamba"):
+        assert part in card
+    assert "@article{dclip2025" in card and "@misc{dmclip" in card
+    assert render_card(kind, facts) == card
+
+
+def test_the_model_index_and_the_table_hold_the_records_numbers(made):
+    card = render_card("dual", gather(made))
+    own = [record for record in read_all_results([str(made["results"])]) if record.get("label") == "arm 0"]
+    (index,) = ModelCard(card).data.to_dict()["model-index"]
+    found = {
+        (result["dataset"]["name"], metric["type"]): metric["value"]
+        for result in index["results"]
+        for metric in result["metrics"]
+    }
+    expected = {
+        (record["benchmark"].partition("=")[2], metric): value
+        for record in own
+        for metric, value in record["metrics"].items()
+    }
+    assert found == expected and len(found) == 4
+    assert {result["task"]["type"] for result in index["results"]} == {
+        "image-text-retrieval",
+        "zero-shot-image-classification",
+    }
+    row = next(line for line in card.splitlines() if line.startswith("| tiny ") and RETRIEVAL in line)
+    assert "25.0" in row and "50.0" in row
+    assert "anchor (before training)" in card and "12.5" in card  # what it started from, on the same data
+
+
+def test_leakage_is_said_with_numbers_where_they_were_measured(made, tmp_path):
+    for kind in ("dual", "teacher"):
+        card = render_card(kind, gather(made))
+        assert "reads the caption" in card or "caption's own words" in card
+        assert re.search(r"another image's regions, own caption\s*\|\s*62\.5", card)
+    unmeasured = tmp_path / "records.json"
+    shutil.copy(made["results"] / "records.json", unmeasured)
+    card = render_card("dual", gather({**made, "results": unmeasured}))
+    assert "has not been measured for this teacher" in card and "62.5" not in card
+    alone = render_card("dual", gather(made, teacher=False))
+    assert "Its teacher is not published with it" in alone and "tiny-teacher" not in alone
+
+
+def test_a_baseline_is_not_called_distilled(made, tiny_clip_dir, tmp_path):
+    words = ("--student.cosine_distillation_loss_weight", "0", "--clip_model", "dclip-vitb32")
+    baseline = make_student(
+        tmp_path / "baseline", tiny_clip_dir, seed=1, words=words
+    )  # the same weights as the student
+    facts = gather({**made, "dclip": baseline}, teacher=False)
+    card = render_card("dual", facts)
+    assert "**without a teacher**" in card and facts["base_models"] == ["openai/clip-vit-base-patch32"]
+
+
+def test_the_metadata_of_a_widget_hold_labels_and_stored_outputs(made):
+    for kind, has_widget in (("dual", True), ("clip", True), ("vision", False), ("teacher", False)):
+        data = make_metadata(kind, gather(made)).to_dict()
+        assert ("widget" in data) == has_widget
+    entry = make_metadata("dual", gather(made)).to_dict()["widget"][0]
+    assert entry["candidate_labels"] == ", ".join(LABELS[0])
+    assert entry["output"][0] == {"label": LABELS[0][0], "score": 0.5}
+
+
+def test_a_fact_that_is_missing_is_an_error_that_names_it(made):
+    facts = gather(made)
+    del facts["training"]["excluded"]
+    with pytest.raises(ValueError, match="dclip.md.jinja.*'excluded'"):
+        render_card("dual", facts)
+
+
+def test_every_template_has_a_model_and_types_no_measurement():
+    names = {template_name(family, kind) for family, kinds in KINDS.items() for kind in kinds}
+    assert names == {path.name for path in CARDS.glob("*.jinja") if not path.name.startswith("_")}
+    for path in CARDS.glob("*.jinja"):
+        text = re.sub(r"\{[{%].*?[%}]\}|```.*?```", "", path.read_text(), flags=re.DOTALL)
+        assert not re.search(r"\d\s*%|\d\.\d(?!505)", text.replace("2505.21549", "").replace("Apache-2.0", "")), (
+            path.name
+        )
+
+
+def test_results_of_other_weights_are_refused(made, tiny_clip_dir, tmp_path):
+    other = make_student(tmp_path / "other", tiny_clip_dir, seed=5)
+    with pytest.raises(ValueError, match="Expected results of the weights in .*Evaluate these weights: eval.py"):
+        gather({**made, "dclip": other})
+    with pytest.raises(FileNotFoundError, match="Expected a results file or a folder"):
+        gather({**made, "results": tmp_path / "nowhere"})
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="got none. Run eval.py"):
+        gather({**made, "results": tmp_path / "empty"})
+
+
+def test_what_training_did_not_leave_is_asked_for(made, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(made["dclip"], bare)
+    arguments = yaml.safe_load((bare / "arguments.yaml").read_text())
+    del arguments["student"]["temperature"]
+    (bare / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    with pytest.raises(ValueError, match="Expected student.temperature in .*arguments.yaml"):
+        gather({**made, "dclip": bare})
+    (bare / "arguments.yaml").unlink()
+    with pytest.raises(FileNotFoundError, match="Expected arguments.yaml beside the weights"):
+        gather({**made, "dclip": bare})
+    (bare / "arguments.yaml").write_text((made["dclip"] / "arguments.yaml").read_text())
+    (bare / "trainer_state.json").unlink()
+    assert gather({**made, "dclip": bare})["training"]["minutes"] is None
+
+
+def test_a_card_that_shows_what_is_not_there_is_refused(made, tmp_path):
+    card = render_card("dual", gather(made))
+    with pytest.raises(ValueError, match="Expected examples/red-circle.png, which the card of me/tiny shows"):
+        check_card(card, tmp_path, "me/tiny")
+    save_pictures(tmp_path, [example.path for example in make_fake_examples()])
+    with pytest.raises(ValueError, match="one stored output a label"):
+        check_card(card.replace("- label: red square", "- label: red cube", 1), tmp_path, "me/tiny")
+    with pytest.raises(ValueError, match="no trace of the template"):
+        check_card(card + "{{ left }}", tmp_path, "me/tiny")
+
+
+def test_the_licence_follows_what_the_model_starts_from(made, tiny_clip_dir, tmp_path):
+    with pytest.raises(ValueError, match="license: expected one of .*got 'Apache'"):
+        check_licence("Apache", None, None, [])
+    with pytest.raises(ValueError, match="license 'other': expected license_name"):
+        check_licence("other", None, None, [])
+    converted = tmp_path / "mambavision_t"
+    converted.mkdir()
+    metadata = {"license": "other", "license_name": "mambavision-non-commercial", "license_link": "https://x.org"}
+    (converted / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# Converted\n")
+    # A model that went on from one that went on from published weights is bound by them too.
+    middle = make_dmclip(tmp_path / "middle", tiny_clip_dir, "--dmclip.model", str(converted))
+    last = make_dmclip(tmp_path / "last", tiny_clip_dir, "--dmclip.model", str(middle))
+    origins = find_origins(yaml.safe_load((last / "arguments.yaml").read_text()))
+    assert [origin.name for origin in origins] == ["middle", "mambavision_t"]
+    with pytest.raises(ValueError, match="mambavision_t binds what starts from it .*non-commercial"):
+        check_licence("mit", None, None, origins)
+    check_licence("cc-by-nc-sa-4.0", None, None, origins)
+    named = find_origins({"dmclip": {"model": "nvidia/MambaVision-T-1K"}})
+    with pytest.raises(ValueError, match="non-commercial"):
+        check_licence("apache-2.0", None, None, named)
+    facts = gather({**made, "dmclip": last}, "dmclip", license="cc-by-nc-sa-4.0")
+    assert "MambaVision's weights are for non-commercial use only" in render_card("dual", facts)
+
+
+def test_a_hub_id_given_for_a_local_copy_is_the_base_model(made, tiny_clip_dir, tmp_path):
+    words = ("--clip_model", str(tiny_clip_dir))
+    local = make_student(tmp_path / "local", tiny_clip_dir, words=words)
+    unnamed = gather({**made, "dclip": local})
+    assert unnamed["base_models"] == [] and str(tiny_clip_dir) not in render_card("dual", unnamed)
+    named = gather({**made, "dclip": local}, base_model="openai/clip-vit-base-patch32")
+    assert make_metadata("dual", named).to_dict()["base_model"] == ["openai/clip-vit-base-patch32"]
+
+
+def test_pictures_are_always_the_same(tmp_path):
+    for folder in ("one", "two"):
+        draw_pictures.cache_clear()
+        save_pictures(tmp_path / folder, list(draw_pictures()))
+    names = [path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png")]
+    assert len(names) == len(LABELS)
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
+    assert torch.tensor([len(set(labels)) for labels in LABELS]).unique().tolist() == [4]
+    assert json.dumps([example.to_widget() for example in make_fake_examples()])

@@ -1,0 +1,89 @@
+"""The native twin is the student, bit for bit, in what loads it everywhere; what has no twin is said."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from publications import make_dmclip, make_student
+from transformers import CLIPModel, CLIPProcessor
+
+from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
+from modeling_dclip.hub.native_clip import (
+    check_twin,
+    has_native_twin,
+    load_dual_encoder,
+    to_native_clip,
+    to_native_processor,
+)
+
+
+def make_batch(folder):
+    pictures = [Image.fromarray(np.arange(40 * width * 3, dtype=np.uint8).reshape(40, width, 3)) for width in (50, 60)]
+    return dict(DCLIPProcessor.from_pretrained(folder)(images=pictures, text=["a red dog", "a"], return_tensors="pt"))
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+def test_a_twin_saved_and_loaded_as_stock_clip_gives_the_students_numbers(tiny_clip_dir, tmp_path, stored):
+    student = load_dual_encoder(make_student(tmp_path / "student", tiny_clip_dir, dtype=stored))
+    assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
+    to_native_clip(student).save_pretrained(tmp_path / "twin")
+    twin = CLIPModel.from_pretrained(tmp_path / "twin").eval()
+    check_twin(student, twin, make_batch(tiny_clip_dir))
+    with torch.no_grad():
+        twin.visual_projection.weight[0, 0] += 0.5
+    with pytest.raises(ValueError, match="native twin's image_embeds"):
+        check_twin(student, twin, make_batch(tiny_clip_dir))
+
+
+def test_the_stock_processor_reads_the_same_ids_and_names_no_code_of_ours(tiny_clip_dir, tmp_path):
+    DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "ours")
+    ours = DCLIPProcessor.from_pretrained(tmp_path / "ours")
+    to_native_processor(ours, tmp_path / "scratch").save_pretrained(tmp_path / "twin")
+    for file in (tmp_path / "twin").glob("*.json"):
+        assert "auto_map" not in file.read_text() and "DCLIP" not in file.read_text()
+    theirs = CLIPProcessor.from_pretrained(tmp_path / "twin")
+    texts = ["a red dog", "blue"]
+    ids = [list(p(text=texts, padding=True, return_tensors="pt")["input_ids"].ravel()) for p in (ours, theirs)]
+    assert ids[0] == ids[1]
+    assert theirs.image_processor.crop_size["height"] == 32
+
+
+def test_rotary_positions_and_mamba_have_no_twin(tiny_clip_dir, tmp_path):
+    student = DCLIPModel.from_pretrained(tiny_clip_dir)
+    student.config.vision_config.position_embedding_type = "rope"
+    assert not has_native_twin(student)
+    with pytest.raises(ValueError, match="'rope' positions"):
+        to_native_clip(student)
+    mamba = load_dual_encoder(make_dmclip(tmp_path / "dmclip", tiny_clip_dir))
+    assert not has_native_twin(mamba)
+    with pytest.raises(ValueError, match="got 'dmclip'"):
+        to_native_clip(mamba)
+
+
+def test_one_tower_is_no_dual_encoder_and_a_missing_weight_is_named(tiny_clip_dir, tmp_path):
+    DCLIPVisionModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "vision")
+    with pytest.raises(ValueError, match="Expected a dual encoder .* got 'dclip_vision'"):
+        load_dual_encoder(tmp_path / "vision")
+    model = DCLIPModel.from_pretrained(tiny_clip_dir)
+    state = {name: value for name, value in model.state_dict().items() if name != "text_projection.weight"}
+    model.save_pretrained(tmp_path / "holed", state_dict=state)
+    with pytest.raises(ValueError, match="got none for text_projection.weight"):
+        load_dual_encoder(tmp_path / "holed")
+
+
+def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
+    peft = pytest.importorskip("peft", reason="adapters are the extra [peft]")
+    base = make_student(tmp_path / "base", tiny_clip_dir)
+    config = peft.LoraConfig(r=2, target_modules=r"vision_model\..*\.(q_proj|v_proj)", init_lora_weights=False)
+    torch.manual_seed(0)
+    adapted = peft.get_peft_model(DCLIPModel.from_pretrained(base), config).eval()
+    adapted.save_pretrained(tmp_path / "adapters")
+    batch = make_batch(tiny_clip_dir)
+    with torch.no_grad():
+        expected, before = adapted(**batch), DCLIPModel.from_pretrained(base).eval()(**batch)
+        merged = load_dual_encoder(tmp_path / "adapters")
+        found = merged(**batch)
+    assert type(merged) is DCLIPModel and not any("lora" in name for name in merged.state_dict())
+    assert (before.image_embeds - expected.image_embeds).abs().max() > 1e-2
+    assert torch.allclose(found.image_embeds, expected.image_embeds, rtol=0, atol=1e-6)
+    check_twin(merged, to_native_clip(merged), batch)
