@@ -4,7 +4,7 @@ A question counts as right where the true caption's cosine to the picture is abo
 [`~modeling_dclip.evaluation.retrieval.TIE_TOLERANCE`], count against the model. With one false caption chance is 1/2, with k it is
 1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's three scores, with chance 1/4, 1/4 and 1/6.
 
-Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); PAPERS.md, fine-grained retrieval.
+Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); PAPERS.md, Evaluation.
 Deviation: ties are wrong in all of them.
 """
 
