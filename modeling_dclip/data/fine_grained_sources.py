@@ -51,8 +51,8 @@ def load_fine_grained(spec: str) -> Dataset:
         ValueError: If the spec is wrong (the message lists the known forms), or a file is malformed; file, entry and field are named.
 
     Example:
-        >>> load_fine_grained("scenes:test,n=2")["categories"][0][:2]
-        ['swapped_colour', 'swapped_pattern']
+        >>> load_fine_grained("scenes:test,n=2")["categories"][0][:1]
+        ['swapped_colour']
     """
     source, fields, options, _ = parse_spec(spec, SOURCES)
     return source.build(*fields, **options)
