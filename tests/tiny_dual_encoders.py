@@ -30,6 +30,7 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipProcessor,
+    SiglipTokenizer,
 )
 
 LAYERS = {"num_hidden_layers": 2, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 32}
@@ -61,6 +62,17 @@ def _siglip():
     tokenizer = make_word_tokenizer(16, "$A </s>", model_input_names=["input_ids"])
     model = SiglipModel(SiglipConfig(text_config=text, vision_config=VISION))
     return model, SiglipProcessor(SiglipImageProcessorPil(size=SQUARE), tokenizer)
+
+
+def make_siglip_tokenizer(folder):
+    """The tokenizer of the first SigLIP, over a vocabulary that sentencepiece makes: lower case, no punctuation."""
+    import sentencepiece
+
+    texts = folder / "texts.txt"
+    texts.write_text("\n".join(20 * [" ".join(WORDS), "abcdefghijklmnopqrstuvwxyz"]))
+    options = {"vocab_size": 34, "pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(input=str(texts), model_prefix=str(folder / "spiece"), **options)
+    return SiglipTokenizer(str(folder / "spiece.model"), model_input_names=["input_ids"], model_max_length=16)
 
 
 def _siglip2():

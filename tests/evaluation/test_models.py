@@ -6,7 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from tiny_dual_encoders import FAMILIES, make_word_tokenizer, save_dual_encoder
+from tiny_dual_encoders import (
+    FAMILIES,
+    TEXT,
+    VISION,
+    make_siglip_tokenizer,
+    make_word_tokenizer,
+    save_dual_encoder,
+)
 from transformers import (
     AutoModel,
     AutoProcessor,
@@ -15,10 +22,15 @@ from transformers import (
     CLIPVisionModelWithProjection,
     FlavaConfig,
     FlavaModel,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    SiglipProcessor,
 )
 
 from modeling_dclip import DCLIPModel
 from modeling_dclip.data.dual_encoders import tokenize_texts
+from modeling_dclip.data.reinforced_teachers import build_teacher
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.models import load_dual_encoder
 from modeling_dclip.evaluation.provenance import model_revision
@@ -84,6 +96,26 @@ def test_siglip_reads_padding_which_nobody_else_does(family_dir):
         short = model.get_text_features(input_ids=tokens["input_ids"][:, :8]).pooler_output
         whole = model.get_text_features(**tokens).pooler_output
     assert family.startswith("siglip") is not torch.allclose(short, whole, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_siglip_with_its_own_tokenizer_reads_as_it_was_trained(tmp_path):
+    pytest.importorskip("sentencepiece", reason="needs sentencepiece")
+    tokenizer = make_siglip_tokenizer(tmp_path)
+    text = {**TEXT, "vocab_size": 64, "max_position_embeddings": 16, "projection_size": 16}
+    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(tmp_path)
+    SiglipProcessor(SiglipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer).save_pretrained(tmp_path)
+    model, processor, _ = load_dual_encoder(tmp_path)
+    tokens = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    assert tokens["input_ids"].shape == (4, 16)
+    expected = F.normalize(SiglipModel.from_pretrained(tmp_path).eval().get_text_features(**tokens).pooler_output)
+    assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=3), expected, atol=2e-6)
+    assert torch.equal(*embed_texts(model, processor, ["a red dog", "A red, dog!"]))
+    first = build_teacher(str(tmp_path)).fingerprint
+    assert build_teacher(str(tmp_path)).fingerprint == first
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings | {"do_lower_case": False}))
+    assert build_teacher(str(tmp_path)).fingerprint != first
 
 
 def test_a_dclip_is_the_clip_it_was_made_from(tmp_path, tiny_clip_dir, tiny_scenes):
