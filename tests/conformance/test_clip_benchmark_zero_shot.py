@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import ClassLabel, Features, List, Value
@@ -15,6 +16,7 @@ from transformers import AutoModel, AutoProcessor
 from modeling_dclip.data.pixels import PixelReader
 from modeling_dclip.data.scenes import load_single_objects
 from modeling_dclip.evaluation.class_prompts import read_names, read_templates
+from modeling_dclip.evaluation.classification_sources import load_classification
 from modeling_dclip.evaluation.zero_shot import build_classifier, evaluate_zero_shot
 
 from .fetched_tests import CACHE
@@ -25,13 +27,14 @@ CLIP_BENCHMARK, OPEN_CLIP = (
     ("clip-benchmark==1.6.2",),
     ("open_clip_torch==3.3.0", "timm==1.0.31", "ftfy==6.3.1", "wcwidth"),
 )
+WEBDATASET = ("webdataset==1.0.2", "braceexpand==0.1.7")
 GATE = 1e-6
 NAMES = ["red circle", "blue square", "dog", "photo of the left", "small and large", "right dog", "red dog"]
 TEMPLATES = ["a photo of a {c}.", "the {c}"]
 
 
-def fetched(packages, modules, monkeypatch):
-    """Put packages on the path, downloaded once; what this environment has already stays as it is."""
+def fetch(packages):
+    """Folder of packages, downloaded once."""
     folder = CACHE / packages[0].replace("==", "-")
     if not folder.exists():
         CACHE.mkdir(parents=True, exist_ok=True)
@@ -39,8 +42,13 @@ def fetched(packages, modules, monkeypatch):
             pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
             subprocess.run([*pip, str(Path(scratch, "ready")), *packages], check=True)
             os.replace(Path(scratch, "ready"), folder)
-    monkeypatch.syspath_prepend(str(folder))
-    return pytest.importorskip(modules)
+    return str(folder)
+
+
+def fetched(packages, module, monkeypatch):
+    """A module of fetched packages; what this environment has already stays as it is."""
+    monkeypatch.syspath_prepend(fetch(packages))
+    return pytest.importorskip(module)
 
 
 class OpenClipForm(torch.nn.Module):
@@ -136,6 +144,22 @@ def test_classifiers_are_those_of_clip_benchmark(clip, monkeypatch):
     expected = module.zero_shot_classifier(OpenClipForm(model), tokenizer, NAMES, TEMPLATES, "cpu", amp=False).T
     found = build_classifier(model, processor, NAMES, TEMPLATES)
     assert torch.allclose(found, expected, atol=GATE)
+
+
+def test_sets_that_clip_benchmark_writes_are_read(tmp_path):
+    script = Path(__file__).with_name("run_clip_benchmark_writer.py")
+    packages = [fetch(CLIP_BENCHMARK), fetch(WEBDATASET)]
+    subprocess.run([sys.executable, str(script), str(tmp_path), *packages], check=True)
+    one, several = (load_classification(f"wds:{tmp_path}/{name}") for name in ("wds_one", "wds_several"))
+    assert one.class_names == several.class_names == ["dog", "red circle", "blue square"]
+    assert one.templates == several.templates == ["a photo of a {c}.", "a {c}"]
+    assert one.dataset["label"][:] == [row % 3 for row in range(7)]
+    assert several.dataset["label"][:] == [[row % 2, 1, 0] for row in range(7)]
+    assert one.dataset["image_id"][6] == "wds_one/test/2.tar/s0000006.webp"
+    for row in range(7):
+        expected = np.random.default_rng(row).integers(0, 256, (36, 40, 3), dtype=np.uint8)
+        assert np.array_equal(one.dataset[row]["image"], expected)
+        assert np.array_equal(several.dataset[row]["image"], expected)
 
 
 def test_imagenets_names_and_templates_are_open_clips(monkeypatch):
