@@ -12,6 +12,12 @@ COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # 
 MARKERS = ("s", "^", "o", "D", "v", "P")
 
 
+def style_of(index: int) -> dict[str, str]:
+    """Colour and marker of a series: grey for the first, and 30 different pairs for those that follow."""
+    colour = COLOURS[0] if index == 0 else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)]}
+
+
 def new_figure(width: float, height: float) -> Any:
     """An empty figure of so many inches, with the Agg backend and without touching a global state.
 

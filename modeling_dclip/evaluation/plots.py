@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image as PILImage
 
-from modeling_dclip.evaluation.figures import COLOURS, GRID, INK, MARKERS, QUIET, new_figure, save_figure
+from modeling_dclip.evaluation.figures import COLOURS, GRID, INK, MARKERS, QUIET, new_figure, save_figure, style_of
 
 
 def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
@@ -59,7 +59,7 @@ def plot_tradeoff(
     series = {label: index for index, label in enumerate(dict.fromkeys(point["label"] for point in points))}
     for point in points:
         index = series[point["label"]]
-        _draw_point(axes, point, COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)], ms=7)
+        _draw_point(axes, point, **style_of(index), ms=7)
     if curve:
         between = [
             {**point, "label": f"{point['alpha']:g}" if 0 < place < len(curve) - 1 else ""}
@@ -67,9 +67,12 @@ def plot_tradeoff(
         ]
         _draw_curve(axes, between, "#93a3bd", "weights between, α (WiSE-FT)")
     for index, (name, steps) in enumerate((curves or {}).items(), start=len(series)):
-        _draw_curve(axes, steps, COLOURS[1 + (index - 1) % (len(COLOURS) - 1)], name)
+        _draw_curve(axes, steps, style_of(index)["color"], name)
     handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
     axes.margins(0.12)
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
+        set_limits(middle - max(half, 0.25), middle + max(half, 0.25))  # a hundredth of a point is no distance
     widest = max(map(len, handles))
     axes.legend(
         handles.values(),
@@ -90,7 +93,7 @@ def plot_tradeoff(
     save_figure(figure, path)
 
 
-def _draw_point(axes: Any, point: Mapping[str, Any], colour: str, **style: Any) -> None:
+def _draw_point(axes: Any, point: Mapping[str, Any], **style: Any) -> None:
     bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
     where = (100 * point["x"], 100 * point["y"])
     style = {
@@ -103,7 +106,7 @@ def _draw_point(axes: Any, point: Mapping[str, Any], colour: str, **style: Any) 
         "label": point["label"],
         **style,
     }
-    axes.errorbar(*where, **bars, color=colour, **style)
+    axes.errorbar(*where, **bars, **style)
 
 
 def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
@@ -112,7 +115,7 @@ def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name
     axes.plot(xs, ys, color=colour, lw=1.6, marker=".", ms=6, zorder=1, label=name)
     for place, step in enumerate(steps):
         if any(step.get(f"{axis}_interval") for axis in "xy"):
-            _draw_point(axes, {**step, "label": None}, colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
+            _draw_point(axes, {**step, "label": None}, color=colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
         before, after = max(0, place - 1), min(len(steps) - 1, place + 1)
         falls = (xs[after] - xs[before]) * (ys[after] - ys[before]) < 0
         axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points", ha="center",

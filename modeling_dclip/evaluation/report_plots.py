@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from modeling_dclip.evaluation.figures import COLOURS, GRID, INK, MARKERS, new_figure, save_figure
+from modeling_dclip.evaluation.figures import COLOURS, GRID, INK, new_figure, save_figure, style_of
 
 
 def _quiet_axes(axes: Any, grid: str) -> None:
@@ -37,7 +37,7 @@ def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.
         for bar in bars:
             if bar["value"] is not None and not math.isfinite(bar["value"]):
                 raise ValueError(f"Expected a finite value, got {bar['value']} for {bar['label']!r} in {heading!r}.")
-    figure = new_figure(2.2 + 3.0 * len(panels), 0.8 + 0.28 * len(labels[0]))
+    figure = new_figure(0.5 + 0.065 * max(map(len, labels[0])) + 2.4 * len(panels), 0.8 + 0.26 * len(labels[0]))
     for axes, (heading, bars) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
@@ -86,8 +86,8 @@ def plot_suite(
     for index, (model, row) in enumerate(values.items()):
         places = [place for place, name in enumerate(datasets) if name in row]
         xs = [100 * row[datasets[place]] for place in places]
-        axes.plot(xs, places, ls="", marker=MARKERS[index % len(MARKERS)], ms=6, mec="white", mew=0.7, label=model,
-                  color=COLOURS[index % len(COLOURS)], zorder=2)  # fmt: skip
+        axes.plot(xs, places, ls="", marker=style_of(index)["marker"], ms=6, mec="white", mew=0.7, label=model,
+                  color=style_of(index)["color"], zorder=2)  # fmt: skip
     axes.set_yticks(range(len(datasets)), datasets)
     axes.set_ylim(len(datasets) - 0.5, -0.5)
     axes.set_xlabel(x_label, color=INK, fontsize=9)

@@ -61,7 +61,7 @@ COLUMNS = {
     "model": ("Model", name_of),
     "benchmark": ("Benchmark", lambda record: record["benchmark"]),
     "n": ("n", lambda record: f"{record['n']:,}"),
-    "seed": ("Seed", lambda record: str(record["seed"])),
+    "runs": ("Seeds", lambda record: str(record.get("runs", 1))),
     "data": ("Data", lambda record: short_hash(record["dataset_fingerprint"])),
     "revision": ("Weights", lambda record: short_hash(record["revision"])),
 }
@@ -132,7 +132,7 @@ def render_rows(
             row.append(show_interval(interval, signed=key.endswith("_gain")) + " %" if interval else "–")
         rows.append(row)
     header = [COLUMNS[name][0] for name in columns] + [metric_of(name).heading for name in names]
-    left = next((i for i, name in enumerate(columns) if name == "n"), len(columns))
+    left = next((i for i, name in enumerate(columns) if name in ("n", "runs")), len(columns))
     table = markdown_table([*header, *(comparison_title(key) for key in compared)], rows, left=left)
     kinds = {
         (interval["covers"], interval["confidence"])
