@@ -198,12 +198,6 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     return statistics.linear_regression(xs, ys).slope
 
 
-def _least_and_most(values: Sequence[int]) -> tuple[int, int]:
-    if not values or min(values) < 1:
-        raise ValueError(f"Expected batch sizes of at least 1, got {values}.")
-    return min(values), max(values)
-
-
 def _repeated(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
     return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
 
@@ -237,14 +231,16 @@ def evaluate_efficiency(
         `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`, `text_throughput_per_s`;
             `parameters_millions` of both towers; `image_gflop` of one image, as [`count_flops`] counts; `peak_memory_mib` of weights and
             activations while a largest batch of images is embedded; `n`, rounds; `spread`, of each time its median, min and max;
-            `condition` (`str`), what was measured on what.
+            `settings`, what the numbers depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
 
     Raises:
         TypeError: If the model is no dual encoder.
         ValueError: If a batch size or the rounds are below 1.
     """
     require_dual_encoder(model)
-    small, large = _least_and_most(batch_sizes)
+    small, large = min(batch_sizes), max(batch_sizes)
+    if small < 1:
+        raise ValueError(f"Expected batch sizes of at least 1, got {batch_sizes}.")
     device = torch.device(device) if device is not None else model.device
     training = model.training
     model.to(device).eval()
@@ -269,7 +265,6 @@ def evaluate_efficiency(
         spreads[f"{kind}_throughput_per_s"] = spread([1000 * large / taken["latency_ms"] for taken in times])
     tensors = [*model.parameters(), *model.buffers()]
     weights_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
-    shape = " x ".join(str(side) for side in image["pixel_values"].shape[1:])
     return {
         **{name: found["median"] for name, found in spreads.items()},
         "parameters_millions": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
@@ -277,8 +272,14 @@ def evaluate_efficiency(
         "peak_memory_mib": weights_mib + activations_mib,
         "n": len(latencies["image"]),
         "spread": spreads,
-        "condition": f"{device.type}, {str(model.dtype).removeprefix('torch.')}, batches of {small} and {large}, images {shape}, "
-        f"texts of {text['input_ids'].shape[1]} tokens, {torch.get_num_threads()} CPU threads",
+        "settings": {
+            "device": device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_sizes": [small, large],
+            "image_shape": list(image["pixel_values"].shape[1:]),
+            "text_tokens": text["input_ids"].shape[1],
+            "torch_threads": torch.get_num_threads(),
+        },
     }
 
 
