@@ -231,7 +231,7 @@ def evaluate_efficiency(
         `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`, `text_throughput_per_s`;
             `parameters_millions` of both towers; `image_gflop` of one image, as [`count_flops`] counts; `peak_memory_mib` of weights and
             activations while a largest batch of images is embedded; `n`, rounds; `spread`, of each time its median, min and max;
-            `settings`, what the numbers depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
+            `measured_with`, what the numbers depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
 
     Raises:
         TypeError: If the model is no dual encoder.
@@ -272,7 +272,7 @@ def evaluate_efficiency(
         "peak_memory_mib": weights_mib + activations_mib,
         "n": len(latencies["image"]),
         "spread": spreads,
-        "settings": {
+        "measured_with": {
             "device": device.type,
             "dtype": str(model.dtype).removeprefix("torch."),
             "batch_sizes": [small, large],

@@ -163,7 +163,7 @@ def test_costs_of_a_model_are_those_of_its_parts(family, tmp_path):
     result = evaluate_efficiency(model, processor, batch_sizes=[4, 2], rounds=1)
     shape = [16, 192] if family == "siglip2_naflex" else [3, 32, 32]
     settings = {"device": "cpu", "dtype": "float32", "batch_sizes": [2, 4], "image_shape": shape, "text_tokens": 16}
-    assert model.training and result["settings"] == settings | {"torch_threads": torch.get_num_threads()}
+    assert model.training and result["measured_with"] == settings | {"torch_threads": torch.get_num_threads()}
     parameters = sum(parameter.numel() for parameter in model.parameters())
     assert result["parameters_millions"] == parameters / 1e6
     assert result["peak_memory_mib"] > 4 * parameters / 2**20
@@ -189,7 +189,7 @@ def test_what_cannot_be_measured_is_refused(tiny_clip):
 def test_a_model_is_measured_on_cuda(tiny_clip_dir):
     model, processor, _ = load_dual_encoder(tiny_clip_dir)
     result = evaluate_efficiency(model, processor, device="cuda", batch_sizes=(1, 64), rounds=3)
-    assert result["settings"]["device"] == "cuda" and result["image_latency_ms"] > 0
+    assert result["measured_with"]["device"] == "cuda" and result["image_latency_ms"] > 0
     assert result["peak_memory_mib"] > 4 * result["parameters_millions"]
 
 
