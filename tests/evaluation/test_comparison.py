@@ -1,0 +1,109 @@
+"""Two results files: who is compared with whom, with which interval, and what else differs."""
+
+import json
+
+import pytest
+import torch
+
+from modeling_dclip.evaluation.comparison import compare_results, render_comparison
+from modeling_dclip.evaluation.outcomes import record_key, write_outcomes
+from modeling_dclip.evaluation.results import make_record, write_results
+
+
+def measure(share, seed=0, n=400, **fields):
+    """A record and its outcomes: `share` of the images found, the same ones as far as it goes."""
+    luck = torch.rand(n, generator=torch.Generator().manual_seed(seed))
+    values = torch.stack([(luck < share).double(), torch.ones(n).double()], dim=1)
+    filled = {
+        "model": "m", "benchmark": "zero_shot=scenes", "metrics": {"top1": float(values[:, 0].mean())}, "n": n, "seed": 0,
+        "split": "test", "revision": f"sha256:{share}", "dataset_fingerprint": "sha256:data", "command": "eval.py",
+    }  # fmt: skip
+    return make_record(**{**filled, **fields}), {"top1": values}
+
+
+def write(path, *measured, outcomes=True):
+    write_results(path, [record for record, _ in measured])
+    if outcomes:
+        write_outcomes(path, {record_key(record): values for record, values in measured})
+    return path
+
+
+def test_the_same_images_are_compared_in_pairs(tmp_path):
+    a, b = write(tmp_path / "a.json", measure(0.5)), write(tmp_path / "b.json", measure(0.55))
+    compared = compare_results(a, b)
+    (pair,) = compared["pairs"]
+    (row,) = pair["metrics"]
+    assert row["method"] == "paired" and row["beyond_noise"] is True
+    assert row["difference"]["estimate"] == pytest.approx(row["b"] - row["a"])
+    text = render_comparison(compared)
+    assert "B is better, beyond noise" in text and "paired bootstrap over images" in text
+    assert "1 metrics of different weights were compared with a 95% interval, 1 differ beyond noise" in text
+    assert json.loads(json.dumps(compared)) == compared
+    assert "B is worse, beyond noise" in render_comparison(compare_results(b, a))
+
+
+def test_without_outcomes_the_records_intervals_serve(tmp_path):
+    half = {"confidence": 0.95, "covers": "images"}
+    a, b = (
+        write(tmp_path / f"{share}.json", measure(share, intervals={"top1": {"estimate": share, "low": share - 0.05, "high": share + 0.05, **half}}), outcomes=False)
+        for share in (0.5, 0.55)
+    )  # fmt: skip
+    compared = compare_results(a, b)
+    (row,) = compared["pairs"][0]["metrics"]
+    assert row["method"] == "unpaired" and row["beyond_noise"] is False
+    text = render_comparison(compared)
+    assert "unpaired, normal approximation" in text and "within noise" in text
+    assert "No outcomes of every image beside A and B" in text
+
+
+def test_without_anything_there_is_only_the_difference(tmp_path):
+    a, b = (write(tmp_path / f"{share}.json", measure(share), outcomes=False) for share in (0.5, 0.55))
+    text = render_comparison(compare_results(a, b))
+    assert "no interval" in text and "nothing is said of noise" in text
+
+
+def test_other_data_are_never_paired(tmp_path):
+    a = write(tmp_path / "a.json", measure(0.5))
+    b = write(tmp_path / "b.json", measure(0.6, dataset_fingerprint="sha256:other", n=300, split=None))
+    (pair,) = compare_results(a, b)["pairs"]
+    assert pair["metrics"][0]["method"] == "none"
+    fields = {name: values for name, *values in pair["differences"]}
+    assert fields["n"] == ["400", "300"] and fields["split"] == ["test", "none"]
+    assert fields["dataset_fingerprint"] == ["data", "other"]
+    assert "Other data" in pair["notes"][0]
+
+
+def test_models_are_matched_by_name_and_the_last_two_left_are_too(tmp_path):
+    a = write(
+        tmp_path / "a.json",
+        measure(0.4, label="anchor"),
+        measure(0.5, label="old"),
+        measure(0.5, benchmark="zero_shot=x"),
+    )
+    b = write(tmp_path / "b.json", measure(0.55, label="new"), measure(0.4, label="anchor"))
+    compared = compare_results(a, b)
+    assert [(pair["a"], pair["b"], pair["same_weights"]) for pair in compared["pairs"]] == [
+        ("anchor", "anchor", True),
+        ("old", "new", False),
+    ]
+    assert compared["unmatched"] == ["m on zero_shot=x (only in A)"]
+    assert "1 metrics of different weights" in render_comparison(compared)  # the anchor with itself does not count
+
+
+def test_outcomes_of_another_evaluation_are_refused(tmp_path):
+    record, _ = measure(0.5)
+    _, others = measure(0.7)
+    a, b = write(tmp_path / "a.json", (record, others)), write(tmp_path / "b.json", measure(0.5))
+    with pytest.raises(ValueError, match="outcomes of 'top1' that make .*a.outcomes.safetensors.*evaluate again"):
+        compare_results(a, b)
+
+
+def test_files_without_anything_in_common_or_of_another_form_are_named(tmp_path):
+    a, b = write(tmp_path / "a.json", measure(0.5)), write(tmp_path / "b.json", measure(0.5, benchmark="zero_shot=y"))
+    with pytest.raises(ValueError, match=r"one benchmark in .*a.json and .*b.json, got \['zero_shot=scenes'\] and"):
+        compare_results(a, b)
+    (tmp_path / "summary.json").write_text('{"arms": []}')
+    with pytest.raises(ValueError, match="JSON list of one or more records in .*summary.json"):
+        compare_results(a, tmp_path / "summary.json")
+    with pytest.raises(FileNotFoundError):
+        compare_results(a, tmp_path / "gone.json")
