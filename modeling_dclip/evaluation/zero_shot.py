@@ -88,10 +88,10 @@ def _read_labels(dataset: Dataset, classes: int) -> torch.Tensor:
                 f"({len(wrong)} such rows)."
             )
         return torch.tensor(values)
-    wrong = [row for row, value in enumerate(values) if value is None or not 0 <= value < classes]
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, int) or not 0 <= value < classes]
     if wrong:
         raise ValueError(
-            f"Expected labels in [0, {classes}), got {values[wrong[0]]} in row {wrong[0]} ({len(wrong)} such rows)."
+            f"Expected integer labels in [0, {classes}), got {values[wrong[0]]!r} in row {wrong[0]} ({len(wrong)} such rows)."
         )
     return torch.tensor(values)
 

@@ -1,7 +1,7 @@
 """Metrics of zero-shot classification from embeddings: ranks of the right class, accuracies, mean average precision.
 
 As in retrieval, a class that scores as the right one does, or less than
-[`TIE_TOLERANCE`](retrieval_ranks.py) below, ranks before it: a collapsed model never hits. Classes that have one name are the exception:
+[`~modeling_dclip.evaluation.retrieval_ranks.TIE_TOLERANCE`] below, ranks before it: a collapsed model never hits. Classes that have one name are the exception:
 their scores are the same by construction, and the first of them ranks first, which is what `argmax` makes of them elsewhere.
 
 Source: accuracies and mean per class recall as `clip-benchmark` and DataComp report them; average precision as in scikit-learn.

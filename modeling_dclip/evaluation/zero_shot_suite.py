@@ -127,8 +127,8 @@ def expand_suite(spec: str) -> SuiteMembers:
         FileNotFoundError: If ROOT is no folder, or has none of the sets.
         ValueError: If the spec is wrong.
     """
-    match = re.fullmatch(r"suite:((?:https?://[^/]+)?[^:]+)(?::([^:]+))?", spec)
-    if match is None:
+    match = re.fullmatch(r"suite:((?:https?://[^/:]+(?::[0-9]+)?)?[^:]*)(?::([^:]+))?", spec)
+    if match is None or not match[1]:
         raise ValueError(f"Expected the form 'suite:ROOT[:SPLIT]', got {spec!r}.")
     root, split = match[1], match[2] or "test"
     if not is_url(root) and "{}" not in root and not Path(root).is_dir():

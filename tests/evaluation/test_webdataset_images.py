@@ -1,14 +1,11 @@
 """`clip-benchmark/wds_*` sets: rows that point into tars, in a folder or behind http, and every kind of damage named."""
 
-import functools
-import http.server
 import re
-import threading
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Image, Value
-from webdatasets import picture, sample, write_set, write_tar
+from webdatasets import picture, sample, serve, write_set, write_tar
 
 from modeling_dclip.data.files import replacing
 from modeling_dclip.evaluation import webdataset_images
@@ -32,41 +29,11 @@ def two_shards(tmp_path_factory):
     return write_set(tmp_path_factory.mktemp("sets") / "wds_two", TWO_SHARDS)
 
 
-class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder, with a count of requests; may break off in the middle of a tar or refuse."""
-
-    requests = []
-    status = None
-    cut = False
-
-    def log_message(self, *args):
-        pass
-
-    def do_GET(self):
-        self.requests.append(self.path)
-        if self.status is not None:
-            self.send_error(self.status)
-            return
-        if self.cut and self.path.endswith("1.tar"):
-            self.send_response(200)
-            self.send_header("Content-Length", "10000")
-            self.end_headers()
-            self.wfile.write(b"x" * 100)
-            return
-        super().do_GET()
-
-
 @pytest.fixture
 def served(two_shards):
     """`(address of the set, its handler)`."""
-    handler = type("CountingHandler", (Handler,), {"requests": []})
-    factory = functools.partial(handler, directory=str(two_shards.parent))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), factory)
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{server.server_address[1]}/wds_two", handler
-    server.shutdown()
-    thread.join()
+    with serve(two_shards.parent) as (address, handler):
+        yield f"{address}/wds_two", handler
 
 
 def test_rows_are_the_samples_of_all_shards_in_their_order(two_shards):

@@ -70,8 +70,16 @@ def test_bad_prompts_are_named(tiny_clip, names, templates, message):
 
 
 def test_a_label_out_of_range_is_named(tiny_clip, objects):
-    with pytest.raises(ValueError, match=r"labels in \[0, 4\), got 4 in row 4"):
+    with pytest.raises(ValueError, match=r"integer labels in \[0, 4\), got 4 in row 4"):
         evaluate_zero_shot(*tiny_clip, objects, NAMES[:4], ["a {}"])
+
+
+def test_a_label_that_is_no_integer_is_named(tiny_clip, objects):
+    for value, feature in ((0.5, "float32"), (None, "int64")):
+        labels = [0] * 11 + [value]
+        odd = objects.remove_columns("label").add_column("label", labels, feature=Value(feature))
+        with pytest.raises(ValueError, match=r"integer labels in \[0, 6\), got (0.0 in row 0|None in row 11)"):
+            evaluate_zero_shot(*tiny_clip, odd, NAMES, ["a {}"])
 
 
 def test_another_number_of_classes_is_refused(tiny_clip):

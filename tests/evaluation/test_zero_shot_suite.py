@@ -1,7 +1,7 @@
 """The suite: which sets are there, which metric counts, and averages that say what they are over."""
 
 import pytest
-from webdatasets import sample, write_set
+from webdatasets import sample, serve, write_set
 
 from modeling_dclip.evaluation.classification_sources import classification_split, load_classification
 from modeling_dclip.evaluation.zero_shot_suite import (
@@ -42,6 +42,22 @@ def test_sets_that_are_there_become_specs_and_the_others_are_named(root):
         assert len(load_classification(spec).dataset) == 1
         assert suite_name(spec) == name and classification_split(spec) == "test"
     assert expand_suite(f"suite:{root}/{{}}").specs == members.specs
+
+
+def test_sets_behind_http_are_found_too(root, tmp_path):
+    with serve(root) as (address, handler):
+        members = expand_suite(f"suite:{address}:test")
+        assert list(members.specs) == ["voc2007_multilabel", "vtab-cifar10", "vtab-pets"]
+        assert not any(path.endswith(".tar") for path in handler.requests)
+        spec = members.specs["vtab-cifar10"]
+        assert spec == f"wds:{address}/wds_cifar10_test:test" and suite_name(spec) == "vtab-cifar10"
+        assert load_classification(f"{spec},cache_dir={tmp_path}").dataset["label"][:] == [1]
+        handler.status = 401  # the Hub's answer for a dataset that does not exist
+        with pytest.raises(FileNotFoundError, match="None of the 38 sets"):
+            expand_suite(f"suite:{address}")
+        handler.status = 503
+        with pytest.raises(ConnectionError, match="503"):
+            expand_suite(f"suite:{address}")
 
 
 def test_names_are_told_from_addresses_too():

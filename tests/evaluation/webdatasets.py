@@ -1,7 +1,11 @@
 """Small sets in the layout of `clip-benchmark/wds_*`, written for tests."""
 
+import functools
+import http.server
 import io
 import tarfile
+import threading
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
@@ -51,3 +55,41 @@ def write_set(
     if "dataset_type" in texts:
         (folder / "dataset_type.txt").write_text(texts["dataset_type"])
     return folder
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Files of a folder. Counts requests, may answer all with a `status`, and may break off in the middle of `1.tar`."""
+
+    requests = []
+    status = None
+    cut = False
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        self.requests.append(self.path)
+        if self.status is not None:
+            self.send_error(self.status)
+        elif self.cut and self.path.endswith("1.tar"):
+            self.send_response(200)
+            self.send_header("Content-Length", "10000")
+            self.end_headers()
+            self.wfile.write(b"x" * 100)
+        else:
+            super().do_GET()
+
+
+@contextmanager
+def serve(folder):
+    """Serve a folder on this machine: `(address, handler)`."""
+    handler = type("OwnHandler", (Handler,), {"requests": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_address[1]}", handler
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
