@@ -168,3 +168,83 @@ def test_growth_shows_every_series_on_logarithmic_axes(tmp_path, figures):
 def test_growth_refuses_what_logarithms_cannot_show(tmp_path, series, message):
     with pytest.raises(ValueError, match=message):
         plot_growth(series, tmp_path / "growth.png", x_label="", y_label="")
+
+
+def test_a_curve_has_its_labels_beside_its_points(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    steps = [
+        {"label": f"epoch {e}", "x": 1 - 0.02 * e, "y": 0.2 + 0.01 * e, "y_interval": (0.1, 0.4)} for e in (1, 2, 3)
+    ]
+    plot_tradeoff(POINTS, tmp_path / "a.png", curves={"student": steps, "other": steps[:2]})
+    assert is_not_blank(tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["epoch 1", "epoch 2", "epoch 3", "epoch 1", "epoch 2"]
+    legend = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert sorted(legend) == ["anchor", "other", "student"]
+    with pytest.raises(ValueError, match="in point 0 of the curve 'student'"):
+        plot_tradeoff(POINTS, tmp_path / "b.png", curves={"student": [{"x": 1, "y": 1}]})
+
+
+def test_points_of_one_label_are_one_series(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_tradeoff([*POINTS, {"label": "student", "x": 0.9, "y": 0.25}], tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert len(axes.get_legend().get_texts()) == 2
+    assert len({container[0].get_color() for container in axes.containers}) == 2
+
+
+def test_thirty_series_differ_in_colour_or_marker():
+    assert len({tuple(figures_module.style_of(index).values()) for index in range(31)}) == 31
+
+
+def bar(label, value, **ends):
+    return {"label": label, "value": value, "text": f"{value}", **ends}
+
+
+def test_bars_start_at_zero_and_show_intervals(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    panels = {
+        "T→I": [bar("a", 20.0), bar("b", 30.0, low=28.0, high=33.0)],
+        "I→T": [bar("a", 1.0), {"label": "b", "value": None}],
+    }
+    report_plots.plot_bars(panels, tmp_path / "a.png")
+    assert is_not_blank(tmp_path / "a.png")
+    first, second = figures[0].axes
+    assert [(patch.get_x(), patch.get_width()) for patch in first.patches] == [(0, 20.0), (0, 30.0)]
+    assert [list(line.get_xdata()) for line in first.lines] == [[28.0, 33.0]]
+    assert len(second.patches) == 1 and [text.get_text() for text in first.texts] == ["20.0", "30.0"]
+
+
+@pytest.mark.parametrize(
+    ("panels", "message"),
+    [({}, "one or more bars"), ({"x": []}, "one or more bars"), ({"x": [bar("a", 1.0)], "y": [bar("b", 1.0)]}, "same labels"),
+     ({"x": [bar("a", math.nan)]}, "finite value, got nan for 'a' in 'x'")],
+)  # fmt: skip
+def test_bad_bars_are_named(tmp_path, panels, message):
+    with pytest.raises(ValueError, match=message):
+        report_plots.plot_bars(panels, tmp_path / "a.png")
+
+
+def test_a_suite_has_a_row_a_dataset_the_easiest_on_top(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    report_plots.plot_suite({"a": {"hard": 0.1, "easy": 0.9}, "b": {"hard": 0.2}}, tmp_path / "a.png")
+    assert is_not_blank(tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["easy", "hard"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["a", "b"]
+    with pytest.raises(ValueError, match="finite values of models"):
+        report_plots.plot_suite({}, tmp_path / "a.png")
+
+
+def test_losses_are_drawn_against_the_step(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    log = [{"step": 10, "loss": 2.0, "contrastive_loss": 1.5}, {"step": 20, "loss": 1.0, "contrastive_loss": 0.5}]
+    log += [{"step": 20, "eval_loss": 1.2}, {"step": 20, "train_loss": 1.5, "train_runtime": 3.0}]
+    report_plots.plot_training(log, tmp_path / "a.png", title="Title")
+    assert is_not_blank(tmp_path / "a.png")
+    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
+    assert lines["loss"] == [[10, 2.0], [20, 1.0]] and lines["eval_loss"] == [[20, 1.2]] and "train_loss" not in lines
+    with pytest.raises(ValueError, match="'step' and a loss, got 1 without"):
+        report_plots.plot_training([{"step": 1, "epoch": 1.0}], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="loss=nan at step 3"):
+        report_plots.plot_training([{"step": 3, "loss": math.nan}], tmp_path / "a.png")

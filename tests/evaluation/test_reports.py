@@ -1,0 +1,272 @@
+"""Reports: every file is shown or named, rows that are not comparable are said to be, pages need nothing else."""
+
+import json
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from modeling_dclip.evaluation.report_series import merge_rows, pair_tradeoff, shorten_benchmark
+from modeling_dclip.evaluation.report_sources import read_sources
+from modeling_dclip.evaluation.reports import write_report
+from modeling_dclip.evaluation.results import make_record, write_json, write_results
+from modeling_dclip.evaluation.tradeoff import summarise_arms
+
+ROOT = Path(__file__).resolve().parents[2]
+INTERVAL = {"estimate": 0.25, "low": 0.2, "high": 0.31, "confidence": 0.95, "covers": "images"}
+
+
+def record(model, benchmark="retrieval=scenes:test", **fields):
+    metrics = {"top1": 0.5} if benchmark.startswith("zero_shot") else {"text_to_image_recall@1": 0.25}
+    filled = {
+        "metrics": metrics, "n": 1000, "seed": 0, "split": "test", "revision": f"sha256:{model}", "command": "eval.py",
+        "dataset_fingerprint": "sha256:cd",
+    }  # fmt: skip
+    return make_record(model=model, benchmark=benchmark, **{**filled, **fields})
+
+
+@pytest.fixture
+def report(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+
+    def make(*paths):
+        written = write_report(paths or [tmp_path / "in"], tmp_path / "out")
+        assert all(path.is_file() for path in written)
+        return (tmp_path / "out" / "report.md").read_text(), (tmp_path / "out" / "report.html").read_text()
+
+    return make
+
+
+class Checked(HTMLParser):
+    """Every element that is opened is closed, and what is linked is there."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.ids, self.links, self.images, self.data = [], set(), [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        self.ids.add(attributes.get("id"))
+        assert tag != "script"
+        if tag == "a":
+            self.links.append(attributes["href"])
+        if tag == "img":
+            self.images.append(attributes["src"])
+            assert attributes["alt"]
+        if tag not in ("meta", "img", "wbr", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.data.append(data)
+
+
+def check(page):
+    parser = Checked()
+    parser.feed(page)
+    assert not parser.open and parser.links
+    assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    assert all(source.startswith("data:image/png;base64,") for source in parser.images)
+    return parser
+
+
+def test_records_become_tables_with_bold_intervals_and_what_they_were_measured_on(tmp_path, report):
+    records = [
+        record("anchor", intervals={"text_to_image_recall@1": INTERVAL}),
+        record("student", metrics={"text_to_image_recall@1": 0.31}),
+    ]
+    write_results(tmp_path / "in" / "deep" / "records.json", records)
+    text, page = report()
+    assert "25.0 [20.0, 31.0]" in text and "**31.0**" in text
+    assert '<td class="number">25.0<small>[20.0, 31.0]</small></td>' in page and "<b>31.0</b>" in page
+    for fact in (
+        "- n: 1,000\n",
+        "Split: test",
+        "Seed: 0",
+        "sha256:cd",
+        "Command: eval.py",
+        "torch ",
+        "Hardware: cpu",
+        "Date: 20",
+        "records.json",
+    ):
+        assert fact in text
+    (picture,) = re.findall(r"!\[.*\]\((plots/.*png)\)", text)
+    assert (tmp_path / "out" / picture).is_file()
+    assert len(check(page).images) == 1
+    assert "⚠" not in text
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dataset_fingerprint": "sha256:ef"}, "Not comparable: other data: cd (a); ef (b)"),
+        ({"n": 999}, "Not comparable: other n: 1,000 (a); 999 (b)"),
+        ({"split": "val"}, "Not comparable: other split"),
+        ({"seed": 3}, "A row of one seed says little of another's: other seed: 0 (a); 3 (b)"),
+        ({"versions": {"torch": "1.0"}}, "Measured with different software: other torch"),
+    ],
+)  # fmt: skip
+def test_rows_that_are_not_comparable_are_said_to_be(tmp_path, report, change, message):
+    write_results(tmp_path / "in" / "records.json", [record("a"), record("b", **change)])
+    text, page = report()
+    assert message in text and 'class="warnings"' in page
+    assert "Rows that are not to be compared without care: Retrieval, scenes:test" in text
+
+
+def test_other_hardware_matters_to_times_only(tmp_path, report):
+    rows = [
+        record(name, "efficiency=native", metrics={"image_latency_ms": 3.0 + len(name)}, hardware={"cpu": name})
+        for name in ("a", "bb")
+    ]
+    rows += [record(name, hardware={"cpu": name}) for name in ("a", "bb")]
+    write_results(tmp_path / "in" / "records.json", rows)
+    text, _ = report()
+    assert text.count("⚠") == 1 and "Measured on different hardware: other cpu: a (a); bb (bb)" in text
+    assert "**4.00**" in text and "image latency, ms" in text
+
+
+def test_files_that_cannot_be_shown_are_named_and_not_fatal(tmp_path, report):
+    folder = tmp_path / "in"
+    write_results(folder / "records.json", record("a"))
+    (folder / "broken.json").write_text("{")
+    (folder / "config.json").write_text('{"hidden_size": 3}')
+    write_json(folder / "scan.json", {"benchmark": "selective_scan", "rows": [{}]})
+    write_json(folder / "half.json", [record("a", intervals={"text_to_image_recall@1": {"estimate": 1}})])
+    (folder / ".hidden").mkdir()
+    (folder / ".hidden" / "x.json").write_text("{")
+    text, page = report()
+    assert "from 1 files: 1 records" in text and "4 JSON files are not shown" in text
+    for name in ("broken.json", "config.json", "scan.json", "half.json"):
+        assert f"| {folder / name} " in text
+    assert "hidden_size" in text and "got another form" in text and "Expected an interval" in text
+    assert ".hidden" not in text
+    check(page)
+
+
+def test_nothing_to_show_is_an_error_that_names_what_was_found(tmp_path):
+    (tmp_path / "a.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"got 1 JSON files and none of these.\n- .*a.json: Expected a JSON list"):
+        write_report([tmp_path], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match="gone, which does not exist"):
+        write_report([tmp_path / "gone"], tmp_path / "out")
+    write_results(tmp_path / "a.json", record("a"))
+    with pytest.raises(NotADirectoryError, match="the file .*a.json"):
+        write_report([tmp_path], tmp_path / "a.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_given_twice_is_read_once(tmp_path):
+    write_results(tmp_path / "a.json", record("a"))
+    assert len(read_sources([tmp_path, tmp_path / "a.json"]).records) == 1
+
+
+def test_what_a_file_says_is_escaped(tmp_path, report):
+    write_results(
+        tmp_path / "in" / "r.json", [record("a", label="<script>alert(1)</script> | x"), record("b", command="<b>&")]
+    )
+    _, page = report()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;&amp;" in page
+    assert "| x" in "".join(check(page).data)
+
+
+def test_runs_of_an_arm_become_their_mean_and_repeated_records_one_row():
+    runs = [
+        record(f"m{seed}", label=f"arm, seed {seed}", seed=seed, metrics={"text_to_image_recall@1": 0.2 + 0.1 * seed})
+        for seed in (0, 1, 2)
+    ]
+    anchor = record("anchor", label="anchor")
+    rows, repeated = merge_rows([*(("one", run) for run in runs), ("one", anchor), ("two", anchor)])
+    assert repeated == 1 and [row["label"] for row in rows] == ["arm (one)", "anchor (one, two)"]
+    assert rows[0]["runs"] == 3 and rows[0]["metrics"]["text_to_image_recall@1"] == pytest.approx(0.3)
+    assert rows[0]["intervals"]["text_to_image_recall@1"]["covers"] == "seeds" and "seed" not in rows[0]
+    other = {**runs[2], "dataset_fingerprint": "sha256:other"}
+    assert [row.get("runs") for row in merge_rows([("one", run) for run in (*runs[:2], other)])[0]] == [2, None]
+
+
+def test_tradeoff_pairs_the_same_weights_and_draws_the_line_between_them():
+    def rows(benchmark, *extra):
+        models = [
+            record(name, benchmark, **fields)
+            for name, fields in (("s", {"comparison": {"anchor_revision": "sha256:a"}}), ("a", {}), *extra)
+        ]
+        return merge_rows([("f", one) for one in models])[0]
+
+    between = [("s", {"condition": f"alpha={alpha}"}) for alpha in (0.7, 0.3)]
+    points, curves, benchmarks = pair_tradeoff(rows("retrieval=x", *between), rows("zero_shot=y", *between))
+    assert [point["label"] for point in points] == ["a", "s"] and benchmarks == ["zero_shot=y"]
+    assert [step["label"] for step in curves["s, α"]] == ["0.3", "0.7"]
+    assert pair_tradeoff(rows("retrieval=x"), []) == ([], {}, [])
+    both = [*rows("zero_shot=y"), *rows("zero_shot=z")]
+    points, _, benchmarks = pair_tradeoff(rows("retrieval=x"), both)
+    assert benchmarks == ["zero_shot=y", "zero_shot=z"] and points[0]["x"] == 0.5
+
+
+def test_a_suite_shows_models_side_by_side_with_their_mean(tmp_path, report):
+    rows = [
+        record(model, f"zero_shot=wds:{name}", metrics={"top1": value})
+        for model, value in (("a", 0.4), ("b", 0.5))
+        for name in ("cars", "pets")
+    ]
+    rows.append(record("c", "zero_shot=wds:cars"))
+    write_results(tmp_path / "in" / "records.json", [*rows[:1], {**rows[1], "metrics": {"top1": 0.6}}, *rows[2:]])
+    text, _ = report()
+    suite = text[text.index("### All datasets") :]
+    assert re.search(r"\| a +\| +40.0 \| +60.0 \| +50.0 \|", suite)
+    assert "suite.png" in suite and not re.search(r"\| c ", suite[: suite.index("Top-1 in percent")])
+
+
+def test_summaries_have_a_section_with_their_picture(tmp_path, report):
+    def run(retrieval, accuracy):
+        return {"text_to_image_recall@1": retrieval, "image_to_text_recall@1": 0.5, "top1": accuracy}
+
+    summary = summarise_arms({"anchor": {0: run(0.2, 0.8)}, "student": {0: run(0.3, 0.7), 1: run(0.31, 0.72)}})
+    write_json(tmp_path / "in" / "exp" / "summary.json", {**summary, "benchmarks": ["retrieval=scenes:test"]})
+    write_results(tmp_path / "in" / "exp" / "records.json", record("a"))
+    text, page = report()
+    assert "### exp" in text and "± " in text and "tradeoff.png" in text and "- n: 1,000\n" in text
+    check(page)
+
+
+def test_long_names_are_shortened_and_stand_in_full_below(tmp_path, report):
+    long = "retrieval=coco:../shared/data/coco/annotations/captions_val2017.json:../shared/data/coco/val2017"
+    write_results(tmp_path / "in" / "records.json", record("a", long))
+    text, page = report()
+    assert "### coco:annotations/captions_val2017.json:coco/val2017\n" in text and f"Benchmark: {long}" in text
+    assert f'title="{long}"' in page
+    assert len(shorten_benchmark("zero_shot=" + "x" * 300)) <= 64
+
+
+def test_an_interrupted_report_leaves_the_old_page_untouched(tmp_path, report, monkeypatch):
+    write_results(tmp_path / "in" / "records.json", record("a"))
+    report()
+    before = (tmp_path / "out" / "report.html").read_bytes()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        report()
+    assert (tmp_path / "out" / "report.html").read_bytes() == before
+    assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.md"]
+
+
+def test_the_repository_own_results_are_all_shown(report):
+    assert not read_sources([ROOT / "results"]).left_out
+    folder = ROOT / "results" / "demo"
+    text, page = report(folder, ROOT / "benchmarks" / "results" / "student_step.json")
+    for part in (
+        "### demo",
+        "### results/student_step",
+        "own regions, another image's caption",
+        "teacher and text tower online",
+    ):
+        assert part in text
+    numbers = json.loads((folder / "summary.json").read_text())["arms"][1]["metrics"]
+    assert f"| {100 * numbers['top1']['estimate']:.1f} ± " in text
+    check(page)
