@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from datasets import Dataset
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from modeling_dclip.data.dual_encoders import projected, require_dual_encoder, tokenize_texts
 from modeling_dclip.data.pixels import PixelReader
 from modeling_dclip.evaluation.lanczos import lanczos, spectral_density
 
@@ -34,23 +35,31 @@ TOWERS = ("image", "text", "all")
 
 
 class PairBatch(NamedTuple):
-    """One batch of B images with one caption each: `pixel_values` (B, 3, H, W); `input_ids`, `attention_mask` (B, T)."""
+    """One batch of B images with one caption each: `pixel_values` (B, 3, H, W), and what `get_text_features` takes, each (B, T)."""
 
     pixel_values: torch.Tensor
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    text_inputs: dict[str, torch.Tensor]
+
+    def to(self, device: torch.device | str) -> "PairBatch":
+        """On another device."""
+        texts = {name: tensor.to(device) for name, tensor in self.text_inputs.items()}
+        return PairBatch(self.pixel_values.to(device), texts)
+
+    def first(self) -> "PairBatch":
+        """The first pair alone."""
+        return PairBatch(self.pixel_values[:1], {name: tensor[:1] for name, tensor in self.text_inputs.items()})
 
 
 def draw_batches(
-    processor: Any, dataset: Dataset, *, batches: int, pairs: int, max_length: int, seed: int = 0
+    model: torch.nn.Module, processor: Any, dataset: Dataset, *, batches: int, pairs: int, seed: int = 0
 ) -> list[PairBatch]:
     """Draw batches of different images, one caption each.
 
     Args:
+        model (`torch.nn.Module`): Says how it reads text.
         processor: The model's, with `image_processor` and `tokenizer`.
         dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`.
         batches, pairs (`int`): How many, and of how many images, 2 or more.
-        max_length (`int`): Tokens of a text, at most.
         seed (`int`, *optional*, defaults to 0): Decides images, captions and their order.
 
     Returns:
@@ -78,25 +87,17 @@ def draw_batches(
     drawn = []
     for start in range(0, needed, pairs):
         rows = np.arange(start, start + pairs)
-        tokens = processor.tokenizer(
-            texts[start : start + pairs],
-            padding=True,
-            truncation=True,
-            max_length=max_length,
-            return_tensors="pt",
-        )
-        drawn.append(PairBatch(reader.read(rows), tokens["input_ids"], tokens["attention_mask"]))
+        drawn.append(PairBatch(reader.read(rows), tokenize_texts(model, processor, texts[start : start + pairs])))
     return drawn
 
 
 def _image_embeds(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
-    output = model.get_image_features(pixel_values=batch.pixel_values.to(next(model.parameters()).dtype))
-    return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+    pixel_values = batch.pixel_values.to(next(model.parameters()).dtype)
+    return F.normalize(projected(model.get_image_features(pixel_values=pixel_values)), dim=-1)
 
 
 def _text_embeds(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
-    output = model.get_text_features(input_ids=batch.input_ids, attention_mask=batch.attention_mask)
-    return F.normalize(getattr(output, "pooler_output", output), dim=-1)
+    return F.normalize(projected(model.get_text_features(**batch.text_inputs)), dim=-1)
 
 
 class ContrastiveLoss:
@@ -144,9 +145,10 @@ class ContrastiveLoss:
             parameter.requires_grad_(True)
         if self.tower != "all":
             embed = _image_embeds if self.tower == "image" else _text_embeds
-            one = PairBatch(*(tensor[:1] for tensor in self.batches[0]))
             with sdpa_kernel(SDPBackend.MATH):
-                found = torch.autograd.grad(embed(self.model, one).sum(), parameters, allow_unused=True)
+                found = torch.autograd.grad(
+                    embed(self.model, self.batches[0].first()).sum(), parameters, allow_unused=True
+                )
             for parameter, gradient in zip(parameters, found, strict=True):
                 parameter.requires_grad_(gradient is not None)
         return [parameter for parameter in parameters if parameter.requires_grad]
@@ -238,17 +240,18 @@ def evaluate_hessian(
         with probes `density` (`eigenvalues` and `density`, lists). `outcomes` is empty: no metric is a mean over images.
 
     Raises:
+        TypeError: If the model is not a dual encoder.
         ValueError: As in [`draw_batches`], [`ContrastiveLoss`] and [`~modeling_dclip.evaluation.lanczos.lanczos`]; also if a model is in
             half precision, whose second derivatives are noise.
     """
+    require_dual_encoder(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device
     dtype = next(model.parameters()).dtype
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"Expected a model in float32 or float64, got {dtype}. Load it with dtype=torch.float32.")
-    text_config = getattr(getattr(model, "config", None), "text_config", None)
-    longest = min(processor.tokenizer.model_max_length, getattr(text_config, "max_position_embeddings", 1 << 30))
-    drawn = draw_batches(processor, dataset, batches=batches, pairs=pairs, max_length=longest, seed=seed)
-    drawn = [PairBatch(*(tensor.to(device) for tensor in batch)) for batch in drawn]
+    drawn = [
+        batch.to(device) for batch in draw_batches(model, processor, dataset, batches=batches, pairs=pairs, seed=seed)
+    ]
     with frozen_but(model):
         loss = ContrastiveLoss(model.to(device).eval(), drawn, tower, temperature)
         options = {"steps": steps, "k": k, "device": device, "dtype": dtype}

@@ -26,7 +26,7 @@ def make_batches(count, side, vocabulary=40, seed=0):
         ids = torch.randint(0, vocabulary, (PAIRS, 6), generator=generator)
         ids[:, -1] = vocabulary  # the highest id: EOS
         pixels = torch.randn(PAIRS, 3, side, side, generator=generator, dtype=torch.float64)
-        made.append(PairBatch(pixels, ids, torch.ones_like(ids)))
+        made.append(PairBatch(pixels, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}))
     return made
 
 
@@ -93,7 +93,7 @@ def test_the_loss_is_clips(small_clip):
     expected = []
     for batch in batches:
         with torch.no_grad():
-            expected.append(small_clip(**batch._asdict(), return_loss=True).loss)
+            expected.append(small_clip(pixel_values=batch.pixel_values, **batch.text_inputs, return_loss=True).loss)
     assert value == pytest.approx(float(sum(expected)) / 2, rel=1e-9)
 
 
@@ -228,19 +228,21 @@ def test_probes_give_a_density(tiny_clip, tiny_scenes):
 
 
 def test_batches_hold_different_images_with_a_caption_of_their_own(tiny_clip, tiny_scenes):
-    processor = tiny_clip[1]
-    drawn = draw_batches(processor, tiny_scenes, batches=2, pairs=4, max_length=77, seed=3)
+    model, processor = tiny_clip
+    drawn = draw_batches(model, processor, tiny_scenes, batches=2, pairs=4, seed=3)
     pixels = torch.cat([batch.pixel_values for batch in drawn])
     every = processor(images=tiny_scenes["image"][:], return_tensors="pt")["pixel_values"]
     rows = [int((every - one).flatten(1).abs().sum(dim=1).argmin()) for one in pixels]
     assert sorted(rows) == list(range(8)) and rows != list(range(8))
     for batch, own in zip(drawn, (rows[:4], rows[4:]), strict=True):
-        texts = processor.tokenizer.batch_decode(batch.input_ids, skip_special_tokens=True)
+        texts = processor.tokenizer.batch_decode(batch.text_inputs["input_ids"], skip_special_tokens=True)
         for row, text in zip(own, texts, strict=True):
             known = processor.tokenizer(tiny_scenes["captions"][row], truncation=True, max_length=77)["input_ids"]
             assert text in processor.tokenizer.batch_decode(known, skip_special_tokens=True)
-    again = draw_batches(processor, tiny_scenes, batches=2, pairs=4, max_length=77, seed=3)
-    assert all(torch.equal(a, b) for one, two in zip(drawn, again, strict=True) for a, b in zip(one, two, strict=True))
+    again = draw_batches(model, processor, tiny_scenes, batches=2, pairs=4, seed=3)
+    for one, two in zip(drawn, again, strict=True):
+        assert torch.equal(one.pixel_values, two.pixel_values)
+        assert torch.equal(one.text_inputs["input_ids"], two.text_inputs["input_ids"])
 
 
 def test_bad_input_is_named(tiny_clip, tiny_scenes, small_clip):
@@ -257,6 +259,8 @@ def test_bad_input_is_named(tiny_clip, tiny_scenes, small_clip):
     with pytest.raises(ValueError, match=r"captions for image_id 'scenes-test-0-\d"):
         evaluate_hessian(model, processor, empty, batches=1, pairs=8)
     plain = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match="dual encoder"):
+        evaluate_hessian(plain, processor, tiny_scenes, batches=1, pairs=2)
     with pytest.raises(ValueError, match="Linear has no logit_scale"):
         ContrastiveLoss(plain, make_batches(1, 8), "image")
     with pytest.raises(ValueError, match="temperature > 0, got 0"):
