@@ -62,16 +62,16 @@ def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, imag
     Raises:
         ValueError: If widths or devices differ, something is empty, zero or not finite, an index is out of range, or an image has no caption.
     """
+    if image_embeds.device != text_embeds.device:
+        raise ValueError(
+            f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for texts."
+        )
     _check_rows(image_embeds, "image_embeds")
     _check_rows(text_embeds, "text_embeds")
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"Expected embeddings of one width, got {image_embeds.shape[1]} for images and {text_embeds.shape[1]} for texts. Do "
             f"both come from one model?"
-        )
-    if image_embeds.device != text_embeds.device:
-        raise ValueError(
-            f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for texts."
         )
     images, captions = len(image_embeds), len(text_embeds)
     if image_of_caption.shape != (captions,) or image_of_caption.is_floating_point():

@@ -274,6 +274,7 @@ def test_a_gpu_ranks_as_the_cpu_does(coco_sized):
         (lambda i, t, o: (i[:0], t, o), "image_embeds of shape .* got \\(0, 8\\)"),
         (lambda i, t, o: (i, t[:0], o[:0]), "text_embeds of shape .* got \\(0, 8\\)"),
         (lambda i, t, o: (1e30 * i, t, o), "finite, non-zero rows in image_embeds"),
+        (lambda i, t, o: (i.to("meta"), t, o), "one device, got meta for images and cpu for texts"),
         (lambda i, t, o: (i, t[:, :6], o), "one width, got 8 for images and 6 for texts"),
         (lambda i, t, o: (i, t, o[:-1]), "60 integers, one per caption"),
         (lambda i, t, o: (i, t, o.float()), "integers, one per caption, got torch.float32"),
