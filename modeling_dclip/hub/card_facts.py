@@ -198,6 +198,7 @@ def describe_evaluation(
     """
     shown = [{**record, "label": f"{record.get('label', 'reference')} (before training)"} for record in reference]
     shown += [{**record, "label": name} for record in own]
+    shown = [{**record, "metrics": _shown_metrics(record["metrics"])} for record in shown]
     machines = {_machine(record["hardware"]) for record in own}
     versions = {f"{package} {record['versions'][package]}" for record in own for package in ("torch", "transformers")}
     return {
@@ -208,6 +209,11 @@ def describe_evaluation(
         "benchmarks": [record["benchmark"] for record in own],
         "has_reference": bool(reference),
     }
+
+
+def _shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without those that say the same as another column; the metadata hold all."""
+    return {name: value for name, value in metrics.items() if not name.endswith(("_mrr", "_map", "_median_rank"))}
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:

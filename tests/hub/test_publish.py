@@ -1,5 +1,6 @@
 """All repositories pushed over real HTTP to a Hub on this machine, and loaded from there by a process that has nothing else."""
 
+import hashlib
 import json
 import os
 import re
@@ -9,17 +10,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from huggingface_hub import constants
-from loopback_hub import READ_TOKEN, TOKEN, run_loopback_hub
+from huggingface_hub import HfApi, ModelCard, constants
+from huggingface_hub.hf_api import RepoFile
+from loopback_hub import READ_TOKEN, TOKEN, git_oid, run_loopback_hub
 from PIL import Image
 from publications import make_arguments, make_dmclip, make_student, make_teacher, write_records
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
-from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
+from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
+from modeling_dclip.hub import repositories
 from modeling_dclip.hub.examples import LABELS, draw_pictures
 from modeling_dclip.hub.publish import describe_publication, main, publish
-from modeling_dclip.hub.repositories import check_access
+from modeling_dclip.hub.repositories import check_access, find_differences, push_folder
 from modeling_dclip.hub.staging import StagedRepo, check_folder
 
 DELAYS = (0.0, 0.0)
@@ -193,9 +196,8 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
             outputs = model(**load_file(inputs[kind]))
         expected.append((class_name, {name: outputs[name] for name in names}))
     torch.set_num_threads(threads)
-    picture = str(root / "photo.jpg")
     draw_pictures()[PICTURE].save(root / "picture.png")
-    Image.effect_noise((64, 48), 80).convert("RGB").save(picture)
+    Image.effect_noise((64, 48), 80).convert("RGB").save(root / "photo.jpg")  # what the cards' code opens
     labels = {"candidate_labels": list(LABELS[0])}
     pipelines = [
         {
@@ -264,8 +266,6 @@ def test_both_pipelines_serve_the_repositories_and_give_what_the_card_stores(rea
 
 
 def read_metadata(card):
-    from huggingface_hub import ModelCard
-
     return ModelCard(card).data.to_dict()
 
 
@@ -294,8 +294,6 @@ def test_a_token_that_may_not_write_ends_before_anything_is_pushed(hub, trained,
 
 
 def test_a_hub_that_stays_broken_is_given_up_on_with_a_clear_error(hub):
-    from huggingface_hub import HfApi
-
     hub.fail("GET", "^/api/whoami-v2$", 503, times=3)
     with pytest.raises(ConnectionError, match="answered 503, 3 times"):
         check_access("me/tiny", HfApi(), DELAYS)
@@ -312,6 +310,36 @@ def test_files_of_others_stay_and_code_that_is_no_longer_shipped_goes(hub, pushe
     done = {one.repo_id: one for one in publish(later, DELAYS)}["me/tiny"]
     assert done.deleted == ("modeling_old.py",) and not done.changed
     assert {"onnx/model.onnx", "notes.md"} <= set(hub.files("me/tiny"))
+
+
+def test_a_commit_of_somebody_else_in_between_is_kept_and_compared_again(hub, tmp_path, monkeypatch):
+    (tmp_path / "mine.md").write_text("mine")
+    seen = []
+
+    def meddle(folder, remote):
+        found = find_differences(folder, remote)
+        if not seen:  # after the first comparison
+            hub.repos["me/shared"].commit(hub.files("me/shared") | {"theirs.md": b"theirs"})
+        seen.append(found)
+        return found
+
+    monkeypatch.setattr(repositories, "find_differences", meddle)
+    done = push_folder("me/shared", tmp_path, HfApi(), message="Mine", delays=DELAYS)
+    assert len(seen) == 2 and done.changed == ("mine.md",)
+    assert {"theirs.md", "mine.md"} < set(hub.files("me/shared")) and len(hub.commits("me/shared")) == 3
+
+
+def test_a_large_file_is_compared_by_its_own_hash(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    (tmp_path / "config.json").write_bytes(b"{}")
+    same, other = (hashlib.sha256(content).hexdigest() for content in (b"weights", b"Weights"))
+    for digest, expected in ((same, []), (other, ["model.safetensors"])):
+        large = {"oid": digest, "size": 7, "pointerSize": 100}
+        remote = {
+            "model.safetensors": RepoFile(path="model.safetensors", size=7, oid="00", lfs=large),
+            "config.json": RepoFile(path="config.json", size=2, oid=git_oid(b"{}")),
+        }
+        assert find_differences(tmp_path, remote) == (expected, [])
 
 
 def test_a_private_publication_refuses_what_is_public_and_makes_private_repositories(hub, pushed, trained):
@@ -345,6 +373,20 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     )
     with pytest.raises(SystemExit, match="Expected a new or empty folder"):
         main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
+
+
+def test_a_student_with_rotary_positions_goes_out_without_a_twin(trained, tiny_clip_dir, tmp_path):
+    config = DCLIPConfig.from_pretrained(tiny_clip_dir)
+    config.vision_config.position_embedding_type = "rope"
+    make_student(tmp_path / "rotary", tiny_clip_dir)
+    DCLIPModel.from_pretrained(tiny_clip_dir, config=config).save_pretrained(tmp_path / "rotary")
+    (tmp_path / "results").mkdir()
+    results = write_records(tmp_path / "results", tmp_path / "rotary")
+    dry = {"dry_run": True, "staging": str(tmp_path / "staged")}
+    staged = publish(make_arguments(tmp_path / "rotary", results, **dry))
+    assert [repo.kind for repo in staged] == ["vision", "dual"]
+    card = (staged[-1].folder / "README.md").read_text()
+    assert "tiny-clip" not in card and "CLIPModel.from_pretrained" not in card
 
 
 @pytest.mark.parametrize("missing", ["README.md", "tokenizer.json", "modeling_dclip.py", "examples/red-circle.png"])
