@@ -6,9 +6,7 @@
     python eval.py compare a.json b.json
 
 The results file grows by one record a model and benchmark; run again, it goes on where it was. What fails is reported at the end and does not
-lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks, KIND[=SPEC]:
-
-{benchmarks}
+lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks:
 """
 
 import argparse
@@ -21,17 +19,19 @@ import torch
 from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.evaluation.benchmarks import KINDS
+from modeling_dclip.evaluation.benchmarks import describe_kinds, kind_of
+from modeling_dclip.evaluation.classifier_cache import ClassifierCache
 from modeling_dclip.evaluation.comparison import compare_results, render_comparison
 from modeling_dclip.evaluation.curves import plot_curve
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.galleries import write_galleries
 from modeling_dclip.evaluation.reports import write_report
 from modeling_dclip.evaluation.results import render_table
+from modeling_dclip.evaluation.suite_tables import render_averages
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    kinds = "\n".join(f"    {name + '[=SPEC]':24}{kind.help}" for name, kind in KINDS.items())
-    description = __doc__.format(benchmarks=kinds)
+    description = f"{__doc__}\n{describe_kinds()}"
     parser = argparse.ArgumentParser(
         prog="eval.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
     add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
     add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
-    add("--gallery", metavar="DIR", help="write what the last model finds and misses as an HTML page")
+    add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
     add("--output", default="results.json", help="results file (default: %(default)s)")
     add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
     add("--label", nargs="+", help="names to show in tables instead of the models' paths")
@@ -50,23 +50,35 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     add("--seed", type=int, default=0, help="of the draw of @COUNT and of the bootstrap (default: %(default)s)")
     add("--class_names", metavar="FILE", help="zero_shot: class names, one a line, in the order of the labels")
-    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {{}}".format())
+    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {}")
+    add("--classifier_cache", metavar="DIR", help="zero_shot: keep classifiers here from run to run")
+    add(
+        "--index",
+        metavar="faiss[:FACTORY]",
+        help="retrieval: search a FAISS index, for sets too large to search whole",
+    )
+    add("--hessian", nargs="+", default=[], metavar="KEY=VALUE", help="hessian: e.g. tower=all steps=60")
     add("--trust_remote_code", action="store_true", help="run code that comes with a model")
     arguments = parser.parse_args(argv)
-    for benchmark in arguments.benchmark:
-        name = benchmark.partition("=")[0]
-        if name not in KINDS:
-            known = ", ".join(f"{known}[=SPEC]" for known in KINDS)
-            parser.error(f"unknown benchmark {name!r}; known benchmarks: {known}")
-    if (arguments.class_names or arguments.templates) and not any(
-        b.startswith("zero_shot") for b in arguments.benchmark
-    ):
-        parser.error("--class_names and --templates belong to the benchmark zero_shot, which is not asked for")
+    check_arguments(parser, arguments)
+    return arguments
+
+
+def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    try:
+        kinds = {kind_of(benchmark) for benchmark in arguments.benchmark}
+    except ValueError as error:
+        parser.error(str(error))
+    owners = {"class_names": "zero_shot", "templates": "zero_shot", "classifier_cache": "zero_shot"}
+    for name, kind in (owners | {"index": "retrieval", "gallery": "retrieval", "hessian": "hessian"}).items():
+        if getattr(arguments, name) and kind not in kinds:
+            parser.error(f"--{name} belongs to the benchmark {kind}, which is not asked for")
     if arguments.label and len(arguments.label) != len(arguments.model):
         parser.error(f"--label: expected one name for each of {len(arguments.model)} models, got {arguments.label}")
     if arguments.alphas and arguments.anchor is None:
         parser.error("--alphas: expected an --anchor, where the line to the model begins")
-    return arguments
+    if odd := [pair for pair in arguments.hessian if "=" not in pair]:
+        parser.error(f"--hessian: expected KEY=VALUE, got {odd[0]!r}")
 
 
 def read_lines(path: str | None) -> list[str] | None:
@@ -91,16 +103,24 @@ def run(argv: Sequence[str]) -> int:
     shared = ("anchor", "batch_size", "device", "num_workers", "overwrite", "seed", "trust_remote_code")
     options = {key: getattr(arguments, key) for key in shared}
     options |= {key: read_lines(getattr(arguments, key)) for key in ("class_names", "templates")}
+    options |= {"index": arguments.index, "classifiers": ClassifierCache(arguments.classifier_cache)}
+    options["hessian"] = dict(pair.split("=", 1) for pair in arguments.hessian)
     command = shlex.join(["eval.py", *argv])
     done = evaluate(find_candidates(arguments), arguments.benchmark, arguments.output, command=command, **options)
     if done.records:
         print(render_table(done.records))
+        if averages := render_averages(done.records):
+            print(f"\n{averages}")
         if arguments.plot:
             plot_curve(done.records, arguments.plot, anchor=arguments.anchor)
             print(f"\nDrawn to {arguments.plot}")
         print(
             f"\nWritten to {arguments.output}" + f"; {done.kept} of these records were there already" * bool(done.kept)
         )
+    if arguments.gallery:
+        shown = {key: options[key] for key in ("batch_size", "device", "num_workers", "seed", "trust_remote_code")}
+        for page in write_galleries(done.records, arguments.gallery, **shown):
+            print(f"Written to {page}")
     for failure in done.failures:
         print(f"Failed: {failure}", file=sys.stderr)
     return 1 if done.failures else 0

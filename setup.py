@@ -11,8 +11,22 @@ EXTRAS = {
     "peft": ["peft>=0.17"],
     "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision"],
     "space": ["gradio>=5"],
+    "hub": ["jinja2>=3.1"],
+    "index": ["faiss-cpu>=1.8"],
+    "open_clip": ["open_clip_torch>=3.0"],
+    # What the first SigLIP's tokenizer reads.
+    "siglip": ["protobuf", "sentencepiece>=0.2"],
     "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
-    "dev": ["jinja2>=3.1", "matplotlib>=3.8", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.9"],
+    "dev": [
+        "jinja2>=3.1",
+        "matplotlib>=3.8",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "ruff>=0.9",
+        "scikit-learn>=1.3",
+        "torchmetrics>=1.4",
+    ],
     # What the benchmarks compare with.
     "benchmarks": ["timm>=1.0"],
     # Needs a CUDA toolchain at install time, so it is not part of `all`.

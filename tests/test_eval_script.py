@@ -15,7 +15,7 @@ from modeling_dclip.evaluation.results import read_results
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
 BENCHMARKS = ("retrieval=scenes:test,n=12,image_size=40,captions_per_image=2", "zero_shot=scenes,n=150,image_size=40")
-CHOICES = ("retrieval=SPEC", "zero_shot=SPEC")
+CHOICES = ("retrieval[=SPEC]", "zero_shot[=SPEC]", "fine_grained[=SPEC]", "hessian[=SPEC]", "efficiency:")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +48,18 @@ def test_a_fresh_process_evaluates_stock_clip(tiny_clip_dir, tmp_path):
     assert "Embedding images" in done.stderr
     retrieval, zero_shot = read_results(tmp_path / "r.json")
     assert (retrieval["n"], retrieval["n_captions"], retrieval["split"]) == (12, 24, "test")
-    assert (zero_shot["n"], zero_shot["split"], set(zero_shot["metrics"])) == (150, "test", {"top1", "top5"})
-    assert len(retrieval["metrics"]) == 10
+    assert (zero_shot["n"], zero_shot["split"]) == (150, "test")
+    assert set(zero_shot["metrics"]) == {"top1", "top5", "mean_per_class"}
+    assert (
+        {"rsum", "text_to_image_median_rank"}
+        < set(retrieval["metrics"])
+        == set(retrieval["intervals"])
+        | {
+            "rsum",
+            "text_to_image_median_rank",
+            "image_to_text_median_rank",
+        }
+    )
     assert retrieval["benchmark"] == BENCHMARKS[0] and retrieval["command"].startswith("eval.py --model")
     assert retrieval["revision"] == zero_shot["revision"] and retrieval["revision"].startswith("sha256:")
     assert retrieval["dataset_fingerprint"] != zero_shot["dataset_fingerprint"]
@@ -80,15 +90,80 @@ def test_numbers_are_the_same_every_time(script, tiny_clip_dir, tmp_path):
     assert all(first[key] == second[key] for key in ("metrics", "revision", "dataset_fingerprint", "versions"))
 
 
-def test_class_names_and_templates_come_from_files(script, tiny_clip_dir, tmp_path):
+def test_class_names_and_templates_come_from_files(script, tiny_clip_dir, tmp_path, capsys):
     (tmp_path / "names").write_text("red circle\nblue square\n")
     (tmp_path / "templates").write_text("a {}\n\n")
-    arguments = ["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[1], "--class_names", str(tmp_path / "names")]
-    with pytest.raises(ValueError, match="class names, one per class of the dataset in its order, got 2"):
-        script.main(arguments)
+    arguments = ["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[1], "--output", str(tmp_path / "r.json")]
+    assert script.main([*arguments, "--class_names", str(tmp_path / "names")]) == 1
+    assert "class names, one per class of the dataset in its order, got 2" in capsys.readouterr().err
+    assert script.main([*arguments, "--templates", str(tmp_path / "templates")]) == 0
     (tmp_path / "templates").write_text("no place\n")
-    with pytest.raises(ValueError, match="got 'no place'"):
-        script.main([*arguments[:4], "--templates", str(tmp_path / "templates")])
+    assert script.main([*arguments, "--templates", str(tmp_path / "templates")]) == 1
+    assert "got 'no place'" in capsys.readouterr().err
+    assert len(read_results(tmp_path / "r.json")) == 1  # what was measured before stays
+
+
+def test_every_kind_of_benchmark_runs(script, tiny_clip_dir, tmp_path, capsys):
+    scenes = "scenes:test,n=8,image_size=40,captions_per_image=2"
+    benchmarks = [
+        "fine_grained=scenes:test,n=8,image_size=40",
+        f"diagnostics={scenes}",
+        f"hessian={scenes}",
+        "efficiency",
+    ]
+    hessian = ["--hessian", "k=1", "steps=3", "batches=1", "pairs=4"]
+    output = ["--output", str(tmp_path / "r.json")]
+    assert script.main(["--model", str(tiny_clip_dir), "--benchmark", *benchmarks, *hessian, *output]) == 0
+    fine, diagnostics, curvature, efficiency = read_results(tmp_path / "r.json")
+    assert 0 <= fine["metrics"]["accuracy"] <= 1 and fine["chance"]["accuracy"] == 0.5
+    assert fine["settings"]["questions"].startswith("sha256:")
+    assert {"modality_gap", "alignment", "image_uniformity", "text_uniformity"} <= set(diagnostics["metrics"])
+    assert curvature["settings"] == {"k": 1, "steps": 3, "batches": 1, "pairs": 4}
+    assert curvature["metrics"]["hessian_eigenvalue_1"] > curvature["metrics"]["hessian_eigenvalue_min"]
+    assert efficiency["spread"]["image_latency_ms"]["min"] <= efficiency["metrics"]["image_latency_ms"]
+    assert efficiency["dataset_fingerprint"] == "none" and efficiency["hardware"]["batch_sizes"] == [1, 32]
+    assert "latency" in capsys.readouterr().out
+
+
+def test_points_between_anchor_and_model_are_drawn(script, tiny_clip_dir, dclip_dir, tmp_path):
+    arguments = [
+        "--model",
+        str(dclip_dir),
+        "--anchor",
+        str(tiny_clip_dir),
+        "--alphas",
+        "0.5",
+        "--benchmark",
+        *BENCHMARKS,
+    ]
+    output = ["--output", str(tmp_path / "r.json"), "--plot", str(tmp_path / "curve.png")]
+    assert script.main([*arguments, *output]) == 0
+    assert [record.get("condition") for record in read_results(tmp_path / "r.json")] == [None] * 2 + [
+        "alpha=0.5"
+    ] * 2 + [None] * 2
+    assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+def test_a_gallery_a_report_and_a_comparison_come_from_what_was_measured(
+    script, tiny_clip_dir, dclip_dir, tmp_path, capsys
+):
+    for name, folder in (("a", tiny_clip_dir), ("b", dclip_dir)):
+        arguments = [
+            "--model",
+            str(folder),
+            "--benchmark",
+            BENCHMARKS[0],
+            "--output",
+            str(tmp_path / "results" / f"{name}.json"),
+        ]
+        assert script.main([*arguments, "--gallery", str(tmp_path / "gallery"), "--label", name]) == 0
+    assert [page.suffix for page in (tmp_path / "gallery").iterdir()] == [".html"] * 2
+    capsys.readouterr()
+    assert script.main(["compare", *(str(tmp_path / "results" / f"{name}.json") for name in "ab")]) == 0
+    assert "paired" in capsys.readouterr().out
+    assert script.main(["report", str(tmp_path / "results"), "--output", str(tmp_path / "report")]) == 0
+    assert str(tmp_path / "report" / "report.html") in capsys.readouterr().out
+    assert "T→I R@1" in (tmp_path / "report" / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -96,9 +171,13 @@ def test_class_names_and_templates_come_from_files(script, tiny_clip_dir, tmp_pa
     [
         (
             ["--benchmark", "imagenet"],
-            "unknown benchmark 'imagenet'; known benchmarks: retrieval[=SPEC], zero_shot[=SPEC]",
+            "unknown benchmark 'imagenet'; known benchmarks: retrieval[=SPEC], diagnostics[=SPEC], hessian",
         ),
-        (["--benchmark", "retrieval", "--templates", "x"], "belong to the benchmark zero_shot"),
+        (["--benchmark", "retrieval", "--templates", "x"], "--templates belongs to the benchmark zero_shot"),
+        (["--benchmark", "zero_shot", "--gallery", "x"], "--gallery belongs to the benchmark retrieval"),
+        (["--benchmark", "retrieval", "--alphas", "0.5"], "expected an --anchor"),
+        (["--benchmark", "retrieval", "--label", "a", "b"], "one name for each of 1 models"),
+        (["--benchmark", "hessian", "--hessian", "tower"], "expected KEY=VALUE, got 'tower'"),
         ([], "--benchmark"),
     ],
 )
@@ -116,9 +195,20 @@ def test_help_names_every_benchmark_and_default(script, capsys):
     assert all(word in shown for word in (*CHOICES, "default: 64", "results.json", "--trust_remote_code"))
 
 
-def test_a_bad_source_stops_before_a_model_is_loaded(script):
-    with pytest.raises(ValueError, match="Unknown kind 'nowhere'"):
-        script.main(["--model", "does/not/exist", "--benchmark", "retrieval=nowhere:test"])
+def test_a_bad_source_stops_before_a_model_is_loaded(script, tmp_path, capsys):
+    arguments = ["--model", "does/not/exist", "--output", str(tmp_path / "r.json"), "--benchmark"]
+    assert script.main([*arguments, "retrieval=nowhere:test"]) == 1
+    assert "Unknown kind 'nowhere'" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
+
+
+def test_a_suite_is_taken_apart_and_averaged(script, tiny_clip_dir, tmp_path, capsys):
+    assert (
+        script.main(
+            ["--model", "x", "--benchmark", f"zero_shot=suite:{tmp_path}", "--output", str(tmp_path / "r.json")]
+        )
+        == 1
+    )
+    assert "None of the 38 sets is at" in capsys.readouterr().err
 
 
 @pytest.mark.real_data

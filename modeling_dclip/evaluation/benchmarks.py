@@ -2,21 +2,68 @@
 
 import hashlib
 import inspect
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.specs import Source, parse_spec
+from modeling_dclip.data.fine_grained_sources import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.fine_grained_sources import load_fine_grained
+from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.evaluation.classification_sources import SOURCES as LABELLED_SOURCES
+from modeling_dclip.evaluation.classification_sources import classification_split, load_classification
+from modeling_dclip.evaluation.classifier_cache import ClassifierCache
+from modeling_dclip.evaluation.diagnostics import evaluate_diagnostics
+from modeling_dclip.evaluation.efficiency import evaluate_efficiency
+from modeling_dclip.evaluation.fine_grained import evaluate_fine_grained, questions_fingerprint
+from modeling_dclip.evaluation.hessian import evaluate_hessian
 from modeling_dclip.evaluation.intervals import bootstrap_outcomes
-from modeling_dclip.evaluation.provenance import dataset_fingerprint
+from modeling_dclip.evaluation.provenance import dataset_fingerprint, environment
 from modeling_dclip.evaluation.results import make_record
 from modeling_dclip.evaluation.retrieval import evaluate_retrieval
-from modeling_dclip.evaluation.zero_shot import SOURCES as LABELLED_SOURCES
-from modeling_dclip.evaluation.zero_shot import evaluate_zero_shot, load_classification
+from modeling_dclip.evaluation.zero_shot import evaluate_zero_shot
+from modeling_dclip.evaluation.zero_shot_suite import expand_suite
+
+logger = logging.get_logger(__name__)
+
+NO_DATA = "none"  # fingerprint of a benchmark that reads no data
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to evaluate.
+
+    Attributes:
+        seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`, and of what an evaluation draws.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time; no metric depends on it.
+        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
+        num_workers (`int`, *optional*, defaults to 0): Processes that decode images.
+        class_names, templates (`Sequence[str]`, *optional*): Of `zero_shot`, in place of the data's own.
+        classifiers ([`ClassifierCache`], *optional*): Of `zero_shot`; by default one in memory.
+        index (`str`, *optional*): Of `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
+        hessian (`Mapping[str, str]`, *optional*): Of `hessian`: keyword arguments of [`evaluate_hessian`] as texts, such as `tower`.
+    """
+
+    seed: int = 0
+    batch_size: int = 64
+    device: torch.device | str | None = None
+    num_workers: int = 0
+    class_names: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    classifiers: ClassifierCache = field(default_factory=ClassifierCache)
+    index: str | None = None
+    hessian: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """What every evaluation takes."""
+        return {"batch_size": self.batch_size, "device": self.device, "num_workers": self.num_workers}
 
 
 class Benchmark(NamedTuple):
@@ -37,62 +84,144 @@ def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
     return bound.arguments.get("split")
 
 
-def _load_retrieval(spec: str, seed: int, **options: Any) -> tuple[Any, ...]:
-    dataset, split = load_captions(spec, seed=seed), split_of(spec, CAPTION_SOURCES)
-    return dataset, split, partial(evaluate_retrieval, dataset=dataset, **options), {}
+def _short_hash(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
 
 
-def _load_zero_shot(
-    spec: str,
-    seed: int,
-    class_names: Sequence[str] | None = None,
-    templates: Sequence[str] | None = None,
-    **options: Any,
-) -> tuple[Any, ...]:
-    dataset, own_names, own_templates = load_classification(spec)
-    prompts = {"class_names": list(class_names or own_names), "templates": list(templates or own_templates)}
-    settings = {"prompts": hashlib.sha256(repr(sorted(prompts.items())).encode()).hexdigest()[:16]}
-    evaluate = partial(evaluate_zero_shot, dataset=dataset, **prompts, **options)
-    return dataset, split_of(spec, LABELLED_SOURCES), evaluate, settings
+def _load_retrieval(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index, **options.computing)
+    settings = {"index": options.index} if options.index else {}
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, settings)
+
+
+def _load_zero_shot(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    loaded = load_classification(spec)
+    names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
+    prompts = {"class_names": list(names), "templates": list(templates), "classifiers": options.classifiers}
+    evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts, **options.computing)
+    settings = {"prompts": _short_hash([list(names), list(templates)])}
+    return Benchmark(name, classification_split(spec), dataset_fingerprint(loaded.dataset), evaluate, settings)
+
+
+def _load_fine_grained(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_fine_grained(spec)
+    fingerprint = dataset_fingerprint(dataset)
+    settings = {"questions": questions_fingerprint(dataset)}
+    evaluate = partial(evaluate_fine_grained, dataset=dataset, **options.computing)
+    return Benchmark(name, split_of(spec, QUESTION_SOURCES), fingerprint, evaluate, settings)
+
+
+def _load_diagnostics(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_diagnostics, dataset=dataset, **options.computing)
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, {})
+
+
+def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    chosen = bind_options(evaluate_hessian, options.hessian, "the Hessian's options")
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_hessian, dataset=dataset, seed=options.seed, **options.computing, **chosen)
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, chosen)
+
+
+def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    if spec:
+        raise ValueError(f"Expected 'efficiency' without a spec, as it reads no data, got {spec!r}.")
+    machine = {"machine": _short_hash(environment()[1])}  # times of another one are not kept
+    return Benchmark(kind_of(name), None, NO_DATA, partial(evaluate_efficiency, device=options.device), machine)
 
 
 class Kind(NamedTuple):
-    """A kind of benchmark: the spec it takes by default, and what loads one: data, split, evaluation and settings."""
+    """A kind of benchmark: the spec it takes by default, what loads one, the forms of its specs, and what it measures."""
 
     default_spec: str
-    load: Callable[..., tuple[Any, ...]]
+    load: Callable[[str, str, EvaluationOptions], Benchmark]
+    forms: str
+    help: str
 
 
+def _forms(sources: Mapping[str, Source]) -> str:
+    return ", ".join(source.form for source in sources.values())
+
+
+_CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})  # these have none
 KINDS = {
-    "retrieval": Kind("scenes:test", _load_retrieval),
-    "zero_shot": Kind("scenes:test", _load_zero_shot),
+    "retrieval": Kind("scenes:test", _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"),
+    "diagnostics": Kind("scenes:test", _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"),
+    "hessian": Kind("scenes:test", _load_hessian, _CAPTIONED, "largest Hessian eigenvalues of the contrastive loss"),
+    "zero_shot": Kind(
+        "scenes:test",
+        _load_zero_shot,
+        f"{_forms(LABELLED_SOURCES)}, suite:ROOT[:SPLIT]",
+        "top-1, top-5, mean per class; mean average precision where images have several labels",
+    ),
+    "fine_grained": Kind(
+        "scenes:test", _load_fine_grained, _forms(QUESTION_SOURCES), "the true caption before false ones, by category"
+    ),
+    "efficiency": Kind("", _load_efficiency, "", "latency, throughput, parameters, operations, memory"),
 }
 
 
-def load_benchmark(benchmark: str, *, seed: int = 0, **options: Any) -> Benchmark:
+def describe_kinds() -> str:
+    """Say of every kind what it measures and which specs it takes, for a command's help."""
+    lines, last = [], None
+    for name, kind in KINDS.items():
+        lines.append(f"  {name}{'[=SPEC]' * bool(kind.forms)}: {kind.help}.")
+        if kind.forms and kind.forms != last:
+            specs = f"SPEC is {kind.forms}; {kind.default_spec} by default."
+            lines += textwrap.wrap(specs, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        elif kind.forms:
+            lines.append("    SPEC as above.")
+        last = kind.forms
+    return "\n".join(lines)
+
+
+def kind_of(benchmark: str) -> str:
+    """The kind in `KIND[=SPEC]`.
+
+    Raises:
+        ValueError: If there is no such kind; the known ones are listed.
+    """
+    kind = benchmark.partition("=")[0]
+    if kind not in KINDS:
+        known = ", ".join(f"{name}[=SPEC]" for name in KINDS)
+        raise ValueError(f"unknown benchmark {kind!r}; known benchmarks: {known}")
+    return kind
+
+
+def expand_benchmark(benchmark: str) -> list[str]:
+    """Take `zero_shot=suite:ROOT` apart into its sets; any other benchmark is alone. Sets that are not there are named in a warning.
+
+    Raises:
+        FileNotFoundError, ValueError: As in [`~modeling_dclip.evaluation.zero_shot_suite.expand_suite`].
+    """
+    kind, _, spec = benchmark.partition("=")
+    if kind != "zero_shot" or not spec.startswith("suite:"):
+        return [benchmark]
+    members = expand_suite(spec)
+    if members.absent:
+        names = ", ".join(members.absent)
+        logger.warning("%s: %d sets are not there and left out: %s", spec, len(members.absent), names)
+    return [f"zero_shot={member}" for member in members.specs.values()]
+
+
+def load_benchmark(benchmark: str, **options: Any) -> Benchmark:
     """Load a benchmark's data.
 
     Args:
         benchmark (`str`): `KIND[=SPEC]`, of [`KINDS`].
-        seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`.
-        options: `batch_size`, `device`, `num_workers` of the evaluation; of `zero_shot` also `class_names` and `templates`, in place of
-            the data's own. A kind takes those it knows.
+        options: Fields of [`EvaluationOptions`].
 
     Returns:
         [`Benchmark`]
 
     Raises:
-        ValueError: If the name or the spec is unknown.
+        ValueError: If the kind or the spec is unknown.
     """
-    kind, _, spec = benchmark.partition("=")
-    if kind not in KINDS:
-        known = ", ".join(f"{name}[=SPEC]" for name in KINDS)
-        raise ValueError(f"unknown benchmark {kind!r}; known benchmarks: {known}")
-    spec = spec or KINDS[kind].default_spec
-    if kind != "zero_shot":
-        options = {name: value for name, value in options.items() if name not in ("class_names", "templates")}
-    dataset, split, evaluate, settings = KINDS[kind].load(spec, seed, **options)
-    return Benchmark(f"{kind}={spec}", split, dataset_fingerprint(dataset), evaluate, settings)
+    kind = kind_of(benchmark)
+    spec = benchmark.partition("=")[2] or KINDS[kind].default_spec
+    return KINDS[kind].load(f"{kind}={spec}", spec, EvaluationOptions(**options))
 
 
 def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
@@ -118,5 +247,8 @@ def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: 
         split=benchmark.split,
         dataset_fingerprint=benchmark.fingerprint,
         intervals=intervals,
+        chance=result.get("chance"),
+        spread=result.get("spread"),
+        hardware=environment()[1] | result.get("measured_with", {}),
         **fields,
     )

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_dclip.evaluation.benchmarks import Benchmark, benchmark_record, load_benchmark
+from modeling_dclip.evaluation.benchmarks import Benchmark, benchmark_record, expand_benchmark, load_benchmark
 from modeling_dclip.evaluation.models import load_dual_encoder
 from modeling_dclip.evaluation.outcomes import Outcomes, read_outcomes, record_key, write_outcomes
 from modeling_dclip.evaluation.results import read_results, write_results
@@ -126,8 +126,7 @@ def evaluate(
         overwrite (`bool`, *optional*, defaults to `False`): Begin anew instead of going on with what `output` holds.
         keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not ask for stay.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
-        options: `batch_size`, `device`, `num_workers`, `class_names`, `templates`...: as of
-            [`~modeling_dclip.evaluation.benchmarks.load_benchmark`].
+        options: Fields of [`~modeling_dclip.evaluation.benchmarks.EvaluationOptions`].
 
     Returns:
         [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under `failures` and has none.
@@ -141,7 +140,8 @@ def evaluate(
     loaded: dict[str, Benchmark] = {}
     for benchmark in benchmarks:
         try:
-            loaded[benchmark] = load_benchmark(benchmark, seed=seed, **options)
+            for member in expand_benchmark(benchmark):
+                loaded[member] = load_benchmark(member, seed=seed, **options)
         except FAILURES as error:
             done.failures.append(_failure(benchmark, error))
     candidates = _anchor_first(candidates, anchor) if loaded else ()

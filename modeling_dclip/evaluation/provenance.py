@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset, Image
 from tqdm.auto import tqdm
 
-PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow")
+PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "open_clip_torch")
 _BLOCK = 1 << 20
 
 

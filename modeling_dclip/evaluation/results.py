@@ -7,7 +7,7 @@ A results file is a JSON list of records, one per benchmark of one model:
      "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
 
 `split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of metrics, `comparison`
-(intervals against an anchor), `settings` (what else the numbers depend on) and, of a measurement under several conditions, `condition`
+(intervals against an anchor), `chance` (what guessing scores), `spread` (of repeated timings), `settings` (what else the numbers depend on) and, of a measurement under several conditions, `condition`
 and the values of the metrics' `draws`.
 In a README the opening marker of a block names its source and form,
 
@@ -50,7 +50,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "created": (str,),
 }
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
-OPTIONAL_FIELDS |= dict.fromkeys(("comparison", "intervals", "draws", "settings"), (dict,))
+OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
 
 
 def make_record(**fields: Any) -> dict[str, Any]:

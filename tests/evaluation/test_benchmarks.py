@@ -11,9 +11,9 @@ from modeling_dclip.evaluation import benchmarks
         ("scenes:validation,n=3@2", "CAPTION_SOURCES", "validation"),
         ("karpathy:a.json:images:test", "CAPTION_SOURCES", "test"),
         ("coco:a.json:images", "CAPTION_SOURCES", None),
-        ("scenes", "LABELLED_SOURCES", "test"),
-        ("scenes:train", "LABELLED_SOURCES", "train"),
-        ("parquet:x.parquet", "LABELLED_SOURCES", None),
+        ("scenes", "QUESTION_SOURCES", "test"),
+        ("hub:x:train", "QUESTION_SOURCES", "train"),
+        ("parquet:x.parquet", "QUESTION_SOURCES", None),
     ],
 )
 def test_the_split_is_read_off_the_source(spec, kind, split):
@@ -22,7 +22,7 @@ def test_the_split_is_read_off_the_source(spec, kind, split):
 
 def test_an_unknown_benchmark_is_named_with_the_known_ones():
     with pytest.raises(
-        ValueError, match=r"unknown benchmark 'imagenet'; known benchmarks: retrieval\[=SPEC\], zero_shot"
+        ValueError, match=r"unknown benchmark 'imagenet'; known benchmarks: retrieval\[=SPEC\], diagnostics"
     ):
         benchmarks.load_benchmark("imagenet=x")
 
