@@ -7,6 +7,7 @@
 | `karpathy:DATASET.json:IMAGE_FOLDER:SPLIT` | Karpathy's splits of COCO, Flickr30k, Flickr8k; `train` includes `restval` |
 | `flickr30k:results.csv:IMAGE_FOLDER` | Flickr30k's own file |
 | `conceptual:FILE.tsv:IMAGE_FOLDER` | Conceptual Captions |
+| `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; options `image`, `captions` name columns, `sep`, `source` |
 | `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source` |
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
@@ -23,6 +24,7 @@ from fractions import Fraction
 
 from datasets import Dataset
 
+from modeling_dclip.data.caption_csv import read_csv
 from modeling_dclip.data.caption_files import (
     karpathy_test_ids,
     read_coco,
@@ -58,6 +60,7 @@ SOURCES = {
     "karpathy": Source("karpathy:DATASET.json:IMAGE_FOLDER:SPLIT", read_karpathy),
     "flickr30k": Source("flickr30k:results.csv:IMAGE_FOLDER", read_flickr30k),
     "conceptual": Source("conceptual:FILE.tsv:IMAGE_FOLDER", read_conceptual),
+    "csv": Source("csv:TABLE.csv:IMAGE_FOLDER", read_csv),
     "parquet": Source("parquet:GLOB", read_parquet),
     "hub": Source("hub:NAME:SPLIT", read_hub),
     "disk": Source("disk:FOLDER", read_disk),

@@ -1,0 +1,109 @@
+"""One's own CSV: lines of an image are its captions, and what is wrong is named with its line."""
+
+import logging
+
+import pytest
+from datasets import Image
+
+from modeling_dclip.data.captions import load_captions, load_mix
+
+TABLE = 'image,caption,who\na.jpg,"a dog, a cat",me\nsub/b.jpg,two birds,me\n./a.jpg,pets,you\n'
+
+
+def write(folder, text, draw=None, names=("a.jpg", "sub/b.jpg"), table="mine.csv", encoding="utf-8"):
+    (folder / "photos").mkdir(exist_ok=True)
+    for index, name in enumerate(names if draw else ()):
+        draw(folder / "photos" / name, index)
+    (folder / table).write_bytes(text.encode(encoding))
+    return f"csv:{folder / table}:{folder / 'photos'}"
+
+
+def test_lines_of_an_image_are_its_captions_in_the_files_order(tmp_path, draw):
+    dataset = load_captions(write(tmp_path, TABLE, draw))
+    assert dataset["image_id"][:] == ["photos/a.jpg", "photos/sub/b.jpg"]
+    assert dataset["captions"][:] == [["a dog, a cat", "pets"], ["two birds"]]
+    stored = dataset.cast_column("image", Image(decode=False))[0]["image"]
+    assert stored == {"bytes": None, "path": str(tmp_path / "photos" / "a.jpg")}
+
+
+def test_columns_and_separator_can_be_named(tmp_path, draw):
+    text = "file;note;text\r\na.jpg;x;a dog\r\n\r\nsub/b.jpg;y;birds\r\n"
+    expected = [["a dog"], ["birds"]]
+    spec = write(tmp_path, text, draw)
+    assert load_captions(f"{spec},image=file,sep=;")["captions"][:] == expected
+    assert load_captions(f"{spec},image=file,captions=note,sep=;")["captions"][:] == [["x"], ["y"]]
+    spec = write(
+        tmp_path, text.replace(";", "\t"), encoding="utf-8-sig"
+    )  # as spreadsheets save it, with a mark in front
+    assert load_captions(f"{spec},image=file,sep=tab")["captions"][:] == expected
+
+
+def test_a_caption_may_hold_quotes_and_line_breaks(tmp_path, draw):
+    dataset = load_captions(write(tmp_path, 'image,caption\na.jpg,"a ""big""\ndog"\n', draw))
+    assert dataset["captions"][:] == [['a "big"\ndog']]
+
+
+def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
+    spec = write(tmp_path, "image,caption\n000000000139.jpg,a room\n", draw, names=("000000000139.jpg",))
+    assert load_captions(f"{spec},source=coco")["image_id"][:] == ["coco-139"]
+    with pytest.raises(ValueError, match="source to be one of .'coco', 'flickr'., got 'cocoa'"):
+        load_captions(f"{spec},source=cocoa")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("image,caption\na.jpg,dog\nsub/b.jpg\n", r"Expected 2 values \(image, caption\) in line 3 of .*mine.csv', got 1"),
+        ("image,caption\na.jpg,a dog, a cat\n", "in line 2 of .*got 3: .*between double quotes"),
+        ("image,caption\na.jpg,dog\n ,cat\n", "Line 3 of .*mine.csv' names no image in the column 'image'"),
+        ('image,caption\na.jpg,"a dog" barks\n', r"line 2: .*inside written twice"),
+        ('image,caption\na.jpg,"a dog\n', "line 2: unexpected end of data"),
+        ("file,caption\na.jpg,dog\n", "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN"),
+        ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*,sep=;"),
+        ("image,label\na.jpg,dog\n", "column 'caption' or 'captions' or 'text'.*,captions=COLUMN"),
+        ("image,caption,text\na.jpg,dog,cat\n", "got 2 among"),
+        ("image,caption\n", "No row with an image and a caption is left of '.*mine.csv'"),
+        ("image,caption\na.jpg, \n", "No row with an image and a caption is left"),
+        ("\n\n", "got 0 among "),
+        ("", "is empty .0 bytes."),
+    ],
+)  # fmt: skip
+def test_a_wrong_table_is_named_with_its_line(tmp_path, draw, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_captions(write(tmp_path, text, draw))
+
+
+def test_another_encoding_and_another_separator_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="not encoded in UTF-8.*CSV UTF-8"):
+        load_captions(write(tmp_path, "image,caption\na.jpg,Käse\n", encoding="latin-1"))
+    with pytest.raises(ValueError, match="one character or one of .'comma', 'tab'., got ';;'"):
+        load_captions(f"{write(tmp_path, TABLE)},sep=;;")
+
+
+def test_missing_files_are_counted_and_named(tmp_path, draw, caplog):
+    spec = write(tmp_path, TABLE, draw, names=("a.jpg",))
+    with pytest.raises(
+        FileNotFoundError, match="1 of 2 image files are missing, first: photos/sub/b.jpg .*missing=skip"
+    ):
+        load_captions(spec)
+    with caplog.at_level(logging.WARNING):
+        assert load_captions(f"{spec},missing=skip")["image_id"][:] == ["photos/a.jpg"]
+    assert "1 of 2 image files are missing" in caplog.text
+    with pytest.raises(FileNotFoundError, match="No table of captions at '.*none.csv'"):
+        load_captions(f"csv:{tmp_path}/none.csv:{tmp_path}")
+    with pytest.raises(FileNotFoundError, match="No image folder at"):
+        load_captions(f"csv:{tmp_path}/mine.csv:{tmp_path}/none")
+
+
+def test_empty_captions_are_left_out_and_their_lines_told(tmp_path, draw, caplog):
+    with caplog.at_level(logging.WARNING):
+        dataset = load_captions(write(tmp_path, TABLE + "a.jpg,,me\n", draw))
+    assert dataset["captions"][:] == [["a dog, a cat", "pets"], ["two birds"]]
+    assert "left out 1 lines without a caption, lines 5" in caplog.text
+
+
+def test_one_image_in_two_tables_is_refused_and_a_count_draws(tmp_path, draw):
+    specs = [write(tmp_path, TABLE, draw), write(tmp_path, TABLE, table="other.csv")]
+    with pytest.raises(ValueError, match="2 image ids come more than once"):
+        load_mix(specs, seed=0)
+    assert len(load_captions(f"{specs[0]}@1")) == 1
