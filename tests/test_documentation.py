@@ -19,16 +19,20 @@ from PIL import Image
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DMCLIPVisionConfig, DMCLIPVisionModel
 from modeling_dclip.data.captions import SOURCES
 from modeling_dclip.data.detectors import DETECTORS
+from modeling_dclip.data.fine_grained_sources import SOURCES as QUESTION_SOURCES
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.recipes import parse_recipe
+from modeling_dclip.evaluation.benchmarks import KINDS
+from modeling_dclip.evaluation.classification_sources import SOURCES as CLASSIFICATION_SOURCES
 from modeling_dclip.evaluation.results import render_readme
-from modeling_dclip.evaluation.zero_shot import SOURCES as CLASSIFICATION_SOURCES
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING}
+EVALUATION = (ROOT / "EVALUATION.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING, "EVALUATION.md": EVALUATION, "RESULTS.md": RESULTS}
 OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", ".ci")
 
 
@@ -113,9 +117,9 @@ def test_every_training_command_is_one_the_parser_takes(words):
         parse_spec(spec, SOURCES, counted=True)
 
 
-@pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "eval.py"], ids=" ".join)
+@pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "eval.py" and "--model" in w], ids=" ".join)
 def test_every_evaluation_command_asks_for_all_its_benchmarks(words):
-    shown = [word for word in words if re.match(r"(retrieval|zero_shot)(=|$)", word)]
+    shown = [word for word in words if re.match(rf"({'|'.join(KINDS)})(=|$)", word)]
     assert shown and load("eval.py").parse_arguments(arguments(words)).benchmark == shown
 
 
@@ -137,10 +141,15 @@ def test_every_field_shown_inline_is_one_the_parser_takes():
 
 def specs_shown():
     """Every spec on the page with the kinds it is of; one of `zero_shot=` is a classification set."""
-    forms = {source.form for kinds in (SOURCES, DETECTORS) for source in kinds.values()}
+    every = (SOURCES, DETECTORS, CLASSIFICATION_SOURCES, QUESTION_SOURCES)
+    forms = {source.form for kinds in every for source in kinds.values()}
     for word in [word for command in COMMANDS for word in command] + spans(README):
-        benchmark, _, spec = word.partition("=") if re.match(r"(retrieval|zero_shot)=", word) else ("", "", word)
-        kinds = CLASSIFICATION_SOURCES if benchmark == "zero_shot" else DETECTORS | SOURCES
+        benchmark, _, spec = (
+            word.partition("=") if re.match(r"(retrieval|zero_shot|fine_grained)=", word) else ("", "", word)
+        )
+        kinds = {"zero_shot": CLASSIFICATION_SOURCES, "fine_grained": QUESTION_SOURCES}.get(
+            benchmark, DETECTORS | SOURCES
+        )
         if spec not in forms and re.match(rf"({'|'.join(kinds)}):", spec):
             yield spec, kinds
 
@@ -152,9 +161,17 @@ def test_every_spec_shown_is_one_the_parser_takes():
         parse_spec(spec, kinds, counted=True)
 
 
-@pytest.mark.parametrize("heading, kinds", [("## Data", SOURCES), ("## Regions", DETECTORS)])
-def test_the_tables_of_specs_list_what_the_code_knows(heading, kinds):
-    section = README.split(f"\n{heading}\n")[1].split("\n## ")[0]
+@pytest.mark.parametrize(
+    "page, heading, kinds",
+    [
+        (README, "## Data", SOURCES),
+        (README, "## Regions", DETECTORS),
+        (EVALUATION, "## Zero-shot classification", CLASSIFICATION_SOURCES),
+        (EVALUATION, "## Fine-grained retrieval", QUESTION_SOURCES),
+    ],
+)
+def test_the_tables_of_specs_list_what_the_code_knows(page, heading, kinds):
+    section = page.split(f"\n{heading}\n")[1].split("\n## ")[0]
     assert re.findall(r"^\| `([^`]+)`", section, flags=re.MULTILINE) == [source.form for source in kinds.values()]
 
 
@@ -233,7 +250,7 @@ def test_every_recipe_is_named_and_every_one_named_exists():
     assert not idle, f"README.md's table of recipes has rows for no file: {idle}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "PAPERS.md"])
+@pytest.mark.parametrize("page", ["README.md", "PAPERS.md", "RESULTS.md"])
 def test_results_blocks_are_what_their_files_say(page):
     assert "<!-- results:" in (ROOT / page).read_text(encoding="utf-8")
     assert render_readme(ROOT / page, check=True) == []
