@@ -90,7 +90,7 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
 @media print {
   @page { size: A4 landscape; margin: 12mm; }
   body { font-size: 10pt; } main { max-width: none; padding: 0; } nav { break-after: page; }
-  .scroll { overflow: visible; border: 0; } table { font-size: 7.5pt; min-width: 0; } th, td { padding: .2rem .35rem; } td { white-space: normal; }
+  img { max-width: 12.5cm; } .scroll { overflow: visible; border: 0; } table { font-size: 7.5pt; min-width: 0; } th, td { padding: .2rem .35rem; } td { white-space: normal; }
   th:first-child, td:first-child { position: static; } td.long { min-width: 0; }
   h2, h3 { break-after: avoid; } tr, figure, dl, .warnings { break-inside: avoid; } a { color: inherit; }
 }

@@ -181,7 +181,7 @@ def _add_records(report: _Report) -> None:
         groups.setdefault(kind_of(record), {}).setdefault(record["benchmark"], []).append((path, record))
     zero_shot = [row for found in groups.get("zero_shot", {}).values() for row in merge_rows(report.name(found))[0]]
     for kind in [*(kind for kind in KINDS if kind in groups), *(kind for kind in groups if kind not in KINDS)]:
-        heading, _ = KINDS.get(kind, (kind.replace("_", " ").capitalize(), ()))
+        heading, drawn = KINDS.get(kind, (kind.replace("_", " ").capitalize(), ()))
         report.heading(heading, 2)
         if kind == "zero_shot" and len(groups[kind]) > 1:
             _add_suite(report, groups[kind])
@@ -193,7 +193,8 @@ def _add_records(report: _Report) -> None:
             if kind == "leakage":
                 _add_leakage(report, found)
                 continue
-            _add_benchmark(report, kind, f"{heading}, {short}", found, zero_shot)
+            suite = kind == "zero_shot" and len(groups[kind]) > 4  # one picture shows them all
+            _add_benchmark(report, kind, f"{heading}, {short}", found, zero_shot, () if suite else drawn)
 
 
 def _add_benchmark(
@@ -202,6 +203,7 @@ def _add_benchmark(
     where: str,
     found: Sequence[tuple[Path, Mapping[str, Any]]],
     zero_shot: Sequence[Mapping[str, Any]],
+    drawn: Sequence[str],
 ) -> None:
     """The table of one benchmark, its warnings, its pictures and what it was measured on."""
     rows, repeated = merge_rows(report.name(found))
@@ -211,7 +213,7 @@ def _add_benchmark(
         report.blocks.append(
             Text(f"Left out: {repeated} records that repeat a row: the same weights, data and numbers.")
         )
-    panels = bars(rows, KINDS[kind][1] if kind in KINDS else ())
+    panels = bars(rows, drawn)
     if len(rows) > 1 and panels:
         report.draw(
             plot_bars, panels, f"{where}. {LINES if any('runs' in row or 'intervals' in row for row in rows) else ''}"
