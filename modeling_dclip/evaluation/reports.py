@@ -10,7 +10,7 @@ from typing import Any
 from modeling_dclip.evaluation.arms import tradeoff_points
 from modeling_dclip.evaluation.comparability import find_conflicts, measured_on
 from modeling_dclip.evaluation.metric_names import metric_of
-from modeling_dclip.evaluation.plots import plot_growth, plot_tradeoff
+from modeling_dclip.evaluation.plots import plot_tradeoff
 from modeling_dclip.evaluation.report_document import (
     Block,
     Heading,
@@ -33,6 +33,7 @@ from modeling_dclip.evaluation.report_series import (
     weights_of,
 )
 from modeling_dclip.evaluation.report_sources import Sources, read_sources
+from modeling_dclip.evaluation.report_speed import add_speed
 from modeling_dclip.evaluation.results import write_bytes, write_text
 from modeling_dclip.evaluation.tables import (
     markdown_table,
@@ -121,7 +122,7 @@ def write_report(
         report = _Report(sources, Path(folder))
         _add_summaries(report)
         _add_records(report)
-        _add_speed(report)
+        add_speed(report)
         _add_left_out(report)
     intro = _introduce(report)
     for name, content in report.pictures.items():
@@ -283,38 +284,6 @@ def _add_leakage(report: _Report, found: Sequence[tuple[Path, Mapping[str, Any]]
         except ValueError as error:
             report.warn([f"{path}: {error}"], f"leakage in {report.sources.names[path]}")
         report.blocks.append(Terms([*measured_on(records), report.files([path])]))
-
-
-def _add_speed(report: _Report) -> None:
-    if report.sources.speed:
-        report.heading("Speed", 2)
-    for path, data, table in report.sources.speed:
-        report.heading(report.sources.names[path], 3, str(path))
-        report.blocks.append(Table(table))
-        if data["benchmark"] == "image_encoders":
-            _draw_encoders(report, data)
-        shown = {key: value for key, value in data.items() if key in ("n", "versions", "hardware")}
-        settings = {key: value for key, value in data.get("arguments", {}).items() if not isinstance(value, list) and value != ""}  # fmt: skip
-        report.blocks.append(Terms([*measured_on([{**shown, "arguments": settings}]), report.files([path])]))
-
-
-def _draw_encoders(report: _Report, data: Mapping[str, Any]) -> None:
-    """Times of the first cell as bars; where encoders were measured at three sizes or more, the growth too."""
-    clock = data["clock_of_ratios"]
-    cell = data["rows"][0]["cell"]
-    panel = [
-        {"label": row["encoder"], "value": row[clock]["median"], "text": metric_of("image_latency_ms").show(row[clock]["median"]),
-         "low": row[clock]["min"], "high": row[clock]["max"]}
-        for row in data["rows"] if row["cell"] == cell
-    ]  # fmt: skip
-    report.draw(plot_bars, {f"ms, {cell}": panel}, f"Time of a batch, {cell}. Lines: smallest and largest round.")
-    series: dict[str, list] = {}
-    for row in data["rows"]:
-        if row["batch_size"] == 1 and row["image_size"] not in [size for size, _ in series.get(row["encoder"], ())]:
-            series.setdefault(row["encoder"], []).append((row["image_size"], row[clock]))
-    series = {name: sorted(points, key=lambda point: point[0]) for name, points in series.items() if len(points) > 2}
-    if series:
-        report.draw(plot_growth, series, "Time of one image against its size.", x_label="pixels a side", y_label="ms")
 
 
 def _add_left_out(report: _Report, most: int = 30) -> None:
