@@ -12,7 +12,7 @@ from modeling_dclip.evaluation.tables import render_leakage, render_table
 from modeling_dclip.hub.examples import Example
 from modeling_dclip.hub.licences import Origin, check_licence, describe_data, find_origins
 from modeling_dclip.hub.publish_arguments import PublishArguments
-from modeling_dclip.hub.training_facts import read_training
+from modeling_dclip.hub.training_facts import read_training, show_spec
 
 
 def gather_facts(
@@ -41,7 +41,7 @@ def gather_facts(
     trained = read_training(arguments.model)
     origins = find_origins(trained["arguments"], arguments.base_model)
     check_licence(arguments.license, arguments.license_name, arguments.license_link, origins)
-    records = read_all_results(arguments.results)
+    records = [{**one, "benchmark": show_spec(one["benchmark"])} for one in read_all_results(arguments.results)]
     own, reference = select_records(records, model_revision(arguments.model, model), arguments)
     teacher_facts = None
     if teacher is not None:

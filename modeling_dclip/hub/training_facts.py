@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,8 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
     return {
         "arguments": arguments,
         "section": section,
-        "datasets": [*datasets, *([f"shards {Path(shards).name}"] if shards else [])],
-        "uncaptioned": arguments.get("uncaptioned_datasets") or [],
+        "datasets": [*map(show_spec, datasets), *([f"shards {Path(shards).name}"] if shards else [])],
+        "uncaptioned": [show_spec(spec) for spec in arguments.get("uncaptioned_datasets") or []],
         "excluded": [Path(name).name for name in arguments["exclude_karpathy"]],
         "reads_teacher": any(values.get(name) for name in DISTILLATION),
         "settings": [(name, show_value(values[name])) for name in SETTINGS[section] if name != _unused_length(values)],
@@ -87,6 +88,16 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
 def _unused_length(values: Mapping[str, Any]) -> str:
     """Of the two fields that say how long to train, the one that the other overrides."""
     return "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
+
+
+def show_spec(spec: str) -> str:
+    """A spec without the folders of this machine: of an absolute path its last name.
+
+    Example:
+        >>> show_spec("coco:/home/me/coco/captions.json:images@500")
+        'coco:captions.json:images@500'
+    """
+    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+", "", spec)
 
 
 def show_value(value: Any) -> str:

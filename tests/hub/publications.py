@@ -20,11 +20,14 @@ from modeling_dclip.evaluation.results import make_record, write_results
 from modeling_dclip.hub.publish_arguments import PublishArguments
 
 RETRIEVAL = "retrieval=scenes:test,n=8"
+HOME = "/home/somebody/secret"  # a place on the machine that trained, which no card may tell
 STATE = {"global_step": 12, "epoch": 2.0, "log_history": [{"loss": 1.0}, {"train_runtime": 90.0}]}
 
 
 def _finish(folder, sections, *words):
-    arguments = parse_recipe(["--train_datasets", "scenes:train,n=8", *words]).resolved(*sections)
+    arguments = parse_recipe(
+        ["--train_datasets", "scenes:train,n=8", f"coco:{HOME}/captions.json:{HOME}/images@8", *words]
+    ).resolved(*sections)
     (folder / "arguments.yaml").write_text(yaml.safe_dump(arguments))
     (folder / "trainer_state.json").write_text(json.dumps(STATE))
 
@@ -91,7 +94,12 @@ def write_records(path, *models, anchor=None, teacher=None):
         named = {"model": str(model), "label": f"arm {number}", "revision": revisions[model], "comparison": comparison}
         records.append(make_record(benchmark=RETRIEVAL, metrics=metrics, **named, **shared))
         records.append(
-            make_record(benchmark="zero_shot=scenes:test", metrics={"top1": 0.375, "top5": 1.0}, **named, **shared)
+            make_record(
+                benchmark=f"zero_shot=parquet:{HOME}/test.parquet",
+                metrics={"top1": 0.375, "top5": 1.0},
+                **named,
+                **shared,
+            )
         )
     if anchor:
         fields = {"model": str(anchor), "label": "anchor", "revision": revisions[anchor], **shared}

@@ -14,7 +14,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
 from loopback_hub import READ_TOKEN, TOKEN, git_oid, run_loopback_hub
 from PIL import Image
-from publications import make_arguments, make_dmclip, make_student, make_teacher, write_records
+from publications import HOME, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
@@ -142,8 +142,10 @@ def test_the_card_was_checked_by_the_hub_before_the_first_repository_was_made(hu
 def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
     for repo_id in (*REPOS, "me/mamba", "me/mamba-vision"):
         for path, content in hub.files(repo_id).items():
-            for place in (str(trained["student"].parent), str(tiny_clip_dir)):
+            for place in (str(trained["student"].parent), str(tiny_clip_dir), HOME):
                 assert place.encode() not in content, (repo_id, path)
+    card = hub.files("me/tiny")["README.md"].decode()
+    assert "`coco:captions.json:images@8`" in card and "zero_shot=parquet:test.parquet" in card
 
 
 def save_inputs(path, batch):
