@@ -24,7 +24,7 @@ from modeling_dclip.evaluation.classifier_cache import ClassifierCache
 from modeling_dclip.evaluation.comparison import compare_results, render_comparison
 from modeling_dclip.evaluation.curves import plot_curve
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
-from modeling_dclip.evaluation.galleries import write_galleries
+from modeling_dclip.evaluation.galleries import write_pages
 from modeling_dclip.evaluation.reports import write_report
 from modeling_dclip.evaluation.results import render_table
 from modeling_dclip.evaluation.suite_tables import render_averages
@@ -42,6 +42,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
     add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
     add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
+    add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
     add("--output", default="results.json", help="results file (default: %(default)s)")
     add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
     add("--label", nargs="+", help="names to show in tables instead of the models' paths")
@@ -70,7 +71,9 @@ def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespa
     except ValueError as error:
         parser.error(str(error))
     owners = {"class_names": "zero_shot", "templates": "zero_shot", "classifier_cache": "zero_shot"}
-    for name, kind in (owners | {"index": "retrieval", "gallery": "retrieval", "hessian": "hessian"}).items():
+    for name, kind in (
+        owners | {"index": "retrieval", "gallery": "retrieval", "maps": "retrieval", "hessian": "hessian"}
+    ).items():
         if getattr(arguments, name) and kind not in kinds:
             parser.error(f"--{name} belongs to the benchmark {kind}, which is not asked for")
     if arguments.label and len(arguments.label) != len(arguments.model):
@@ -117,10 +120,9 @@ def run(argv: Sequence[str]) -> int:
         print(
             f"\nWritten to {arguments.output}" + f"; {done.kept} of these records were there already" * bool(done.kept)
         )
-    if arguments.gallery:
-        shown = {key: options[key] for key in ("batch_size", "device", "num_workers", "seed", "trust_remote_code")}
-        for page in write_galleries(done.records, arguments.gallery, **shown):
-            print(f"Written to {page}")
+    shown = {key: options[key] for key in ("batch_size", "device", "num_workers", "seed", "trust_remote_code")}
+    for page in write_pages(done.records, gallery=arguments.gallery, maps=arguments.maps, **shown):
+        print(f"Written to {page}")
     for failure in done.failures:
         print(f"Failed: {failure}", file=sys.stderr)
     return 1 if done.failures else 0

@@ -156,8 +156,14 @@ def test_a_gallery_a_report_and_a_comparison_come_from_what_was_measured(
             "--output",
             str(tmp_path / "results" / f"{name}.json"),
         ]
-        assert script.main([*arguments, "--gallery", str(tmp_path / "gallery"), "--label", name]) == 0
+        assert (
+            script.main(
+                [*arguments, "--gallery", str(tmp_path / "gallery"), "--maps", str(tmp_path / "maps"), "--label", name]
+            )
+            == 0
+        )
     assert [page.suffix for page in (tmp_path / "gallery").iterdir()] == [".html"] * 2
+    assert [page.suffix for page in (tmp_path / "maps").iterdir()] == [".png"] * 2
     capsys.readouterr()
     assert script.main(["compare", *(str(tmp_path / "results" / f"{name}.json") for name in "ab")]) == 0
     assert "paired" in capsys.readouterr().out
