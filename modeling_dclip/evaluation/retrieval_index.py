@@ -118,7 +118,7 @@ def approximate_ranks(
     for direction, search in searches.items():
         order = torch.randperm(len(search.queries), generator=torch.Generator().manual_seed(seed))
         half = max(1, min(sample, len(order) // 2))
-        built = _build(faiss, search.items, factory, seed)
+        built = build_faiss_index(faiss, search.items, factory, seed)
         _tune(faiss, built, search, order[:half], max(ks), target_recall)
         found = _shares_found(built, search, order[-half:], ks)
         recalls |= {f"{direction}_index_recall@{k}": share for k, share in zip(ks, found, strict=True)}
@@ -128,7 +128,22 @@ def approximate_ranks(
     return RetrievalRanks(**ranks, image_of_caption=owners), recalls
 
 
-def _build(faiss: ModuleType, items: torch.Tensor, factory: str, seed: int) -> Any:
+def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "", seed: int = 0) -> Any:
+    """Build an index of inner products over vectors, which are brought to length 1.
+
+    Args:
+        faiss (`ModuleType`): Of [`find_faiss`].
+        items (`torch.Tensor` of shape `(N, D)`): What is to be found.
+        factory (`str`, *optional*, defaults to `""`): Of FAISS's `index_factory`; without one an inverted file of about 4 * sqrt(N)
+            cells, or a scan of all where there are too few vectors for one.
+        seed (`int`, *optional*, defaults to 0): Of what cells are made from.
+
+    Returns:
+        An index of FAISS.
+
+    Raises:
+        ValueError: If FAISS refuses the factory.
+    """
     if not factory:
         cells = min(4 * math.isqrt(len(items)), len(items) // _POINTS_PER_CELL)
         factory = f"IVF{cells},Flat" if cells >= _LEAST_CELLS else "Flat"
@@ -178,15 +193,50 @@ def _shares_found(
     return [float((scores[:, :k] >= exact[:, k - 1 : k] - TIE_TOLERANCE).double().mean()) for k in cut]
 
 
-def _tune(faiss: ModuleType, index: Any, search: _Search, rows: torch.Tensor, k: int, target: float) -> None:
-    """Double an index's effort until it finds enough, or looks at everything."""
+def effort_of(faiss: ModuleType, index: Any) -> tuple[Any, str, int] | None:
+    """Where an index's effort is set: the object, the name of its attribute (`nprobe` of an inverted file, `efSearch` of a graph) and its
+    highest value; None if it has none."""
     bare = faiss.downcast_index(index)
     if isinstance(bare, faiss.IndexIVF):
-        holder, effort, most = bare, "nprobe", bare.nlist
-    elif isinstance(bare, faiss.IndexHNSW):
-        holder, effort, most = bare.hnsw, "efSearch", index.ntotal
-    else:
+        return bare, "nprobe", bare.nlist
+    if isinstance(bare, faiss.IndexHNSW):
+        return bare.hnsw, "efSearch", index.ntotal
+    return None
+
+
+def tune_faiss_index(
+    faiss: ModuleType, index: Any, items: torch.Tensor, queries: torch.Tensor, *, k: int = 10, target: float = 0.99
+) -> float:
+    """Double an index's effort until it finds enough on one half of the queries, and measure it on the other.
+
+    Args:
+        faiss (`ModuleType`): Of [`find_faiss`].
+        index: Of [`build_faiss_index`]; its effort is left where it was found to be enough.
+        items (`torch.Tensor` of shape `(N, D)`): What the index holds.
+        queries (`torch.Tensor` of shape `(Q, D)`): Q >= 2, of the kind that will be asked.
+        k (`int`, *optional*, defaults to 10): Answers that count.
+        target (`float`, *optional*, defaults to 0.99): Share of the exact first k that is enough.
+
+    Returns:
+        `float`: The share of the exact first k answers that is among the index's first k, by the second half of the queries.
+
+    Raises:
+        ValueError: If there are fewer than two queries.
+    """
+    if len(queries) < 2:
+        raise ValueError(f"Expected two or more queries, half to tune with and half to measure, got {len(queries)}.")
+    search = _Search(queries, items, torch.arange(len(queries)), torch.arange(len(items)))
+    rows = torch.arange(len(queries))
+    _tune(faiss, index, search, rows[::2], k, target)
+    return _shares_found(index, search, rows[1::2], [k])[0]
+
+
+def _tune(faiss: ModuleType, index: Any, search: _Search, rows: torch.Tensor, k: int, target: float) -> None:
+    """Double an index's effort until it finds enough, or looks at everything."""
+    knob = effort_of(faiss, index)
+    if knob is None:
         return
+    holder, effort, most = knob
     exact, value = _exact_scores(search, rows, k), 1
     while True:
         setattr(holder, effort, value)

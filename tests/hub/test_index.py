@@ -1,0 +1,417 @@
+"""An index gives the answers of exact comparison, computes nothing twice, and names whatever is wrong."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPVisionModelWithProjection
+
+from modeling_dclip import DCLIPModel
+from modeling_dclip.data.image_folders import read_images
+from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.evaluation.models import load_dual_encoder
+from modeling_dclip.hub import index_building, stored_embeddings
+from modeling_dclip.hub.index import SearchIndex, build_index, main
+from modeling_dclip.hub.search_index import read_manifest
+
+pytest.importorskip("faiss")
+
+TEXTS = ["a red dog", "the small blue circle and a large square", "a photo of the left square"]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Folder of 12 drawn scenes, three of them in a folder below."""
+    folder = tmp_path_factory.mktemp("pictures")
+    (folder / "more").mkdir()
+    for number, row in enumerate(load_scenes("test", n=12, captions_per_image=1, image_size=48)):
+        row["image"].save(folder / ("more" if number % 4 == 3 else "") / f"{number:02d}.png")
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
+@pytest.fixture
+def own_pictures(pictures, tmp_path):
+    """A copy that a test may change."""
+    return Path(shutil.copytree(pictures, tmp_path / "pictures"))
+
+
+@pytest.fixture(scope="module")
+def other_model(tiny_clip_dir, tmp_path_factory):
+    """The same architecture and processor with other weights."""
+    folder = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(tiny_clip_dir, folder)
+    model = DCLIPModel.from_pretrained(tiny_clip_dir)
+    torch.nn.init.normal_(model.visual_projection.weight, std=0.1)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def built(tiny_clip_dir, pictures, tmp_path_factory):
+    """The index of all pictures."""
+    return build_index(str(tiny_clip_dir), str(pictures), tmp_path_factory.mktemp("built") / "index", chunk_rows=5)
+
+
+@pytest.fixture
+def copied(built, tmp_path):
+    """A copy of it that a test may damage."""
+    return Path(shutil.copytree(built.folder, tmp_path / "index"))
+
+
+def file_of(folder, kind):
+    (path,) = folder.glob(f"{kind}-*")
+    return path
+
+
+def test_answers_are_those_of_comparing_everything(built, tiny_clip_dir, pictures):
+    model, processor, _ = load_dual_encoder(tiny_clip_dir)
+    dataset = read_images(str(pictures))
+    images, texts = embed_images(model, processor, dataset), embed_texts(model, processor, TEXTS)
+    for text, scores in zip(TEXTS, texts @ images.T, strict=True):
+        hits = built.search(text, top_k=5)
+        best = scores.argsort(descending=True)[:5]
+        assert [hit.image_id for hit in hits] == [dataset["image_id"][int(row)] for row in best]
+        assert np.allclose([hit.score for hit in hits], scores[best], atol=2e-6)
+
+
+def test_every_picture_finds_itself_and_says_where_it_is(built, pictures):
+    for path in sorted(pictures.rglob("*.png")):
+        for query in (path, Image.open(path)):
+            hit = built.search(query, top_k=1)[0]
+            assert hit.path == str(path) and hit.score == pytest.approx(1, abs=1e-5)
+            assert hit.image_id == f"{pictures.name}/{path.relative_to(pictures).as_posix()}"
+
+
+def test_more_answers_than_images_are_all_images(built):
+    assert len(built.search("a dog", top_k=100)) == len(built) == 12
+
+
+def test_an_index_on_disk_is_found_again_without_naming_its_model(built):
+    again = SearchIndex.load(built.folder)
+    assert again.search("a red dog", 3) == built.search("a red dog", 3)
+    assert again.manifest["computed"] == 12 and again.manifest["skipped"] == []
+
+
+def count_embedded(monkeypatch, stop_after=None):
+    """How many images are embedded from here on, as a list that grows; after so many chunks the run is killed."""
+    counts, real = [], index_building.embed_readable
+
+    def counted(model, reader, rows, options):
+        if stop_after is not None and len(counts) == stop_after:
+            raise KeyboardInterrupt
+        counts.append(len(rows))
+        return real(model, reader, rows, options)
+
+    monkeypatch.setattr(index_building, "embed_readable", counted)
+    return counts
+
+
+def test_a_killed_build_goes_on_where_it_was(built, tiny_clip_dir, pictures, tmp_path, monkeypatch):
+    arguments = (str(tiny_clip_dir), str(pictures), tmp_path / "index")
+    with monkeypatch.context() as patch:
+        assert count_embedded(patch, stop_after=2) == []
+        with pytest.raises(KeyboardInterrupt):
+            build_index(*arguments, chunk_rows=5)
+    with pytest.raises(FileNotFoundError, match="a build that was killed has none"):
+        SearchIndex.load(tmp_path / "index")
+    counts = count_embedded(monkeypatch)
+    index = build_index(*arguments, chunk_rows=3)  # another size of chunks does not matter
+    assert counts == [2]
+    assert index.search("a red dog") == built.search("a red dog")
+
+
+def test_only_new_pictures_are_embedded_and_changes_are_said(
+    tiny_clip_dir, own_pictures, pictures, tmp_path, monkeypatch
+):
+    arguments = (str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    build_index(*arguments)
+    (own_pictures / "00.png").unlink()
+    Image.effect_noise((48, 48), 90).convert("RGB").save(own_pictures / "new.png")
+    shutil.copy(own_pictures / "01.png", own_pictures / "the same again.png")
+    shutil.move(own_pictures / "02.png", own_pictures / "renamed.png")
+    counts = count_embedded(monkeypatch)
+    index = build_index(*arguments)
+    assert counts == [1] and index.manifest["changes"] == {"added": 1, "removed": 1}
+    assert len(index) == len(index.rows) == 13
+    assert len(list(index.folder.glob("vectors-*"))) == len(list(index.folder.glob("images-*"))) == 1
+    first, second, *_ = index.search(pictures / "01.png")
+    assert {Path(first.path).name, Path(second.path).name} == {"01.png", "the same again.png"}
+    assert Path(index.search(pictures / "02.png")[0].path).name == "renamed.png"
+
+
+def damage(folder):
+    """Three files that are no pictures any more, and why each."""
+    whole = (folder / "01.png").read_bytes()
+    (folder / "01.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "02.png").write_bytes(b"not a picture")
+    (folder / "04.png").write_bytes(b"")
+    return ["01.png", "02.png", "04.png"]
+
+
+@pytest.mark.parametrize("batch_size", [1, 4, 64])
+def test_damaged_images_are_left_out_by_name(tiny_clip_dir, own_pictures, tmp_path, batch_size):
+    names = damage(own_pictures)
+    options = {"on_bad_image": "skip", "batch_size": batch_size, "chunk_rows": 6}
+    index = build_index(str(tiny_clip_dir), str(own_pictures), tmp_path / "index", **options)
+    assert [Path(one["file"]).name for one in index.manifest["skipped"]] == names
+    assert all(one["reason"] and one["image_id"].endswith(Path(one["file"]).name) for one in index.manifest["skipped"])
+    assert len(index) == 9
+    for path in (own_pictures / "00.png", own_pictures / "more" / "03.png"):  # no vector went to another image
+        assert index.search(path)[0].path == str(path)
+
+
+def test_a_damaged_image_is_fatal_unless_said_otherwise(tiny_clip_dir, own_pictures, tmp_path):
+    damage(own_pictures)
+    arguments = (str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"3 of the images.*pictures/01.png.*02.png.*on_bad_image 'skip'"):
+            build_index(*arguments)
+    assert len(build_index(*arguments, on_bad_image="skip")) == 9
+    with pytest.raises(ValueError, match="3 of the images"):  # known from before, and still fatal
+        build_index(*arguments)
+
+
+def test_a_file_that_cannot_be_opened_is_a_damaged_image(tiny_clip_dir, own_pictures, tmp_path):
+    (own_pictures / "gone.png").symlink_to(own_pictures / "nowhere.png")
+    arguments = (str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    with pytest.raises(ValueError, match="gone.png.*No such file"):
+        build_index(*arguments)
+    index = build_index(*arguments, on_bad_image="skip")
+    assert [Path(one["file"]).name for one in index.manifest["skipped"]] == ["gone.png"] and len(index) == 12
+
+
+def test_a_folder_of_damaged_images_alone_makes_no_index(tiny_clip_dir, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="None of the 1 pictures"):
+        build_index(str(tiny_clip_dir), str(tmp_path / "bad"), tmp_path / "index", on_bad_image="skip")
+    assert not (tmp_path / "index" / "index.json").exists()
+
+
+def test_a_dataset_of_captions_is_indexed_too(tiny_clip_dir, tmp_path):
+    index = build_index(str(tiny_clip_dir), "scenes:test,n=6,image_size=48", tmp_path / "index")
+    hits = index.search("a dog", top_k=6)
+    assert sorted(hit.image_id for hit in hits) == [f"scenes-test-0-{row}" for row in range(6)]
+    assert all(hit.path is None for hit in hits)
+
+
+def test_an_index_of_another_model_is_not_mixed_in(copied, other_model, tiny_clip_dir, pictures, tmp_path):
+    with pytest.raises(FileExistsError, match=r"another model.*with other weights"):
+        build_index(str(other_model), str(pictures), copied)
+    (tmp_path / "few").mkdir()
+    shutil.copy(pictures / "00.png", tmp_path / "few")
+    with pytest.raises(FileExistsError, match="another images"):
+        build_index(str(tiny_clip_dir), str(tmp_path / "few"), copied)
+    replaced = build_index(str(other_model), str(pictures), copied, overwrite=True)
+    assert replaced.manifest["computed"] == 12
+    path = pictures / "05.png"
+    assert replaced.search(path)[0].path == str(path)
+
+
+def test_a_question_to_another_model_is_refused(copied, other_model):
+    with pytest.raises(ValueError, match=r"of another model: expected .*their vectors do not compare"):
+        _refused(SearchIndex.load(copied, model=str(other_model)))
+
+
+def _refused(index):
+    try:
+        index.search("a dog")
+    except ValueError as error:
+        raise ValueError(str(error).replace("Their", "their")) from error
+
+
+def flip_last_byte(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_a_flipped_bit_is_seen(copied, kind):
+    flip_last_byte(file_of(copied, kind))
+    with pytest.raises(ValueError, match=rf"{kind}-.*is damaged: expected the SHA-256"):
+        SearchIndex.load(copied)
+
+
+@pytest.mark.parametrize("kind", ["vectors", "images"])
+def test_half_a_file_is_seen_even_unverified(copied, kind):
+    path = file_of(copied, kind)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match="is damaged"):
+        SearchIndex.load(copied, verify=False)
+
+
+def test_a_missing_file_is_named(copied):
+    file_of(copied, "images").unlink()
+    with pytest.raises(FileNotFoundError, match="images-.*that index.json names"):
+        SearchIndex.load(copied)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda text: text[:40], "is damaged"),
+        (lambda text: text.replace('"format": 1', '"format": 7'), "format 1.*got 7"),
+        (lambda text: text.replace('"encoder"', '"coder"'), "got none or another type of .'encoder'"),
+        (lambda text: text.replace('"n": 12', '"n": 11'), "not of one build"),
+        (lambda text: text.replace('"files": {', '"files": {}, "old": {'), "does not name its files"),
+        (lambda text: "[]", "got 'list'"),
+    ],
+)
+def test_a_damaged_manifest_is_said(copied, change, message):
+    path = copied / "index.json"
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=message):
+        SearchIndex.load(copied)
+
+
+def test_a_damaged_chunk_is_named(copied, tiny_clip_dir, pictures):
+    chunk = next(copied.glob("embeddings/*/*.safetensors"))
+    chunk.write_bytes(chunk.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{chunk.name}.*is damaged"):
+        build_index(str(tiny_clip_dir), str(pictures), copied)
+
+
+@pytest.mark.parametrize("factory", ["IVF2,Flat", "hnsw"])
+def test_an_approximate_index_is_tuned_on_queries_and_says_what_it_misses(tiny_clip_dir, pictures, tmp_path, factory):
+    queries = [f"a photo of the {colour} {shape}" for colour in ("red", "blue") for shape in ("circle", "square")]
+    index = build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index", index=factory, queries=queries)
+    assert index.manifest["recall@10"] >= 0.99 and index.manifest["effort"] >= 1
+    exact = build_index(str(tiny_clip_dir), str(pictures), tmp_path / "exact")
+    index.set_effort(1000)  # looks at everything
+    assert [hit.image_id for hit in index.search("a dog")] == [hit.image_id for hit in exact.search("a dog")]
+
+
+def test_an_approximate_index_without_queries_says_that_nobody_measured_it(tiny_clip_dir, pictures, tmp_path, caplog):
+    index = build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index", index="hnsw")
+    assert "Nobody has measured" in caplog.text and index.manifest["recall@10"] is None
+
+
+def test_an_exact_index_has_no_effort(built):
+    with pytest.raises(ValueError, match="An exact index has none"):
+        built.set_effort(4)
+
+
+def test_wrong_arguments_are_refused_before_anything_is_read(tiny_clip_dir, pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(index_building, "load_dual_encoder", None)
+    arguments = (str(tiny_clip_dir), str(pictures), tmp_path / "index")
+    for option, message in (
+        ({"on_bad_image": "ignore"}, "on_bad_image to be one of"),
+        ({"batch_size": 0}, "batch_size and chunk_rows >= 1"),
+        ({"index": ""}, "got an empty text"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            build_index(*arguments, **option)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("text")
+    for images, kind, message in (
+        (tmp_path / "nowhere", FileNotFoundError, "Expected a folder of pictures, or a dataset"),
+        (tmp_path / "empty", ValueError, "got none among 0 files"),
+        (tmp_path / "text", ValueError, "got none among 1 files"),
+        ("parquet:", ValueError, "Expected the form 'parquet:GLOB'"),
+    ):
+        with pytest.raises(kind, match=message):
+            build_index(str(tiny_clip_dir), str(images), tmp_path / "index")
+
+
+def test_one_tower_is_not_enough(tiny_clip_dir, pictures, tmp_path):
+    CLIPVisionModelWithProjection.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "vision")
+    with pytest.raises(TypeError, match="Expected a dual encoder"):
+        build_index(str(tmp_path / "vision"), str(pictures), tmp_path / "index")
+
+
+def test_an_unknown_factory_is_refused_after_embedding_which_is_kept(tiny_clip_dir, pictures, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="FAISS can build.*'Nonsense'"):
+        build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index", index="Nonsense")
+    counts = count_embedded(monkeypatch)
+    build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index")
+    assert counts == []
+
+
+def test_wrong_queries_are_refused(built, tmp_path):
+    (tmp_path / "broken.jpg").write_bytes(b"no picture")
+    for query, kind, message in (
+        ("  ", ValueError, "got an empty one"),
+        (tmp_path / "nowhere.jpg", FileNotFoundError, "no such file"),
+        (tmp_path / "broken.jpg", ValueError, "'broken.jpg' cannot be read as a picture"),
+    ):
+        with pytest.raises(kind, match=message):
+            built.search(query)
+    with pytest.raises(ValueError, match="top_k >= 1"):
+        built.search("a dog", top_k=0)
+
+
+def test_a_zero_embedding_is_refused_by_name(tiny_clip_dir, pictures, tmp_path):
+    model = DCLIPModel.from_pretrained(tiny_clip_dir)
+    torch.nn.init.zeros_(model.visual_projection.weight)
+    shutil.copytree(tiny_clip_dir, tmp_path / "zero")
+    model.save_pretrained(tmp_path / "zero")
+    with pytest.raises(ValueError, match=r"12 bad ones of 12.*pictures.*/00.png"):
+        build_index(str(tmp_path / "zero"), str(pictures), tmp_path / "index")
+
+
+def test_the_command_builds_and_answers(tiny_clip_dir, pictures, tmp_path, capsys):
+    index = str(tmp_path / "index")
+    command = ["--model", str(tiny_clip_dir), "--images", str(pictures), "--output", index]
+    main(command)
+    assert "12 images of width 16" in capsys.readouterr().out
+    main(["build", *command])
+    assert "0 embedded now" in (out := capsys.readouterr().out) and "0 images added, 0 removed" in out
+    main(["search", "a dog on a beach", "--index", index, "--top_k", "3"])
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3 and all(Path(line.split(maxsplit=2)[2]).is_file() for line in lines)
+    main(["search", str(pictures / "00.png"), "--index", index, "--top_k", "1", "--json"])
+    assert json.loads(capsys.readouterr().out)["path"] == str(pictures / "00.png")
+    assert read_manifest(index)["images"] == str(pictures)
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["search", "a dog", "--index", "nowhere"], "Expected an index with index.json in 'nowhere'"),
+        (["--model", "/nowhere", "--images", "/nowhere", "--output", "index"], "Expected a folder of pictures"),
+    ],
+)
+def test_the_command_ends_with_a_message_and_no_traceback(argv, message):
+    with pytest.raises(SystemExit, match=message):
+        main(argv)
+
+
+def test_two_processes_make_the_index_of_one(built, tiny_clip_dir, pictures, tmp_path):
+    output = tmp_path / "index"
+    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
+    command = ["-m", "modeling_dclip.hub.index", "--model", str(tiny_clip_dir), "--images", str(pictures)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
+    done = subprocess.run(
+        [sys.executable, *launcher, *command, "--output", str(output), "--chunk_rows", "2"],
+        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("12 images of width 16") == 1
+    assert len(list(output.glob("embeddings/*/*.safetensors"))) == 6
+    index = SearchIndex.load(output)
+    assert index.rows.equals(built.rows)
+    assert np.allclose(
+        index.vectors.reconstruct_n(0, 12), built.vectors.reconstruct_n(0, 12), atol=1e-6
+    )  # batches of other sizes
+    assert [hit.image_id for hit in index.search("a dog")] == [hit.image_id for hit in built.search("a dog")]
+
+
+def test_equal_models_have_equal_keys_and_settings_count(tiny_clip_dir, other_model):
+    model, processor, _ = load_dual_encoder(tiny_clip_dir)
+    again = load_dual_encoder(tiny_clip_dir)[:2]
+    other = load_dual_encoder(other_model)[:2]
+    key = stored_embeddings.fingerprint_encoder(model, processor)
+    assert key == stored_embeddings.fingerprint_encoder(*again) != stored_embeddings.fingerprint_encoder(*other)
+    processor.image_processor.image_mean = [0.5, 0.5, 0.5]
+    assert key != stored_embeddings.fingerprint_encoder(model, processor)
