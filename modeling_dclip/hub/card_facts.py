@@ -49,6 +49,7 @@ def gather_facts(
     return {
         "repo_id": arguments.repo_id,
         "repos": dict(repos),
+        "has_adapter": (Path(arguments.model) / "adapter" / "adapter_config.json").is_file(),
         "family": "dmclip" if model.config.model_type == "dmclip" else "dclip",
         "model": describe_model(model),
         "training": trained,

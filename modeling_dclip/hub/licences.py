@@ -60,6 +60,9 @@ def find_origins(arguments: Mapping[str, Any], base_model: str | None = None) ->
 
     Returns:
         `list[Origin]`: Direct ones first; none for a model trained from scratch.
+
+    Raises:
+        FileNotFoundError: If a folder is not there any more.
     """
     trained_from = arguments.get("dmclip") or {}
     names = (
@@ -78,6 +81,11 @@ def find_origins(arguments: Mapping[str, Any], base_model: str | None = None) ->
 
 def _describe(name: str) -> Origin:
     if not Path(name).is_dir():
+        if Path(name).is_absolute() or name.startswith("."):
+            raise FileNotFoundError(
+                f"Expected the folder '{name}', which the model was trained from, got none: what it is under is not known. Bring it back, or "
+                "give --base_model."
+            )
         known = next((terms for prefix, terms in WEIGHTS.items() if name.startswith(prefix)), (None, LICENCES))
         return Origin(name, name, *known)
     card = Path(name) / "README.md"

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
 from transformers import HfArgumentParser
 
 from modeling_dclip.hub.cards import load_jinja
@@ -23,6 +23,7 @@ from modeling_dclip.hub.repositories import (
     DELAYS_S,
     Pushed,
     check_access,
+    check_base_models,
     check_repo_name,
     list_files,
     push_folder,
@@ -75,8 +76,10 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
     api = HfApi()
     with tempfile.TemporaryDirectory() as temporary:
         staged = stage_repos(arguments, Path(arguments.staging or temporary))
-        for repo in staged:
-            validate_online((repo.folder / "README.md").read_text(encoding="utf-8"), repo.repo_id, delays)
+        cards = {repo.repo_id: (repo.folder / "README.md").read_text(encoding="utf-8") for repo in staged}
+        for repo_id, card in cards.items():
+            validate_online(card, repo_id, delays)
+        check_base_models(list(ModelCard(cards[arguments.repo_id]).data.get("base_model") or []), api, delays)
         options = {"message": MESSAGE, "private": arguments.private, "delays": delays}
         return [push_folder(repo.repo_id, repo.folder, api, **options) for repo in staged]
 

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 TRANSIENT = {408, 412, 429, 500, 502, 503, 504}
 DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 # What publishing writes, and so may delete when it writes it no more. Other files of a repository are left alone.
-OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png")
+OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png", "adapter/adapter_*")
 _BLOCK = 1 << 20
 
 Answer = TypeVar("Answer")
@@ -142,6 +142,23 @@ def validate_online(card: str, what: str, delays: tuple[float, ...] = DELAYS_S) 
         retrying(ModelCard(card).validate, f"checking the card of {what}", delays)
     except ValueError as error:
         raise ValueError(f"Expected metadata that the Hub takes in the card of {what}, got: {error}") from error
+
+
+def check_base_models(names: list[str], api: HfApi, delays: tuple[float, ...] = DELAYS_S) -> None:
+    """See that models which cards name as their base are on the Hub: a relative folder looks like an id.
+
+    Raises:
+        ConnectionError: If the Hub cannot be reached.
+        ValueError: If one is not there.
+    """
+    for name in names:
+        try:
+            retrying(lambda name=name: api.model_info(name), f"asking for {name}", delays)
+        except HfHubHTTPError as error:
+            raise ValueError(
+                f"base_model: expected a model of the Hub, got {name!r}, which it does not know. If that is a folder, publish from where "
+                "training ran, or give --base_model."
+            ) from error
 
 
 def push_folder(

@@ -1,6 +1,8 @@
 """Write the repositories of a publication as folders, complete and checked, before anything leaves the machine."""
 
+import json
 import re
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from modeling_dclip.hub.card_facts import gather_facts
 from modeling_dclip.hub.cards import SUFFIXES, check_card, render_card
 from modeling_dclip.hub.examples import Example, draw_pictures, make_examples, save_pictures
 from modeling_dclip.hub.native_clip import (
+    ADAPTER_CONFIG,
     check_twin,
     has_native_twin,
     load_dual_encoder,
@@ -28,6 +31,7 @@ from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcesso
 
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
 WITH_EXAMPLES = ("dual", "clip")
 
 
@@ -75,6 +79,7 @@ def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
         dual = staged[-1].folder
         if repo.kind == "dual":
             _save(model, processor, repo.folder)
+            _copy_adapter(Path(arguments.model) / ADAPTER_FOLDER, repo.folder, facts["base_models"])
         elif repo.kind == "vision":
             _save(_load_whole(VISION_MODELS[model.config.model_type], dual), processor, repo.folder)
         elif repo.kind == "teacher":
@@ -123,6 +128,18 @@ def _forget_paths(config: Any) -> None:
         inner = getattr(config, name)
         inner._name_or_path = ""
         _forget_paths(inner)
+
+
+def _copy_adapter(adapter: Path, folder: Path, base_models: list[str]) -> None:
+    """Publish the adapter beside the weights it is merged into, over the base model's Hub id in place of a folder."""
+    if not (adapter / ADAPTER_CONFIG).is_file():
+        return
+    target = folder / ADAPTER_FOLDER
+    target.mkdir()
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_models[0] if base_models else None
+    (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    shutil.copyfile(adapter / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
 
 
 def _stage_twin(model: PreTrainedModel, processor: DCLIPProcessor, folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,8 @@ SETTINGS = {
     ),
 }  # fmt: skip
 
+# Told where adapters were trained.
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_text")
 # Weights of the loss terms that look at what a teacher says.
 DISTILLATION = (
     "cosine_distillation_loss_weight",
@@ -43,8 +44,8 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
         section (`str`, *optional*): The stage that made it; by default the one of student, dmclip and anchor that is there.
 
     Returns:
-        `dict[str, Any]`: `arguments` (all), `section`, `datasets`, `uncaptioned`, `excluded`, `reads_teacher`, `teachers` (of reinforced data), `settings` (pairs of name and value), and
-        `steps`, `epochs`, `minutes`, which are None where training did not say.
+        `dict[str, Any]`: `arguments` (all), `section`, `datasets`, `uncaptioned`, `excluded`, `reads_teacher`, `trains_text`, `teachers` (of
+        reinforced data), `settings` (pairs of name and value), and `steps`, `epochs`, `minutes`, which are None where training did not say.
 
     Raises:
         FileNotFoundError: If there is no `arguments.yaml`.
@@ -69,6 +70,9 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
         )
     datasets = arguments["train_datasets"] or values.get("train_datasets") or []
     shards = values.get("train_shards")
+    adapted = [name for name in ADAPTER_SETTINGS if name in values] if values.get("lora_rank") else []
+    # Of the two fields that say how long to train, the one that the other overrides.
+    unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
     return {
         "arguments": arguments,
         "section": section,
@@ -76,18 +80,14 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
         "uncaptioned": [show_spec(spec) for spec in arguments.get("uncaptioned_datasets") or []],
         "excluded": [Path(name).name for name in arguments["exclude_karpathy"]],
         "reads_teacher": any(values.get(name) for name in DISTILLATION),
-        "settings": [(name, show_value(values[name])) for name in SETTINGS[section] if name != _unused_length(values)],
+        "trains_text": section != "teacher" and bool(values.get("lora_text")),
+        "settings": [(name, show_value(values[name])) for name in (*SETTINGS[section], *adapted) if name != unused],
         "teachers": [
-            Path(name).name if Path(name).is_dir() else name
+            Path(name).name if Path(name).is_dir() else show_spec(name)
             for name in (arguments.get("reinforce") or {}).get("teachers", [])
         ],
         **_read_state(Path(folder) / "trainer_state.json"),
     }
-
-
-def _unused_length(values: Mapping[str, Any]) -> str:
-    """Of the two fields that say how long to train, the one that the other overrides."""
-    return "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
 
 
 def show_spec(spec: str) -> str:

@@ -120,6 +120,13 @@ def test_a_baseline_is_not_called_distilled(made, tiny_clip_dir, tmp_path):
     assert "**without a teacher**" in card and facts["base_models"] == ["openai/clip-vit-base-patch32"]
 
 
+def test_a_text_encoder_that_trained_is_not_called_untouched(made):
+    facts = gather(made)
+    assert "The text encoder is the untouched one" in render_card("dual", facts)
+    facts["training"]["trains_text"] = True
+    assert "untouched" not in render_card("dual", facts)
+
+
 def test_the_metadata_of_a_widget_hold_labels_and_stored_outputs(made):
     for kind, has_widget in (("dual", True), ("clip", True), ("vision", False), ("teacher", False)):
         data = make_metadata(kind, gather(made)).to_dict()
@@ -213,6 +220,8 @@ def test_a_hub_id_given_for_a_local_copy_is_the_base_model(made, tiny_clip_dir, 
     local = make_student(tmp_path / "local", tiny_clip_dir, words=words)
     unnamed = gather({**made, "dclip": local})
     assert unnamed["base_models"] == [] and str(tiny_clip_dir) not in render_card("dual", unnamed)
+    with pytest.raises(FileNotFoundError, match="which the model was trained from"):
+        find_origins({"clip_model": str(tmp_path / "gone")})
     named = gather({**made, "dclip": local}, base_model="openai/clip-vit-base-patch32")
     assert make_metadata("dual", named).to_dict()["base_model"] == ["openai/clip-vit-base-patch32"]
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
-from loopback_hub import READ_TOKEN, TOKEN, git_oid, run_loopback_hub
+from loopback_hub import READ_TOKEN, TOKEN, Repo, git_oid, run_loopback_hub
 from PIL import Image
 from publications import HOME, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from safetensors.torch import load_file, save_file
@@ -74,6 +75,7 @@ def hub():
         patch.setattr(constants, "ENDPOINT", loopback.url)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", TOKEN)
+        loopback.repos["openai/clip-vit-base-patch16"] = Repo(private=False)
         yield loopback
 
 
@@ -375,6 +377,27 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     )
     with pytest.raises(SystemExit, match="Expected a new or empty folder"):
         main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
+
+
+def test_an_adapter_goes_out_beside_the_weights_it_is_merged_into(trained, tmp_path):
+    shutil.copytree(trained["student"], tmp_path / "student")
+    adapter = tmp_path / "student" / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": HOME, "r": 2}))
+    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    dry = {"dry_run": True, "staging": str(tmp_path / "staged")}
+    folder = publish(make_arguments(tmp_path / "student", trained["results"], **dry))[-1].folder
+    config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    assert config == {"base_model_name_or_path": "openai/clip-vit-base-patch16", "r": 2}
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert "an adapter of PEFT in the folder `adapter`" in (folder / "README.md").read_text()
+
+
+def test_a_base_model_that_the_hub_does_not_know_stops_everything(hub, trained):
+    arguments = make_arguments(trained["student"], trained["results"], repo_id="me/based", base_model="recipes/anchor")
+    with pytest.raises(ValueError, match="base_model: expected a model of the Hub, got 'recipes/anchor'"):
+        publish(arguments, DELAYS)
+    assert "me/based" not in hub.repos
 
 
 def test_a_student_with_rotary_positions_goes_out_without_a_twin(trained, tiny_clip_dir, tmp_path):
