@@ -1,11 +1,18 @@
 """What one run may set: a recipe's global fields and one section a stage, each a dataclass with typed, documented fields."""
 
 import json
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-import torch
 from transformers import TrainingArguments
+
+from modeling_dclip.distillation.stage_arguments import (
+    ADAPTER_FIELDS,
+    AdapterArguments,
+    StageTrainingArguments,
+    default_of,
+)
+from modeling_dclip.distillation.stage_arguments import describe as _help
 
 STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dmclip")
 
@@ -17,12 +24,6 @@ _SIDE_FIELDS = {
     "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint", "push_to_hub", "hub_token", "local_rank",
     "image_cache_mib", "num_workers", "batch_size", "text_batch_size", "on_bad_image", "folder",
 }  # fmt: skip
-
-
-def _help(text: str, default: Any = None, **metadata: Any) -> Any:
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
-    return field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -95,32 +96,6 @@ class RunArguments:
             raise ValueError(f"push_to_hub: expected push_arm, which of {arms} to publish, got none.")
         if self.push_arm is not None and self.push_arm not in arms:
             raise ValueError(f"push_arm: expected one of the arms {arms}, got {self.push_arm!r}.")
-
-
-@dataclass
-class StageTrainingArguments(TrainingArguments):
-    """Defaults of every stage that trains."""
-
-    report_to: str = _help("Where to log besides the console and trainer_state.json: tensorboard, wandb, ...", "none")
-    remove_unused_columns: bool = _help("Must stay false: batches hold columns that no forward names.", False)
-    dataloader_drop_last: bool = _help("Drop the last, smaller batch of an epoch: its negatives would be fewer.", True)
-    logging_nan_inf_filter: bool = _help("Hide NaN in the log. Off: a NaN stops the run at the next log.", False)
-    logging_steps: float = _help("Log every so many steps; below 1 a share of all steps.", 50)
-    save_strategy: str = _help("When to save checkpoints: no, steps or epoch.", "epoch")
-    save_total_limit: int | None = _help("Checkpoints to keep.", 1)
-    lr_scheduler_type: str = _help("Schedule of the learning rate.", "constant")
-    ddp_find_unused_parameters: bool | None = _help("Look for unused parameters; every trained one is used.", False)
-    image_cache_mib: int = _help(
-        "Bound in MiB a process for decoded pixels held in memory; 0 decodes every time.", 2048
-    )
-
-    def __post_init__(self):
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns: expected false, got true. Batches hold columns that no forward names."
-            )
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # else a warning an epoch
-        super().__post_init__()
 
 
 @dataclass
@@ -215,7 +190,7 @@ class TargetsArguments:
 
 
 @dataclass
-class StudentArguments(StageTrainingArguments):
+class StudentArguments(AdapterArguments):
     """Section `student`: the image encoder's fine-tuning."""
 
     cosine_distillation_loss_weight: float = _help("Weight of 1 - cosine to the teacher's embedding.", 1.0)
@@ -233,6 +208,9 @@ class StudentArguments(StageTrainingArguments):
     )
     position_embedding_type: Literal["absolute", "rope"] = _help(
         "rope: rotary positions in place of CLIP's table.", "absolute"
+    )
+    lora_text: bool = _help(
+        "Adapt the text tower too: text embeddings then move, and stored ones no longer fit.", False
     )
     wise_ft_alpha: float = _help("Weights saved at the end: this share of student, the rest anchor. 1 is off.", 1.0)
     min_crop_area: float = _help("Below 1: random square crops of at least this share of the image's area.", 1.0)
@@ -263,19 +241,27 @@ class StudentArguments(StageTrainingArguments):
             raise ValueError(f"Expected wise_ft_alpha in [0, 1], got {self.wise_ft_alpha}.")
         if not self.columns:
             raise ValueError("Expected at least one loss weight above 0, got none: there is nothing to learn.")
+        if self.use_dora and self.wise_ft_alpha < 1:
+            raise ValueError(
+                f"wise_ft_alpha: expected 1 with use_dora, whose adapter cannot hold a point between, got {self.wise_ft_alpha}. Leave use_dora "
+                "out, or interpolate the saved weights when you evaluate them."
+            )
+        if self.lora_text and not {"text_embeds"} & set(self.columns):
+            raise ValueError("lora_text: expected a loss that looks at texts, got none. Set contrastive_loss_weight.")
         super().__post_init__()
 
 
 def deciding_fields(arguments: Any) -> dict[str, Any]:
-    """What of a section decides the stage's result, JSON-able: all fields that are ours, and changed ones of `TrainingArguments`.
+    """What of a section decides the stage's result, JSON-able: all fields that are ours, and changed ones of `TrainingArguments`
+    and of what older records do not know.
 
     Example:
         >>> deciding_fields(RegionsArguments(max_regions=3))
         {'detector': None, 'ignore_boxes': False, 'max_regions': 3}
     """
-    inherited = (
-        {f.name: f.default for f in fields(TrainingArguments)} if isinstance(arguments, TrainingArguments) else {}
-    )
+    inherited = {f.name: default_of(f) for f in fields(arguments) if f.name in ADAPTER_FIELDS}
+    if isinstance(arguments, TrainingArguments):
+        inherited |= {f.name: f.default for f in fields(TrainingArguments)}
     resolved = as_plain(arguments)
     return {
         name: value

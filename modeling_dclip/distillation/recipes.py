@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
+from modeling_dclip.distillation.adapters import check_adapters
 from modeling_dclip.distillation.arguments import (
     AnchorArguments,
     RegionsArguments,
@@ -247,10 +248,11 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
         `list[ArmRun]`
 
     Raises:
-        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm, [`check_uncaptioned_fields`].
+        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm, [`check_uncaptioned_fields`], [`check_adapters`].
     """
     recipe = parse_recipe(words, path)
     check_reference(recipe)
+    check_adapters(recipe)
     run = recipe.run
     if not run.arms and not run.seeds:
         return [ArmRun("student", run.seed, recipe)]
@@ -265,6 +267,7 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
             given = [*_flatten(shards), *_flatten(overrides or {}), *words, *_flatten(forced)]
             runs.append(ArmRun(arm, seed, parse_recipe(given, path)))
             check_uncaptioned_fields(runs[-1].recipe)
+            check_adapters(runs[-1].recipe)
     return runs
 
 

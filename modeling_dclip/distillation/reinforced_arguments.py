@@ -7,7 +7,8 @@ from typing import Any, Literal
 
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from modeling_dclip.distillation.arguments import StageTrainingArguments, _help
+from modeling_dclip.distillation.stage_arguments import StageTrainingArguments
+from modeling_dclip.distillation.stage_arguments import describe as _help
 
 logger = logging.get_logger(__name__)
 

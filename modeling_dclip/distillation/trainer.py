@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
+from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
@@ -150,6 +151,10 @@ class BatchesTrainer(Trainer):
             return
         folder = Path(output_dir or self.args.output_dir)
         self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
+        self.save_beside(folder)
+
+    def save_beside(self, folder: Path) -> None:
+        """Write what stands beside weights: the processor and the resolved arguments."""
         self.processor.save_pretrained(folder)
         (folder / ARGUMENTS_NAME).write_text(
             yaml.safe_dump(self.resolved_arguments, sort_keys=False), encoding="utf-8"
@@ -186,18 +191,24 @@ def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
 class StudentTrainer(BatchesTrainer):
     """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
 
-    The dual encoder is what checkpoints hold; its text tower never meets the optimiser.
+    The dual encoder is what checkpoints hold; its text tower never meets the optimiser, but for an adapter in it. With adapters, a checkpoint
+    holds the merged weights, and beside them the adapter, which a resumed run goes on from.
 
     Source: [D] student loss; PAPERS.md. Deviation: relational term and direction weights, off by default.
 
     Args:
-        model ([`DCLIPModel`]): Its image encoder trains, in place.
+        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` what is adapted of both towers.
+        adapters (`peft.PeftModel`, *optional*): Around it, from [`~modeling_dclip.distillation.adapters.add_adapters`].
         kwargs: As for [`BatchesTrainer`].
     """
 
-    def __init__(self, model: DCLIPModel, *args: Any, **kwargs: Any):
-        self.dual_encoder = model
-        super().__init__(share_image_encoder(model), *args, **kwargs)
+    def __init__(self, model: DCLIPModel, args: Any, *others: Any, adapters: Any = None, **kwargs: Any):
+        self.dual_encoder, self.adapters = model, adapters
+        super().__init__(model if args.lora_text else share_image_encoder(model), args, *others, **kwargs)
+        if adapters is not None and self.is_fsdp_enabled:
+            raise ValueError(
+                "lora_rank: expected data-parallel training, got FSDP. Adapters are small: launch without FSDP."
+            )
 
     def model_to_save(self) -> DCLIPModel:
         """The dual encoder around what trains."""
@@ -205,7 +216,11 @@ class StudentTrainer(BatchesTrainer):
 
     def loss_terms(self, model, batch):
         """Every term whose weight is not 0, over the global batch; the in-batch terms over its rows with a caption."""
-        image_embeds = model(pixel_values=batch.pop("pixel_values")).image_embeds
+        inputs = {name: batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
+        outputs = model(**inputs)
+        image_embeds = outputs.image_embeds
+        if "input_ids" in inputs:
+            batch["student_text_embeds"] = outputs.text_embeds
         names = list(batch)
         image_embeds, *columns = gather_across_processes(image_embeds, *batch.values())
         columns = dict(zip(names, columns, strict=True))
@@ -221,7 +236,8 @@ class StudentTrainer(BatchesTrainer):
 
     def _in_batch_terms(self, image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The terms that compare each image with every text of these rows: 0, with a gradient, where there are fewer than two."""
-        args, texts = self.args, columns.get("text_embeds")
+        args, stored = self.args, columns.get("text_embeds")
+        texts = columns.get("student_text_embeds", stored)
         names = [
             name for name in ("contrastive_loss", "similarity_distillation_loss") if getattr(args, f"{name}_weight")
         ]
@@ -235,18 +251,36 @@ class StudentTrainer(BatchesTrainer):
         if "similarity_distillation_loss" in names:
             temperatures = args.similarity_temperature, args.similarity_teacher_temperature
             terms["similarity_distillation_loss"] = similarity_distillation_loss(
-                image_embeds, columns["teacher_embeds"], texts, texts, *temperatures, args.image_to_text_weight
+                image_embeds, columns["teacher_embeds"], texts, stored, *temperatures, args.image_to_text_weight
             )
         return terms
 
+    def _save(self, output_dir=None, state_dict=None):
+        """As the base class, and the adapter; the text tower is frozen for who loads it, whether or not an adapter trained it."""
+        freeze_text, self.dual_encoder.config.freeze_text = self.dual_encoder.config.freeze_text, True
+        super()._save(output_dir, state_dict)
+        self.dual_encoder.config.freeze_text = freeze_text
+        if self.adapters is not None and self.args.should_save:
+            save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
+
     def _complete(self, state_dict):
-        """The dual encoder's state with what trained put in: sharded training hands over its own copy."""
+        """The dual encoder's state with what trained put in: sharded training hands over its own copy, adapters are merged."""
+        if self.adapters is not None:
+            return plain_state(self.dual_encoder, merged=True)
         return self.dual_encoder.state_dict() | (state_dict or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Take the image encoder out of the checkpoint's dual encoder; every key of it has to be there."""
+        """Take the adapter, or the image encoder out of the checkpoint's dual encoder; every key of it has to be there."""
+        if self.adapters is not None:
+            return load_adapters(self.adapters, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         model = self.model if model is None else model
         weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
+
+    def _load_best_model(self):
+        """As for resuming: the names in a checkpoint are those without adapters."""
+        if self.adapters is None:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(self.state.best_model_checkpoint)
