@@ -14,6 +14,9 @@ from modeling_dclip.hub.licences import Origin, check_licence, describe_data, fi
 from modeling_dclip.hub.publish_arguments import PublishArguments
 from modeling_dclip.hub.training_facts import read_training, show_spec
 
+# What the model that results are compared with is to this one.
+ROLES = {"dclip": "before training", "dmclip": "for comparison"}
+
 
 def gather_facts(
     arguments: PublishArguments,
@@ -56,7 +59,9 @@ def gather_facts(
         "origins": [vars(origin) for origin in origins],
         "base_models": find_base_models(origins),
         "teacher": teacher_facts,
-        "evaluation": describe_evaluation(own, reference, arguments.repo_id.split("/")[1]),
+        "evaluation": describe_evaluation(
+            own, reference, arguments.repo_id.split("/")[1], ROLES[model.config.model_type]
+        ),
         "examples": [{"path": one.path, "labels": one.labels, "outputs": one.outputs} for one in examples],
         "widget": [one.to_widget() for one in examples],
         "license": arguments.license,
@@ -185,7 +190,7 @@ def describe_teacher(
 
 
 def describe_evaluation(
-    own: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], name: str
+    own: Sequence[Mapping[str, Any]], reference: Sequence[Mapping[str, Any]], name: str, role: str
 ) -> dict[str, Any]:
     """The table, and with what it was measured.
 
@@ -193,11 +198,12 @@ def describe_evaluation(
         own (`Sequence[dict]`): This model's records.
         reference (`Sequence[dict]`): Those of the model it is compared with.
         name (`str`): To show for this model.
+        role (`str`): What the model that it is compared with is to it.
 
     Returns:
         `dict[str, Any]`: `table` (Markdown), `records` (this model's), `hardware`, `versions`, `benchmarks`.
     """
-    shown = [{**record, "label": f"{record.get('label', 'reference')} (before training)"} for record in reference]
+    shown = [{**record, "label": f"{record.get('label', 'reference')} ({role})"} for record in reference]
     shown += [{**record, "label": name} for record in own]
     shown = [{**record, "metrics": _shown_metrics(record["metrics"])} for record in shown]
     machines = {_machine(record["hardware"]) for record in own}

@@ -94,6 +94,7 @@ def test_the_model_index_and_the_table_hold_the_records_numbers(made):
     }
     row = next(line for line in card.splitlines() if line.startswith("| tiny ") and RETRIEVAL in line)
     assert "25.0" in row and "50.0" in row
+    assert "anchor (for comparison)" in render_card("dual", gather(made, "dmclip"))
     assert "anchor (before training)" in card and "12.5" in card  # what it started from, on the same data
 
 
