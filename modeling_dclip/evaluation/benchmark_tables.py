@@ -104,3 +104,40 @@ def render_student_step(data: Mapping[str, Any]) -> str:
         ["teacher and text tower online", _spread(data["online_ms"]), _spread(data["online_over_cached"], 2)],
     ]
     return f"{markdown_table(header, lines)}\n\n{_note(data, 'Medians of interleaved rounds, with the smallest and largest.')}"
+
+
+def render_retrieval(data: Mapping[str, Any]) -> str:
+    """Cost of retrieval metrics against clip_benchmark's on the same embeddings, and how ours grows.
+
+    Args:
+        data (`Mapping`): What `benchmarks/retrieval.py` wrote.
+
+    Returns:
+        `str`: Markdown, two tables.
+    """
+    costs = (("cpu_s", "times_faster", 2), ("peak_memory_mib", "times_less_memory", 0))
+    header = ["Images", "captions"]
+    for what in ("CPU s", "MiB"):
+        header += [f"{what}, ours", f"{what}, clip_benchmark", "×"]
+    lines = []
+    for row in data["rows"]:
+        line = [f"{row['images']:,}", f"{row['captions']:,}"]
+        for cost, ratio, digits in costs:
+            line += [
+                f"{row[side][cost]['median']:.{digits}f}" if side in row else "–"
+                for side in ("ours", "clip_benchmark")
+            ]
+            line.append(_spread(row.get(ratio), 1))
+        lines.append(line)
+    table = markdown_table(header, lines, left=0)
+    note = (
+        f"× is how many times less ours takes, the median of interleaved rounds ({', '.join(str(row['rounds']) for row in data['rows'])}) "
+        f"with the smallest and largest; memory is what the process holds at most beyond its start, the {data['arguments']['width']}-wide "
+        f"float32 embeddings it collects included; clip_benchmark {data['versions']['clip_benchmark']}."
+    )
+    note += "".join(f" At {row['images']:,} images: {row['not_run']}." for row in data["rows"] if "not_run" in row)
+    grown = [
+        [f"{row['captions']:,}", f"{row['cpu_s']:.1f}", f"{row['peak_memory_mib']:.0f}"] for row in data["growth"]
+    ]
+    growth = markdown_table(["Captions", "CPU s, ours", "MiB, ours"], grown, left=0)
+    return f"{table}\n\n{_note(data, note)}\n\n{growth}"

@@ -5,7 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from modeling_dclip.evaluation.benchmark_tables import render_encoders, render_scan, render_student_step
+from modeling_dclip.evaluation.benchmark_tables import (
+    render_encoders,
+    render_retrieval,
+    render_scan,
+    render_student_step,
+)
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
@@ -69,3 +74,23 @@ def test_a_step_says_how_many_times_longer_it_takes_online_and_on_what():
     text = render_student_step(data)
     assert f"{data['online_over_cached']['median']:.2f} [" in cells_of(text)[3][2]
     assert data["hardware"]["cpu"] in text and "1 thread(s)" in text
+
+
+def test_retrieval_shows_both_sides_the_ratios_and_the_growth():
+    data = read("retrieval")
+    compared, grown = (cells_of(part) for part in render_retrieval(data).split("Captions", 1))
+    for line, row in zip(compared[2:], data["rows"], strict=False):
+        assert line[:2] == [f"{row['images']:,}", f"{row['captions']:,}"]
+        assert float(line[2]) == pytest.approx(row["ours"]["cpu_s"]["median"], abs=5e-3)
+        assert float(line[6]) == pytest.approx(row["clip_benchmark"]["peak_memory_mib"]["median"], abs=0.5)
+        for cell, name in ((line[4], "times_faster"), (line[7], "times_less_memory")):
+            assert cell.startswith(f"{row[name]['median']:.1f} [{row[name]['min']:.1f}, ")
+    assert [line[0] for line in grown[-len(data["growth"]) :]] == [f"{row['captions']:,}" for row in data["growth"]]
+    assert data["hardware"]["cpu"] in render_retrieval(data)
+
+
+def test_retrieval_that_was_not_run_says_why():
+    data = read("retrieval")
+    row = {"images": 99, "captions": 495, "rounds": 0, "not_run": "9 MiB are not free"}
+    text = render_retrieval(data | {"rows": [row]})
+    assert cells_of(text)[2] == ["99", "495", *["–"] * 6] and "At 99 images: 9 MiB are not free." in text
