@@ -7,7 +7,7 @@
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
 Finished stages are recognised and skipped; interrupted ones go on where they were. A recipe with `arms` and `seeds` trains every arm with every
-seed; one with `evaluate` then measures them beside the anchor and says where it wrote; `--push_to_hub me/name` publishes what was trained.
+seed; one with `evaluate` then measures them beside the anchor; `--push_to_hub me/name` publishes what was trained.
 """
 
 import logging
@@ -29,12 +29,11 @@ from modeling_dclip.evaluation.attention import draw_teacher_attention
 from modeling_dclip.evaluation.leakage import evaluate_leakage
 from modeling_dclip.evaluation.results import read_results, render_table
 from modeling_dclip.evaluation.tables import render_leakage, render_summary
+from modeling_dclip.evaluation.training_curves import draw_training_curves
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
 from modeling_dclip.hub.publish_arguments import PublishArguments
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
-
-
 # Runs in a process of its own, in which the package is not imported: the code comes with the folder.
 RELOAD = """
 import sys
@@ -129,12 +128,14 @@ def main(words: list[str]) -> None:
         runs = expand_arms(words, path)
         results = Path(parse_recipe(words, path).run.output_dir) / "results"
         publication = plan_publication(runs, results)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         sys.exit(str(error))
     state = PartialState()
     logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     train_runs(runs, words, path)
+    if state.is_main_process:
+        draw_training_curves(results.parent)
     if state.is_main_process and runs[0].recipe.run.evaluate:
         report(runs, Run(runs[0].recipe).clip_path, results)
     if state.is_main_process and publication is not None:

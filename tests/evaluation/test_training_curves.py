@@ -1,0 +1,58 @@
+"""Training curves: drawn for every stage that trained, once, and never in the way of a run."""
+
+import importlib.util
+import json
+import logging
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_dclip.evaluation import training_curves
+from modeling_dclip.evaluation.training_curves import draw_training_curves
+
+LOG = [
+    {"step": 1, "loss": 2.0, "contrastive_loss": 2.0},
+    {"step": 2, "loss": 1.0, "contrastive_loss": 1.0},
+    {"step": 2, "train_loss": 1.5, "train_runtime": 3.0},
+]
+
+
+def write_state(folder, log_history):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log_history}))
+
+
+def test_each_stage_that_trained_gets_a_picture_once(tmp_path):
+    write_state(tmp_path / "student", LOG)
+    write_state(tmp_path / "teacher", LOG)
+    write_state(tmp_path / "short", LOG[2:])  # too few steps to log a loss
+    write_state(tmp_path / "paper" / "seed-1" / "student", LOG)
+    write_state(tmp_path / "student" / "checkpoint-2", LOG)  # part of a stage
+    drawn = draw_training_curves(tmp_path)
+    assert drawn == [
+        tmp_path / name / "training_curves.png" for name in ("student", "teacher", "paper/seed-1/student")
+    ]
+    assert len(np.unique(np.asarray(Image.open(drawn[0]).convert("RGB")).reshape(-1, 3), axis=0)) > 10
+    assert draw_training_curves(tmp_path) == []
+    write_state(tmp_path / "student", LOG)
+    os.utime(tmp_path / "student" / "trainer_state.json", (2e9, 2e9))
+    assert draw_training_curves(tmp_path) == drawn[:1]
+
+
+def test_without_matplotlib_a_run_ends_all_the_same(tmp_path, monkeypatch, caplog):
+    write_state(tmp_path / "student", LOG)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        training_curves.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
+    )
+    with caplog.at_level(logging.INFO):
+        assert draw_training_curves(tmp_path) == []
+    assert "matplotlib is not installed" in caplog.text and not (tmp_path / "student" / "training_curves.png").exists()
+
+
+def test_a_loss_that_is_not_finite_is_named(tmp_path):
+    write_state(tmp_path / "student", [{"step": 3, "loss": float("nan")}])
+    with pytest.raises(ValueError, match="loss=nan at step 3"):
+        draw_training_curves(tmp_path)
