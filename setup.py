@@ -43,6 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_dclip", "modeling_dclip.*"]),
+    package_data={"modeling_dclip": ["evaluation/metrics/*/*.py"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",

@@ -275,8 +275,8 @@ def substitutes(tiny_clip_dir, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("code", blocks(README, "python"), ids=lambda code: code.splitlines()[-1])
-def test_every_python_block_of_the_readme_runs(code, substitutes, monkeypatch):
+@pytest.mark.parametrize("code", blocks(README + EVALUATION, "python"), ids=lambda code: code.splitlines()[-1])
+def test_every_python_block_for_users_runs(code, substitutes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, substitute in substitutes.items():
         code = code.replace(f'"{name}"', repr(str(substitute)))

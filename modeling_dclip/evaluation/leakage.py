@@ -52,6 +52,7 @@ from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 CUT_OFFS = (1, 5, 10)
+KEPT = tuple(f"recall@{k}" for k in CUT_OFFS) + ("_mrr",)
 # (regions of another image, caption of another image, text share 0)
 EXCHANGES = {
     "as_trained": (False, False, False),
@@ -127,8 +128,8 @@ def pair_embeds(teacher: Any, features: TeacherFeatures, draw: Draw, condition: 
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:
-    """One right answer each: mean average precision would repeat the mean reciprocal rank."""
-    return {name.replace("image", "teacher"): value for name, value in metrics.items() if not name.endswith("_map")}
+    """Those that have a chance level; with one right answer each, mean average precision would repeat the mean reciprocal rank."""
+    return {name.replace("image", "teacher"): value for name, value in metrics.items() if name.endswith(KEPT)}
 
 
 def chance_metrics(images: int) -> dict[str, float]:

@@ -97,6 +97,8 @@ METRICS |= {
     "alignment": Metric("alignment ↓", "distance", False),
     "image_uniformity": Metric("image uniformity ↓", "distance", False),
     "text_uniformity": Metric("text uniformity ↓", "distance", False),
+    "hessian_eigenvalue_min": Metric("smallest Hessian eigenvalue", "", None),
+    "contrastive_loss": Metric("contrastive loss, nats", "distance", False),
     "image_latency_ms": Metric("image latency", "ms", False),
     "text_latency_ms": Metric("text latency", "ms", False),
     "image_throughput_per_s": Metric("images", "per s", True),
@@ -110,7 +112,9 @@ METRICS |= {
 METRIC_TITLES = {name: metric.title for name, metric in METRICS.items()}
 _SIDES = {"text": "sentence", "teacher": "teacher", "image": "image"}
 _COMPARISONS = {"gain": "gain", "retention": "kept"}  # suffixes of the ratio of a metric to an anchor's
-_PATTERN = re.compile(rf"({'|'.join(_SIDES)})_to_({'|'.join(_SIDES)})_(recall@\d+|mrr|map|median_rank)")
+_PATTERN = re.compile(
+    rf"({'|'.join(_SIDES)})_to_({'|'.join(_SIDES)})_((?:index_)?recall@\d+|mrr(?:@\d+)?|map(?:@\d+)?|median_rank)"
+)
 
 
 def metric_of(name: str) -> Metric:
@@ -132,12 +136,16 @@ def metric_of(name: str) -> Metric:
         return METRICS[name]
     if match := _PATTERN.fullmatch(name):
         source, target, what = match.groups()
-        title, unit, higher = _RANKING.get(what, (what.replace("recall", "R"), "%", True))
+        plain = what.replace("index_recall", "found by the index R").replace("recall", "R")
+        plain = plain.replace("mrr", "MRR").replace("map", "mAP")
+        title, unit, higher = _RANKING.get(what, (plain, "%", True))
         arrow = METRICS.get(f"{source}_to_{target}_mrr")
         arrow = arrow.title.partition(" ")[0] if arrow else f"{_SIDES[source]}→{_SIDES[target]}"
         return Metric(f"{arrow} {title}", unit, higher)
     if name.endswith("_accuracy"):
         return Metric(name.removesuffix("_accuracy").replace("_", " "), "%", True)
+    if name.endswith(("_text_score", "_image_score", "_group_score")):
+        return Metric(name.replace("_", " "), "%", True)
     if match := re.fullmatch(r"hessian_eigenvalue_(\d+)", name):
         return Metric(f"Hessian eigenvalue {match[1]}", "", None)
     return Metric(name, "", None)

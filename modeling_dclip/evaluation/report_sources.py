@@ -6,7 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_dclip.evaluation.benchmark_tables import render_encoders, render_scan, render_student_step
+from modeling_dclip.evaluation.benchmark_tables import (
+    render_encoders,
+    render_retrieval,
+    render_scan,
+    render_student_step,
+)
 from modeling_dclip.evaluation.results import read_results
 from modeling_dclip.evaluation.tables import render_summary
 
@@ -18,6 +23,7 @@ def _render_all_encoders(data: Mapping[str, Any]) -> str:
 # What `benchmarks/` writes says its name under "benchmark".
 SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "image_encoders": _render_all_encoders,
+    "retrieval": render_retrieval,
     "selective_scan": render_scan,
     "student_step": render_student_step,
 }

@@ -29,7 +29,12 @@ from pathlib import Path
 from typing import Any
 
 from modeling_dclip.data.files import replacing
-from modeling_dclip.evaluation.benchmark_tables import render_encoders, render_scan, render_student_step
+from modeling_dclip.evaluation.benchmark_tables import (
+    render_encoders,
+    render_retrieval,
+    render_scan,
+    render_student_step,
+)
 from modeling_dclip.evaluation.provenance import environment
 from modeling_dclip.evaluation.tables import render_leakage, render_summary, render_table
 
@@ -143,7 +148,7 @@ def write_results(path: str | os.PathLike, records: Mapping[str, Any] | Sequence
 def _read_json(path: str | os.PathLike) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"Expected JSON in {path}, got {error}. Make the file again.") from error
 
 
@@ -222,6 +227,7 @@ TABLES = {
     "demo": (_render_demo, set()),
     "leakage": (_render_leakage, {"metric"}),
     "encoders": (_of_benchmark(render_encoders), {"cells", "over"}),
+    "retrieval": (_of_benchmark(render_retrieval), set()),
     "scan": (_of_benchmark(render_scan), set()),
     "student_step": (_of_benchmark(render_student_step), set()),
 }
@@ -241,7 +247,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file; `table=results` (the
     default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms), `table=leakage` (what
-    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark `encoders`, `scan`, `student_step`.
+    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark `encoders`, `retrieval`, `scan`, `student_step`.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.

@@ -33,6 +33,9 @@ def test_titles_name_what_is_measured():
     assert metric_of("image_latency_ms").heading == "image latency, ms"
     assert metric_of("text_to_teacher_recall@5").title == "sentence→teacher R@5"
     assert metric_of("swapped_colours_accuracy").title == "swapped colours"
+    assert metric_of("text_to_image_index_recall@10").title == "T→I found by the index R@10"
+    assert metric_of("image_to_text_map@100")[:2] == ("I→T mAP@100", "%")
+    assert metric_of("hats_group_score")[:2] == ("hats group score", "%")
     assert metric_of("unheard_of").heading == "unheard_of"
     assert comparison_title("mean_per_class_retention") == "mean per class kept"
     assert comparison_title("anchor_revision") is None
