@@ -25,6 +25,7 @@ EIGHT_BIT_PACKAGES = {
 
 
 def describe(text: str, default: Any = None, **metadata: Any) -> Any:
+    """A field with its default and its one documentation, which `--help` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
     return field(default=default, metadata={"help": text, **metadata})
