@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := modeling_dclip tests benchmarks setup.py train.py eval.py
 
-.PHONY: demo test test-conformance quality style
+.PHONY: demo space test test-conformance quality style
 
 demo: $(STAMP)
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py
+space: $(STAMP)
+	$(BIN)/python hub_cards/space/app.py
 test: $(STAMP)
 	$(BIN)/python -m pytest -m "not conformance"
 test-conformance: $(STAMP)

@@ -1,0 +1,244 @@
+"""The Space: search pictures in words, and see what the models see. Runs on a CPU, without a network.
+
+    python hub_cards/space/app.py --model FOLDER_OR_HUB_ID [--teacher FOLDER_OR_HUB_ID] [--gallery FOLDER_OR_DATASET]
+
+On the Hub the variables MODEL, TEACHER, GALLERY and DETECTOR say the same.
+"""
+
+import argparse
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import gradio as gr
+from PIL import Image
+
+from modeling_dclip.hub.space_answers import (
+    DETECTOR,
+    GALLERY,
+    SpaceAnswers,
+    UserMistake,
+    suggest_labels,
+    suggest_queries,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+# What `make demo` leaves, best first; the small CLIP of the repository is always there.
+DEMO_MODELS = ("outputs/demo/leak_free/seed-0", "outputs/demo/paper/seed-0")
+FALLBACK_MODEL = "recipes/demo_anchor"
+EXAMPLES = 5
+FONTS = ["system-ui", "sans-serif"]  # nothing is fetched
+CSS = ".gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important}"
+
+
+class BrokenUpload(NamedTuple):
+    """What stands for a picture that is none: its name."""
+
+    name: str
+
+
+def make_upload(**options: Any) -> gr.Image:
+    """An upload of which a file that is no picture comes through as [`BrokenUpload`], to be spoken of where the answer goes.
+
+    The component is not subclassed, for which gradio would write a `.pyi` file beside this one.
+    """
+    upload = gr.Image(type="pil", **options)
+    decode = upload.preprocess
+
+    def preprocess(payload: Any) -> Image.Image | BrokenUpload | None:
+        try:
+            return decode(payload)
+        except (OSError, SyntaxError, ValueError, gr.Error, Image.DecompressionBombError):
+            return BrokenUpload(getattr(payload, "orig_name", None) or "The file")
+
+    upload.preprocess = preprocess
+    return upload
+
+
+def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tuple[Any, str]]:
+    """Say a visitor's mistake where the remark goes, and answer nothing."""
+
+    def answer(*inputs: Any) -> tuple[Any, str]:
+        try:
+            for given in inputs:
+                if isinstance(given, BrokenUpload):
+                    raise UserMistake(
+                        f"{given.name} cannot be read as a picture. Give an undamaged JPEG, PNG or WebP file."
+                    )
+            return function(*inputs)
+        except UserMistake as mistake:
+            return None, f"⚠️ {mistake}"
+
+    return answer
+
+
+def save_examples(answers: SpaceAnswers) -> list[str]:
+    """Some pictures of the gallery as files, spread over it."""
+    folder = Path(tempfile.mkdtemp(prefix="space-"))
+    rows = range(0, len(answers.gallery), max(1, len(answers.gallery) // EXAMPLES))
+    paths = [folder / f"{number}.png" for number, _ in enumerate(rows)]
+    for path, row in zip(paths, rows, strict=True):
+        answers.picture(row).save(path)
+    return [str(path) for path in paths[:EXAMPLES]]
+
+
+def _picture_input(examples: list[str]) -> gr.Image:
+    picture = make_upload(label="Picture", height=300, sources=["upload", "clipboard"])
+    gr.Examples([[path] for path in examples], picture, label="Examples")
+    return picture
+
+
+def _search_tab(answers: SpaceAnswers) -> None:
+    with gr.Row(equal_height=True):
+        text = gr.Textbox(label="What should the picture show?", placeholder="a red circle left of a star", scale=5)
+        count = gr.Slider(
+            1, min(30, len(answers.gallery)), value=min(10, len(answers.gallery)), step=1, label="Answers", scale=2
+        )
+        button = gr.Button("Search", variant="primary", scale=1, min_width=100)
+    if queries := suggest_queries(answers.captions, answers.is_drawn):
+        gr.Examples([[query] for query in queries], text, label="Examples")
+    remark = gr.Markdown()
+    found = gr.Gallery(
+        label="Pictures, best first",
+        show_label=False,
+        buttons=["fullscreen"],
+        columns=5,
+        object_fit="contain",
+        height="auto",
+        format="png",
+        interactive=False,
+    )
+    for event in (button.click, text.submit):
+        event(said_plainly(answers.find_pictures), [text, count], [found, remark], api_name="search")
+
+
+def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
+    with gr.Row():
+        with gr.Column():
+            picture = _picture_input(examples)
+            own = gr.Textbox(label="Your own texts, one a line (else the gallery's captions)", lines=3)
+            button = gr.Button("Find texts", variant="primary")
+        with gr.Column():
+            remark = gr.Markdown()
+            table = gr.Dataframe(headers=["text", "cosine"], datatype=["str", "number"], wrap=True, interactive=False,
+                                 column_widths=["80%", "20%"], label="Texts, best first")  # fmt: skip
+    button.click(said_plainly(answers.find_texts), [picture, own], [table, remark], api_name="texts")
+
+
+def _classes_tab(answers: SpaceAnswers, examples: list[str]) -> None:
+    labels, prompt = suggest_labels(answers.is_drawn)
+    with gr.Row():
+        with gr.Column():
+            picture = _picture_input(examples)
+            names = gr.Textbox(value=labels, label="Labels, separated by commas or one a line", lines=2)
+            phrase = gr.Textbox(value=prompt, label="Prompt; {} is the label")
+            button = gr.Button("Classify", variant="primary")
+        with gr.Column():
+            remark = gr.Markdown()
+            shares = gr.Label(num_top_classes=8, label="Share of each label")
+    button.click(said_plainly(answers.classify), [picture, names, phrase], [shares, remark], api_name="classify")
+
+
+def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
+    if answers.teacher is None:
+        gr.Markdown(
+            "No teacher was named. Start the page with `--teacher FOLDER`, or set the Space's variable `TEACHER`."
+        )
+        return
+    with gr.Row():
+        with gr.Column():
+            picture = _picture_input(examples)
+            caption = gr.Textbox(
+                label="What does it show?", placeholder="read by teachers that read text; else only written above"
+            )
+            button = gr.Button("Show attention", variant="primary")
+        with gr.Column():
+            remark = gr.Markdown()
+            drawing = gr.Image(
+                label="Where the teacher looks",
+                show_label=False,
+                interactive=False,
+                format="png",
+                buttons=["download", "fullscreen"],
+            )
+    button.click(said_plainly(answers.attend), [picture, caption], [drawing, remark], api_name="attention")
+
+
+def short_name(model: str) -> str:
+    """A Hub id as it is, the end of a folder's path."""
+    return "/".join(Path(model).resolve().parts[-3:]) if os.path.isdir(model) else model
+
+
+def build_app(answers: SpaceAnswers) -> gr.Blocks:
+    """The page over loaded models."""
+    examples = save_examples(answers)
+    with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
+        gr.Markdown(
+            f"# Picture search\nModel **{short_name(answers.name)}** over {len(answers.gallery)} pictures"
+            f"{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. Everything is computed on this machine."
+        )
+        with gr.Tab("Text to picture"):
+            _search_tab(answers)
+        with gr.Tab("Picture to text"):
+            _texts_tab(answers, examples)
+        with gr.Tab("Classify"):
+            _classes_tab(answers, examples)
+        with gr.Tab("Teacher's attention"):
+            _attention_tab(answers, examples)
+    return app
+
+
+def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
+    """Student and teacher of the demo if they are there, else the repository's small CLIP."""
+    for folder in (root / name for name in DEMO_MODELS):
+        if (folder / "student").is_dir():
+            teacher = folder / "teacher"
+            return str(folder / "student"), str(teacher) if teacher.is_dir() else None
+    fallback = root / FALLBACK_MODEL
+    return (str(fallback) if fallback.is_dir() else None), None
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command line over variables over what `make demo` left."""
+    model, teacher = default_models()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=os.environ.get("MODEL"), help="Folder or Hub id of a dual encoder.")
+    parser.add_argument("--teacher", default=os.environ.get("TEACHER"), help="Folder or Hub id of a trained teacher.")
+    parser.add_argument(
+        "--gallery", default=os.environ.get("GALLERY", GALLERY), help="Folder of pictures, or a dataset."
+    )
+    parser.add_argument("--detector", default=os.environ.get("DETECTOR", DETECTOR), help="Of regions in uploads.")
+    parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help="Address to listen on.")
+    parser.add_argument("--port", type=int, default=None, help="By default the first free one from 7860.")
+    arguments = parser.parse_args(argv)
+    if arguments.model is None:
+        arguments.model, arguments.teacher = model, arguments.teacher or teacher
+    if arguments.model is None:
+        parser.error("Expected a model: give --model, or set the variable MODEL.")
+    return arguments
+
+
+def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
+    """Start the server with the page's look."""
+    theme = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"])
+    return app.launch(theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], **options)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Load the models and serve the page."""
+    given = parse_arguments(argv)
+    try:
+        answers = SpaceAnswers(
+            given.model, given.teacher, gallery=given.gallery, detector=given.detector,
+            trust_remote_code=given.trust_remote_code,
+        )  # fmt: skip
+    except (ValueError, OSError, ImportError, TypeError) as problem:
+        raise SystemExit(str(problem)) from problem
+    launch(build_app(answers), server_name=given.host, server_port=given.port)
+
+
+if __name__ == "__main__":
+    main()
