@@ -97,6 +97,7 @@ def test_a_recipe_with_one_kind_of_benchmark_prints_its_table(tmp_path, benchmar
     results = tmp_path / "run" / "results"
     assert sorted(file.name for file in results.iterdir()) == [
         "records.json",
+        "records.outcomes.safetensors",
         "summary.json",
     ]  # no trade-off of one axis
     assert {record["benchmark"] for record in read_results(results / "records.json")} == {benchmark}
