@@ -4,7 +4,9 @@ The results file grows by one record a pair. Run again, it keeps what was measur
 """
 
 import os
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +24,16 @@ from modeling_dclip.evaluation.results import read_results, write_results
 from modeling_dclip.evaluation.tradeoff import compare_to_anchor
 from modeling_dclip.weight_interpolation import interpolate_weights
 
+try:
+    import fcntl
+except ImportError:  # not on this system: then one process at a time
+    fcntl = None
+
 logger = logging.get_logger(__name__)
 
 # What data, weights, memory or a missing package can do to one benchmark. A bug of another kind still stops everything.
-FAILURES = (ArithmeticError, DatasetsError, ImportError, LookupError, OSError, RuntimeError, SafetensorError)
-FAILURES += (TypeError, ValueError)
+FAILURES = (ArithmeticError, DatasetsError, ImportError, LookupError, MemoryError, OSError, RuntimeError)
+FAILURES += (SafetensorError, TypeError, ValueError)
 
 
 class Candidate(NamedTuple):
@@ -54,14 +61,40 @@ class Evaluation:
     failures: list[str] = field(default_factory=list)
 
 
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait for other processes that write results there; the lock goes with the process, however it ends."""
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class _Store:
-    """The results file and the outcomes beside it, as they grow. Records of other measurements stay where they are."""
+    """The results file and the outcomes beside it, as they grow. Records of other measurements, and of other processes, stay."""
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
         self.path, self.records = Path(path), []
         self.outcomes: dict[str, Outcomes] = {}
-        if not overwrite and self.path.exists():
+        self.begins_anew = overwrite
+        _check_writable(self.path)
+        self._read()
+
+    def _read(self) -> None:
+        if not self.begins_anew and self.path.exists():
             self.records, self.outcomes = read_results(self.path), read_outcomes(self.path)
+
+    def _write(self) -> None:
+        keys = {record_key(record) for record in self.records}
+        self.outcomes = {key: own for key, own in self.outcomes.items() if key in keys}
+        write_results(self.path, self.records)
+        write_outcomes(self.path, self.outcomes)
+        self.begins_anew = False
 
     def find(self, key: str) -> dict[str, Any] | None:
         return next((record for record in self.records if record_key(record) == key), None)
@@ -70,23 +103,30 @@ class _Store:
         def place(one: dict[str, Any]) -> tuple:
             return one["model"], one["benchmark"], one.get("condition"), one["seed"]
 
-        stale = [old for old in self.records if place(old) == place(record)]
-        for old in stale:
-            self.outcomes.pop(record_key(old), None)
-        rest = [old for old in self.records if old not in stale]
-        self.records = [*rest, record]
-        self.outcomes[record_key(record)] = outcomes
-        write_results(self.path, self.records)
-        write_outcomes(self.path, self.outcomes)
+        with _alone_in(self.path.parent):
+            self._read()
+            self.records = [*(old for old in self.records if place(old) != place(record)), record]
+            self.outcomes[record_key(record)] = outcomes
+            self._write()
 
     def keep_only(self, records: Sequence[dict[str, Any]]) -> None:
         """Drop what an earlier run left and this one did not ask for."""
-        keys = [record_key(record) for record in records]
         self.records = list(records)
-        self.outcomes = {key: self.outcomes[key] for key in keys if key in self.outcomes}
         if records:
-            write_results(self.path, self.records)
-            write_outcomes(self.path, self.outcomes)
+            self._write()
+
+
+def _check_writable(path: Path) -> None:
+    """Before hours of work whose results could not be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise OSError(
+            f"Expected a place to write the results file {path} to, got: {error}. Choose another."
+        ) from error
 
 
 def _load(
@@ -132,25 +172,20 @@ def evaluate(
         [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under `failures` and has none.
 
     Raises:
+        OSError: If `output` cannot be written.
         ValueError: If `output` is no results file, or an interpolation is without an anchor.
     """
     if anchor is None and any(candidate.alpha is not None for candidate in candidates):
         raise ValueError("Expected an anchor to interpolate from, got none. Name it.")
     store, done = _Store(output, overwrite), Evaluation()
-    loaded: dict[str, Benchmark] = {}
-    for benchmark in benchmarks:
-        try:
-            for member in expand_benchmark(benchmark):
-                loaded[member] = load_benchmark(member, seed=seed, **options)
-        except FAILURES as error:
-            done.failures.append(_failure(benchmark, error))
+    loaded = _load_benchmarks(benchmarks, done.failures, seed=seed, **options)
     candidates = _anchor_first(candidates, anchor) if loaded else ()
     references: dict[str, tuple[Outcomes, str]] = {}
     for candidate in tqdm(candidates, desc="Models", unit="model", disable=len(candidates) < 2):
         try:
             model, processor, revision, settings = _load(candidate, anchor, trust_remote_code)
         except FAILURES as error:
-            done.failures.append(_failure(candidate.name, error))
+            _leave_out(done.failures, candidate.name, error)
             continue
         fields = {"model": candidate.name, "label": candidate.label, "command": command, "revision": revision}
         fields["seed"] = seed if candidate.seed is None else candidate.seed
@@ -159,16 +194,16 @@ def evaluate(
             fields["settings"] = {**benchmark.settings, **settings} or None
             try:
                 record, outcomes, kept = _evaluate_pair(store, benchmark, model, processor, fields)
+                if candidate.name == anchor and candidate.alpha is None:
+                    references[name] = outcomes, revision
+                elif name in references:
+                    reference, anchor_revision = references[name]
+                    ratios = compare_to_anchor(outcomes, reference, seed=fields["seed"])
+                    record["comparison"] = {"anchor": anchor, "anchor_revision": anchor_revision, **ratios}
+                store.put(record, outcomes)
             except FAILURES as error:
-                done.failures.append(_failure(f"{candidate.label or candidate.name} on {name}", error))
+                _leave_out(done.failures, f"{candidate.label or candidate.name} on {name}", error)
                 continue
-            if candidate.name == anchor and candidate.alpha is None:
-                references[name] = outcomes, revision
-            elif name in references:
-                reference, anchor_revision = references[name]
-                ratios = compare_to_anchor(outcomes, reference, seed=fields["seed"])
-                record["comparison"] = {"anchor": anchor, "anchor_revision": anchor_revision, **ratios}
-            store.put(record, outcomes)
             done.records.append(record)
             done.kept += kept
     if not keep_others:
@@ -183,9 +218,33 @@ def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[C
     return named[:1] + [one for one in candidates if one not in named]
 
 
-def _failure(what: str, error: BaseException) -> str:
-    logger.warning("%s failed and is left out", what, exc_info=error)
-    return f"{what}: {type(error).__name__}: {error}"
+def describe_failure(what: str, error: BaseException) -> str:
+    """One line on what failed and why; where in the code it did, the log says at the level `info` (`TRANSFORMERS_VERBOSITY=info`)."""
+    logger.info("%s failed here:", what, exc_info=error)
+    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _leave_out(failures: list[str], what: str, error: BaseException) -> None:
+    """Say so at once, as the rest may take hours; the reason comes at the end."""
+    logger.warning("%s failed and is left out", what)
+    failures.append(describe_failure(what, error))
+
+
+def _load_benchmarks(benchmarks: Sequence[str], failures: list[str], **options: Any) -> dict[str, Benchmark]:
+    """Those that load, by name; of the others a line in `failures`."""
+    loaded = {}
+    for benchmark in benchmarks:
+        try:
+            members = expand_benchmark(benchmark)
+        except FAILURES as error:
+            _leave_out(failures, benchmark, error)
+            continue
+        for member in members:
+            try:
+                loaded[member] = load_benchmark(member, **options)
+            except FAILURES as error:
+                _leave_out(failures, member, error)
+    return loaded
 
 
 def _evaluate_pair(
@@ -196,6 +255,10 @@ def _evaluate_pair(
     key = record_key(known)
     kept = store.find(key)
     if kept is not None and (key in store.outcomes or "intervals" not in kept):  # else killed between the two files
+        if (
+            fields["label"] or kept["model"] != fields["model"]
+        ):  # the same weights from elsewhere have no label of these
+            kept = {name: value for name, value in kept.items() if name != "label"}
         label = {"label": fields["label"]} if fields["label"] else {}
         return {**kept, "model": fields["model"], **label}, store.outcomes.get(key, {}), True
     result = benchmark.evaluate(model, processor)

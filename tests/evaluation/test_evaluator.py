@@ -1,5 +1,8 @@
 """Evaluations that go on, lose nothing to a failure, and compare with an anchor."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ from modeling_dclip.evaluation import evaluator
 from modeling_dclip.evaluation.benchmarks import Benchmark
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes
-from modeling_dclip.evaluation.results import read_results
+from modeling_dclip.evaluation.results import read_results, write_results
 
 
 @pytest.fixture
@@ -133,3 +136,84 @@ def test_a_file_that_is_no_results_file_is_not_touched(world, tmp_path):
     with pytest.raises(ValueError, match=r"Expected JSON in .*r.json"):
         evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
     assert (tmp_path / "r.json").read_text() == "mine" and world == []
+
+
+def test_one_damaged_set_of_a_suite_does_not_lose_the_others(world, tmp_path, monkeypatch):
+    members = ["zero_shot=b", "zero_shot=missing", "zero_shot=c"]
+    monkeypatch.setattr(evaluator, "expand_benchmark", lambda name: members)
+    done = evaluate([Candidate("student")], ["zero_shot=suite:d"], tmp_path / "r.json")
+    assert [record["benchmark"] for record in done.records] == [members[0], members[2]]
+    assert done.failures == ["zero_shot=missing: FileNotFoundError: no such data"]
+
+
+def test_two_runs_at_once_keep_each_others_records(world, tmp_path, monkeypatch):
+    load = evaluator.load_benchmark
+
+    def load_slowly(name, **options):
+        benchmark = load(name, **options)
+
+        def evaluate_while_another_runs(model, processor):
+            if name == "retrieval=a" and model.weight.item() > 0.5:
+                evaluate([Candidate("anchor")], BENCHMARKS, tmp_path / "r.json")
+            return benchmark.evaluate(model, processor)
+
+        return benchmark._replace(evaluate=evaluate_while_another_runs)
+
+    monkeypatch.setattr(evaluator, "load_benchmark", load_slowly)
+    evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
+    models = [record["model"] for record in read_results(tmp_path / "r.json")]
+    assert models == ["anchor", "anchor", "student", "student"] and len(read_outcomes(tmp_path / "r.json")) == 4
+    evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json", overwrite=True)
+    assert [record["model"] for record in read_results(tmp_path / "r.json")] == ["student"]
+
+
+def test_the_lock_on_a_folder_of_results_lets_one_in_at_a_time(tmp_path):
+    order = []
+
+    def write(name):
+        with evaluator._alone_in(tmp_path):
+            order.append(name)
+            time.sleep(0.05)
+            order.append(name)
+
+    threads = [threading.Thread(target=write, args=(name,)) for name in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert order in (["a", "a", "b", "b"], ["b", "b", "a", "a"])
+
+
+def test_results_that_could_not_be_written_stop_it_before_any_work(world, tmp_path):
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "r.json"):
+        with pytest.raises(OSError, match=f"Expected a place to write the results file {output} to, got"):
+            evaluate([Candidate("student")], BENCHMARKS, output)
+    assert world == []
+
+
+def test_results_that_can_not_be_written_any_more_are_a_failure(world, tmp_path, monkeypatch):
+    def fill_disk(path, records):
+        if records[-1]["benchmark"] == "retrieval=a":
+            raise OSError("No space left on device")
+        write_results(path, records)
+
+    monkeypatch.setattr(evaluator, "write_results", fill_disk)
+    done = evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
+    assert done.failures == ["student on retrieval=a: OSError: No space left on device"]
+    assert [record["benchmark"] for record in done.records] == ["zero_shot=b"]
+
+
+def test_the_same_weights_from_another_place_have_their_own_label_and_outcomes(world, tmp_path, monkeypatch):
+    load = evaluator.load_dual_encoder
+    monkeypatch.setattr(evaluator, "load_dual_encoder", lambda name, **options: load("student", **options))
+    evaluate([Candidate("student", "first")], BENCHMARKS[:1], tmp_path / "r.json")
+    done = evaluate([Candidate("copy")], BENCHMARKS[:1], tmp_path / "r.json")
+    assert done.kept == 1 and "label" not in done.records[0]
+    monkeypatch.setattr(evaluator, "load_dual_encoder", load)
+    monkeypatch.setattr(
+        evaluator, "load_dual_encoder", lambda name, **options: load({"copy": "anchor"}.get(name, name), **options)
+    )
+    evaluate([Candidate("copy")], BENCHMARKS[:1], tmp_path / "r.json")  # trained again
+    assert len(read_outcomes(tmp_path / "r.json")) == 2
+    assert evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json").kept == 1
