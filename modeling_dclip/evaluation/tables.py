@@ -57,6 +57,11 @@ def name_of(record: Mapping[str, Any]) -> str:
     return record.get("label", record["model"])
 
 
+def row_title(record: Mapping[str, Any]) -> str:
+    """[`name_of`] and, of a point between two models or another condition, which it is."""
+    return ", ".join([name_of(record), *([record["condition"]] if "condition" in record else [])])
+
+
 COLUMNS = {
     "model": ("Model", name_of),
     "benchmark": ("Benchmark", lambda record: record["benchmark"]),
@@ -105,7 +110,7 @@ def render_table(
     for record in records:
         names = tuple(name for name in metrics or record["metrics"] if name in record["metrics"])
         if names:
-            kinds.setdefault(names, []).append(record)
+            kinds.setdefault(names, []).append({**record, "label": row_title(record)})
     if not kinds:
         raise ValueError(
             f"Expected records with any of the metrics {metrics or 'at all'}, got {len(records)} without."

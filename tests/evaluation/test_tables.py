@@ -42,3 +42,11 @@ def test_columns_are_chosen_by_name():
     assert text.splitlines()[0].split() == "| Model | Weights | top-1 |".split() and "a0123456" in text
     with pytest.raises(ValueError, match="Expected columns of .*'hat'"):
         render_table([record("a", {"top1": 0.5})], columns=("hat",))
+
+
+def test_a_point_between_two_models_says_which_it_is():
+    rows = [record("m", {"top1": 0.5}), record("m", {"top1": 0.4}, condition="alpha=0.5", label="ours")]
+    assert [line.split(" | ")[0].strip("| ") for line in render_table(rows).splitlines()[2:]] == [
+        "m",
+        "ours, alpha=0.5",
+    ]
