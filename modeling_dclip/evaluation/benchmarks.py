@@ -119,6 +119,10 @@ def _load_diagnostics(name: str, spec: str, options: EvaluationOptions) -> Bench
 
 
 def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    if given := sorted({"seed", *options.computing} & set(options.hessian)):
+        raise ValueError(
+            f"Expected options of the Hessian alone, got {given[0]!r}. Every benchmark has it: use --{given[0]}."
+        )
     chosen = bind_options(evaluate_hessian, options.hessian, "the Hessian's options")
     dataset = load_captions(spec, seed=options.seed)
     evaluate = partial(evaluate_hessian, dataset=dataset, seed=options.seed, **options.computing, **chosen)
@@ -236,7 +240,8 @@ def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: 
         `dict[str, Any]`: Valid for [`~modeling_dclip.evaluation.results.write_results`].
     """
     intervals = None
-    if (outcomes := result.get("outcomes")) and result["n"] > 1:
+    outcomes = result.get("outcomes")
+    if outcomes and len(next(iter(outcomes.values()))) > 1:  # one image, whatever is asked of it, has no interval
         found = bootstrap_outcomes(outcomes, seed=fields.get("seed", 0))
         intervals = {name: interval.to_dict() for name, interval in found.items()}
     return make_record(

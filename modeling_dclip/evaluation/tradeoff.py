@@ -47,14 +47,18 @@ def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **b
 
     Returns:
         `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor), an [`Interval`] as a
-        dict, JSON-ready; empty for a benchmark that has neither metric, or where the anchor has no hit: a ratio to it is not defined.
+        dict, JSON-ready; empty for a benchmark that has neither metric, on a single image, or where the anchor has no hit: a ratio to it
+        is not defined.
 
     Raises:
         ValueError: If the two are on different data.
     """
     compared = {}
     for metric, name, offset in ((GAIN_METRIC, "gain", 1), (RETENTION_METRIC, "retention", 0)):
-        if metric in student and metric in anchor and anchor[metric][:, 0].sum() > 0:
+        if metric not in student or metric not in anchor:
+            continue
+        several = len(student[metric]) > 1 or len(anchor[metric]) > 1  # one image alone has no interval
+        if several and anchor[metric][:, 0].sum() > 0:
             ratio = ratio_to_anchor(student[metric], anchor[metric], **bootstrap)
             ends = (value - offset for value in ratio[:3])
             compared[f"{metric}_{name}"] = Interval(*ends, *ratio[3:]).to_dict()

@@ -1,6 +1,7 @@
 """Benchmarks by name: known ones load, their split is read off the spec, unknown ones are named."""
 
 import pytest
+import torch
 
 from modeling_dclip.evaluation import benchmarks
 
@@ -36,3 +37,19 @@ def test_a_record_holds_the_metrics_and_where_they_come_from():
     assert record["metrics"] == {"text_to_image_recall@1": 0.5}
     assert (record["n"], record["split"], record["n_captions"]) == (3, "test", 15)
     assert record["dataset_fingerprint"] == benchmark.fingerprint
+
+
+def test_many_questions_about_one_image_have_no_interval():
+    benchmark = benchmarks.load_benchmark("fine_grained=scenes:test,n=1,image_size=40")
+    result = {"accuracy": 0.5, "n": 4, "outcomes": {"accuracy": torch.tensor([[2.0, 4.0]])}}
+    record = benchmarks.benchmark_record(benchmark, result, model="m", seed=0, revision="sha256:0", command="c")
+    assert record["metrics"] == {"accuracy": 0.5} and "intervals" not in record
+
+
+def test_the_hessian_takes_only_options_of_its_own():
+    spec = "hessian=scenes:test,n=2,image_size=40"
+    for option in ("seed", "batch_size", "device"):
+        with pytest.raises(ValueError, match=f"options of the Hessian alone, got '{option}'.*use --{option}"):
+            benchmarks.load_benchmark(spec, hessian={option: "1"})
+    with pytest.raises(ValueError, match="Expected an integer for the option 'steps'.*got 'abc'"):
+        benchmarks.load_benchmark(spec, hessian={"steps": "abc"})

@@ -53,6 +53,7 @@ def test_retrieval_is_compared_as_gain_and_classification_as_retention():
 
 def test_no_ratio_where_the_anchor_has_no_hit_or_the_benchmark_no_such_metric():
     assert compare_to_anchor({"top1": outcomes(1, 0)}, {"top1": outcomes(0, 0)}) == {}
+    assert compare_to_anchor(*2 * [{"top1": outcomes(1, 0, images=1)}]) == {}  # nor on a single image
     assert compare_to_anchor({"accuracy": outcomes(1, 0)}, {"accuracy": outcomes(1, 0)}) == {}
 
 
