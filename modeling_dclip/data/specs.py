@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 _COUNT = re.compile(r"@(\d+)$")
+_NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
 _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
 
 
@@ -44,7 +45,7 @@ def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec:
         `dict[str, Any]`: What to call `function` with.
 
     Raises:
-        ValueError: If an option is unknown; the message lists the known ones.
+        ValueError: If an option is unknown (the message lists the known ones) or is no number where one is expected.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
@@ -55,7 +56,21 @@ def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec:
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"Unknown option {unknown[0]!r} in {spec!r}. Known options: {', '.join(known) or 'none'}.")
-    return {key: text if known[key] in (str, str | None) else _value(text) for key, text in options.items()}
+    values = {key: text if known[key] in (str, str | None) else _value(text) for key, text in options.items()}
+    for key, value in values.items():
+        if _is_of_another_type(value, known[key]):
+            raise ValueError(
+                f"Expected {_NUMBERS[known[key]]} for the option {key!r} in {spec!r}, got {options[key]!r}."
+            )
+    return values
+
+
+def _is_of_another_type(value: bool | int | float | str, annotation: Any) -> bool:
+    """Whether a number is expected and this is none. Other annotations are left to the function."""
+    if annotation not in _NUMBERS:
+        return False
+    allowed = (int, float) if annotation in (float, float | None) else int
+    return isinstance(value, bool) or not isinstance(value, allowed)
 
 
 def parse_spec(

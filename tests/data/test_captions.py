@@ -79,6 +79,9 @@ def test_a_spec_falls_apart_into_fields_options_and_count():
         ("disk:x@0", "count of at least 1"),
         ("coco:a:b,mising=skip", "Unknown option 'mising'.*Known options: missing"),
         ("scenes:test,number=3", "Unknown option 'number'.*Known options: n,"),
+        ("scenes:test,n=many", "Expected an integer for the option 'n' in 'scenes:test', got 'many'"),
+        ("scenes:test,n=2.5", "Expected an integer for the option 'n'.*got '2.5'"),
+        ("scenes:test,image_size=true", "Expected an integer for the option 'image_size'.*got 'true'"),
     ],
 )
 def test_a_wrong_spec_names_the_known_forms(spec, message):
