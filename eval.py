@@ -13,81 +13,19 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-import torch
 from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.evaluation.benchmarks import describe_kinds, kind_of
 from modeling_dclip.evaluation.classifier_cache import ClassifierCache
+from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.comparison import compare_results, render_comparison
 from modeling_dclip.evaluation.curves import plot_curve
-from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.evaluator import FAILURES, Candidate, Evaluation, describe_failure, evaluate
 from modeling_dclip.evaluation.galleries import write_pages
 from modeling_dclip.evaluation.reports import write_report
 from modeling_dclip.evaluation.results import render_table
 from modeling_dclip.evaluation.suite_tables import render_averages
-
-
-def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    description = f"{__doc__}\n{describe_kinds()}"
-    parser = argparse.ArgumentParser(
-        prog="eval.py", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--model", required=True, nargs="+", metavar="MODEL", help="folders, Hub ids or open_clip:NAME:PRETRAINED")
-    add("--benchmark", required=True, nargs="+", metavar="KIND[=SPEC]", help="see above")
-    add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
-    add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
-    add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
-    add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
-    add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
-    add("--output", default="results.json", help="results file (default: %(default)s)")
-    add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
-    add("--label", nargs="+", help="names to show in tables instead of the models' paths")
-    add("--batch_size", type=int, default=64, help="images at a time (default: %(default)s)")
-    add("--num_workers", type=int, default=0, help="processes that decode images (default: %(default)s)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
-    add("--seed", type=int, default=0, help="of the draw of @COUNT and of the bootstrap (default: %(default)s)")
-    add("--class_names", metavar="FILE", help="zero_shot: class names, one a line, in the order of the labels")
-    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {}")
-    add("--classifier_cache", metavar="DIR", help="zero_shot: keep classifiers here from run to run")
-    add(
-        "--index",
-        metavar="faiss[:FACTORY]",
-        help="retrieval: search a FAISS index, for sets too large to search whole",
-    )
-    add("--hessian", nargs="+", default=[], metavar="KEY=VALUE", help="hessian: e.g. tower=all steps=60")
-    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
-    arguments = parser.parse_args(argv)
-    check_arguments(parser, arguments)
-    return arguments
-
-
-def check_arguments(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
-    try:
-        kinds = {kind_of(benchmark) for benchmark in arguments.benchmark}
-    except ValueError as error:
-        parser.error(str(error))
-    owners = {"class_names": "zero_shot", "templates": "zero_shot", "classifier_cache": "zero_shot"}
-    for name, kind in (
-        owners | {"index": "retrieval", "gallery": "retrieval", "maps": "retrieval", "hessian": "hessian"}
-    ).items():
-        if getattr(arguments, name) and kind not in kinds:
-            parser.error(f"--{name} belongs to the benchmark {kind}, which is not asked for")
-    if arguments.label and len(arguments.label) != len(arguments.model):
-        parser.error(f"--label: expected one name for each of {len(arguments.model)} models, got {arguments.label}")
-    if arguments.alphas and arguments.anchor is None:
-        parser.error("--alphas: expected an --anchor, where the line to the model begins")
-    if odd := [pair for pair in arguments.hessian if "=" not in pair]:
-        parser.error(f"--hessian: expected KEY=VALUE, got {odd[0]!r}")
-
-
-def read_lines(path: str | None) -> list[str] | None:
-    if path is None:
-        return None
-    return [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
@@ -100,29 +38,45 @@ def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
     ]
 
 
+def show(done: Evaluation, arguments: argparse.Namespace) -> None:
+    """Print what was measured, and draw it where that was asked for."""
+    print(render_table(done.records))
+    kept = f"; {done.kept} of these records were there already" * bool(done.kept)
+    print(f"\nWritten to {arguments.output}{kept}")
+    if averages := render_averages(done.records):
+        print(f"\n{averages}")
+    if arguments.plot:
+        plot_curve(done.records, arguments.plot, anchor=arguments.anchor)
+        print(f"Drawn to {arguments.plot}")
+    shared = ("gallery", "maps", "batch_size", "device", "num_workers", "seed", "trust_remote_code")
+    for page in write_pages(done.records, **{key: getattr(arguments, key) for key in shared}):
+        print(f"Written to {page}")
+
+
 def run(argv: Sequence[str]) -> int:
-    arguments = parse_arguments(argv)
+    arguments = parse_arguments(argv, __doc__)
     set_seed(arguments.seed)
-    shared = ("anchor", "batch_size", "device", "num_workers", "overwrite", "seed", "trust_remote_code")
-    options = {key: getattr(arguments, key) for key in shared}
-    options |= {key: read_lines(getattr(arguments, key)) for key in ("class_names", "templates")}
-    options |= {"index": arguments.index, "classifiers": ClassifierCache(arguments.classifier_cache)}
+    shared = (
+        "anchor",
+        "batch_size",
+        "class_names",
+        "device",
+        "index",
+        "num_workers",
+        "overwrite",
+        "seed",
+        "templates",
+    )
+    options = {key: getattr(arguments, key) for key in (*shared, "trust_remote_code")}
+    options["classifiers"] = ClassifierCache(arguments.classifier_cache)
     options["hessian"] = dict(pair.split("=", 1) for pair in arguments.hessian)
     command = shlex.join(["eval.py", *argv])
     done = evaluate(find_candidates(arguments), arguments.benchmark, arguments.output, command=command, **options)
     if done.records:
-        print(render_table(done.records))
-        if averages := render_averages(done.records):
-            print(f"\n{averages}")
-        if arguments.plot:
-            plot_curve(done.records, arguments.plot, anchor=arguments.anchor)
-            print(f"\nDrawn to {arguments.plot}")
-        print(
-            f"\nWritten to {arguments.output}" + f"; {done.kept} of these records were there already" * bool(done.kept)
-        )
-    shown = {key: options[key] for key in ("batch_size", "device", "num_workers", "seed", "trust_remote_code")}
-    for page in write_pages(done.records, gallery=arguments.gallery, maps=arguments.maps, **shown):
-        print(f"Written to {page}")
+        try:
+            show(done, arguments)
+        except FAILURES as error:
+            done.failures.append(describe_failure("tables and pictures", error))
     for failure in done.failures:
         print(f"Failed: {failure}", file=sys.stderr)
     return 1 if done.failures else 0
@@ -154,9 +108,12 @@ COMMANDS = {"report": report, "compare": compare}
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    if argv and argv[0] in COMMANDS:
-        return COMMANDS[argv[0]](argv[1:])
-    return run(argv)
+    command = COMMANDS.get(argv[0]) if argv else None
+    try:
+        return run(argv) if command is None else command(argv[1:])
+    except (ImportError, OSError, ValueError) as error:  # wrong files, no place to write: the message says it all
+        print(f"Failed: {describe_failure('eval.py', error)}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

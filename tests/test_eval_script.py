@@ -184,6 +184,19 @@ def test_a_gallery_a_report_and_a_comparison_come_from_what_was_measured(
         (["--benchmark", "retrieval", "--alphas", "0.5"], "expected an --anchor"),
         (["--benchmark", "retrieval", "--label", "a", "b"], "one name for each of 1 models"),
         (["--benchmark", "hessian", "--hessian", "tower"], "expected KEY=VALUE, got 'tower'"),
+        (["--benchmark", "retrieval", "--anchor", "y", "--alphas", "5"], "expected points from 0 (the anchor) to 1"),
+        (["--benchmark", "retrieval", "--batch_size", "0"], "expected an integer >= 1, got '0'"),
+        (["--benchmark", "retrieval", "--num_workers", "-1"], "expected an integer >= 0, got '-1'"),
+        (["--benchmark", "retrieval", "--seed", "x"], "expected an integer >= 0, got 'x'"),
+        (["--benchmark", "retrieval", "--device", "gpu"], "expected a device of this machine, got 'gpu'"),
+        (["--benchmark", "retrieval", "--gallery", __file__], "expected a folder, got the file"),
+        (["--benchmark", "retrieval", "--plot", "a.png"], "expected the benchmarks retrieval and zero_shot"),
+        (["--benchmark", "retrieval", "zero_shot", "--plot", "a.jpg"], "expected a .png file, got a.jpg"),
+        (
+            "--benchmark retrieval zero_shot --model a b --anchor c --alphas 0.5 --plot a.png".split(),
+            "expected one --model with --alphas",
+        ),
+        (["--benchmark", "zero_shot", "--class_names", "no.txt"], "No file 'no.txt' of class names"),
         ([], "--benchmark"),
     ],
 )
@@ -192,6 +205,44 @@ def test_bad_arguments_are_named(script, capsys, arguments, message):
         script.main(["--model", "x", *arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_lines_of_class_names_are_not_dropped_unnoticed(script, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("cat\n\ndog\n")
+    with pytest.raises(SystemExit):
+        script.main(["--model", "x", "--benchmark", "zero_shot", "--class_names", str(tmp_path / "names.txt")])
+    assert "line 2 is empty" in capsys.readouterr().err
+
+
+def test_wrong_files_are_one_line_and_not_touched(script, tmp_path, capsys):
+    (tmp_path / "r.json").write_bytes(b"\xff\xfe")
+    wrong, missing = str(tmp_path / "r.json"), str(tmp_path / "missing.json")
+    commands = [
+        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", wrong], "Expected JSON in"),
+        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", str(tmp_path)], "it is a folder"),
+        (["report", missing], "which does not exist"),
+        (["report", wrong], "none of these"),
+        (["compare", missing, wrong], "No such file"),
+        (["compare", wrong, wrong], "Expected JSON in"),
+    ]
+    for command, message in commands:
+        assert script.main(command) == 1
+        shown = capsys.readouterr().err
+        assert "Traceback" not in shown
+        (line,) = [line for line in shown.splitlines() if line.startswith("Failed: ")]
+        assert message in line
+    assert (tmp_path / "r.json").read_bytes() == b"\xff\xfe"
+
+
+def test_what_cannot_be_drawn_does_not_lose_what_was_measured(script, tiny_clip_dir, tmp_path, monkeypatch, capsys):
+    def refuse(*arguments, **options):
+        raise TypeError("no maps of this build")
+
+    monkeypatch.setattr(script, "write_pages", refuse)
+    arguments = ["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[0], "--maps", str(tmp_path / "maps")]
+    assert script.main([*arguments, "--output", str(tmp_path / "r.json")]) == 1
+    shown = capsys.readouterr()
+    assert "T→I R@1" in shown.out and "Failed: tables and pictures: TypeError: no maps of this build" in shown.err
 
 
 def test_help_names_every_benchmark_and_default(script, capsys):

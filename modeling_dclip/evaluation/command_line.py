@@ -1,0 +1,131 @@
+"""The arguments of `eval.py`, checked before anything is loaded."""
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from modeling_dclip.evaluation.benchmarks import describe_kinds, kind_of
+from modeling_dclip.evaluation.class_prompts import read_lines
+
+# What these are for: the kind of benchmark that has to be asked for.
+_OWNERS = {
+    "class_names": "zero_shot",
+    "templates": "zero_shot",
+    "classifier_cache": "zero_shot",
+    "index": "retrieval",
+    "gallery": "retrieval",
+    "maps": "retrieval",
+    "hessian": "hessian",
+}
+_FOLDERS = ("gallery", "maps", "classifier_cache")
+
+
+def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
+    """Parse what comes after `eval.py`. Exits with status 2 and one line where an argument is wrong.
+
+    Args:
+        argv (`Sequence[str]`, *optional*): Of the process if not given.
+        description (`str`): Above the help.
+
+    Returns:
+        `argparse.Namespace`: `class_names` and `templates` are the lines of their files, `None` where not given.
+    """
+    parser = argparse.ArgumentParser(
+        prog="eval.py",
+        description=f"{description}\n{describe_kinds()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_arguments(parser)
+    arguments = parser.parse_args(argv)
+    try:
+        _check_arguments(arguments)
+        for name in ("class_names", "templates"):
+            if (path := getattr(arguments, name)) is not None:
+                setattr(arguments, name, read_lines(path))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return arguments
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: an integer of at least `least`."""
+
+    def convert(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
+        return int(text)
+
+    return convert
+
+
+def _device(text: str) -> str:
+    try:
+        torch.empty(0, device=text)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch says each of them for a device it lacks
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"expected a device of this machine, got {text!r}: {reason}") from error
+    return text
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--model", required=True, nargs="+", metavar="MODEL", help="folders, Hub ids or open_clip:NAME:PRETRAINED")
+    add("--benchmark", required=True, nargs="+", metavar="KIND[=SPEC]", help="see above")
+    add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
+    add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
+    add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
+    add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
+    add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
+    add("--output", default="results.json", help="results file (default: %(default)s)")
+    add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
+    add("--label", nargs="+", help="names to show in tables instead of the models' paths")
+    add("--batch_size", type=_at_least(1), default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add("--num_workers", type=_at_least(0), default=0, metavar="N", help="processes that decode images (default: 0)")
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", type=_device, default=default, help="default here: %(default)s")
+    seed_help = "of the draw of @COUNT and of the bootstrap (default: 0)"
+    add("--seed", type=_at_least(0), default=0, metavar="N", help=seed_help)
+    add("--class_names", metavar="FILE", help="zero_shot: class names, one a line, in the order of the labels")
+    add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {}")
+    add("--classifier_cache", metavar="DIR", help="zero_shot: keep classifiers here from run to run")
+    index_help = "retrieval: search a FAISS index, for sets too large to search whole"
+    add("--index", metavar="faiss[:FACTORY]", help=index_help)
+    add("--hessian", nargs="+", default=[], metavar="KEY=VALUE", help="hessian: e.g. tower=all steps=60")
+    add("--trust_remote_code", action="store_true", help="run code that comes with a model")
+
+
+def _check_arguments(arguments: argparse.Namespace) -> None:
+    kinds = {kind_of(benchmark) for benchmark in arguments.benchmark}
+    for name, kind in _OWNERS.items():
+        if getattr(arguments, name) and kind not in kinds:
+            raise ValueError(f"--{name} belongs to the benchmark {kind}, which is not asked for")
+    if arguments.label and len(arguments.label) != len(arguments.model):
+        raise ValueError(
+            f"--label: expected one name for each of {len(arguments.model)} models, got {arguments.label}"
+        )
+    if arguments.alphas and arguments.anchor is None:
+        raise ValueError("--alphas: expected an --anchor, where the line to the model begins")
+    if odd := [alpha for alpha in arguments.alphas or () if not 0 <= alpha <= 1]:
+        raise ValueError(f"--alphas: expected points from 0 (the anchor) to 1 (the model), got {odd[0]:g}")
+    if odd := [pair for pair in arguments.hessian if not pair.partition("=")[0] or "=" not in pair]:
+        raise ValueError(f"--hessian: expected KEY=VALUE, got {odd[0]!r}")
+    if arguments.plot:
+        _check_plot(arguments, kinds)
+    for name in _FOLDERS:
+        if getattr(arguments, name) and Path(getattr(arguments, name)).is_file():
+            raise ValueError(f"--{name}: expected a folder, got the file {getattr(arguments, name)}")
+
+
+def _check_plot(arguments: argparse.Namespace, kinds: set[str]) -> None:
+    if Path(arguments.plot).suffix != ".png":
+        raise ValueError(f"--plot: expected a .png file, got {arguments.plot}")
+    if not {"retrieval", "zero_shot"} <= kinds:
+        raise ValueError(f"--plot: expected the benchmarks retrieval and zero_shot, got {', '.join(sorted(kinds))}")
+    if arguments.alphas and len(set(arguments.model)) > 1:
+        raise ValueError(f"--plot: expected one --model with --alphas, got {len(arguments.model)}; plot one at a time")
