@@ -7,14 +7,13 @@ A results file is a JSON list of records, one per benchmark of one model:
      "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
 
 `split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of metrics, `comparison`
-(intervals against an anchor), `chance` (what guessing scores), `spread` (of repeated timings), `settings` (what else the numbers depend on) and, of a measurement under several conditions, `condition`
-and the values of the metrics' `draws`.
-In a README the opening marker of a block names its source and form,
+(intervals against an anchor), `chance` (what guessing scores), `spread` (of timings), `settings` (what else the numbers depend on) and, of
+a measurement under several conditions, `condition` and the values of the metrics' `draws`. In a README
 
     <!-- results:demo source=results/demo/summary.json table=demo -->
     <!-- /results:demo -->
 
-and `python -m modeling_dclip.evaluation.results README.md` renders all such blocks; with `--check` it only says which are out of date.
+names its source and form, and `python -m modeling_dclip.evaluation.results README.md` renders all such blocks; with `--check` it only says which are out of date.
 """
 
 import argparse
@@ -73,8 +72,12 @@ def make_record(**fields: Any) -> dict[str, Any]:
     """
     versions, hardware = environment()
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
-    filled |= {"created": created, **fields}
+    filled = {
+        "format_version": FORMAT_VERSION,
+        "versions": versions,
+        "hardware": hardware,
+        "created": created,
+    } | fields
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")
@@ -291,8 +294,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     stale = render_readme(arguments.readme, check=arguments.check)
     if arguments.check and stale:
-        command = f"python -m modeling_dclip.evaluation.results {arguments.readme}"
-        sys.stderr.write(f"Out of date in {arguments.readme}: {', '.join(stale)}. Run `{command}`.\n")
+        command = f"`python -m modeling_dclip.evaluation.results {arguments.readme}`"
+        sys.stderr.write(f"Out of date in {arguments.readme}: {', '.join(stale)}. Run {command}.\n")
         return 1
     sys.stdout.write(f"{arguments.readme}: {'rendered ' + ', '.join(stale) if stale else 'up to date'}\n")
     return 0
