@@ -71,13 +71,8 @@ def make_record(**fields: Any) -> dict[str, Any]:
         ValueError: If a field is missing, unknown or of another type.
     """
     versions, hardware = environment()
-    created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    filled = {
-        "format_version": FORMAT_VERSION,
-        "versions": versions,
-        "hardware": hardware,
-        "created": created,
-    } | fields
+    filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
+    filled |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")
