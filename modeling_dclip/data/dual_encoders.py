@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
 from modeling_dclip.data.open_clip_models import OPEN_CLIP, load_open_clip
@@ -75,21 +76,27 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[tor
         FileNotFoundError: If a folder is missing or holds no safetensors.
         ImportError: If open_clip is named and not installed.
         TypeError: If the model is no dual encoder.
-        ValueError: If weights are missing, so that they would be random; if the processor lacks a half; as [`load_open_clip`].
+        ValueError: If weights are damaged, or missing, so that they would be random; if the processor lacks files or a half; as
+            [`load_open_clip`].
     """
     name = str(spec)
     if name.startswith(OPEN_CLIP):
         return load_open_clip(name)
     _check_folder(name)
     options = {"trust_remote_code": trust_remote_code}
-    model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    try:
+        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected whole weights in {name!r}, got a damaged file ({error}). Fetch it again."
+        ) from error
     require_dual_encoder(model, name)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
             f"Expected all weights of {type(model).__name__} in {name!r}, got {len(missing)} missing ({', '.join(missing[:NAMED])}...): "
             "they would be random. It is another architecture's checkpoint, or one tower's."
         )
-    processor = AutoProcessor.from_pretrained(name, backend="pil", **options)
+    processor = _load_processor(name, options)
     _check_processor(processor, name)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         logger.warning(
@@ -107,6 +114,17 @@ def _check_folder(name: str) -> None:
             )
     elif folder.is_absolute() or len(folder.parts) > 2 or name.startswith("."):  # a Hub id is organisation/name
         raise FileNotFoundError(f"Expected a folder with a model at {name}, got none. Check the path.")
+
+
+def _load_processor(name: str, options: dict[str, Any]) -> Any:
+    try:
+        return AutoProcessor.from_pretrained(name, backend="pil", **options)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"Expected the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer), got: {reason} Save them "
+            "beside the weights."
+        ) from error
 
 
 def _check_processor(processor: Any, name: str) -> None:

@@ -1,6 +1,7 @@
 """Every family of dual encoders embeds as it does alone on what its own processor makes, one row at a time; what is none is refused."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -148,6 +149,22 @@ def test_missing_folders_weights_and_processors_are_named(tiny_clip_dir, tmp_pat
     AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil").image_processor.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="tokenizer that tells letters apart in .* got a CLIPTokenizer of 2 tokens"):
         load_dual_encoder(tmp_path)
+
+
+def test_damaged_weights_and_missing_preprocessing_are_told_in_one_line(tiny_clip_dir, tmp_path):
+    for name in ("cut", "bare"):
+        shutil.copytree(tiny_clip_dir, tmp_path / name)
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(
+        ValueError, match=r"Expected whole weights in '.*cut', got a damaged file \(.*\). Fetch it again"
+    ):
+        load_dual_encoder(tmp_path / "cut")
+    for file in ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "bare" / file).unlink(missing_ok=True)
+    with pytest.raises(ValueError, match="Expected the files of a processor in .*bare") as caught:
+        load_dual_encoder(tmp_path / "bare")
+    assert "\n" not in str(caught.value)
 
 
 def test_a_model_that_embeds_every_token_is_refused():
