@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
 from modeling_dclip.data.pixels import PixelReader
@@ -79,7 +80,8 @@ def build_index(
         ValueError: If an argument is out of range, there is no picture, one cannot be read, or a stored file is damaged.
     """
     _check_arguments(index, on_bad_image, batch_size, chunk_rows)
-    faiss, output, state = find_faiss("faiss"), Path(output), PartialState()
+    faiss, output = find_faiss("faiss"), Path(output)
+    state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # which PartialState alone does not look at
     dataset = load_images(images)
     encoder, processor, revision = load_dual_encoder(model, trust_remote_code=trust_remote_code)
     made_by = fingerprint_encoder(encoder, processor)
@@ -106,6 +108,7 @@ def build_index(
         **{"n": len(kept), "dim": embeds.shape[1], "index": index},
         **_set_effort(faiss, vectors, embeds, texts),
         "computed": computed,
+        "processes": state.num_processes,
         "changes": _changes(before, output, hashes),
         "skipped": [describe_fault(dataset, row) for row in bad],
         "versions": {**environment()[0], "faiss": faiss.__version__},

@@ -387,24 +387,36 @@ def test_the_command_ends_with_a_message_and_no_traceback(argv, message):
         main(argv)
 
 
-def test_two_processes_make_the_index_of_one(built, tiny_clip_dir, pictures, tmp_path):
-    output = tmp_path / "index"
-    launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    command = ["-m", "modeling_dclip.hub.index", "--model", str(tiny_clip_dir), "--images", str(pictures)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(
-        [sys.executable, *launcher, *command, "--output", str(output), "--chunk_rows", "2"],
+def launch_two(*arguments):
+    """Run the command with two CPU processes; `accelerate launch --cpu` starts one, whatever number is asked for."""
+    several = ["--multi_gpu", "--main_process_port", "0", "--num_processes", "2", "--num_machines", "1"]
+    command = [*several, "--mixed_precision", "no", "--dynamo_backend", "no", "-m", "modeling_dclip.hub.index"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *command, *map(str, arguments)],
         env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+
+
+def test_two_processes_make_the_index_of_one(built, tiny_clip_dir, pictures, tmp_path):
+    output = tmp_path / "index"
+    done = launch_two("--model", tiny_clip_dir, "--images", pictures, "--output", output, "--chunk_rows", 2)
+    assert done.returncode == 0, done.stderr[-5000:]
     assert done.stdout.count("12 images of width 16") == 1
     assert len(list(output.glob("embeddings/*/*.safetensors"))) == 6
     index = SearchIndex.load(output)
-    assert index.rows.equals(built.rows)
-    assert np.allclose(
-        index.vectors.reconstruct_n(0, 12), built.vectors.reconstruct_n(0, 12), atol=1e-6
-    )  # batches of other sizes
+    assert index.manifest["processes"] == 2 and index.rows.equals(built.rows)
+    vectors = index.vectors.reconstruct_n(0, 12)
+    assert np.allclose(vectors, built.vectors.reconstruct_n(0, 12), atol=1e-6)  # batches of other sizes
     assert [hit.image_id for hit in index.search("a dog")] == [hit.image_id for hit in built.search("a dog")]
+
+
+@pytest.mark.slow
+def test_two_processes_end_together_over_a_damaged_image(tiny_clip_dir, own_pictures, tmp_path):
+    damage(own_pictures)
+    arguments = ("--model", tiny_clip_dir, "--images", own_pictures, "--output", tmp_path / "index", "--chunk_rows", 2)
+    done = launch_two(*arguments)
+    assert done.returncode != 0 and "on_bad_image 'skip'" in done.stderr and "01.png" in done.stderr
 
 
 def test_equal_models_have_equal_keys_and_settings_count(tiny_clip_dir, other_model):
