@@ -274,6 +274,20 @@ def test_a_run_killed_in_mid_epoch_resumes_and_ends_with_the_same_weights(tmp_pa
     assert arguments["student"]["lora_rank"] == 2
 
 
+def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation_data, tmp_path, launch):
+    for processes in (1, 2):
+        script = Path(__file__).with_name("run_adapters.py")
+        launch(script, processes, tiny_clip_dir, distillation_data, tmp_path / str(processes), processes)
+    alone, shared = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("1", "2"))
+    assert alone.keys() == shared.keys() and len(alone) == 48
+    for name, weight in alone.items():
+        torch.testing.assert_close(
+            shared[name], weight, rtol=1e-4, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        assert "lora_B" not in name or weight.abs().max() > 1e-5, name
+    assert not list(tmp_path.rglob(".adapter.*"))
+
+
 # --- arguments -------------------------------------------------------------------------------------------------------
 
 

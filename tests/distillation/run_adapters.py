@@ -1,0 +1,31 @@
+"""Real steps of adapters in both towers on 16 rows, however many processes share them. Run by test_adapters.py through `accelerate launch`."""
+
+import sys
+
+from accelerate import PartialState
+from datasets import load_from_disk
+from transformers import set_seed
+
+from modeling_dclip import DCLIPProcessor
+from modeling_dclip.distillation.arguments import StudentArguments
+from modeling_dclip.distillation.student import fit_student, load_student
+
+clip_dir, data_dir, output_dir, processes = sys.argv[1:]
+if PartialState(cpu=True).num_processes != int(processes):
+    raise RuntimeError(f"Expected {processes} processes, got {PartialState().num_processes}.")
+set_seed(0)
+args = StudentArguments(
+    output_dir=output_dir,
+    per_device_train_batch_size=16 // int(processes),
+    max_steps=2,
+    save_strategy="steps",
+    save_steps=1,
+    use_cpu=True,
+    learning_rate=1.0,
+    optim="sgd",  # linear in the gradient: rounding is not magnified as Adam's first steps do
+    lora_rank=4,
+    lora_text=True,
+    report_to="none",
+)
+fit_student(load_student(clip_dir), args, load_from_disk(data_dir), DCLIPProcessor.from_pretrained(clip_dir), {})
+PartialState().destroy_process_group()
