@@ -128,7 +128,7 @@ class DMCLIPTextModel(InitialisedAsInTree, CLIPTextModel):
             )
         hidden_states = self.encoder(hidden_states, attention_mask, **kwargs).last_hidden_state
         hidden_states = self.final_layer_norm(hidden_states)
-        pooled = hidden_states[torch.arange(len(hidden_states), device=hidden_states.device), eos_places]
+        pooled = hidden_states[torch.arange(hidden_states.shape[0], device=hidden_states.device), eos_places]
         return DMCLIPTextModelOutput(
             text_embeds=self.projection(pooled), last_hidden_state=hidden_states, pooler_output=pooled
         )
