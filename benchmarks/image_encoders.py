@@ -9,7 +9,8 @@ unless a form says `published_windows`. The published MambaVision's own code is 
 folder given as `--published_package`, with the weights of ours (see published_mambavision.py).
 
 A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded in), `published_windows`, `bf16`,
-`compiled`, `onnx`, and for published code `our_scan`. Each is compared with the eager one in output.
+`compiled`, `onnx`, `winograd` (convolutions in fewer products, after `fused`), and for published code `our_scan`. Each is
+compared with the eager one in output.
 
 Weights are random, statistics and gains made uneven so that a form that lost one would be seen. A cell is an image size (or
 `native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over rounds. With one
@@ -42,13 +43,14 @@ from modeling_dclip.evaluation.efficiency import (
 )
 from modeling_dclip.evaluation.plots import plot_growth
 from modeling_dclip.evaluation.results import environment, write_json
+from modeling_dclip.hub.winograd import use_winograd
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 OURS = {f"dmclip_{name.lower()}": preset for name, preset in DMCLIP_PRESETS.items()}
 S1_FORMS = ("mobileclip_s1_train_form", "mobileclip_s1_reparameterised")
 VIT_PATCHES = {"clip_vitb16": 16, "clip_vitb32": 32}
 NATIVE_SIZES = {**dict.fromkeys([*OURS, *PUBLISHED, *VIT_PATCHES], 224), **dict.fromkeys(S1_FORMS, 256)}
-FORMS = ("published_windows", "fused", "bf16", "compiled", "onnx", "our_scan")
+FORMS = ("published_windows", "fused", "winograd", "bf16", "compiled", "onnx", "our_scan")
 DEFAULT_ENCODERS = (
     "dmclip_t",
     "dmclip_b",
@@ -60,6 +62,7 @@ DEFAULT_ENCODERS = (
     "dmclip_t:bf16@native",
     "mobileclip_s1_reparameterised:bf16@native",
     "dmclip_t:fused+onnx@native@1",
+    "dmclip_t:fused+winograd+onnx@native@1",
     "mobileclip_s1_reparameterised:onnx@native@1",
     "dmclip_t:published_windows@256@1",
     "dmclip_b:published_windows@256@1",
@@ -170,6 +173,8 @@ def apply_changes(model: nn.Module, changes: Sequence[str], pixels: torch.Tensor
     """A call that embeds the pixels in the wanted form."""
     if "fused" in changes:
         model = model.fuse()
+    if "winograd" in changes:
+        use_winograd(model)
     dtype = torch.bfloat16 if "bf16" in changes else torch.float32
     model, pixels = model.to(pixels.device, dtype), pixels.to(dtype)
     if "onnx" in changes:
@@ -234,6 +239,8 @@ def parse_encoder(entry: str) -> tuple[str, list[str], str]:
         )
     if {"fused", "published_windows"} & set(changes) and name not in OURS:
         raise ValueError(f"Expected one of {', '.join(OURS)} for fused and published_windows, got {entry!r}.")
+    if "winograd" in changes and "fused" not in changes:
+        raise ValueError(f"Expected fused beside winograd, got {entry!r}.")
     if "our_scan" in changes and name not in PUBLISHED:
         raise ValueError(f"Expected one of {', '.join(PUBLISHED)} for our_scan, got {entry!r}.")
     return name, changes, pinned
