@@ -1,153 +1,234 @@
-"""Write an image encoder as ONNX and prove that ONNX Runtime computes the same.
+"""Write a trained model for programs that do not know it: ONNX Runtime, transformers.js, torch.export, open_clip, sentence-transformers.
 
-    python -m modeling_dclip.hub.export --model runs/student --output student.onnx
+    python -m modeling_dclip.hub.export onnx --model runs/student --output runs/onnx
+    python -m modeling_dclip.hub.export torch_export --model runs/student --output runs/programs
+    python -m modeling_dclip.hub.export open_clip --model runs/student --output runs/open_clip
+    python -m modeling_dclip.hub.export sentence_transformers --model runs/student --output runs/sentence_transformers
 
-The model is what training wrote, a dual encoder whose image encoder is taken, or an image encoder alone. Input `pixel_values`
-(batch, channels, S, S) with a free batch size, output `image_embeds` (batch, D), not normalised. DM-CLIP's encoder is fused first
-(norms and layer scales inside the weights), with windows that divide its map if `--image_size` is given.
+The output is a new folder, written whole or not at all, after what was written gave the model's own outputs. `onnx` lays it out as
+transformers.js and optimum read it: `onnx/vision_model.onnx` and `onnx/text_model.onnx`, `_fp16` and `_quantized` (8-bit integers) beside
+them, and the configuration, tokenizer and preprocessing. `--towers image` takes the folder of an image encoder alone too.
+DM-CLIP's image encoder is fused first (norms and layer scales inside the weights), with windows that divide its map if `--image_size`
+is given.
 """
 
 import argparse
+import copy
+import json
 import os
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
-from modeling_dclip.evaluation.results import write_bytes
+from modeling_dclip.data.files import replacing
+from modeling_dclip.hub.checkpoints import check_new_folder
+from modeling_dclip.hub.native_clip import (
+    DUAL_ENCODERS,
+    has_native_twin,
+    load_dual_encoder,
+    to_native_clip,
+    to_native_processor,
+)
+from modeling_dclip.hub.onnx_towers import DTYPES, TOWERS, compare_onnx, make_onnx, save_program
+from modeling_dclip.hub.open_clip_weights import write_open_clip
+from modeling_dclip.hub.sentence_transformers_folder import write_sentence_transformers
+from modeling_dclip.hub.winograd import use_winograd
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
-# By the folder's model_type: each loads its own folder and, out of a dual one, its tower.
-ENCODERS = {
-    "dmclip": DMCLIPVisionModel,
-    "dmclip_vision": DMCLIPVisionModel,
-    "dclip": DCLIPVisionModel,
-    "dclip_vision": DCLIPVisionModel,
-}
-GATE = 1e-4  # relative; the orders of sums differ, and eager PyTorch itself is off by about 5e-7
-BATCH_SIZES = (1, 3)  # checked: the traced one would not show a batch size that got stuck
-
-NEEDS_EXTRA = "Expected onnxruntime and onnxscript, got {}. Install them with `pip install modeling_dclip[export]`."
-
-
-class ImageEmbeds(nn.Module):
-    """Pixels in, embeddings out: one tensor each, which is what exporters take.
-
-    Args:
-        model (`PreTrainedModel`): Whose output has `image_embeds`.
-    """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed `(B, channels, H, W)` as `(B, D)`."""
-        return self.model(pixel_values=pixel_values).image_embeds
+IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
+PREPROCESSOR = "preprocessor_config.json"
 
 
-def load_image_encoder(model: str | os.PathLike, image_size: int | None = None) -> nn.Module:
-    """Load an image encoder in its fastest form that computes the same.
+def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTrainedModel:
+    """Load a dual encoder, or an image encoder alone, in the fastest form that computes the same.
 
     Args:
-        model (`str` or `os.PathLike`): A folder of [`DMCLIPVisionModel`] or [`DCLIPVisionModel`], or of a dual encoder that
-            has one: the rest of it is not loaded.
+        model (`str` or `os.PathLike`): A folder that training, `fuse()` or conversion wrote; adapters are merged.
         image_size (`int`, *optional*): Pixels a side; for DM-CLIP with windows that divide the map, also if it is the
             config's. By default the config's, with its own windows.
 
     Returns:
-        `PreTrainedModel`: In eval mode.
+        `PreTrainedModel`: Float32, in eval mode, on the CPU.
 
     Raises:
-        ValueError: If the folder holds another model, or the size is not the config's and the model takes no other.
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds another model, or the size is not the config's and the model takes no other.
     """
-    model_type = AutoConfig.from_pretrained(model).model_type
-    if model_type not in ENCODERS:
-        raise ValueError(
-            f"Expected an image encoder, or a dual encoder with one, at {model} ({', '.join(ENCODERS)}), got {model_type!r}."
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
+    if (Path(model) / "adapter_config.json").is_file():
+        loaded = load_dual_encoder(model)
+    else:
+        model_type = AutoConfig.from_pretrained(model).model_type
+        if model_type not in {**DUAL_ENCODERS, **IMAGE_ENCODERS}:
+            raise ValueError(
+                f"Expected a dual encoder or an image encoder at '{model}' ({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got "
+                f"{model_type!r}."
+            )
+        loaded = (
+            load_dual_encoder(model)
+            if model_type in DUAL_ENCODERS
+            else IMAGE_ENCODERS[model_type].from_pretrained(model)
         )
-    encoder_class = ENCODERS[model_type]
-    config = encoder_class.config_class.from_pretrained(model)
-    if image_size is not None and encoder_class is DMCLIPVisionModel:
-        config = config.for_image_size(image_size)
-    elif image_size not in (None, config.image_size):
-        raise ValueError(f"image_size: expected {config.image_size}, which {model} was made for, got {image_size}.")
-    encoder = encoder_class.from_pretrained(model, config=config, dtype=torch.float32).eval()
-    return encoder.fuse() if hasattr(encoder, "fuse") else encoder
+    loaded = loaded.float().eval()
+    encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
+    if isinstance(encoder, DMCLIPVisionModel):
+        fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()
+        if not is_dual(loaded):
+            return fused
+        loaded.vision_model, loaded.config.vision_config = fused, fused.config
+    elif image_size not in (None, encoder.config.image_size):
+        raise ValueError(
+            f"image_size: expected {encoder.config.image_size}, which '{model}' was made for, got {image_size}."
+        )
+    return loaded
 
 
-def export_onnx(encoder: nn.Module, output: str | os.PathLike) -> float:
-    """Write an image encoder as one `.onnx` file, after ONNX Runtime gave the model's own outputs with it.
+def is_dual(model: nn.Module) -> bool:
+    """Whether it reads texts too."""
+    return hasattr(model, "text_model")
+
+
+def _for_image_size(encoder: DMCLIPVisionModel, image_size: int) -> DMCLIPVisionModel:
+    with torch.device("meta"):  # nothing is drawn: every weight comes from the other
+        resized = type(encoder)(encoder.config.for_image_size(image_size))
+    resized.load_state_dict(encoder.state_dict(), assign=True)
+    return resized.eval()
+
+
+def select_towers(model: PreTrainedModel, names: Sequence[str], folder: str | os.PathLike) -> list[nn.Module]:
+    """The towers of a model by name, `"image"` or `"text"`.
+
+    Raises:
+        ValueError: If a name is unknown, or the model has no such tower.
+    """
+    if unknown := [name for name in names if name not in TOWERS]:
+        raise ValueError(f"Expected towers of {', '.join(TOWERS)}, got {unknown[0]!r}.")
+    if "text" in names and not is_dual(model):
+        raise ValueError(f"Expected a dual encoder at '{folder}', got an image encoder alone. Give `--towers image`.")
+    return [TOWERS[name](model).eval() for name in names]
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    folder: Path,
+    towers: Sequence[str] = tuple(TOWERS),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    winograd: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Write the towers of a model as ONNX graphs, with what transformers.js and optimum need beside them.
 
     Args:
-        encoder (`PreTrainedModel`): From [`load_image_encoder`]; on the CPU.
-        output (`str` or `os.PathLike`): Replaced if it is there, written whole or not at all.
+        model (`PreTrainedModel`): From [`load_model`].
+        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing, if they are there.
+        folder (`Path`): New or empty.
+        towers (`Sequence[str]`, *optional*): `"image"`, `"text"`.
+        dtypes (`Sequence[str]`, *optional*): Of `"fp32"`, `"fp16"`, `"int8"`.
+        winograd (`bool`, *optional*, defaults to `False`): In float32, DM-CLIP's convolutions as [`use_winograd`] makes them.
 
     Returns:
-        `float`: What [`compare_onnx`] found.
+        `dict[str, dict[str, float]]`: By file, what `compare_onnx` found.
 
     Raises:
         ImportError: If the extra `export` is not installed.
-        ValueError: If the file is no `.onnx`, or the outputs differ.
+        ValueError: If a tower or dtype is unknown, the preprocessing is for another size, or outputs differ.
     """
-    if Path(output).suffix != ".onnx":
-        raise ValueError(f"Expected a .onnx file to write to, got {str(output)!r}.")
-    try:
-        import onnxscript  # noqa: F401  what torch.onnx writes with
-    except ImportError as error:
-        raise ImportError(NEEDS_EXTRA.format(error)) from error
-    size = encoder.config.image_size
-    with torch.no_grad():
-        program = torch.onnx.export(
-            ImageEmbeds(encoder).eval(),
-            (torch.zeros(2, encoder.config.num_channels, size, size),),
-            input_names=["pixel_values"],
-            output_names=["image_embeds"],
-            dynamic_shapes={"pixel_values": {0: torch.export.Dim("batch", min=1, max=65_536)}},
-            dynamo=True,
-            verbose=False,
+    found = {}
+    selected = select_towers(model, towers, source)
+    write_settings(model, source, folder)
+    (folder / "onnx").mkdir(parents=True)
+    for tower in selected:
+        plain = None
+        for dtype in dtypes:
+            if dtype == "fp32" and winograd and tower.kind == "image":
+                content = make_onnx(_with_winograd(tower), dtype)
+            else:
+                content = make_onnx(tower, dtype, plain)
+                plain = content if dtype == "fp32" else plain
+            name = f"onnx/{tower.file_name}{DTYPES[dtype]}.onnx"
+            found[name] = compare_onnx(content, tower, dtype)
+            (folder / name).write_bytes(content)
+    return found
+
+
+def _with_winograd(tower: nn.Module) -> nn.Module:
+    changed = copy.deepcopy(tower)
+    encoder = changed.model.vision_model if is_dual(changed.model) else changed.model
+    if not isinstance(encoder, DMCLIPVisionModel):
+        raise ValueError(
+            f"winograd: expected DM-CLIP, whose image encoder has convolutions, got {type(encoder).__name__}."
         )
-    content = program.model_proto.SerializeToString()
-    error = compare_onnx(content, encoder)
-    write_bytes(output, content)
-    return error
+    use_winograd(encoder)
+    return changed
 
 
-@torch.no_grad()
-def compare_onnx(content: bytes, encoder: nn.Module) -> float:
-    """Compare ONNX Runtime's outputs with the model's, on random pixels and batches of several sizes.
+def export_programs(
+    model: PreTrainedModel, source: str | os.PathLike, folder: Path, towers: Sequence[str] = tuple(TOWERS)
+) -> dict[str, dict[str, float]]:
+    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`; otherwise as [`export_onnx`]."""
+    selected = select_towers(model, towers, source)
+    write_settings(model, source, folder)
+    return {f"{tower.file_name}.pt2": save_program(tower, folder / f"{tower.file_name}.pt2") for tower in selected}
 
-    Args:
-        content (`bytes`): Of a `.onnx` file.
-        encoder (`PreTrainedModel`): What it was made from; on the CPU.
 
-    Returns:
-        `float`: Largest difference over largest value.
+def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> None:
+    """Write configuration, tokenizer and preprocessing without what names our code, so that any reader takes them.
 
     Raises:
-        ImportError: If ONNX Runtime is not installed.
-        ValueError: If that is more than 1e-4.
+        ValueError: If the preprocessing makes images of another size than the model reads.
     """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise ImportError(NEEDS_EXTRA.format(error)) from error
-    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
-    size, generator, error = encoder.config.image_size, torch.Generator().manual_seed(0), 0.0
-    for batch_size in BATCH_SIZES:
-        pixels = torch.randn(batch_size, encoder.config.num_channels, size, size, generator=generator)
-        expected = ImageEmbeds(encoder)(pixels).numpy()
-        (found,) = session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
-        error = max(error, float(np.abs(found - expected).max() / np.abs(expected).max()))
-    if not error <= GATE:  # NaN fails this too
+    folder.mkdir(parents=True, exist_ok=True)
+    config = (to_native_clip(model) if is_dual(model) and has_native_twin(model) else model).config.to_dict()
+    config = {name: value for name, value in config.items() if name not in ("auto_map", "_name_or_path")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        processor = to_native_processor(DCLIPProcessor.from_pretrained(source), scratch)
+    resize_images(processor.image_processor, model, source)
+    processor.tokenizer.save_pretrained(folder)
+    settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+    (folder / PREPROCESSOR).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def resize_images(image_processor: object, model: PreTrainedModel, source: str | os.PathLike) -> None:
+    """Hold preprocessing against the size a model reads; a DM-CLIP that was moved to another size takes it along.
+
+    Raises:
+        ValueError: If a ViT's preprocessing is for another size.
+    """
+    size = model.config.vision_config.image_size
+    crop = image_processor.crop_size["height"]
+    if crop == size:
+        return
+    if model.config.model_type != "dmclip":
         raise ValueError(
-            f"Expected ONNX Runtime to give the model's outputs to {GATE:.0e}, got a difference of {error:.1e}."
+            f"Expected images of {size} pixels, which the image encoder reads, from {PREPROCESSOR} of '{source}', got {crop}. "
+            "Set its `crop_size` and `size`."
         )
-    return error
+    image_processor.crop_size, image_processor.size = {"height": size, "width": size}, {"shortest_edge": size}
+
+
+def write_export(
+    output: str | os.PathLike, write: Callable[[Path], dict[str, dict[str, float]]]
+) -> dict[str, dict[str, float]]:
+    """Let `write` fill a folder that is there afterwards whole, or not at all.
+
+    Raises:
+        FileExistsError: If the output is in use.
+    """
+    check_new_folder(output)
+    if Path(output).is_dir():
+        Path(output).rmdir()
+    with replacing(output) as folder:
+        return write(folder)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -157,18 +238,38 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--model", required=True, help="folder of an image encoder, or of a dual encoder")
-    parser.add_argument("--output", required=True, help="a .onnx file")
-    parser.add_argument(
-        "--image_size", type=int, help="pixels a side, for DM-CLIP with windows that fit; the config's by default"
-    )
+    formats = parser.add_subparsers(dest="format", required=True)
+    for name in ("onnx", "torch_export", "open_clip", "sentence_transformers"):
+        command = formats.add_parser(name)
+        command.add_argument("--model", required=True, help="folder of a dual encoder")
+        command.add_argument("--output", required=True, help="a new folder")
+        if name in ("onnx", "torch_export"):
+            command.add_argument("--towers", nargs="+", default=list(TOWERS), choices=list(TOWERS))
+            command.add_argument("--image_size", type=int, help="pixels a side, for DM-CLIP with windows that fit")
+        if name == "onnx":
+            command.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=list(DTYPES))
+            command.add_argument(
+                "--winograd", action="store_true", help="DM-CLIP in fp32: convolutions in fewer products"
+            )
     args = parser.parse_args(argv)
     try:
-        error = export_onnx(load_image_encoder(args.model, args.image_size), args.output)
+        check_new_folder(args.output)
+        model = load_model(args.model, getattr(args, "image_size", None))
+        writers = {
+            "onnx": lambda folder: export_onnx(model, args.model, folder, args.towers, args.dtypes, args.winograd),
+            "torch_export": lambda folder: export_programs(model, args.model, folder, args.towers),
+            "open_clip": lambda folder: write_open_clip(model, args.model, folder),
+            "sentence_transformers": lambda folder: write_sentence_transformers(model, args.model, folder),
+        }
+        found = write_export(args.output, writers[args.format])
     except (ValueError, OSError, ImportError) as problem:
         parser.error(str(problem))
-    mebibytes = Path(args.output).stat().st_size / 2**20
-    sys.stdout.write(f"{args.output}: {mebibytes:.1f} MiB; ONNX Runtime's outputs are the model's to {error:.1e}.\n")
+    for name, measured in found.items():
+        mebibytes = (Path(args.output) / name).stat().st_size / 2**20
+        sys.stdout.write(
+            f"{args.output}/{name}: {mebibytes:.1f} MiB; the model's outputs to {measured['max_relative_difference']:.1e}, cosine at least "
+            f"{measured['min_cosine']:.6f}.\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,109 +1,260 @@
-"""An exported encoder gives the model's numbers at any batch size; what cannot be exported is named."""
+"""What is exported gives the model's numbers, in the layout its readers expect; what cannot be exported is named."""
 
+import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from naive_mambavision import TINY, NaiveMambaVision, random_checkpoint
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
 from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
-from modeling_dclip.hub.convert import load_published
-from modeling_dclip.hub.export import compare_onnx, export_onnx, load_image_encoder, main
-from modeling_dclip.hub.mambavision import published_mambavision_keys, read_mambavision_config
+from modeling_dclip.hub.export import load_model, main, write_export
+from modeling_dclip.hub.onnx_towers import ImageTower, TextTower, check_outputs, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
-onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is the extra [export]")
-pytest.importorskip("onnxscript", reason="ONNX is the extra [export]")
+TINY_VISION = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
+TINY_VISION |= {"window_sizes": (8, 8, 4, 2)}
+
+
+def save_with_processor(model, clip_dir, folder, size):
+    processor = DCLIPProcessor.from_pretrained(clip_dir)
+    processor.image_processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
-def encoder_folder(tmp_path_factory):
-    """A tiny encoder in which every parameter matters."""
-    folder = tmp_path_factory.mktemp("encoder")
-    weights = random_checkpoint(TINY)
-    (folder / "published.json").write_text(json.dumps(TINY))
-    config, _ = read_mambavision_config(weights, "weights", folder / "published.json")
-    model = DMCLIPVisionModel(config)
-    load_published(model, weights, published_mambavision_keys, "weights", "MambaVision")
-    model.save_pretrained(folder / "model")
-    return folder / "model"
+def dclip_folder(tiny_clip_dir, tmp_path_factory):
+    """A tiny ViT student with CLIP's own positions."""
+    model = DCLIPModel.from_pretrained(tiny_clip_dir)
+    return save_with_processor(model, tiny_clip_dir, tmp_path_factory.mktemp("dclip"), 32)
 
 
-def test_an_exported_encoder_computes_the_same_at_any_batch_size(encoder_folder, tmp_path, capsys):
-    main(["--model", str(encoder_folder), "--output", str(tmp_path / "encoder.onnx")])
-    assert "ONNX Runtime's outputs are the model's" in capsys.readouterr().out
-    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
-    naive = NaiveMambaVision(random_checkpoint(TINY), TINY)
-    for batch_size in (1, 2, 5):
-        pixels = torch.randn(batch_size, 3, 64, 64)
-        (found,) = session.run(["image_embeds"], {"pixel_values": pixels.numpy()})
-        expected = naive(pixels)[1].numpy()
-        assert np.abs(found - expected).max() <= 2e-6 * np.abs(expected).max()
-    other = load_image_encoder(encoder_folder)
-    other.projection.bias.data[0] += 0.01
-    with pytest.raises(ValueError, match="to 1e-04, got a difference of"):
-        compare_onnx((tmp_path / "encoder.onnx").read_bytes(), other)
+@pytest.fixture(scope="module")
+def dmclip_folder(tiny_clip_dir, tmp_path_factory):
+    """A tiny DM-CLIP whose norms' statistics are not 0 and 1."""
+    torch.manual_seed(0)
+    ids = CLIPModel.from_pretrained(tiny_clip_dir).config.text_config
+    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text |= {"vocab_size": ids.vocab_size, "eos_token_id": ids.eos_token_id, "bos_token_id": ids.bos_token_id}
+    model = DMCLIPModel(DMCLIPConfig(vision_config=TINY_VISION, text_config=text, projection_dim=16))
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.7, 1.4)
+    return save_with_processor(model, tiny_clip_dir, tmp_path_factory.mktemp("dmclip"), 64)
 
 
-def test_another_size_gets_windows_that_divide_its_map(encoder_folder):
-    encoder = load_image_encoder(encoder_folder, 96)
-    assert encoder.config.image_size == 96 and encoder.config.batch_norm_folded
-    assert all(96 // (16, 32)[stage] % window == 0 for stage, window in enumerate(encoder.config.window_sizes[2:]))
+@pytest.fixture(scope="module")
+def onnx_folder(dclip_folder, tmp_path_factory):
+    pytest.importorskip("onnxruntime", reason="ONNX is the extra [export]")
+    pytest.importorskip("onnxscript", reason="ONNX is the extra [export]")
+    output = tmp_path_factory.mktemp("onnx") / "exported"
+    main(["onnx", "--model", str(dclip_folder), "--output", str(output)])
+    return output
+
+
+def run_onnx(path, inputs):
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX is the extra [export]")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (name,) = (place.name for place in session.get_inputs())
+    return session.run(None, {name: inputs.numpy()})[0]
+
+
+def test_the_folder_is_laid_out_as_transformers_js_and_optimum_read_it(onnx_folder, dclip_folder):
+    files = {str(path.relative_to(onnx_folder)) for path in onnx_folder.rglob("*") if path.is_file()}
+    graphs = {
+        f"onnx/{tower}_model{dtype}.onnx" for tower in ("vision", "text") for dtype in ("", "_fp16", "_quantized")
+    }
+    assert files >= {*graphs, "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"}
+    assert not [name for name in files if name.endswith((".py", ".safetensors"))]
+    config = json.loads((onnx_folder / "config.json").read_text())
+    assert config["model_type"] == "clip" and "auto_map" not in config
+    assert (
+        json.loads((onnx_folder / "preprocessor_config.json").read_text())["image_processor_type"]
+        == "CLIPImageProcessor"
+    )
+    text = "a photo of the red circle"
+    ours = DCLIPProcessor.from_pretrained(dclip_folder)(text=text)["input_ids"]
+    assert AutoTokenizer.from_pretrained(onnx_folder)(text)["input_ids"] == list(np.ravel(ours))
+
+
+@torch.no_grad()
+def test_every_precision_is_as_near_as_its_gate_says(onnx_folder, dclip_folder):
+    model = DCLIPModel.from_pretrained(dclip_folder).eval()
+    pixels, ids = torch.randn(5, 3, 32, 32), torch.tensor([[76, 3, 9, 4, 77], [76, 5, 77, 77, 77]])
+    cases = {
+        "vision_model": (pixels, model.get_image_features(pixels).pooler_output),
+        "text_model": (ids, model.get_text_features(ids).pooler_output),
+    }
+    for name, (inputs, expected) in cases.items():
+        found = torch.from_numpy(run_onnx(onnx_folder / "onnx" / f"{name}.onnx", inputs))
+        assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+        for suffix, least in (("_fp16", 0.9999), ("_quantized", 0.99)):
+            found = torch.from_numpy(run_onnx(onnx_folder / "onnx" / f"{name}{suffix}.onnx", inputs))
+            assert torch.cosine_similarity(found, expected).min() >= least
+            assert not torch.allclose(found, expected, atol=1e-6), suffix  # it is another precision
+    sizes = {path.name: path.stat().st_size for path in (onnx_folder / "onnx").iterdir()}
+    assert sizes["vision_model_quantized.onnx"] < sizes["vision_model_fp16.onnx"] < sizes["vision_model.onnx"]
+
+
+@pytest.mark.parametrize("dtype, suffix", [("fp32", ""), ("fp16", "_fp16"), ("int8", "_quantized")])
+def test_a_graph_of_other_weights_fails_the_gate_of_its_precision(dtype, suffix, onnx_folder, dclip_folder):
+    tower = ImageTower(load_model(dclip_folder))
+    content = (onnx_folder / "onnx" / f"vision_model{suffix}.onnx").read_bytes()
+    compare_onnx(content, tower, dtype)
+    other = copy.deepcopy(tower)
+    weight = other.model.visual_projection.weight.data
+    weight.mul_(1.001) if dtype == "fp32" else weight[:4].neg_()
+    with pytest.raises(ValueError, match="Expected ONNX Runtime"):
+        compare_onnx(content, other, dtype)
+
+
+def test_a_not_a_number_fails_every_gate():
+    for dtype in ("fp32", "fp16", "int8"):
+        with pytest.raises(ValueError, match="got a"):
+            check_outputs([(torch.full((2, 4), torch.nan), torch.ones(2, 4))], dtype, "it, got a")
+
+
+@torch.no_grad()
+def test_dmclip_exports_with_windows_that_fit_and_convolutions_in_fewer_products(dmclip_folder, tmp_path, capsys):
+    pytest.importorskip("onnxscript", reason="ONNX is the extra [export]")
+    command = ["onnx", "--model", str(dmclip_folder), "--dtypes", "fp32", "--image_size", "96", "--winograd"]
+    main([*command, "--output", str(tmp_path / "out")])
+    assert "the model's outputs to" in capsys.readouterr().out
+    model = load_model(dmclip_folder, 96)
+    assert model.config.vision_config.window_sizes[2:] == (3, 3) or model.config.vision_config.window_sizes[2:] == (
+        6,
+        3,
+    )
+    pixels, ids = torch.randn(3, 3, 96, 96), torch.tensor([[76, 3, 9, 4, 77], [76, 5, 77, 77, 77]])
+    found = run_onnx(tmp_path / "out" / "onnx" / "vision_model.onnx", pixels)
+    expected = model.get_image_features(pixels).pooler_output.numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    found = run_onnx(tmp_path / "out" / "onnx" / "text_model.onnx", ids)
+    expected = model.get_text_features(ids).pooler_output.numpy()
+    assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max()
+    settings = json.loads((tmp_path / "out" / "preprocessor_config.json").read_text())
+    assert settings["crop_size"] == {"height": 96, "width": 96} and settings["size"] == {"shortest_edge": 96}
+
+
+@torch.no_grad()
+def test_torch_export_programs_run_at_any_batch_size(dmclip_folder, tmp_path):
+    main(["torch_export", "--model", str(dmclip_folder), "--output", str(tmp_path / "out")])
+    model = load_model(dmclip_folder)
+    pixels = torch.randn(5, 3, 64, 64)
+    found = torch.export.load(tmp_path / "out" / "vision_model.pt2").module()(pixels)
+    assert torch.allclose(found, model.get_image_features(pixels).pooler_output, atol=1e-6)
+    ids = torch.tensor([[76, 3, 9, 77]])
+    found = torch.export.load(tmp_path / "out" / "text_model.pt2").module()(ids)
+    assert torch.allclose(found, model.get_text_features(ids).pooler_output, atol=1e-6)
+
+
+def test_an_image_encoder_alone_exports_its_one_tower(tmp_path, capsys):
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = DCLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
+    DCLIPVisionModel(config).save_pretrained(tmp_path / "student")
+    command = ["torch_export", "--model", str(tmp_path / "student"), "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "Give `--towers image`" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    main([*command, "--towers", "image"])
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "vision_model.pt2"}
 
 
 def test_the_configs_own_size_gets_windows_that_divide_its_map_only_when_asked_for(tmp_path):
     sizes = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
     DMCLIPVisionModel(DMCLIPVisionConfig(**sizes, image_size=256)).save_pretrained(tmp_path)
-    assert load_image_encoder(tmp_path).config.window_sizes == (8, 8, 14, 7)
-    assert load_image_encoder(tmp_path, 256).config.window_sizes == (8, 8, 16, 8)
+    assert load_model(tmp_path).config.window_sizes == (8, 8, 14, 7)
+    assert load_model(tmp_path, 256).config.window_sizes == (8, 8, 16, 8)
 
 
-def dual_dclip(tiny_clip_dir):
-    return DCLIPModel.from_pretrained(tiny_clip_dir)
+@torch.no_grad()
+def test_open_clip_loads_the_folder_and_gives_the_same(dclip_folder, tmp_path):
+    open_clip = pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    main(["open_clip", "--model", str(dclip_folder), "--output", str(tmp_path / "out")])
+    theirs, _, transform = open_clip.create_model_and_transforms(f"local-dir:{tmp_path / 'out'}")
+    tokens = open_clip.get_tokenizer(f"local-dir:{tmp_path / 'out'}")(["a photo of the red circle", "a dog"])
+    model, processor = load_model(dclip_folder), DCLIPProcessor.from_pretrained(dclip_folder)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    batch = processor(images=[image], text=["a photo of the red circle", "a dog"], return_tensors="pt")
+    pixels = transform(image)[None]
+    assert (pixels - batch["pixel_values"]).abs().max() <= 0.05  # a grey level
+    expected = model.get_image_features(pixels).pooler_output
+    assert (theirs.eval().encode_image(pixels) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    expected = model.get_text_features(batch["input_ids"]).pooler_output
+    assert (theirs.encode_text(tokens) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    config = json.loads((tmp_path / "out" / "open_clip_config.json").read_text())
+    assert config["model_cfg"]["quick_gelu"] is True
 
 
-def dual_dmclip(_):
-    vision = {"stem_dim": 4, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return DMCLIPModel(DMCLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
+@torch.no_grad()
+def test_sentence_transformers_encodes_pictures_and_texts_alike(dclip_folder, tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="needs sentence-transformers")
+    main(["sentence_transformers", "--model", str(dclip_folder), "--output", str(tmp_path / "out")])
+    encoder = sentence_transformers.SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    model, processor = load_model(dclip_folder), DCLIPProcessor.from_pretrained(dclip_folder)
+    image = Image.fromarray(np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    batch = processor(images=[image], text=["a dog and a circle", "a dog"], return_tensors="pt")
+    expected = model.get_image_features(batch["pixel_values"]).pooler_output.numpy()
+    assert np.allclose(encoder.encode([image]), expected, atol=1e-5)
+    expected = model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output.numpy()
+    assert np.allclose(encoder.encode(["a dog and a circle", "a dog"]), expected, atol=1e-5)
+    assert not list((tmp_path / "out").rglob("*.py"))
 
 
-@pytest.mark.parametrize("make_dual", [dual_dclip, dual_dmclip])
-def test_the_image_encoder_is_loaded_out_of_a_dual_folder(make_dual, tiny_clip_dir, tmp_path):
-    dual = make_dual(tiny_clip_dir).eval()
-    dual.save_pretrained(tmp_path)
-    encoder = load_image_encoder(tmp_path)
-    size = dual.config.vision_config.image_size
-    pixels = torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
-    expected = dual.get_image_features(pixels).pooler_output.detach()
-    assert (encoder(pixels).image_embeds.detach() - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert not hasattr(encoder, "text_model")
-
-
-def test_a_dual_folder_exports_by_the_command(tiny_clip_dir, tmp_path, capsys):
-    dual_dclip(tiny_clip_dir).save_pretrained(tmp_path / "dual")
-    main(["--model", str(tmp_path / "dual"), "--output", str(tmp_path / "dual.onnx")])
-    assert "ONNX Runtime's outputs are the model's" in capsys.readouterr().out
-    assert compare_onnx((tmp_path / "dual.onnx").read_bytes(), load_image_encoder(tmp_path / "dual")) <= 1e-5
-
-
-def test_a_vit_student_exports_too(tmp_path):
-    config = DCLIPVisionConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8,
-        projection_dim=16,
-    )  # fmt: skip
-    DCLIPVisionModel(config).save_pretrained(tmp_path / "student")
-    assert export_onnx(load_image_encoder(tmp_path / "student"), tmp_path / "student.onnx") <= 1e-5
-    with pytest.raises(ValueError, match="image_size: expected 32"):
-        load_image_encoder(tmp_path / "student", 64)
-
-
-def test_what_is_no_image_encoder_is_named(tiny_clip_dir, tmp_path, capsys):
+@pytest.mark.parametrize(
+    "form, message",
+    [("open_clip", "which open_clip has, got 'dmclip'"), ("sentence_transformers", "trust_remote_code")],
+)
+def test_a_dmclip_has_no_form_of_clips_readers(form, message, dmclip_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        main(["--model", str(tiny_clip_dir), "--output", str(tmp_path / "clip.onnx")])
-    assert "Expected an image encoder" in capsys.readouterr().err
-    with pytest.raises(ValueError, match="Expected a .onnx file"):
-        export_onnx(DMCLIPVisionModel(DMCLIPVisionConfig()), tmp_path / "encoder.pt")
+        main([form, "--model", str(dmclip_folder), "--output", str(tmp_path / "out")])
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_exported_is_named(tiny_clip_dir, dclip_folder, tmp_path, capsys):
+    def error_of(*arguments):
+        with pytest.raises(SystemExit):
+            main(list(map(str, arguments)))
+        return capsys.readouterr().err
+
+    output = ("--output", tmp_path / "out")
+    assert "got nothing there" in error_of("onnx", "--model", tmp_path / "none", *output)
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "config.json").write_text(json.dumps({"model_type": "dclip_teacher"}))
+    assert "got 'dclip_teacher'" in error_of("onnx", "--model", tmp_path / "teacher", *output)
+    assert "image_size: expected 32" in error_of("onnx", "--model", dclip_folder, "--image_size", 64, *output)
+    assert "winograd: expected DM-CLIP" in error_of("onnx", "--model", dclip_folder, "--winograd", *output)
+    assert "Expected a new or an empty folder" in error_of("onnx", "--model", dclip_folder, "--output", dclip_folder)
+    assert not (tmp_path / "out").exists()
+    other = save_with_processor(DCLIPModel.from_pretrained(tiny_clip_dir), tiny_clip_dir, tmp_path / "other", 40)
+    assert "got 40" in error_of("torch_export", "--model", other, *output)
+    with pytest.raises(ValueError, match="Expected a dtype of"):
+        make_onnx(TextTower(load_model(dclip_folder)), "bf16")
+
+
+def test_a_failed_export_leaves_nothing(tmp_path):
+    def write(folder):
+        folder.mkdir()
+        (folder / "half").write_text("")
+        raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        write_export(tmp_path / "out", write)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_the_extra_the_message_says_what_to_install(dclip_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match=r"modeling_dclip\[export\]"):
+        make_onnx(ImageTower(load_model(dclip_folder)), "fp32")

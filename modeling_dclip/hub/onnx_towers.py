@@ -1,0 +1,260 @@
+"""Towers of a dual encoder as graphs that run without PyTorch or without our code, each proven to compute the same.
+
+An image tower reads `pixel_values (batch_size, channels, S, S)` and gives `image_embeds`, a text tower reads `input_ids (batch_size,
+sequence_length)` and gives `text_embeds`, neither normalised. A text needs no mask: what follows its end token changes nothing.
+"""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import nn
+
+DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # to the suffixes that transformers.js reads
+RELATIVE_GATE = 1e-4  # of float32: orders of sums differ, and eager PyTorch itself is off by about 5e-7
+COSINE_GATES = {"fp16": 0.999, "int8": 0.95}  # the least of any row
+BATCH_SIZES = (1, 3)  # checked: the traced one would not show a batch size that got stuck
+PROTOBUF_LIMIT = 2**31  # bytes of one file
+QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # convolutions stay: they lose the most and gain the least
+FLOAT32_PARAMETERS = ("A_log", "D")  # as the model keeps them
+
+NEEDS_EXTRA = (
+    "Expected onnx, onnxruntime and onnxscript, got {}. Install them with `pip install modeling_dclip[export]`."
+)
+
+
+class ImageTower(nn.Module):
+    """Pixels in, embeddings out: one float32 tensor each, which is what exporters take.
+
+    Args:
+        model (`PreTrainedModel`): A dual encoder, or an image encoder whose output has `image_embeds`.
+    """
+
+    kind, input_name, output_name, file_name = "image", "pixel_values", "image_embeds", "vision_model"
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.config = getattr(model.config, "vision_config", model.config)
+        self.is_dual = hasattr(model, "get_image_features")
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed `(B, channels, S, S)` as `(B, D)`."""
+        if self.is_dual:
+            return self.model.get_image_features(pixel_values).pooler_output.float()
+        return self.model(pixel_values=pixel_values).image_embeds.float()
+
+    def sample(self, batch_size: int) -> torch.Tensor:
+        """Random pixels, the same at each call."""
+        generator, size = torch.Generator().manual_seed(batch_size), self.config.image_size
+        return torch.randn(batch_size, self.config.num_channels, size, size, generator=generator)
+
+    def dynamic_axes(self) -> dict[int, torch.export.Dim]:
+        """Sizes of the input that are free."""
+        return {0: torch.export.Dim("batch_size", min=1, max=65_536)}
+
+
+class TextTower(nn.Module):
+    """Token ids in, embeddings out: one tensor each.
+
+    Args:
+        model (`PreTrainedModel`): A dual encoder.
+    """
+
+    kind, input_name, output_name, file_name = "text", "input_ids", "text_embeds", "text_model"
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.config = model, model.config.text_config
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Embed `(B, T)` as `(B, D)`, `T` at most what the tower reads."""
+        return self.model.get_text_features(input_ids).pooler_output.float()
+
+    def sample(self, batch_size: int) -> torch.Tensor:
+        """Random ids, each row ended at another place, the same at each call; longer where the batch is larger."""
+        generator, length = (
+            torch.Generator().manual_seed(batch_size),
+            min(8 * batch_size, self.config.max_position_embeddings),
+        )
+        end = self.config.eos_token_id
+        if end == 2:  # CLIP's old convention: the highest id of a row is its end
+            end = self.config.vocab_size - 1
+        ids = torch.randint(0, self.config.vocab_size, (batch_size, length), generator=generator)
+        ids = torch.where(ids == end, (end + 1) % self.config.vocab_size if end == 0 else end - 1, ids)
+        for row in range(batch_size):
+            ids[row, length - 1 - row :] = end
+        return ids
+
+    def dynamic_axes(self) -> dict[int, torch.export.Dim]:
+        """Sizes of the input that are free."""
+        longest = self.config.max_position_embeddings
+        return {
+            0: torch.export.Dim("batch_size", min=1, max=65_536),
+            1: torch.export.Dim("sequence_length", min=2, max=longest),
+        }
+
+
+TOWERS = {"image": ImageTower, "text": TextTower}
+
+
+def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None) -> bytes:
+    """Trace a tower as an ONNX graph.
+
+    Args:
+        tower ([`ImageTower`] or [`TextTower`]): Float32, in eval mode, on the CPU.
+        dtype (`str`): `"fp32"`; `"fp16"`, whose weights are half as large, inputs and outputs float32; or `"int8"`: weights of matrix
+            products and of embedding tables as 8-bit integers, activations quantised as they come.
+        float32_content (`bytes`, *optional*): The tower's graph of `"fp32"`, which `"int8"` starts from; traced if not given.
+
+    Returns:
+        `bytes`: Of a `.onnx` file.
+
+    Raises:
+        ImportError: If the extra `export` is not installed.
+        ValueError: If the dtype is unknown, or the weights exceed what one file holds.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"Expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
+    try:
+        import onnxruntime.quantization
+        import onnxscript  # noqa: F401  what torch.onnx writes with
+    except ImportError as error:
+        raise ImportError(NEEDS_EXTRA.format(error)) from error
+    weights = sum(tensor.numel() * 4 for tensor in part_of(tower).parameters())
+    if weights >= PROTOBUF_LIMIT:
+        raise ValueError(
+            f"Expected a tower of less than 2 GiB, which one .onnx file holds, got {weights / 2**30:.1f} GiB."
+        )
+    if dtype == "int8":
+        content = float32_content or _trace(tower)
+        with tempfile.TemporaryDirectory() as folder:
+            whole, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+            whole.write_bytes(content)
+            onnxruntime.quantization.quantize_dynamic(
+                whole,
+                small,
+                op_types_to_quantize=QUANTIZED_OPERATORS,
+                per_channel=True,
+                weight_type=onnxruntime.quantization.QuantType.QInt8,
+            )
+            return small.read_bytes()
+    return _trace(_to_half(tower) if dtype == "fp16" else tower)
+
+
+def part_of(tower: nn.Module) -> nn.Module:
+    """The modules of a dual encoder that a tower runs, without the other tower."""
+    model = tower.model
+    if not (hasattr(model, "text_model") and hasattr(model, "vision_model")):
+        return model
+    name, projection = (
+        ("vision_model", "visual_projection") if tower.kind == "image" else ("text_model", "text_projection")
+    )
+    return nn.ModuleList(getattr(model, part) for part in (name, projection) if hasattr(model, part))
+
+
+def _to_half(tower: nn.Module) -> nn.Module:
+    half = copy.deepcopy(tower)
+    for name, parameter in half.named_parameters():
+        if name.rpartition(".")[2] not in FLOAT32_PARAMETERS:
+            parameter.data = parameter.data.half()
+    for buffer in half.buffers():
+        if buffer.is_floating_point():
+            buffer.data = buffer.data.half()
+    return half
+
+
+@torch.no_grad()
+def _trace(tower: nn.Module) -> bytes:
+    program = torch.onnx.export(
+        tower.eval(),
+        (tower.sample(2),),
+        input_names=[tower.input_name],
+        output_names=[tower.output_name],
+        dynamic_shapes={tower.input_name: tower.dynamic_axes()},
+        dynamo=True,
+        verbose=False,
+    )
+    return program.model_proto.SerializeToString()
+
+
+@torch.no_grad()
+def compare_onnx(content: bytes, tower: nn.Module, dtype: str = "fp32") -> dict[str, float]:
+    """Compare ONNX Runtime's outputs with the float32 tower's, on random inputs and batches of several sizes.
+
+    Args:
+        content (`bytes`): Of a `.onnx` file.
+        tower ([`ImageTower`] or [`TextTower`]): What it was made from; float32, on the CPU.
+        dtype (`str`, *optional*, defaults to `"fp32"`): Whose gate the outputs have to pass.
+
+    Returns:
+        `dict[str, float]`: `max_relative_difference`, the largest difference over the largest value, and `min_cosine` of any row.
+
+    Raises:
+        ImportError: If ONNX Runtime is not installed.
+        ValueError: If in float32 the first is more than 1e-4, or else the second less than 0.999 (float16) or 0.95 (8-bit integers).
+    """
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ImportError(NEEDS_EXTRA.format(error)) from error
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+    pairs = []
+    for batch_size in BATCH_SIZES:
+        inputs = tower.sample(batch_size)
+        (found,) = session.run([tower.output_name], {tower.input_name: inputs.numpy()})
+        pairs.append((torch.from_numpy(found), tower(inputs)))
+    return check_outputs(pairs, dtype, "ONNX Runtime")
+
+
+def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, runtime: str) -> dict[str, float]:
+    """Measure how far embeddings are from the model's, and hold them against the gate of their dtype.
+
+    Args:
+        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`): Found and expected `(B, D)`.
+        dtype (`str`): A key of `DTYPES`.
+        runtime (`str`): What found them, for messages.
+
+    Returns:
+        `dict[str, float]`: As [`compare_onnx`].
+
+    Raises:
+        ValueError: If they are too far.
+    """
+    found, expected = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    cosine = float(torch.cosine_similarity(found, expected).min())
+    if dtype == "fp32" and not difference <= RELATIVE_GATE:  # NaN fails this too
+        raise ValueError(
+            f"Expected {runtime} to give the model's outputs to {RELATIVE_GATE:.0e}, got a difference of {difference:.1e}."
+        )
+    if dtype != "fp32" and not cosine >= COSINE_GATES[dtype]:
+        raise ValueError(
+            f"Expected {runtime} in {dtype} to give embeddings with a cosine of at least {COSINE_GATES[dtype]} to float32's, got "
+            f"{cosine:.4f}. Leave {dtype} out."
+        )
+    return {"max_relative_difference": difference, "min_cosine": cosine}
+
+
+@torch.no_grad()
+def save_program(tower: nn.Module, path: str | Path) -> dict[str, float]:
+    """Write a tower as a `torch.export` program, after the program read back gave the tower's outputs.
+
+    Args:
+        tower ([`ImageTower`] or [`TextTower`]): Float32, in eval mode, on the CPU.
+        path (`str` or `Path`): A `.pt2` file in a folder that exists.
+
+    Returns:
+        `dict[str, float]`: As [`compare_onnx`].
+
+    Raises:
+        ValueError: If the outputs differ.
+    """
+    program = torch.export.export(
+        tower.eval(), (tower.sample(2),), dynamic_shapes={tower.input_name: tower.dynamic_axes()}, strict=False
+    )
+    torch.export.save(program, path)
+    module = torch.export.load(path).module()
+    pairs = [(module(inputs), tower(inputs)) for inputs in map(tower.sample, BATCH_SIZES)]
+    return check_outputs(pairs, "fp32", "the exported program")
