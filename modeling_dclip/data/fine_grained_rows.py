@@ -100,6 +100,11 @@ def build_item_rows(items: Sequence[Item], source: str, missing: str) -> Dataset
     if any(item.pair_id for item in items):
         features["pair_id"] = PAIR_FEATURE
         members = Counter(group[0].pair_id for group in groups)
+        alone = [group[0].image_id for group in groups if members[group[0].pair_id] != 2]
+        if alone:
+            logger.warning(
+                "%s: left out %d pictures whose pair is not whole, first: %s", source, len(alone), first(alone)
+            )
         groups = [group for group in groups if members[group[0].pair_id] == 2]
     if any(item.crop_box for item in items):
         features["crop_box"] = CROP_FEATURE

@@ -88,7 +88,7 @@ def write_winoground(folder, draw, entries):
     return f"winoground:{folder}/examples.jsonl:{folder}/images"
 
 
-def test_winoground_gives_two_rows_a_pair(tmp_path, draw):
+def test_winoground_gives_two_rows_a_pair(tmp_path, draw, caplog):
     entries = [
         winoground_entry(0),
         winoground_entry(1, collapsed_tag="Relation"),
@@ -105,6 +105,7 @@ def test_winoground_gives_two_rows_a_pair(tmp_path, draw):
     with pytest.raises(FileNotFoundError, match="winoground-1-1"):
         load_fine_grained(spec)
     assert set(load_fine_grained(f"{spec},missing=skip")["pair_id"]) == {"winoground-0", "winoground-2"}
+    assert "left out 1 pictures whose pair is not whole" in caplog.text  # the partner of the missing one
 
 
 def test_winoground_in_parquet_reads_alike(tmp_path, draw):
