@@ -18,18 +18,12 @@ import torch
 from datasets import Dataset
 
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
+from modeling_dclip.evaluation.retrieval_ranks import check_rows, unit_rows
 
 
 def _unit_rows(embeds: torch.Tensor, name: str) -> torch.Tensor:
-    if embeds.ndim != 2 or not embeds.numel():
-        raise ValueError(f"Expected {name} of shape (rows, width), not empty, got {tuple(embeds.shape)}.")
-    bad = (~torch.isfinite(embeds).all(dim=1)) | (embeds == 0).all(dim=1)
-    if bad.any():
-        rows = bad.nonzero()[:5, 0].tolist()
-        raise ValueError(
-            f"Expected finite, non-zero rows in {name}, got {int(bad.sum())} bad ones, the first at {rows}. Check the model's weights."
-        )
-    return torch.nn.functional.normalize(embeds.float(), dim=1)
+    check_rows(embeds, name)
+    return unit_rows(embeds)
 
 
 @torch.no_grad()

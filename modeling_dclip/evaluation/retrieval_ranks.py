@@ -41,7 +41,16 @@ def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(embeds.float(), dim=1)
 
 
-def _check_rows(embeds: torch.Tensor, name: str) -> None:
+def check_rows(embeds: torch.Tensor, name: str) -> None:
+    """Refuse what has no direction.
+
+    Args:
+        embeds (`torch.Tensor`): Expected of shape `(rows, D)`, not empty, each row finite and not zero.
+        name (`str`): For messages.
+
+    Raises:
+        ValueError: If it is otherwise; the first rows are named.
+    """
     if embeds.ndim != 2 or not embeds.numel():
         raise ValueError(f"Expected {name} of shape (rows, width), not empty, got {tuple(embeds.shape)}.")
     norms = torch.cat([rows.float().norm(dim=1) for rows in embeds.split(_ROWS)])
@@ -49,7 +58,8 @@ def _check_rows(embeds: torch.Tensor, name: str) -> None:
     if bad.any():
         rows = bad.nonzero()[:5, 0].tolist()
         raise ValueError(
-            f"Expected finite, non-zero rows in {name}, got {int(bad.sum())} bad ones, the first at {rows}."
+            f"Expected finite, non-zero rows in {name}, got {int(bad.sum())} bad ones, the first at {rows}. Check "
+            "the model's weights."
         )
 
 
@@ -66,8 +76,8 @@ def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, imag
         raise ValueError(
             f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for texts."
         )
-    _check_rows(image_embeds, "image_embeds")
-    _check_rows(text_embeds, "text_embeds")
+    check_rows(image_embeds, "image_embeds")
+    check_rows(text_embeds, "text_embeds")
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
             f"Expected embeddings of one width, got {image_embeds.shape[1]} for images and {text_embeds.shape[1]} for texts. Do "
