@@ -144,6 +144,23 @@ class Run:
         train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
         return {"train": train, **({"validation": validation} if validates else {})}
 
+    def check_batches(self) -> None:
+        """See that the captioned images fill a batch, before anything looks at them; what is skipped later, the trainers notice.
+
+        Raises:
+            ValueError: If they do not, of a stage that will run; the message names the field to lower.
+        """
+        rows = len(self.sources["train"][0])
+        for name in ("teacher", "student"):
+            args = getattr(self.recipe, name)
+            needed = args.train_batch_size * args.world_size
+            alone = name == "teacher" or not self.recipe.run.uncaptioned_datasets
+            if name in self.stages and alone and args.dataloader_drop_last and rows < needed:
+                raise ValueError(
+                    f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got {rows}. Lower "
+                    f"{name}.per_device_train_batch_size, or give more images."
+                )
+
     def _uncaptioned(self, captioned: str) -> dict[str, tuple[Dataset, list[str]]]:
         """The new images beside the captioned ones of a key, validation's and those held out included."""
         run, shared = self.recipe.run, self.shared

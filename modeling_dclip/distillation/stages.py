@@ -53,6 +53,8 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     run = Run(recipe, shared)
     logger.info("Stages: %s, in %s", ", ".join(run.stages), run.folder)
     for name in run.stages:
+        if name in ("regions", "teacher", "targets"):
+            run.check_batches()
         _STAGES[name](run)
     return run.folder
 

@@ -70,7 +70,7 @@ class BatchesTrainer(Trainer):
         if counts_rows and args.dataloader_drop_last and len(train_batches) < rows_per_step:
             raise ValueError(
                 f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got {len(train_batches)} rows. Lower "
-                "per_device_train_batch_size."
+                f"{Path(args.output_dir).name}.per_device_train_batch_size."
             )
         self.processor, self.resolved_arguments = processor, resolved_arguments
         # One process trains several stages, and each may have another precision; accelerate keeps the first one's.

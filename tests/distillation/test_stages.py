@@ -208,6 +208,15 @@ def test_a_stage_that_needs_another_says_so(tmp_path):
         run(path, "--stages", "teacher")
 
 
+def test_too_few_images_for_a_batch_are_told_before_any_is_looked_at(finished, tmp_path):
+    path = write_recipe(tmp_path, clip_model=str(finished / "run" / "anchor"), regions={"detector": "grid:2x2"})
+    with pytest.raises(
+        ValueError, match="at least 17 images to train on, .*got 16. Lower teacher.per_device_train_batch"
+    ):
+        run(path, "--teacher.per_device_train_batch_size", "17")
+    assert not (tmp_path / "run" / "regions").exists()
+
+
 def test_validation_without_rows_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="train_fraction is 1"):
         run(write_recipe(tmp_path), "--student.eval_strategy", "epoch")
