@@ -4,6 +4,8 @@ The results file grows by one record a pair. Run again, it keeps what was measur
 """
 
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,7 +21,7 @@ from transformers.utils import logging
 
 from modeling_dclip.evaluation.benchmarks import Benchmark, benchmark_record, expand_benchmark, load_benchmark
 from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.evaluation.outcomes import Outcomes, read_outcomes, record_key, write_outcomes
+from modeling_dclip.evaluation.outcomes import Outcomes, outcomes_path, read_outcomes, record_key, write_outcomes
 from modeling_dclip.evaluation.results import read_results, write_results
 from modeling_dclip.evaluation.tradeoff import compare_to_anchor
 from modeling_dclip.weight_interpolation import interpolate_weights
@@ -83,7 +85,16 @@ class _Store:
         self.outcomes: dict[str, Outcomes] = {}
         self.begins_anew = overwrite
         _check_writable(self.path)
+        self._clear_killed()
         self._read()
+
+    def _clear_killed(self) -> None:
+        """Remove what runs that were killed while writing left of temporary folders; under the lock nobody is writing."""
+        names = "|".join(re.escape(path.name) for path in (self.path, outcomes_path(self.path)))
+        with _alone_in(self.path.parent):
+            for entry in self.path.parent.iterdir():
+                if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name) and entry.is_dir():
+                    shutil.rmtree(entry)
 
     def _read(self) -> None:
         if not self.begins_anew and self.path.exists():
@@ -113,7 +124,8 @@ class _Store:
         """Drop what an earlier run left and this one did not ask for."""
         self.records = list(records)
         if records:
-            self._write()
+            with _alone_in(self.path.parent):
+                self._write()
 
 
 def _check_writable(path: Path) -> None:
