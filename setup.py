@@ -16,7 +16,13 @@ EXTRAS = {
     "open_clip": ["open_clip_torch>=3.0"],
     # What the first SigLIP's tokenizer reads.
     "siglip": ["protobuf", "sentencepiece>=0.2"],
-    "export": ["onnx>=1.17", "onnxruntime>=1.20", "onnxscript>=0.3"],
+    "export": [
+        "onnx>=1.17",
+        "onnxruntime>=1.20",
+        "onnxscript>=0.3",
+        "open_clip_torch>=3.0",
+        "sentence-transformers>=5.2",
+    ],
     "dev": [
         "jinja2>=3.1",
         "matplotlib>=3.8",
