@@ -142,6 +142,14 @@ def standardise_columns(
     return table if len(keep) == len(table) else table.select(sorted(keep))
 
 
+def parquet_rows(path: str | Path) -> int:
+    """How many rows a parquet file has, by its footer; a file without one is named (`ValueError`)."""
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
+
+
 def read_parquet(
     pattern: str,
     *,
@@ -170,11 +178,7 @@ def read_parquet(
         raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
     names = []
     for path in paths:
-        try:
-            rows = pq.read_metadata(path).num_rows
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
-        names.extend(f"{path.resolve().parent.name}/{path.stem}-{row}" for row in range(rows))
+        names.extend(f"{path.resolve().parent.name}/{path.stem}-{row}" for row in range(parquet_rows(path)))
     require_rows(len(names), f"'{pattern}'")
     try:
         dataset = load_dataset("parquet", data_files=[str(path) for path in paths], split="train")

@@ -16,6 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
 from modeling_dclip.data.caption_files import IMAGE_SUFFIXES
 from modeling_dclip.data.caption_rows import require_folder
+from modeling_dclip.data.caption_tables import parquet_rows
 from modeling_dclip.data.specs import Source, parse_spec
 from modeling_dclip.evaluation.class_prompts import (
     NAMES_FILE,
@@ -102,6 +103,8 @@ def _read_parquet(
         raise FileNotFoundError(
             f"Expected parquet files at {pattern!r}, got none. Check the path; quote it in the shell."
         )
+    for file in files:
+        parquet_rows(file)  # names the damaged one among many
     dataset = load_dataset("parquet", data_files=files, split="train")
     return _from_columns(dataset, f"'{pattern}'", image, label, names, templates)
 

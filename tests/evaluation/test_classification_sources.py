@@ -58,6 +58,9 @@ def test_a_column_of_names_becomes_numbers_if_it_is_named(tmp_path):
         load_classification(f"parquet:{tmp_path}/names.parquet")
     found = load_classification(f"parquet:{tmp_path}/names.parquet,label=label")
     assert (found.dataset["label"][:], found.class_names) == ([1, 0, 1], ["cat", "dog"])
+    (tmp_path / "cut.parquet").write_bytes((tmp_path / "names.parquet").read_bytes()[:100])
+    with pytest.raises(ValueError, match="cut.parquet' is not readable as parquet"):
+        load_classification(f"parquet:{tmp_path}/*.parquet")
     with pytest.raises(ValueError, match="a column 'kind' .label.*names.parquet"):
         load_classification(f"parquet:{tmp_path}/names.parquet,label=kind")
 
