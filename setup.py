@@ -10,7 +10,7 @@ EXTRAS = {
     "regions": ["ultralytics-opencv-headless>=8.3.242"],
     "peft": ["peft>=0.17"],
     "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision"],
-    "space": ["gradio>=5"],
+    "space": ["gradio>=6", "matplotlib>=3.8"],
     "hub": ["jinja2>=3.1"],
     "index": ["faiss-cpu>=1.8"],
     "open_clip": ["open_clip_torch>=3.0"],
@@ -35,10 +35,15 @@ EXTRAS = {
     ],
     # What the benchmarks compare with.
     "benchmarks": ["timm>=1.0"],
+    "tensorboard": ["tensorboard>=2.14"],
+    # 8-bit optimisers; of use on a GPU, so not part of `all`.
+    "eight_bit": ["bitsandbytes>=0.45", "torchao>=0.11"],
     # Needs a CUDA toolchain at install time, so it is not part of `all`.
     "mamba": ["mamba-ssm>=2.2"],
 }
-EXTRAS["all"] = sorted({requirement for name, group in EXTRAS.items() if name != "mamba" for requirement in group})
+EXTRAS["all"] = sorted(
+    {requirement for name, group in EXTRAS.items() if name not in ("eight_bit", "mamba") for requirement in group}
+)
 
 setup(
     name="modeling_dclip",
