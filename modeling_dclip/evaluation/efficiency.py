@@ -33,8 +33,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range.
 
     Example:
-        >>> spread([3.0, 1.0, 2.0])
-        {'median': 2.0, 'min': 1.0, 'max': 3.0}
+        >>> spread([9.0, 1.0, 2.0])
+        {'median': 2.0, 'min': 1.0, 'max': 9.0}
     """
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 

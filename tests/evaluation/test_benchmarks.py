@@ -53,3 +53,9 @@ def test_the_hessian_takes_only_options_of_its_own():
             benchmarks.load_benchmark(spec, hessian={option: "1"})
     with pytest.raises(ValueError, match="Expected an integer for the option 'steps'.*got 'abc'"):
         benchmarks.load_benchmark(spec, hessian={"steps": "abc"})
+
+
+def test_costs_of_another_machine_are_another_measurement(monkeypatch):
+    settings = benchmarks.load_benchmark("efficiency").settings
+    monkeypatch.setattr(benchmarks, "environment", lambda: ({}, {"cpu": "another"}))
+    assert settings and benchmarks.load_benchmark("efficiency").settings != settings

@@ -22,7 +22,11 @@ def test_a_measurement_is_its_weights_data_settings_and_version_not_its_path_or_
     key = record_key(RECORD)
     assert record_key({**RECORD, "model": "elsewhere", "created": "tomorrow", "n": 3}) == key
     changes = ({"revision": "sha256:2"}, {"seed": 1}, {"settings": {"alpha": 0.5}}, {"condition": "c"})
-    changes += ({"versions": {"modeling_dclip": "2", "torch": "2"}},)
+    changes += (
+        {"versions": {"modeling_dclip": "2", "torch": "2"}},
+        {"dataset_fingerprint": "sha256:2"},
+        {"benchmark": "x"},
+    )
     assert len({key, *(record_key({**RECORD, **change}) for change in changes)}) == 1 + len(changes)
 
 

@@ -38,6 +38,16 @@ def test_revision_of_a_folder_follows_the_weights(tiny_clip_dir, tiny_clip, tmp_
     assert model_revision(tmp_path, model) != revision
 
 
+def test_revision_of_a_folder_follows_the_names_of_its_files(tmp_path, tiny_clip):
+    revisions = set()
+    for name in ("b", "c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(b"the same")
+        revisions.add(model_revision(folder, tiny_clip[0]))
+    assert len(revisions) == 2
+
+
 def test_a_folder_without_safetensors_is_named(tmp_path, tiny_clip):
     with pytest.raises(FileNotFoundError, match="safetensors in "):
         model_revision(tmp_path, tiny_clip[0])
