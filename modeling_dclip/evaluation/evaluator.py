@@ -112,7 +112,8 @@ class _Store:
 
     def put(self, record: dict[str, Any], outcomes: Outcomes) -> None:
         def place(one: dict[str, Any]) -> tuple:
-            return one["model"], one["benchmark"], one.get("condition"), one["seed"]
+            index = one.get("settings", {}).get("index")  # through an index the metrics are others
+            return one["model"], one["benchmark"], one.get("condition"), one["seed"], index
 
         with _alone_in(self.path.parent):
             self._read()

@@ -82,6 +82,16 @@ def test_a_second_run_evaluates_only_what_is_not_there(world, tmp_path):
     assert len(world) == 4 and len(read_results(tmp_path / "r.json")) == 4
 
 
+def test_what_an_index_finds_stays_beside_what_exact_search_finds(world, tmp_path, monkeypatch):
+    evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
+    load = evaluator.load_benchmark
+    monkeypatch.setattr(
+        evaluator, "load_benchmark", lambda name, **options: load(name)._replace(settings={"index": "faiss"})
+    )
+    evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
+    assert [record.get("settings") for record in read_results(tmp_path / "r.json")] == [None, {"index": "faiss"}]
+
+
 def test_other_seeds_and_other_models_stay_in_the_file_unless_told(world, tmp_path):
     evaluate([Candidate("student", seed=1)], BENCHMARKS[:1], tmp_path / "r.json")
     evaluate([Candidate("student", seed=2)], BENCHMARKS[:1], tmp_path / "r.json")
