@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-CODE := modeling_dclip tests benchmarks setup.py train.py eval.py
+CODE := modeling_dclip tests benchmarks hub_cards setup.py train.py eval.py
 
 .PHONY: demo space test test-conformance quality style
 
@@ -12,7 +12,7 @@ demo: $(STAMP)
 space: $(STAMP)
 	$(BIN)/python hub_cards/space/app.py
 test: $(STAMP)
-	$(BIN)/python -m pytest -m "not conformance"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not conformance"
 test-conformance: $(STAMP)
 	$(BIN)/python -m pytest -m conformance
 quality: $(STAMP)
