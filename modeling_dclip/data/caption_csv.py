@@ -45,6 +45,15 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
     return found[0]
 
 
+def _name_in(folder: Path, cell: str) -> str:
+    """The one name of a file: `./a.jpg`, `b/../a.jpg` and its absolute path are `a.jpg`; outside the folder it is the absolute path."""
+    name = PurePath(cell.strip())
+    if not name.is_absolute() and ".." not in name.parts:
+        return name.as_posix()
+    path, root = (folder / name).parent.resolve() / name.name, folder.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
 def read_csv(
     table: str,
     image_folder: str,
@@ -64,7 +73,7 @@ def read_csv(
         captions (`str`, *optional*): Column of the captions, by default the one called `caption`, `captions` or `text`.
         sep (`str`, *optional*, defaults to `","`): What separates columns, one character; `tab` is a tab.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all readers share, so that
-            test images are recognised. By default an id is `<folder>/<path>`.
+            test images are recognised. By default an id is `<folder>/<path>`, outside the folder the absolute path.
         missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
 
     Returns:
@@ -102,10 +111,11 @@ def _group_lines(
 ) -> Dataset:
     captions: dict[str, list[str]] = {}
     for line in lines:
-        name = PurePath(line.cells[image_at].strip()).as_posix()  # ./a.jpg is a.jpg
-        captions.setdefault(name, []).append(line.cells[caption_at])
+        captions.setdefault(_name_in(folder, line.cells[image_at]), []).append(line.cells[caption_at])
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
     root = folder.resolve().name
-    ids = [ID_RULES[source](name) if source else f"{root}/{name}" for name in captions]
+    ids = [
+        ID_RULES[source](name) if source else name if name.startswith("/") else f"{root}/{name}" for name in captions
+    ]
     return build_rows(ids, [folder / name for name in captions], list(captions.values()), f"'{path}'", missing)

@@ -26,6 +26,18 @@ def test_lines_of_an_image_are_its_captions_in_the_files_order(tmp_path, draw):
     assert stored == {"bytes": None, "path": str(tmp_path / "photos" / "a.jpg")}
 
 
+def test_a_file_spelled_in_several_ways_is_one_image(tmp_path, draw):
+    absolute, outside = tmp_path / "photos" / "a.jpg", tmp_path / "else" / "c.jpg"
+    text = f"image,caption\na.jpg,one\n{absolute},two\nsub/../a.jpg,three\n../photos/sub/b.jpg,four\n{outside},five\n"
+    spec = write(tmp_path, text, draw)
+    draw(outside, 2)
+    dataset = load_captions(spec)
+    assert dataset["image_id"][:] == ["photos/a.jpg", "photos/sub/b.jpg", str(outside)]
+    assert dataset["captions"][:] == [["one", "two", "three"], ["four"], ["five"]]
+    stored = dataset.cast_column("image", Image(decode=False))["image"][:]
+    assert [image["path"] for image in stored] == [str(absolute), str(tmp_path / "photos/sub/b.jpg"), str(outside)]
+
+
 def test_columns_and_separator_can_be_named(tmp_path, draw):
     text = "file;note;text\r\na.jpg;x;a dog\r\n\r\nsub/b.jpg;y;birds\r\n"
     expected = [["a dog"], ["birds"]]
