@@ -74,7 +74,7 @@ def build_index(
 
     Raises:
         FileNotFoundError: If there is no such folder or model.
-        FileExistsError: If `output` holds an index of another model or of other images.
+        FileExistsError: If `output` is a file, or holds an index of another model or of other images.
         ImportError: If `faiss-cpu` is not installed.
         TypeError: If the model is not a dual encoder.
         ValueError: If an argument is out of range, there is no picture, one cannot be read, or a stored file is damaged.
@@ -156,6 +156,8 @@ def _check_arguments(index: str, on_bad_image: str, batch_size: int, chunk_rows:
 
 def _check_output(output: Path, encoder: str, images: str, model: str, overwrite: bool) -> dict[str, Any] | None:
     """The manifest of an index that this build may replace."""
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"Expected a folder for the index at '{output}', got a file. Choose another output.")
     if not (output / MANIFEST).exists() or overwrite:
         return None
     before = read_manifest(output)

@@ -10,12 +10,14 @@
 
 import hashlib
 import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
 from modeling_dclip.data.files import replacing
@@ -25,6 +27,8 @@ from modeling_dclip.hub.queries import embed_query, open_picture
 from modeling_dclip.hub.stored_embeddings import fingerprint_encoder
 
 MANIFEST, EMBEDDINGS = "index.json", "embeddings"
+LOCK = ".lock"  # of the files, while one build writes them
+SUFFIXES = {"vectors": "faiss", "images": "parquet"}
 FORMAT = 1
 COLUMNS = ("image_id", "path", "sha256")
 _BLOCK = 1 << 22
@@ -93,6 +97,8 @@ def _check_file(folder: Path, name: str, digest: str) -> Path:
 def write_index(folder: Path, vectors: Any, columns: dict[str, list[Any]], manifest: dict[str, Any]) -> None:
     """Write vectors, rows, and last the manifest that names them; whoever looks sees the old index or the new one.
 
+    Builds of one folder at a time write one after the other; the last one stays.
+
     Args:
         folder (`Path`): Of the index.
         vectors: An index of FAISS.
@@ -100,25 +106,22 @@ def write_index(folder: Path, vectors: Any, columns: dict[str, list[Any]], manif
         manifest (`dict`): All but `files`.
     """
     faiss = find_faiss("faiss")
+    schema = pa.schema([(name, pa.string()) for name in COLUMNS])
     files = {}
-    for kind, suffix in (("vectors", "faiss"), ("images", "parquet")):
-        with replacing(folder / f".new-{kind}.{suffix}") as temporary:
-            if kind == "vectors":
-                faiss.write_index(vectors, str(temporary))
-            else:
-                schema = pa.schema([(name, pa.string()) for name in COLUMNS])
-                pq.write_table(pa.table(columns, schema=schema), temporary)
-        written = folder / f".new-{kind}.{suffix}"
-        digest = hash_file(written)
-        name = f"{kind}-{digest[:12]}.{suffix}"
-        written.replace(folder / name)
-        files[kind] = {"name": name, "sha256": digest}
-    with replacing(folder / MANIFEST) as temporary:
-        temporary.write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n", encoding="utf-8")
-    named = {entry["name"] for entry in files.values()}
-    for old in [*folder.glob("vectors-*.faiss"), *folder.glob("images-*.parquet")]:
-        if old.name not in named:
-            old.unlink()
+    with tempfile.TemporaryDirectory(prefix=".new.", dir=folder) as scratch, WeakFileLock(folder / LOCK):
+        written = {kind: Path(scratch) / f"{kind}.{suffix}" for kind, suffix in SUFFIXES.items()}
+        faiss.write_index(vectors, str(written["vectors"]))
+        pq.write_table(pa.table(columns, schema=schema), written["images"])
+        for kind, path in written.items():
+            digest = hash_file(path)
+            files[kind] = {"name": f"{kind}-{digest[:12]}{path.suffix}", "sha256": digest}
+            path.replace(folder / files[kind]["name"])
+        with replacing(folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n", encoding="utf-8")
+        named = {entry["name"] for entry in files.values()}
+        for old in [path for kind, suffix in SUFFIXES.items() for path in folder.glob(f"{kind}-*.{suffix}")]:
+            if old.name not in named:
+                old.unlink()
 
 
 class SearchIndex:

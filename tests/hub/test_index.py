@@ -1,10 +1,13 @@
 """An index gives the answers of exact comparison, computes nothing twice, and names whatever is wrong."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,7 @@ from modeling_dclip.data.image_folders import read_images
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.hub import index_building, stored_embeddings
+from modeling_dclip.hub import index_building, search_index, stored_embeddings
 from modeling_dclip.hub.index import SearchIndex, build_index, main
 from modeling_dclip.hub.search_index import read_manifest
 
@@ -427,3 +430,41 @@ def test_equal_models_have_equal_keys_and_settings_count(tiny_clip_dir, other_mo
     assert key == stored_embeddings.fingerprint_encoder(*again) != stored_embeddings.fingerprint_encoder(*other)
     processor.image_processor.image_mean = [0.5, 0.5, 0.5]
     assert key != stored_embeddings.fingerprint_encoder(model, processor)
+
+
+def test_a_file_in_place_of_the_index_is_said_before_anything_is_embedded(
+    tiny_clip_dir, pictures, tmp_path, monkeypatch
+):
+    (tmp_path / "index").write_text("mine")
+    counts = count_embedded(monkeypatch)
+    with pytest.raises(FileExistsError, match="a folder for the index at .*got a file"):
+        build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index")
+    assert counts == [] and (tmp_path / "index").read_text() == "mine"
+
+
+def test_builds_of_other_pictures_that_end_together_leave_one_whole_index(built, copied, tmp_path, monkeypatch):
+    """Each waits, its files written, until the other has written its own: without turns they would delete each other's."""
+    meeting = threading.Barrier(2)
+    hash_file = search_index.hash_file
+
+    def hash_when_both_are_here(path):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            meeting.wait(timeout=1)
+        return hash_file(path)
+
+    monkeypatch.setattr(search_index, "hash_file", hash_when_both_are_here)
+    whole = [built.vectors.reconstruct_n(0, count) for count in (12, 5)]
+
+    def write(vectors):
+        flat = search_index.find_faiss("faiss").IndexFlatIP(vectors.shape[1])
+        flat.add(vectors)
+        columns = {name: built.rows[name].to_pylist()[: len(vectors)] for name in search_index.COLUMNS}
+        search_index.write_index(copied, flat, columns, {**built.manifest, "n": len(vectors)})
+
+    with ThreadPoolExecutor() as pool:
+        for done in [pool.submit(write, vectors) for vectors in whole]:
+            done.result()
+    monkeypatch.undo()
+    assert len(SearchIndex.load(copied)) in (12, 5)
+    assert len(list(copied.glob("vectors-*"))) == len(list(copied.glob("images-*"))) == 1
+    assert not list(copied.glob(".new*"))
