@@ -6,8 +6,8 @@
     ... --stages teacher,student                                     some stages only
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
-Finished stages are recognised and skipped; interrupted ones go on where they were. A recipe with `arms` and `seeds` trains every arm with every
-seed; one with `evaluate` then measures them beside the anchor; `--push_to_hub me/name` publishes what was trained.
+Finished stages are skipped, interrupted ones go on. A recipe with `arms` and `seeds` trains each arm with each seed; one with `evaluate` then
+measures them beside the anchor; `--push_to_hub me/name` publishes what was trained.
 """
 
 import logging
@@ -19,8 +19,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
+from transformers.utils.logging import get_verbosity
 
 from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_arms, parse_recipe
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
@@ -49,10 +51,10 @@ def read_recipe(words: list[str]) -> tuple[list[str], Path]:
     """The command line without its recipe file, and that file."""
     if "--recipe" not in words:
         return words, DEMO
-    position = words.index("--recipe")
-    if position + 1 == len(words):
+    place = words.index("--recipe") + 1
+    if place == len(words):
         raise ValueError("Expected a file after --recipe, got nothing.")
-    return [*words[:position], *words[position + 2 :]], Path(words[position + 1])
+    return [*words[: place - 1], *words[place + 1 :]], Path(words[place])
 
 
 def train_runs(runs: Sequence[ArmRun], words: list[str], path: Path) -> None:
@@ -80,15 +82,8 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
                 arms.setdefault(run.arm, {})[run.seed] = str(student)
     options = {"baseline": first.baseline, "command": shlex.join(["train.py", *sys.argv[1:]])}
     summary = evaluate_arms(arms, anchor, first.evaluate, folder, device=PartialState().device, **options)
-    kinds = [name.partition("=")[0] for name in first.evaluate]
-    print(
-        "\n"
-        + (
-            render_summary(summary)
-            if {"retrieval", "zero_shot"} <= set(kinds)
-            else render_table(read_results(folder / "records.json"))
-        )
-    )
+    both = {"retrieval", "zero_shot"} <= {name.partition("=")[0] for name in first.evaluate}
+    print("\n" + (render_summary(summary) if both else render_table(read_results(folder / "records.json"))))
     folders = [next(iter(seeds.values())) for seeds in list(arms.values())[-1:]]
     trained = [(run.arm, Path(run.recipe.run.output_dir) / "teacher") for run in runs]
     teachers = [(arm, str(teacher)) for arm, teacher in trained if (teacher / "config.json").exists()]
@@ -111,39 +106,44 @@ def plan_publication(runs: Sequence[ArmRun], results: Path) -> PublishArguments 
     if run.push_to_hub is None:
         return None
     recipe = next(one.recipe for one in runs if run.push_arm in (None, one.arm))
-    model = Path(recipe.run.output_dir) / ("dmclip" if "dmclip" in recipe.named else "student")
-    named = {"repo_id": run.push_to_hub, "license": run.push_license, "private": run.push_private}
-    plan = PublishArguments(model=str(model), results=[str(results)], **named)
+    model = f"{recipe.run.output_dir}/{'dmclip' if 'dmclip' in recipe.named else 'student'}"
+    plan = PublishArguments(model, [str(results)], run.push_to_hub, run.push_license, private=run.push_private)
     check_publication(plan)
     return plan
+
+
+def run_recipe(words: list[str], path: Path) -> None:
+    """Train; then, in the main process, draw, measure and publish."""
+    runs = expand_arms(words, path)
+    results = Path(parse_recipe(words, path).run.output_dir) / "results"
+    publication = plan_publication(runs, results)
+    is_main = PartialState().is_main_process
+    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    train_runs(runs, words, path)
+    if not is_main:
+        return
+    draw_training_curves(results.parent)
+    if runs[0].recipe.run.evaluate:
+        report(runs, Run(runs[0].recipe).clip_path, results)
+    if publication is not None:
+        made = [str(file.parent) for file in Path(publication.model).parent.glob("teacher/config.json")]
+        try:
+            print(describe_publication(publish(replace(publication, teacher=made[0] if made else None))))
+        except FAILURES as error:
+            sys.exit(f"Trained, but not published: {error}\nThen run `python -m modeling_dclip.hub.publish`.")
 
 
 def main(words: list[str]) -> None:
     """Run a recipe."""
     if "--help" in words or "-h" in words:
-        print(f"{__doc__}\n  --recipe FILE (default {DEMO.relative_to(Path(__file__).parent)})\n\n{describe_fields()}")
-        return
+        return print(f"{__doc__}\n  --recipe FILE (default recipes/{DEMO.name})\n\n{describe_fields()}")
     try:
-        words, path = read_recipe(words)
-        runs = expand_arms(words, path)
-        results = Path(parse_recipe(words, path).run.output_dir) / "results"
-        publication = plan_publication(runs, results)
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(str(error))
-    state = PartialState()
-    logging.basicConfig(level=logging.INFO if state.is_main_process else logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
-    train_runs(runs, words, path)
-    if state.is_main_process:
-        draw_training_curves(results.parent)
-    if state.is_main_process and runs[0].recipe.run.evaluate:
-        report(runs, Run(runs[0].recipe).clip_path, results)
-    if state.is_main_process and publication is not None:
-        made = [str(file.parent) for file in Path(publication.model).parent.glob("teacher/config.json")]
-        try:
-            print(describe_publication(publish(replace(publication, teacher=made[0] if made else None))))
-        except (ValueError, OSError) as error:
-            sys.exit(f"Trained, but not published: {error}\nThen run `python -m modeling_dclip.hub.publish`.")
+        run_recipe(*read_recipe(words))
+    except FAILURES as error:
+        if get_verbosity() <= logging.INFO:
+            raise
+        sys.exit(f"Failed: {' '.join(str(error).split())} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
 
 
 if __name__ == "__main__":

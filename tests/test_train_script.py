@@ -101,3 +101,27 @@ def test_a_recipe_with_one_kind_of_benchmark_prints_its_table(tmp_path, benchmar
         "summary.json",
     ]  # no trade-off of one axis
     assert {record["benchmark"] for record in read_results(results / "records.json")} == {benchmark}
+
+
+def test_an_error_in_a_stage_ends_with_one_clear_line_and_writes_nothing(tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "captions.csv").write_text("image;caption\na.png;a dog\n")
+    words = [
+        "--clip_model",
+        ROOT / "recipes" / "demo_anchor",
+        "--regions.detector",
+        "grid:2x2",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+    words += [
+        "--train_datasets",
+        f"csv:{tmp_path / 'captions.csv'}:{tmp_path / 'photos'}",
+        "--student.lora_rank",
+        "none",
+    ]
+    ended = train("--recipe", ROOT / "recipes" / "finetune.yaml", *words)
+    last = ended.stderr.strip().splitlines()[-1]
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert last.startswith("Failed: Expected one column 'image'") and "captions.csv" in last and "',sep=;'" in last
+    assert "TRANSFORMERS_VERBOSITY=info" in last and not (tmp_path / "run").exists()

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.evaluation.results import replacing, write_text
 from modeling_dclip.hub.checkpoints import check_keys, check_new_folder, read_checkpoint
 from modeling_dclip.hub.mambavision import (
@@ -239,8 +240,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             note = MOBILECLIP_NOTE
             model, left = convert_mobileclip(args.checkpoint, args.output)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    except FAILURES as error:
+        sys.exit(" ".join(str(error).split()))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key placed.\n")
     if left:

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_dclip.data.caption_files import IMAGE_SUFFIXES
+from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.hub.index_building import build_index
 from modeling_dclip.hub.search_index import Hit, SearchIndex
 
@@ -144,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             answer = _search(words[1:])
         else:
             answer = _build(words[1:] if words[:1] == ["build"] else words)
-    except (ValueError, OSError, ImportError, TypeError) as problem:
-        sys.exit(str(problem))
+    except (*FAILURES, TypeError) as problem:
+        sys.exit(" ".join(str(problem).split()))
     if answer is not None:
         sys.stdout.write(answer + "\n")
 
