@@ -97,7 +97,7 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[tor
             "they would be random. It is another architecture's checkpoint, or one tower's."
         )
     processor = _load_processor(name, options)
-    _check_processor(processor, name)
+    check_processor(processor, name)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         logger.warning(
             "%s has no image processor of the PIL backend: its pixels differ from PIL's by 1-2 grey levels.", name
@@ -127,7 +127,16 @@ def _load_processor(name: str, options: dict[str, Any]) -> Any:
         ) from error
 
 
-def _check_processor(processor: Any, name: str) -> None:
+def check_processor(processor: Any, name: str) -> None:
+    """Refuse a processor with a half missing, or with a tokenizer that transformers made up because its files were not there.
+
+    Args:
+        processor: With `image_processor` and `tokenizer`.
+        name (`str`): Where it came from, for the message.
+
+    Raises:
+        ValueError: Saying what is missing.
+    """
     lacking = [half for half in ("image_processor", "tokenizer") if getattr(processor, half, None) is None]
     if lacking:
         raise ValueError(

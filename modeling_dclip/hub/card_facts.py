@@ -6,6 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from modeling_dclip.evaluation.metric_names import metric_of
 from modeling_dclip.evaluation.provenance import model_revision
 from modeling_dclip.evaluation.results import read_results
 from modeling_dclip.evaluation.tables import render_leakage, render_table
@@ -14,6 +15,8 @@ from modeling_dclip.hub.licences import Origin, check_licence, describe_data, fi
 from modeling_dclip.hub.publish_arguments import PublishArguments
 from modeling_dclip.hub.training_facts import read_training, show_spec
 
+SHOWN = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}  # of a record
+INTERVAL = ("low", "high", "covers", "confidence")
 # What the model that results are compared with is to this one.
 ROLES = {"dclip": "before training", "dmclip": "for comparison"}
 
@@ -86,11 +89,37 @@ def read_all_results(paths: Sequence[str]) -> list[dict[str, Any]]:
             raise FileNotFoundError(f"Expected a results file or a folder of them at '{path}', got nothing.")
         files = sorted(path.glob("*.json")) if path.is_dir() else [path]
         # A results file is a list; a summary beside it is an object.
-        files = [file for file in files if file == path or file.read_text(encoding="utf-8").lstrip().startswith("[")]
+        files = [file for file in files if file == path or file.read_bytes().lstrip().startswith(b"[")]
         if not files:
             raise FileNotFoundError(f"Expected results files in '{path}', got none. Run eval.py with --output there.")
-        records += [record for file in files for record in read_results(file)]
+        for file in files:
+            for index, record in enumerate(read_results(file)):
+                check_shown(record, f"record {index} of {file}")
+                records.append(record)
     return records
+
+
+def check_shown(record: Mapping[str, Any], where: str) -> None:
+    """Check what a card reads inside a record, which reading leaves open: a file may have been edited by hand.
+
+    Args:
+        record (`dict`): Valid for [`~modeling_dclip.evaluation.results.validate_record`].
+        where (`str`): File and position, for messages.
+
+    Raises:
+        ValueError: If a field is missing, or a share is not in [0, 1].
+    """
+    intervals = record.get("intervals", {})
+    fields = {name: (record[name], needed) for name, needed in SHOWN.items()}
+    fields |= {f"intervals / {name}": (interval, INTERVAL) for name, interval in intervals.items()}
+    for name, (found, needed) in fields.items():
+        if not isinstance(found, dict) or not set(needed) <= set(found):
+            raise ValueError(f"Expected {', '.join(needed)} in {name!r} of {where}, got {found!r}. Evaluate again.")
+    for name, value in record["metrics"].items():
+        if metric_of(name).unit == "%" and not 0 <= value <= 1 + 1e-9:
+            raise ValueError(
+                f"Expected a share in [0, 1] in 'metrics' / {name!r} of {where}, got {value!r}. Evaluate again."
+            )
 
 
 def select_records(

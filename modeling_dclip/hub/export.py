@@ -26,12 +26,15 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
+from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.data.files import replacing
 from modeling_dclip.hub.checkpoints import check_new_folder
 from modeling_dclip.hub.native_clip import (
     DUAL_ENCODERS,
     has_native_twin,
     load_dual_encoder,
+    load_processor,
+    load_whole,
     to_native_clip,
     to_native_processor,
 )
@@ -39,7 +42,6 @@ from modeling_dclip.hub.onnx_towers import DTYPES, TOWERS, compare_onnx, make_on
 from modeling_dclip.hub.open_clip_weights import write_open_clip
 from modeling_dclip.hub.sentence_transformers_folder import write_sentence_transformers
 from modeling_dclip.hub.winograd import use_winograd
-from modeling_dclip.processing_dclip import DCLIPProcessor
 
 IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
 PREPROCESSOR = "preprocessor_config.json"
@@ -58,7 +60,7 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds another model, or the size is not the config's and the model takes no other.
+        ValueError: If it holds another model, weights are missing or damaged, or the size is not the config's and the model takes no other.
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
@@ -71,12 +73,10 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
                 f"Expected a dual encoder or an image encoder at '{model}' ({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got "
                 f"{model_type!r}."
             )
-        loaded = (
-            load_dual_encoder(model)
-            if model_type in DUAL_ENCODERS
-            else IMAGE_ENCODERS[model_type].from_pretrained(model)
-        )
-    loaded = loaded.float().eval()
+        if model_type in DUAL_ENCODERS:
+            loaded = load_dual_encoder(model)
+        else:
+            loaded = load_whole(IMAGE_ENCODERS[model_type], model)
     encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
     if isinstance(encoder, DMCLIPVisionModel):
         fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()
@@ -191,7 +191,7 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
         return
     with tempfile.TemporaryDirectory() as scratch:
-        processor = to_native_processor(DCLIPProcessor.from_pretrained(source), scratch)
+        processor = to_native_processor(load_processor(source), scratch)
     resize_images(processor.image_processor, model, source)
     processor.tokenizer.save_pretrained(folder)
     settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
@@ -262,8 +262,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "sentence_transformers": lambda folder: write_sentence_transformers(model, args.model, folder),
         }
         found = write_export(args.output, writers[args.format])
-    except (ValueError, OSError, ImportError) as problem:
-        parser.error(str(problem))
+    except FAILURES as problem:
+        sys.exit(" ".join(str(problem).split()))
     for name, measured in found.items():
         mebibytes = (Path(args.output) / name).stat().st_size / 2**20
         sys.stdout.write(

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 
 from modeling_dclip.configuration_dclip import PRESETS
+from modeling_dclip.hub.training_facts import read_arguments
 
 # Ids that the Hub knows and that fit weights; `other` needs a name and a link.
 LICENCES = (
@@ -63,6 +63,7 @@ def find_origins(arguments: Mapping[str, Any], base_model: str | None = None) ->
 
     Raises:
         FileNotFoundError: If a folder is not there any more.
+        ValueError: If the arguments in one are damaged.
     """
     trained_from = arguments.get("dmclip") or {}
     names = (
@@ -73,9 +74,8 @@ def find_origins(arguments: Mapping[str, Any], base_model: str | None = None) ->
     origins: list[Origin] = []
     for name in (PRESETS.get(name, name) for name in names if name):
         origins.append(_describe(name))
-        file = Path(name) / "arguments.yaml"
-        if file.is_file():
-            origins += find_origins(yaml.safe_load(file.read_text(encoding="utf-8")))
+        if (Path(name) / "arguments.yaml").is_file():
+            origins += find_origins(read_arguments(name))
     return origins
 
 

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     CLIPConfig,
@@ -19,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from modeling_dclip.data.dual_encoders import check_processor
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -41,7 +43,7 @@ def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
 
     Raises:
         ImportError: If there are adapters and `peft` is not installed.
-        ValueError: If it is no dual encoder, or a weight is missing.
+        ValueError: If it is no dual encoder, a weight is missing, or the file is damaged.
     """
     if (Path(model) / ADAPTER_CONFIG).is_file():
         return _merge_adapters(Path(model))
@@ -50,10 +52,49 @@ def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
         raise ValueError(
             f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder that holds both towers."
         )
-    loaded, report = DUAL_ENCODERS[model_type].from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    return load_whole(DUAL_ENCODERS[model_type], model)
+
+
+def load_whole(model_class: type[PreTrainedModel], model: str | os.PathLike) -> PreTrainedModel:
+    """Load a model of which every weight is there, in float32 and eval mode.
+
+    Args:
+        model_class (`type[PreTrainedModel]`): What to load it as.
+        model (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `PreTrainedModel`: On the CPU.
+
+    Raises:
+        ValueError: If a weight is missing, which would be drawn at random, or the file is damaged.
+    """
+    try:
+        loaded, report = model_class.from_pretrained(model, dtype=torch.float32, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected whole weights at '{model}', got a damaged file ({error}). Fetch it again."
+        ) from error
     if missing := sorted(report["missing_keys"]):
         raise ValueError(f"Expected all weights at '{model}', got none for {missing[0]} and {len(missing)} in all.")
     return loaded.eval()
+
+
+def load_processor(model: str | os.PathLike) -> DCLIPProcessor:
+    """Load the processor of a dual encoder.
+
+    Args:
+        model (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        [`DCLIPProcessor`]
+
+    Raises:
+        OSError: If the image processor's file is missing.
+        ValueError: If the tokenizer's are.
+    """
+    processor = DCLIPProcessor.from_pretrained(model)
+    check_processor(processor, str(model))
+    return processor
 
 
 def _merge_adapters(folder: Path) -> PreTrainedModel:

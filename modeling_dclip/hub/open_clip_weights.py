@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
+from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_processor
 from modeling_dclip.hub.onnx_towers import TOWERS, check_outputs
-from modeling_dclip.processing_dclip import DCLIPProcessor
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 LEGACY_EOS_TOKEN_ID = 2  # the highest id of a row is its end
@@ -148,7 +147,7 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
         ) from error
     folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
-        processor = to_native_processor(DCLIPProcessor.from_pretrained(source), scratch)
+        processor = to_native_processor(load_processor(source), scratch)
     images = processor.image_processor
     crop, size = images.crop_size["height"], model.config.vision_config.image_size
     if crop != size or images.size["shortest_edge"] != size or not images.do_center_crop:

@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, ModelCard
 from transformers import HfArgumentParser
 
+from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.hub.cards import load_jinja
 from modeling_dclip.hub.licences import check_licence
 from modeling_dclip.hub.publish_arguments import PublishArguments
@@ -76,7 +77,7 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
     check_publication(arguments, delays)
     api = HfApi()
     with tempfile.TemporaryDirectory() as temporary:
-        staged = stage_repos(arguments, Path(arguments.staging or temporary))
+        staged = stage_repos(arguments, Path(arguments.staging or f"{temporary}/repos"))
         cards = {repo.repo_id: (repo.folder / "README.md").read_text(encoding="utf-8") for repo in staged}
         for repo_id, card in cards.items():
             validate_online(card, repo_id, delays)
@@ -114,8 +115,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     try:
         done = publish(arguments)
-    except (ValueError, OSError, ImportError) as problem:
-        sys.exit(str(problem))
+    except FAILURES as problem:
+        sys.exit(" ".join(str(problem).split()))
     sys.stdout.write(describe_publication(done) + "\n")
 
 

@@ -14,9 +14,8 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_clip, to_native_processor
 from modeling_dclip.hub.onnx_towers import check_outputs
-from modeling_dclip.processing_dclip import DCLIPProcessor
 
 # Since 5.4 `Transformer` reads CLIP itself; this older name is read by every version.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
@@ -56,7 +55,7 @@ def write_sentence_transformers(
         ) from error
     inner = folder / MODULES[0]["path"]
     inner.mkdir(parents=True)
-    ours = DCLIPProcessor.from_pretrained(source)
+    ours = load_processor(source)
     with tempfile.TemporaryDirectory() as scratch:
         native = to_native_processor(ours, scratch)
     to_native_clip(model).save_pretrained(inner)

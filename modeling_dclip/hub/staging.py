@@ -4,21 +4,25 @@ import json
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoConfig, CLIPModel, PreTrainedModel
 
+from modeling_dclip.data.dual_encoders import check_processor
+from modeling_dclip.data.files import replacing
 from modeling_dclip.hub.card_facts import gather_facts
 from modeling_dclip.hub.cards import SUFFIXES, check_card, render_card
+from modeling_dclip.hub.checkpoints import check_new_folder
 from modeling_dclip.hub.examples import Example, draw_pictures, make_examples, save_pictures
 from modeling_dclip.hub.native_clip import (
     ADAPTER_CONFIG,
     check_twin,
     has_native_twin,
     load_dual_encoder,
+    load_processor,
+    load_whole,
     to_native_clip,
     to_native_processor,
 )
@@ -52,18 +56,15 @@ def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
         root (`Path`): New or empty folder; each repository gets one inside, by its name.
 
     Returns:
-        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them.
+        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them. If one fails, none is kept.
 
     Raises:
         FileExistsError: If the folder is in use.
         FileNotFoundError, ImportError, ValueError: If anything that belongs there is missing, differs from the model, or does not fit.
     """
-    if root.exists() and any(root.iterdir()):
-        raise FileExistsError(
-            f"Expected a new or empty folder to write the repositories in, got '{root}'. Name another or empty it."
-        )
-    model = load_dual_encoder(arguments.model)
-    processor = DCLIPProcessor.from_pretrained(arguments.model)
+    check_new_folder(root)
+    _check_sources(arguments)
+    model, processor = load_dual_encoder(arguments.model), load_processor(arguments.model)
     teacher = _load_teacher(arguments, model)
     kinds = [
         "vision",
@@ -75,21 +76,54 @@ def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
     staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in ids.items()]
     examples = make_examples(model, processor)
     facts = gather_facts(arguments, model, teacher, examples, ids)
+    if root.is_dir():
+        root.rmdir()
+    with replacing(root) as temporary:
+        written = [replace(repo, folder=temporary / repo.folder.name) for repo in staged]
+        _write_repos(written, arguments, model, processor, teacher, (facts, examples))
+    return staged
+
+
+def _check_sources(arguments: PublishArguments) -> None:
+    """See early that the folders are there: what is no folder would be looked for on the Hub."""
+    for name in ("model", "teacher"):
+        folder = getattr(arguments, name)
+        if folder is not None and not Path(folder).is_dir():
+            raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got '{folder}', which is none.")
+    adapter = Path(arguments.model) / ADAPTER_FOLDER
+    if (adapter / ADAPTER_CONFIG).is_file() and not (adapter / ADAPTER_WEIGHTS).is_file():
+        raise FileNotFoundError(
+            f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{adapter}', got none. Bring it back, or remove the folder to publish "
+            "the whole weights alone."
+        )
+
+
+def _write_repos(
+    staged: list[StagedRepo],
+    arguments: PublishArguments,
+    model: PreTrainedModel,
+    processor: DCLIPProcessor,
+    teacher: DCLIPTeacher | None,
+    card: tuple[dict[str, Any], list[Example]],
+) -> None:
+    """Fill the folders and check them."""
+    facts, examples = card
     for repo in reversed(staged):  # the image encoder is read out of the dual one
         dual = staged[-1].folder
         if repo.kind == "dual":
             _save(model, processor, repo.folder)
             _copy_adapter(Path(arguments.model) / ADAPTER_FOLDER, repo.folder, facts["base_models"])
         elif repo.kind == "vision":
-            _save(_load_whole(VISION_MODELS[model.config.model_type], dual), processor, repo.folder)
+            _save(load_whole(VISION_MODELS[model.config.model_type], dual), processor, repo.folder)
         elif repo.kind == "teacher":
-            _save(teacher, DCLIPTeacherProcessor.from_pretrained(arguments.teacher), repo.folder)
+            reader = DCLIPTeacherProcessor.from_pretrained(arguments.teacher)
+            check_processor(reader, arguments.teacher)
+            _save(teacher, reader, repo.folder)
         else:
             _stage_twin(model, processor, repo.folder)
         _add_card(repo, facts, examples, arguments.cards)
     for repo in staged:
         check_folder(repo)
-    return staged
 
 
 def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPTeacher | None:
@@ -104,14 +138,7 @@ def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPT
         raise ValueError(
             f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{arguments.teacher}'."
         )
-    return _load_whole(DCLIPTeacher, arguments.teacher)
-
-
-def _load_whole(model_class: type[PreTrainedModel], folder: str | Path) -> PreTrainedModel:
-    model, report = model_class.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(f"Expected all weights in '{folder}', got none for {missing[0]} and {len(missing)} in all.")
-    return model.eval()
+    return load_whole(DCLIPTeacher, arguments.teacher)
 
 
 def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:

@@ -36,6 +36,28 @@ DISTILLATION = (
 )
 
 
+def read_arguments(folder: str | os.PathLike) -> dict[str, Any]:
+    """The `arguments.yaml` that training left in a folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+        ValueError: If it is no YAML, or no table of fields.
+    """
+    path = Path(folder) / "arguments.yaml"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"Expected arguments.yaml beside the weights in '{folder}', got none. train.py writes it; the card's training section comes from it."
+        )
+    try:
+        arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected YAML in '{path}', got: {reason}. Put back what train.py wrote.") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"Expected fields in '{path}', got {arguments!r}. Put back what train.py wrote.")
+    return arguments
+
+
 def read_training(folder: str | os.PathLike, section: str | None = None) -> dict[str, Any]:
     """How a model was trained, from what training left beside its weights.
 
@@ -49,14 +71,9 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
 
     Raises:
         FileNotFoundError: If there is no `arguments.yaml`.
-        ValueError: If a field of it is missing.
+        ValueError: If it is damaged, or a field of it is missing.
     """
-    path = Path(folder) / "arguments.yaml"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"Expected arguments.yaml beside the weights in '{folder}', got none. train.py writes it; the card's training section comes from it."
-        )
-    arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arguments = read_arguments(folder)
     if section is None:
         section = next((name for name in ("student", "dmclip", "anchor") if name in arguments), None)
     values = arguments.get(section) or {}
@@ -66,7 +83,7 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
     ]
     if section is None or needed:
         raise ValueError(
-            f"Expected {needed[0] if needed else 'student, dmclip or anchor'} in {path}, got {sorted(arguments)}."
+            f"Expected {needed[0] if needed else 'student, dmclip or anchor'} in arguments.yaml of '{folder}', got {sorted(arguments)}."
         )
     datasets = arguments["train_datasets"] or values.get("train_datasets") or []
     shards = values.get("train_shards")

@@ -2,12 +2,14 @@
 
 import copy
 import json
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
@@ -164,9 +166,9 @@ def test_an_image_encoder_alone_exports_its_one_tower(tmp_path, capsys):
     config = DCLIPVisionConfig(**sizes, image_size=32, patch_size=8, projection_dim=16)
     DCLIPVisionModel(config).save_pretrained(tmp_path / "student")
     command = ["torch_export", "--model", str(tmp_path / "student"), "--output", str(tmp_path / "out")]
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="Give `--towers image`"):
         main(command)
-    assert "Give `--towers image`" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
     main([*command, "--towers", "image"])
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"config.json", "vision_model.pt2"}
 
@@ -216,17 +218,17 @@ def test_sentence_transformers_encodes_pictures_and_texts_alike(dclip_folder, tm
     "form, message",
     [("open_clip", "which open_clip has, got 'dmclip'"), ("sentence_transformers", "trust_remote_code")],
 )
-def test_a_dmclip_has_no_form_of_clips_readers(form, message, dmclip_folder, tmp_path, capsys):
-    with pytest.raises(SystemExit):
+def test_a_dmclip_has_no_form_of_clips_readers(form, message, dmclip_folder, tmp_path):
+    with pytest.raises(SystemExit, match=message):
         main([form, "--model", str(dmclip_folder), "--output", str(tmp_path / "out")])
-    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists()
 
 
-def test_what_cannot_be_exported_is_named(tiny_clip_dir, dclip_folder, tmp_path, capsys):
+def test_what_cannot_be_exported_is_named(tiny_clip_dir, dclip_folder, tmp_path):
     def error_of(*arguments):
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit) as ended:
             main(list(map(str, arguments)))
-        return capsys.readouterr().err
+        return ended.value.code
 
     output = ("--output", tmp_path / "out")
     assert "got nothing there" in error_of("onnx", "--model", tmp_path / "none", *output)
@@ -258,3 +260,31 @@ def test_without_the_extra_the_message_says_what_to_install(dclip_folder, monkey
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match=r"modeling_dclip\[export\]"):
         make_onnx(ImageTower(load_model(dclip_folder)), "fp32")
+
+
+def test_weights_or_a_tokenizer_that_are_not_there_are_never_made_up(dclip_folder, tmp_path):
+    shutil.copytree(dclip_folder, tmp_path / "student")
+    command = ["sentence_transformers", "--model", str(tmp_path / "student"), "--output", str(tmp_path / "out")]
+    (tmp_path / "student" / "tokenizer.json").unlink()
+    with pytest.raises(SystemExit, match="a tokenizer that tells letters apart"):
+        main(command)
+    encoder = DCLIPVisionModel.from_pretrained(dclip_folder)
+    encoder.save_pretrained(tmp_path / "vision")
+    weights = load_file(tmp_path / "vision" / "model.safetensors")
+    weights.pop("visual_projection.weight")
+    save_file(weights, tmp_path / "vision" / "model.safetensors", metadata={"format": "pt"})
+    command = [
+        "torch_export",
+        "--towers",
+        "image",
+        "--model",
+        str(tmp_path / "vision"),
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    with pytest.raises(SystemExit, match="Expected all weights at .*vision', got none for visual_projection.weight"):
+        main(command)
+    (tmp_path / "vision" / "model.safetensors").write_bytes(b"x" * 99)
+    with pytest.raises(SystemExit, match="Expected whole weights at .*vision', got a damaged file"):
+        main(command)
+    assert not (tmp_path / "out").exists()

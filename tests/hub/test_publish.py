@@ -21,6 +21,7 @@ from transformers import CLIPModel
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
 from modeling_dclip.hub import repositories
+from modeling_dclip.hub.cards import CARDS
 from modeling_dclip.hub.examples import LABELS, draw_pictures
 from modeling_dclip.hub.publish import describe_publication, main, publish
 from modeling_dclip.hub.repositories import check_access, find_differences, push_folder
@@ -375,7 +376,7 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     assert torch.equal(
         twin.visual_projection.weight, DCLIPModel.from_pretrained(trained["student"]).visual_projection.weight
     )
-    with pytest.raises(SystemExit, match="Expected a new or empty folder"):
+    with pytest.raises(SystemExit, match="Expected a new or an empty folder"):
         main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
 
 
@@ -438,3 +439,64 @@ def test_a_card_that_the_hub_refuses_stops_everything(hub, trained, monkeypatch,
     with pytest.raises(FileNotFoundError, match="dmclip-vision.md.jinja"):
         publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/faulty", cards=str(cards)), DELAYS)
     assert len(hub.repos) == created
+
+
+def spoiled(trained, tmp_path, change):
+    """Arguments of a dry run over a copy of what was trained, after a change to it."""
+    for name in ("student", "results", "teacher"):
+        shutil.copytree(trained[name], tmp_path / name)
+    change(tmp_path)
+    folders = {"teacher": str(tmp_path / "teacher"), "staging": str(tmp_path / "staged")}
+    return make_arguments(tmp_path / "student", tmp_path / "results", **folders, dry_run=True)
+
+
+def edit_records(folder, **fields):
+    """As by hand, in every record."""
+    path = folder / "results" / "records.json"
+    path.write_text(json.dumps([{**record, **fields} for record in json.loads(path.read_text())]))
+
+
+def drop(name):
+    return lambda folder: (folder / name).unlink()
+
+
+def replace_bytes(name, content):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def drop_adapter_weights(folder):
+    (folder / "student" / "adapter").mkdir()
+    (folder / "student" / "adapter" / "adapter_config.json").write_text("{}")
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        (drop("student/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*student"),
+        (drop("teacher/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*teacher"),
+        (replace_bytes("student/model.safetensors", b"x" * 99), ValueError, "whole weights at .*student', got a damaged file"),
+        (replace_bytes("student/arguments.yaml", b"student: [a"), ValueError, "YAML in .*student/arguments.yaml"),
+        (replace_bytes("student/arguments.yaml", b"hello"), ValueError, "fields in .*arguments.yaml', got 'hello'"),
+        (replace_bytes("results/records.json", b"[\xff\xfe"), ValueError, "JSON in .*records.json"),
+        (lambda folder: edit_records(folder, hardware={}), ValueError, "gpus, .* in 'hardware' of record 0 of .*records"),
+        (lambda folder: edit_records(folder, versions={}), ValueError, "torch, transformers in 'versions' of record 0"),
+        (lambda folder: edit_records(folder, intervals={"top1": [1]}), ValueError, r"'intervals / top1' of record 0 .*got \[1\]"),
+        (lambda folder: edit_records(folder, metrics={"top1": 1.5}), ValueError, r"share in \[0, 1\] in 'metrics' / 'top1'.*got 1.5"),
+        (lambda folder: shutil.rmtree(folder / "teacher"), FileNotFoundError, "teacher: expected a folder that train.py wrote"),
+        (lambda folder: shutil.rmtree(folder / "student"), FileNotFoundError, "model: expected a folder that train.py wrote"),
+        (drop_adapter_weights, FileNotFoundError, "Expected adapter_model.safetensors beside adapter_config.json"),
+    ],
+)  # fmt: skip
+def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp_path, change, kind, message):
+    with pytest.raises(kind, match=message):
+        publish(spoiled(trained, tmp_path, change))
+    assert not (tmp_path / "staged").exists()
+
+
+def test_a_publication_that_fails_half_way_leaves_no_folder(trained, tmp_path):
+    arguments = spoiled(trained, tmp_path, lambda folder: shutil.copytree(CARDS, folder / "cards"))
+    (tmp_path / "cards" / "dclip-vision.md.jinja").unlink()  # asked for after the dual encoder is written
+    arguments.cards = str(tmp_path / "cards")
+    with pytest.raises(FileNotFoundError, match="card's template dclip-vision.md.jinja"):
+        publish(arguments)
+    assert not [path for path in tmp_path.iterdir() if "staged" in path.name]
