@@ -80,13 +80,13 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def _check_file(folder: Path, name: str, digest: str) -> Path:
+def _check_file(folder: Path, name: str, digest: str, verify: bool) -> Path:
     path = folder / name
     if Path(name).name != name or not path.is_file():
         raise FileNotFoundError(
             f"Expected the file {name!r} that {MANIFEST} names in '{folder}', got none. Build again."
         )
-    if (found := hash_file(path)) != digest:
+    if verify and (found := hash_file(path)) != digest:
         raise ValueError(
             f"'{path}' is damaged: expected the SHA-256 {digest[:12]}..., got {found[:12]}.... Delete it and build again; embeddings "
             "that are there are not computed again."
@@ -169,10 +169,7 @@ class SearchIndex:
             raise ValueError(
                 f"'{folder / MANIFEST}' does not name its files ({error!r}). Build the index again."
             ) from error
-        paths = {
-            kind: _check_file(folder, name, digest) if verify else folder / name
-            for kind, (name, digest) in named.items()
-        }
+        paths = {kind: _check_file(folder, name, digest, verify) for kind, (name, digest) in named.items()}
         try:
             vectors, rows = faiss.read_index(str(paths["vectors"])), pq.read_table(paths["images"])
         except (RuntimeError, pa.ArrowInvalid, OSError) as error:

@@ -179,6 +179,8 @@ def test_a_damaged_image_is_fatal_unless_said_otherwise(tiny_clip_dir, own_pictu
         with pytest.raises(ValueError, match=r"3 of the images.*pictures/01.png.*02.png.*on_bad_image 'skip'"):
             build_index(*arguments)
     assert len(build_index(*arguments, on_bad_image="skip")) == 9
+    again = build_index(*arguments, on_bad_image="skip")
+    assert again.manifest["computed"] == 0 and len(again.manifest["skipped"]) == 3  # nor looked at once more
     with pytest.raises(ValueError, match="3 of the images"):  # known from before, and still fatal
         build_index(*arguments)
 
@@ -257,6 +259,16 @@ def test_a_missing_file_is_named(copied):
     file_of(copied, "images").unlink()
     with pytest.raises(FileNotFoundError, match="images-.*that index.json names"):
         SearchIndex.load(copied)
+
+
+def test_a_manifest_cannot_name_a_file_outside_its_folder(copied, tmp_path):
+    file = file_of(copied, "vectors")
+    file.rename(copied.parent / file.name)
+    manifest = copied / "index.json"
+    manifest.write_text(manifest.read_text().replace(file.name, f"../{file.name}"))
+    for verify in (True, False):
+        with pytest.raises(FileNotFoundError, match="Expected the file '../vectors"):
+            SearchIndex.load(copied, verify=verify)
 
 
 @pytest.mark.parametrize(
