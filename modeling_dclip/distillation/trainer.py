@@ -3,6 +3,7 @@
 Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
 """
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 ARGUMENTS_NAME = "arguments.yaml"
 
 LossTerms = dict[str, tuple[torch.Tensor, float]]
+
+logger = logging.getLogger(__name__)
 
 
 class _TellEpoch(TrainerCallback):
@@ -71,6 +74,12 @@ class BatchesTrainer(Trainer):
             raise ValueError(
                 f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got {len(train_batches)} rows. Lower "
                 f"{Path(args.output_dir).name}.per_device_train_batch_size."
+            )
+        rows_per_check = args.eval_batch_size * args.world_size
+        if eval_batches is not None and args.dataloader_drop_last and len(eval_batches) < rows_per_check:
+            logger.warning(
+                "%s: %d images to validate on fill no batch of %d, so no validation loss is logged. Lower per_device_eval_batch_size.",
+                *(Path(args.output_dir).name, len(eval_batches), rows_per_check),
             )
         self.processor, self.resolved_arguments = processor, resolved_arguments
         # One process trains several stages, and each may have another precision; accelerate keeps the first one's.

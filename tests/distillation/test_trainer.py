@@ -259,6 +259,16 @@ def test_validation_logs_every_term(tiny_clip_dir, data, processor, tmp_path):
     assert log["eval_loss"] == pytest.approx(total, abs=1e-4)
 
 
+@pytest.mark.parametrize(("batch_size", "said"), [(8, False), (4096, True)])
+def test_validation_rows_that_fill_no_batch_are_said(
+    tiny_clip_dir, data, processor, tmp_path, caplog, batch_size, said
+):
+    args = student_arguments(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=batch_size)
+    validation = StudentBatches(data, processor.image_processor, args.columns, width=16)
+    make_trainer(tiny_clip_dir, data, processor, args, eval_batches=validation)
+    assert (f"{len(validation)} images to validate on fill no batch of {batch_size}" in caplog.text) is said
+
+
 @pytest.mark.parametrize("cross_attention", ["bidirectional", "regions"])
 def test_a_teacher_trains_its_block_and_learns(tiny_clip_dir, data, tmp_path, cross_attention):
     torch.manual_seed(0)
