@@ -31,6 +31,7 @@ from modeling_dclip.data.files import replacing
 from modeling_dclip.hub.checkpoints import check_new_folder
 from modeling_dclip.hub.native_clip import (
     DUAL_ENCODERS,
+    find_adapter,
     has_native_twin,
     load_dual_encoder,
     load_processor,
@@ -64,7 +65,7 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
-    if (Path(model) / "adapter_config.json").is_file():
+    if find_adapter(model) is not None:
         loaded = load_dual_encoder(model)
     else:
         model_type = AutoConfig.from_pretrained(model).model_type

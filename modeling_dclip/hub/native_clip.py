@@ -26,6 +26,7 @@ from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
 # By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
 DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 
@@ -33,7 +34,7 @@ DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
     """Load a dual encoder with whole weights, in float32: who loads what is published chooses a precision.
 
-    A folder of PEFT adapters (`adapter_config.json`) is loaded over the model it names and merged into it.
+    PEFT adapters, in the folder or in `adapter/` of one without whole weights, are loaded over the model they name and merged into it.
 
     Args:
         model (`str` or `os.PathLike`): Folder or Hub id.
@@ -45,14 +46,22 @@ def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
         ImportError: If there are adapters and `peft` is not installed.
         ValueError: If it is no dual encoder, a weight is missing, or the file is damaged.
     """
-    if (Path(model) / ADAPTER_CONFIG).is_file():
-        return _merge_adapters(Path(model))
+    if (adapter := find_adapter(model)) is not None:
+        return _merge_adapters(adapter)
     model_type = AutoConfig.from_pretrained(model).model_type
     if model_type not in DUAL_ENCODERS:
         raise ValueError(
             f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder that holds both towers."
         )
     return load_whole(DUAL_ENCODERS[model_type], model)
+
+
+def find_adapter(model: str | os.PathLike) -> Path | None:
+    """The folder of an adapter that stands in place of whole weights: the model's own, or where training with `merge_adapter: false` put it."""
+    folder, inner = Path(model), Path(model) / ADAPTER_FOLDER
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    return inner if (inner / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
 
 
 def load_whole(model_class: type[PreTrainedModel], model: str | os.PathLike) -> PreTrainedModel:

@@ -12,7 +12,7 @@ def _help(text: str, default: Any = None, **options: Any) -> Any:
 class PublishArguments:
     """Of `python -m modeling_dclip.hub.publish`."""
 
-    model: str = field(metadata={"help": "Folder of the trained dual encoder, or of adapters over one."})
+    model: str = field(metadata={"help": "Folder of the trained dual encoder, as train.py wrote it."})
     results: list[str] = field(
         metadata={"help": "Results files, or folders of them; the records of these weights are shown."}
     )

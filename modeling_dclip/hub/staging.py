@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers import AutoConfig, CLIPModel, PreTrainedModel
 
 from modeling_dclip.data.dual_encoders import check_processor
@@ -18,7 +20,10 @@ from modeling_dclip.hub.checkpoints import check_new_folder
 from modeling_dclip.hub.examples import Example, draw_pictures, make_examples, save_pictures
 from modeling_dclip.hub.native_clip import (
     ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
     check_twin,
+    find_adapter,
     has_native_twin,
     load_dual_encoder,
     load_processor,
@@ -35,7 +40,6 @@ from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcesso
 
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
 WITH_EXAMPLES = ("dual", "clip")
 
 
@@ -90,11 +94,32 @@ def _check_sources(arguments: PublishArguments) -> None:
         folder = getattr(arguments, name)
         if folder is not None and not Path(folder).is_dir():
             raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got '{folder}', which is none.")
-    adapter = Path(arguments.model) / ADAPTER_FOLDER
-    if (adapter / ADAPTER_CONFIG).is_file() and not (adapter / ADAPTER_WEIGHTS).is_file():
+    if find_adapter(arguments.model) is not None:
+        raise ValueError(
+            f"model: expected whole weights in '{arguments.model}', got an adapter alone. Train with `merge_adapter: true`: the adapter goes "
+            "out beside them."
+        )
+    if (Path(arguments.model) / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
+        _check_adapter(Path(arguments.model) / ADAPTER_FOLDER)
+
+
+def _check_adapter(adapter: Path) -> None:
+    """See that an adapter's weights are whole and of the rank that its config says."""
+    if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(
             f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{adapter}', got none. Bring it back, or remove the folder to publish "
             "the whole weights alone."
+        )
+    rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r")
+    try:
+        ranks = {len(weights) for name, weights in load_file(adapter / ADAPTER_WEIGHTS).items() if ".lora_A." in name}
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected whole weights in '{adapter}', got a damaged file ({error}). Bring it back."
+        ) from error
+    if ranks != {rank}:
+        raise ValueError(
+            f"Expected an adapter of rank {rank}, as {ADAPTER_CONFIG} says, in '{adapter}', got {sorted(ranks)}. Its files are of two trainings."
         )
 
 

@@ -71,6 +71,9 @@ def test_one_tower_is_no_dual_encoder_and_a_missing_weight_is_named(tiny_clip_di
         load_dual_encoder(tmp_path / "holed")
 
 
+MOVED = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
+
+
 def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     peft = pytest.importorskip("peft", reason="adapters are the extra [peft]")
     base = make_student(tmp_path / "base", tiny_clip_dir)
@@ -87,3 +90,6 @@ def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     assert (before.image_embeds - expected.image_embeds).abs().max() > 1e-2
     assert torch.allclose(found.image_embeds, expected.image_embeds, rtol=0, atol=1e-6)
     check_twin(merged, to_native_clip(merged), batch)
+    (tmp_path / "trained").mkdir()  # as training without merged weights leaves it
+    (tmp_path / "adapters").rename(tmp_path / "trained" / "adapter")
+    assert torch.equal(load_dual_encoder(tmp_path / "trained").state_dict()[MOVED], merged.state_dict()[MOVED])

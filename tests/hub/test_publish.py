@@ -385,12 +385,15 @@ def test_an_adapter_goes_out_beside_the_weights_it_is_merged_into(trained, tmp_p
     adapter = tmp_path / "student" / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": HOME, "r": 2}))
-    (adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    weights = {"base_model.model.vision_model.q_proj.lora_A.weight": torch.ones(2, 4)}
+    save_file(weights, adapter / "adapter_model.safetensors")
     dry = {"dry_run": True, "staging": str(tmp_path / "staged")}
     folder = publish(make_arguments(tmp_path / "student", trained["results"], **dry))[-1].folder
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config == {"base_model_name_or_path": "openai/clip-vit-base-patch16", "r": 2}
-    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == b"weights"
+    assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
+        adapter / "adapter_model.safetensors"
+    ).read_bytes()
     assert "an adapter of PEFT in the folder `adapter`" in (folder / "README.md").read_text()
 
 
@@ -464,9 +467,25 @@ def replace_bytes(name, content):
     return lambda folder: (folder / name).write_bytes(content)
 
 
-def drop_adapter_weights(folder):
-    (folder / "student" / "adapter").mkdir()
-    (folder / "student" / "adapter" / "adapter_config.json").write_text("{}")
+def add_adapter(rank, content=None):
+    """An adapter whose config says rank 2, with weights of a rank, or with bytes in their place, or without any."""
+
+    def change(folder):
+        adapter = folder / "student" / "adapter"
+        adapter.mkdir()
+        (adapter / "adapter_config.json").write_text('{"r": 2}')
+        if rank:
+            save_file({"q_proj.lora_A.weight": torch.ones(rank, 4)}, adapter / "adapter_model.safetensors")
+        if content:
+            (adapter / "adapter_model.safetensors").write_bytes(content)
+
+    return change
+
+
+def leave_adapter_alone(folder):
+    add_adapter(2)(folder)
+    for name in ("config.json", "model.safetensors"):
+        (folder / "student" / name).unlink()
 
 
 @pytest.mark.parametrize(
@@ -484,7 +503,10 @@ def drop_adapter_weights(folder):
         (lambda folder: edit_records(folder, metrics={"top1": 1.5}), ValueError, r"share in \[0, 1\] in 'metrics' / 'top1'.*got 1.5"),
         (lambda folder: shutil.rmtree(folder / "teacher"), FileNotFoundError, "teacher: expected a folder that train.py wrote"),
         (lambda folder: shutil.rmtree(folder / "student"), FileNotFoundError, "model: expected a folder that train.py wrote"),
-        (drop_adapter_weights, FileNotFoundError, "Expected adapter_model.safetensors beside adapter_config.json"),
+        (add_adapter(0), FileNotFoundError, "Expected adapter_model.safetensors beside adapter_config.json"),
+        (add_adapter(3), ValueError, r"an adapter of rank 2, as adapter_config.json says, in .*got \[3\]"),
+        (add_adapter(0, b"x" * 99), ValueError, "whole weights in .*adapter', got a damaged file"),
+        (leave_adapter_alone, ValueError, "model: expected whole weights in .*got an adapter alone"),
     ],
 )  # fmt: skip
 def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp_path, change, kind, message):
