@@ -13,7 +13,7 @@ from loopback_hub import find_fault
 from publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from transformers import AutoModel
 
-from modeling_dclip.hub.card_facts import gather_facts, read_all_results
+from modeling_dclip.hub.card_facts import gather_facts, read_all_results, select_records
 from modeling_dclip.hub.cards import SUFFIXES, check_card, make_metadata, render_card, template_name
 from modeling_dclip.hub.examples import LABELS, Example, draw_pictures, save_pictures
 from modeling_dclip.hub.licences import check_licence, find_origins
@@ -236,3 +236,16 @@ def test_pictures_are_always_the_same(tmp_path):
     assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in names)
     assert torch.tensor([len(set(labels)) for labels in LABELS]).unique().tolist() == [4]
     assert json.dumps([example.to_widget() for example in make_fake_examples()])
+
+
+def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
+    def record(top1, created, revision="sha256:own", **fields):
+        shared = {"model": "m", "benchmark": "zero_shot=x", "metrics": {"top1": top1}, "revision": revision}
+        return {**shared, "created": f"2026-01-{created:02d}", **fields}
+
+    compared = {"comparison": {"anchor_revision": "sha256:anchor"}}
+    records = [record(0.3, 2, **compared), record(0.1, 1), record(0.9, 3, condition="alpha=0.5")]
+    records += [record(0.2, 2, "sha256:anchor"), record(0.8, 1, "sha256:anchor"), record(0.7, 3, "sha256:other")]
+    own, reference = select_records(records, "sha256:own", make_arguments("m", "r"))
+    assert [one["metrics"]["top1"] for one in own] == [0.3]
+    assert [one["metrics"]["top1"] for one in reference] == [0.2]
