@@ -33,6 +33,12 @@ def test_a_twin_saved_and_loaded_as_stock_clip_gives_the_students_numbers(tiny_c
         twin.visual_projection.weight[0, 0] += 0.5
     with pytest.raises(ValueError, match="native twin's image_embeds"):
         check_twin(student, twin, make_batch(tiny_clip_dir))
+    for name, change in (("text_embeds", "text_projection.weight"), ("logits_per_image", "logit_scale")):
+        twin = to_native_clip(student)
+        with torch.no_grad():
+            twin.get_parameter(change).view(-1)[0].add_(0.5)
+        with pytest.raises(ValueError, match=f"native twin's {name}"):
+            check_twin(student, twin, make_batch(tiny_clip_dir))
 
 
 def test_the_stock_processor_reads_the_same_ids_and_names_no_code_of_ours(tiny_clip_dir, tmp_path):

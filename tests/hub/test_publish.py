@@ -347,6 +347,19 @@ def test_a_large_file_is_compared_by_its_own_hash(tmp_path):
         assert find_differences(tmp_path, remote) == (expected, [])
 
 
+def test_what_publishing_wrote_before_and_no_more_goes_and_other_files_stay(tmp_path):
+    (tmp_path / "config.json").write_bytes(b"{}")
+    stale = [
+        "adapter/adapter_model.safetensors",
+        "examples/old.png",
+        "model-00001-of-00002.safetensors",
+        "modeling_old.py",
+    ]
+    kept = ["NOTES.md", "adapter/notes.md", "onnx/model.onnx", "onnx/model.safetensors", "photo.png"]
+    remote = {path: RepoFile(path=path, size=1, oid="00") for path in (*stale, *kept)}
+    assert find_differences(tmp_path, remote) == (["config.json"], stale)
+
+
 def test_a_private_publication_refuses_what_is_public_and_makes_private_repositories(hub, pushed, trained):
     with pytest.raises(ValueError, match="public already"):
         publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba", private=True), DELAYS)
