@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from modeling_dclip.data.files import replacing
 
@@ -59,7 +59,7 @@ def write_outcomes(results: str | os.PathLike, outcomes: Mapping[str, Outcomes])
         path.unlink(missing_ok=True)
         return
     with replacing(path) as temporary:
-        save_file(tensors, temporary)
+        temporary.write_bytes(save(tensors))  # save_file would make it readable by its owner alone
 
 
 def read_outcomes(results: str | os.PathLike) -> dict[str, Outcomes]:

@@ -36,9 +36,11 @@ def test_outcomes_come_back_and_none_leave_no_file(tmp_path):
     values = torch.rand(3, 2, dtype=torch.double)
     write_outcomes(results, {"k1": {"top1": values, "text_to_image_recall@1": values + 1}, "k2": {}})
     found = read_outcomes(results)
+    results.write_text("as others are")
+    assert outcomes_path(results).stat().st_mode == results.stat().st_mode
     assert list(found) == ["k1"] and torch.equal(found["k1"]["text_to_image_recall@1"], values + 1)
     write_outcomes(results, {})
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [results]
 
 
 def test_a_damaged_or_foreign_file_is_named(tmp_path):
