@@ -117,8 +117,8 @@ def metrics_from_ranks(
 
 def _measure(
     embeddings: DatasetEmbeddings, ks: Sequence[int], index: str | None, depth: int, chunk_size: int | None = None
-) -> tuple[dict[str, float], dict[str, torch.Tensor], RetrievalRanks]:
-    """Metrics, their outcomes and the ranks both come from, by tiles or by an index."""
+) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
+    """Metrics and their outcomes, by tiles or by an index."""
     reached = None if index is None else depth
     _check_cut_offs(ks, reached)  # before the work
     if index is None:
@@ -126,7 +126,7 @@ def _measure(
     else:
         ranks, index_recalls = approximate_ranks(*embeddings, index=index, ks=ks, depth=depth)
     outcomes = outcomes_from_ranks(ranks, ks, depth=reached)
-    return _metrics(ranks, outcomes) | index_recalls, outcomes, ranks
+    return _metrics(ranks, outcomes) | index_recalls, outcomes
 
 
 def retrieval_metrics(
@@ -224,8 +224,8 @@ def evaluate_retrieval(
         ks, index, depth: As in [`retrieval_metrics`].
 
     Returns:
-        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, `outcomes` ([`outcomes_from_ranks`], for
-        intervals) and `ranks` ([`RetrievalRanks`]).
+        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `outcomes`
+        ([`outcomes_from_ranks`], for intervals).
 
     Raises:
         ImportError, ValueError: As in [`retrieval_metrics`]; also as in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
@@ -237,11 +237,10 @@ def evaluate_retrieval(
         model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers
     )
     device = torch.device(device) if device is not None else model.device
-    metrics, outcomes, ranks = _measure(DatasetEmbeddings(*(part.to(device) for part in embeddings)), ks, index, depth)
+    metrics, outcomes = _measure(DatasetEmbeddings(*(part.to(device) for part in embeddings)), ks, index, depth)
     return {
         **metrics,
         "n": len(embeddings.image_embeds),
         "n_captions": len(embeddings.text_embeds),
         "outcomes": outcomes,
-        "ranks": ranks,
     }

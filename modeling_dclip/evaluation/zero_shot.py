@@ -13,12 +13,7 @@ from typing import Any
 import torch
 from datasets import ClassLabel, Dataset, LargeList, List
 
-from modeling_dclip.evaluation.class_prompts import (
-    PHOTO_TEMPLATES as PHOTO_TEMPLATES,
-)  # others know it by this address
 from modeling_dclip.evaluation.class_prompts import check_prompts
-from modeling_dclip.evaluation.classification_sources import SOURCES as SOURCES
-from modeling_dclip.evaluation.classification_sources import load_classification as load_classification
 from modeling_dclip.evaluation.classifier_cache import ClassifierCache
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.zero_shot_metrics import accuracy_outcomes, label_ranks, mean_average_precision
