@@ -1,6 +1,6 @@
 """Markdown tables from what the scripts in `benchmarks/` wrote. Pure: dicts in, text out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from modeling_dclip.evaluation.tables import markdown_table
@@ -141,3 +141,72 @@ def render_retrieval(data: Mapping[str, Any]) -> str:
     ]
     growth = markdown_table(["Captions", "CPU s, ours", "MiB, ours"], grown, left=0)
     return f"{table}\n\n{_note(data, note)}\n\n{growth}"
+
+
+def render_onnx_towers(data: Mapping[str, Any]) -> str:
+    """Both towers under ONNX Runtime against PyTorch: speed, and how far the outputs are from the model's.
+
+    Args:
+        data (`Mapping`): What `benchmarks/onnx_towers.py` wrote.
+
+    Returns:
+        `str`: Markdown.
+    """
+    lines = [
+        [
+            f"{row['tower']}, {row['form']}",
+            f"{row['cpu_ms']['median']:.0f}",
+            _spread(row["eager_over"], 2),
+            *(
+                [f"{row['mebibytes']:.0f}", f"{row['max_relative_difference']:.1e}", f"{row['min_cosine']:.5f}"]
+                if "mebibytes" in row
+                else ["–"] * 3
+            ),
+        ]
+        for row in data["rows"]
+    ]
+    header = ["Tower", "CPU ms", "× eager", "MiB", "largest difference", "smallest cosine"]
+    note = (
+        f"Random weights of ViT-B/16's size, batch {data['arguments']['batch_size']}; × is how many times faster than eager PyTorch, the median "
+        "of interleaved rounds with the smallest and largest; differences relative to the largest output."
+    )
+    return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
+
+
+def render_index(data: Mapping[str, Any]) -> str:
+    """Build and query times of search indexes.
+
+    Args:
+        data (`Mapping`): What `benchmarks/index.py` wrote.
+
+    Returns:
+        `str`: Markdown.
+    """
+    asked = data["arguments"]
+    recall = f"recall@{asked['top_k']}"
+    lines = [
+        [
+            kind if kind == "uniform" else f"{kind}, spread {asked['spread']:g}",
+            index,
+            f"{row['build_s']:.1f}",
+            f"{row['query_ms']['median']:.2f}",
+            f"{row['query_ms']['p95']:.2f}",
+            f"{row[recall]:.3f}",
+        ]
+        for kind, indexes in data["results"].items()
+        for index, row in indexes.items()
+    ]
+    header = ["Vectors", "index", "build, s", "query, ms", "95 % below, ms", recall]
+    note = f"{asked['n']:,} random unit vectors of {asked['dim']}; embedding pictures is not part of it. Recall of the exact answers."
+    return f"{markdown_table(header, lines, left=2)}\n\n{_note(data, note)}"
+
+
+# By the name of the table in Markdown: what renders it, and its options.
+BENCHMARK_TABLES: dict[str, tuple[Callable[..., str], set[str]]] = {
+    "encoders": (render_encoders, {"cells", "over"}),
+    "index": (render_index, set()),
+    "onnx_towers": (render_onnx_towers, set()),
+    "retrieval": (render_retrieval, set()),
+    "scan": (render_scan, set()),
+    "student_step": (render_student_step, set()),
+}

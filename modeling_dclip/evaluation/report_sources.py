@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 
 from modeling_dclip.evaluation.benchmark_tables import (
     render_encoders,
+    render_index,
+    render_onnx_towers,
     render_retrieval,
     render_scan,
     render_student_step,
@@ -23,6 +25,8 @@ def _render_all_encoders(data: Mapping[str, Any]) -> str:
 # What `benchmarks/` writes says its name under "benchmark".
 SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "image_encoders": _render_all_encoders,
+    "index": render_index,
+    "onnx_towers": render_onnx_towers,
     "retrieval": render_retrieval,
     "selective_scan": render_scan,
     "student_step": render_student_step,

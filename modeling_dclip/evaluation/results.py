@@ -28,12 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_dclip.data.files import replacing
-from modeling_dclip.evaluation.benchmark_tables import (
-    render_encoders,
-    render_retrieval,
-    render_scan,
-    render_student_step,
-)
+from modeling_dclip.evaluation.benchmark_tables import BENCHMARK_TABLES
 from modeling_dclip.evaluation.provenance import environment
 from modeling_dclip.evaluation.tables import render_leakage, render_summary, render_table
 
@@ -224,10 +219,7 @@ TABLES = {
     "results": (_render_results, {"metrics", "best"}),
     "demo": (_render_demo, set()),
     "leakage": (_render_leakage, {"metric"}),
-    "encoders": (_of_benchmark(render_encoders), {"cells", "over"}),
-    "retrieval": (_of_benchmark(render_retrieval), set()),
-    "scan": (_of_benchmark(render_scan), set()),
-    "student_step": (_of_benchmark(render_student_step), set()),
+    **{name: (_of_benchmark(render), options) for name, (render, options) in BENCHMARK_TABLES.items()},
 }
 
 
@@ -245,7 +237,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file; `table=results` (the
     default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms), `table=leakage` (what
-    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark `encoders`, `retrieval`, `scan`, `student_step`.
+    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark one of `BENCHMARK_TABLES`.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.

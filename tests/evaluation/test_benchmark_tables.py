@@ -7,6 +7,8 @@ import pytest
 
 from modeling_dclip.evaluation.benchmark_tables import (
     render_encoders,
+    render_index,
+    render_onnx_towers,
     render_retrieval,
     render_scan,
     render_student_step,
@@ -87,6 +89,28 @@ def test_retrieval_shows_both_sides_the_ratios_and_the_growth():
             assert cell.startswith(f"{row[name]['median']:.1f} [{row[name]['min']:.1f}, ")
     assert [line[0] for line in grown[-len(data["growth"]) :]] == [f"{row['captions']:,}" for row in data["growth"]]
     assert data["hardware"]["cpu"] in render_retrieval(data)
+
+
+def test_onnx_towers_show_speed_and_distance_from_the_model():
+    data = read("onnx_towers")
+    lines = render_onnx_towers(data).splitlines()
+    assert len(lines) == 2 + len(data["rows"]) + 2
+    row = next(row for row in data["rows"] if (row["tower"], row["form"]) == ("text", "onnx_int8"))
+    (shown,) = [line for line in lines if line.startswith("| text, onnx_int8")]
+    assert f"{row['min_cosine']:.5f}" in shown and f"{row['eager_over']['median']:.2f} [" in shown
+    (eager,) = [line for line in lines if line.startswith("| text, eager")]
+    assert eager.count("–") == 3
+
+
+def test_an_index_shows_build_query_and_recall_of_each_kind_of_vectors():
+    data = read("index")
+    shown = render_index(data)
+    assert "100,000 random unit vectors of 512" in shown
+    assert ["clustered, spread 1", "hnsw"] in [cells[:2] for cells in cells_of(shown)]
+    row = data["results"]["uniform"]["ivf"]
+    (cells,) = [cells for cells in cells_of(shown) if cells[:2] == ["uniform", "ivf"]]
+    expected = [f"{row['build_s']:.1f}", f"{row['query_ms']['median']:.2f}", f"{row['query_ms']['p95']:.2f}"]
+    assert cells[2:] == [*expected, f"{row['recall@10']:.3f}"]
 
 
 def test_retrieval_that_was_not_run_says_why():
