@@ -1,27 +1,42 @@
-"""Keys, fingerprints, cache file names and records of fixed inputs, as literal values: what earlier runs wrote must be found again.
+"""Keys, fingerprints, cache file names and records of fixed inputs, as literal values.
 
-A value here never changes. Where a value depends on a library's version, the test computes it again from the same parts with hashlib alone.
+A value here never changes, so that what earlier runs wrote is found again. Where a value depends on a library's version,
+the test computes it again from the same parts with hashlib alone.
 """
 
 import hashlib
 import json
+import shutil
 import sys
 import threading
+from dataclasses import fields
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from datasets import Dataset, Features, Image, List, Value
 from torch import nn
+from transformers import (
+    AutoTokenizer,
+    BlipConfig,
+    BlipForConditionalGeneration,
+    CLIPModel,
+    TrainingArguments,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
 
+from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DMCLIPModel
 from modeling_dclip.data.annotated_regions import AnnotationDetector, GridDetector
 from modeling_dclip.data.captions import load_captions, split_train_validation
 from modeling_dclip.data.chunks import compute_chunks
 from modeling_dclip.data.columns import combine_keys, image_keys, row_keys
 from modeling_dclip.data.fine_grained_tables import standardise_items
-from modeling_dclip.data.network_detectors import UltralyticsDetector
+from modeling_dclip.data.network_detectors import TransformersDetector, UltralyticsDetector
 from modeling_dclip.data.network_detectors import fingerprint as fingerprint_detector
 from modeling_dclip.data.open_clip_models import (
     OpenClipDualEncoder,
@@ -33,16 +48,22 @@ from modeling_dclip.data.open_clip_models import (
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions import default_cache_dir as regions_cache_dir
 from modeling_dclip.data.reinforced import ReinforcedDataset
+from modeling_dclip.data.reinforced_teachers import TransformersCaptioner
 from modeling_dclip.data.reinforced_teachers import _fingerprint_processor as fingerprint_any_processor
 from modeling_dclip.data.reinforced_writer import write_reinforced
 from modeling_dclip.data.stored_augmentations import AugmentationSettings, draw_augmentation
 from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
+from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.distillation.records import StageRecord
+from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.benchmarks import load_benchmark
 from modeling_dclip.evaluation.classifier_cache import ClassifierCache, fingerprint_text_encoder, fingerprint_tokens
 from modeling_dclip.evaluation.classifier_cache import default_cache_dir as classifiers_cache_dir
+from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.fine_grained import questions_fingerprint
 from modeling_dclip.evaluation.galleries import page_name
+from modeling_dclip.evaluation.leakage import evaluate_leakage
+from modeling_dclip.evaluation.models import load_dual_encoder
 from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes, record_key, write_outcomes
 from modeling_dclip.evaluation.provenance import dataset_fingerprint, environment, model_revision
 from modeling_dclip.evaluation.results import make_record, write_results
@@ -50,16 +71,17 @@ from modeling_dclip.evaluation.tables import short_hash
 from modeling_dclip.evaluation.webdataset_files import WebdatasetFiles
 from modeling_dclip.evaluation.webdataset_files import default_cache_dir as shards_cache_dir
 from modeling_dclip.hub.convert import _sha256 as hash_checkpoint
+from modeling_dclip.hub.index import build_index
 from modeling_dclip.hub.repositories import find_differences
 from modeling_dclip.hub.search_index import hash_file, write_index
+from modeling_dclip.hub.space_answers import SpaceAnswers
 from modeling_dclip.hub.stored_embeddings import EmbeddingStore, fingerprint_encoder, hash_images
 
 # Two pictures of 3 x 2 pixels, one red and one blue, as bytes of PNG.
-RED = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000030000000208020000001216f14d0000001049444154789c63fccf00054c3006030013290103f0d807840000000049454e44ae426082"
-)
+HEADER = "89504e470d0a1a0a0000000d49484452000000030000000208020000001216f14d"
+RED = bytes.fromhex(f"{HEADER}0000001049444154789c63fccf00054c3006030013290103f0d807840000000049454e44ae426082")
 BLUE = bytes.fromhex(
-    "89504e470d0a1a0a0000000d49484452000000030000000208020000001216f14d0000001549444154789c636460f8cfc0c0c0c0c0c0c4000300112b0103dd8814670000000049454e44ae426082"
+    f"{HEADER}0000001549444154789c636460f8cfc0c0c0c0c0c0c4000300112b0103dd8814670000000049454e44ae426082"
 )
 
 
@@ -668,3 +690,438 @@ def test_names_of_an_index(tmp_path):
     files = {kind: {"name": f"{kind}-{digests[kind][:12]}.{kinds[kind]}", "sha256": digests[kind]} for kind in kinds}
     assert manifest == {"format": 1, "model": "m", "files": files}
     assert list(manifest["files"]) == ["vectors", "images"]
+
+
+# Keys of real models are computed again from their parts: configs and processors depend on transformers' version.
+
+PROVENANCE = {
+    *("_name_or_path", "architectures", "auto_map", "dtype", "transformers_version", "model_type", "processor_class")
+}
+
+
+def naive_strip(config):
+    if not isinstance(config, dict):
+        return config
+    return {name: naive_strip(value) for name, value in config.items() if name not in PROVENANCE}
+
+
+def naive_dump(content):
+    return json.dumps(content, sort_keys=True, default=str)
+
+
+def naive_model_key(model):
+    content = naive_dump(naive_strip(model.config.to_dict())).encode()
+    for name in sorted(model.state_dict()):
+        tensor = model.state_dict()[name].detach()
+        content += f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode() + tensor.numpy().tobytes()
+    return sha256(content)
+
+
+def naive_processor_key(processor):
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    del tokenizer["truncation"], tokenizer["padding"]
+    settings = naive_strip(processor.image_processor.to_dict())
+    return naive_key(*map(naive_dump, (settings, tokenizer, processor.tokenizer.model_max_length)))
+
+
+STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 2, "max_steps": 1}
+
+
+def run_recipe(folder, **recipe):
+    (folder / "recipe.yaml").write_text(yaml.safe_dump({"output_dir": str(folder / "run"), **recipe}))
+    return run_stages(parse_recipe([], folder / "recipe.yaml"))
+
+
+def read_stage(folder):
+    record = json.loads((folder / "stage.json").read_text())
+    assert list(record) == ["finished", "inputs"] and record["finished"] is True
+    return record["inputs"]
+
+
+def fields_of_ours(arguments):
+    """What decides a stage, without the fields of `TrainingArguments` that recipe and package leave alone."""
+    left_alone = {field.name for field in fields(TrainingArguments)} - SET_BY_US
+    return {name: value for name, value in arguments.items() if name not in left_alone}
+
+
+# Of TrainingArguments: set by the recipes below, or by this package.
+SET_BY_US = {
+    *(
+        "per_device_train_batch_size",
+        "max_steps",
+        "num_train_epochs",
+        "learning_rate",
+        "lr_scheduler_type",
+        "warmup_steps",
+    ),
+    *("weight_decay", "adam_beta2", "max_grad_norm", "logging_nan_inf_filter", "ignore_data_skip", "seed"),
+    *("dataloader_drop_last", "remove_unused_columns"),
+}
+
+
+@pytest.fixture(scope="module")
+def dclip_run(tiny_clip_dir, tmp_path_factory):
+    """Regions, teacher, targets and student of two images, a step each."""
+    folder = tmp_path_factory.mktemp("dclip")
+    captioned(**BOXES).save_to_disk(folder / "data")
+    teacher = {"cross_attention": "regions", "num_attention_heads": 2, **STEPS}
+    given = {"clip_model": str(tiny_clip_dir), "train_datasets": [f"disk:{folder / 'data'}"]}
+    return run_recipe(folder, **given, regions={"detector": "grid:1x2"}, teacher=teacher, student=STEPS)
+
+
+@pytest.fixture(scope="module")
+def dmclip_run(tiny_clip_dir, tmp_path_factory):
+    """Shards of two images and a DM-CLIP of one step."""
+    folder = tmp_path_factory.mktemp("dmclip")
+    captioned().save_to_disk(folder / "data")
+    tower = {"stem_dim": 4, "hidden_size": 4, "depths": [1, 1, 2, 1], "num_heads": [1, 1, 2, 2]}
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = {"image_size": 32, "vision_config": tower, "text_config": text, "projection_dim": 8, **STEPS}
+    given = {"clip_model": str(tiny_clip_dir), "train_datasets": [f"disk:{folder / 'data'}"]}
+    return run_recipe(folder, **given, reinforce={"teachers": [str(tiny_clip_dir)], "augmentations": 1}, dmclip=model)
+
+
+ROWS_WITH_REGIONS = [
+    "222c058506b7d25c028a8af961759f2e8cb019355158a6c28ea9be4aac9467bc",
+    "55962fb3e679e1a893fd7aca6033da40a4460aed098aa368d70e9070a34e910d",
+]
+
+
+def naive_clip_key(clip_dir):
+    config = DCLIPConfig.from_pretrained(clip_dir)
+    config.freeze_text = True
+    clip = DCLIPModel.from_pretrained(clip_dir, config=config, dtype=torch.float32)
+    return naive_key(naive_model_key(clip), naive_processor_key(DCLIPProcessor.from_pretrained(clip_dir)))
+
+
+def test_records_of_dclip_stages(dclip_run, tiny_clip_dir):
+    clip, dataset = naive_clip_key(tiny_clip_dir), {"train": naive_key(*ROWS_WITH_REGIONS)}
+    regions, teacher, targets, student = (
+        read_stage(dclip_run / name) for name in ("regions", "teacher", "targets", "student")
+    )
+    assert regions == {
+        "arguments": {"detector": "grid:1x2", "ignore_boxes": False, "max_regions": None},
+        "detector": "grid-3a316d6d3226f84c1e46e444",
+        "dataset": {"train": "68c2607b4cdd2351a51fb860e5a3f4125660d366589d1d81d32c0dafc912758a"},
+    }
+    assert list(teacher) == ["arguments", "clip", "dataset", "max_regions"]
+    assert fields_of_ours(teacher.pop("arguments")) == {
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": 1e-05,
+        "lr_scheduler_type": "constant",
+        "logging_nan_inf_filter": False,
+        "seed": 0,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "cross_attention": "regions",
+        "num_attention_heads": 2,
+        "attention_temperature": 2.0,
+        "text_share": 0.5,
+        "region_weighting": True,
+        "aggregation": "mean",
+        "num_clusters": 3,
+        "num_cluster_steps": 5,
+        "num_region_layers": 2,
+        "region_feedforward_ratio": 2,
+        "loss_temperature": 0.05,
+    }
+    assert teacher == {"clip": clip, "dataset": dataset, "max_regions": None}
+    trained = naive_model_key(DCLIPTeacher.from_pretrained(dclip_run / "teacher"))
+    made = {"teacher": trained, "clip": clip, "dataset": dataset, "max_regions": None, "with_teacher": True}
+    assert targets == made and list(targets) == list(made)
+    assert list(student) == ["arguments", "clip", "dataset", "targets"]
+    assert fields_of_ours(student.pop("arguments")) == {
+        "per_device_train_batch_size": 2,
+        "num_train_epochs": 2.0,
+        "max_steps": 1,
+        "learning_rate": 1e-06,
+        "lr_scheduler_type": "constant",
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        "logging_nan_inf_filter": False,
+        "seed": 0,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "cosine_distillation_loss_weight": 1.0,
+        "contrastive_loss_weight": 1.0,
+        "cosine_preservation_loss_weight": 0.0,
+        "similarity_distillation_loss_weight": 0.0,
+        "temperature": 0.05,
+        "similarity_temperature": 0.05,
+        "similarity_teacher_temperature": None,
+        "image_to_text_weight": 0.5,
+        "freeze": [],
+        "position_embedding_type": "absolute",
+        "wise_ft_alpha": 1.0,
+        "min_crop_area": 1.0,
+    }
+    assert student == {"clip": clip, "dataset": dataset, "targets": made}
+
+
+def test_chunks_of_features_and_targets(dclip_run):
+    teacher = DCLIPTeacher.from_pretrained(dclip_run / "teacher")
+    processor = DCLIPProcessor.from_pretrained(dclip_run / "teacher")
+    settings = '{"max_regions": null, "reads_text": false, "regions": true}'
+    made_by = naive_key(naive_model_key(teacher.clip), naive_processor_key(processor), settings)
+    features = naive_key(made_by, *ROWS_WITH_REGIONS)
+    targets = naive_key(naive_model_key(teacher), features, features)
+    found = {path.relative_to(dclip_run / "cache").as_posix() for path in (dclip_run / "cache").rglob("*.*")}
+    assert found == {f"features/{name}.safetensors" for name in (features, targets)}
+
+
+def test_records_of_dmclip_stages(dmclip_run, tiny_clip_dir, tmp_path):
+    reinforce, dmclip = (read_stage(dmclip_run / name) for name in ("reinforce", "dmclip"))
+    assert list(reinforce) == ["arguments", "image_size", "dataset", "teachers"]
+    given = reinforce.pop("arguments")
+    assert given.pop("teachers") == [str(tiny_clip_dir)]
+    assert given == {
+        "augmentations": 1,
+        "image_size": None,
+        "min_crop_area": 0.08,
+        "num_operations": 2,
+        "magnitude": 9,
+        "synthetic_captions": None,
+        "captioner": None,
+        "captions_per_image": 5,
+        "samples_per_shard": 1000,
+        "dtype": "float16",
+        "seed": 0,
+    }
+    clip, processor = CLIPModel.from_pretrained(tiny_clip_dir), DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    teacher = naive_key(naive_model_key(clip), naive_processor_key(processor))
+    assert reinforce == {"image_size": 32, "dataset": naive_key(*row_keys(captioned())), "teachers": [teacher]}
+    shards = dmclip_run / "reinforce" / "shards"
+    index = json.loads((shards / "reinforced.json").read_text())
+    assert [one["fingerprint"] for one in index["teachers"]] == [teacher]
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip_dir)
+    tokens = naive_key(tokenizer.backend_tokenizer.to_str(), str(tokenizer.model_max_length))
+    assert list(dmclip) == ["arguments", "shards", "tokenizer"]
+    assert fields_of_ours(dmclip.pop("arguments")) == {
+        "per_device_train_batch_size": 2,
+        "max_steps": 1,
+        "learning_rate": 0.0001,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 1000,
+        "weight_decay": 0.2,
+        "adam_beta2": 0.95,
+        "logging_nan_inf_filter": False,
+        "ignore_data_skip": True,
+        "seed": 0,
+        "dataloader_drop_last": True,
+        "remove_unused_columns": False,
+        "train_shards": None,
+        "train_samples": None,
+        "teacher_widths": [],
+        "model": None,
+        "preset": "T",
+        "vision_config": {"depths": [1, 1, 2, 1], "hidden_size": 4, "num_heads": [1, 1, 2, 2], "stem_dim": 4},
+        "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1},
+        "projection_dim": 8,
+        "image_size": 32,
+        "tokenizer": None,
+        "vision_model": None,
+        "text_model": None,
+        "freeze_text": False,
+        "contrastive_loss_weight": 0.25,
+        "distillation_loss_weight": 0.75,
+        "synthetic_captions": None,
+        "teacher_logit_scale": None,
+        "image_to_text_weight": 0.5,
+        "synthetic_keys": "syn_text.*",
+        "samples_per_epoch": None,
+        "shuffle_buffer": 10000,
+        "on_bad_sample": "raise",
+    }
+    assert dmclip == {"shards": naive_key(json.dumps(index, sort_keys=True)), "tokenizer": tokens}
+
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    shutil.copy(shards / "000000.tar", foreign)
+    again = {"model": str(dmclip_run / "dmclip"), "train_shards": str(foreign), "teacher_widths": [16], **STEPS}
+    again |= {"synthetic_captions": False, "samples_per_epoch": 2, "teacher_logit_scale": 2.0}
+    found = read_stage(run_recipe(tmp_path, clip_model=str(tiny_clip_dir), dmclip=again) / "dmclip")
+    size = (foreign / "000000.tar").stat().st_size
+    images = processor.image_processor
+    assert list(found) == ["arguments", "shards", "tokenizer", "model", "normalisation"]
+    assert found["shards"] == naive_key(f"000000.tar/{size}")
+    assert found["model"] == naive_model_key(DMCLIPModel.from_pretrained(dmclip_run / "dmclip"))
+    assert found["normalisation"] == [list(images.image_mean), list(images.image_std)]
+
+
+def test_fingerprint_of_a_transformers_detector(tmp_path):
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    config = YolosConfig(**layers, image_size=(32, 32), patch_size=8, num_detection_tokens=2, num_labels=2)
+    model = YolosForObjectDetection(config)
+    model.save_pretrained(tmp_path)
+    YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 48}).save_pretrained(tmp_path)
+    detector = TransformersDetector(str(tmp_path), threshold=0.25)
+    weights = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in model.state_dict().items())
+    settings = detector.model.config.to_diff_dict()
+    settings.pop("transformers_version", None)
+    pixels = detector.processor.to_json_string()
+    parts = [sha256(weights), json.dumps(settings, default=str), pixels, None, 0.25]
+    assert detector.fingerprint == f"transformers-{sha256(naive_dump(parts).encode())[:24]}"
+
+
+def test_fingerprint_of_a_captioner(tiny_clip_dir, tmp_path):
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 16, "intermediate_size": 16}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_clip_dir)
+    text = {**layers, "vocab_size": len(tokenizer), "encoder_hidden_size": 16}
+    config = BlipConfig(text_config=text, vision_config={**layers, "image_size": 32, "patch_size": 16})
+    BlipForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    processor.image_processor.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    captioner = TransformersCaptioner(str(tmp_path), captions=3, seed=4)
+    parts = [naive_model_key(captioner.model), naive_processor_key(captioner), "[3, 40, 4]"]
+    assert captioner.fingerprint == naive_key(*parts)
+
+
+def test_records_of_leakage(dclip_run, tmp_path):
+    options = {"output": tmp_path / "leakage.json", "cache_dir": tmp_path / "cache", "draws": 1}
+    records = evaluate_leakage([("ours", dclip_run / "teacher")], captioned(), "disk:data", **options)
+    assert [record["condition"] for record in records] == [
+        "as_trained",
+        "regions_shuffled",
+        "captions_shuffled",
+        "text_share_0",
+        "text_share_0_regions_shuffled",
+        "whole_image",
+        "chance",
+    ]
+    shared = ("benchmark", "split", "dataset_fingerprint", "n", "n_captions")
+    assert {tuple(record[name] for name in shared) for record in records} == {
+        ("leakage=disk:data", None, "sha256:4874bd1d10e9af5fd5010b4a64bb99f106fa801aa936626f637229d778836409", 2, 3)
+    }
+    assert list(records[0]) == [
+        "format_version",
+        "model",
+        "benchmark",
+        "metrics",
+        "n",
+        "seed",
+        "split",
+        "revision",
+        "dataset_fingerprint",
+        "versions",
+        "hardware",
+        "command",
+        "created",
+        "n_captions",
+        "label",
+        "condition",
+        "draws",
+        "intervals",
+    ]
+
+
+def test_records_that_an_evaluation_keeps(tiny_clip_dir, tmp_path):
+    captioned().save_to_disk(tmp_path / "data")
+    model, output = str(tiny_clip_dir), tmp_path / "results.json"
+    names = [f"retrieval=disk:{tmp_path / 'data'}"]
+
+    def run(candidate=None, **options):
+        done = evaluate([candidate or Candidate(model)], names, output, **options)
+        assert done.failures == []
+        return done
+
+    (record,) = run(command="first").records
+    assert list(record) == [
+        "format_version",
+        "model",
+        "benchmark",
+        "metrics",
+        "n",
+        "seed",
+        "split",
+        "revision",
+        "dataset_fingerprint",
+        "versions",
+        "hardware",
+        "command",
+        "created",
+        "n_captions",
+        "intervals",
+    ]
+    weights = (tiny_clip_dir / "model.safetensors").read_bytes()
+    assert record["revision"] == f"sha256:{sha256(b'model.safetensors' + bytes(1) + weights)}"
+    assert record["dataset_fingerprint"] == dataset_fingerprint(captioned())
+    assert run(command="second").records == [record]
+
+    def kept(**changes):
+        """Whether the record is taken as there already after a change to the file."""
+        write_results(output, {**record, **changes})
+        write_outcomes(output, {record_key({**record, **changes}): {"recall@1": torch.ones(2, 2)}})
+        return run().kept == 1
+
+    versions = record["versions"]
+    for changes in ({"n": 7}, {"command": "x"}, {"created": "x"}, {"label": "x"}, {"model": "x"}, {"split": "x"}):
+        assert kept(**changes), changes
+    assert kept(hardware={}) and kept(versions={**versions, "torch": "0"}) and kept(metrics={"a": 1.0})
+    for name in ("revision", "dataset_fingerprint", "benchmark", "condition"):
+        assert not kept(**{name: "x"}), name
+    assert not kept(seed=1) and not kept(settings={"index": "faiss"})
+    assert not kept(versions={**versions, "modeling_dclip": "0"})
+    shutil.copytree(tiny_clip_dir, tmp_path / "moved")
+    write_results(output, record)
+    write_outcomes(output, {record_key(record): {"recall@1": torch.ones(2, 2)}})
+    assert run(Candidate(str(tmp_path / "moved"), "ours")).kept == 1
+    outcomes_path(output).unlink()
+    assert run().kept == 0  # its intervals say that outcomes were there
+
+
+def test_manifest_of_an_index(tiny_clip_dir, tmp_path):
+    pytest.importorskip("faiss")
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "red.png").write_bytes(RED)
+    (tmp_path / "pictures" / "blue.png").write_bytes(BLUE)
+    manifest = build_index(str(tiny_clip_dir), str(tmp_path / "pictures"), tmp_path / "index").manifest
+    assert list(manifest) == [
+        "format",
+        "model",
+        "revision",
+        "encoder",
+        "images",
+        "n",
+        "dim",
+        "index",
+        "effort",
+        "recall@10",
+        "computed",
+        "processes",
+        "changes",
+        "skipped",
+        "versions",
+        "files",
+    ]
+    model, processor, revision = load_dual_encoder(str(tiny_clip_dir))
+    encoder = naive_key(naive_model_key(model), naive_dump(processor.image_processor.to_dict()))
+    assert (manifest["revision"], manifest["encoder"]) == (revision, encoder)
+    told = {
+        name: manifest[name] for name in ("format", "n", "dim", "index", "effort", "recall@10", "computed", "skipped")
+    }
+    assert told == {
+        "format": 1,
+        "n": 2,
+        "dim": 16,
+        "index": "exact",
+        "effort": None,
+        "recall@10": None,
+        "computed": 2,
+        "skipped": [],
+    }
+    chunk = naive_key(encoder, sha256(BLUE), sha256(RED))
+    embeddings = tmp_path / "index" / "embeddings"
+    assert [path.relative_to(embeddings).as_posix() for path in embeddings.rglob("*.*")] == [
+        f"{encoder[:16]}/{chunk}.safetensors"
+    ]
+
+
+def test_pictures_of_a_space_are_known_by_their_pixels(tiny_clip_dir, tmp_path):
+    captioned(**BOXES).save_to_disk(tmp_path / "data")
+    answers = SpaceAnswers(str(tiny_clip_dir), gallery=f"disk:{tmp_path / 'data'}")
+    assert answers.row_of == {
+        "47f38ff1a0c55a3f0e17c7d533be55b38db97cd90aa364ddc25e82354ffb572b": 0,
+        "8cd58efb2a5f4fcfc5a55fafff6f76f72d195ee965fb2f0def24c28c6298e69d": 1,
+    }
