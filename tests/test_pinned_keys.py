@@ -1,6 +1,6 @@
 """Keys, fingerprints, cache file names and records of fixed inputs, as literal values.
 
-A value here never changes, so that what earlier runs wrote is found again. Where a value depends on a library's version,
+A value here never changes, so that what earlier runs wrote is found again. Where one depends on a library's version,
 the test computes it again from the same parts with hashlib alone.
 """
 
@@ -569,7 +569,7 @@ def test_index_of_a_reinforced_dataset(reinforced):
     assert b"MODELING_DCLIP.synthetic_captions=0\n" in head
 
 
-def test_state_and_order_of_a_reinforced_dataset(reinforced):
+def test_state_of_a_reinforced_dataset(reinforced):
     dataset = ReinforcedDataset(reinforced, seed=1, process_index=0, num_processes=1)
     assert dataset.state_dict() == {
         "epoch": 0,
@@ -582,11 +582,22 @@ def test_state_and_order_of_a_reinforced_dataset(reinforced):
         "num_processes": 1,
         "shards": "40b049912abe37a4f179c8b4cfa5f9fe9992345900c338dec45929cb79840ec5",
     }
-    samples = [{name: value for name, value in one.items() if isinstance(value, str)} for one in dataset]
-    assert samples == [
-        {"key": "000000001", "caption": "blaues Quadrat: ä"},
-        {"key": "000000000", "caption": "a red square"},
-    ]
+
+
+def test_order_and_draws_of_a_reinforced_dataset(tmp_path):
+    count = 6
+    captions = [[f"{row} {letter}" for letter in "abcd"] for row in range(count)]
+    columns = {"image_id": [str(row) for row in range(count)], "image": [{"bytes": RED, "path": None}] * count}
+    options = {"settings": AugmentationSettings(4), "augmentations": 1, "samples_per_shard": 2}
+    write_reinforced(
+        captioned(**columns, captions=captions), [ConstantTeacher()], output=tmp_path / "shards", **options
+    )
+    dataset = ReinforcedDataset(tmp_path / "shards", seed=1, process_index=0, num_processes=1, shuffle_buffer=2)
+    given = []
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        given.append([sample["caption"] for sample in dataset])
+    assert given == [["5 c", "4 a", "2 a", "3 a", "1 c", "0 a"], ["5 c", "4 a", "0 b", "1 b", "2 c", "3 a"]]
 
 
 def test_draws_of_augmentations():
@@ -1069,6 +1080,9 @@ def test_records_that_an_evaluation_keeps(tiny_clip_dir, tmp_path):
     assert run(Candidate(str(tmp_path / "moved"), "ours")).kept == 1
     outcomes_path(output).unlink()
     assert run().kept == 0  # its intervals say that outcomes were there
+    write_results(output, {name: value for name, value in record.items() if name != "intervals"})
+    outcomes_path(output).unlink()
+    assert run().kept == 1
 
 
 def test_manifest_of_an_index(tiny_clip_dir, tmp_path):
