@@ -17,15 +17,14 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.evaluation.classifier_cache import ClassifierCache
+from modeling_dclip.evaluation.arms import plot_curve
+from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.command_line import parse_arguments
-from modeling_dclip.evaluation.comparison import compare_results, render_comparison
-from modeling_dclip.evaluation.curves import plot_curve
 from modeling_dclip.evaluation.evaluator import FAILURES, Candidate, Evaluation, describe_failure, evaluate
-from modeling_dclip.evaluation.galleries import write_pages
-from modeling_dclip.evaluation.reports import write_report
-from modeling_dclip.evaluation.results import render_table
-from modeling_dclip.evaluation.suite_tables import render_averages
+from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
+from modeling_dclip.evaluation.reports.gallery import write_pages
+from modeling_dclip.evaluation.reports.report import write_report
+from modeling_dclip.evaluation.reports.tables import render_averages, render_table
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:

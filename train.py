@@ -27,13 +27,13 @@ from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
-from modeling_dclip.evaluation.attention import draw_teacher_attention
 from modeling_dclip.evaluation.leakage import evaluate_leakage
-from modeling_dclip.evaluation.results import read_results, render_table
-from modeling_dclip.evaluation.tables import render_leakage, render_summary
-from modeling_dclip.evaluation.training_curves import draw_training_curves
+from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
+from modeling_dclip.evaluation.reports.plots import draw_training_curves
+from modeling_dclip.evaluation.reports.tables import render_leakage, render_summary, render_table
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
-from modeling_dclip.hub.publish_arguments import PublishArguments
+from modeling_dclip.hub.publish.facts import PublishArguments
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # Runs in a process of its own, in which the package is not imported: the code comes with the folder.

@@ -34,16 +34,17 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, HfArgumentParser
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, NUM_CONV_STAGES, DMCLIPVisionConfig
-from modeling_dclip.evaluation.efficiency import (
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.efficiency import (
     count_flops,
     growth_exponent,
     interleaved_times,
     peak_memory_mib,
     spread,
 )
-from modeling_dclip.evaluation.plots import plot_growth
-from modeling_dclip.evaluation.results import environment, write_json
-from modeling_dclip.hub.winograd import use_winograd
+from modeling_dclip.evaluation.records import environment
+from modeling_dclip.evaluation.reports.plots import plot_growth
+from modeling_dclip.hub.export.winograd import use_winograd
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 OURS = {f"dmclip_{name.lower()}": preset for name, preset in DMCLIP_PRESETS.items()}

@@ -19,9 +19,15 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, set_seed
 
-from modeling_dclip.evaluation.results import environment, write_json
-from modeling_dclip.evaluation.retrieval_index import build_faiss_index, effort_of, find_faiss, tune_faiss_index
-from modeling_dclip.hub.index_building import FACTORIES
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.retrieval_index import (
+    build_faiss_index,
+    effort_of,
+    find_faiss,
+    tune_faiss_index,
+)
+from modeling_dclip.evaluation.records import environment
+from modeling_dclip.hub.index.build import FACTORIES
 
 
 @dataclass

@@ -18,9 +18,10 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_dclip.configuration_dclip import DCLIPConfig
-from modeling_dclip.evaluation.efficiency import interleaved_times, spread
-from modeling_dclip.evaluation.results import environment, write_json
-from modeling_dclip.hub.onnx_towers import DTYPES, TOWERS, compare_onnx, make_onnx
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.efficiency import interleaved_times, spread
+from modeling_dclip.evaluation.records import environment
+from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel
 
 TOWER_SIZES = {

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS
-from modeling_dclip.hub.mambavision import published_mambavision_keys
+from modeling_dclip.hub.convert.mambavision import published_mambavision_keys
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 from modeling_dclip.selective_scan import selective_scan
 

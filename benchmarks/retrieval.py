@@ -23,10 +23,11 @@ from types import SimpleNamespace
 import torch
 from transformers import HfArgumentParser
 
-from modeling_dclip.evaluation.efficiency import growth_exponent, spread
-from modeling_dclip.evaluation.plots import plot_growth
-from modeling_dclip.evaluation.results import environment, write_json
-from modeling_dclip.evaluation.retrieval import retrieval_metrics
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.efficiency import growth_exponent, spread
+from modeling_dclip.evaluation.benchmarks.retrieval import retrieval_metrics
+from modeling_dclip.evaluation.records import environment
+from modeling_dclip.evaluation.reports.plots import plot_growth
 
 RECALLS = [f"{direction}_recall@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
 

@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from transformers import HfArgumentParser, set_seed
 
-from modeling_dclip.evaluation.results import environment, write_json
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.records import environment
 from modeling_dclip.selective_scan import _scan_two_level, selective_scan
 
 STATE = 8

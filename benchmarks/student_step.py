@@ -19,9 +19,10 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherConfig
+from modeling_dclip.data.files import write_json
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.trainer import share_image_encoder
-from modeling_dclip.evaluation.results import environment, write_json
+from modeling_dclip.evaluation.records import environment
 from modeling_dclip.modeling_dclip import DCLIPModel
 
 

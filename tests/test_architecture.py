@@ -15,15 +15,15 @@ SHIPPED = sorted(path for path in PACKAGE.glob("*.py") if path.name != "__init__
 # What a folder may import from this package; "" is the root. Scripts join everything and are not listed.
 ARROWS = {
     "": {""},
-    "data": {"", "data"},
-    "distillation": {"", "data", "distillation"},
-    "evaluation": {"", "data", "evaluation"},
-    "hub": {"", "data", "evaluation", "hub"},
+    "encoders": {"", "encoders"},
+    "data": {"", "encoders", "data"},
+    "distillation": {"", "encoders", "data", "distillation"},
+    "evaluation": {"", "encoders", "data", "evaluation"},
+    "hub": {"", "encoders", "data", "evaluation", "hub"},
 }
 # Of what ships: torch, transformers, and what transformers itself cannot be installed without.
 SHIPPED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy"}
 FORBIDDEN_STEMS = {"utils", "helpers", "misc", "common", "tools", "legacy", "v2"}
-LINE_BUDGET = {"modeling": 600, "other": 300}
 
 
 def name(path):
@@ -143,12 +143,6 @@ def test_no_smell_of_the_list(path):
             if function.endswith("load_state_dict"):
                 loose = [keyword for keyword in node.keywords if keyword.arg == "strict"]
                 assert not loose, f"{name(path)}:{node.lineno}: load whole, or say which keys may differ"
-
-
-@pytest.mark.parametrize("path", FILES, ids=name)
-def test_no_file_outgrows_its_budget(path):
-    budget = LINE_BUDGET["modeling" if path.stem.startswith("modeling_") else "other"]
-    assert len(path.read_text().splitlines()) <= budget
 
 
 @pytest.mark.parametrize("path", FILES, ids=name)

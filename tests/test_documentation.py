@@ -18,13 +18,13 @@ from PIL import Image
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DMCLIPVisionConfig, DMCLIPVisionModel
 from modeling_dclip.data.captions import SOURCES
-from modeling_dclip.data.detectors import DETECTORS
-from modeling_dclip.data.fine_grained_sources import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.labels import SOURCES as CLASSIFICATION_SOURCES
+from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.evaluation.benchmarks import KINDS
-from modeling_dclip.evaluation.classification_sources import SOURCES as CLASSIFICATION_SOURCES
+from modeling_dclip.evaluation.benchmarks.kinds import KINDS
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.results import render_readme
 

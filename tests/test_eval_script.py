@@ -10,7 +10,7 @@ import torch
 from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel
-from modeling_dclip.evaluation.results import read_results
+from modeling_dclip.evaluation.records import read_results
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"

@@ -17,16 +17,16 @@ from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS
 from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.detectors import DETECTORS
-from modeling_dclip.data.fine_grained_sources import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.labels import SOURCES as LABELLED_SOURCES
+from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.specs import Source, parse_spec
-from modeling_dclip.distillation.arguments import STAGES, RunArguments
+from modeling_dclip.distillation.arguments import SECTIONS, STAGES, TRAINING_SECTIONS, RunArguments
 from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.distillation.sections import SECTIONS, TRAINING_SECTIONS
-from modeling_dclip.evaluation.benchmarks import KINDS
-from modeling_dclip.evaluation.classification_sources import SOURCES as LABELLED_SOURCES
+from modeling_dclip.evaluation.benchmarks.kinds import KINDS
 from modeling_dclip.evaluation.command_line import parse_arguments
-from modeling_dclip.evaluation.results import FIELDS, OPTIONAL_FIELDS, TABLES
+from modeling_dclip.evaluation.records import FIELDS, OPTIONAL_FIELDS
+from modeling_dclip.evaluation.results import TABLES
 from modeling_dclip.hub.index import SearchIndex
 
 ROOT = Path(__file__).parent.parent

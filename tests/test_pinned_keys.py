@@ -31,51 +31,65 @@ from transformers import (
 )
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DMCLIPModel
-from modeling_dclip.data.annotated_regions import AnnotationDetector, GridDetector
 from modeling_dclip.data.captions import load_captions, split_train_validation
 from modeling_dclip.data.chunks import compute_chunks
-from modeling_dclip.data.columns import combine_keys, image_keys, row_keys
-from modeling_dclip.data.fine_grained_tables import standardise_items
-from modeling_dclip.data.network_detectors import TransformersDetector, UltralyticsDetector
-from modeling_dclip.data.network_detectors import fingerprint as fingerprint_detector
-from modeling_dclip.data.open_clip_models import (
+from modeling_dclip.data.columns import dataset_fingerprint, image_keys, row_keys
+from modeling_dclip.data.labels.webdataset import WebdatasetFiles
+from modeling_dclip.data.labels.webdataset import default_cache_dir as shards_cache_dir
+from modeling_dclip.data.questions.tables import standardise_items
+from modeling_dclip.data.regions import add_regions
+from modeling_dclip.data.regions import default_cache_dir as regions_cache_dir
+from modeling_dclip.data.regions.detectors import (
+    AnnotationDetector,
+    GridDetector,
+    TransformersDetector,
+    UltralyticsDetector,
+)
+from modeling_dclip.data.regions.detectors import fingerprint as fingerprint_detector
+from modeling_dclip.data.reinforced import ReinforcedDataset
+from modeling_dclip.data.reinforced.augmentations import AugmentationSettings, draw_augmentation
+from modeling_dclip.data.reinforced.teachers import TransformersCaptioner
+from modeling_dclip.data.reinforced.teachers import _fingerprint_processor as fingerprint_any_processor
+from modeling_dclip.data.reinforced.writer import write_reinforced
+from modeling_dclip.distillation.recipes import parse_recipe
+from modeling_dclip.distillation.run import StageRecord
+from modeling_dclip.distillation.stages import run_stages
+from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor, model_revision
+from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.encoders.open_clip import (
     OpenClipDualEncoder,
     OpenClipImageProcessor,
     OpenClipProcessor,
     OpenClipTokenizer,
     fingerprint_open_clip,
 )
-from modeling_dclip.data.regions import add_regions
-from modeling_dclip.data.regions import default_cache_dir as regions_cache_dir
-from modeling_dclip.data.reinforced import ReinforcedDataset
-from modeling_dclip.data.reinforced_teachers import TransformersCaptioner
-from modeling_dclip.data.reinforced_teachers import _fingerprint_processor as fingerprint_any_processor
-from modeling_dclip.data.reinforced_writer import write_reinforced
-from modeling_dclip.data.stored_augmentations import AugmentationSettings, draw_augmentation
-from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
-from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.distillation.records import StageRecord
-from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.evaluation.benchmarks import load_benchmark
-from modeling_dclip.evaluation.classifier_cache import ClassifierCache, fingerprint_text_encoder, fingerprint_tokens
-from modeling_dclip.evaluation.classifier_cache import default_cache_dir as classifiers_cache_dir
+from modeling_dclip.evaluation.benchmarks.fine_grained import questions_fingerprint
+from modeling_dclip.evaluation.benchmarks.kinds import load_benchmark
+from modeling_dclip.evaluation.benchmarks.zero_shot import (
+    ClassifierCache,
+    fingerprint_text_encoder,
+    fingerprint_tokens,
+)
+from modeling_dclip.evaluation.benchmarks.zero_shot import default_cache_dir as classifiers_cache_dir
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
-from modeling_dclip.evaluation.fine_grained import questions_fingerprint
-from modeling_dclip.evaluation.galleries import page_name
 from modeling_dclip.evaluation.leakage import evaluate_leakage
-from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes, record_key, write_outcomes
-from modeling_dclip.evaluation.provenance import dataset_fingerprint, environment, model_revision
-from modeling_dclip.evaluation.results import make_record, write_results
-from modeling_dclip.evaluation.tables import short_hash
-from modeling_dclip.evaluation.webdataset_files import WebdatasetFiles
-from modeling_dclip.evaluation.webdataset_files import default_cache_dir as shards_cache_dir
+from modeling_dclip.evaluation.records import (
+    environment,
+    make_record,
+    outcomes_path,
+    read_outcomes,
+    record_key,
+    write_outcomes,
+    write_results,
+)
+from modeling_dclip.evaluation.reports.gallery import page_name
+from modeling_dclip.evaluation.reports.tables import short_hash
 from modeling_dclip.hub.convert import _sha256 as hash_checkpoint
-from modeling_dclip.hub.index import build_index
-from modeling_dclip.hub.repositories import find_differences
-from modeling_dclip.hub.search_index import hash_file, write_index
-from modeling_dclip.hub.space_answers import SpaceAnswers
-from modeling_dclip.hub.stored_embeddings import EmbeddingStore, fingerprint_encoder, hash_images
+from modeling_dclip.hub.index import hash_file, write_index
+from modeling_dclip.hub.index.build import build_index
+from modeling_dclip.hub.index.embeddings import EmbeddingStore, fingerprint_encoder, hash_images
+from modeling_dclip.hub.publish.push import find_differences
+from modeling_dclip.hub.space import SpaceAnswers
 
 # Two pictures of 3 x 2 pixels, one red and one blue, as bytes of PNG.
 HEADER = "89504e470d0a1a0a0000000d49484452000000030000000208020000001216f14d"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modeling_dclip.distillation.recipes import expand_arms
-from modeling_dclip.evaluation.results import read_results
+from modeling_dclip.evaluation.records import read_results
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from modeling_dclip import DCLIPModel
-from modeling_dclip.evaluation.results import read_results
+from modeling_dclip.evaluation.records import read_results
 
 ROOT = Path(__file__).parents[1]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

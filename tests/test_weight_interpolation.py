@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_dclip.weight_interpolation import interpolate_weights
+from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 
 
 def make_states(dtype=torch.float32):

@@ -15,14 +15,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from PIL import Image
 
-from modeling_dclip.hub.space_answers import (
-    DETECTOR,
-    GALLERY,
-    SpaceAnswers,
-    UserMistake,
-    suggest_labels,
-    suggest_queries,
-)
+from modeling_dclip.hub.space import DETECTOR, GALLERY, SpaceAnswers, UserMistake, suggest_labels, suggest_queries
 
 ROOT = Path(__file__).resolve().parents[2]
 # What `make demo` leaves, best first; the small CLIP of the repository is always there.

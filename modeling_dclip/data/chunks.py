@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.columns import combine_keys
 from modeling_dclip.data.files import replacing
+from modeling_dclip.encoders.fingerprints import combine_keys
 
 Chunk = dict[str, np.ndarray]
 

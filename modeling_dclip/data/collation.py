@@ -27,7 +27,7 @@ from modeling_dclip.data.columns import (
     flat_column,
     ragged_column,
 )
-from modeling_dclip.data.pixels import PixelReader, random_resized_crop
+from modeling_dclip.data.images import PixelReader, random_resized_crop
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +186,7 @@ class TeacherBatches(Batches):
     """Pairs of an image's features and one caption's, to train a teacher's block without its CLIP.
 
     Args:
-        features ([`~modeling_dclip.data.teacher_features.TeacherFeatures`]): Of the training rows.
+        features ([`~modeling_dclip.data.teacher_targets.TeacherFeatures`]): Of the training rows.
         seed (`int`, *optional*, defaults to 0): Of the draw of captions.
     """
 
@@ -289,3 +289,27 @@ def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
         )
     check_finite(dataset, name, embeds)
     return embeds
+
+
+class TokenizedStudentBatches(StudentBatches):
+    """What [`StudentBatches`] gives, with the tokens of the chosen captions: for a text tower that is adapted.
+
+    Args:
+        dataset (`datasets.Dataset`): As there, every row with a caption.
+        processor ([`DCLIPProcessor`]): Image processor and tokenizer.
+        columns, options: As there.
+
+    Raises:
+        ValueError: As there, or if a row has no caption.
+    """
+
+    def __init__(self, dataset: Dataset, processor: Any, columns: Sequence[str], **options: Any):
+        super().__init__(dataset, processor.image_processor, columns, **options)
+        self.tokens = tokenize_captions(processor.tokenizer, read_captions(dataset).values)
+        self.pad_token_id = processor.tokenizer.pad_token_id
+
+    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """As there, and `input_ids (B, T)`, `attention_mask (B, T)`."""
+        input_ids, mask = self.tokens.pad(captions, self.pad_token_id)
+        tokens = {"input_ids": torch.from_numpy(input_ids).long(), "attention_mask": torch.from_numpy(mask).long()}
+        return super().collate(rows, captions) | tokens

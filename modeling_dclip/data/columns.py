@@ -5,15 +5,57 @@ A ragged column of N rows is a pair: `values`, the rows' entries one after the o
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, List, Value, concatenate_datasets
+from datasets import Dataset, Image, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
+
+from modeling_dclip.encoders.fingerprints import hash_file
+
+
+def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dataset:
+    """Add columns, or replace those of the same name, beside what is on disk.
+
+    New columns are added before old ones go: where all added columns have gone and another was cast, datasets 5.2 cannot
+    add one.
+
+    Args:
+        dataset (`datasets.Dataset`): Pictures in it are not copied, unless rows were selected from stored bytes before.
+        columns (`Mapping[str, tuple]`): Values (list or Arrow array) and feature by name.
+
+    Returns:
+        `datasets.Dataset`: The other columns, then these.
+    """
+    for name, (values, feature) in columns.items():
+        dataset = dataset.add_column(f"_new_{name}", values, feature=feature)
+    dataset = dataset.remove_columns([name for name in columns if name in dataset.column_names])
+    return dataset.rename_columns({f"_new_{name}": name for name in columns})
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """Hash what was evaluated: every image's stored bytes, its id, captions and label, in order. Not the files' names or dates.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image` and any of `image_id`, `captions`, `label`.
+
+    Returns:
+        `str`: `sha256:<hex>`.
+    """
+    names = [name for name in ("image_id", "captions", "label") if name in dataset.column_names]
+    rows = dataset.select_columns(["image", *names]).cast_column("image", Image(decode=False))
+    digest = hashlib.sha256()
+    for row in tqdm(rows, desc="Fingerprinting the data", unit="image"):
+        digest.update(repr([row[name] for name in names]).encode() + b"\0")
+        if row["image"]["bytes"] is not None:
+            digest.update(row["image"]["bytes"])
+        else:
+            hash_file(Path(row["image"]["path"]), digest)
+    return f"sha256:{digest.hexdigest()}"
 
 
 class Ragged(NamedTuple):
@@ -209,11 +251,6 @@ def concatenate_shared(parts: Sequence[Dataset]) -> Dataset:
     """The rows of several datasets, one after the other, with the columns that all of them have."""
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
     return concatenate_datasets([part.select_columns(shared) for part in parts])
-
-
-def combine_keys(keys: Sequence[str]) -> str:
-    """One key of several, in their order."""
-    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:

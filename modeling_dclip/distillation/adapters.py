@@ -11,16 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from datasets import Dataset
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from modeling_dclip.data.collation import StudentBatches, read_captions, tokenize_captions
 from modeling_dclip.data.files import replacing
-from modeling_dclip.distillation.stage_arguments import AdapterArguments
+from modeling_dclip.distillation.arguments import AdapterArguments
 
 logger = logging.getLogger(__name__)
 
@@ -157,41 +154,3 @@ def load_adapters(adapters: Any, folder: Path) -> None:
         odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
         raise ValueError(f"'{path}' holds another adapter: {len(odd)} tensors differ, the first {odd[0]!r}.")
     set_peft_model_state_dict(adapters, weights)
-
-
-class TokenizedStudentBatches(StudentBatches):
-    """What [`StudentBatches`] gives, with the tokens of the chosen captions: for a text tower that is adapted.
-
-    Args:
-        dataset (`datasets.Dataset`): As there, every row with a caption.
-        processor ([`DCLIPProcessor`]): Image processor and tokenizer.
-        columns, options: As there.
-
-    Raises:
-        ValueError: As there, or if a row has no caption.
-    """
-
-    def __init__(self, dataset: Dataset, processor: Any, columns: Sequence[str], **options: Any):
-        super().__init__(dataset, processor.image_processor, columns, **options)
-        self.tokens = tokenize_captions(processor.tokenizer, read_captions(dataset).values)
-        self.pad_token_id = processor.tokenizer.pad_token_id
-
-    def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """As there, and `input_ids (B, T)`, `attention_mask (B, T)`."""
-        input_ids, mask = self.tokens.pad(captions, self.pad_token_id)
-        tokens = {"input_ids": torch.from_numpy(input_ids).long(), "attention_mask": torch.from_numpy(mask).long()}
-        return super().collate(rows, captions) | tokens
-
-
-def check_adapters(recipe: Any) -> None:
-    """See that what a recipe evaluates or publishes will be whole weights.
-
-    Raises:
-        ValueError: If the student is saved as an adapter alone.
-    """
-    wanted = [name for name in ("evaluate", "push_to_hub") if getattr(recipe.run, name)]
-    if wanted and recipe.student.lora_rank is not None and not recipe.student.merge_adapter:
-        raise ValueError(
-            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The adapter is written either "
-            "way."
-        )

@@ -12,7 +12,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedConfig
 from transformers.utils import has_file
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
+from modeling_dclip.distillation.arguments import DMCLIPArguments
 from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 from modeling_dclip.processing_dclip import DCLIPProcessor

@@ -21,20 +21,83 @@ from typing import Any
 import yaml
 from transformers import HfArgumentParser
 
-from modeling_dclip.distillation.adapters import check_adapters
 from modeling_dclip.distillation.arguments import (
+    SECTIONS,
+    TRAINING_SECTIONS,
     AnchorArguments,
+    DMCLIPArguments,
     RegionsArguments,
+    ReinforceArguments,
     RunArguments,
     StageTrainingArguments,
     StudentArguments,
     TargetsArguments,
     TeacherArguments,
     as_plain,
+    check_reference,
 )
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments, check_reference
-from modeling_dclip.distillation.sections import SECTIONS, TRAINING_SECTIONS
-from modeling_dclip.distillation.uncaptioned import check_uncaptioned_fields
+
+UNCAPTIONED = "uncaptioned"  # their split, which only the student sees
+_UNCAPTIONED_STAGES = {
+    "regions",
+    "teacher",
+    "targets",
+    "student",
+}  # that see them or decide what the student learns from them
+
+
+def check_uncaptioned_fields(recipe: Any) -> None:
+    """Refuse a recipe whose fields say that nothing can be learned from the images of `uncaptioned_datasets`.
+
+    Args:
+        recipe ([`~modeling_dclip.distillation.recipes.Recipe`]): Parsed; of one arm.
+
+    Raises:
+        ValueError: If no loss term can use such images, the recipe's teacher reads captions, or there is no student; the message names
+            the field.
+    """
+    run, student = recipe.run, recipe.student
+    if not run.uncaptioned_datasets or (run.stages and not _UNCAPTIONED_STAGES & set(run.stages)):
+        return
+    if "dmclip" in recipe.named:
+        raise ValueError(
+            "uncaptioned_datasets: only the stage student learns from them, and this recipe trains a DM-CLIP."
+        )
+    if not (student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight):
+        raise ValueError(
+            "uncaptioned_datasets: no term of the loss can use an image without a caption. Set student.cosine_distillation_loss_weight or "
+            "student.cosine_preservation_loss_weight above 0."
+        )
+    if student.reads_teacher and run.teacher_model is None:
+        require_leak_free("teacher.cross_attention", recipe.teacher.cross_attention)
+
+
+def require_leak_free(field: str, cross_attention: str) -> None:
+    """Refuse a teacher that reads captions where images without captions are to be learned from.
+
+    Raises:
+        ValueError: If `cross_attention` is not `regions`; `field` says where that was set.
+    """
+    if cross_attention != "regions":
+        raise ValueError(
+            f"uncaptioned_datasets: expected {field} to be 'regions', a teacher that reads no caption, got {cross_attention!r}. Set it so, "
+            "or leave uncaptioned_datasets out."
+        )
+
+
+def check_adapters(recipe: Any) -> None:
+    """See that what a recipe evaluates or publishes will be whole weights.
+
+    Raises:
+        ValueError: If the student is saved as an adapter alone.
+    """
+    wanted = [name for name in ("evaluate", "push_to_hub") if getattr(recipe.run, name)]
+    if wanted and recipe.student.lora_rank is not None and not recipe.student.merge_adapter:
+        raise ValueError(
+            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The adapter is written either "
+            "way."
+        )
+
 
 GLOBAL = "global fields"
 # What the run decides for every stage that trains.

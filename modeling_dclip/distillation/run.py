@@ -2,25 +2,112 @@
 
 import json
 import logging
+import shutil
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
-from modeling_dclip.configuration_dclip import PRESETS
-from modeling_dclip.data.captions import karpathy_test_ids, load_mix, split_train_validation
-from modeling_dclip.data.columns import attach_columns, combine_keys, concatenate_shared, image_keys, row_keys
-from modeling_dclip.data.pixels import PixelReader
-from modeling_dclip.data.teacher_features import fingerprint_model, fingerprint_processor
+from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
+from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
+from modeling_dclip.data.captions.files import karpathy_test_ids
+from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
+from modeling_dclip.data.files import replacing
+from modeling_dclip.data.images import PixelReader
+from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import STAGES
-from modeling_dclip.distillation.recipes import Recipe
-from modeling_dclip.distillation.records import StageRecord
-from modeling_dclip.distillation.student import load_student
-from modeling_dclip.distillation.uncaptioned import UNCAPTIONED, load_new_images
+from modeling_dclip.distillation.recipes import UNCAPTIONED, Recipe, check_uncaptioned_fields, require_leak_free
+from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
+from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
+
+RECORD_NAME = "stage.json"
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(old.keys() | new.keys())
+        return [
+            line for name in names for line in _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+        ]
+    return [] if old == new else [f"{path}: {str(old)[:60]} -> {str(new)[:60]}"]
+
+
+class StageRecord:
+    """The record of one stage.
+
+    Args:
+        folder (`Path`): The stage's own.
+        inputs (`dict`): All that decides the result, as plain values: arguments, keys of data and of models.
+        overwrite (`bool`): Delete what other inputs made instead of raising.
+
+    Raises:
+        ValueError: If the folder was made from other inputs; the message says which and what to do.
+    """
+
+    def __init__(self, folder: Path, inputs: dict[str, Any], overwrite: bool = False):
+        self.folder, self.inputs = folder, json.loads(json.dumps(inputs))
+        self.path = folder / RECORD_NAME
+        self.finished = False
+        stored = self._read()
+        PartialState().wait_for_everyone()  # all have read before the first one writes
+        if stored is not None and stored["inputs"] != self.inputs:
+            changes = "; ".join(_differences(stored["inputs"], self.inputs))
+            if not overwrite:
+                raise ValueError(
+                    f"'{folder}' was made from other inputs ({changes}). Name another --output_dir, or pass --overwrite true to delete "
+                    "the folder and make it again."
+                )
+            logger.warning("%s: made again, inputs changed: %s", folder.name, changes)
+            if PartialState().is_main_process:
+                shutil.rmtree(folder)
+            stored = None
+        if stored is not None:
+            self.finished = stored["finished"]
+        if stored is None:
+            self._write(finished=False)
+
+    def finish(self) -> None:
+        """Note that the stage is done."""
+        self.finished = True
+        self._write(finished=True)
+        logger.info("%s: wrote %s", self.folder.name, self.folder)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.path.is_file():
+            return None
+        return json.loads(self.path.read_text(encoding="utf-8"))
+
+    def _write(self, finished: bool) -> None:
+        if PartialState().is_main_process:
+            record = json.dumps({"finished": finished, "inputs": self.inputs}, indent=2) + "\n"
+            with replacing(self.path) as temporary:
+                temporary.write_text(record, encoding="utf-8")
+        PartialState().wait_for_everyone()
+
+
+def finished_inputs(folder: Path) -> dict[str, Any]:
+    """What a finished stage was made from.
+
+    Raises:
+        FileNotFoundError: If the stage was not run.
+        ValueError: If it did not finish.
+    """
+    path = folder / RECORD_NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"No {RECORD_NAME} in '{folder}': run the stage {folder.name!r} first.")
+    record = json.loads(path.read_text(encoding="utf-8"))
+    if not record["finished"]:
+        raise ValueError(
+            f"The stage in '{folder}' did not finish. Run the stage {folder.name!r} again; it goes on where it was."
+        )
+    return record["inputs"]
 
 
 class SharedData:
@@ -222,3 +309,58 @@ class Run:
         if record.finished:
             logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
         return record
+
+
+# Images that the student learns from the teacher alone: whether a recipe can use them, and which of them are new.
+
+
+def check_uncaptioned(recipe: Any) -> None:
+    """As [`check_uncaptioned_fields`], and look into the config of the `teacher_model` that a recipe names.
+
+    Raises:
+        OSError: If there is no such teacher.
+        ValueError: As there.
+    """
+    check_uncaptioned_fields(recipe)
+    run = recipe.run
+    if run.uncaptioned_datasets and run.teacher_model is not None and recipe.student.reads_teacher:
+        config = DCLIPTeacherConfig.from_pretrained(run.teacher_model)
+        require_leak_free(f"cross_attention of teacher_model '{run.teacher_model}'", config.cross_attention)
+
+
+def load_new_images(
+    specs: list[str], *, seed: int, exclude_ids: Collection[str], captioned: Mapping[str, tuple[Dataset, list[str]]]
+) -> tuple[Dataset, list[str]]:
+    """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
+
+    Args:
+        specs (`list[str]`): Of [`load_uncaptioned`].
+        seed (`int`): Of the draws.
+        exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
+        captioned (`Mapping`): Captioned rows and the keys of their images, by split. The same file under another id is left out too.
+
+    Returns:
+        `tuple[Dataset, list[str]]`: The rows, without captions, and the keys of their images.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_uncaptioned`]; also if none is left.
+    """
+    dataset = load_uncaptioned(specs, seed=seed, exclude_ids=exclude_ids)
+    keys = image_keys(dataset)
+    known = set().union(*(images for _, images in captioned.values()))
+    new = [row for row, key in enumerate(keys) if key not in known]
+    if len(new) < len(keys):
+        left_out = len(keys) - len(new)
+        logger.info("uncaptioned_datasets: left out %d images that are captioned ones under another id", left_out)
+        require_rows(len(new), f"{specs} after leaving out {left_out} captioned images", "an image")
+        dataset, keys = dataset.select(new), [keys[row] for row in new]
+    logger.info("uncaptioned_datasets: %d images for the student alone", len(new))
+    return dataset, keys
+
+
+def load_student(clip_path: str, position_embedding_type: str = "absolute") -> DCLIPModel:
+    """A dual encoder about to become a student: pretrained weights in float32, text tower frozen."""
+    config = DCLIPConfig.from_pretrained(clip_path)
+    config.freeze_text = True
+    config.vision_config.position_embedding_type = position_embedding_type
+    return DCLIPModel.from_pretrained(clip_path, config=config, dtype=torch.float32)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from modeling_dclip.evaluation.benchmarks import describe_kinds, kind_of
-from modeling_dclip.evaluation.class_prompts import read_lines
+from modeling_dclip.data.labels.prompts import read_lines
+from modeling_dclip.evaluation.benchmarks.kinds import describe_kinds, kind_of
 
 # What these are for: the kind of benchmark that has to be asked for.
 _OWNERS = {

@@ -4,13 +4,8 @@ The results file grows by one record a pair. Run again, it keeps what was measur
 """
 
 import os
-import re
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +14,15 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_dclip.evaluation.benchmarks import Benchmark, benchmark_record, expand_benchmark, load_benchmark
-from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.evaluation.outcomes import Outcomes, outcomes_path, read_outcomes, record_key, write_outcomes
-from modeling_dclip.evaluation.results import read_results, write_results
-from modeling_dclip.evaluation.tradeoff import compare_to_anchor
-from modeling_dclip.weight_interpolation import interpolate_weights
+from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.encoders.weight_interpolation import interpolate_weights
+from modeling_dclip.evaluation.benchmarks.kinds import Benchmark, benchmark_record, expand_benchmark, load_benchmark
+from modeling_dclip.evaluation.records import (
+    Outcomes,
+    RecordStore,
+    record_key,
+)
+from modeling_dclip.evaluation.statistics import compare_to_anchor
 
 try:
     import fcntl
@@ -42,7 +40,7 @@ class Candidate(NamedTuple):
     """A model to evaluate.
 
     Attributes:
-        name (`str`): As of [`~modeling_dclip.evaluation.models.load_dual_encoder`].
+        name (`str`): As of [`~modeling_dclip.encoders.loading.load_dual_encoder`].
         label (`str`, *optional*): What tables show instead.
         alpha (`float`, *optional*): The point on the line from the anchor (0) to the model (1), in place of the model.
         seed (`int`, *optional*): It was trained with; the evaluation's own if not given.
@@ -61,85 +59,6 @@ class Evaluation:
     records: list[dict[str, Any]] = field(default_factory=list)
     kept: int = 0
     failures: list[str] = field(default_factory=list)
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Wait for other processes that write results there; the lock goes with the process, however it ends."""
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
-
-
-class _Store:
-    """The results file and the outcomes beside it, as they grow. Records of other measurements, and of other processes, stay."""
-
-    def __init__(self, path: str | os.PathLike, overwrite: bool):
-        self.path, self.records = Path(path), []
-        self.outcomes: dict[str, Outcomes] = {}
-        self.begins_anew = overwrite
-        _check_writable(self.path)
-        self._clear_killed()
-        self._read()
-
-    def _clear_killed(self) -> None:
-        """Remove what runs that were killed while writing left of temporary folders; under the lock nobody is writing."""
-        names = "|".join(re.escape(path.name) for path in (self.path, outcomes_path(self.path)))
-        with _alone_in(self.path.parent):
-            for entry in self.path.parent.iterdir():
-                if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name) and entry.is_dir():
-                    shutil.rmtree(entry)
-
-    def _read(self) -> None:
-        if not self.begins_anew and self.path.exists():
-            self.records, self.outcomes = read_results(self.path), read_outcomes(self.path)
-
-    def _write(self) -> None:
-        keys = {record_key(record) for record in self.records}
-        self.outcomes = {key: own for key, own in self.outcomes.items() if key in keys}
-        write_results(self.path, self.records)
-        write_outcomes(self.path, self.outcomes)
-        self.begins_anew = False
-
-    def find(self, key: str) -> dict[str, Any] | None:
-        return next((record for record in self.records if record_key(record) == key), None)
-
-    def put(self, record: dict[str, Any], outcomes: Outcomes) -> None:
-        def place(one: dict[str, Any]) -> tuple:
-            index = one.get("settings", {}).get("index")  # through an index the metrics are others
-            return one["model"], one["benchmark"], one.get("condition"), one["seed"], index
-
-        with _alone_in(self.path.parent):
-            self._read()
-            self.records = [*(old for old in self.records if place(old) != place(record)), record]
-            self.outcomes[record_key(record)] = outcomes
-            self._write()
-
-    def keep_only(self, records: Sequence[dict[str, Any]]) -> None:
-        """Drop what an earlier run left and this one did not ask for."""
-        self.records = list(records)
-        if records:
-            with _alone_in(self.path.parent):
-                self._write()
-
-
-def _check_writable(path: Path) -> None:
-    """Before hours of work whose results could not be written."""
-    try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
-    except OSError as error:
-        raise OSError(
-            f"Expected a place to write the results file {path} to, got: {error}. Choose another."
-        ) from error
 
 
 def _load(
@@ -171,7 +90,7 @@ def evaluate(
 
     Args:
         candidates (`Sequence[Candidate]`): The models.
-        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.load_benchmark`].
+        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`].
         output (`str` or `os.PathLike`): The results file; the outcomes lie beside it. Written after every pair.
         anchor (`str`, *optional*): The reference: the other models' records get their gain or retention against it.
         command (`str`, *optional*): What the user ran, for the records.
@@ -179,7 +98,7 @@ def evaluate(
         overwrite (`bool`, *optional*, defaults to `False`): Begin anew instead of going on with what `output` holds.
         keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not ask for stay.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
-        options: Fields of [`~modeling_dclip.evaluation.benchmarks.EvaluationOptions`].
+        options: Fields of [`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`].
 
     Returns:
         [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under `failures` and has none.
@@ -190,7 +109,7 @@ def evaluate(
     """
     if anchor is None and any(candidate.alpha is not None for candidate in candidates):
         raise ValueError("Expected an anchor to interpolate from, got none. Name it.")
-    store, done = _Store(output, overwrite), Evaluation()
+    store, done = RecordStore(output, overwrite), Evaluation()
     loaded = _load_benchmarks(benchmarks, done.failures, seed=seed, **options)
     candidates = _anchor_first(candidates, anchor) if loaded else ()
     references: dict[str, tuple[Outcomes, str]] = {}
@@ -261,7 +180,7 @@ def _load_benchmarks(benchmarks: Sequence[str], failures: list[str], **options: 
 
 
 def _evaluate_pair(
-    store: _Store, benchmark: Benchmark, model: torch.nn.Module, processor: Any, fields: dict[str, Any]
+    store: RecordStore, benchmark: Benchmark, model: torch.nn.Module, processor: Any, fields: dict[str, Any]
 ) -> tuple[dict[str, Any], Outcomes, bool]:
     """A record with its outcomes, and whether the store had both."""
     known = benchmark_record(benchmark, {"n": 0}, **fields)

@@ -17,7 +17,7 @@ one draw share its captions and its shuffle, a random cycle through all images: 
 - `text_share_0`: as trained, with the pooled tokens left out of the embedding. The regions have still attended to the tokens, and their
   weights ask the caption; so also `text_share_0_regions_shuffled`.
 - `whole_image`: the frozen CLIP's embedding of the whole image, no teacher. With one draw a caption this is text-to-image retrieval as
-  [`~modeling_dclip.evaluation.retrieval.evaluate_retrieval`] measures it, but for the rounding of features to float16.
+  [`~modeling_dclip.evaluation.benchmarks.retrieval.evaluate_retrieval`] measures it, but for the rounding of features to float16.
 - `chance`: the expectation of a random order.
 
     python -m modeling_dclip.evaluation.leakage --teacher [LABEL=]FOLDER ... --dataset SPEC --output FILE
@@ -39,15 +39,16 @@ from datasets import Dataset
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import SOURCES, load_captions
-from modeling_dclip.data.columns import combine_keys, row_keys
-from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features
-from modeling_dclip.data.teacher_targets import embed_pairs
-from modeling_dclip.evaluation.benchmarks import split_of
-from modeling_dclip.evaluation.intervals import bootstrap_ratio
-from modeling_dclip.evaluation.provenance import model_revision
-from modeling_dclip.evaluation.results import make_record, write_results
-from modeling_dclip.evaluation.retrieval import RetrievalRanks, metrics_from_ranks, retrieval_ranks
-from modeling_dclip.evaluation.tables import METRIC_TITLES, render_leakage
+from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
+from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
+from modeling_dclip.evaluation.benchmarks.kinds import split_of
+from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.records import make_record, write_results
+from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES
+from modeling_dclip.evaluation.reports.tables import render_leakage
+from modeling_dclip.evaluation.statistics import bootstrap_ratio
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
@@ -213,10 +214,10 @@ def evaluate_leakage(
         draws, seed: As in [`measure_leakage`].
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute.
         command (`str`, *optional*): What the user ran, for the records.
-        options: `max_regions`, `batch_size`, `num_workers` of [`~modeling_dclip.data.teacher_features.compute_features`].
+        options: `max_regions`, `batch_size`, `num_workers` of [`~modeling_dclip.data.teacher_targets.compute_features`].
 
     Returns:
-        `list[dict]`: The records, for [`~modeling_dclip.evaluation.tables.render_leakage`].
+        `list[dict]`: The records, for [`~modeling_dclip.evaluation.reports.tables.render_leakage`].
 
     Raises:
         ValueError: As in [`measure_leakage`], or if an image, a caption or a box is bad.

@@ -1,14 +1,6 @@
-"""The one results format, and the blocks of a README that are rendered from such files.
+"""Blocks of Markdown files that are rendered from results files.
 
-A results file is a JSON list of records, one per benchmark of one model:
-
-    {"format_version": 1, "model": "runs/student", "benchmark": "retrieval=scenes:test", "metrics": {"text_to_image_recall@1": 0.31, ...},
-     "n": 1000, "seed": 0, "split": "test", "revision": "sha256:...", "dataset_fingerprint": "sha256:...",
-     "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
-
-`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of metrics, `comparison`
-(intervals against an anchor), `chance` (what guessing scores), `spread` (of timings), `settings` (what else the numbers depend on) and, of
-a measurement under several conditions, `condition` and the values of the metrics' `draws`. In a README
+In a README
 
     <!-- results:demo source=results/demo/summary.json table=demo -->
     <!-- /results:demo -->
@@ -17,153 +9,16 @@ names its source and form, and `python -m modeling_dclip.evaluation.results READ
 """
 
 import argparse
-import json
 import os
 import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
 
-from modeling_dclip.data.files import replacing
-from modeling_dclip.evaluation.benchmark_tables import BENCHMARK_TABLES
-from modeling_dclip.evaluation.provenance import environment
-from modeling_dclip.evaluation.tables import render_leakage, render_summary, render_table
-
-FORMAT_VERSION = 1
-FIELDS: dict[str, tuple[type, ...]] = {
-    "format_version": (int,),
-    "model": (str,),
-    "benchmark": (str,),
-    "metrics": (dict,),
-    "n": (int,),
-    "seed": (int,),
-    "split": (str, type(None)),
-    "revision": (str,),
-    "dataset_fingerprint": (str,),
-    "versions": (dict,),
-    "hardware": (dict,),
-    "command": (str,),
-    "created": (str,),
-}
-OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
-OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
-
-
-def make_record(**fields: Any) -> dict[str, Any]:
-    """Make one record; format version, versions, hardware and time are filled in.
-
-    Args:
-        fields: `model`, `benchmark`, `metrics`, `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`, and
-            optionally those of `OPTIONAL_FIELDS` (left out where `None`).
-
-    Returns:
-        `dict[str, Any]`: Valid for [`write_results`].
-
-    Raises:
-        ValueError: If a field is missing, unknown or of another type.
-    """
-    versions, hardware = environment()
-    filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
-    filled |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
-    order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
-    record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
-    validate_record(record, "the new record")
-    return record
-
-
-def validate_record(record: Any, where: str) -> None:
-    """Check one record.
-
-    Args:
-        record: What was read, or is about to be written.
-        where (`str`): File and position, for messages.
-
-    Raises:
-        ValueError: If a field is missing, unknown, of another type or version, or a metric is no number; the field is named.
-    """
-    if not isinstance(record, dict):
-        raise ValueError(f"Expected a record (a JSON object) in {where}, got {type(record).__name__}.")
-    version = record.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(f"Expected 'format_version' {FORMAT_VERSION} in {where}, got {version!r}. Evaluate again.")
-    known = FIELDS | OPTIONAL_FIELDS
-    if missing := [name for name in FIELDS if name not in record]:
-        raise ValueError(f"Expected the field {missing[0]!r} in {where}, got only {sorted(record)}. Evaluate again.")
-    for name, value in record.items():
-        if name not in known:
-            raise ValueError(f"Unknown field {name!r} in {where}. Known fields: {', '.join(known)}.")
-        if not isinstance(value, known[name]) or isinstance(value, bool):
-            kinds = " or ".join(kind.__name__ for kind in known[name])
-            raise ValueError(f"Expected {kinds} in the field {name!r} of {where}, got {value!r}.")
-    for name, value in record["metrics"].items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and -1e300 < value < 1e300):  # NaN fails this too
-            raise ValueError(f"Expected a finite number in 'metrics' / {name!r} of {where}, got {value!r}.")
-
-
-def write_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Write a file whole or not at all. Folders are made."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(content)
-
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused (`ValueError`)."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def write_results(path: str | os.PathLike, records: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
-    """Validate records and write them atomically.
-
-    Args:
-        path (`str` or `os.PathLike`): A `.json` file; replaced if it exists, folders are made.
-        records (`dict` or `Sequence[dict]`): From [`make_record`]; one alone becomes a list of one.
-
-    Raises:
-        ValueError: If a record is not valid, or there is none. Then nothing is written.
-    """
-    records = [dict(records)] if isinstance(records, Mapping) else list(records)
-    if not records:
-        raise ValueError(f"Expected one or more records to write to {path}, got none.")
-    for index, record in enumerate(records):
-        validate_record(record, f"record {index} for {path}")
-    write_json(path, records)
-
-
-def _read_json(path: str | os.PathLike) -> Any:
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}. Make the file again.") from error
-
-
-def read_results(path: str | os.PathLike) -> list[dict[str, Any]]:
-    """Read and validate a results file.
-
-    Args:
-        path (`str` or `os.PathLike`): Written by [`write_results`].
-
-    Returns:
-        `list[dict[str, Any]]`: One or more records.
-
-    Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is no JSON list of valid records; file and field are named.
-    """
-    records = _read_json(path)
-    if not isinstance(records, list) or not records:
-        raise ValueError(f"Expected a JSON list of one or more records in {path}, got {type(records).__name__}.")
-    for index, record in enumerate(records):
-        validate_record(record, f"record {index} of {path}")
-    return records
+from modeling_dclip.data.files import write_text
+from modeling_dclip.evaluation.records import read_results, read_results_json
+from modeling_dclip.evaluation.reports.tables import BENCHMARK_TABLES, render_leakage, render_summary, render_table
 
 
 def _markers(name: str) -> re.Pattern[str]:
@@ -204,7 +59,7 @@ def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
 
 
 def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:
-    return "\n\n".join(render_summary(_read_json(path), where=str(path)) for path in paths)
+    return "\n\n".join(render_summary(read_results_json(path), where=str(path)) for path in paths)
 
 
 def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
@@ -212,7 +67,7 @@ def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
 
 
 def _of_benchmark(render: Callable[..., str]) -> Callable[[Sequence[Path], Mapping[str, str]], str]:
-    return lambda paths, options: "\n\n".join(render(_read_json(path), **options) for path in paths)
+    return lambda paths, options: "\n\n".join(render(read_results_json(path), **options) for path in paths)
 
 
 TABLES = {

@@ -20,7 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from modeling_dclip.data.dual_encoders import check_processor
+from modeling_dclip.encoders.loading import check_processor
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, retrieval_metrics
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
-from modeling_dclip.evaluation.retrieval import evaluate_retrieval, retrieval_metrics
 
 pytestmark = pytest.mark.conformance
 

@@ -13,11 +13,11 @@ import torch
 from datasets import ClassLabel, Features, List, Value
 from transformers import AutoModel, AutoProcessor
 
-from modeling_dclip.data.pixels import PixelReader
+from modeling_dclip.data.images import PixelReader
+from modeling_dclip.data.labels import load_classification
+from modeling_dclip.data.labels.prompts import read_names, read_templates
 from modeling_dclip.data.scenes import load_single_objects
-from modeling_dclip.evaluation.class_prompts import read_names, read_templates
-from modeling_dclip.evaluation.classification_sources import load_classification
-from modeling_dclip.evaluation.zero_shot import build_classifier, evaluate_zero_shot
+from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier, evaluate_zero_shot
 
 from .fetched_tests import CACHE
 

@@ -9,14 +9,10 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from modeling_dclip.data.caption_rows import coco_id, flickr_id
-from modeling_dclip.data.captions import (
-    karpathy_test_ids,
-    load_captions,
-    load_mix,
-    split_train_validation,
-    standardise_columns,
-)
+from modeling_dclip.data.captions import load_captions, load_mix, split_train_validation
+from modeling_dclip.data.captions.files import karpathy_test_ids
+from modeling_dclip.data.captions.tables import standardise_columns
+from modeling_dclip.data.rows import coco_id, flickr_id
 from modeling_dclip.data.specs import Source, parse_spec
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

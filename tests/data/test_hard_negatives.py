@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modeling_dclip.data.fine_grained_rows import FEATURES
-from modeling_dclip.data.hard_negatives import CATEGORIES, hard_negatives, load_hard_negatives
-from modeling_dclip.data.scene_drawing import (
+from modeling_dclip.data.questions.hard_negatives import CATEGORIES, hard_negatives, load_hard_negatives
+from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.data.scenes.drawing import (
     COLOURS,
     COUNTS,
     PATTERNS,
@@ -21,7 +22,6 @@ from modeling_dclip.data.scene_drawing import (
     detailed_captions,
     random_scene,
 )
-from modeling_dclip.data.scenes import load_scenes
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "a single": 1, "two": 2, "three": 3}
 WITH = {"stripes": "striped", "dots": "dotted", "checks": "checked"}

@@ -5,9 +5,9 @@ import logging
 import pytest
 from datasets import Image
 
-from modeling_dclip.data.caption_rows import FEATURES
 from modeling_dclip.data.captions import load_captions, load_mix, load_uncaptioned
-from modeling_dclip.data.image_folders import drop_captions, read_images
+from modeling_dclip.data.captions.files import drop_captions, read_images
+from modeling_dclip.data.rows import FEATURES
 from modeling_dclip.data.scenes import load_scenes
 
 

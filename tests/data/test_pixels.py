@@ -7,7 +7,7 @@ from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-from modeling_dclip.data.pixels import PixelReader, random_resized_crop
+from modeling_dclip.data.images import PixelReader, random_resized_crop
 from modeling_dclip.data.scenes import load_scenes
 
 SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}

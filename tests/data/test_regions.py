@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.network_detectors import UltralyticsDetector, process_left_alone
-from modeling_dclip.data.region_cache import clip_regions
-from modeling_dclip.data.regions import add_regions, build_detector, main
+from modeling_dclip.data.regions import add_regions, clip_regions
+from modeling_dclip.data.regions.__main__ import main
+from modeling_dclip.data.regions.detectors import UltralyticsDetector, build_detector, process_left_alone
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 YOLO_WEIGHTS = DATA / "yolov8n" / "yolov8n.pt"

@@ -15,8 +15,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.reinforced import ReinforcedBatches, ReinforcedDataset
-from modeling_dclip.data.reinforced_shards import DamagedSampleError, find_shards, scan_shard
-from modeling_dclip.data.stored_augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
+from modeling_dclip.data.reinforced.augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
+from modeling_dclip.data.reinforced.shards import DamagedSampleError, find_shards, scan_shard
 
 WIDTHS, SIZE = (4, 3), 16
 STORED = [[[2, 3, 20, 24], [[5, 30.0], None]], [[0, 0, 24, 32], None], [[1, 1, 9, 9], [[6, -0.27], [1, 0.09]]]]

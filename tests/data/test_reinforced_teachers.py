@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor
-from modeling_dclip.data.reinforced_teachers import (
+from modeling_dclip.data.reinforced.teachers import (
     OpenClipTeacher,
     TransformersCaptioner,
     TransformersTeacher,

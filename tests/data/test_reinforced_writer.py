@@ -16,18 +16,18 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from modeling_dclip.data import reinforced_writer
 from modeling_dclip.data.reinforced import ReinforcedBatches, ReinforcedDataset
-from modeling_dclip.data.reinforced_teachers import build_teacher
-from modeling_dclip.data.reinforced_writer import main, write_reinforced
-from modeling_dclip.data.reinforcing import Reinforcer
-from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.stored_augmentations import (
+from modeling_dclip.data.reinforced import writer as reinforced_writer
+from modeling_dclip.data.reinforced.__main__ import main
+from modeling_dclip.data.reinforced.augmentations import (
     AugmentationSettings,
     StoredAugmentation,
     draw_augmentation,
     replay_augmentation,
 )
+from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.data.reinforced.writer import Reinforcer, write_reinforced
+from modeling_dclip.data.scenes import load_scenes
 
 SETTINGS = AugmentationSettings(image_size=28)
 

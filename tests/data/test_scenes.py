@@ -6,7 +6,16 @@ import random
 import numpy as np
 import pytest
 
-from modeling_dclip.data.scene_drawing import (
+from modeling_dclip.data.scenes import (
+    CLASS_NAMES,
+    SPLITS,
+    TEMPLATES,
+    iterate_scenes,
+    load_scenes,
+    load_single_objects,
+    train_tokenizer,
+)
+from modeling_dclip.data.scenes.drawing import (
     COLOURS,
     COUNT_WORDS,
     PATTERNS,
@@ -19,15 +28,6 @@ from modeling_dclip.data.scene_drawing import (
     draw_scene,
     random_scene,
     siblings,
-)
-from modeling_dclip.data.scenes import (
-    CLASS_NAMES,
-    SPLITS,
-    TEMPLATES,
-    iterate_scenes,
-    load_scenes,
-    load_single_objects,
-    train_tokenizer,
 )
 
 TWO_GROUPS = Scene(

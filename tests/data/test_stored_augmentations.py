@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from modeling_dclip.data.stored_augmentations import (
+from modeling_dclip.data.reinforced.augmentations import (
     OPERATIONS,
     AugmentationSettings,
     StoredAugmentation,

@@ -11,17 +11,12 @@ import torch
 from datasets import Dataset
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
+from modeling_dclip.data.captions.files import drop_captions
 from modeling_dclip.data.collation import TeacherBatches
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.image_folders import drop_captions
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_features import (
-    TeacherFeatures,
-    compute_features,
-    fingerprint_model,
-    fingerprint_processor,
-)
-from modeling_dclip.data.teacher_targets import add_teacher_targets
+from modeling_dclip.data.teacher_targets import TeacherFeatures, add_teacher_targets, compute_features
+from modeling_dclip.encoders.fingerprints import fingerprint_model, fingerprint_processor
 
 # Two roundings to float16 (features, target) of numbers up to 1, each 2^-11 relative, through one small block.
 ATOL = 2e-3

@@ -8,7 +8,8 @@ from transformers import set_seed
 
 from modeling_dclip import DCLIPProcessor
 from modeling_dclip.distillation.arguments import StudentArguments
-from modeling_dclip.distillation.student import fit_student, load_student
+from modeling_dclip.distillation.run import load_student
+from modeling_dclip.distillation.stages import fit_student
 
 clip_dir, data_dir, output_dir, processes = sys.argv[1:]
 if PartialState(cpu=True).num_processes != int(processes):

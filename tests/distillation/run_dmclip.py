@@ -9,9 +9,9 @@ from torch import nn
 from transformers import AutoTokenizer, set_seed
 
 from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.distillation.arguments import DMCLIPArguments
 from modeling_dclip.distillation.dmclip import build_dmclip
-from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
+from modeling_dclip.distillation.trainer import DMCLIPTrainer
 
 
 class FixedNorm(nn.BatchNorm2d):

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from modeling_dclip.distillation.student import load_student
+from modeling_dclip.distillation.run import load_student
 
 clip_dir, output_dir, processes = sys.argv[1:]
 accelerator = Accelerator(cpu=True)

@@ -10,10 +10,10 @@ from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
     cosine_preservation_loss,
+    distillation_loss,
     gather_across_processes,
     similarity_distillation_loss,
 )
-from modeling_dclip.distillation.reinforced_losses import distillation_loss
 
 WIDTH = 6
 SHARES = {1: [8], 2: [5, 3]}  # rows per process: unequal, as the last batch of an epoch may be

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, set_seed
 from modeling_dclip import DCLIPProcessor
 from modeling_dclip.data.collation import StudentBatches
 from modeling_dclip.distillation.arguments import StudentArguments
-from modeling_dclip.distillation.student import load_student
+from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.trainer import StudentTrainer
 
 

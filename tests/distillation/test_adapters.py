@@ -20,14 +20,14 @@ from transformers import CLIPModel
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
 from modeling_dclip.distillation import adapters as adapters_module
-from modeling_dclip.distillation import stage_arguments
+from modeling_dclip.distillation import arguments as stage_arguments
 from modeling_dclip.distillation.adapters import add_adapters, load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments, deciding_fields
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
-from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.distillation.student import fit_student, load_student
+from modeling_dclip.distillation.run import load_student
+from modeling_dclip.distillation.stages import fit_student, run_stages
 from modeling_dclip.distillation.trainer import StudentTrainer
-from modeling_dclip.weight_interpolation import interpolate_weights
+from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,17 @@ import doctest
 import pytest
 
 from modeling_dclip import DCLIPTeacherConfig
-from modeling_dclip.data.reinforced_writer import ReinforcedWriterArguments
+from modeling_dclip.data.reinforced.__main__ import ReinforcedWriterArguments
 from modeling_dclip.distillation import arguments, recipes
-from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments, deciding_fields
-from modeling_dclip.distillation.recipes import SECTIONS, describe_fields
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments, ReinforceArguments
+from modeling_dclip.distillation.arguments import (
+    SECTIONS,
+    DMCLIPArguments,
+    ReinforceArguments,
+    StudentArguments,
+    TeacherArguments,
+    deciding_fields,
+)
+from modeling_dclip.distillation.recipes import describe_fields
 
 
 def test_docstring_examples_hold():

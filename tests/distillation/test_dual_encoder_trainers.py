@@ -11,16 +11,14 @@ from transformers import AutoTokenizer, set_seed
 from modeling_dclip import DCLIPModel, DCLIPProcessor
 from modeling_dclip.data.collation import AnchorBatches
 from modeling_dclip.data.reinforced import ReinforcedBatches
-from modeling_dclip.data.reinforced_teachers import build_teacher
-from modeling_dclip.data.reinforced_writer import write_reinforced
+from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
+from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.data.reinforced.writer import write_reinforced
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.stored_augmentations import AugmentationSettings
-from modeling_dclip.distillation.arguments import AnchorArguments
+from modeling_dclip.distillation.arguments import AnchorArguments, DMCLIPArguments
 from modeling_dclip.distillation.dmclip import build_dmclip
-from modeling_dclip.distillation.dual_encoder_trainers import MAX_LOGIT_SCALE, AnchorTrainer, DMCLIPTrainer
-from modeling_dclip.distillation.losses import contrastive_loss
-from modeling_dclip.distillation.reinforced_arguments import DMCLIPArguments
-from modeling_dclip.distillation.reinforced_losses import distillation_loss
+from modeling_dclip.distillation.losses import contrastive_loss, distillation_loss
+from modeling_dclip.distillation.trainer import MAX_LOGIT_SCALE, AnchorTrainer, DMCLIPTrainer
 
 SIZES = {
     "image_size": 32,

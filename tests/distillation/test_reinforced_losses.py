@@ -6,9 +6,8 @@ import math
 import pytest
 import torch
 
-from modeling_dclip.distillation import reinforced_losses
-from modeling_dclip.distillation.losses import similarity_distillation_loss
-from modeling_dclip.distillation.reinforced_losses import distillation_loss, teacher_probabilities
+from modeling_dclip.distillation import losses as reinforced_losses
+from modeling_dclip.distillation.losses import distillation_loss, similarity_distillation_loss, teacher_probabilities
 
 WIDTHS, SCALES = [4, 2], [100.0, 20.0]
 

@@ -17,9 +17,9 @@ from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.distillation import run as run_module
 from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.distillation.records import last_checkpoint
 from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
+from modeling_dclip.distillation.trainer import last_checkpoint
 
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1}

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.data.collation import StudentBatches, TeacherBatches
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features
+from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
 from modeling_dclip.distillation import trainer as trainer_module
 from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
-from modeling_dclip.distillation.student import fit_student, load_student
+from modeling_dclip.distillation.run import load_student
+from modeling_dclip.distillation.stages import fit_student
 from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 

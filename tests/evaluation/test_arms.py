@@ -8,8 +8,8 @@ from transformers import AutoProcessor
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.evaluation.arms import evaluate_arms
-from modeling_dclip.evaluation.attention import draw_teacher_attention
-from modeling_dclip.evaluation.results import read_results
+from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
 
 BENCHMARKS = ["retrieval=scenes:test,n=12,image_size=40,captions_per_image=2", "zero_shot=scenes,n=256,image_size=40"]
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from modeling_dclip.evaluation.benchmark_tables import (
+from modeling_dclip.evaluation.reports.tables import (
     render_encoders,
     render_index,
     render_onnx_towers,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from modeling_dclip.evaluation import benchmarks
+from modeling_dclip.evaluation.benchmarks import kinds as benchmarks
 
 
 @pytest.mark.parametrize(

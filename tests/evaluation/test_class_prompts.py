@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_dclip.evaluation.class_prompts import PHOTO_TEMPLATES, check_prompts, parse_lines, read_lines, read_names
+from modeling_dclip.data.labels.prompts import PHOTO_TEMPLATES, check_prompts, parse_lines, read_lines, read_names
 
 
 def test_places_are_written_one_way_and_spaces_go():

@@ -6,7 +6,7 @@ import os
 import pytest
 import torch
 
-from modeling_dclip.evaluation.classifier_cache import (
+from modeling_dclip.evaluation.benchmarks.zero_shot import (
     ClassifierCache,
     default_cache_dir,
     fingerprint_text_encoder,

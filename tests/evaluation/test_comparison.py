@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 
-from modeling_dclip.evaluation.comparison import compare_results, render_comparison
-from modeling_dclip.evaluation.outcomes import record_key, write_outcomes
-from modeling_dclip.evaluation.results import make_record, write_results
+from modeling_dclip.evaluation.records import make_record, record_key, write_outcomes, write_results
+from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
 
 
 def measure(share, seed=0, n=400, **fields):

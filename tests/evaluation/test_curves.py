@@ -3,7 +3,8 @@
 import pytest
 from PIL import Image
 
-from modeling_dclip.evaluation.curves import plot_curve, tradeoff_points
+from modeling_dclip.evaluation.arms import interpolation_points as tradeoff_points
+from modeling_dclip.evaluation.arms import plot_curve
 
 
 def records(model, retrieval, top1, condition=None, **fields):

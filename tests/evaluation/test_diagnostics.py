@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from modeling_dclip.evaluation import diagnostics
-from modeling_dclip.evaluation.diagnostics import (
+from modeling_dclip.evaluation.benchmarks import diagnostics
+from modeling_dclip.evaluation.benchmarks.diagnostics import (
     alignment_by_image,
     embedding_diagnostics,
     evaluate_diagnostics,

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from tiny_dual_encoders import save_dual_encoder
 from torch import nn
 
-from modeling_dclip.evaluation import efficiency
-from modeling_dclip.evaluation.efficiency import (
+from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.evaluation.benchmarks import efficiency
+from modeling_dclip.evaluation.benchmarks.efficiency import (
     count_flops,
     evaluate_efficiency,
     growth_exponent,
@@ -17,7 +18,6 @@ from modeling_dclip.evaluation.efficiency import (
     peak_memory_mib,
     scan_formulas,
 )
-from modeling_dclip.evaluation.models import load_dual_encoder
 from modeling_dclip.selective_scan import selective_scan
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import modeling_dclip
-from modeling_dclip.evaluation.retrieval import retrieval_metrics
+from modeling_dclip.evaluation.benchmarks.retrieval import retrieval_metrics
 
 evaluate = pytest.importorskip("evaluate", reason="evaluate is not installed")
 

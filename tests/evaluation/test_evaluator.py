@@ -6,11 +6,10 @@ import time
 import pytest
 import torch
 
-from modeling_dclip.evaluation import evaluator
-from modeling_dclip.evaluation.benchmarks import Benchmark
+from modeling_dclip.evaluation import evaluator, records
+from modeling_dclip.evaluation.benchmarks.kinds import Benchmark
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
-from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes
-from modeling_dclip.evaluation.results import read_results, write_results
+from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, write_results
 
 
 @pytest.fixture
@@ -181,7 +180,7 @@ def test_the_lock_on_a_folder_of_results_lets_one_in_at_a_time(tmp_path):
     order = []
 
     def write(name):
-        with evaluator._alone_in(tmp_path):
+        with records._alone_in(tmp_path):
             order.append(name)
             time.sleep(0.05)
             order.append(name)
@@ -208,7 +207,7 @@ def test_results_that_can_not_be_written_any_more_are_a_failure(world, tmp_path,
             raise OSError("No space left on device")
         write_results(path, records)
 
-    monkeypatch.setattr(evaluator, "write_results", fill_disk)
+    monkeypatch.setattr(records, "write_results", fill_disk)
     done = evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
     assert done.failures == ["student on retrieval=a: OSError: No space left on device"]
     assert [record["benchmark"] for record in done.records] == ["zero_shot=b"]

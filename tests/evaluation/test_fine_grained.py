@@ -8,18 +8,18 @@ import torch
 from datasets import Dataset, Features
 from PIL import Image as PILImage
 
-from modeling_dclip.data.fine_grained_rows import CROP_FEATURE, FEATURES, PAIR_FEATURE
-from modeling_dclip.data.fine_grained_sources import load_fine_grained
-from modeling_dclip.data.hard_negatives import CATEGORIES
+from modeling_dclip.data.questions import load_fine_grained
+from modeling_dclip.data.questions.hard_negatives import CATEGORIES
+from modeling_dclip.data.questions.rows import CROP_FEATURE, FEATURES, PAIR_FEATURE
 from modeling_dclip.data.scenes import encode_png
-from modeling_dclip.evaluation.fine_grained import (
+from modeling_dclip.evaluation.benchmarks.fine_grained import (
     evaluate_fine_grained,
     pair_hits,
     paired_cosines,
     question_hits,
     questions_fingerprint,
 )
-from modeling_dclip.evaluation.retrieval import TIE_TOLERANCE
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 
 WORDS = ["red", "blue", "small", "large", "circle", "square", "dog", "photo", "left", "right"]
 

@@ -11,10 +11,10 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from modeling_dclip.evaluation import gallery
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import retrieval_ranks
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings
-from modeling_dclip.evaluation.gallery import CHOICES, answer_queries, choose_queries, write_gallery
-from modeling_dclip.evaluation.retrieval import retrieval_ranks
+from modeling_dclip.evaluation.reports import gallery
+from modeling_dclip.evaluation.reports.gallery import CHOICES, answer_queries, choose_queries, write_gallery
 
 VOID = {"meta", "img", "br"}
 

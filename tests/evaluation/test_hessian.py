@@ -6,14 +6,14 @@ import torch
 from transformers import AutoProcessor, CLIPConfig, CLIPModel
 
 from modeling_dclip import DCLIPModel, DMCLIPConfig, DMCLIPModel
-from modeling_dclip.evaluation.hessian import (
+from modeling_dclip.evaluation.benchmarks.hessian import (
     ContrastiveLoss,
     PairBatch,
     draw_batches,
     evaluate_hessian,
     frozen_but,
+    lanczos,
 )
-from modeling_dclip.evaluation.lanczos import lanczos
 
 PAIRS = 5
 EIGENVALUES = ["hessian_eigenvalue_1", "hessian_eigenvalue_2", "hessian_eigenvalue_min"]

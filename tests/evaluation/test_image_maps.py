@@ -9,10 +9,10 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel, DMCLIPConfig, DMCLIPModel
-from modeling_dclip.evaluation import diagnostic_plots
-from modeling_dclip.evaluation import image_maps as module
-from modeling_dclip.evaluation.diagnostic_plots import plot_image_maps, plot_spectral_density
-from modeling_dclip.evaluation.image_maps import attention_relevance, attention_rollout, draw_image_maps, image_maps
+from modeling_dclip.evaluation.reports import maps as module
+from modeling_dclip.evaluation.reports import plots as diagnostic_plots
+from modeling_dclip.evaluation.reports.maps import attention_relevance, attention_rollout, draw_image_maps, image_maps
+from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_spectral_density
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_dclip.evaluation.intervals import Interval, bootstrap_ratio, seed_interval, t_quantile
+from modeling_dclip.evaluation.statistics import Interval, bootstrap_ratio, seed_interval, t_quantile
 
 
 @pytest.mark.parametrize(

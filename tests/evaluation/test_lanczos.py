@@ -5,8 +5,8 @@ import doctest
 import pytest
 import torch
 
-from modeling_dclip.evaluation import lanczos as module
-from modeling_dclip.evaluation.lanczos import Ritz, lanczos, spectral_density
+from modeling_dclip.evaluation.benchmarks import hessian as module
+from modeling_dclip.evaluation.benchmarks.hessian import Ritz, lanczos, spectral_density
 
 
 def symmetric(values, seed=0):

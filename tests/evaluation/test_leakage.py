@@ -10,12 +10,14 @@ from transformers import AutoProcessor
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.columns import Ragged, row_keys
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_features import TeacherFeatures, compute_features
+from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
 from modeling_dclip.evaluation import leakage
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks
 from modeling_dclip.evaluation.leakage import EXCHANGES, chance_metrics, make_draws, measure_leakage, pair_embeds
-from modeling_dclip.evaluation.results import read_results, render_readme
-from modeling_dclip.evaluation.retrieval import RetrievalRanks, evaluate_retrieval, metrics_from_ranks
-from modeling_dclip.evaluation.tables import render_leakage
+from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.tables import render_leakage
+from modeling_dclip.evaluation.results import render_readme
 
 IMAGES, CAPTIONS = 12, 3
 SPEC = f"scenes:test,n={IMAGES},image_size=40,captions_per_image={CAPTIONS}"

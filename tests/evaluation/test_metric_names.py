@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_dclip.evaluation.metric_names import METRICS, comparison_title, metric_of, percent
+from modeling_dclip.evaluation.reports.metric_names import METRICS, comparison_title, metric_of, percent
 
 
 @pytest.mark.parametrize(

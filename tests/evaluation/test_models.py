@@ -30,11 +30,11 @@ from transformers import (
 )
 
 from modeling_dclip import DCLIPModel
-from modeling_dclip.data.dual_encoders import tokenize_texts
-from modeling_dclip.data.reinforced_teachers import build_teacher
+from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.encoders.families import tokenize_texts
+from modeling_dclip.encoders.fingerprints import model_revision
+from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
-from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.evaluation.provenance import model_revision
 
 TEXTS = ["a red dog", "the small blue circle and a large square", "dog", "a photo of the red square and of the dog"]
 # How each family was trained to read one text.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_dclip.evaluation.outcomes import outcomes_path, read_outcomes, record_key, write_outcomes
+from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, record_key, write_outcomes
 
 RECORD = {
     "format_version": 1,

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from modeling_dclip.evaluation.paired import bootstrap_differences, unpaired_difference
+from modeling_dclip.evaluation.statistics import bootstrap_differences, unpaired_difference
 
 
 def outcomes(sums, counts=None):

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_dclip.evaluation import figures as figures_module
-from modeling_dclip.evaluation import plots, report_plots
-from modeling_dclip.evaluation.plots import plot_growth, plot_region_attention, plot_tradeoff
+from modeling_dclip.evaluation.reports import plots
+from modeling_dclip.evaluation.reports import plots as figures_module
+from modeling_dclip.evaluation.reports import plots as report_plots
+from modeling_dclip.evaluation.reports.plots import plot_growth, plot_region_attention, plot_tradeoff
 
 POINTS = [
     {"label": "anchor", "x": 1.0, "y": 0.19},

@@ -3,7 +3,9 @@
 import pytest
 from transformers import AutoModel
 
-from modeling_dclip.evaluation.provenance import dataset_fingerprint, environment, model_revision
+from modeling_dclip.data.columns import dataset_fingerprint
+from modeling_dclip.encoders.fingerprints import model_revision
+from modeling_dclip.evaluation.records import environment
 
 
 def test_fingerprint_follows_content_and_order_not_the_storage(tiny_scenes, tmp_path):

@@ -8,11 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from modeling_dclip.evaluation.report_series import merge_rows, pair_tradeoff, shorten_benchmark
-from modeling_dclip.evaluation.report_sources import read_sources
-from modeling_dclip.evaluation.reports import write_report
-from modeling_dclip.evaluation.results import make_record, write_json, write_results
-from modeling_dclip.evaluation.tradeoff import summarise_arms
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.records import make_record, write_results
+from modeling_dclip.evaluation.reports.report import (
+    merge_rows,
+    pair_tradeoff,
+    read_sources,
+    shorten_benchmark,
+    write_report,
+)
+from modeling_dclip.evaluation.statistics import summarise_arms
 
 ROOT = Path(__file__).resolve().parents[2]
 INTERVAL = {"estimate": 0.25, "low": 0.2, "high": 0.31, "confidence": 0.95, "covers": "images"}

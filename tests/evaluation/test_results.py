@@ -6,17 +6,12 @@ import os
 
 import pytest
 
-from modeling_dclip.evaluation.results import (
-    main,
-    make_record,
-    read_results,
-    render_block,
-    render_readme,
-    write_json,
-    write_results,
-)
-from modeling_dclip.evaluation.tables import markdown_table, percent, render_summary, render_table, show_interval
-from modeling_dclip.evaluation.tradeoff import summarise_arms
+from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.records import make_record, read_results, write_results
+from modeling_dclip.evaluation.reports.metric_names import percent
+from modeling_dclip.evaluation.reports.tables import markdown_table, render_summary, render_table, show_interval
+from modeling_dclip.evaluation.results import main, render_block, render_readme
+from modeling_dclip.evaluation.statistics import summarise_arms
 
 
 def record(model="runs/student", benchmark="retrieval=scenes:test", **fields):

@@ -5,16 +5,16 @@ import statistics
 import pytest
 import torch
 
-from modeling_dclip.evaluation.efficiency import MIB, peak_memory_mib
-from modeling_dclip.evaluation.embedding import DatasetEmbeddings
-from modeling_dclip.evaluation.retrieval import (
+from modeling_dclip.evaluation.benchmarks.efficiency import MIB, peak_memory_mib
+from modeling_dclip.evaluation.benchmarks.retrieval import (
     embeddings_of_pairs,
     evaluate_retrieval,
     metrics_from_ranks,
     outcomes_from_ranks,
     retrieval_metrics,
 )
-from modeling_dclip.evaluation.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.embedding import DatasetEmbeddings
 
 
 def make_embeddings(captions_per_image=(5,) * 12, width=8, noise=1.0, seed=0):

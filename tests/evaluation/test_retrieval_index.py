@@ -5,9 +5,9 @@ import sys
 import pytest
 import torch
 
-from modeling_dclip.evaluation.retrieval import evaluate_retrieval, metrics_from_ranks, retrieval_metrics
-from modeling_dclip.evaluation.retrieval_index import NOT_FOUND, approximate_ranks
-from modeling_dclip.evaluation.retrieval_ranks import RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks, retrieval_metrics
+from modeling_dclip.evaluation.benchmarks.retrieval_index import NOT_FOUND, approximate_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
 
 
 @pytest.fixture
@@ -29,7 +29,9 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tiny_clip, tiny
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"faiss-cpu .*pip install modeling_dclip\[index\]"):
         retrieval_metrics(*make_embeddings(), index="faiss")
-    monkeypatch.setattr("modeling_dclip.evaluation.retrieval.embed_dataset", None)  # refused before the work
+    monkeypatch.setattr(
+        "modeling_dclip.evaluation.benchmarks.retrieval.embed_dataset", None
+    )  # refused before the work
     with pytest.raises(ImportError, match="faiss-cpu"):
         evaluate_retrieval(*tiny_clip, tiny_scenes, index="faiss")
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from modeling_dclip.evaluation.suite_tables import render_averages
+from modeling_dclip.evaluation.reports.tables import render_averages
 
 
 def record(model, name, top1, **fields):

@@ -2,8 +2,8 @@
 
 import pytest
 
-from modeling_dclip.evaluation.results import make_record
-from modeling_dclip.evaluation.tables import render_table
+from modeling_dclip.evaluation.records import make_record
+from modeling_dclip.evaluation.reports.tables import render_table
 
 
 def record(model, metrics, **fields):

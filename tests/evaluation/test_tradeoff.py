@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from modeling_dclip.evaluation.tradeoff import (
+from modeling_dclip.evaluation.statistics import (
     GAIN_METRIC,
     compare_arms,
     compare_to_anchor,

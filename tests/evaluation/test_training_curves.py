@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from modeling_dclip.evaluation import training_curves
-from modeling_dclip.evaluation.training_curves import draw_training_curves
+from modeling_dclip.evaluation.reports import plots as training_curves
+from modeling_dclip.evaluation.reports.plots import draw_training_curves
 
 LOG = [
     {"step": 1, "loss": 2.0, "contrastive_loss": 2.0},

@@ -7,11 +7,10 @@ import pytest
 from datasets import ClassLabel, Image, Value
 from webdatasets import picture, sample, serve, write_set, write_tar
 
+from modeling_dclip.data.columns import dataset_fingerprint
 from modeling_dclip.data.files import replacing
-from modeling_dclip.evaluation import webdataset_images
-from modeling_dclip.evaluation.provenance import dataset_fingerprint
-from modeling_dclip.evaluation.webdataset_files import WebdatasetFiles
-from modeling_dclip.evaluation.webdataset_images import read_description, read_images
+from modeling_dclip.data.labels import webdataset as webdataset_images
+from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_images
 
 TWO_SHARDS = [
     [*sample(0, 1), *sample(1, 0, "jpg"), *sample(2, 2, "webp")],

@@ -6,10 +6,13 @@ from datasets import Value
 from transformers import pipeline
 
 from modeling_dclip.data.scenes import CLASS_NAMES, load_single_objects
-from modeling_dclip.evaluation.classifier_cache import ClassifierCache
+from modeling_dclip.evaluation.benchmarks.zero_shot import (
+    ClassifierCache,
+    average_precision,
+    build_classifier,
+    evaluate_zero_shot,
+)
 from modeling_dclip.evaluation.embedding import embed_images
-from modeling_dclip.evaluation.zero_shot import build_classifier, evaluate_zero_shot
-from modeling_dclip.evaluation.zero_shot_metrics import average_precision
 
 NAMES = ["red circle", "blue square", "dog", "photo of the left", "small and large", "right dog"]
 

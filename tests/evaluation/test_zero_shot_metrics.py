@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from modeling_dclip.evaluation import zero_shot_metrics
-from modeling_dclip.evaluation.zero_shot_metrics import (
+from modeling_dclip.evaluation.benchmarks import zero_shot as zero_shot_metrics
+from modeling_dclip.evaluation.benchmarks.zero_shot import (
     accuracy_outcomes,
     average_precision,
     label_ranks,

@@ -3,8 +3,8 @@
 import pytest
 from webdatasets import sample, serve, write_set
 
-from modeling_dclip.evaluation.classification_sources import classification_split, load_classification
-from modeling_dclip.evaluation.zero_shot_suite import (
+from modeling_dclip.data.labels import classification_split, load_classification
+from modeling_dclip.evaluation.benchmarks.suite import (
     AVERAGES,
     SUITE,
     averages_of_records,

@@ -15,9 +15,9 @@ from modeling_dclip import (
     DMCLIPModel,
 )
 from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.evaluation.provenance import model_revision
-from modeling_dclip.evaluation.results import make_record, write_results
-from modeling_dclip.hub.publish_arguments import PublishArguments
+from modeling_dclip.encoders.fingerprints import model_revision
+from modeling_dclip.evaluation.records import make_record, write_results
+from modeling_dclip.hub.publish.facts import PublishArguments
 
 RETRIEVAL = "retrieval=scenes:test,n=8"
 HOME = "/home/somebody/secret"  # a place on the machine that trained, which no card may tell

@@ -13,12 +13,20 @@ from loopback_hub import find_fault
 from publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from transformers import AutoModel
 
-from modeling_dclip.hub.card_facts import gather_facts, read_all_results, select_records
-from modeling_dclip.hub.cards import SUFFIXES, check_card, make_metadata, render_card, template_name
-from modeling_dclip.hub.examples import LABELS, Example, draw_pictures, save_pictures
-from modeling_dclip.hub.licences import check_licence, find_origins
 from modeling_dclip.hub.native_clip import load_dual_encoder
-from modeling_dclip.hub.training_facts import show_spec
+from modeling_dclip.hub.publish.cards import (
+    LABELS,
+    SUFFIXES,
+    Example,
+    check_card,
+    draw_pictures,
+    make_metadata,
+    render_card,
+    save_pictures,
+    template_name,
+)
+from modeling_dclip.hub.publish.facts import gather_facts, read_all_results, select_records
+from modeling_dclip.hub.publish.licences import check_licence, find_origins, show_spec
 
 CARDS = Path(__file__).parents[2] / "hub_cards"
 KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vision")}

@@ -12,9 +12,10 @@ from transformers import AutoImageProcessor, AutoModel
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPVisionConfig
 from modeling_dclip.hub import convert
-from modeling_dclip.hub.checkpoints import read_checkpoint
-from modeling_dclip.hub.convert import convert_mambavision, main
-from modeling_dclip.hub.mambavision import published_mambavision_keys, read_mambavision_config
+from modeling_dclip.hub.convert import convert_mambavision
+from modeling_dclip.hub.convert.__main__ import main
+from modeling_dclip.hub.convert.checkpoints import read_checkpoint
+from modeling_dclip.hub.convert.mambavision import published_mambavision_keys, read_mambavision_config
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 GATE = 2e-6  # relative; float32 noise reaches 5e-7, the subtlest mistake below makes 7e-6

@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
 from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
-from modeling_dclip.hub.export import load_model, main, write_export
-from modeling_dclip.hub.onnx_towers import ImageTower, TextTower, check_outputs, compare_onnx, make_onnx
+from modeling_dclip.hub.export import load_model, write_export
+from modeling_dclip.hub.export.__main__ import main
+from modeling_dclip.hub.export.onnx import ImageTower, TextTower, check_outputs, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 from modeling_dclip.processing_dclip import DCLIPProcessor

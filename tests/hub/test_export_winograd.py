@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from modeling_dclip.configuration_dmclip import DMCLIPVisionConfig
-from modeling_dclip.hub.winograd import WinogradConv2d, use_winograd
+from modeling_dclip.hub.export.winograd import WinogradConv2d, use_winograd
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 

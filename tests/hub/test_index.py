@@ -17,13 +17,16 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from modeling_dclip import DCLIPModel
-from modeling_dclip.data.image_folders import read_images
+from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
-from modeling_dclip.evaluation.models import load_dual_encoder
-from modeling_dclip.hub import index_building, search_index, stored_embeddings
-from modeling_dclip.hub.index import SearchIndex, build_index, main
-from modeling_dclip.hub.search_index import read_manifest
+from modeling_dclip.hub import index as search_index
+from modeling_dclip.hub.index import SearchIndex, read_manifest
+from modeling_dclip.hub.index import build as index_building
+from modeling_dclip.hub.index import embeddings as stored_embeddings
+from modeling_dclip.hub.index.__main__ import main
+from modeling_dclip.hub.index.build import build_index
 
 pytest.importorskip("faiss")
 

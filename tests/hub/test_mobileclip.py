@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from transformers import AutoModel
 
 from modeling_dclip.configuration_dmclip import DMCLIPTextConfig
-from modeling_dclip.hub.convert import convert_mobileclip, main
+from modeling_dclip.hub.convert import convert_mobileclip
+from modeling_dclip.hub.convert.__main__ import main
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 
 WIDTH, LAYERS, CONTEXT, VOCABULARY, DIM = 128, 2, 9, 30, 24

@@ -20,12 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
-from modeling_dclip.hub import repositories
-from modeling_dclip.hub.cards import CARDS
-from modeling_dclip.hub.examples import LABELS, draw_pictures
-from modeling_dclip.hub.publish import describe_publication, main, publish
-from modeling_dclip.hub.repositories import check_access, find_differences, push_folder
-from modeling_dclip.hub.staging import StagedRepo, check_folder
+from modeling_dclip.hub.publish import describe_publication, publish
+from modeling_dclip.hub.publish import push as repositories
+from modeling_dclip.hub.publish.__main__ import main
+from modeling_dclip.hub.publish.cards import CARDS, LABELS, draw_pictures
+from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
+from modeling_dclip.hub.publish.staging import StagedRepo, check_folder
 
 DELAYS = (0.0, 0.0)
 REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny-clip", "me/tiny")

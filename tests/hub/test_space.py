@@ -18,7 +18,7 @@ from PIL import Image
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
-from modeling_dclip.hub.space_answers import SpaceAnswers, UserMistake, split_lines
+from modeling_dclip.hub.space import SpaceAnswers, UserMistake, split_lines
 
 gradio = pytest.importorskip("gradio")
 

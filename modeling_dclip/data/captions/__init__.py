@@ -1,0 +1,199 @@
+"""Caption datasets from a spec string, in one schema, alone or mixed.
+
+| spec | what |
+|---|---|
+| `scenes:SPLIT[,KEY=VALUE...]` | drawn scenes, [`~modeling_dclip.data.scenes.load_scenes`] |
+| `coco:ANNOTATIONS.json:IMAGE_FOLDER` | COCO captions |
+| `karpathy:DATASET.json:IMAGE_FOLDER:SPLIT` | Karpathy's splits of COCO, Flickr30k, Flickr8k; `train` includes `restval` |
+| `flickr30k:results.csv:IMAGE_FOLDER` | Flickr30k's own file |
+| `conceptual:FILE.tsv:IMAGE_FOLDER` | Conceptual Captions |
+| `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; options `image`, `captions` name columns, `sep`, `source` |
+| `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source` |
+| `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
+| `disk:FOLDER` | a saved dataset |
+| `images:FOLDER` | images without captions, for [`load_uncaptioned`] alone; option `source` |
+
+Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a
+picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
+"""
+
+import hashlib
+import logging
+import math
+from collections.abc import Collection, Sequence
+from fractions import Fraction
+
+from datasets import Dataset
+
+from modeling_dclip.data.captions.files import (
+    drop_captions,
+    karpathy_test_ids,
+    read_coco,
+    read_conceptual,
+    read_csv,
+    read_flickr30k,
+    read_images,
+    read_karpathy,
+)
+from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
+from modeling_dclip.data.columns import concatenate_shared
+from modeling_dclip.data.rows import require_rows, require_unique
+from modeling_dclip.data.specs import Source, bind_options, parse_spec
+
+logger = logging.getLogger(__name__)
+
+__all__ = [
+    "karpathy_test_ids",
+    "load_captions",
+    "load_mix",
+    "load_uncaptioned",
+    "split_train_validation",
+    "standardise_columns",
+]
+
+
+def _read_scenes(split: str, **options: str) -> Dataset:
+    from modeling_dclip.data.scenes import load_scenes  # drawing is needed by no other source
+
+    return load_scenes(split, **bind_options(load_scenes, options, f"scenes:{split}"))
+
+
+SOURCES = {
+    "scenes": Source("scenes:SPLIT", _read_scenes),
+    "coco": Source("coco:ANNOTATIONS.json:IMAGE_FOLDER", read_coco),
+    "karpathy": Source("karpathy:DATASET.json:IMAGE_FOLDER:SPLIT", read_karpathy),
+    "flickr30k": Source("flickr30k:results.csv:IMAGE_FOLDER", read_flickr30k),
+    "conceptual": Source("conceptual:FILE.tsv:IMAGE_FOLDER", read_conceptual),
+    "csv": Source("csv:TABLE.csv:IMAGE_FOLDER", read_csv),
+    "parquet": Source("parquet:GLOB", read_parquet),
+    "hub": Source("hub:NAME:SPLIT", read_hub),
+    "disk": Source("disk:FOLDER", read_disk),
+    "images": Source("images:FOLDER", read_images),
+}
+
+
+def _rows_by_lot(image_ids: Sequence[str], seed: int, purpose: str) -> list[int]:
+    """Rows in an order that depends on seed and id alone: not on a file's order, nor on which other rows there are."""
+    lots = [hashlib.sha256(f"{purpose}/{seed}/{image_id}".encode()).digest() for image_id in image_ids]
+    return sorted(range(len(lots)), key=lots.__getitem__)
+
+
+def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()) -> Dataset:
+    """Load one source.
+
+    Args:
+        spec (`str`): See the table above. `@COUNT` at the end draws that many images; a smaller count draws a subset
+            of them.
+        seed (`int`, *optional*, defaults to 0): Seed of the draw.
+        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out, before the draw (see
+            [`karpathy_test_ids`]).
+
+    Returns:
+        `datasets.Dataset`: Columns `image_id`, `image` (lazy), `captions`, and what else the source has of the schema.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If the spec is wrong (the message lists the known forms) or of a source without captions, a file is malformed,
+            no row is left, or the count is larger than what is there.
+    """
+    if parse_spec(spec, SOURCES, counted=True)[0] is SOURCES["images"]:
+        raise ValueError(
+            f"{spec!r} has images and no captions. Expected a source of captioned images here; this one may be named in "
+            "uncaptioned_datasets."
+        )
+    return _draw(spec, seed, exclude_ids, "an image and a caption")
+
+
+def _draw(spec: str, seed: int, exclude_ids: Collection[str], what: str) -> Dataset:
+    if isinstance(exclude_ids, str):
+        raise ValueError(f"Expected exclude_ids to be a collection of image ids, got the one string {exclude_ids!r}.")
+    source, fields, options, count = parse_spec(spec, SOURCES, counted=True)
+    dataset = source.build(*fields, **options)
+    image_ids = dataset["image_id"][:]
+    excluded = set(exclude_ids)
+    rows = [row for row, image_id in enumerate(image_ids) if image_id not in excluded]
+    if len(rows) < len(image_ids):
+        logger.info("%s: left out %d images by id", spec, len(image_ids) - len(rows))
+        require_rows(len(rows), f"{spec!r} after leaving out {len(image_ids)} images by id", what)
+    if count is not None:
+        if count > len(rows):
+            raise ValueError(
+                f"Expected at least {count} images in {spec!r}, got {len(rows)} "
+                f"({len(image_ids) - len(rows)} left out by id). Lower the count or give more data."
+            )
+        rows = sorted(rows[i] for i in _rows_by_lot([image_ids[row] for row in rows], seed, "draw")[:count])
+    return dataset if len(rows) == len(image_ids) else dataset.select(rows)
+
+
+def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
+    """Load several sources one after the other, e.g. 50,000 + 15,000 + 10,000 images by `@COUNT`.
+
+    Args:
+        specs (`Sequence[str]`): As in [`load_captions`].
+        seed (`int`): Seed of the draws.
+        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source.
+
+    Returns:
+        `datasets.Dataset`: The rows of all sources in order, with the columns that all of them have.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: As in [`load_captions`]; also if there is no spec or an image id comes in two sources.
+    """
+    if isinstance(specs, str) or not specs:
+        raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
+    return _join([load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs], specs)
+
+
+def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
+    """Load images to be looked at without their captions: those of any source, and of folders that hold nothing but images.
+
+    Args:
+        specs (`Sequence[str]`): As in [`load_captions`], and `images:FOLDER`.
+        seed (`int`): Seed of the draws.
+        exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source, counted and logged.
+
+    Returns:
+        `datasets.Dataset`: The rows of all sources in order: `image_id`, `image`, empty `captions`, and `boxes`, `box_scores` where
+        all have them.
+
+    Raises:
+        FileNotFoundError, ValueError: As in [`load_mix`].
+    """
+    if isinstance(specs, str) or not specs:
+        raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
+    dataset = _join([_draw(spec, seed, exclude_ids, "an image") for spec in specs], specs)
+    kept = [name for name in ("image_id", "image", *REGION_COLUMNS) if name in dataset.column_names]
+    return drop_captions(dataset.select_columns(kept))
+
+
+def _join(parts: Sequence[Dataset], specs: Sequence[str]) -> Dataset:
+    require_unique([image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(specs)}")
+    return concatenate_shared(parts)
+
+
+def split_train_validation(dataset: Dataset, fraction: float = 0.9, seed: int = 0) -> tuple[Dataset, Dataset]:
+    """Split by image id, so that the same image lands on the same side whatever the order of rows.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column `image_id`.
+        fraction (`float`, *optional*, defaults to 0.9): Share for training, in (0, 1), taken as the decimal it is
+            written as: 75,000 rows give exactly 67,500 and 7,500. Rounded down.
+        seed (`int`, *optional*, defaults to 0): Another seed is another split, independent of the draws of
+            [`load_mix`].
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Training and validation rows, each in the order of `dataset`.
+
+    Raises:
+        ValueError: If `fraction` is not in (0, 1) or leaves a side empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"Expected a fraction in (0, 1), got {fraction}.")
+    size = math.floor(len(dataset) * Fraction(str(fraction)))
+    if size in (0, len(dataset)):
+        raise ValueError(
+            f"Expected rows on both sides of a split of {len(dataset)} rows at {fraction}, got none on one."
+        )
+    lots = _rows_by_lot(dataset["image_id"][:], seed, "split")
+    return dataset.select(sorted(lots[:size])), dataset.select(sorted(lots[size:]))

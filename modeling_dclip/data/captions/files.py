@@ -1,0 +1,424 @@
+"""Images that nobody has described: a folder of files, and rows whose captions were dropped.
+
+A teacher that reads no caption can teach a student from them. `captions` is an empty list in each such row, here alone.
+"""
+
+import csv
+import json
+import logging
+import os
+import re
+from pathlib import Path, PurePath
+from typing import Any, NamedTuple
+
+from datasets import Dataset
+
+from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.rows import (
+    FEATURES,
+    FIRST_IDS,
+    ID_RULES,
+    build_rows,
+    coco_id,
+    first,
+    flickr_id,
+    require_file,
+    require_folder,
+    require_unique,
+)
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+_COMMENT = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
+
+
+def read_json(path: str | Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
+    """Read a JSON object that has `keys`.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If it is empty, no JSON, no object, or lacks a key; the message names the keys that are there.
+    """
+    path = require_file(path, what)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise ValueError(f"The {what} '{path}' is no valid JSON ({error}). Download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"Expected a JSON object with {keys} in the {what} '{path}', got a {type(content).__name__}.")
+    for key in keys:
+        if key not in content:
+            raise ValueError(f"The {what} '{path}' has no key {key!r}; it has {sorted(content)}.")
+    return content
+
+
+def require_field(entry: dict[str, Any], key: str, what: str, path: str | Path) -> Any:
+    """The value of `key`.
+
+    Raises:
+        ValueError: If there is none; the message names `what` of which file, and the keys that are there.
+    """
+    if key not in entry:
+        raise ValueError(f"{what} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
+    return entry[key]
+
+
+def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") -> Dataset:
+    """Read a COCO captions file (`captions_train2017.json`, `captions_val2017.json`) and its image folder.
+
+    Args:
+        annotations (`str`): The JSON file, with `images` (`id`, `file_name`) and `annotations` (`image_id`,
+            `caption`).
+        image_folder (`str`): The folder of the files named there.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
+
+    Returns:
+        `datasets.Dataset`: `image_id` (`coco-<id>`), `image` (a path), `captions` in the order of the file.
+
+    Raises:
+        FileNotFoundError: If the file, the folder or an image is missing.
+        ValueError: If a key is missing, an image id is repeated, or an annotation belongs to no image.
+    """
+    content = read_json(annotations, "COCO captions file", ("images", "annotations"))
+    folder = require_folder(image_folder, "image folder")
+    numbers = [require_field(image, "id", "An image", annotations) for image in content["images"]]
+    paths = [folder / require_field(image, "file_name", "An image", annotations) for image in content["images"]]
+    image_ids = [coco_id(number) for number in numbers]
+    require_unique(image_ids, f"'{annotations}'")
+    captions: dict[int, list[str]] = {number: [] for number in numbers}
+    for annotation in content["annotations"]:
+        name = f"Annotation {annotation.get('id')}"
+        number = require_field(annotation, "image_id", name, annotations)
+        if number not in captions:
+            raise ValueError(f"{name} of '{annotations}' belongs to image {number}, which is not under 'images'.")
+        captions[number].append(require_field(annotation, "caption", name, annotations))
+    return build_rows(image_ids, paths, [captions[number] for number in numbers], f"'{annotations}'", missing)
+
+
+def _karpathy_id(entry: dict[str, Any], path: str | Path) -> str:
+    """`coco-<cocoid>`, or `flickr-...` of the file name where the entry has no `cocoid`."""
+    return (
+        coco_id(entry["cocoid"])
+        if "cocoid" in entry
+        else flickr_id(require_field(entry, "filename", "An image", path))
+    )
+
+
+def _karpathy_images(path: str | Path) -> list[dict[str, Any]]:
+    return read_json(path, "Karpathy split file", ("images",))["images"]
+
+
+def karpathy_test_ids(path: str | Path) -> set[str]:
+    """Image ids of the test split of a Karpathy file, to be left out of training under whatever file name they come.
+
+    Args:
+        path (`str` or `Path`): `dataset_coco.json`, `dataset_flickr30k.json` or `dataset_flickr8k.json`.
+
+    Returns:
+        `set[str]`: `coco-<id>` or `flickr-<photo id>`, as every reader writes them.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If a key is missing or the file has no test image.
+    """
+    images = _karpathy_images(path)
+    ids = {_karpathy_id(entry, path) for entry in images if require_field(entry, "split", "An image", path) == "test"}
+    if not ids:
+        raise ValueError(f"No image of the split 'test' in '{path}'. Expected a file of Karpathy's splits.")
+    return ids
+
+
+def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str = "raise") -> Dataset:
+    """Read one split of a Karpathy file for COCO, Flickr30k or Flickr8k.
+
+    The image of a COCO entry is looked for at `filepath/filename` (the 2014 layout), then under the 2017 name in
+    `train2017/` and `val2017/`, then by either name in the folder itself. A Flickr entry's is `filename`.
+
+    Args:
+        dataset (`str`): The JSON file, with `images` (`filename`, `split`, `sentences`, and for COCO `filepath`,
+            `cocoid`).
+        image_folder (`str`): The folder of the pictures.
+        split (`str`): `"train"` (with `"restval"`, as usual), `"val"` or `"test"`.
+        missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
+
+    Returns:
+        `datasets.Dataset`: `image_id`, `image` (a path), `captions` (the raw sentences).
+
+    Raises:
+        FileNotFoundError: If the file, the folder or an image is missing.
+        ValueError: If a key is missing, an image id is repeated or the split is unknown; the message lists the splits.
+    """
+    images = _karpathy_images(dataset)
+    folder = require_folder(image_folder, "image folder")
+    wanted = {"train", "restval"} if split == "train" else {split}
+    present = {require_field(entry, "split", "An image", dataset) for entry in images}
+    if not wanted & present:
+        raise ValueError(f"Unknown split {split!r} of '{dataset}'. It has {sorted(present)}.")
+    image_ids, paths, captions = [], [], []
+    for entry in images:
+        if entry["split"] not in wanted:
+            continue
+        image_ids.append(_karpathy_id(entry, dataset))
+        name = require_field(entry, "filename", "An image", dataset)
+        candidates = [folder / entry.get("filepath", "") / name, folder / name]
+        if "cocoid" in entry:
+            modern = f"{int(entry['cocoid']):012d}.jpg"
+            candidates[1:1] = [folder / "train2017" / modern, folder / "val2017" / modern, folder / modern]
+        paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
+        sentences = require_field(entry, "sentences", f"Image {name}", dataset)
+        captions.append([require_field(sentence, "raw", f"A sentence of {name}", dataset) for sentence in sentences])
+    return build_rows(image_ids, paths, captions, f"split {split!r} of '{dataset}'", missing)
+
+
+def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -> Dataset:
+    """Read Flickr30k's `results.csv`: `image_name| comment_number| comment`, separated by pipes and spaces.
+
+    The published file has a row whose second pipe is missing (`2199200615.jpg| 4   A dog runs ...`). Such a row is
+        read
+    by its number and reported with its line; any other malformed row is an error. Pipes inside a comment stay in it.
+
+    Args:
+        results (`str`): The file.
+        image_folder (`str`): The folder of the pictures (`flickr30k_images`).
+        missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
+
+    Returns:
+        `datasets.Dataset`: `image_id` (`flickr-<photo id>`), `image` (a path), `captions`.
+
+    Raises:
+        FileNotFoundError: If the file, the folder or an image is missing.
+        ValueError: If the header or a row is malformed; the message names the line.
+    """
+    folder = require_folder(image_folder, "image folder")
+    lines = require_file(results, "Flickr30k results file").read_text(encoding="utf-8").splitlines()
+    if [part.strip() for part in lines[0].split("|")] != ["image_name", "comment_number", "comment"]:
+        raise ValueError(
+            f"Expected the header 'image_name| comment_number| comment' in '{results}', got {lines[0]!r}."
+        )
+    captions: dict[str, list[str]] = {}
+    repaired = []
+    for number, line in enumerate(lines[1:], start=2):
+        if not line.strip():
+            continue
+        parts = [part.strip() for part in line.split("|", 2)]
+        if len(parts) == 2 and (match := _COMMENT.fullmatch(parts[1])):
+            parts = [parts[0], match[1], match[2]]
+            repaired.append(number)
+        if len(parts) != 3 or not parts[0] or not parts[1].isdigit():
+            raise ValueError(f"Expected 'name| number| comment' in line {number} of '{results}', got {line!r}.")
+        captions.setdefault(parts[0], []).append(parts[2])
+    if repaired:
+        lines_text = ", ".join(map(str, repaired[:FIRST_IDS]))
+        logger.warning("'%s': read %d rows without their second pipe, lines %s", results, len(repaired), lines_text)
+    names = list(captions)
+    return build_rows(
+        [flickr_id(n) for n in names], [folder / n for n in names], list(captions.values()), f"'{results}'", missing
+    )
+
+
+def _files_by_number(folder: Path) -> dict[int, Path]:
+    """Pictures in `folder` and below whose name is a number, by that number."""
+    found: dict[int, Path] = {}
+    for parent, _, names in os.walk(folder):
+        for name in sorted(names):
+            stem, suffix = os.path.splitext(name)
+            if suffix.lower() not in IMAGE_SUFFIXES or not stem.isdecimal():
+                continue
+            path = Path(parent, name)
+            if found.setdefault(int(stem), path) != path:
+                raise ValueError(f"Two files stand for row {int(stem)}: '{found[int(stem)]}' and '{path}'. Keep one.")
+    return found
+
+
+def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") -> Dataset:
+    """Read a Conceptual Captions table (`caption <tab> url`, no header) with pictures downloaded beforehand.
+
+    The picture of a row is the file named in a third column, relative to the folder, where there is one; otherwise the
+    file, in the folder or below it, whose name is the row's number counted from 0, padded or not (`12.jpg`,
+    `00000/000000012.jpg`). Many of the published addresses are dead: `missing=skip` keeps what was downloaded and
+    reports the rest.
+
+    Args:
+        table (`str`): The TSV file.
+        image_folder (`str`): The folder of the pictures.
+        missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
+
+    Returns:
+        `datasets.Dataset`: `image_id` (`conceptual-<table's stem>-<row>`, or with a third column `conceptual-<file>`),
+        `image` (a path), `captions` (one).
+
+    Raises:
+        FileNotFoundError: If the table, the folder or an image is missing.
+        ValueError: If a row has no tab, two files stand for one row, or a third-column name is repeated.
+    """
+    path = require_file(table, "Conceptual Captions table")
+    folder = require_folder(image_folder, "image folder")
+    by_number: dict[int, Path] | None = None
+    image_ids, paths, captions = [], [], []
+    with path.open(encoding="utf-8", newline="\n") as lines:
+        for row, line in enumerate(lines):
+            parts = line.rstrip("\r\n").split("\t")
+            if len(parts) not in (2, 3):
+                raise ValueError(f"Expected 'caption<tab>url[<tab>file]' in line {row + 1} of '{path}', got {line!r}.")
+            if len(parts) == 3:
+                image_ids.append(f"conceptual-{parts[2]}")
+                paths.append(folder / parts[2])
+            else:
+                by_number = _files_by_number(folder) if by_number is None else by_number
+                image_ids.append(f"conceptual-{path.stem}-{row}")
+                paths.append(by_number.get(row, folder / f"{row}.jpg"))
+            captions.append([parts[0]])
+    return build_rows(image_ids, paths, captions, f"'{path}'", missing)
+
+
+# One's own captions: a table of comma-separated values and a folder of pictures.
+
+
+CAPTION_NAMES = ("caption", "captions", "text")
+SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
+
+
+class _Line(NamedTuple):
+    """A row of the table and the line of the file it ends in."""
+
+    number: int
+    cells: list[str]
+
+
+def _read_lines(path: Path, separator: str) -> list[_Line]:
+    """The rows that are not blank, the header first."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=separator, strict=True)
+            return [_Line(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(
+            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text with the separator, "
+            'a quote or a line break in it between double quotes, a quote inside written twice ("").'
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"'{path}' is not encoded in UTF-8 ({error}). Save it as 'CSV UTF-8'.") from error
+
+
+def _find_column(header: list[str], names: tuple[str, ...], option: str, path: Path, separator: str) -> int:
+    found = [index for index, name in enumerate(header) if name in names]
+    if len(found) != 1:
+        expected = " or ".join(map(repr, names))
+        raise ValueError(
+            f"Expected one column {expected} in the first line of '{path}', got {len(found)} among {header}. Name yours with "
+            f"',{option}=COLUMN'; if the columns are not separated by {separator!r}, say by what with ',sep=;' or ',sep=tab'."
+        )
+    return found[0]
+
+
+def _name_in(folder: Path, cell: str) -> str:
+    """The one name of a file: `./a.jpg`, `b/../a.jpg` and its absolute path are `a.jpg`; outside the folder it is the absolute path."""
+    name = PurePath(cell.strip())
+    if not name.is_absolute() and ".." not in name.parts:
+        return name.as_posix()
+    path, root = (folder / name).parent.resolve() / name.name, folder.resolve()
+    return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
+
+
+def read_csv(
+    table: str,
+    image_folder: str,
+    *,
+    image: str = "image",
+    captions: str | None = None,
+    sep: str = ",",
+    source: str | None = None,
+    missing: str = "raise",
+) -> Dataset:
+    """Read a CSV file with a column of image files and one of captions; several lines of one image are its captions.
+
+    Args:
+        table (`str`): UTF-8, names of columns in the first line, one caption a line. Other columns are passed over.
+        image_folder (`str`): What the paths in the table start from; absolute ones are taken as they are.
+        image (`str`, *optional*, defaults to `"image"`): Column of the paths.
+        captions (`str`, *optional*): Column of the captions, by default the one called `caption`, `captions` or `text`.
+        sep (`str`, *optional*, defaults to `","`): What separates columns, one character; `tab` is a tab.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all readers share, so that
+            test images are recognised. By default an id is `<folder>/<path>`, outside the folder the absolute path.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
+
+    Returns:
+        `datasets.Dataset`: `image_id`, `image` (a path), `captions` in the order of the file.
+
+    Raises:
+        FileNotFoundError: If the table, the folder or an image is missing.
+        ValueError: If the table is no CSV in UTF-8, a column is not there, a line has another number of values or names no image (the
+            lines are named), or no row is left.
+    """
+    separator = SEPARATORS.get(sep, sep)
+    if len(separator) != 1:
+        raise ValueError(f"Expected sep to be one character or one of {sorted(SEPARATORS)}, got {sep!r}.")
+    if source is not None and source not in ID_RULES:
+        raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{table}'.")
+    path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")
+    lines = _read_lines(path, separator)
+    header = [name.strip() for name in lines[0].cells] if lines else []
+    image_at = _find_column(header, (image,), "image", path, separator)
+    names = CAPTION_NAMES if captions is None else (captions,)
+    caption_at = _find_column(header, names, "captions", path, separator)
+    for line in lines[1:]:
+        if len(line.cells) != len(header):
+            raise ValueError(
+                f"Expected {len(header)} values ({', '.join(header)}) in line {line.number} of '{path}', got {len(line.cells)}: "
+                f"{line.cells}. Put a text with {separator!r} in it between double quotes."
+            )
+        if not line.cells[image_at].strip():
+            raise ValueError(f"Line {line.number} of '{path}' names no image in the column {header[image_at]!r}.")
+    return _group_lines(lines[1:], image_at, caption_at, path, folder, source, missing)
+
+
+def _group_lines(
+    lines: list[_Line], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
+) -> Dataset:
+    captions: dict[str, list[str]] = {}
+    for line in lines:
+        captions.setdefault(_name_in(folder, line.cells[image_at]), []).append(line.cells[caption_at])
+    if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
+        logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
+    root = folder.resolve().name
+    ids = [
+        ID_RULES[source](name) if source else name if name.startswith("/") else f"{root}/{name}" for name in captions
+    ]
+    return build_rows(ids, [folder / name for name in captions], list(captions.values()), f"'{path}'", missing)
+
+
+def read_images(folder: str, *, source: str | None = None) -> Dataset:
+    """Read all pictures of a folder and those below it, without captions.
+
+    Args:
+        folder (`str`): Searched for `.jpg`, `.jpeg`, `.png` and `.webp`, in any case; other files are passed over.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the file names are COCO's or Flickr's and give the ids that all readers
+            share, so that test images are recognised. By default an id is `<folder>/<path below it>`.
+
+    Returns:
+        `datasets.Dataset`: `image_id`, `image` (a path), `captions` (empty), in order of their paths.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds no picture, `source` is unknown, or two files give one id.
+    """
+    root = require_folder(folder, "image folder")
+    if source is not None and source not in ID_RULES:
+        raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{folder}'.")
+    found = [Path(parent, name) for parent, _, names in os.walk(root) for name in names]
+    paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    if not paths:
+        raise ValueError(
+            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(found)} files. Check the path."
+        )
+    name = root.resolve().name
+    ids = [ID_RULES[source](path.name) if source else f"{name}/{path.relative_to(root).as_posix()}" for path in paths]
+    require_unique(ids, f"'{folder}'")
+    columns = {"image_id": ids, "image": [str(path) for path in paths], "captions": [[] for _ in paths]}
+    return Dataset.from_dict(columns, features=FEATURES)
+
+
+def drop_captions(dataset: Dataset) -> Dataset:
+    """The same rows with an empty list in place of their captions."""
+    return put_columns(dataset, {"captions": ([[] for _ in range(len(dataset))], FEATURES["captions"])})

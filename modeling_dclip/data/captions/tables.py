@@ -1,0 +1,257 @@
+"""Any `datasets` dataset with pictures and captions in the one schema: parquet files, the Hub, a saved folder."""
+
+import glob
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from datasets import Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets.exceptions import DatasetGenerationError
+
+from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.rows import (
+    FEATURES,
+    ID_RULES,
+    clean_captions,
+    existing_images,
+    require_folder,
+    require_rows,
+    require_unique,
+)
+
+REGION_COLUMNS = ("boxes", "box_scores")
+
+
+def _require_column(dataset: Dataset, column: str, option: str, name: str) -> None:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column {column!r}; its columns are {dataset.column_names}. "
+            f"Name the right one with ',{option}=COLUMN'."
+        )
+
+
+def _caption_lists(dataset: Dataset, column: str, name: str) -> list[list[str | None] | None]:
+    """The captions of every row as a list, whether stored as lists or one string a row."""
+    kind = Features({column: dataset.features[column]}).arrow_schema.field(0).type
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    text = kind.value_type if is_list else kind
+    if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
+        raise ValueError(f"Expected the column {column!r} of {name} to hold text or lists of text, got {kind}.")
+    values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+    return values if is_list else [[value] for value in values]
+
+
+def _present_images(dataset: Dataset, image_ids: list[str], name: str, missing: str) -> list[int]:
+    """Rows whose picture is stored or lies at its path. Chunk by chunk, so that stored bytes stay on disk."""
+    files: dict[int, Path] = {}
+    start = 0
+    for chunk in dataset.select_columns(["image"]).with_format("arrow")[:]["image"].chunks:
+        no_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
+        paths = pc.struct_field(chunk, "path")
+        for i in np.flatnonzero(no_bytes).tolist():
+            if not paths[i].is_valid:
+                raise ValueError(f"{name}: image {image_ids[start + i]} has neither bytes nor a path. Remove the row.")
+            files[start + i] = Path(paths[i].as_py())
+        start += len(chunk)
+    rows = list(files)
+    there = existing_images([image_ids[row] for row in rows], list(files.values()), name, missing)
+    absent = set(rows) - {rows[i] for i in there}
+    return [row for row in range(len(dataset)) if row not in absent]
+
+
+def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: str) -> list[str]:
+    if source is not None and (source not in ID_RULES or column is None):
+        raise ValueError(
+            f"Expected source to be one of {sorted(ID_RULES)}, with a column of image ids, "
+            f"got {source!r} and {column!r}."
+        )
+    if column is None:
+        return [f"{name}-{row}" for row in range(len(dataset))]
+    _require_column(dataset, column, "image_id", name)
+    values = dataset[column][:]
+    if None in values:
+        raise ValueError(f"{name}: row {values.index(None)} has no image id in the column {column!r}. Fill it in.")
+    return [ID_RULES[source](value) if source else str(value) for value in values]
+
+
+def _merge_captions(image_ids: list[str], captions: list[list[str | None] | None]) -> dict[int, list[str | None]]:
+    """The captions of all rows of an image, at its first row."""
+    first_row: dict[str, int] = {}
+    merged: dict[int, list[str | None]] = {}
+    for row, (image_id, texts) in enumerate(zip(image_ids, captions, strict=True)):
+        merged.setdefault(first_row.setdefault(image_id, row), []).extend(texts or ())
+    return merged
+
+
+def standardise_columns(
+    dataset: Dataset,
+    *,
+    image: str = "image",
+    captions: str = "captions",
+    image_id: str | None = None,
+    source: str | None = None,
+    missing: str = "raise",
+    name: str = "dataset",
+) -> Dataset:
+    """Bring a dataset with pictures and captions into the one schema, without copying the pictures.
+
+    Rows are merged into one, with all their captions, only where the column `image_id` says that they show one image.
+
+    Args:
+        dataset (`datasets.Dataset`): Pictures as `Image`, as bytes or as paths; captions as lists of text or one text
+            a row.
+        image, captions (`str`, *optional*): Column names, by default `"image"` and `"captions"`.
+        image_id (`str`, *optional*): Column of the ids, by default `image_id` where there is one; without one, ids are
+            `<name>-<row>`.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the ids are COCO numbers or Flickr file names and get the
+            form that all readers share, so that test images are recognised. By default ids stay as they are.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out rows whose path leads to no file and
+            reports them.
+        name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
+
+    Returns:
+        `datasets.Dataset`: `image_id`, `image`, `captions`, and `boxes`, `box_scores` where it has them.
+
+    Raises:
+        FileNotFoundError: If the file of a picture given by path is missing.
+        ValueError: If a column is missing (the message names those present) or of a wrong type, or no row is left.
+    """
+    _require_column(dataset, image, "image", name)
+    _require_column(dataset, captions, "captions", name)
+    require_rows(len(dataset), name)
+    if image_id is None and "image_id" in dataset.column_names:
+        image_id = "image_id"
+    ids = _image_ids(dataset, image_id, source, name)
+    merged = _merge_captions(ids, _caption_lists(dataset, captions, name))
+    cleaned, kept = clean_captions([ids[row] for row in merged], list(merged.values()), name)
+    captions_at = dict(zip(merged, cleaned, strict=True))
+    texts = [captions_at.get(row, []) for row in range(len(ids))]
+    table = put_columns(
+        dataset.with_format(None),
+        {"image_id": (ids, FEATURES["image_id"]), "captions": (texts, FEATURES["captions"])},
+    )
+    regions = [column for column in REGION_COLUMNS if column in table.column_names]
+    table = table.select_columns(["image_id", image, "captions", *regions])
+    table = table if image == "image" else table.rename_column(image, "image")
+    table = table.cast_column("image", Image())
+    firsts = list(merged)
+    keep = set(_present_images(table, ids, name, missing)) & {firsts[i] for i in kept}
+    require_rows(len(keep), name)
+    return table if len(keep) == len(table) else table.select(sorted(keep))
+
+
+def parquet_rows(path: str | Path) -> int:
+    """How many rows a parquet file has, by its footer; a file without one is named (`ValueError`)."""
+    try:
+        return pq.read_metadata(path).num_rows
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
+
+
+def read_parquet(
+    pattern: str,
+    *,
+    image: str = "image",
+    captions: str = "captions",
+    image_id: str | None = None,
+    source: str | None = None,
+    missing: str = "raise",
+) -> Dataset:
+    """Read parquet files with a column of pictures and one of captions.
+
+    Args:
+        pattern (`str`): A path or glob; `**` goes into subfolders.
+        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`]. Without ids,
+            rows are called `<folder>/<file>-<row>`.
+
+    Returns:
+        `datasets.Dataset`: As [`standardise_columns`] gives it.
+
+    Raises:
+        FileNotFoundError: If no file matches.
+        ValueError: If a file is not readable as parquet, or as [`standardise_columns`] says.
+    """
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    if not paths:
+        raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
+    names = []
+    for path in paths:
+        names.extend(f"{path.resolve().parent.name}/{path.stem}-{row}" for row in range(parquet_rows(path)))
+    require_rows(len(names), f"'{pattern}'")
+    try:
+        dataset = load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
+        ) from error
+    options = {"image": image, "captions": captions, "source": source, "missing": missing, "name": f"'{pattern}'"}
+    if image_id is None and "image_id" not in dataset.column_names:
+        dataset, image_id = put_columns(dataset, {"image_id": (names, FEATURES["image_id"])}), "image_id"
+    return standardise_columns(dataset, image_id=image_id, **options)
+
+
+def read_hub(
+    name: str,
+    split: str,
+    *,
+    config: str | None = None,
+    image: str = "image",
+    captions: str = "captions",
+    image_id: str | None = None,
+    source: str | None = None,
+    missing: str = "raise",
+) -> Dataset:
+    """Read a split of a dataset of the Hub, or of a local folder that `datasets.load_dataset` understands.
+
+    Args:
+        name (`str`): The dataset's id or folder.
+        split (`str`): The split, slices such as `train[:100]` excepted (they hold a colon).
+        config (`str`, *optional*): The dataset's configuration.
+        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`].
+
+    Returns:
+        `datasets.Dataset`: As [`standardise_columns`] gives it.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If there is no such split, or as [`standardise_columns`] says.
+    """
+    dataset = load_dataset(name, config, split=split)
+    return standardise_columns(
+        dataset,
+        image=image,
+        captions=captions,
+        image_id=image_id,
+        source=source,
+        missing=missing,
+        name=f"{name}-{split}",
+    )
+
+
+def read_disk(folder: str) -> Dataset:
+    """Read a saved dataset that is in the schema already, all its columns kept.
+
+    Args:
+        folder (`str`): What `Dataset.save_to_disk` wrote.
+
+    Returns:
+        `datasets.Dataset`: The saved dataset.
+
+    Raises:
+        FileNotFoundError: If the folder is missing or no saved dataset.
+        ValueError: If it holds several splits, lacks a column, repeats an image id or is empty.
+    """
+    dataset = load_from_disk(str(require_folder(folder, "dataset folder")))
+    if isinstance(dataset, DatasetDict):
+        raise ValueError(f"'{folder}' holds the splits {sorted(dataset)}. Name the folder of one of them.")
+    wrong = [name for name, feature in FEATURES.items() if dataset.features.get(name) != feature]
+    if wrong:
+        raise ValueError(
+            f"Expected the column {wrong[0]!r} as {FEATURES[wrong[0]]} in '{folder}', got {dataset.features}. "
+            "Bring the dataset into the schema with `standardise_columns`."
+        )
+    require_rows(len(dataset), f"'{folder}'")
+    require_unique(dataset["image_id"][:], f"'{folder}'")
+    return dataset

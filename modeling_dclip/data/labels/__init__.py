@@ -1,0 +1,251 @@
+"""Labelled images by spec: drawn objects, parquet files, folders, datasets of the Hub, and `clip-benchmark/wds_*` sets.
+
+Each source knows its classes' names and, where the data brings them, its prompt templates. `names=` and `templates=` take others: a file
+with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
+"""
+
+import glob
+import inspect
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+
+from modeling_dclip.data.captions.files import IMAGE_SUFFIXES
+from modeling_dclip.data.captions.tables import parquet_rows
+from modeling_dclip.data.labels.prompts import (
+    NAMES_FILE,
+    PHOTO_TEMPLATES,
+    SYNSET_FILES,
+    TEMPLATES_FILE,
+    find_file,
+    read_names,
+    read_templates,
+)
+from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_images
+from modeling_dclip.data.rows import require_folder
+from modeling_dclip.data.specs import Source, parse_spec
+
+_ORIGIN = re.compile(r"^(\w+):(https?://[^/,@]+)")
+# Where several columns hold class numbers: CIFAR-100's finer ones.
+_LABEL_COLUMNS = ("label", "fine_label")
+
+
+class LabelledImages(NamedTuple):
+    """A classification set: `dataset` with `image` and `label`, its K `class_names`, and its `templates`."""
+
+    dataset: Dataset
+    class_names: list[str]
+    templates: list[str]
+
+
+def _spaced(names: Sequence[str]) -> list[str]:
+    return [name.replace("_", " ") for name in names]
+
+
+def _read_scenes(split: str = "test", *, n: int = 1024, seed: int = 0, image_size: int = 128) -> LabelledImages:
+    from modeling_dclip.data.scenes import TEMPLATES, load_single_objects  # drawing is needed by this source only
+
+    dataset = load_single_objects(split, n=n, seed=seed, image_size=image_size)
+    return LabelledImages(dataset, _spaced(dataset.features["label"].names), list(TEMPLATES))
+
+
+def _choose_column(
+    dataset: Dataset, given: str | None, usual: Sequence[str], kind: type, what: str, place: str
+) -> str:
+    if given is not None:
+        if given not in dataset.column_names:
+            raise ValueError(f"Expected a column {given!r} ({what}) in {place}, got {dataset.column_names}.")
+        return given
+    fitting = [name for name, feature in dataset.features.items() if isinstance(feature, kind)]
+    chosen = [name for name in usual if name in fitting] or fitting
+    if not chosen or (len(chosen) > 1 and chosen[0] not in usual):
+        raise ValueError(
+            f"Expected one column of type {kind.__name__} ({what}) in {place}, got {fitting or dataset.features}. Name it: {what}=COLUMN; "
+            f"a column of class names becomes a ClassLabel with `Dataset.class_encode_column`, or when it is named."
+        )
+    return chosen[0]
+
+
+def _from_columns(
+    dataset: Dataset, place: str, image: str | None, label: str | None, names: str | None, templates: str | None
+) -> LabelledImages:
+    image = _choose_column(dataset, image, ("image",), Image, "image", place)
+    label = _choose_column(dataset, label, _LABEL_COLUMNS, ClassLabel, "label", place)
+    dataset = dataset.select_columns([*("image_id",) * ("image_id" in dataset.column_names), image, label])
+    if isinstance(dataset.features[label], Value) and dataset.features[label].dtype == "string":
+        dataset = dataset.class_encode_column(label)  # numbers in the alphabetical order of the names
+    if not isinstance(dataset.features[label], ClassLabel) or not isinstance(dataset.features[image], Image):
+        raise ValueError(
+            f"Expected images in the column {image!r} and a ClassLabel, or class names, in {label!r} of {place}, got {dataset.features}."
+        )
+    own = dataset.features[label].names
+    class_names = _spaced(own) if names is None else read_names(names, own)
+    for column, name in ((image, "image"), (label, "label")):
+        dataset = dataset if column == name else dataset.rename_column(column, name)
+    return LabelledImages(dataset, class_names, read_templates(templates, PHOTO_TEMPLATES))
+
+
+def _read_parquet(
+    pattern: str,
+    *,
+    image: str | None = None,
+    label: str | None = None,
+    names: str | None = None,
+    templates: str | None = None,
+) -> LabelledImages:
+    files = sorted(glob.glob(pattern))
+    if not files:
+        raise FileNotFoundError(
+            f"Expected parquet files at {pattern!r}, got none. Check the path; quote it in the shell."
+        )
+    for file in files:
+        parquet_rows(file)  # names the damaged one among many
+    dataset = load_dataset("parquet", data_files=files, split="train")
+    return _from_columns(dataset, f"'{pattern}'", image, label, names, templates)
+
+
+def _read_hub(
+    name: str,
+    split: str = "test",
+    *,
+    config: str | None = None,
+    revision: str | None = None,
+    image: str | None = None,
+    label: str | None = None,
+    names: str | None = None,
+    templates: str | None = None,
+) -> LabelledImages:
+    dataset = load_dataset(name, config, split=split, revision=revision)
+    return _from_columns(dataset, f"{name!r}, split {split!r}", image, label, names, templates)
+
+
+def _pictures_below(folder: Path) -> list[Path]:
+    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
+    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
+def _read_image_folder(
+    folder: str, split: str | None = None, *, names: str | None = None, templates: str | None = None
+) -> LabelledImages:
+    root = require_folder(folder, "image folder")
+    top = root if split is None else require_folder(str(root / split), f"split {split!r}")
+    classes = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
+    pictures = [_pictures_below(path) for path in classes]
+    empty = [path.name for path, own in zip(classes, pictures, strict=True) if not own]
+    if len(classes) < 2 or empty:
+        problem = f"none in {empty[:5]}" if empty else f"{len(classes)} folders"
+        raise ValueError(
+            f"Expected one folder of pictures ({', '.join(IMAGE_SUFFIXES)}) for each of two or more classes in '{top}', got {problem}. "
+            f"Remove folders that are no class; name a split as imagefolder:DIR:SPLIT."
+        )
+    # The first picture of every class, then the second...: the first so many rows are of all classes.
+    turns = [(turn, row, path) for row, own in enumerate(pictures) for turn, path in enumerate(own)]
+    rows = [(row, path) for _, row, path in sorted(turns, key=lambda entry: entry[:2])]
+    own_names = [path.name for path in classes]
+    source = names or find_file([top, root], [NAMES_FILE, *SYNSET_FILES])
+    class_names = read_names(source, own_names) if source else _spaced(read_names(None, own_names))
+    columns = {
+        "image_id": [f"{root.resolve().name}/{path.relative_to(root).as_posix()}" for _, path in rows],
+        "image": [str(path) for _, path in rows],
+        "label": [row for row, _ in rows],
+    }
+    features = Features(image_id=Value("string"), image=Image(), label=label_feature(class_names))
+    dataset = Dataset.from_dict(columns, features=features)
+    templates = templates or find_file([top, root], [TEMPLATES_FILE])
+    return LabelledImages(dataset, class_names, read_templates(templates, PHOTO_TEMPLATES))
+
+
+def _read_webdataset(
+    root: str,
+    split: str = "test",
+    *,
+    names: str | None = None,
+    templates: str | None = None,
+    cache_dir: str | None = None,
+) -> LabelledImages:
+    files = WebdatasetFiles(root, cache_dir)
+    description = read_description(files, split)
+    if templates is None and description.templates is None:
+        raise FileNotFoundError(
+            f"No file '{files.place(TEMPLATES_FILE)}': '{files.name}' has no prompts. Put one a line there, or give templates=FILE."
+        )
+    class_names = read_names(names, description.class_names) if names else description.class_names
+    return LabelledImages(
+        read_images(files, split, description), class_names, read_templates(templates, description.templates or ())
+    )
+
+
+SOURCES = {
+    "scenes": Source("scenes[:SPLIT]", _read_scenes),
+    "parquet": Source("parquet:GLOB", _read_parquet),
+    "imagefolder": Source("imagefolder:DIR[:SPLIT]", _read_image_folder),
+    "hub": Source("hub:ID[:SPLIT]", _read_hub),
+    "wds": Source("wds:DIR_OR_URL[:SPLIT]", _read_webdataset),
+}
+
+
+def _parse(spec: str) -> tuple[Source, list[str], dict[str, Any], int | None]:
+    # The colons of an address are no separators: host and port are put aside while the rest is taken apart.
+    origin = _ORIGIN.match(spec)
+    source, fields, options, count = parse_spec(
+        f"{origin[1]}:{spec[origin.end() :]}" if origin else spec, SOURCES, counted=True
+    )
+    return source, [origin[2] + fields[0], *fields[1:]] if origin else fields, options, count
+
+
+def classification_split(spec: str) -> str | None:
+    """The split a spec names, or its source's default; `None` where the source has none.
+
+    Raises:
+        ValueError: If the spec is wrong.
+
+    Example:
+        >>> classification_split("wds:https://example.org:8000/wds_mnist:train")
+        'train'
+    """
+    source, fields, *_ = _parse(spec)
+    bound = inspect.signature(source.build).bind(*fields)
+    bound.apply_defaults()
+    return bound.arguments.get("split")
+
+
+def spec_root(spec: str) -> str | None:
+    """Folder or address of a `wds:` spec; `None` of another."""
+    return _parse(spec)[1][0] if spec.startswith("wds:") else None
+
+
+def load_classification(spec: str) -> LabelledImages:
+    """Load a classification set with its class names and templates.
+
+    Args:
+        spec (`str`): One of these; `@COUNT` at the end takes the first so many rows. All but the scenes take `names=` and `templates=`.
+
+            - `scenes[:SPLIT][,n=...,seed=...]`: drawn single objects; `test` by default.
+            - `parquet:GLOB[,image=COLUMN,label=COLUMN]`: the columns are found by their types; class names become numbers if named.
+            - `imagefolder:DIR[:SPLIT]`: a folder of pictures a class, in the order of their names. Names come from `classnames.txt`, or
+              from ImageNet's `LOC_synset_mapping.txt` or `synset_words.txt`, where one lies there. Classes take turns in the rows.
+            - `hub:ID[:SPLIT][,config=...,revision=...,image=COLUMN,label=COLUMN]`: a dataset of the Hub, or a folder like one.
+            - `wds:DIR_OR_URL[:SPLIT][,cache_dir=DIR]`: a `clip-benchmark/wds_*` set, several labels an image included, with its own names
+              and templates. Shards behind an address are fetched once, to `cache_dir`.
+
+    Returns:
+        [`LabelledImages`]: Underscores in names of folders and of a `ClassLabel` read as spaces; names out of files are as they are. The
+        label of a multi-label set is a list of K zeros and ones.
+
+    Raises:
+        ConnectionError: If a server cannot be reached or refuses.
+        FileNotFoundError: If no file matches, or one of the set's is missing.
+        ImportError: If `open_clip` is asked for and not installed.
+        ValueError: If the spec is wrong, data are damaged or not of their form, or there are fewer rows than the count.
+    """
+    source, fields, options, count = _parse(spec)
+    loaded = source.build(*fields, **options)
+    if count is None:
+        return loaded
+    if count > len(loaded.dataset):
+        raise ValueError(f"Expected at least {count} rows in {spec!r}, got {len(loaded.dataset)}. Lower the count.")
+    return loaded._replace(dataset=loaded.dataset.select(range(count)))

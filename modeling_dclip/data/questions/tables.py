@@ -1,0 +1,222 @@
+"""Fine-grained questions out of tables that hold the pictures: parquet files and datasets of the Hub."""
+
+import glob
+import hashlib
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetGenerationError
+
+from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.questions.rows import FEATURES, PAIR_FEATURE, answerable
+from modeling_dclip.data.rows import first, require_rows
+
+PAIR_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
+
+
+def _require(dataset: Dataset, column: str, option: str, name: str) -> str:
+    if column not in dataset.column_names:
+        raise ValueError(
+            f"{name} has no column {column!r}; its columns are {dataset.column_names}. Name the right one with ',{option}=COLUMN'."
+        )
+    return column
+
+
+def _texts(dataset: Dataset, column: str, name: str) -> list[list[str]]:
+    """The texts of every row, whether stored as lists or one text a row; empty ones are an error."""
+    rows = []
+    for row, value in enumerate(dataset.select_columns([column]).with_format(None)[column][:]):
+        texts = value if isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+            raise ValueError(f"{name}, row {row}: expected text in the column {column!r}, got {value!r:.80}.")
+        rows.append([text.strip() for text in texts])
+    return rows
+
+
+def _images(dataset: Dataset, column: str, name: str) -> Dataset:
+    """The column alone, as `image` of type `Image`."""
+    feature = dataset.features[column]
+    if not isinstance(feature, Image) and feature not in (Value("string"), Value("binary")):
+        raise ValueError(
+            f"Expected pictures (Image, bytes or paths) in the column {column!r} of {name}, got {feature}."
+        )
+    images = dataset.with_format(None).select_columns([column])
+    images = images if column == "image" else images.rename_column(column, "image")
+    return images.cast_column("image", Image())
+
+
+def _picture_keys(images: Dataset, name: str) -> list[str]:
+    """A key of each row's encoded picture, so that one that comes in many rows is embedded once."""
+    keys = []
+    for row, stored in enumerate(images.cast_column("image", Image(decode=False))["image"]):
+        content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+        if content is None and path is None:
+            raise ValueError(f"{name}, row {row}: the picture has neither bytes nor a path. Remove the row.")
+        if content is None and not Path(path).is_file():
+            raise FileNotFoundError(f"{name}, row {row}: no picture at '{path}'. Fix the path or remove the row.")
+        keys.append(hashlib.sha256(content if content is not None else Path(path).read_bytes()).hexdigest())
+    return keys
+
+
+def _categories(dataset: Dataset, column: str | None, defaults: Sequence[str], name: str) -> list[str]:
+    if column is not None:
+        _require(dataset, column, "category", name)
+    column = column or next((default for default in defaults if default in dataset.column_names), None)
+    return [""] * len(dataset) if column is None else [str(value or "") for value in dataset[column][:]]
+
+
+def _pair_rows(dataset: Dataset, category: str | None, name: str) -> Dataset:
+    """Winoground's form: rows 0 to N - 1 are the pictures 0, the next N the pictures 1."""
+    captions = [[texts[0] for texts in _texts(dataset, f"caption_{side}", name)] for side in (0, 1)]
+    ids = [str(value) for value in (dataset["id"][:] if "id" in dataset.column_names else range(len(dataset)))]
+    if repeated := [pair for pair, count in Counter(ids).items() if count > 1]:
+        raise ValueError(f"{name}: {len(repeated)} ids come twice, first: {first(repeated)}. Remove one row of each.")
+    categories = _categories(dataset, category, ("collapsed_tag", "category"), name)
+    images = concatenate_datasets([_images(dataset, f"image_{side}", name) for side in (0, 1)])
+    _picture_keys(images, name)  # for its checks
+    columns = {
+        "image_id": ([f"{pair}-{side}" for side in (0, 1) for pair in ids], FEATURES["image_id"]),
+        "captions": ([[text] for side in (0, 1) for text in captions[side]], FEATURES["captions"]),
+        "negative_captions": ([[[text]] for side in (1, 0) for text in captions[side]], FEATURES["negative_captions"]),
+        "categories": ([[value] for value in categories * 2], FEATURES["categories"]),
+        "pair_id": (ids * 2, PAIR_FEATURE),
+    }
+    kept = answerable(ids, captions[0], [[text] for text in captions[1]], name)
+    rows = put_columns(images, columns)
+    return rows if len(kept) == len(ids) else rows.select([*kept, *(len(ids) + row for row in kept)])
+
+
+def standardise_items(
+    dataset: Dataset,
+    *,
+    image: str = "image",
+    caption: str = "caption",
+    negatives: str | None = None,
+    category: str | None = None,
+    name: str = "dataset",
+) -> Dataset:
+    """Bring a table of questions into the one schema; pictures stay where they are, equal ones become one row.
+
+    A table with `image_0`, `image_1`, `caption_0`, `caption_1` is taken for Winoground's form; then only `category` is looked at.
+
+    Args:
+        dataset (`datasets.Dataset`): One question a row.
+        image, caption (`str`, *optional*): Columns of the picture and of the true caption, by default `"image"` and `"caption"`.
+        negatives (`str`, *optional*): Columns of the false captions, joined by `+`; by default `negative_captions` or
+            `negative_caption`.
+        category (`str`, *optional*): Column of what a question tests; by default `category` where there is one, of Winoground's form
+            `collapsed_tag`.
+        name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
+
+    Returns:
+        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`].
+
+    Raises:
+        FileNotFoundError: If the file of a picture given by path is missing.
+        ValueError: If a column is missing or of a wrong type, or a row lacks a picture or a text; column or row is named.
+    """
+    require_rows(len(dataset), name, "a question")
+    if set(PAIR_COLUMNS) <= set(dataset.column_names):
+        return _pair_rows(dataset, category, name)
+    _require(dataset, image, "image", name)
+    _require(dataset, caption, "caption", name)
+    if negatives is None:
+        both = ("negative_captions", "negative_caption")
+        negatives = next((column for column in both if column in dataset.column_names), "negative_captions")
+    wrong: list[list[str]] = [[] for _ in range(len(dataset))]
+    for column in negatives.split("+"):
+        for row, texts in enumerate(_texts(dataset, _require(dataset, column, "negatives", name), name)):
+            wrong[row] += texts
+    true = _texts(dataset, caption, name)
+    if several := [row for row, texts in enumerate(true) if len(texts) > 1]:
+        raise ValueError(
+            f"{name}, row {several[0]}: expected one true caption in {caption!r}, got {true[several[0]]!r:.80}."
+        )
+    categories = _categories(dataset, category, ("category",), name)
+    images = _images(dataset, image, name)
+    keys = _picture_keys(images, name)
+    kept = answerable([f"row {row}" for row in range(len(keys))], [texts[0] for texts in true], wrong, name)
+    first_row: dict[str, int] = {}
+    members: list[list[int]] = [[] for _ in keys]
+    for row in kept:
+        members[first_row.setdefault(keys[row], row)].append(row)
+    columns = {
+        "image_id": ([f"row-{row}" for row in range(len(keys))], FEATURES["image_id"]),
+        "captions": ([[true[i][0] for i in group] for group in members], FEATURES["captions"]),
+        "negative_captions": ([[wrong[i] for i in group] for group in members], FEATURES["negative_captions"]),
+        "categories": ([[categories[i] for i in group] for group in members], FEATURES["categories"]),
+    }
+    rows = put_columns(images, columns).select_columns(list(FEATURES))
+    return rows if len(first_row) == len(rows) else rows.select(sorted(first_row.values()))
+
+
+def read_item_tables(
+    pattern: str,
+    *,
+    image: str = "image",
+    caption: str = "caption",
+    negatives: str | None = None,
+    category: str | None = None,
+) -> Dataset:
+    """Read parquet files of questions.
+
+    Args:
+        pattern (`str`): A path or glob; `**` goes into subfolders.
+        image, caption, negatives, category (`str`, *optional*): As in [`standardise_items`].
+
+    Returns:
+        `datasets.Dataset`: As [`standardise_items`] gives it.
+
+    Raises:
+        FileNotFoundError: If no file matches.
+        ValueError: If a file is not readable as parquet, or as [`standardise_items`] says.
+    """
+    files = sorted(glob.glob(pattern, recursive=True))
+    if not files:
+        raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
+    for file in files:
+        try:
+            pq.read_metadata(file)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"'{file}' is not readable as parquet ({error}). Write or download it again.") from error
+    try:
+        dataset = load_dataset("parquet", data_files=files, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
+        ) from error
+    columns = {"image": image, "caption": caption, "negatives": negatives, "category": category}
+    return standardise_items(dataset, **columns, name=f"'{pattern}'")
+
+
+def read_item_hub(
+    name: str,
+    split: str,
+    *,
+    config: str | None = None,
+    image: str = "image",
+    caption: str = "caption",
+    negatives: str | None = None,
+    category: str | None = None,
+) -> Dataset:
+    """Read a split of a dataset of the Hub, or of a local folder that `datasets.load_dataset` understands.
+
+    Args:
+        name (`str`): The dataset's id (`facebook/winoground`, once its terms are accepted) or folder.
+        split (`str`): The split.
+        config (`str`, *optional*): The dataset's configuration.
+        image, caption, negatives, category (`str`, *optional*): As in [`standardise_items`].
+
+    Returns:
+        `datasets.Dataset`: As [`standardise_items`] gives it.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If there is no such split, or as [`standardise_items`] says.
+    """
+    columns = {"image": image, "caption": caption, "negatives": negatives, "category": category}
+    return standardise_items(load_dataset(name, config, split=split), **columns, name=f"{name}-{split}")

@@ -1,0 +1,63 @@
+"""Add regions to a dataset and save it: `python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output FOLDER`."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from transformers import HfArgumentParser
+
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.files import replacing
+from modeling_dclip.data.regions import add_regions, default_cache_dir
+from modeling_dclip.data.regions.detectors import build_detector
+
+
+@dataclass
+class RegionArguments:
+    """One run of the command line."""
+
+    dataset: str = field(
+        metadata={"help": "Spec of the captions, e.g. coco:captions.json:val2017; see data/captions/__init__.py."}
+    )
+    output: str = field(metadata={"help": "Folder to write; the spec disk:FOLDER reads it."})
+    detector: str = field(
+        default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see data/detectors.py."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images a call of the detector."})
+    max_regions: int | None = field(default=None, metadata={"help": "Keep so many of the highest scores."})
+    cache_dir: str | None = field(
+        default=None, metadata={"help": "Where answers are kept; by default in the user's cache folder."}
+    )
+    on_bad_image: Literal["raise", "skip"] = field(
+        default="raise",
+        metadata={"help": "skip: leave out images that cannot be read and list them in OUTPUT.report.json."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of the draw where the spec ends in @COUNT."})
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the command line and return the folder written."""
+    (arguments,) = HfArgumentParser(RegionArguments).parse_args_into_dataclasses(argv)
+    output = Path(arguments.output)
+    if output.exists():
+        raise FileExistsError(f"'{output}' exists. Remove it or name another --output.")
+    report_file = output.with_name(output.name + ".report.json")
+    dataset = add_regions(
+        load_captions(arguments.dataset, seed=arguments.seed),
+        build_detector(arguments.detector),
+        batch_size=arguments.batch_size,
+        cache_dir=arguments.cache_dir or default_cache_dir(),
+        max_regions=arguments.max_regions,
+        on_bad_image=arguments.on_bad_image,
+        report_file=report_file,
+    )
+    with replacing(output) as folder:
+        dataset.save_to_disk(folder)  # pictures go in too
+    boxes = sum(map(len, dataset["box_scores"]))
+    sys.stdout.write(f"Wrote {len(dataset)} images with {boxes} boxes to {output} (report: {report_file})\n")
+    return output
+
+
+if __name__ == "__main__":
+    main()

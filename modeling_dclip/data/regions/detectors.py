@@ -1,0 +1,419 @@
+"""Where regions come from: four kinds of detectors behind one interface, by a spec string.
+
+| detector | what | licence |
+|---|---|---|
+| `ultralytics[:WEIGHTS]` | YOLO weights, default `yolov8x.pt`, through the optional package ultralytics | AGPL-3.0 |
+| `transformers:MODEL` | an object-detection checkpoint, with the option `labels` an open-vocabulary one | the checkpoint's |
+| `annotations[:INSTANCES.json]` | boxes of a COCO instances file, or without a file the dataset's own `boxes` column | the data's |
+| `grid:ROWSxCOLUMNS` | equal cells | |
+
+Options follow as `,key=value`, e.g. `ultralytics:yolov8n.pt,imgsz=320`; they are the keyword arguments of the
+detector's class.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForObjectDetection,
+    AutoModelForZeroShotObjectDetection,
+    AutoProcessor,
+)
+
+from modeling_dclip.data.captions.files import read_json, require_field
+from modeling_dclip.data.specs import Source, parse_spec
+
+Regions = tuple[np.ndarray, np.ndarray]
+
+
+class RegionDetector(Protocol):
+    """What finds regions.
+
+    `fingerprint` names the detector with all its settings: equal fingerprints must mean equal answers, because answers
+    are cached under it and the pixels. `reads_rows` is `True` where an answer depends on more than the pixels; such
+    answers are never cached.
+    """
+
+    fingerprint: str
+    reads_rows: bool = False
+
+    def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
+        """Find the regions of each image.
+
+        Args:
+            images (`list[PIL.Image.Image]`): RGB.
+            rows (`list[dict]`): The same images' other columns.
+
+        Returns:
+            `list[tuple[np.ndarray, np.ndarray]]`: For each image, boxes float32 `(R, 4)` xyxy in absolute pixels and
+            scores float32 `(R,)` in [0, 1]. R may be 0. An answer must not depend on which other images are in the
+            batch.
+        """
+        ...
+
+
+def fingerprint(kind: str, *parts: Any) -> str:
+    """`<kind>-<hash>` of whatever an answer depends on; `parts` must be JSON values."""
+    return f"{kind}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]}"
+
+
+def _as_regions(boxes: torch.Tensor, scores: torch.Tensor) -> Regions:
+    return boxes.float().cpu().numpy().reshape(-1, 4), scores.float().cpu().numpy().reshape(-1)
+
+
+def _groups_by_size(images: list[Image.Image]) -> Iterable[list[int]]:
+    """Indices of images of one size. A mixed batch is padded, and the padding moves boxes; an equal one needs none."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.size, []).append(index)
+    return groups.values()
+
+
+@contextmanager
+def process_left_alone() -> Iterator[None]:
+    """Undo what ultralytics (8.4) does to the process that imports and calls it.
+
+    It sets `OMP_NUM_THREADS` to 1 and torch to all cores but one, which halves the speed of a training that follows on two
+    cores, and replaces `torch.save` and `PIL.Image.open`, the latter by one that installs a package for an unreadable
+    picture.
+    """
+    opener, saver, threads, environment = Image.open, torch.save, torch.get_num_threads(), dict(os.environ)
+    os.environ["YOLO_AUTOINSTALL"] = "false"  # it would pip-install what a checkpoint asks for
+    try:
+        yield
+    finally:
+        Image.open, torch.save = opener, saver
+        torch.set_num_threads(threads)
+        for name in set(os.environ) - set(environment):
+            del os.environ[name]
+        os.environ.update(environment)
+
+
+class UltralyticsDetector(RegionDetector):
+    """YOLO weights through ultralytics.
+
+    The package is AGPL-3.0 and therefore an extra: `pip install 'modeling_dclip[regions]'`. A `.pt` file is a pickle
+    that ultralytics executes while loading: give it weights you trust.
+
+    Source: [D] YOLOv8x; [Dcode] the library's defaults; PAPERS.md. Deviation: a batch holds images of one size only.
+
+    Args:
+        weights (`str`, *optional*, defaults to `"yolov8x.pt"`): A file, or a name that ultralytics downloads.
+        conf (`float`, *optional*, defaults to 0.25): Lowest confidence.
+        iou (`float`, *optional*, defaults to 0.7): Overlap above which non-maximum suppression drops the weaker box.
+        max_det (`int`, *optional*, defaults to 300): Most boxes an image.
+        imgsz (`int`, *optional*, defaults to 640): Long side the network sees, in pixels; images are scaled to it, up
+            as well as down.
+        device (`str`, *optional*): As torch names it; by default the first GPU, else the CPU.
+
+    Raises:
+        ImportError: If ultralytics is not installed, or OpenCV misses a system library.
+        FileNotFoundError: If there are no such weights.
+        ValueError: If the weights find no boxes (a classifier).
+    """
+
+    def __init__(
+        self,
+        weights: str = "yolov8x.pt",
+        *,
+        conf: float = 0.25,
+        iou: float = 0.7,
+        max_det: int = 300,
+        imgsz: int = 640,
+        device: str | None = None,
+    ):
+        try:
+            with process_left_alone():
+                from ultralytics import YOLO
+        except ImportError as error:
+            raise ImportError(
+                f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install 'modeling_dclip[regions]'`; "
+                "where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, then "
+                "`pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
+                "Without the package (it is AGPL-3.0) use 'transformers:MODEL'."
+            ) from error
+        if Path(weights).parent != Path(".") and not Path(weights).is_file():
+            raise FileNotFoundError(
+                f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
+            )
+        with process_left_alone():
+            self.model = YOLO(weights)
+        if self.model.task not in ("detect", "segment", "pose"):
+            raise ValueError(f"Expected weights that find boxes, got '{weights}' for the task {self.model.task!r}.")
+        self.settings = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}
+        self.device = device
+        weights_hash = hashlib.sha256(Path(self.model.ckpt_path).read_bytes()).hexdigest()
+        self.fingerprint = fingerprint("ultralytics", weights_hash, self.settings)
+
+    def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
+        regions: list[Regions] = [None] * len(images)
+        for group in _groups_by_size(images):
+            batch = [images[i] for i in group]
+            with process_left_alone():
+                results = self.model.predict(batch, device=self.device, verbose=False, save=False, **self.settings)
+            for i, result in zip(group, results, strict=True):
+                regions[i] = _as_regions(result.boxes.xyxy, result.boxes.conf)
+        return regions
+
+
+class TransformersDetector(RegionDetector):
+    """An object-detection checkpoint of transformers: the way without AGPL.
+
+    Args:
+        model (`str`): Hub id or folder.
+        threshold (`float`, *optional*, defaults to 0.5): Lowest score, the library's default. Open-vocabulary scores
+            are lower (0.1).
+        labels (`str`, *optional*): What an open-vocabulary checkpoint (OWL-ViT, Grounding DINO) looks for, joined by
+            `|`.
+        device (`str`, *optional*): By default the first GPU, else the CPU.
+
+    Raises:
+        OSError: If there is no such checkpoint.
+        ValueError: If the checkpoint is of another kind.
+    """
+
+    def __init__(self, model: str, *, threshold: float = 0.5, labels: str | None = None, device: str | None = None):
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.labels = labels.split("|") if labels else None
+        self.threshold = threshold
+        # The PIL backend everywhere: torchvision's pixels differ by a grey level or two, and a cache outlives a
+        # machine.
+        if self.labels:
+            self.model, load_info = AutoModelForZeroShotObjectDetection.from_pretrained(
+                model, output_loading_info=True
+            )
+            self.processor = AutoProcessor.from_pretrained(model, backend="pil")
+            image_processor = self.processor.image_processor
+        else:
+            self.model, load_info = AutoModelForObjectDetection.from_pretrained(model, output_loading_info=True)
+            self.processor = image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+        if load_info["missing_keys"]:
+            missing = sorted(load_info["missing_keys"])
+            raise ValueError(
+                f"'{model}' lacks {len(missing)} weights of {type(self.model).__name__}, first {missing[0]}: "
+                "expected a checkpoint trained for object detection."
+            )
+        self.model.to(self.device).eval()
+        digest = hashlib.sha256()
+        for name, tensor in self.model.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        config = self.model.config.to_diff_dict()
+        config.pop("transformers_version", None)
+        pixels = image_processor.to_json_string()
+        self.fingerprint = fingerprint(
+            "transformers", digest.hexdigest(), json.dumps(config, default=str), pixels, self.labels, threshold
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
+        regions: list[Regions] = [None] * len(images)
+        for group in _groups_by_size(images):
+            batch = [images[i] for i in group]
+            sizes = torch.tensor([[image.height, image.width] for image in batch])
+            options = {"threshold": self.threshold, "target_sizes": sizes}
+            if self.labels:
+                texts = [self.labels] * len(batch)
+                inputs = self.processor(images=batch, text=texts, padding=True, return_tensors="pt").to(self.device)
+                results = self.processor.post_process_grounded_object_detection(
+                    self.model(**inputs), text_labels=texts, **options
+                )
+            else:
+                inputs = self.processor(images=batch, return_tensors="pt").to(self.device)
+                results = self.processor.post_process_object_detection(self.model(**inputs), **options)
+            for i, result in zip(group, results, strict=True):
+                regions[i] = _as_regions(result["boxes"], result["scores"])
+        return regions
+
+
+# Regions that no network finds: boxes that somebody drew, and a grid.
+
+
+logger = logging.getLogger(__name__)
+
+# Annotations are rounded to hundredths when they are written; up to one pixel outside the image is taken for rounding.
+BOX_TOLERANCE_PIXELS = 1.0
+
+
+def _annotated_boxes(path: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, tuple[int, int]]]:
+    """Annotations and `(width, height)` by image, under `coco-<id>` and under the bare id."""
+    content = read_json(path, "COCO instances file", ("images", "annotations"))
+    annotations: dict[str, list[dict[str, Any]]] = {}
+    sizes: dict[str, tuple[int, int]] = {}
+    for image in content["images"]:
+        number, width, height = (require_field(image, key, "An image", path) for key in ("id", "width", "height"))
+        for name in (f"coco-{number}", str(number)):
+            annotations[name], sizes[name] = [], (width, height)
+    for annotation in content["annotations"]:
+        what = f"Annotation {annotation.get('id')}"
+        number, box = (require_field(annotation, key, what, path) for key in ("image_id", "bbox"))
+        if str(number) not in annotations or len(box) != 4:
+            raise ValueError(
+                f"{what} of '{path}' belongs to no image of the file, or its 'bbox' is not x, y, width, height: "
+                f"image {number}, {box}. Expected a COCO instances file."
+            )
+        for name in (f"coco-{number}", str(number)):
+            annotations[name].append(annotation)
+    return annotations, sizes
+
+
+def box_fault(box: np.ndarray, size: tuple[int, int]) -> str | None:
+    """What is wrong with an annotated box in an image of `size` `(width, height)`; `None` if nothing."""
+    x1, y1, x2, y2 = box.tolist()
+    width, height = size
+    if not np.isfinite(box).all():
+        return "has a coordinate that is no finite number"
+    if x2 <= x1 or y2 <= y1:
+        return "has no area (expected x1 < x2 and y1 < y2)"
+    if min(x1, y1) < -BOX_TOLERANCE_PIXELS or max(x2 - width, y2 - height) > BOX_TOLERANCE_PIXELS:
+        return f"reaches outside the image of {width}x{height} pixels"
+    return None
+
+
+class AnnotationDetector(RegionDetector):
+    """Boxes that somebody drew: a COCO instances file, or the `boxes` (and `box_scores`) columns of the dataset
+    itself.
+
+    Crowd annotations (`iscrowd` 1: one box around many objects) are left out, as COCO's own evaluation ignores them.
+
+    Args:
+        instances (`str`, *optional*): The JSON file, boxes as x, y, width, height. An image is found by its id,
+            `coco-<id>` or bare.
+        on_bad_box (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out wrong boxes, each named in a warning
+            (COCO's train2017 holds a few without area).
+        keep_crowd (`bool`, *optional*, defaults to `False`): Keep crowd annotations.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is malformed; when called, if an image is not in it or of another size, or a box is not
+            finite, without area or outside the image. The message names the image and the annotation.
+    """
+
+    reads_rows = True
+
+    def __init__(self, instances: str | None = None, *, on_bad_box: str = "raise", keep_crowd: bool = False):
+        if on_bad_box not in ("raise", "skip"):
+            raise ValueError(f"Expected on_bad_box to be 'raise' or 'skip', got {on_bad_box!r}.")
+        self.instances, self.on_bad_box, self.keep_crowd = instances, on_bad_box, keep_crowd
+        self.annotations, self.sizes = _annotated_boxes(instances) if instances else ({}, {})
+        content = hashlib.sha256(Path(instances).read_bytes()).hexdigest() if instances else "columns"
+        self.fingerprint = fingerprint("annotations", content, on_bad_box, keep_crowd)
+
+    def _of_file(self, image_id: str, size: tuple[int, int]) -> list[tuple[str, list[float], float]]:
+        if image_id not in self.annotations:
+            raise ValueError(
+                f"Image {image_id!r} is not in '{self.instances}'. Expected 'coco-<id>' or an id of the file."
+            )
+        if self.sizes[image_id] != size:
+            raise ValueError(
+                f"Image {image_id!r} has {size[0]}x{size[1]} pixels, but its boxes in '{self.instances}' are for "
+                f"{self.sizes[image_id][0]}x{self.sizes[image_id][1]}. Use the original picture or another detector."
+            )
+        kept = [a for a in self.annotations[image_id] if self.keep_crowd or not a.get("iscrowd")]
+        corners = [
+            [a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]] for a in kept
+        ]
+        return [(f"annotation {a.get('id')}", box, 1.0) for a, box in zip(kept, corners, strict=True)]
+
+    def _of_row(self, row: dict[str, Any]) -> list[tuple[str, list[float], float]]:
+        if row.get("boxes") is None:
+            raise ValueError(
+                f"Image {row['image_id']!r} has no value in a column 'boxes'; the columns are {sorted(row)}. "
+                "Name an instances file: 'annotations:INSTANCES.json'."
+            )
+        scores = row.get("box_scores")
+        scores = [1.0] * len(row["boxes"]) if scores is None else scores
+        if len(scores) != len(row["boxes"]):
+            raise ValueError(f"Image {row['image_id']!r} has {len(row['boxes'])} boxes but {len(scores)} box_scores.")
+        pairs = zip(row["boxes"], scores, strict=True)
+        return [(f"box {number}", box, score) for number, (box, score) in enumerate(pairs)]
+
+    def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
+        regions = []
+        for image, row in zip(images, rows, strict=True):
+            found = self._of_file(row["image_id"], image.size) if self.instances else self._of_row(row)
+            boxes, scores = [], []
+            for name, corners, score in found:
+                box = np.asarray(corners, np.float32)
+                fault = box_fault(box, image.size)
+                if fault is None:
+                    boxes.append(box)
+                    scores.append(score)
+                    continue
+                message = f"Image {row['image_id']!r}: {name} {fault}: {box.tolist()} (x1, y1, x2, y2)"
+                if self.on_bad_box == "raise":
+                    raise ValueError(f"{message}. Correct it, or leave such boxes out with ',on_bad_box=skip'.")
+                logger.warning("%s; left out", message)
+            regions.append((np.array(boxes, np.float32).reshape(-1, 4), np.array(scores, np.float32)))
+        return regions
+
+
+class GridDetector(RegionDetector):
+    """Equal cells, row by row, all with score 1.
+
+    Args:
+        shape (`str`): `ROWSxCOLUMNS`, e.g. `2x3`.
+
+    Raises:
+        ValueError: If `shape` is not of this form with both numbers at least 1.
+
+    Example:
+        >>> GridDetector("1x2")([Image.new("RGB", (8, 4))], [{}])[0][0].tolist()
+        [[0.0, 0.0, 4.0, 4.0], [4.0, 0.0, 8.0, 4.0]]
+    """
+
+    reads_rows = True  # cheaper than a look into the cache
+
+    def __init__(self, shape: str):
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+        if match is None:
+            raise ValueError(f"Expected a grid as ROWSxCOLUMNS, e.g. 2x3, got {shape!r}.")
+        self.rows, self.columns = int(match[1]), int(match[2])
+        self.fingerprint = fingerprint("grid", self.rows, self.columns)
+
+    def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
+        regions = []
+        for image in images:
+            xs = np.linspace(0, image.width, self.columns + 1, dtype=np.float32)
+            ys = np.linspace(0, image.height, self.rows + 1, dtype=np.float32)
+            cells = [(xs[c], ys[r], xs[c + 1], ys[r + 1]) for r in range(self.rows) for c in range(self.columns)]
+            regions.append((np.array(cells, np.float32), np.ones(len(cells), np.float32)))
+        return regions
+
+
+DETECTORS = {
+    "ultralytics": Source("ultralytics[:WEIGHTS]", UltralyticsDetector),
+    "transformers": Source("transformers:MODEL", TransformersDetector),
+    "annotations": Source("annotations[:INSTANCES.json]", AnnotationDetector),
+    "grid": Source("grid:ROWSxCOLUMNS", GridDetector),
+}
+
+
+def build_detector(spec: str, **options: Any) -> RegionDetector:
+    """Build a detector from a spec string.
+
+    Args:
+        spec (`str`): See the table above.
+        **options: More options, over those in the spec.
+
+    Returns:
+        `RegionDetector`: Ready to be called.
+
+    Raises:
+        ValueError: If the spec is wrong (the message lists the known forms), or as the detector says.
+        ImportError: If ultralytics is asked for and not installed.
+        FileNotFoundError: If a file is missing.
+    """
+    source, fields, spec_options, _ = parse_spec(spec, DETECTORS)
+    return source.build(*fields, **{**spec_options, **options})

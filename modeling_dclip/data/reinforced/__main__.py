@@ -1,0 +1,89 @@
+"""Write a reinforced dataset: `python -m modeling_dclip.data.reinforced --dataset SPEC --teachers A,B --output FOLDER`."""
+
+import json
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from accelerate import PartialState
+from transformers import HfArgumentParser
+
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
+from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
+from modeling_dclip.data.reinforced.writer import write_reinforced
+
+
+@dataclass
+class ReinforcedWriterArguments:
+    """One run of the command line."""
+
+    dataset: str = field(
+        metadata={"help": "Spec of the captions, e.g. scenes:train,n=1000; see data/captions/__init__.py."}
+    )
+    teachers: str = field(
+        metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
+    )
+    output: str = field(metadata={"help": "Folder to write; a run that was stopped goes on in it."})
+    augmentations: int = field(default=30, metadata={"help": "Stored augmentations of each image."})
+    synthetic_captions: str | None = field(
+        default=None, metadata={"help": "Column of synthetic captions, e.g. coarse_caption of drawn scenes."}
+    )
+    captioner: str | None = field(
+        default=None, metadata={"help": "Folder or Hub id of a captioner (BLIP, GIT, ViT-GPT2) that writes them."}
+    )
+    captions_per_image: int = field(default=5, metadata={"help": "Synthetic captions the captioner draws."})
+    image_size: int = field(default=256, metadata={"help": "Side in pixels of the augmented image, as in training."})
+    min_crop_area: float = field(
+        default=0.08, metadata={"help": "Smallest share of the image that a random resized crop keeps, in (0, 1]."}
+    )
+    num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment."})
+    magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
+    samples_per_shard: int = field(default=1000, metadata={"help": "Images a file."})
+    dtype: Literal["float16", "float32"] = field(default="float16", metadata={"help": "Of the stored embeddings."})
+    batch_size: int = field(default=64, metadata={"help": "Augmented images a forward pass."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment."})
+    seed: int = field(default=0, metadata={"help": "Of augmentations, drawn captions, and the draw of @COUNT."})
+
+
+def main(argv: list[str] | None = None) -> Path:
+    """Run the command line and return the index written."""
+    (arguments,) = HfArgumentParser(ReinforcedWriterArguments).parse_args_into_dataclasses(argv)
+    device, seed, captioner = PartialState().device, arguments.seed, None
+    if arguments.captioner is not None:
+        options = {"captions": arguments.captions_per_image, "seed": seed, "device": device}
+        captioner = TransformersCaptioner(arguments.captioner, **options)
+    index = write_reinforced(
+        load_captions(arguments.dataset, seed=seed),
+        [build_teacher(spec.strip(), device) for spec in arguments.teachers.split(",")],
+        output=arguments.output,
+        settings=AugmentationSettings(
+            arguments.image_size,
+            scale=(arguments.min_crop_area, 1.0),
+            num_operations=arguments.num_operations,
+            magnitude=arguments.magnitude,
+        ),
+        captioner=captioner,
+        **{
+            name: getattr(arguments, name)
+            for name in (
+                "augmentations",
+                "synthetic_captions",
+                "samples_per_shard",
+                "dtype",
+                "batch_size",
+                "num_workers",
+            )
+        },
+        seed=seed,
+    )
+    counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
+    told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
+    if PartialState().is_main_process:
+        sys.stdout.write(f"Wrote {told} to {arguments.output}\n")
+    return index
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,432 @@
+"""Write a reinforced dataset: let teachers speak once about augmented images and captions, for every student to come.
+
+Shards are written one by one, each atomically and under a key of what made it: a run that was killed goes on at the next shard,
+and several processes share the shards among them. `reinforced.json` beside them says all that is needed to read.
+"""
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import PIL
+import torch
+import transformers
+from accelerate import PartialState
+from datasets import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+from tqdm.auto import tqdm
+
+from modeling_dclip.data.collation import pass_batch
+from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
+from modeling_dclip.data.files import replacing
+from modeling_dclip.data.images import open_image
+from modeling_dclip.data.reinforced.augmentations import (
+    AugmentationSettings,
+    StoredAugmentation,
+    draw_augmentation,
+    replay_augmentation,
+)
+from modeling_dclip.data.reinforced.shards import INDEX_NAME, pack_sample, storable_image
+from modeling_dclip.data.reinforced.teachers import ReinforcementTeacher, TransformersCaptioner
+from modeling_dclip.data.rows import require_rows
+from modeling_dclip.encoders.fingerprints import combine_keys
+
+TEXTS_PER_PASS = 256
+IMAGES_PER_LOT = 16  # captioned together, whatever batch_size is: a lot decides the captioner's draws
+DTYPES = ("float16", "float32")
+
+
+class _AugmentedImages(TorchDataset):
+    """Every augmentation of every image as each teacher reads it, made in the data loader's workers."""
+
+    def __init__(
+        self, images: Sequence[bytes], augmentations: list[list[StoredAugmentation]], size: int, preprocess: list
+    ):
+        self.images, self.augmentations, self.size, self.preprocess = images, augmentations, size, preprocess
+        self.each = len(augmentations[0])
+
+    def __len__(self) -> int:
+        return len(self.images) * self.each
+
+    def __getitems__(self, items: list[int]) -> list[torch.Tensor]:
+        decoded = {row: open_image(self.images[row]) for row in {item // self.each for item in items}}
+        augmented = [
+            replay_augmentation(
+                decoded[item // self.each], self.augmentations[item // self.each][item % self.each], self.size
+            )
+            for item in items
+        ]
+        return [preprocess(augmented) for preprocess in self.preprocess]
+
+
+class ReinforcedRow(NamedTuple):
+    """A row with all that its sample holds.
+
+    Args:
+        image_id (`str`): The row's.
+        image (`tuple[str, bytes]`): Kind and content, as stored.
+        captions (`list[str]`): C.
+        synthetic_captions (`list[str]`): S, or none.
+        augmentations (`list[StoredAugmentation]`): A.
+        image_embeds (`np.ndarray` of shape `(A, W)`): Of the augmented images.
+        text_embeds (`np.ndarray` of shape `(C + S, W)`): The captions first.
+    """
+
+    image_id: str
+    image: tuple[str, bytes]
+    captions: list[str]
+    synthetic_captions: list[str]
+    augmentations: list[StoredAugmentation]
+    image_embeds: np.ndarray
+    text_embeds: np.ndarray
+
+    def pack(self) -> dict[str, bytes]:
+        """The members of the sample."""
+        return pack_sample(
+            self.image,
+            self.captions,
+            self.synthetic_captions,
+            [augmentation.encode() for augmentation in self.augmentations],
+            self.image_embeds,
+            self.text_embeds,
+            {"image_id": self.image_id},
+        )
+
+    def require_finite(self) -> None:
+        """Refuse embeddings that hold NaN or infinity.
+
+        Raises:
+            ValueError: If one does.
+        """
+        for name in ("image_embeds", "text_embeds"):
+            if not np.isfinite(getattr(self, name)).all():
+                raise ValueError(
+                    f"Image {self.image_id!r}: expected finite {name} from the teachers, got NaN or infinity. Check their weights."
+                )
+
+
+@dataclass
+class Reinforcer:
+    """Turns rows of a dataset into samples.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id` and `image`.
+        captions (`list[list[str]]`): Of each row.
+        synthetic_captions (`list[list[str]]` or None): Of each row, if they are known.
+        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`] or None): Writes them otherwise; without, there are none.
+        teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.ReinforcementTeacher`].
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn from.
+        augmentations (`int`, *optional*, defaults to 30): Of each image.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+        dtype (`str`, *optional*, defaults to `"float16"`): Of the embeddings, or `"float32"`.
+        batch_size (`int`, *optional*, defaults to 64): Augmented images a forward pass.
+        num_workers (`int`, *optional*, defaults to 0): Processes that decode and augment.
+
+    Raises:
+        ValueError: If there is no teacher or an argument is out of range.
+    """
+
+    dataset: Dataset
+    captions: list[list[str]]
+    synthetic_captions: list[list[str]] | None
+    captioner: TransformersCaptioner | None
+    teachers: Sequence[ReinforcementTeacher]
+    settings: AugmentationSettings
+    augmentations: int = 30
+    seed: int = 0
+    dtype: Literal["float16", "float32"] = "float16"
+    batch_size: int = 64
+    num_workers: int = 0
+
+    def __post_init__(self):
+        if not self.teachers or min(self.augmentations, self.batch_size) < 1 or self.dtype not in DTYPES:
+            raise ValueError(
+                f"Expected one or more teachers, augmentations and a batch_size of at least 1, and a dtype of {DTYPES}, got "
+                f"{len(self.teachers)}, {self.augmentations}, {self.batch_size} and {self.dtype!r}."
+            )
+
+    def samples(self, rows: range, progress: tqdm) -> list[ReinforcedRow]:
+        """The samples of rows.
+
+        Args:
+            rows (`range`): Of the dataset.
+            progress (`tqdm`): Counts augmented images.
+
+        Raises:
+            ValueError: If an image cannot be read, the captioner has nothing to say of it, or an embedding is not finite; the message
+                names the image.
+        """
+        part = self.dataset.select(rows)
+        image_ids = part["image_id"][:]
+        named = enumerate(zip(image_ids, encoded_images(part), strict=True), rows.start)
+        images = [_storable(row, image_id, encoded) for row, (image_id, encoded) in named]
+        encoded = [content for _, content in images]
+        drawn = [self._draw(image_id, content) for image_id, content in zip(image_ids, encoded, strict=True)]
+        captions = [self.captions[row] for row in rows]
+        if self.synthetic_captions is None:
+            synthetic = self._caption(image_ids, encoded, rows)
+        else:
+            synthetic = [self.synthetic_captions[row] for row in rows]
+        image_embeds = self._encode_images(encoded, drawn, progress)
+        texts = [[*real, *made] for real, made in zip(captions, synthetic, strict=True)]
+        text_embeds = self._encode_texts([text for row in texts for text in row])
+        ends = np.cumsum([len(row) for row in texts])
+        columns = (image_ids, images, captions, synthetic, drawn, image_embeds, np.split(text_embeds, ends[:-1]))
+        samples = [ReinforcedRow(*row) for row in zip(*columns, strict=True)]
+        for sample in samples:
+            sample.require_finite()
+        return samples
+
+    def _draw(self, image_id: str, encoded: bytes) -> list[StoredAugmentation]:
+        size = Image.open(io.BytesIO(encoded)).size
+        numbers = range(self.augmentations)
+        return [draw_augmentation(self.seed, image_id, number, size, self.settings) for number in numbers]
+
+    def _caption(self, image_ids: Sequence[str], images: Sequence[bytes], rows: range) -> list[list[str]]:
+        if self.captioner is None:
+            return [[] for _ in rows]
+        found: list[list[str]] = []
+        for start in range(0, len(rows), IMAGES_PER_LOT):
+            batch = [open_image(image) for image in images[start : start + IMAGES_PER_LOT]]
+            found += self.captioner(batch, lot=rows[start])
+        silent = [image_id for image_id, texts in zip(image_ids, found, strict=True) if not texts]
+        if silent:
+            raise ValueError(
+                f"Expected a caption of image {silent[0]!r} from {self.captioner.name!r}, got none with words ({len(silent)} such images in "
+                "this shard). Use another captioner or a column."
+            )
+        return found
+
+    def _encode_images(self, images: list[bytes], drawn: list[list[StoredAugmentation]], progress: tqdm) -> np.ndarray:
+        """`(rows, augmentations, W)`."""
+        preprocess = [teacher.preprocess for teacher in self.teachers]
+        augmented = _AugmentedImages(images, drawn, self.settings.image_size, preprocess)
+        loader = DataLoader(augmented, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=pass_batch)
+        embeds = []
+        for batch in loader:
+            views = zip(self.teachers, batch, strict=True)
+            embeds.append(np.concatenate([teacher.encode_images(pixels) for teacher, pixels in views], axis=1))
+            progress.update(len(batch[0]))
+        return np.concatenate(embeds).astype(self.dtype).reshape(len(images), self.augmentations, -1)
+
+    def _encode_texts(self, texts: list[str]) -> np.ndarray:
+        """`(texts, W)`."""
+        starts = range(0, len(texts), TEXTS_PER_PASS)
+        passes = [texts[start : start + TEXTS_PER_PASS] for start in starts]
+        embeds = [[teacher.encode_texts(part) for teacher in self.teachers] for part in passes]
+        return np.concatenate([np.concatenate(part, axis=1) for part in embeds]).astype(self.dtype)
+
+
+def _storable(row: int, image_id: str, encoded: bytes) -> tuple[str, bytes]:
+    try:
+        kind, encoded = storable_image(encoded)
+        open_image(encoded)
+    except ValueError as error:
+        raise ValueError(f"Image {image_id!r} (row {row}): {error}. Replace the file or drop the row.") from error
+    return kind, encoded
+
+
+FORMAT = 1  # of the index
+# Of a shard, in its tar's global header, which readers of samples pass over.
+KEY_HEADER, SYNTHETIC_HEADER = "MODELING_DCLIP.key", "MODELING_DCLIP.synthetic_captions"
+
+
+def _texts_of(dataset: Dataset, column: str) -> list[list[str]]:
+    """The texts of a column of texts or of lists of texts, stripped."""
+    rows = [[row] if isinstance(row, str) else row or [] for row in arrow_column(dataset, column).to_pylist()]
+    texts = [[text.strip() for text in row if isinstance(text, str) and text.strip()] for row in rows]
+    bad = [number for number, row in enumerate(texts) if not row]
+    if bad:
+        raise ValueError(
+            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected a caption with words in the column {column!r}, got "
+            f"{rows[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
+        )
+    return texts
+
+
+def _sample_keys(dataset: Dataset, captions: list[list[str]], synthetic: list[list[str]] | None) -> list[str]:
+    """A key of all that rows hold of their samples. The id is in it, for it decides the augmentations."""
+    texts = [[*row, "\0", *(synthetic[number] if synthetic else [])] for number, row in enumerate(captions)]
+    parts = zip(dataset["image_id"][:], row_keys(dataset), texts, strict=True)
+    return [combine_keys([image_id, key, *row]) for image_id, key, row in parts]
+
+
+def _write_shard(path: Path, headers: Mapping[str, str], samples: Mapping[int, Mapping[str, bytes]]) -> None:
+    with replacing(path) as temporary:
+        with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT, pax_headers=dict(headers)) as tar:
+            for row, members in samples.items():
+                for kind, content in members.items():
+                    info = tarfile.TarInfo(f"{row:09d}.{kind}")  # no time, no owner: equal samples, equal bytes
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+
+
+def _read_headers(path: Path) -> dict[str, str]:
+    """The global headers of a shard; none if it is not there or cannot be read."""
+    if not path.is_file():
+        return {}
+    try:
+        with tarfile.open(path, "r:") as tar:
+            return dict(tar.pax_headers)
+    except tarfile.TarError:
+        return {}
+
+
+def _write_index(path: Path, index: Mapping[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """The index of a folder that was begun."""
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"The index '{path}': expected JSON, got {error}. Remove the folder, or name another."
+        ) from error
+    if not isinstance(index, dict):
+        raise ValueError(
+            f"The index '{path}': expected an object, got {type(index).__name__}. Remove the folder, or name another."
+        )
+    return index
+
+
+def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
+        stored, now = dict(enumerate(stored)), dict(enumerate(now))
+    if isinstance(stored, dict) and isinstance(now, dict):
+        names = dict.fromkeys([*stored, *now])
+        pairs = [(f"{name}.{key}".strip("."), stored.get(key), now.get(key)) for key in names]
+        return [line for key, one, other in pairs for line in _differences(one, other, key)]
+    return [] if stored == now else [f"{name}: there {stored!r}, now {now!r}"]
+
+
+def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
+    """Claim the folder for what is to be written, or see that it was begun with the same.
+
+    Raises:
+        FileExistsError: If it holds something else.
+        ValueError: If it was begun with other rows, teachers or settings, or its index cannot be read.
+    """
+    path = output / INDEX_NAME
+    if path.is_file():
+        stored = _read_index(path)
+        different = _differences({name: stored.get(name) for name in made_from}, dict(made_from))
+        if different:
+            raise ValueError(
+                f"'{output}' was written from something else: {'; '.join(different)}. Name another output, or remove the folder."
+            )
+    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise FileExistsError(f"'{output}' exists and holds no {INDEX_NAME}. Name another output, or remove it.")
+    else:
+        _write_index(path, {**made_from, "shards": []})
+
+
+def _write_shards(
+    reinforcer: Reinforcer, output: Path, keys: Sequence[str], made_by: str, samples_per_shard: int
+) -> tuple[list[dict[str, Any]], int]:
+    """Write the shards that are not there: of each its file, number of samples and key; and how many synthetic captions all hold."""
+    state, shards, each = PartialState(), [], reinforcer.augmentations
+    starts = range(0, len(keys), samples_per_shard)
+    rows_of = [range(start, min(start + samples_per_shard, len(keys))) for start in starts]
+    hidden = not state.is_local_main_process
+    with tqdm(total=len(keys) * each, desc="Asking the teachers", unit="view", disable=hidden) as progress:
+        for number, rows in enumerate(rows_of):
+            path, key = output / f"{number:06d}.tar", combine_keys([made_by, *keys[rows.start : rows.stop]])
+            shards.append({"file": path.name, "samples": len(rows), "key": key})
+            if number % state.num_processes != state.process_index or _read_headers(path).get(KEY_HEADER) == key:
+                progress.update(len(rows) * each)
+                continue
+            samples = reinforcer.samples(rows, progress)
+            synthetic = sum(len(sample.synthetic_captions) for sample in samples)
+            packed = {row: sample.pack() for row, sample in zip(rows, samples, strict=True)}
+            _write_shard(path, {KEY_HEADER: key, SYNTHETIC_HEADER: str(synthetic)}, packed)
+    state.wait_for_everyone()
+    return shards, sum(int(_read_headers(output / shard["file"])[SYNTHETIC_HEADER]) for shard in shards)
+
+
+def _made_from(reinforcer: Reinforcer, keys: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """All that decides what is written; no name or folder does."""
+    captioner = reinforcer.captioner
+    made_from = {
+        "format": FORMAT,
+        "teachers": [
+            {name: getattr(teacher, name) for name in ("width", "logit_scale", "fingerprint")}
+            for teacher in reinforcer.teachers
+        ],
+        "settings": asdict(reinforcer.settings)
+        | {name: getattr(reinforcer, name) for name in ("augmentations", "seed", "dtype")}
+        | {**settings, "captioner": captioner and captioner.fingerprint},
+        "rows": combine_keys(keys),
+    }
+    return json.loads(json.dumps(made_from))  # as it will be read back
+
+
+def write_reinforced(
+    dataset: Dataset,
+    teachers: Sequence[ReinforcementTeacher],
+    *,
+    output: str | Path,
+    settings: AugmentationSettings,
+    synthetic_captions: str | None = None,
+    captioner: TransformersCaptioner | None = None,
+    samples_per_shard: int = 1000,
+    **options: Any,
+) -> Path:
+    """Write a dataset in DataCompDR's format; [`~modeling_dclip.data.reinforced.ReinforcedDataset`] reads the folder.
+
+    Source: [MC] dataset reinforcement; PAPERS.md, reinforced data. Deviation: none.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
+        teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.build_teacher`]. Their embeddings are stored one after
+            the other, each L2-normalised.
+        output (`str` or `Path`): Folder; new, or begun by the same call.
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn from.
+        synthetic_captions (`str`, *optional*): Column of texts or of lists of texts.
+        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`], *optional*): Writes synthetic captions of the
+            images as they are stored. Without column and captioner there are none.
+        samples_per_shard (`int`, *optional*, defaults to 1000): Images a file.
+        options: `augmentations`, `seed`, `dtype`, `batch_size`, `num_workers` of [`~modeling_dclip.data.reinforced.writer.Reinforcer`].
+
+    Returns:
+        `Path`: The index written.
+
+    Raises:
+        FileExistsError: If the folder holds something else.
+        ValueError: If an argument is wrong, the folder was begun with other rows, teachers or settings, an image cannot be read, or
+            an embedding is not finite; the message names the image.
+    """
+    if samples_per_shard < 1 or (synthetic_captions is not None and captioner is not None):
+        raise ValueError(
+            "Expected samples_per_shard of at least 1, and synthetic captions from a column or from a captioner, got "
+            f"{samples_per_shard}, {synthetic_captions!r} and {captioner!r}."
+        )
+    require_rows(len(dataset), "the dataset to reinforce")
+    captions = _texts_of(dataset, "captions")
+    synthetic = None if synthetic_captions is None else _texts_of(dataset, synthetic_captions)
+    reinforcer = Reinforcer(dataset, captions, synthetic, captioner, teachers, settings, **options)
+    keys = _sample_keys(dataset, captions, synthetic)
+    made_from = _made_from(reinforcer, keys, {"column": synthetic_captions, "samples_per_shard": samples_per_shard})
+    output, state = Path(output), PartialState()
+    if state.is_main_process:
+        _begin(output, made_from)
+    state.wait_for_everyone()
+    made_by = combine_keys([json.dumps(made_from)])
+    shards, num_synthetic = _write_shards(reinforcer, output, keys, made_by, samples_per_shard)
+    if state.is_main_process:
+        counts = {"samples": len(keys), "captions": sum(map(len, captions)), "synthetic_captions": num_synthetic}
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
+        names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
+        told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
+        _write_index(output / INDEX_NAME, made_from | told)
+    state.wait_for_everyone()
+    return output / INDEX_NAME

@@ -1,0 +1,178 @@
+"""The checks that the rows of every caption source pass, and the stable ids that tell one picture across sources.
+
+A rejected row is counted and reported by a warning that names the first ids; nothing is replaced in silence.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from datasets import Dataset, Features, Image, List, Value
+
+logger = logging.getLogger(__name__)
+
+FIRST_IDS = 5
+FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
+MISSING_MODES = ("raise", "skip")
+_FLICKR_NAME = re.compile(r"(\d+)_[0-9a-f]{6,}")
+
+
+def coco_id(value: str | int) -> str:
+    """`coco-<number>` from a COCO image id or from any of its file names.
+
+    Raises:
+        ValueError: If the value ends in no number.
+
+    Example:
+        >>> coco_id("COCO_val2014_000000391895.jpg") == coco_id("000000391895.jpg") == coco_id(391895)
+        True
+    """
+    match = re.search(r"(\d+)$", Path(str(value)).stem)
+    if match is None:
+        raise ValueError(f"Expected a COCO image id or file name that ends in a number, got {value!r}.")
+    return f"coco-{int(match[1])}"
+
+
+def flickr_id(value: str | int) -> str:
+    """`flickr-<photo id>` from the file name of Flickr30k (`<photo id>.jpg`) or Flickr8k (`<photo id>_<secret>.jpg`).
+
+    The secret is dropped because Flickr30k holds pictures of Flickr8k under the bare photo id: only so is a test
+    picture of the one found in the other. A name of another form keeps its whole stem.
+
+    Example:
+        >>> flickr_id("1000268201_693b08cb0e.jpg") == flickr_id("1000268201.jpg")
+        True
+    """
+    stem = Path(str(value)).stem
+    match = _FLICKR_NAME.fullmatch(stem)
+    return f"flickr-{match[1] if match else stem}"
+
+
+ID_RULES = {"coco": coco_id, "flickr": flickr_id}
+
+
+def first(ids: Iterable[str]) -> str:
+    """The first few ids, for a message."""
+    return ", ".join(list(ids)[:FIRST_IDS])
+
+
+def require_file(path: str | Path, what: str) -> Path:
+    """The path of a file that is there and not empty.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has 0 bytes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"The {what} '{path}' is empty (0 bytes). Download or write it again.")
+    return path
+
+
+def require_folder(path: str | Path, what: str) -> Path:
+    """The path of a folder that is there.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+    return path
+
+
+def require_unique(image_ids: Sequence[str], source: str) -> None:
+    """Refuse repeated image ids.
+
+    Raises:
+        ValueError: If an image id comes more than once; the message counts and names them.
+    """
+    if len(set(image_ids)) == len(image_ids):
+        return
+    seen: set[str] = set()
+    repeated = list(dict.fromkeys(i for i in image_ids if i in seen or seen.add(i)))
+    raise ValueError(
+        f"{len(repeated)} image ids come more than once in {source}: {first(repeated)}. "
+        "Expected one row an image with all its captions; remove the repeated rows or the overlapping source."
+    )
+
+
+def require_rows(number: int, source: str, what: str = "an image and a caption") -> None:
+    """Refuse a dataset left empty.
+
+    Raises:
+        ValueError: If `number` is 0.
+    """
+    if number == 0:
+        raise ValueError(f"No row with {what} is left of {source}. Expected at least one.")
+
+
+def clean_captions(
+    image_ids: Sequence[str], captions: Sequence[Sequence[str | None] | None], source: str
+) -> tuple[list[list[str]], list[int]]:
+    """Strip captions and leave out empty ones; a row with none left is rejected and reported.
+
+    Returns:
+        `tuple`: The captions of every row (maybe empty), and the indices of the rows to keep.
+    """
+    cleaned = [[text.strip() for text in row or () if text and text.strip()] for row in captions]
+    keep = [index for index, row in enumerate(cleaned) if row]
+    if len(keep) < len(cleaned):
+        rejected = [image_id for image_id, row in zip(image_ids, cleaned, strict=True) if not row]
+        logger.warning(
+            "%s: rejected %d images without a caption, first ids: %s", source, len(rejected), first(rejected)
+        )
+    return cleaned, keep
+
+
+def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str, missing: str) -> list[int]:
+    """Indices of the rows whose image file is there. Folders are listed once, so a hundred thousand files are quick.
+
+    Raises:
+        FileNotFoundError: If a file is missing and `missing` is `"raise"`.
+        ValueError: If `missing` is neither `"raise"` nor `"skip"`.
+    """
+    if missing not in MISSING_MODES:
+        raise ValueError(f"Expected missing to be one of {MISSING_MODES}, got {missing!r}.")
+    listed: dict[str, set[str]] = {}
+    for path in paths:
+        folder = os.path.dirname(path)
+        if folder not in listed:
+            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+    keep = [i for i, path in enumerate(paths) if os.path.basename(path) in listed[os.path.dirname(path)]]
+    absent = sorted(set(range(len(paths))) - set(keep))
+    if absent:
+        examples = ", ".join(f"{image_ids[i]} ('{paths[i]}')" for i in absent[:FIRST_IDS])
+        message = f"{source}: {len(absent)} of {len(paths)} image files are missing, first: {examples}"
+        if missing == "raise":
+            raise FileNotFoundError(f"{message}. Fix the image folder, or add ',missing=skip' to leave them out.")
+        logger.warning("%s; left out", message)
+    return keep
+
+
+def build_rows(
+    image_ids: list[str], paths: list[Path], captions: list[list[str]], source: str, missing: str
+) -> Dataset:
+    """Check the rows and make the dataset; images stay paths until they are read.
+
+    Raises:
+        FileNotFoundError: If an image file is missing and `missing` is `"raise"`.
+        ValueError: If an image id is repeated or no row is left.
+    """
+    require_unique(image_ids, source)
+    cleaned, keep = clean_captions(image_ids, captions, source)
+    image_ids, paths, captions = ([column[i] for i in keep] for column in (image_ids, paths, cleaned))
+    there = existing_images(image_ids, paths, source, missing)
+    require_rows(len(there), source)
+    return Dataset.from_dict(
+        {
+            "image_id": [image_ids[i] for i in there],
+            "image": [str(paths[i]) for i in there],
+            "captions": [captions[i] for i in there],
+        },
+        features=FEATURES,
+    )

@@ -1,0 +1,87 @@
+"""What differs between families of dual encoders: how each reads text, and what its features are."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+# Trained on texts padded to one length, with the padding attended to: less of it, or a mask, would change the embedding.
+READ_PADDING = ("siglip", "siglip2")
+# Count positions from the padding token's id on, so that as many of them are no places of a text.
+COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
+
+
+def projected(output: Any) -> torch.Tensor:
+    """The shared-space vectors in what `get_*_features` returned: a tensor, or an output object of transformers.
+
+    Returns:
+        `torch.Tensor` of shape `(B, D)`: As they are, not normalised.
+
+    Raises:
+        TypeError: If there is not one vector a row, as of models that embed every token.
+    """
+    embeds = output if isinstance(output, torch.Tensor) else output.pooler_output
+    if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2:
+        got = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
+        raise TypeError(
+            f"Expected one embedding a row, (B, D), from a dual encoder, got {got}. This model has no such space."
+        )
+    return embeds
+
+
+def longest_text(model: torch.nn.Module, tokenizer: Any) -> int:
+    """Tokens of the longest text that model and tokenizer take, BOS and EOS included."""
+    config = getattr(model.config, "text_config", None)
+    positions = getattr(config, "max_position_embeddings", 1 << 30)
+    if getattr(config, "model_type", None) in COUNT_FROM_PADDING:
+        positions -= config.pad_token_id + 1
+    return min(tokenizer.model_max_length, positions)
+
+
+def tokenize_texts(
+    model: torch.nn.Module, processor: Any, texts: Sequence[str], *, max_length: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Texts as the model reads them; one too long is cut, its end token kept, and counted in a warning.
+
+    SigLIP and SigLIP 2 read texts padded to their full length, without a mask, as in training; open_clip pads by itself; every other
+    model gets a batch padded to its longest text, and a mask.
+
+    Args:
+        model (`torch.nn.Module`): With `config`.
+        processor: The model's processor, or its tokenizer alone.
+        texts (`Sequence[str]`): B texts.
+        max_length (`int`, *optional*): Cut here, if the model takes more, and silently; without effect on models that read one
+            length only.
+
+    Returns:
+        `dict[str, torch.Tensor]`: What to call `get_text_features` with: `input_ids` `(B, T)` and, where it is read, `attention_mask`;
+            on the CPU.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    longest, texts = longest_text(model, tokenizer), list(texts)
+    fixed = model.config.model_type in READ_PADDING
+    if max_length is not None and not fixed:
+        longest = min(longest, max_length)
+    options = {"padding": "max_length" if fixed else True, "padding_side": "right", "return_attention_mask": True}
+    tokens = tokenizer(texts, truncation=True, max_length=longest, return_tensors="pt", **options)
+    if max_length is None and "attention_mask" in tokens:  # open_clip's tokenizer has none, and cuts by itself
+        _report_cut(tokenizer, texts, tokens["attention_mask"], longest)
+    names = ("input_ids",) if fixed else ("input_ids", "attention_mask")
+    return {name: tokens[name] for name in names if name in tokens}
+
+
+def _report_cut(tokenizer: Any, texts: list[str], mask: torch.Tensor, longest: int) -> None:
+    full = (mask.sum(dim=1) >= longest).nonzero()[:, 0].tolist()
+    if not full:
+        return
+    whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, verbose=False)["input_ids"]
+    cut = [row for row, ids in zip(full, whole, strict=True) if len(ids) > longest]
+    if cut:
+        logger.warning(
+            "%d of %d texts exceed %d tokens and are cut there, end token kept; first: %r...",
+            *(len(cut), len(texts), longest, texts[cut[0]][:60]),
+        )

@@ -1,0 +1,186 @@
+"""Models of the package open_clip_torch behind the interface of a dual encoder of transformers, with their own preprocessing.
+
+Nothing is done a second way: images go through open_clip's own transform for inference, texts through its own tokenizer, padded to the
+length the model was trained with.
+
+| spec | what |
+|---|---|
+| `open_clip:NAME:PRETRAINED` | a built-in architecture; `PRETRAINED` is a tag of open_clip or a file of weights |
+| `open_clip:hf-hub:ORGANISATION/REPOSITORY` | architecture and weights of a repository of the Hub |
+| `open_clip:local-dir:FOLDER` | the same, of a folder with `open_clip_config.json` |
+"""
+
+import difflib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import BatchEncoding, BatchFeature
+
+from modeling_dclip.encoders.fingerprints import fingerprint_model
+
+OPEN_CLIP = "open_clip:"
+HOLD_BOTH = ("hf-hub", "local-dir")  # names of places that hold architecture and weights
+NAMED = 5  # of names in a message
+
+
+class OpenClipImageProcessor:
+    """A transform of open_clip, called as an image processor.
+
+    Args:
+        transform (`Callable`): From one image to `(3, H, W)`; it converts to RGB itself.
+    """
+
+    backend = "open_clip"
+    do_convert_rgb = True
+    model_input_names = ("pixel_values",)
+
+    def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
+        self.transform = transform
+
+    def __call__(
+        self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt", **kwargs: Any
+    ) -> BatchFeature:
+        """`pixel_values` `(B, 3, H, W)`."""
+        images = [images] if isinstance(images, Image.Image) else images
+        return BatchFeature({"pixel_values": torch.stack([self.transform(image) for image in images])})
+
+
+class OpenClipTokenizer:
+    """A tokenizer of open_clip, called as one of transformers.
+
+    Args:
+        tokenizer (`Callable`): From texts to `(B, T)`, each cut or padded to the T it was trained with.
+    """
+
+    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor]):
+        self.tokenizer = tokenizer
+        self.model_max_length = tokenizer([""]).shape[1]
+
+    def __call__(self, text: str | Sequence[str], return_tensors: str = "pt", **kwargs: Any) -> BatchEncoding:
+        """`input_ids` `(B, T)`. There is no mask: the model reads every place. Padding and length are not for the caller to say."""
+        return BatchEncoding({"input_ids": self.tokenizer([text] if isinstance(text, str) else list(text))})
+
+
+class OpenClipProcessor:
+    """Both of them, as one processor.
+
+    Args:
+        image_processor ([`OpenClipImageProcessor`]): For images.
+        tokenizer ([`OpenClipTokenizer`]): For texts.
+    """
+
+    def __init__(self, image_processor: OpenClipImageProcessor, tokenizer: OpenClipTokenizer):
+        self.image_processor, self.tokenizer = image_processor, tokenizer
+
+    def __call__(self, images: Any = None, text: Any = None, **kwargs: Any) -> BatchFeature:
+        """`pixel_values` of images, `input_ids` of texts."""
+        features = BatchFeature({})
+        if images is not None:
+            features.update(self.image_processor(images))
+        if text is not None:
+            features.update(self.tokenizer(text))
+        return features
+
+
+class OpenClipDualEncoder(nn.Module):
+    """A model of open_clip with the methods of a dual encoder of transformers.
+
+    Args:
+        model (`nn.Module`): With `encode_image` and `encode_text`.
+        name (`str`): Of the architecture.
+        context_length (`int`): Tokens it reads.
+    """
+
+    def __init__(self, model: nn.Module, name: str, context_length: int):
+        super().__init__()
+        self.model = model
+        text_config = SimpleNamespace(model_type="open_clip_text", max_position_embeddings=context_length)
+        self.config = SimpleNamespace(model_type="open_clip", name=name, text_config=text_config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def logit_scale(self) -> torch.Tensor:
+        """As trained; a logarithm."""
+        return self.model.logit_scale
+
+    def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """`(B, D)`; whether normalised is the model's affair."""
+        return self.model.encode_image(pixel_values)
+
+    def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """`(B, D)` as above; the mask is ignored, as open_clip reads every place."""
+        return self.model.encode_text(input_ids)
+
+
+def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
+    """Load a model with its weights, in float32 on the CPU, in eval mode.
+
+    Args:
+        spec (`str`): See the table above.
+
+    Returns:
+        `tuple`: The model and its processor.
+
+    Raises:
+        ImportError: If the package is not installed.
+        FileNotFoundError: If a folder of weights is missing.
+        ValueError: If the spec has another form, open_clip knows no such name or tag, or the weights do not load whole.
+    """
+    name, _, pretrained = spec.removeprefix(OPEN_CLIP).partition(":")
+    if not name or not pretrained:
+        raise ValueError(f"Expected {OPEN_CLIP}NAME:PRETRAINED, got {spec}. A tag or a file names the weights.")
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"{spec} needs the package: pip install open_clip_torch") from error
+    if name in HOLD_BOTH:
+        name, pretrained = f"{name}:{pretrained}", None
+    else:
+        _check_names(open_clip, name, pretrained, spec)
+    try:
+        model, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained, precision="fp32")
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected whole weights of the architecture {name!r}, got none that load with {spec}: {error}"
+        ) from error
+    tokenizer = OpenClipTokenizer(open_clip.get_tokenizer(name))
+    encoder = OpenClipDualEncoder(model, name, tokenizer.model_max_length).eval()
+    return encoder, OpenClipProcessor(OpenClipImageProcessor(transform), tokenizer)
+
+
+def _check_names(open_clip: Any, name: str, pretrained: str, spec: str) -> None:
+    known = open_clip.list_models()
+    if name.replace("/", "-") not in known:
+        near = difflib.get_close_matches(name, known, NAMED) or known[:NAMED]
+        raise ValueError(
+            f"Expected an architecture that open_clip knows, got {name!r} in {spec}. Near it: {', '.join(near)}; all: "
+            "open_clip.list_models()."
+        )
+    tags = open_clip.list_pretrained_tags_by_model(name.replace("/", "-"))
+    if pretrained.lower().replace("-", "_") not in tags and not Path(pretrained).is_file():
+        raise ValueError(
+            f"Expected a file of weights or one of the tags {tags or 'none'} of {name}, got {pretrained!r} in {spec}."
+        )
+
+
+def fingerprint_open_clip(model: OpenClipDualEncoder, processor: OpenClipProcessor | None = None) -> str:
+    """A key of the weights alone or, with the processor, of what the pair computes. Hexadecimal SHA-256."""
+    settings = {}
+    if processor is not None:
+        settings = {"name": model.config.name, "transform": repr(processor.image_processor.transform)}
+    described = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: settings), state_dict=model.model.state_dict)
+    return fingerprint_model(described)

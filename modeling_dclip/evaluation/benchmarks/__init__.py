@@ -1,0 +1,1 @@
+"""What a model is measured on: one module a kind of benchmark; `kinds` lists them."""

@@ -1,0 +1,298 @@
+"""What a call costs: time beside its rivals on the same machine, operations, memory, and how that grows with the input.
+
+What measures takes calls without arguments, so that a model, a compiled one and an ONNX session are measured alike.
+[`evaluate_efficiency`] is the benchmark of one dual encoder.
+"""
+
+import json
+import math
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import modeling_dclip.selective_scan  # noqa: F401  registers its operators
+from modeling_dclip.encoders.families import projected, tokenize_texts
+from modeling_dclip.encoders.loading import require_dual_encoder
+
+Call = Callable[[], Any]
+MIB = 2**20
+SCAN_FLOPS = 9  # for each position, channel and state: the usual count
+MIN_MS = 20.0  # a shorter call is repeated to fill it, beside which the clock's own cost is nothing
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and range.
+
+    Example:
+        >>> spread([9.0, 1.0, 2.0])
+        {'median': 2.0, 'min': 1.0, 'max': 9.0}
+    """
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def interleaved_times(
+    calls: Mapping[str, Call],
+    *,
+    rounds: int,
+    warmups: int = 1,
+    max_seconds: float = math.inf,
+    min_ms: float = 0.0,
+    device: str | torch.device = "cpu",
+) -> dict[str, list[dict[str, float]]]:
+    """Time several calls in turns, so that all see the same machine; a ratio within a round cancels its load.
+
+    Each round starts one call further on, so that none always follows the same one.
+
+    Args:
+        calls (`Mapping[str, Callable]`): By name.
+        rounds (`int`): Measured, at least 1.
+        warmups (`int`, *optional*, defaults to 1): Rounds before that are not kept.
+        max_seconds (`float`, *optional*): No further round starts after so long; three are always measured, if asked for.
+        min_ms (`float`, *optional*, defaults to 0): Calls shorter than this are repeated to fill it, and averaged.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): On CUDA the clock waits for the device after each call.
+
+    Returns:
+        `dict[str, list[dict]]`: For each name and round `latency_ms`, by the wall clock, and `cpu_ms`, of all threads of the
+            process: on a busy machine the second moves less.
+
+    Raises:
+        ValueError: If there is no call or no round.
+    """
+    if not calls or rounds < 1:
+        raise ValueError(f"Expected one or more calls and rounds, got {len(calls)} calls and {rounds} rounds.")
+    device = torch.device(device)
+    names, repeats = list(calls), dict.fromkeys(calls, 1)
+    times: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    start = time.perf_counter()
+    for index in range(-warmups, rounds):
+        if index >= 3 and time.perf_counter() - start > max_seconds:
+            break
+        for place in range(len(names)):
+            name = names[(index + place) % len(names)]
+            taken = _time(calls[name], repeats[name], device)
+            if index >= 0:
+                times[name].append(taken)
+            if index < 0:
+                repeats[name] = max(1, math.ceil(min_ms / max(taken["latency_ms"], 1e-3)))
+    return times
+
+
+def _time(call: Call, repeats: int, device: torch.device) -> dict[str, float]:
+    _wait(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    for _ in range(repeats):
+        call()
+        _wait(device)
+    return {
+        "latency_ms": 1000 * (time.perf_counter() - wall) / repeats,
+        "cpu_ms": 1000 * (time.process_time() - cpu) / repeats,
+    }
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def count_flops(call: Call, formulas: Mapping[Any, Callable[..., int]] | None = None) -> int:
+    """Count the floating-point operations of matrix products and convolutions, a multiplication and an addition as two.
+
+    Attention is counted through its plain form, `nn.MultiheadAttention` of eval mode too. Operators that PyTorch has no formula for
+    (the selective scan is one) count as nothing: give their formulas, or add them.
+
+    Args:
+        call (`Callable`): Runs eager PyTorch.
+        formulas (`Mapping`, *optional*): Operations of further operators of `torch.ops`, from the shapes of their arguments.
+
+    Returns:
+        `int`
+
+    Example:
+        >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
+        48
+    """
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one fused operator, which the counter does not know
+    try:
+        counter = FlopCounterMode(display=False, custom_mapping=dict(formulas or {}))
+        with sdpa_kernel(SDPBackend.MATH), counter:
+            call()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    return counter.get_total_flops()
+
+
+def _scan_flops(x: Sequence[int], delta: Sequence[int], A: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    batch, channels, length = x
+    return SCAN_FLOPS * batch * channels * length * A[1]
+
+
+def scan_formulas() -> dict[Any, Callable[..., int]]:
+    """Formulas for [`count_flops`] of this package's selective scans, wherever they run."""
+    operators = torch.ops.modeling_dclip_selective_scan
+    names = ("chunked", "triton")  # the second only where Triton is
+    return {getattr(operators, name): _scan_flops for name in names if hasattr(operators, name)}
+
+
+def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
+    """Measure how much memory of tensors a call needs at once beyond what was there before: its activations and buffers.
+
+    Args:
+        call (`Callable`): Runs eager PyTorch; it ran before, so that nothing is set up for the first time.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where its tensors live.
+
+    Returns:
+        `float`: Of PyTorch's allocator, not of the process. Exact, and the same at each call.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        _wait(device)
+        return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    changes = [event for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(changes, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak / MIB
+
+
+def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
+    """Fit `cost = a * size ** exponent` by least squares between the logarithms.
+
+    Args:
+        sizes (`Sequence[float]`): For images their pixels, width times height. Two or more different ones, > 0.
+        costs (`Sequence[float]`): One for each, > 0.
+
+    Returns:
+        `float`: 1 is linear growth.
+
+    Raises:
+        ValueError: If counts differ, there are fewer than two sizes, or a number is not positive.
+
+    Example:
+        >>> round(growth_exponent([1, 2, 4], [3, 12, 48]), 6)
+        2.0
+    """
+    if len(sizes) != len(costs) or len(set(sizes)) < 2 or min(*sizes, *costs) <= 0:
+        raise ValueError(f"Expected two or more positive sizes with a positive cost each, got {sizes} and {costs}.")
+    xs, ys = [math.log(size) for size in sizes], [math.log(cost) for cost in costs]
+    return statistics.linear_regression(xs, ys).slope
+
+
+def _repeated(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch.Tensor]:
+    return {name: tensor.repeat(count, *[1] * (tensor.ndim - 1)) for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+def evaluate_efficiency(
+    model: torch.nn.Module,
+    processor: Any,
+    *,
+    device: torch.device | str | None = None,
+    batch_sizes: Sequence[int] = (1, 32),
+    rounds: int = 10,
+    max_seconds: float = 60.0,
+    text_tokens: int = 77,
+) -> dict[str, Any]:
+    """Measure what embedding costs, from tensors on the device to embeddings: reading, resizing and tokenizing are not part of it.
+
+    Image and text take turns, each warmed up. The text fills `text_tokens`, as in published latencies: models that pad by themselves
+    take as long for a short one. Times move with the machine's load, so compare those of one quiet machine, by their spread.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder, in its own precision. Evaluated in `eval` mode; its mode is restored.
+        processor: Its processor: it makes the inputs, of the model's own size.
+        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if not given.
+        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): Latency is of the smallest, throughput of the largest.
+        rounds (`int`, *optional*, defaults to 10): Measured, of either.
+        max_seconds (`float`, *optional*, defaults to 60): No further round starts after so long; three are always measured.
+        text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads.
+
+    Returns:
+        `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`, `text_throughput_per_s`;
+            `parameters_millions` of both towers; `image_gflop` of one image, as [`count_flops`] counts; `peak_memory_mib` of weights and
+            activations while a largest batch of images is embedded; `n`, rounds; `spread`, of each time its median, min and max;
+            `measured_with`, what the numbers depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
+
+    Raises:
+        TypeError: If the model is no dual encoder.
+        ValueError: If a batch size or the rounds are below 1.
+    """
+    require_dual_encoder(model)
+    small, large = min(batch_sizes), max(batch_sizes)
+    if small < 1:
+        raise ValueError(f"Expected batch sizes of at least 1, got {batch_sizes}.")
+    device = torch.device(device) if device is not None else model.device
+    training = model.training
+    model.to(device).eval()
+    try:
+        image, text = _one_of_each(model, processor, device, text_tokens)
+        calls = {}
+        for count in (small, large):
+            images, texts = _repeated(image, count), _repeated(text, count)
+            calls[count] = {
+                "image": lambda images=images: projected(model.get_image_features(**images)),
+                "text": lambda texts=texts: projected(model.get_text_features(**texts)),
+            }
+        timing = {"rounds": rounds, "max_seconds": max_seconds, "min_ms": MIN_MS, "device": device, "warmups": 2}
+        latencies = interleaved_times(calls[small], **timing)
+        batches = latencies if small == large else interleaved_times(calls[large], **timing)
+        flops = count_flops(lambda: model.get_image_features(**image), scan_formulas())
+        activations_mib = peak_memory_mib(calls[large]["image"], device)
+    finally:
+        model.train(training)
+    spreads = {f"{kind}_latency_ms": spread([taken["latency_ms"] for taken in latencies[kind]]) for kind in latencies}
+    for kind, times in batches.items():
+        spreads[f"{kind}_throughput_per_s"] = spread([1000 * large / taken["latency_ms"] for taken in times])
+    tensors = [*model.parameters(), *model.buffers()]
+    weights_mib = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / MIB
+    return {
+        **{name: found["median"] for name, found in spreads.items()},
+        "parameters_millions": sum(parameter.numel() for parameter in model.parameters()) / 1e6,
+        "image_gflop": flops / 1e9,
+        "peak_memory_mib": weights_mib + activations_mib,
+        "n": len(latencies["image"]),
+        "spread": spreads,
+        "measured_with": {
+            "device": device.type,
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "batch_sizes": [small, large],
+            "image_shape": list(image["pixel_values"].shape[1:]),
+            "text_tokens": text["input_ids"].shape[1],
+            "torch_threads": torch.get_num_threads(),
+        },
+    }
+
+
+def _one_of_each(
+    model: torch.nn.Module, processor: Any, device: torch.device, text_tokens: int
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Inputs of one image, of noise, and of one text, which is cut: no model is faster for what they hold."""
+    image_processor = getattr(processor, "image_processor", processor)
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
+    made = image_processor(images=noise, return_tensors="pt")
+    image = {name: made[name].to(device) for name in image_processor.model_input_names}
+    image["pixel_values"] = image["pixel_values"].to(model.dtype)
+    words = ["a photo of a dog " * (1 + text_tokens // 5)]
+    text = tokenize_texts(model, processor, words, max_length=text_tokens)
+    return image, {name: tensor.to(device) for name, tensor in text.items()}

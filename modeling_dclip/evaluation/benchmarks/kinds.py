@@ -1,0 +1,258 @@
+"""Benchmarks by name: load the data once, evaluate any number of models on it, keep what a results record needs."""
+
+import hashlib
+import inspect
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from transformers.utils import logging
+
+from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.columns import dataset_fingerprint
+from modeling_dclip.data.labels import SOURCES as LABELLED_SOURCES
+from modeling_dclip.data.labels import classification_split, load_classification
+from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.questions import load_fine_grained
+from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.evaluation.benchmarks.diagnostics import evaluate_diagnostics
+from modeling_dclip.evaluation.benchmarks.efficiency import evaluate_efficiency
+from modeling_dclip.evaluation.benchmarks.fine_grained import evaluate_fine_grained, questions_fingerprint
+from modeling_dclip.evaluation.benchmarks.hessian import evaluate_hessian
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
+from modeling_dclip.evaluation.benchmarks.suite import expand_suite
+from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, evaluate_zero_shot
+from modeling_dclip.evaluation.records import environment, make_record
+from modeling_dclip.evaluation.statistics import bootstrap_outcomes
+
+logger = logging.get_logger(__name__)
+
+NO_DATA = "none"  # fingerprint of a benchmark that reads no data
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How to evaluate.
+
+    Attributes:
+        seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`, and of what an evaluation draws.
+        batch_size (`int`, *optional*, defaults to 64): Images at a time; no metric depends on it.
+        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
+        num_workers (`int`, *optional*, defaults to 0): Processes that decode images.
+        class_names, templates (`Sequence[str]`, *optional*): Of `zero_shot`, in place of the data's own.
+        classifiers ([`ClassifierCache`], *optional*): Of `zero_shot`; by default one in memory.
+        index (`str`, *optional*): Of `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
+        hessian (`Mapping[str, str]`, *optional*): Of `hessian`: keyword arguments of [`evaluate_hessian`] as texts, such as `tower`.
+    """
+
+    seed: int = 0
+    batch_size: int = 64
+    device: torch.device | str | None = None
+    num_workers: int = 0
+    class_names: Sequence[str] | None = None
+    templates: Sequence[str] | None = None
+    classifiers: ClassifierCache = field(default_factory=ClassifierCache)
+    index: str | None = None
+    hessian: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def computing(self) -> dict[str, Any]:
+        """What every evaluation takes."""
+        return {"batch_size": self.batch_size, "device": self.device, "num_workers": self.num_workers}
+
+
+class Benchmark(NamedTuple):
+    """A loaded benchmark: `evaluate(model, processor)` gives its metrics. `settings` is what else they depend on."""
+
+    name: str
+    split: str | None
+    fingerprint: str
+    evaluate: Callable[[torch.nn.Module, Any], dict[str, Any]]
+    settings: dict[str, Any]
+
+
+def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
+    """The split a spec names, or the default; `None` where the source has no splits."""
+    source, fields, *_ = parse_spec(spec, sources, counted=True)
+    bound = inspect.signature(source.build).bind(*fields)
+    bound.apply_defaults()
+    return bound.arguments.get("split")
+
+
+def _short_hash(content: Any) -> str:
+    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+
+
+def _load_retrieval(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index, **options.computing)
+    settings = {"index": options.index} if options.index else {}
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, settings)
+
+
+def _load_zero_shot(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    loaded = load_classification(spec)
+    names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
+    prompts = {"class_names": list(names), "templates": list(templates), "classifiers": options.classifiers}
+    evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts, **options.computing)
+    settings = {"prompts": _short_hash([list(names), list(templates)])}
+    return Benchmark(name, classification_split(spec), dataset_fingerprint(loaded.dataset), evaluate, settings)
+
+
+def _load_fine_grained(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_fine_grained(spec)
+    fingerprint = dataset_fingerprint(dataset)
+    settings = {"questions": questions_fingerprint(dataset)}
+    evaluate = partial(evaluate_fine_grained, dataset=dataset, **options.computing)
+    return Benchmark(name, split_of(spec, QUESTION_SOURCES), fingerprint, evaluate, settings)
+
+
+def _load_diagnostics(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_diagnostics, dataset=dataset, **options.computing)
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, {})
+
+
+def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    if given := sorted({"seed", *options.computing} & set(options.hessian)):
+        raise ValueError(
+            f"Expected options of the Hessian alone, got {given[0]!r}. Every benchmark has it: use --{given[0]}."
+        )
+    chosen = bind_options(evaluate_hessian, options.hessian, "the Hessian's options")
+    dataset = load_captions(spec, seed=options.seed)
+    evaluate = partial(evaluate_hessian, dataset=dataset, seed=options.seed, **options.computing, **chosen)
+    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, chosen)
+
+
+def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+    if spec:
+        raise ValueError(f"Expected 'efficiency' without a spec, as it reads no data, got {spec!r}.")
+    machine = {"machine": _short_hash(environment()[1])}  # times of another one are not kept
+    return Benchmark(kind_of(name), None, NO_DATA, partial(evaluate_efficiency, device=options.device), machine)
+
+
+class Kind(NamedTuple):
+    """A kind of benchmark: the spec it takes by default, what loads one, the forms of its specs, and what it measures."""
+
+    default_spec: str
+    load: Callable[[str, str, EvaluationOptions], Benchmark]
+    forms: str
+    help: str
+
+
+def _forms(sources: Mapping[str, Source]) -> str:
+    return ", ".join(source.form for source in sources.values())
+
+
+_CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})  # these have none
+KINDS = {
+    "retrieval": Kind("scenes:test", _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"),
+    "diagnostics": Kind("scenes:test", _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"),
+    "hessian": Kind("scenes:test", _load_hessian, _CAPTIONED, "largest Hessian eigenvalues of the contrastive loss"),
+    "zero_shot": Kind(
+        "scenes:test",
+        _load_zero_shot,
+        f"{_forms(LABELLED_SOURCES)}, suite:ROOT[:SPLIT]",
+        "top-1, top-5, mean per class; mean average precision where images have several labels",
+    ),
+    "fine_grained": Kind(
+        "scenes:test", _load_fine_grained, _forms(QUESTION_SOURCES), "the true caption before false ones, by category"
+    ),
+    "efficiency": Kind("", _load_efficiency, "", "latency, throughput, parameters, operations, memory"),
+}
+
+
+def describe_kinds() -> str:
+    """Say of every kind what it measures and which specs it takes, for a command's help."""
+    lines, last = [], None
+    for name, kind in KINDS.items():
+        lines.append(f"  {name}{'[=SPEC]' * bool(kind.forms)}: {kind.help}.")
+        if kind.forms and kind.forms != last:
+            specs = f"SPEC is {kind.forms}; {kind.default_spec} by default."
+            lines += textwrap.wrap(specs, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
+        elif kind.forms:
+            lines.append("    SPEC as above.")
+        last = kind.forms
+    return "\n".join(lines)
+
+
+def kind_of(benchmark: str) -> str:
+    """The kind in `KIND[=SPEC]`.
+
+    Raises:
+        ValueError: If there is no such kind; the known ones are listed.
+    """
+    kind = benchmark.partition("=")[0]
+    if kind not in KINDS:
+        known = ", ".join(f"{name}[=SPEC]" for name in KINDS)
+        raise ValueError(f"unknown benchmark {kind!r}; known benchmarks: {known}")
+    return kind
+
+
+def expand_benchmark(benchmark: str) -> list[str]:
+    """Take `zero_shot=suite:ROOT` apart into its sets; any other benchmark is alone. Sets that are not there are named in a warning.
+
+    Raises:
+        FileNotFoundError, ValueError: As in [`~modeling_dclip.evaluation.benchmarks.suite.expand_suite`].
+    """
+    kind, _, spec = benchmark.partition("=")
+    if kind != "zero_shot" or not spec.startswith("suite:"):
+        return [benchmark]
+    members = expand_suite(spec)
+    if members.absent:
+        names = ", ".join(members.absent)
+        logger.warning("%s: %d sets are not there and left out: %s", spec, len(members.absent), names)
+    return [f"zero_shot={member}" for member in members.specs.values()]
+
+
+def load_benchmark(benchmark: str, **options: Any) -> Benchmark:
+    """Load a benchmark's data.
+
+    Args:
+        benchmark (`str`): `KIND[=SPEC]`, of [`KINDS`].
+        options: Fields of [`EvaluationOptions`].
+
+    Returns:
+        [`Benchmark`]
+
+    Raises:
+        ValueError: If the kind or the spec is unknown.
+    """
+    kind = kind_of(benchmark)
+    spec = benchmark.partition("=")[2] or KINDS[kind].default_spec
+    return KINDS[kind].load(f"{kind}={spec}", spec, EvaluationOptions(**options))
+
+
+def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
+    """A results record of one model on one benchmark.
+
+    Args:
+        benchmark ([`Benchmark`]): What was measured.
+        result (`dict`): From its `evaluate`: the floats are the metrics; `outcomes` become intervals over images.
+        fields: Those of [`~modeling_dclip.evaluation.records.make_record`] that the two do not know.
+
+    Returns:
+        `dict[str, Any]`: Valid for [`~modeling_dclip.evaluation.records.write_results`].
+    """
+    intervals = None
+    outcomes = result.get("outcomes")
+    if outcomes and len(next(iter(outcomes.values()))) > 1:  # one image, whatever is asked of it, has no interval
+        found = bootstrap_outcomes(outcomes, seed=fields.get("seed", 0))
+        intervals = {name: interval.to_dict() for name, interval in found.items()}
+    return make_record(
+        benchmark=benchmark.name,
+        metrics={name: value for name, value in result.items() if isinstance(value, float)},
+        n=result["n"],
+        n_captions=result.get("n_captions"),
+        split=benchmark.split,
+        dataset_fingerprint=benchmark.fingerprint,
+        intervals=intervals,
+        chance=result.get("chance"),
+        spread=result.get("spread"),
+        hardware=environment()[1] | result.get("measured_with", {}),
+        **fields,
+    )

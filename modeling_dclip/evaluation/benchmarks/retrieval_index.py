@@ -1,0 +1,262 @@
+"""Approximate ranks for sets too large to compare everything with everything: a FAISS index, and what it misses.
+
+Unless another is named, the index is an inverted file (IVF) with exact vectors: images or captions are sorted into cells by k-means, and
+a query looks into the cells nearest to it. It is chosen over a graph (HNSW) because it is built in a fraction of the time, and because
+the number of cells, set after building, goes all the way to exact search: queries of one kind lie far from the answers of the other
+(the modality gap), so how many cells are needed has to be measured. It is, on queries that the report then does not use.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import torch
+
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
+    TIE_TOLERANCE,
+    RetrievalRanks,
+    check_embeddings,
+    full_float32,
+    rank_within_group,
+    unit_rows,
+)
+
+NOT_FOUND = torch.iinfo(torch.long).max  # rank of what the index did not return
+_QUERIES, _ROWS = 4096, 65536  # at a time
+_TRAINING_ROWS = 1 << 20  # for k-means, of which FAISS takes 256 a cell
+_LEAST_CELLS, _POINTS_PER_CELL = (
+    16,
+    39,
+)  # FAISS warns of fewer points for k-means; with fewer cells a scan of all is as fast
+
+
+class _Search(NamedTuple):
+    """Unit vectors to ask with and to find, and whom each belongs to."""
+
+    queries: torch.Tensor
+    items: torch.Tensor
+    owner_of_query: torch.Tensor
+    owner_of_item: torch.Tensor
+
+
+def find_faiss(index: str) -> ModuleType:
+    """Import FAISS for an index that was asked for.
+
+    Args:
+        index (`str`): `"faiss"` or `"faiss:FACTORY"`.
+
+    Raises:
+        ImportError: If `faiss-cpu` is not installed.
+        ValueError: If the index is of another kind.
+    """
+    kind, separator, factory = index.partition(":")
+    if kind != "faiss" or bool(separator) != bool(factory):
+        raise ValueError(f"Expected the index 'faiss' or 'faiss:FACTORY', such as 'faiss:HNSW32', got {index!r}.")
+    try:
+        import faiss
+    except ImportError as error:
+        raise ImportError(
+            f"Expected faiss-cpu for the index {index!r}, got no such package. Install it with `pip install modeling_dclip[index]`, or "
+            f"leave the index out: exact search needs little memory, only more time."
+        ) from error
+    return faiss
+
+
+@torch.no_grad()
+def approximate_ranks(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    image_of_caption: torch.Tensor,
+    *,
+    index: str = "faiss",
+    ks: Sequence[int] = (1, 5, 10),
+    depth: int = 100,
+    target_recall: float = 0.99,
+    sample: int = 1000,
+    seed: int = 0,
+) -> tuple[RetrievalRanks, dict[str, float]]:
+    """Rank relevant pairs among the answers of an index, and measure the index against exact search.
+
+    What the index does not return is not found, whatever its similarity; ties among what it returns count against the model.
+
+    Args:
+        image_embeds, text_embeds, image_of_caption: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
+        index (`str`, *optional*, defaults to `"faiss"`): That is an inverted file of about 4 * sqrt(n) cells, or a scan of all where there
+            are too few vectors for one. `"faiss:FACTORY"` takes an index of FAISS's `index_factory`, e.g. `"faiss:HNSW32"`.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Where to measure the index.
+        depth (`int`, *optional*, defaults to 100): Answers to ask for, at least the largest cut-off.
+        target_recall (`float`, *optional*, defaults to 0.99): Share of the exact first `max(ks)` answers that is enough, in (0, 1]: the
+            effort of an inverted file or a graph is doubled until it is reached on a sample of queries.
+        sample (`int`, *optional*, defaults to 1000): Queries to tune with, and as many others to report on (or half of them each).
+        seed (`int`, *optional*, defaults to 0): Of the sample, and of what cells are made from.
+
+    Returns:
+        `tuple`: [`RetrievalRanks`] in which [`NOT_FOUND`] stands for what was not returned, and
+        `{text_to_image,image_to_text}_index_recall@k`: the share of the exact first k answers that is among the index's first k, by the
+        queries that the effort was not tuned on. An answer as similar as the exact k-th counts.
+
+    Raises:
+        ImportError: If `faiss-cpu` is not installed.
+        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.check_embeddings`]; also if an argument is out of range, or FAISS
+            refuses the factory.
+    """
+    faiss = find_faiss(index)
+    check_embeddings(image_embeds, text_embeds, image_of_caption)
+    if not ks or min(ks) < 1 or max(ks) > depth:
+        raise ValueError(f"Expected cut-offs from 1 to the depth {depth}, got {tuple(ks)}.")
+    if not 0 < target_recall <= 1 or sample < 1:
+        raise ValueError(f"Expected target_recall in (0, 1] and sample >= 1, got {target_recall} and {sample}.")
+    images, texts, owners = image_embeds.cpu(), text_embeds.cpu(), image_of_caption.long().cpu()
+    factory = index.partition(":")[2]
+    own = torch.arange(len(images))
+    searches = {
+        "text_to_image": _Search(texts, images, owners, own),
+        "image_to_text": _Search(images, texts, own, owners),
+    }
+    ranks, recalls = {}, {}
+    for direction, search in searches.items():
+        order = torch.randperm(len(search.queries), generator=torch.Generator().manual_seed(seed))
+        half = max(1, min(sample, len(order) // 2))
+        built = build_faiss_index(faiss, search.items, factory, seed)
+        _tune(faiss, built, search, order[:half], max(ks), target_recall)
+        found = _shares_found(built, search, order[-half:], ks)
+        recalls |= {f"{direction}_index_recall@{k}": share for k, share in zip(ks, found, strict=True)}
+        ranks[direction] = torch.full_like(owners, NOT_FOUND)
+        for query, item, rank in _ranked_pairs(built, search, depth):
+            ranks[direction][query if direction == "text_to_image" else item] = rank
+    return RetrievalRanks(**ranks, image_of_caption=owners), recalls
+
+
+def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "", seed: int = 0) -> Any:
+    """Build an index of inner products over vectors, which are brought to length 1.
+
+    Args:
+        faiss (`ModuleType`): Of [`find_faiss`].
+        items (`torch.Tensor` of shape `(N, D)`): What is to be found.
+        factory (`str`, *optional*, defaults to `""`): Of FAISS's `index_factory`; without one an inverted file of about 4 * sqrt(N)
+            cells, or a scan of all where there are too few vectors for one.
+        seed (`int`, *optional*, defaults to 0): Of what cells are made from.
+
+    Returns:
+        An index of FAISS.
+
+    Raises:
+        ValueError: If FAISS refuses the factory.
+    """
+    if not factory:
+        cells = min(4 * math.isqrt(len(items)), len(items) // _POINTS_PER_CELL)
+        factory = f"IVF{cells},Flat" if cells >= _LEAST_CELLS else "Flat"
+    try:
+        index = faiss.index_factory(items.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        if not index.is_trained:
+            drawn = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:_TRAINING_ROWS]
+            index.train(unit_rows(items[drawn]).numpy())
+        for rows in items.split(_ROWS):
+            index.add(unit_rows(rows).numpy())
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected an index that FAISS can build over {len(items)} vectors of width {items.shape[1]}, got {factory!r}: {error}"
+        ) from error
+    return index
+
+
+def _ask(index: Any, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Similarities, best first, and rows of answers, -1 for none; both `(queries, min(count, items))`."""
+    scores, rows = index.search(unit_rows(queries).numpy(), min(count, index.ntotal))
+    return torch.from_numpy(scores), torch.from_numpy(rows)
+
+
+def _exact_scores(search: _Search, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The highest similarities of each query to any item, best first, by looking at all."""
+    queries = unit_rows(search.queries[rows])
+    best = queries.new_empty(len(queries), 0)
+    with full_float32(queries.device):
+        for items in search.items.split(_ROWS // 8):
+            both = torch.cat([best, queries @ unit_rows(items).T], dim=1)
+            best = both.topk(min(count, both.shape[1]), dim=1).values
+    return best
+
+
+def _shares_found(
+    index: Any, search: _Search, rows: torch.Tensor, ks: Sequence[int], exact: torch.Tensor | None = None
+) -> list[float]:
+    """For each k, how much of the exact first k is among the first k answers of the index to these queries."""
+    exact = _exact_scores(search, rows, max(ks)) if exact is None else exact
+    _, answers = _ask(index, search.queries[rows], max(ks))
+    # The index's own similarities may be those of compressed vectors.
+    scores = torch.stack(
+        [unit_rows(search.items[own.clamp(min=0)]) @ unit_rows(search.queries[row : row + 1])[0]
+         for row, own in zip(rows.tolist(), answers, strict=True)]
+    ).masked_fill(answers < 0, -torch.inf)  # fmt: skip
+    cut = [min(k, exact.shape[1]) for k in ks]
+    return [float((scores[:, :k] >= exact[:, k - 1 : k] - TIE_TOLERANCE).double().mean()) for k in cut]
+
+
+def effort_of(faiss: ModuleType, index: Any) -> tuple[Any, str, int] | None:
+    """Where an index's effort is set: the object, the name of its attribute (`nprobe` of an inverted file, `efSearch` of a graph) and its
+    highest value; None if it has none."""
+    bare = faiss.downcast_index(index)
+    if isinstance(bare, faiss.IndexIVF):
+        return bare, "nprobe", bare.nlist
+    if isinstance(bare, faiss.IndexHNSW):
+        return bare.hnsw, "efSearch", index.ntotal
+    return None
+
+
+def tune_faiss_index(
+    faiss: ModuleType, index: Any, items: torch.Tensor, queries: torch.Tensor, *, k: int = 10, target: float = 0.99
+) -> float:
+    """Double an index's effort until it finds enough on one half of the queries, and measure it on the other.
+
+    Args:
+        faiss (`ModuleType`): Of [`find_faiss`].
+        index: Of [`build_faiss_index`]; its effort is left where it was found to be enough.
+        items (`torch.Tensor` of shape `(N, D)`): What the index holds.
+        queries (`torch.Tensor` of shape `(Q, D)`): Q >= 2, of the kind that will be asked.
+        k (`int`, *optional*, defaults to 10): Answers that count.
+        target (`float`, *optional*, defaults to 0.99): Share of the exact first k that is enough.
+
+    Returns:
+        `float`: The share of the exact first k answers that is among the index's first k, by the second half of the queries.
+
+    Raises:
+        ValueError: If there are fewer than two queries.
+    """
+    if len(queries) < 2:
+        raise ValueError(f"Expected two or more queries, half to tune with and half to measure, got {len(queries)}.")
+    search = _Search(queries, items, torch.arange(len(queries)), torch.arange(len(items)))
+    rows = torch.arange(len(queries))
+    _tune(faiss, index, search, rows[::2], k, target)
+    return _shares_found(index, search, rows[1::2], [k])[0]
+
+
+def _tune(faiss: ModuleType, index: Any, search: _Search, rows: torch.Tensor, k: int, target: float) -> None:
+    """Double an index's effort until it finds enough, or looks at everything."""
+    knob = effort_of(faiss, index)
+    if knob is None:
+        return
+    holder, effort, most = knob
+    exact, value = _exact_scores(search, rows, k), 1
+    while True:
+        setattr(holder, effort, value)
+        if value >= most or _shares_found(index, search, rows, [k], exact)[0] >= target:
+            return
+        value = min(2 * value, most)
+
+
+def _ranked_pairs(
+    index: Any, search: _Search, depth: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Query, item and rank of every relevant pair that is among the answers; ties against the model."""
+    for top in range(0, len(search.queries), _QUERIES):
+        scores, items = _ask(index, search.queries[top : top + _QUERIES], depth)
+        is_own = search.owner_of_item[items.clamp(min=0)] == search.owner_of_query[top : top + _QUERIES, None]
+        is_own &= items >= 0
+        query, answer = is_own.nonzero(as_tuple=True)  # (pairs,)
+        by_item = items[query, answer].argsort(stable=True)  # equal captions of one image rank by index
+        query, answer = query[by_item], answer[by_item]
+        scores_of_own = scores[query, answer]
+        wrong = torch.where(is_own | (items < 0), -torch.inf, scores)
+        before = (wrong[query] >= scores_of_own[:, None] - TIE_TOLERANCE).sum(dim=1)
+        yield top + query, items[query, answer], before + rank_within_group(query, scores_of_own)

@@ -1,0 +1,429 @@
+"""Zero-shot classification as CLIP does it: a class is the mean of its prompts' embeddings.
+
+Every template is filled with the class name, embedded and normalised; the mean over templates is normalised again. Ties count
+against the model, as in retrieval.
+
+Source: CLIP's published prompt-ensembling procedure.
+"""
+
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import ClassLabel, Dataset, LargeList, List
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from modeling_dclip.data.files import replacing
+from modeling_dclip.data.labels.prompts import check_prompts
+from modeling_dclip.encoders.fingerprints import combine_keys
+from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
+from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+
+_ROWS_AT_A_TIME = 4096  # of scores against all classes: 16 MiB for 1,000
+
+
+def label_ranks(
+    image_embeds: torch.Tensor,
+    classifier: torch.Tensor,
+    labels: torch.Tensor,
+    class_names: Sequence[str] | None = None,
+) -> torch.Tensor:
+    """Rank the right class of every image; 1 is first, ties count against the model.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
+        classifier (`torch.Tensor` of shape `(K, D)`): Of [`~modeling_dclip.evaluation.benchmarks.zero_shot.build_classifier`].
+        labels (`torch.Tensor` of shape `(I,)`): Integers in [0, K).
+        class_names (`Sequence[str]`, *optional*): K names. A class does not rank before an earlier one of its name.
+
+    Returns:
+        `torch.Tensor` of shape `(I,)`: int64.
+
+    Raises:
+        ValueError: If shapes do not fit or a label is out of range, naming its row.
+    """
+    if image_embeds.shape[-1] != classifier.shape[-1] or labels.shape != image_embeds.shape[:1]:
+        raise ValueError(
+            f"Expected image_embeds (I, D), classifier (K, D) and labels (I,), got {tuple(image_embeds.shape)}, "
+            f"{tuple(classifier.shape)} and {tuple(labels.shape)}."
+        )
+    outside = (labels < 0) | (labels >= len(classifier))
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"Expected labels in [0, {len(classifier)}), got {int(labels[row])} in row {row}.")
+    numbers: dict[str, int] = {}
+    names = range(len(classifier)) if class_names is None else class_names
+    alike = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
+    ranks = []
+    for embeds, own in zip(image_embeds.split(_ROWS_AT_A_TIME), labels.split(_ROWS_AT_A_TIME), strict=True):
+        scores = embeds @ classifier.T
+        bar = scores.gather(1, own[:, None]) - TIE_TOLERANCE
+        later = (alike[None] == alike[own][:, None]) & (torch.arange(len(alike))[None] >= own[:, None])
+        ranks.append((scores.masked_fill(later, -torch.inf) >= bar).sum(dim=1) + 1)
+    return torch.cat(ranks) if ranks else torch.zeros(0, dtype=torch.long)
+
+
+def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
+    """Per image what the accuracies are made of: a metric is the sum of its first column over the sum of its second.
+
+    Args:
+        ranks (`torch.Tensor` of shape `(I,)`): Of [`label_ranks`].
+        labels (`torch.Tensor` of shape `(I,)`): Integers in [0, K).
+        classes (`int`): K.
+
+    Returns:
+        `dict[str, torch.Tensor]`: float64 `(I, 2)` under `top1`, with five classes or more `top5`, and `mean_per_class`, the mean of the
+        accuracies of the classes that have an image: there an image weighs one over the number of images of its class.
+    """
+    ones = torch.ones(len(ranks), dtype=torch.float64)
+    hits = {"top1": (ranks <= 1).double()}
+    if classes >= 5:
+        hits["top5"] = (ranks <= 5).double()
+    outcomes = {name: torch.stack([hit, ones], dim=1) for name, hit in hits.items()}
+    weights = 1 / torch.bincount(labels, minlength=classes).double()[labels]
+    return {**outcomes, "mean_per_class": torch.stack([hits["top1"] * weights, weights], dim=1)}
+
+
+def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
+    """Area under precision over recall, as a sum over the thresholds, without interpolation.
+
+    Ties: images of one score are found together, so the order among them does not matter; each counts the precision after the last
+    of them, as in scikit-learn.
+
+    Args:
+        scores (`torch.Tensor` of shape `(I,)`): Higher is more relevant.
+        relevant (`torch.Tensor` of shape `(I,)`): 1 or True where relevant, at least once.
+
+    Returns:
+        `float`: In (0, 1].
+
+    Raises:
+        ValueError: If the shapes differ or nothing is relevant.
+
+    Example:
+        >>> average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]))
+        0.8333333333333333
+    """
+    if scores.ndim != 1 or scores.shape != relevant.shape or not relevant.any():
+        raise ValueError(
+            f"Expected two vectors of one length with something relevant, got {tuple(scores.shape)} and {tuple(relevant.shape)} with "
+            f"{int(relevant.sum())} relevant."
+        )
+    ordered, order = scores.sort(descending=True, stable=True)
+    found = relevant[order].double().cumsum(dim=0)
+    last = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])  # of its score
+    found, seen = found[last], (last.nonzero()[:, 0] + 1).double()
+    new = torch.diff(found, prepend=found.new_zeros(1))
+    return float((new * found / seen).sum() / found[-1])
+
+
+def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean over the classes of [`average_precision`] among all images. A class that no image has is left out: its precision is undefined.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
+        classifier (`torch.Tensor` of shape `(K, D)`): As in [`label_ranks`].
+        labels (`torch.Tensor` of shape `(I, K)`): 1 where the image is of the class, else 0.
+
+    Returns:
+        `float`: In (0, 1].
+
+    Raises:
+        ValueError: If shapes do not fit, a label is neither 0 nor 1, or no image has a class.
+    """
+    if image_embeds.shape[-1] != classifier.shape[-1] or labels.shape != (len(image_embeds), len(classifier)):
+        raise ValueError(
+            f"Expected image_embeds (I, D), classifier (K, D) and labels (I, K), got {tuple(image_embeds.shape)}, "
+            f"{tuple(classifier.shape)} and {tuple(labels.shape)}."
+        )
+    if ((labels != 0) & (labels != 1)).any() or not labels.any():
+        raise ValueError(
+            "Expected labels 0 and 1, and at least one image of a class, got others or none. Repair the labels."
+        )
+    present = labels.any(dim=0).nonzero()[:, 0].tolist()
+    # One class at a time: float32 scores, as everywhere here, and one column of them in memory.
+    found = [average_precision(image_embeds @ classifier[column], labels[:, column]) for column in present]
+    return sum(found) / len(found)
+
+
+# Zero-shot classifiers kept on disk and in memory: 1,000 classes of 80 prompts are read once a text encoder, not once an evaluation.
+#
+# An entry's key is the content of what made it: the text side's weights and settings, names, templates, and the token ids that the
+# tokenizer makes of them. Checkpoints that a frozen text encoder have its classifiers in common, whatever became of their image encoders.
+
+
+# Parameters of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass. A name not listed counts as the text side's.
+_NOT_TEXT = re.compile(r"(model\.)?(vision_model\.|visual_projection\.|visual\.|logit_scale$|logit_bias$)")
+_PROVENANCE = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # of a config: not what it computes
+_PROMPTS_AT_A_TIME = 8192
+_HELD = 64  # classifiers in memory; one of ImageNet takes 2 to 3 MiB
+
+
+def default_cache_dir() -> Path:
+    """`modeling_dclip/classifiers` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / "classifiers"
+
+
+@torch.no_grad()
+def fingerprint_text_encoder(model: torch.nn.Module) -> str:
+    """A key of how a model reads token ids: kind, settings and weights of all that is not its image encoder. Hexadecimal SHA-256.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder.
+    """
+    config = getattr(model, "config", None)
+    settings = (
+        config.text_config.to_dict() if hasattr(getattr(config, "text_config", None), "to_dict") else str(config)
+    )
+    if isinstance(settings, dict):
+        settings = {name: value for name, value in settings.items() if name not in _PROVENANCE}
+    kind = type(getattr(model, "text_model", model)).__qualname__
+    digest = hashlib.sha256(json.dumps([kind, settings], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        if not _NOT_TEXT.match(name):
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def fingerprint_tokens(processor: Any, prompts: Sequence[str]) -> str:
+    """A key of what a tokenizer makes of prompts: their token ids, whatever kind of tokenizer it is. Hexadecimal SHA-256.
+
+    Args:
+        processor: With `tokenizer`, or a tokenizer itself.
+        prompts (`Sequence[str]`): Any number of texts.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    digest = hashlib.sha256()
+    for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
+        ids = tokenizer(list(prompts[start : start + _PROMPTS_AT_A_TIME]), truncation=True)["input_ids"]
+        digest.update(repr(ids.tolist() if isinstance(ids, torch.Tensor) else ids).encode())
+    return digest.hexdigest()
+
+
+class ClassifierCache:
+    """Classifiers by content, on disk and in memory.
+
+    Files are written whole or not at all, so a killed run leaves no half of one, and several processes may share a folder. Those used
+    longest ago are deleted when the folder grows beyond its bound.
+
+    Args:
+        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. [`default_cache_dir`]. Without one, classifiers are kept in
+            memory alone.
+        limit_mib (`int`, *optional*, defaults to 1024): Bound of the folder in MiB, >= 1.
+
+    Raises:
+        ValueError: If `limit_mib` is below 1.
+    """
+
+    def __init__(self, folder: str | os.PathLike | None = None, limit_mib: int = 1024):
+        if limit_mib < 1:
+            raise ValueError(f"Expected limit_mib >= 1, got {limit_mib}. To keep nothing, pass no cache.")
+        self.folder = None if folder is None else Path(folder)
+        self.limit_mib = limit_mib
+        self._held: dict[str, torch.Tensor] = {}
+
+    def get(
+        self,
+        model: torch.nn.Module,
+        processor: Any,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        build: Callable[[], torch.Tensor],
+    ) -> torch.Tensor:
+        """The classifier of a model for some classes, built if there is none.
+
+        Args:
+            model, processor: As in [`fingerprint_text_encoder`] and [`fingerprint_tokens`].
+            class_names, templates (`Sequence[str]`): What it is for; templates with `{}`.
+            build (`Callable`): Called without arguments where there is none; gives float32 `(K, D)` on the CPU.
+
+        Returns:
+            `torch.Tensor` of shape `(K, D)`: float32, on the CPU. Not to be changed in place.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        prompts = [template.replace("{}", name) for name in class_names for template in templates]
+        made_of = json.dumps([list(class_names), list(templates)], ensure_ascii=False)
+        key = combine_keys([fingerprint_text_encoder(model), fingerprint_tokens(processor, prompts), made_of])
+        classifier = self._held.pop(key, None)
+        if classifier is None:
+            classifier = self._read(key)
+        if classifier is None:
+            classifier = build()
+            self._write(key, classifier)
+        self._held[key] = classifier  # last in the order, so the first to go is the one used longest ago
+        while len(self._held) > _HELD:
+            del self._held[next(iter(self._held))]
+        return classifier
+
+    def clear(self) -> int:
+        """Delete all files of the folder and forget what is in memory; returns how many files there were."""
+        self._held.clear()
+        files = self._files()
+        for path in files:
+            path.unlink(missing_ok=True)
+        return len(files)
+
+    def _files(self) -> list[Path]:
+        return [] if self.folder is None else list(self.folder.glob("*.safetensors"))
+
+    def _read(self, key: str) -> torch.Tensor | None:
+        if self.folder is None:
+            return None
+        path = self.folder / f"{key}.safetensors"
+        try:
+            classifier = load_file(path)["classifier"]
+            os.utime(path)  # used just now, for the choice of what to delete
+        except FileNotFoundError:  # never there, or deleted by another process
+            return None
+        except (SafetensorError, KeyError) as error:
+            raise ValueError(f"The cached classifier '{path}' is damaged ({error}). Delete the file.") from error
+        return classifier
+
+    def _write(self, key: str, classifier: torch.Tensor) -> None:
+        if self.folder is None:
+            return
+        path = self.folder / f"{key}.safetensors"
+        with replacing(path) as temporary:
+            save_file({"classifier": classifier.contiguous()}, temporary)
+        self._shrink(keep=path)
+
+    def _shrink(self, keep: Path) -> None:
+        sizes = {}
+        for path in self._files():
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # another process deleted it
+                continue
+            sizes[path] = status.st_mtime_ns, status.st_size
+        total = sum(size for _, size in sizes.values())
+        for path in sorted(set(sizes) - {keep}, key=lambda path: sizes[path][0]):
+            if total <= self.limit_mib * 2**20:
+                break
+            path.unlink(missing_ok=True)
+            total -= sizes[path][1]
+
+
+def build_classifier(
+    model: torch.nn.Module,
+    processor: Any,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 256,
+    device: torch.device | str | None = None,
+    classifiers: ClassifierCache | None = None,
+) -> torch.Tensor:
+    """Embed every class once.
+
+    Args:
+        model, processor, device: As in [`~modeling_dclip.evaluation.embedding.embed_texts`].
+        class_names (`Sequence[str]`): K non-empty names. Classes of one name, as ImageNet's usual list has them, get equal rows and a warning.
+        templates (`Sequence[str]`): Each with one place for the name, `{}` or `{c}`.
+        batch_size (`int`, *optional*, defaults to 256): Prompts at a time.
+        classifiers ([`ClassifierCache`], *optional*): Where to look first, and to keep what is built.
+
+    Returns:
+        `torch.Tensor` of shape `(K, D)`: float32, L2-normalised, on the CPU.
+
+    Raises:
+        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one place.
+    """
+    names, templates = check_prompts(class_names, templates)
+    distinct = list(dict.fromkeys(names))
+    if len(distinct) < len(names):
+        repeated = next(name for name in distinct if names.count(name) > 1)
+        warnings.warn(
+            f"{len(names) - len(distinct)} of {len(names)} classes have the name of another one, e.g. {repeated!r}: the model cannot tell "
+            f"them apart, and the first of them is taken.",
+            stacklevel=2,
+        )
+
+    def build() -> torch.Tensor:
+        prompts = [template.replace("{}", name) for name in distinct for template in templates]
+        embeds = embed_texts(model, processor, prompts, batch_size=batch_size, device=device)  # unit rows
+        return torch.nn.functional.normalize(embeds.view(len(distinct), len(templates), -1).mean(dim=1), dim=1)
+
+    rows = build() if classifiers is None else classifiers.get(model, processor, distinct, templates, build)
+    numbers = {name: row for row, name in enumerate(distinct)}
+    return rows[[numbers[name] for name in names]]
+
+
+def _read_labels(dataset: Dataset, classes: int) -> torch.Tensor:
+    """The column `label`: `(I,)` class numbers, or `(I, K)` zeros and ones."""
+    if "label" not in dataset.column_names:
+        raise ValueError(f"Expected a column 'label', got {dataset.column_names}.")
+    feature = dataset.features["label"]
+    if isinstance(feature, ClassLabel) and feature.num_classes != classes:
+        raise ValueError(
+            f"Expected {feature.num_classes} class names, one per class of the dataset in its order, got {classes}."
+        )
+    values = dataset["label"][:]
+    if isinstance(feature, (List, LargeList)):
+        wrong = [row for row, value in enumerate(values) if value is None or len(value) != classes]
+        if wrong:
+            got = values[wrong[0]]
+            raise ValueError(
+                f"Expected {classes} zeros and ones an image, one per class name, got {None if got is None else len(got)} in row {wrong[0]} "
+                f"({len(wrong)} such rows)."
+            )
+        return torch.tensor(values)
+    wrong = [row for row, value in enumerate(values) if not isinstance(value, int) or not 0 <= value < classes]
+    if wrong:
+        raise ValueError(
+            f"Expected integer labels in [0, {classes}), got {values[wrong[0]]!r} in row {wrong[0]} ({len(wrong)} such rows)."
+        )
+    return torch.tensor(values)
+
+
+def evaluate_zero_shot(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: Dataset,
+    class_names: Sequence[str],
+    templates: Sequence[str],
+    *,
+    batch_size: int = 64,
+    device: torch.device | str | None = None,
+    num_workers: int = 0,
+    classifiers: ClassifierCache | None = None,
+) -> dict[str, Any]:
+    """Classify every image by its nearest class embedding.
+
+    Args:
+        model, processor, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_images`].
+        dataset (`datasets.Dataset`): With `image` and `label`: an integer, a `ClassLabel` with one name per class name, or where an
+            image may be of several classes a list of K zeros and ones.
+        class_names, templates, classifiers: As in [`build_classifier`].
+
+    Returns:
+        `dict[str, Any]`: `n` and the metrics, in [0, 1]. One label an image: `top1`; `top5` with five classes or more; `mean_per_class`, the
+        mean accuracy of the classes that have images; `outcomes` per image of each, as
+        [`~modeling_dclip.evaluation.benchmarks.zero_shot.accuracy_outcomes`] gives them. Several labels: `map`, as
+        [`~modeling_dclip.evaluation.benchmarks.zero_shot.mean_average_precision`] gives it.
+
+    Raises:
+        TypeError: If the model is not a dual encoder.
+        ValueError: If the dataset names another number of classes, a label is out of range, or as in [`build_classifier`].
+    """
+    labels = _read_labels(dataset, len(class_names))
+    prompts = {"batch_size": 4 * batch_size, "device": device, "classifiers": classifiers}
+    classifier = build_classifier(model, processor, class_names, templates, **prompts)
+    images = embed_images(model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers)
+    if labels.ndim == 2:
+        return {"map": mean_average_precision(images, classifier, labels), "n": len(labels)}
+    ranks = label_ranks(images, classifier, labels, [name.strip() for name in class_names])
+    outcomes = accuracy_outcomes(ranks, labels, len(class_names))
+    metrics = {
+        name: float(sums[0] / sums[1]) for name, sums in ((name, pair.sum(0)) for name, pair in outcomes.items())
+    }
+    return {**metrics, "n": len(ranks), "outcomes": outcomes}

@@ -1,0 +1,267 @@
+"""What a teacher looks at: its attention over the regions of one image, drawn on the image."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from PIL import Image
+
+from modeling_dclip.data.images import PixelReader
+from modeling_dclip.evaluation.embedding import embed_texts
+from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+
+
+def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Follow attention through all layers: how much of each input token is in each output token.
+
+    Heads are averaged; a layer is half its attention, half the skip connection; layers are multiplied.
+
+    Source: arXiv 2005.00928, section 3. Deviation: none.
+
+    Args:
+        attentions (`Sequence[torch.Tensor]`): Of each layer, first to last, `(B, heads, T, T)`, rows summing to 1.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, T)`: Rows sum to 1.
+
+    Raises:
+        ValueError: If there is no layer.
+
+    Example:
+        >>> attention_rollout([torch.full((1, 2, 2, 2), 0.5)]).tolist()
+        [[[0.75, 0.25], [0.25, 0.75]]]
+    """
+    if not len(attentions):
+        raise ValueError("Expected the attention of one or more layers, got none.")
+    flow = torch.eye(attentions[0].shape[-1], device=attentions[0].device).expand(len(attentions[0]), -1, -1)
+    for attention in attentions:
+        layer = attention.float().mean(dim=1)
+        flow = (layer @ flow + flow) / 2  # (A + I) / 2, times what came before
+    return flow
+
+
+def attention_relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Follow through all layers only the attention that raises a score.
+
+    Per layer, attention times the score's gradient, negative values cut, averaged over heads; layers add up along the skip connection.
+
+    Source: arXiv 2103.15679, equations 5 and 6 for self-attention. Deviation: none.
+
+    Args:
+        attentions, gradients (`Sequence[torch.Tensor]`): Of each layer, first to last, `(B, heads, T, T)`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, T)`: >= 0.
+
+    Raises:
+        ValueError: If there is no layer, or not one gradient a layer.
+    """
+    if not len(attentions) or len(attentions) != len(gradients):
+        raise ValueError(
+            f"Expected one gradient for each of one or more layers, got {len(gradients)} for {len(attentions)}."
+        )
+    relevance = torch.eye(attentions[0].shape[-1], device=attentions[0].device).expand(len(attentions[0]), -1, -1)
+    for attention, gradient in zip(attentions, gradients, strict=True):
+        relevance = relevance + (attention * gradient).float().clamp(min=0).mean(dim=1) @ relevance
+    return relevance
+
+
+@contextmanager
+def _eager(tower: torch.nn.Module) -> Iterator[None]:
+    """Let a tower give its attention out: fused ones keep none."""
+    before = tower.config._attn_implementation
+    tower.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        tower.set_attn_implementation(before)
+
+
+def _shares(of_class: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """The class token's row as a map that sums to 1 over patches: `(B, 1 + P)` to `(B, rows, columns)`."""
+    patches = of_class[:, 1:]
+    return (patches / patches.sum(dim=1, keepdim=True)).unflatten(1, grid)
+
+
+def _patches_alone(model: torch.nn.Module, hidden_states: torch.Tensor) -> torch.Tensor:
+    """Project each patch through a last layer in which it attends to itself only: `(B, P, D)`, unit length."""
+    tower = model.vision_model
+    layer = tower.encoder.layers[-1]
+    attention = layer.self_attn
+    hidden_states = hidden_states + attention.out_proj(attention.v_proj(layer.layer_norm1(hidden_states)))
+    hidden_states = hidden_states + layer.mlp(layer.layer_norm2(hidden_states))
+    return F.normalize(model.visual_projection(tower.post_layernorm(hidden_states[:, 1:])).float(), dim=-1)
+
+
+@torch.no_grad()
+def image_maps(
+    model: torch.nn.Module, pixel_values: torch.Tensor, text_embeds: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Maps of images, each with one text.
+
+    Args:
+        model (`torch.nn.Module`): A CLIP or DCLIP with a ViT, or a DM-CLIP, in eval mode.
+        pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): On the model's device.
+        text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; a text an image.
+
+    Returns:
+        `dict[str, torch.Tensor]`: See the module's table; each float32 `(B, rows, columns)` on the CPU, rows from the top.
+
+    Raises:
+        TypeError: If the image encoder is neither.
+        ValueError: If there is not one text an image.
+    """
+    tower = getattr(model, "vision_model", None)
+    is_vit = hasattr(tower, "encoder") and hasattr(tower, "post_layernorm") and hasattr(model, "visual_projection")
+    if not is_vit and not hasattr(tower, "stages"):
+        raise TypeError(
+            f"Expected a CLIP or DCLIP with a ViT, or a DM-CLIP, to draw maps of, got {type(model).__name__}."
+        )
+    if len(text_embeds) != len(pixel_values):
+        raise ValueError(f"Expected one text an image, got {len(text_embeds)} texts and {len(pixel_values)} images.")
+    texts = F.normalize(text_embeds.to(pixel_values.device).float(), dim=1)
+    if not is_vit:
+        outputs = tower(pixel_values, return_dict=True)
+        places = tower.projection(outputs.last_hidden_state.permute(0, 2, 3, 1)).float()  # (B, rows, columns, D)
+        norms = outputs.image_embeds.float().norm(dim=1)
+        return {"text_similarity": (torch.einsum("bhwd,bd->bhw", places, texts) / norms[:, None, None]).cpu()}
+    patch = tower.config.patch_size
+    grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
+    with _eager(tower), torch.enable_grad():
+        pixel_values = pixel_values.detach().requires_grad_()  # whatever is frozen
+        outputs = tower(pixel_values, output_attentions=True, output_hidden_states=True, return_dict=True)
+        embeds = F.normalize(model.visual_projection(outputs.pooler_output).float(), dim=1)
+        gradients = torch.autograd.grad((embeds * texts).sum(), outputs.attentions)
+    attentions = [attention.detach() for attention in outputs.attentions]
+    alone = _patches_alone(model, outputs.hidden_states[-2])  # what the last layer reads
+    maps = {
+        "attention_rollout": _shares(attention_rollout(attentions)[:, 0], grid),
+        "class_attention": _shares(attentions[-1].float().mean(dim=1)[:, 0], grid),
+        "text_relevance": attention_relevance(attentions, gradients)[:, 0, 1:].unflatten(1, grid),
+        "text_similarity": (alone @ texts[:, :, None])[..., 0].unflatten(1, grid),
+    }
+    return {name: values.cpu() for name, values in maps.items()}
+
+
+def _as_pictures(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray:
+    """Undo the normalisation: `(B, H, W, 3)` in [0, 1], what the encoder saw."""
+    mean, deviation = (
+        torch.tensor(getattr(image_processor, name)).view(3, 1, 1) for name in ("image_mean", "image_std")
+    )
+    return (pixel_values * deviation + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def draw_image_maps(
+    model: torch.nn.Module,
+    processor: Any,
+    dataset: Dataset,
+    path: str | os.PathLike,
+    *,
+    rows: Sequence[int] = (0, 1, 2, 3),
+    texts: Sequence[str] | None = None,
+    device: torch.device | str | None = None,
+) -> None:
+    """Draw the maps of some images of a dataset on what the encoder sees of them: resized and cropped.
+
+    Args:
+        model (`torch.nn.Module`): As in [`image_maps`]; its mode is restored.
+        processor: The model's, with `image_processor` and `tokenizer`.
+        dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        rows (`Sequence[int]`, *optional*): One or more rows of the dataset; its first four if not given.
+        texts (`Sequence[str]`, *optional*): One a row; each image's first caption if not given.
+        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        TypeError: As in [`image_maps`].
+        ValueError: If a row is not there, texts do not fit the rows, an image or a text is bad, or the file is no `.png`.
+    """
+    outside = [row for row in rows if not 0 <= row < len(dataset)]
+    if not len(rows) or outside:
+        raise ValueError(f"Expected one or more rows in [0, {len(dataset)}), got {list(rows)}.")
+    texts = [dataset[row]["captions"][0] for row in rows] if texts is None else list(texts)
+    if len(texts) != len(rows):
+        raise ValueError(f"Expected one text a row, got {len(texts)} texts and {len(rows)} rows.")
+    device = torch.device(device) if device is not None else next(model.parameters()).device
+    pixel_values = PixelReader(dataset, processor.image_processor, cache_mib=0).read(np.array(rows))
+    text_embeds = embed_texts(model, processor, texts, device=device)
+    training = model.training
+    try:
+        maps = image_maps(model.eval(), pixel_values.to(device), text_embeds)
+    finally:
+        model.train(training)
+    pictures = _as_pictures(pixel_values, processor.image_processor)
+    plot_image_maps(pictures, {name: values.numpy() for name, values in maps.items()}, texts, path)
+
+
+def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Path, *, row: int = 0) -> None:
+    """Draw a teacher's attention over the regions of one row, as [`draw_attention`] does.
+
+    Args:
+        teacher (`str` or `Path`): Folder of a trained teacher with its processor.
+        dataset (`datasets.Dataset`): With `image`, `captions`, `boxes`, `box_scores`.
+        path (`str` or `Path`): A `.png` file.
+        row (`int`, *optional*, defaults to 0): Which row; its first caption is used.
+
+    Raises:
+        ValueError: If the dataset has no boxes.
+    """
+    if "boxes" not in dataset.column_names:
+        raise ValueError(f"Expected the column 'boxes' to draw attention over, got {dataset.column_names}.")
+    model = DCLIPTeacher.from_pretrained(teacher, dtype=torch.float32).eval()
+    processor = DCLIPTeacherProcessor.from_pretrained(teacher)
+    sample = dataset[row]
+    regions = (np.array(sample["boxes"]), np.array(sample["box_scores"]))
+    draw_attention(model, processor, sample["image"], regions, sample["captions"][0], path)
+
+
+@torch.no_grad()
+def draw_attention(
+    model: DCLIPTeacher,
+    processor: DCLIPTeacherProcessor,
+    image: Image.Image,
+    regions: tuple[np.ndarray, np.ndarray],
+    caption: str,
+    path: str | Path,
+) -> None:
+    """Draw a teacher's attention over the regions of an image.
+
+    With text in the teacher: the region weights, and beside them which token attends to which region, averaged over heads. The leak-free
+    teacher reads no text: what the whole image attends to in the last layer, averaged over heads, renormalised over the regions.
+
+    Args:
+        model ([`DCLIPTeacher`]): In eval mode.
+        processor ([`DCLIPTeacherProcessor`]): Its own.
+        image (`PIL.Image.Image`): Any size.
+        regions (`tuple`): Boxes `(R, 4)` xyxy in pixels and their scores `(R,)`.
+        caption (`str`): Written above; read where the teacher reads text.
+        path (`str` or `Path`): A `.png` file.
+    """
+    boxes, scores = regions
+    inputs = processor(text=[caption], images=[image], boxes=[boxes], box_scores=[scores])
+    outputs = model(**inputs, output_attentions=True)
+    token_attention, tokens = None, None
+    if outputs.region_attentions is not None:
+        weights = outputs.region_attentions[-1][0].mean(dim=0)[0, 1:]
+        weights = weights / weights.sum()
+    else:
+        weights = outputs.region_weights[0]
+    if outputs.text_to_image_attentions is not None:
+        token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
+        input_ids = inputs["input_ids"][0, 1 : 1 + len(token_attention)]
+        is_word = input_ids != processor.tokenizer.eos_token_id  # EOS is no token of the teacher's, padding neither
+        tokens = [
+            token.removesuffix("</w>") for token in processor.tokenizer.convert_ids_to_tokens(input_ids[is_word])
+        ]
+        token_attention = token_attention[is_word].numpy()
+    boxes = inputs["region_boxes"][0].numpy() * np.tile(image.size, 2)
+    plot_region_attention(image, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)

@@ -1,0 +1,595 @@
+"""Curves of a run's stages as pictures, from what training always writes: no tracker is needed."""
+
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image as PILImage
+
+from modeling_dclip.data.files import write_bytes
+
+INK, QUIET, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
+COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
+MARKERS = ("s", "^", "o", "D", "v", "P")
+
+
+def style_of(index: int) -> dict[str, str]:
+    """Colour and marker of a series: grey for the first, and 30 different pairs for those that follow."""
+    colour = COLOURS[0] if index == 0 else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
+    return {"color": colour, "marker": MARKERS[index % len(MARKERS)]}
+
+
+def new_figure(width: float, height: float) -> Any:
+    """An empty figure of so many inches, with the Agg backend and without touching a global state.
+
+    Raises:
+        ImportError: If matplotlib is not installed; the extra that brings it is named.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError(
+            "Expected matplotlib for drawing, got no such package. Install it with `pip install modeling_dclip[eval]`."
+        ) from error
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Any, path: str | os.PathLike) -> None:
+    """Write a figure as PNG, atomically.
+
+    Raises:
+        ValueError: If the file is no `.png`.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise ValueError(f"Expected a .png file to draw to, got {str(path)!r}.")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
+    write_bytes(path, buffer.getvalue())
+
+
+# Three pictures: the trade-off between retrieval and zero-shot accuracy, what a teacher attends to, how costs grow.
+#
+# matplotlib is imported when a picture is drawn, never before.
+
+
+def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
+    """Distances (2, 1) in percent from the point to the ends of its interval; `None` where there is no interval."""
+    interval = point.get(f"{axis}_interval")
+    if interval is None or interval[0] is None or interval[1] is None:
+        return None
+    return 100 * np.array([[point[axis] - interval[0]], [interval[1] - point[axis]]]).clip(min=0)
+
+
+def plot_tradeoff(
+    points: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    curve: Sequence[Mapping[str, Any]] = (),
+    curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    x_label: str = "zero-shot top-1 kept (% of the anchor)",
+    y_label: str = "text-to-image R@1 (%)",
+    title: str | None = None,
+) -> None:
+    """Draw models as points: zero-shot accuracy or retention to the right, retrieval up. Up and right is better.
+
+    Args:
+        points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as `(low, high)`. The first
+            is drawn in grey as the reference, with dashed lines through it. Points of one label are one series, in one colour.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the order of `alpha`. Its
+            ends are not labelled: they are among the points.
+        curves (`Mapping[str, Sequence[dict]]`, *optional*): By name, points on a line in the order given, as over epochs or checkpoints, each
+            with `x`, `y`, a `label` written beside it, and optionally intervals.
+        x_label, y_label, title (`str`, *optional*): Texts.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no point, one lacks a key or is not finite, or the file is no `.png`.
+    """
+    _check_points(points, ("label", "x", "y"))
+    _check_points(curve, ("x", "y", "alpha"), least=0)
+    for name, steps in (curves or {}).items():
+        _check_points(steps, ("label", "x", "y"), where=f" of the curve {name!r}")
+    figure = new_figure(6.4, 4.4)
+    axes = figure.add_subplot()
+    axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
+    axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
+    series = {label: index for index, label in enumerate(dict.fromkeys(point["label"] for point in points))}
+    for point in points:
+        index = series[point["label"]]
+        _draw_point(axes, point, **style_of(index), ms=7)
+    if curve:
+        between = [
+            {**point, "label": f"{point['alpha']:g}" if 0 < place < len(curve) - 1 else ""}
+            for place, point in enumerate(curve)
+        ]
+        _draw_curve(axes, between, "#93a3bd", "weights between, α (WiSE-FT)")
+    for index, (name, steps) in enumerate((curves or {}).items(), start=len(series)):
+        _draw_curve(axes, steps, style_of(index)["color"], name)
+    handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    axes.margins(0.12)
+    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
+        middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
+        set_limits(middle - max(half, 0.25), middle + max(half, 0.25))  # a hundredth of a point is no distance
+    widest = max(map(len, handles))
+    axes.legend(
+        handles.values(),
+        handles,
+        frameon=False,
+        fontsize=9,
+        loc="upper center",
+        bbox_to_anchor=(0.5, -0.16),
+        ncols=max(1, min(4, len(handles), 80 // (widest + 4))),
+    )
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.set_title(title or "", loc="left", color=INK, fontsize=11)
+    axes.grid(color=GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+def _draw_point(axes: Any, point: Mapping[str, Any], **style: Any) -> None:
+    bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
+    where = (100 * point["x"], 100 * point["y"])
+    style = {
+        "mec": "white",
+        "mew": 0.8,
+        "elinewidth": 1.3,
+        "capsize": 3,
+        "zorder": 3,
+        "ls": "",
+        "label": point["label"],
+        **style,
+    }
+    axes.errorbar(*where, **bars, **style)
+
+
+def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
+    """A line with a dot at every point, and the point's label beside it, on the side that the line does not take."""
+    xs, ys = ([100 * step[axis] for step in steps] for axis in "xy")
+    axes.plot(xs, ys, color=colour, lw=1.6, marker=".", ms=6, zorder=1, label=name)
+    for place, step in enumerate(steps):
+        if any(step.get(f"{axis}_interval") for axis in "xy"):
+            _draw_point(axes, {**step, "label": None}, color=colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
+        before, after = max(0, place - 1), min(len(steps) - 1, place + 1)
+        falls = (xs[after] - xs[before]) * (ys[after] - ys[before]) < 0
+        axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points", ha="center",
+                      va="center", fontsize=7, color=QUIET)  # fmt: skip
+
+
+def _check_points(points: Sequence[Mapping[str, Any]], keys: Sequence[str], least: int = 1, where: str = "") -> None:
+    if len(points) < least:
+        raise ValueError(f"Expected at least {least} point to draw{where}, got none.")
+    for index, point in enumerate(points):
+        missing = [key for key in keys if key not in point]
+        if missing:
+            raise ValueError(
+                f"Expected the keys {list(keys)} in every point, got {sorted(point)} in point {index}{where}."
+            )
+        if not np.isfinite([point["x"], point["y"]]).all():
+            raise ValueError(f"Expected finite numbers, got x={point['x']}, y={point['y']} in point {index}{where}.")
+
+
+def plot_region_attention(
+    image: PILImage.Image,
+    boxes: Any,
+    weights: Any,
+    caption: str,
+    path: str | os.PathLike,
+    token_attention: Any = None,
+    *,
+    tokens: Sequence[str] | None = None,
+) -> None:
+    """Draw region boxes over an image, stronger where the weight is larger, and beside it which token looks at which region.
+
+    Args:
+        image (`PIL.Image.Image`): The whole image.
+        boxes (array of shape `(R, 4)`): xyxy in pixels of `image`.
+        weights (array of shape `(R,)`): >= 0, e.g. the teacher's `region_weights`.
+        caption (`str`): Written above.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over heads.
+        tokens (`Sequence[str]`, *optional*): T labels; the caption's words where their number is T, else numbers.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If shapes do not fit, there is no region, or a weight is negative or not finite.
+    """
+    boxes, weights = np.asarray(boxes, dtype=float), np.asarray(weights, dtype=float)
+    regions = len(weights)
+    if weights.ndim != 1 or not regions or boxes.shape != (regions, 4):
+        raise ValueError(f"Expected boxes (R, 4) and weights (R,), R >= 1, got {boxes.shape} and {weights.shape}.")
+    attention = None if token_attention is None else np.asarray(token_attention, dtype=float)
+    if attention is not None and (attention.ndim != 2 or attention.shape[1] != regions or not len(attention)):
+        raise ValueError(f"Expected token_attention of shape (T, {regions}), T >= 1, got {attention.shape}.")
+    for name, values in (("weights", weights), ("boxes", boxes), ("token_attention", attention)):
+        if values is not None and not (np.isfinite(values).all() and (name == "boxes" or (values >= 0).all())):
+            raise ValueError(
+                f"Expected finite{'' if name == 'boxes' else ', non-negative'} {name}, got {values.tolist()}."
+            )
+    if attention is not None and tokens is None:
+        words = caption.split()
+        tokens = words if len(words) == len(attention) else [str(index) for index in range(len(attention))]
+    if attention is not None and len(tokens) != len(attention):
+        raise ValueError(f"Expected {len(attention)} tokens, one per row of token_attention, got {len(tokens)}.")
+
+    figure = new_figure(4.6 if attention is None else 5.2 + 0.45 * regions + 1.2, 4.9)
+    if attention is None:
+        axes = figure.add_subplot()
+    else:
+        axes, beside = figure.subplots(1, 2, width_ratios=(1, max(0.45, 0.12 * regions)))
+        _draw_attention(figure, beside, attention, tokens)
+    _draw_regions(axes, image, boxes, weights)
+    figure.suptitle(textwrap.fill(caption, 48 if attention is None else 80), fontsize=10, color=INK)
+    save_figure(figure, path)
+
+
+def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: np.ndarray) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.imshow(image.convert("RGB"), interpolation="nearest" if min(image.size) < 200 else "antialiased")
+    strongest = weights.max() or 1.0
+    for index in np.argsort(weights):  # the strongest on top
+        x1, y1, x2, y2 = boxes[index]
+        strength = weights[index] / strongest
+        colour = COLOURS[1 + index % (len(COLOURS) - 1)]
+        axes.add_patch(
+            Rectangle(
+                (x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1 + 2.5 * strength, alpha=0.5 + 0.5 * strength
+            )
+        )
+        axes.text(x1, y1, f" {index}: {100 * weights[index]:.0f}% ", fontsize=8, color="white", ha="left", va="bottom",
+                  clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 1, "alpha": 0.6 + 0.4 * strength})  # fmt: skip
+    axes.set_axis_off()
+
+
+def _draw_attention(figure: Any, axes: Any, attention: np.ndarray, tokens: Sequence[str]) -> None:
+    picture = axes.imshow(attention, cmap="Blues", vmin=0, vmax=attention.max() or 1.0, aspect="auto")
+    axes.set_xticks(range(attention.shape[1]))
+    size = 8 if len(tokens) <= 24 else max(4, 190 / len(tokens))
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=size)
+    axes.set_xlabel("region", color=INK)
+    axes.tick_params(length=0)
+    axes.tick_params(axis="x", labelsize=8)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(picture, ax=axes, shrink=0.6, label="attention")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(labelsize=8)
+
+
+def plot_growth(
+    series: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]],
+    path: str | os.PathLike,
+    *,
+    x_label: str,
+    y_label: str,
+    title: str | None = None,
+) -> None:
+    """Draw costs against the size of the input on logarithmic axes, where a power is a straight line.
+
+    Args:
+        series (`Mapping[str, Sequence]`): By label, points of a size and a cost with `median`, `min` and `max`, all > 0.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        x_label, y_label, title (`str`, *optional*): Texts.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no series, one is empty or has a value that is not positive and finite, or the file is no `.png`.
+    """
+    if not series:
+        raise ValueError("Expected one or more series to draw, got none.")
+    for label, points in series.items():
+        values = np.array([[size, cost["median"], cost["min"], cost["max"]] for size, cost in points], dtype=float)
+        if not len(values) or not (np.isfinite(values).all() and (values > 0).all()):
+            raise ValueError(
+                f"Expected positive, finite sizes and costs in the series {label!r}, got {values.tolist()}."
+            )
+    figure = new_figure(6.8, 4.8)
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    colours = COLOURS[1:]  # grey is the anchor's
+    axes = figure.add_subplot()
+    for index, (label, points) in enumerate(series.items()):
+        sizes, costs = [size for size, _ in points], [cost for _, cost in points]
+        medians = np.array([cost["median"] for cost in costs])
+        bars = np.abs([medians - [cost["min"] for cost in costs], [cost["max"] for cost in costs] - medians])
+        axes.errorbar(
+            sizes, medians, yerr=bars, label=label, color=colours[index % len(colours)], lw=1.4, capsize=2, ms=5,
+            marker=MARKERS[index % len(MARKERS)], ls="-" if index < len(colours) else "--",
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    ticks = sorted({size for points in series.values() for size, _ in points})
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.minorticks_off()
+    axes.set_xlabel(x_label, color=INK)
+    axes.set_ylabel(y_label, color=INK)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, frameon=False)
+    if title:
+        axes.set_title(title, fontsize=11, color=INK)
+    save_figure(figure, path)
+
+
+# Pictures of diagnostics: maps over images, and the spectral density of a Hessian.
+
+
+MAP_TITLES = {
+    "attention_rollout": "attention rollout",
+    "class_attention": "class attention, last layer",
+    "text_relevance": "relevance for the text",
+    "text_similarity": "similarity to the text",
+}
+
+
+def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str], path: str | os.PathLike) -> None:
+    """Draw maps over pictures: a row a picture, the bare one first; under each map the values at both ends of its colours.
+
+    Args:
+        pictures (array of shape `(B, H, W, 3)`): In [0, 1].
+        maps (`Mapping[str, array]`): By name, each `(B, rows, columns)`, laid over the whole picture.
+        texts (`Sequence[str]`): B, written beside the pictures.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If counts differ, there is nothing to draw, or a value is not finite.
+    """
+    pictures = np.asarray(pictures, dtype=float)
+    maps = {name: np.asarray(values, dtype=float) for name, values in maps.items()}
+    if pictures.ndim != 4 or not len(pictures) or len(texts) != len(pictures) or not maps:
+        raise ValueError(
+            f"Expected pictures (B, H, W, 3), B texts and one map or more, got {pictures.shape}, {len(texts)} and {len(maps)}."
+        )
+    for name, values in maps.items():
+        if values.ndim != 3 or len(values) != len(pictures) or not np.isfinite(values).all():
+            raise ValueError(
+                f"Expected finite values ({len(pictures)}, rows, columns) in the map {name!r}, got shape {values.shape}."
+            )
+    columns = 1 + len(maps)
+    figure = new_figure(2.3 * columns, 2.75 * len(pictures))
+    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.02 / len(pictures)), h_pad=0.06)
+    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    height, width = pictures.shape[1:3]
+    for row, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
+        axes[row, 0].imshow(picture)
+        label = textwrap.fill(textwrap.shorten(text, 110, placeholder="…"), 32)
+        axes[row, 0].set_xlabel(label, fontsize=7, color=INK)
+        for column, (name, values) in enumerate(maps.items(), 1):
+            low, high = values[row].min(), values[row].max()
+            place = axes[row, column]
+            place.imshow(np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2))
+            place.imshow(values[row], cmap="inferno", alpha=0.6, interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                         vmin=low, vmax=high if high > low else low + 1)  # fmt: skip
+            place.set_xlabel(f"dark {low:.3g}, bright {high:.3g}", fontsize=7, color=QUIET)
+            if row == 0:
+                place.set_title(MAP_TITLES.get(name, name), fontsize=8, color=INK)
+    for place in axes.flat:
+        place.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
+        place.spines[:].set_visible(False)
+    save_figure(figure, path)
+
+
+def plot_spectral_density(
+    densities: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike, *, title: str | None = None
+) -> None:
+    """Draw the spectral densities of Hessians over each other, the density on a logarithmic axis.
+
+    Args:
+        densities (`Mapping[str, Mapping]`): By label, `eigenvalues` and `density`, as [`~modeling_dclip.evaluation.benchmarks.hessian.evaluate_hessian`]
+            gives them with probes.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        title (`str`, *optional*): Above.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is nothing to draw, lengths differ, or a value is not finite.
+    """
+    if not densities:
+        raise ValueError("Expected one or more densities to draw, got none.")
+    for label, one in densities.items():
+        values = [np.asarray(one[name], dtype=float) for name in ("eigenvalues", "density")]
+        if values[0].shape != values[1].shape or not values[0].size or not np.isfinite(values).all():
+            raise ValueError(
+                f"Expected as many finite eigenvalues as densities for {label!r}, got {values[0].shape}, {values[1].shape}."
+            )
+    figure = new_figure(6.4, 3.8)
+    axes = figure.add_subplot()
+    highest = max(max(one["density"]) for one in densities.values())
+    for index, (label, one) in enumerate(densities.items()):
+        axes.plot(one["eigenvalues"], one["density"], color=COLOURS[(index + 1) % len(COLOURS)], lw=1.4, label=label)
+    axes.axvline(0, color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
+    axes.set_yscale("log")
+    axes.set_ylim(highest * 1e-6, highest * 3)
+    axes.set_xlabel("eigenvalue of the Hessian (left of 0: not convex)", color=INK)
+    axes.set_ylabel("density", color=INK)
+    axes.set_title(title or "", loc="left", fontsize=11, color=INK)
+    axes.legend(frameon=False, fontsize=9)
+    axes.tick_params(labelsize=8, colors=INK)
+    axes.grid(color=GRID, lw=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    save_figure(figure, path)
+
+
+# Pictures of reports: bars with intervals, a suite of datasets, the losses of a training.
+#
+# matplotlib is imported when a picture is drawn, never before.
+
+
+def _quiet_axes(axes: Any, grid: str) -> None:
+    axes.grid(axis=grid, color=GRID, lw=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(labelsize=8, colors=INK, length=0)
+
+
+def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> None:
+    """Draw values as horizontal bars from zero, with their intervals as lines; one panel for each metric, side by side.
+
+    Args:
+        panels (`Mapping[str, Sequence[dict]]`): Heading -> bars from top to bottom, the same labels in every panel: `label`, `value` as on
+            the axis, `text` to write beside it, and optionally `low` and `high`. A `value` of `None` leaves the place empty.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no bar, labels differ between panels, a value is not finite, or the file is no `.png`.
+    """
+    labels = [[bar["label"] for bar in bars] for bars in panels.values()]
+    if not labels or not labels[0] or any(other != labels[0] for other in labels):
+        raise ValueError(f"Expected one or more bars, the same labels in every panel, got {labels}.")
+    for heading, bars in panels.items():
+        for bar in bars:
+            if bar["value"] is not None and not math.isfinite(bar["value"]):
+                raise ValueError(f"Expected a finite value, got {bar['value']} for {bar['label']!r} in {heading!r}.")
+    figure = new_figure(0.5 + 0.065 * max(map(len, labels[0])) + 2.4 * len(panels), 0.8 + 0.26 * len(labels[0]))
+    for axes, (heading, bars) in zip(
+        figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
+    ):
+        for place, bar in enumerate(bars):
+            if bar["value"] is None:
+                continue
+            axes.barh(place, bar["value"], height=0.62, color="#c9d6f2" if place else "#d9dbe1")
+            ends = [bar.get("low"), bar.get("high")]
+            if None not in ends:
+                axes.plot(
+                    ends, [place, place], color=COLOURS[2] if place else COLOURS[0], lw=1.6, solid_capstyle="butt"
+                )
+            right = max(0, bar["value"], *(end for end in ends if end is not None))
+            axes.annotate(bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)  # fmt: skip
+        axes.set_yticks(range(len(bars)), labels[0])
+        axes.set_xlabel(heading, color=INK, fontsize=9)
+        axes.margins(x=0.18, y=0.02)
+        _quiet_axes(axes, "x")
+    axes.invert_yaxis()
+    save_figure(figure, path)
+
+
+def plot_suite(
+    values: Mapping[str, Mapping[str, float]], path: str | os.PathLike, *, x_label: str = "zero-shot top-1 (%)"
+) -> None:
+    """Draw several models on many datasets: a row for each dataset, a dot for each model, the easiest dataset on top.
+
+    Args:
+        values (`Mapping[str, Mapping[str, float]]`): Model -> dataset -> share in [0, 1]. A model may lack datasets.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        x_label (`str`, *optional*): Of the axis.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If there is no value, one is not finite, or the file is no `.png`.
+    """
+    datasets = list(dict.fromkeys(name for row in values.values() for name in row))
+    if not datasets or not all(math.isfinite(value) for row in values.values() for value in row.values()):
+        raise ValueError(f"Expected one or more finite values of models on datasets, got {dict(values)}.")
+    datasets.sort(key=lambda name: -max(row.get(name, -math.inf) for row in values.values()))
+    figure = new_figure(7.2, 1.3 + 0.26 * len(datasets) + 0.2 * math.ceil(len(values) / 3))
+    axes = figure.add_subplot()
+    for place, name in enumerate(datasets):
+        found = [100 * row[name] for row in values.values() if name in row]
+        axes.plot([min(found), max(found)], [place, place], color="#c9ced9", lw=2, zorder=1)
+    for index, (model, row) in enumerate(values.items()):
+        places = [place for place, name in enumerate(datasets) if name in row]
+        xs = [100 * row[datasets[place]] for place in places]
+        axes.plot(xs, places, ls="", marker=style_of(index)["marker"], ms=6, mec="white", mew=0.7, label=model,
+                  color=style_of(index)["color"], zorder=2)  # fmt: skip
+    axes.set_yticks(range(len(datasets)), datasets)
+    axes.set_ylim(len(datasets) - 0.5, -0.5)
+    axes.set_xlabel(x_label, color=INK, fontsize=9)
+    _quiet_axes(axes, "both")
+    widest = max(map(len, values))
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center", ncols=max(1, min(3, 90 // (widest + 4))))
+    save_figure(figure, path)
+
+
+def plot_training(
+    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str | None = None
+) -> None:
+    """Draw the losses of a training against the optimiser's step.
+
+    Args:
+        log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries with `step` and losses,
+            `loss`, `<what>_loss`, `eval_loss`. The last entry's `train_loss`, a mean over all steps, is no point of a curve and is left out.
+        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        title (`str`, *optional*): Above the picture.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If no entry has a step and a loss, a loss is not finite (the step is named), or the file is no `.png`.
+    """
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            if "step" not in entry or name == "train_loss" or not (name == "loss" or name.endswith("_loss")):
+                continue
+            if not math.isfinite(value):
+                raise ValueError(f"Expected finite losses, got {name}={value} at step {entry['step']}.")
+            curves.setdefault(name, []).append((entry["step"], value))
+    if not curves:
+        raise ValueError(f"Expected entries with 'step' and a loss, got {len(log_history)} without.")
+    figure = new_figure(6.8, 4.0)
+    axes = figure.add_subplot()
+    for index, (name, points) in enumerate(curves.items()):
+        measured = name.startswith("eval_")
+        axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[(1 + index) % len(COLOURS)], lw=1.4,
+                  ls="--" if measured else "-", marker="o" if measured or len(points) < 3 else "", ms=4)  # fmt: skip
+    axes.set_xlabel("step", color=INK, fontsize=9)
+    axes.set_ylabel("loss", color=INK, fontsize=9)
+    axes.set_title(title or "", loc="left", color=INK, fontsize=11)
+    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
+    _quiet_axes(axes, "both")
+    save_figure(figure, path)
+
+
+logger = logging.getLogger(__name__)
+
+STATE_NAME = "trainer_state.json"
+CURVES_NAME = "training_curves.png"
+
+
+def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
+    """Draw the losses of each stage that trained into `training_curves.png` in its folder; a picture newer than its numbers stays.
+
+    Args:
+        folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or one for each arm, seed and stage.
+
+    Returns:
+        `list[Path]`: The pictures drawn now. None without matplotlib, which a log line says, and none of a stage that logged no loss.
+
+    Raises:
+        ValueError: If a loss is not finite.
+    """
+    found = [path for depth in ("*", "*/seed-*/*") for path in sorted(Path(folder).glob(f"{depth}/{STATE_NAME}"))]
+    states = [path for path in found if _is_stale(path)]
+    if states and importlib.util.find_spec("matplotlib") is None:
+        logger.info("Training curves are not drawn: matplotlib is not installed.")
+        return []
+    drawn = []
+    for path in states:
+        log_history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        if not any("loss" in entry or "eval_loss" in entry for entry in log_history):
+            continue
+        drawn.append(path.with_name(CURVES_NAME))
+        plot_training(log_history, drawn[-1], title=path.parent.name)
+    return drawn
+
+
+def _is_stale(state: Path) -> bool:
+    picture = state.with_name(CURVES_NAME)
+    return not picture.exists() or picture.stat().st_mtime_ns < state.stat().st_mtime_ns

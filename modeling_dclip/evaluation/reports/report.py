@@ -1,0 +1,621 @@
+"""One report from any set of results files: Markdown with its pictures beside it, and one HTML page that needs nothing else."""
+
+import json
+import os
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from modeling_dclip.data.files import write_bytes, write_text
+from modeling_dclip.evaluation.arms import tradeoff_points
+from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
+from modeling_dclip.evaluation.reports.document import (
+    Block,
+    Heading,
+    Picture,
+    Table,
+    Terms,
+    Text,
+    Warnings,
+    render_html,
+    render_markdown,
+)
+from modeling_dclip.evaluation.reports.metric_names import METRICS, metric_of
+from modeling_dclip.evaluation.reports.plots import plot_bars, plot_growth, plot_suite, plot_tradeoff
+from modeling_dclip.evaluation.reports.tables import (
+    markdown_table,
+    name_of,
+    render_encoders,
+    render_index,
+    render_leakage,
+    render_onnx_towers,
+    render_retrieval,
+    render_rows,
+    render_scan,
+    render_student_step,
+    render_summary,
+    short_hash,
+)
+from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
+
+ALPHA = "alpha="
+_SEED = re.compile(r"^(.*), seed \d+$")  # how the arms of an experiment are labelled, one run each
+Record = Mapping[str, Any]
+
+
+def kind_of(record: Record) -> str:
+    """`retrieval` of `retrieval=coco:...`."""
+    return record["benchmark"].partition("=")[0]
+
+
+def shorten_benchmark(benchmark: str, most: int = 64) -> str:
+    """What a heading says of a benchmark: its source, of every path the last two parts.
+
+    Example:
+        >>> shorten_benchmark("retrieval=coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
+        'coco:annotations/captions_val2017.json:coco/val2017'
+    """
+    kind, _, spec = benchmark.partition("=")
+    text = re.sub(r"[^:,=]*/([^:,=/]+/[^:,=/]+)", r"\1", spec or kind)
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
+
+
+def order_metrics(records: Sequence[Record]) -> list[str]:
+    """All metrics of the records: known ones in the order of `METRICS`, the others as they come."""
+    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    known = list(METRICS)
+    return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
+
+
+def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]], int]:
+    """Make rows of one table: each with a label of its own, the same measurement once, runs of one arm as their mean.
+
+    Runs are an arm's where they differ in the label's `, seed N`, as [`~modeling_dclip.evaluation.arms.evaluate_arms`] writes it, and are of
+    the same data. Their row has the means, intervals over seeds in place of those over images, and the number of `runs`.
+
+    Args:
+        found (`Sequence[tuple[str, dict]]`): Name of the file, record.
+
+    Returns:
+        `tuple[list[dict], int]`: Records with other labels; and how many records were left out since they repeat another: the same weights,
+        data and numbers.
+    """
+    unique: dict[str, tuple[Record, list[str]]] = {}
+    for source, record in found:
+        names = ("revision", "benchmark", "dataset_fingerprint", "condition", "settings", "seed", "metrics")
+        key = repr([record.get(name) for name in names])
+        unique.setdefault(key, (record, []))[1].append(source)
+    several = len({source for source, _ in found}) > 1
+    arms: dict[tuple[str, ...], list[Record]] = {}
+    for record, sources in unique.values():
+        where = f" ({', '.join(dict.fromkeys(sources))})" if several else ""
+        condition = f", {record['condition']}" if "condition" in record else ""
+        run = _SEED.match(name_of(record))
+        label = f"{run[1] if run else name_of(record)}{condition}{where}"
+        data = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings")))
+        place = (label, *data, "" if run else str(len(arms)))  # only runs that say so are one arm's
+        arms.setdefault(place, []).append({**record, "label": label})
+    return [_average(runs) if len(runs) > 1 else runs[0] for runs in arms.values()], len(found) - len(unique)
+
+
+def _average(runs: Sequence[Record]) -> dict[str, Any]:
+    """One row for the runs of an arm."""
+    row = {name: value for name, value in runs[0].items() if name not in ("seed", "comparison", "draws")}
+    names = [name for name in runs[0]["metrics"] if all(name in run["metrics"] for run in runs)]
+    row["intervals"] = {name: seed_interval([float(run["metrics"][name]) for run in runs]).to_dict() for name in names}
+    row["metrics"] = {name: row["intervals"][name]["estimate"] for name in names}
+    ratios = [run.get("comparison", {}) for run in runs]
+    row["comparison"] = {
+        name: seed_interval([ratio[name]["estimate"] for ratio in ratios]).to_dict()
+        for name, value in ratios[0].items()
+        if isinstance(value, Mapping) and all(name in ratio for ratio in ratios)
+    }
+    if anchor := ratios[0].get("anchor_revision"):
+        row["comparison"]["anchor_revision"] = anchor
+    weights = list(dict.fromkeys(run["revision"] for run in runs))
+    return {
+        **row,
+        "runs": len(runs),
+        "revision": f"{len(weights)} trained" if len(weights) > 1 else weights[0],
+        "weights": weights,
+    }
+
+
+def _interval(row: Record, metric: str) -> dict[str, Any]:
+    bare = {"low": None, "high": None, "covers": "nothing"}
+    return {**row.get("intervals", {}).get(metric, bare), "estimate": float(row["metrics"][metric])}
+
+
+def bars(rows: Sequence[Record], metrics: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """Panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from [`merge_rows`]' rows, one for each metric that a row has."""
+    panels = {}
+    for name in (name for name in metrics if any(name in row["metrics"] for row in rows)):
+        metric = metric_of(name)
+        panel = panels.setdefault(f"{metric.heading}{' (%)' if metric.unit == '%' else ''}", [])
+        for row in rows:
+            label = f"{row['label']} ×{row['runs']}" if "runs" in row else row["label"]
+            if name not in row["metrics"]:
+                panel.append({"label": label, "value": None})
+                continue
+            interval = _interval(row, name)
+            ends = {end: None if interval[end] is None else metric.in_unit(interval[end]) for end in ("low", "high")}
+            value = interval["estimate"]
+            panel.append({"label": label, "value": metric.in_unit(value), "text": metric.show(value), **ends})
+    return panels
+
+
+def pair_tradeoff(
+    rows: Sequence[Record], others: Sequence[Record]
+) -> tuple[list[dict[str, Any]], dict[str, list], list[str]]:
+    """Pair retrieval with zero-shot accuracy of the same weights.
+
+    Accuracy is the mean over the zero-shot benchmarks that all these models have; if there is none, the one that most of them have.
+
+    Args:
+        rows (`Sequence[dict]`): Of one retrieval benchmark, from [`merge_rows`].
+        others (`Sequence[dict]`): Of zero-shot benchmarks, from [`merge_rows`].
+
+    Returns:
+        `tuple`: Points (the anchor first, if records name one) and curves (by model, over the weights between it and its anchor) of
+        [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], and the zero-shot benchmarks. Without two points, all three are empty.
+    """
+    accuracy: dict[tuple, dict[str, dict[str, Any]]] = {}
+    for other in others:
+        if "top1" in other["metrics"]:
+            accuracy.setdefault(weights_of(other), {})[other["benchmark"]] = _interval(other, "top1")
+    paired = [row for row in rows if GAIN_METRIC in row["metrics"] and weights_of(row) in accuracy]
+    counts = Counter(name for row in paired for name in accuracy[weights_of(row)])
+    chosen = [name for name, count in counts.items() if count == len(paired)]
+    chosen = chosen or [name for name, _ in counts.most_common(1)]
+    paired = [row for row in paired if set(chosen) <= set(accuracy[weights_of(row)])]
+    anchors = {row["comparison"].get("anchor_revision") for row in rows if "comparison" in row}
+    points, curves = [], {}
+    for row in sorted(paired, key=lambda row: row["revision"] not in anchors or "condition" in row):
+        found = [accuracy[weights_of(row)][name] for name in chosen]
+        alone = (
+            found[0] if len(found) == 1 else {"low": None, "high": None}
+        )  # a mean's interval is not the intervals' mean
+        retrieval = _interval(row, GAIN_METRIC)
+        point = {
+            "label": row["label"],
+            "x": sum(one["estimate"] for one in found) / len(found),
+            "y": retrieval["estimate"],
+        }
+        point |= {"x_interval": (alone["low"], alone["high"]), "y_interval": (retrieval["low"], retrieval["high"])}
+        if row.get("condition", "").startswith(ALPHA):
+            curves.setdefault(f"{row['model']}, α", []).append(
+                {**point, "label": row["condition"].removeprefix(ALPHA)}
+            )
+        else:
+            points.append(point)
+    for steps in curves.values():
+        steps.sort(key=lambda step: float(step["label"]))
+    return (points, curves, chosen) if points and len(paired) > 1 else ([], {}, [])
+
+
+def weights_of(record: Record) -> tuple:
+    """What identifies a row's model: its weights, of a mean those of every run, and the point between two models."""
+    return tuple(record.get("weights", [record["revision"]])), record.get("condition")
+
+
+# Find and sort what a report is made of: records, summaries of arms, benchmarks of speed, and what is none of these.
+
+
+def _render_all_encoders(data: Mapping[str, Any]) -> str:
+    return render_encoders(data, cells=",".join(dict.fromkeys(row["cell"] for row in data["rows"])))
+
+
+# What `benchmarks/` writes says its name under "benchmark".
+SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
+    "image_encoders": _render_all_encoders,
+    "index": render_index,
+    "onnx_towers": render_onnx_towers,
+    "retrieval": render_retrieval,
+    "selective_scan": render_scan,
+    "student_step": render_student_step,
+}
+_INTERVAL_KEYS = ("estimate", "low", "high", "confidence", "covers")
+
+
+class Sources(NamedTuple):
+    """What was found. `names` gives each file a short name; `left_out` says of each file that is not shown why."""
+
+    records: list[tuple[Path, dict[str, Any]]]
+    summaries: list[tuple[Path, dict[str, Any]]]
+    speed: list[tuple[Path, dict[str, Any], str]]
+    left_out: list[tuple[Path, str]]
+    names: dict[Path, str]
+
+
+def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
+    """List JSON files: those given, and those in the folders given and below, but for hidden folders.
+
+    Args:
+        paths (`Sequence[str | os.PathLike]`): Files and folders.
+
+    Returns:
+        `list[Path]`: Each once, in the order given, a folder's in that of their names.
+
+    Raises:
+        FileNotFoundError: If a path is missing, or nothing is given.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"Expected results files or folders of them, got {path}, which does not exist.")
+        files = [path]
+        if path.is_dir():
+            files = sorted(
+                file
+                for file in path.rglob("*.json")
+                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
+            )
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
+
+
+def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
+    """Read every file that a report can show; the others are named with the reason.
+
+    Args:
+        paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched.
+
+    Returns:
+        [`Sources`]
+
+    Raises:
+        FileNotFoundError: If a path is missing.
+        ValueError: If there is nothing to show.
+    """
+    files = find_json(paths)
+    sources = Sources([], [], [], [], _name_files(files))
+    for file in files:
+        try:
+            _read_one(file, sources)
+        except (ValueError, OSError) as error:
+            sources.left_out.append((file, str(error)))
+        except (AttributeError, KeyError, IndexError, TypeError) as error:  # a benchmark's file has no schema to check
+            sources.left_out.append((file, f"Expected what its script writes, got another form: {error!r}."))
+    if not (sources.records or sources.summaries or sources.speed):
+        reasons = "".join(f"\n- {path}: {reason}" for path, reason in sources.left_out[:5])
+        raise ValueError(
+            f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got {len(files)} JSON files "
+            f"and none of these.{reasons}"
+        )
+    return sources
+
+
+def _read_one(file: Path, sources: Sources) -> None:
+    content = json.loads(file.read_text(encoding="utf-8"))
+    if isinstance(content, list):
+        records = read_results(file)
+        for index, record in enumerate(records):
+            _check_intervals(record, f"record {index} of {file}")
+        sources.records.extend((file, record) for record in records)
+    elif isinstance(content, Mapping) and "arms" in content:
+        render_summary(content, where=str(file))  # says what is wrong with it
+        sources.summaries.append((file, content))
+    elif isinstance(content, Mapping) and content.get("benchmark") in SPEED_TABLES:
+        sources.speed.append((file, content, SPEED_TABLES[content["benchmark"]](content)))
+    else:
+        keys = sorted(content)[:4] if isinstance(content, Mapping) else type(content).__name__
+        raise ValueError(f"No list of records, no summary of arms, no benchmark of {list(SPEED_TABLES)}: {keys}.")
+
+
+def _check_intervals(record: Mapping[str, Any], where: str) -> None:
+    """Intervals come as free dicts; a table needs all of their parts."""
+    intervals = dict(record.get("intervals", {}))
+    intervals |= {name: value for name, value in record.get("comparison", {}).items() if isinstance(value, Mapping)}
+    for name, interval in intervals.items():
+        if not isinstance(interval, Mapping) or not all(key in interval for key in _INTERVAL_KEYS):
+            raise ValueError(f"Expected an interval with {_INTERVAL_KEYS} for {name!r} of {where}, got {interval!r}.")
+
+
+def _name_files(files: Sequence[Path]) -> dict[Path, str]:
+    """A file's folder if that names it, else folder and name, else the path."""
+    folders = [file.resolve().parent.name for file in files]
+    plain = {
+        file: folder if file.stem in ("records", "results", "summary", "leakage") else f"{folder}/{file.stem}"
+        for file, folder in zip(files, folders, strict=True)
+    }
+    parents: dict[str, set[Path]] = {}
+    for file, name in plain.items():
+        parents.setdefault(name, set()).add(file.resolve().parent)
+    return {file: name if len(parents[name]) == 1 else str(file) for file, name in plain.items()}
+
+
+# The part of a report on speed: what the scripts in `benchmarks/` wrote.
+
+
+def add_speed(report: Any) -> None:
+    """Add a table for each file of `benchmarks/`, pictures of those of image encoders, and what they were measured on.
+
+    Args:
+        report: As [`~modeling_dclip.evaluation.reports.report.write_report`] makes it, with its `sources` read.
+    """
+    if report.sources.speed:
+        report.heading("Speed", 2)
+    for path, data, table in report.sources.speed:
+        report.heading(report.sources.names[path], 3, str(path))
+        report.blocks.append(Table(table))
+        if data["benchmark"] == "image_encoders":
+            _draw_encoders(report, data)
+        shown = {key: value for key, value in data.items() if key in ("n", "versions", "hardware")}
+        settings = {key: value for key, value in data.get("arguments", {}).items() if not isinstance(value, list) and value != ""}  # fmt: skip
+        report.blocks.append(Terms([*measured_on([{**shown, "arguments": settings}]), report.files([path])]))
+
+
+def _draw_encoders(report: Any, data: Mapping[str, Any]) -> None:
+    """Times of the first cell as bars; where encoders were measured at three sizes or more, the growth too."""
+    clock = data["clock_of_ratios"]
+    cell = data["rows"][0]["cell"]
+    panel = [
+        {"label": row["encoder"], "value": row[clock]["median"], "text": metric_of("image_latency_ms").show(row[clock]["median"]),
+         "low": row[clock]["min"], "high": row[clock]["max"]}
+        for row in data["rows"] if row["cell"] == cell
+    ]  # fmt: skip
+    report.draw(plot_bars, {f"ms, {cell}": panel}, f"Time of a batch, {cell}. Lines: smallest and largest round.")
+    series: dict[str, list] = {}
+    for row in data["rows"]:
+        if row["batch_size"] == 1 and row["image_size"] not in [size for size, _ in series.get(row["encoder"], ())]:
+            series.setdefault(row["encoder"], []).append((row["image_size"], row[clock]))
+    series = {name: sorted(points, key=lambda point: point[0]) for name, points in series.items() if len(points) > 2}
+    if series:
+        report.draw(plot_growth, series, "Time of one image against its size.", x_label="pixels a side", y_label="ms")
+
+
+PICTURES = "plots"
+# Kinds of benchmark in the order of the report: title, and what is drawn of them, where it was measured.
+KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retrieval": ("Retrieval", ("text_to_image_recall@1", "image_to_text_recall@1")),
+    "fine_grained": ("Fine-grained retrieval", ("accuracy", "text_score", "image_score", "group_score")),
+    "zero_shot": ("Zero-shot classification", ("top1", "mean_per_class", "map")),
+    "efficiency": ("Efficiency", ("image_latency_ms", "text_latency_ms", "peak_memory_mib")),
+    "diagnostics": ("Diagnostics", ("modality_gap", "alignment", "image_uniformity", "text_uniformity")),
+    "hessian": ("Curvature", ("hessian_eigenvalue_1",)),
+    "leakage": ("What the teacher reads", ()),
+}
+BOLD = "In percent where no unit stands. Bold: the best as shown on the same data; whether it is beyond noise `eval.py compare` says."
+
+LINES = "Lines: 95 % intervals, over training seeds where ×N stands, else over test images."
+
+
+class _Report:
+    """The blocks of a report as they come, and its pictures in a folder."""
+
+    def __init__(self, sources: Sources, folder: Path):
+        self.sources, self.folder = sources, folder
+        self.blocks: list[Block] = []
+        self.pictures: dict[str, bytes] = {}
+        self.warned: list[str] = []
+
+    def heading(self, text: str, level: int, full: str = "") -> None:
+        self.blocks.append(Heading(text, level, f"part-{len(self.blocks)}", full))
+
+    def warn(self, items: Sequence[str], where: str) -> None:
+        if items:
+            self.blocks.append(Warnings(list(items)))
+            self.warned.append(where)
+
+    def draw(self, plot: Any, content: Any, alt: str, **options: Any) -> None:
+        name = f"{len(self.pictures) + 1:02d}_{plot.__name__.removeprefix('plot_')}.png"
+        plot(content, self.folder / name, **options)
+        self.pictures[name] = (self.folder / name).read_bytes()
+        self.blocks.append(Picture(name, alt))
+
+    def name(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
+        """Records with the short names of their files."""
+        return [(self.sources.names[path], record) for path, record in found]
+
+    def files(self, paths: Sequence[Path]) -> tuple[str, str]:
+        return "Files", ", ".join(dict.fromkeys(map(str, paths)))
+
+
+def write_report(
+    paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, title: str = "Results"
+) -> list[Path]:
+    """Write `report.md` with its pictures in `plots/`, and `report.html`, which holds everything, from results files.
+
+    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. Any other JSON in the folders is named in the report.
+    Each table says what it was measured on, and whether its rows are comparable at all.
+
+    Args:
+        paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched with those below.
+        output (`str` or `os.PathLike`): Folder. Files in it are replaced, each whole or not at all; others stay.
+        title (`str`, *optional*, defaults to `"Results"`): Above it all.
+
+    Returns:
+        `list[Path]`: What was written: the HTML page, the Markdown file, the pictures.
+
+    Raises:
+        FileNotFoundError: If a path is missing.
+        ImportError: If matplotlib is not installed.
+        NotADirectoryError: If `output` is a file.
+        ValueError: If none of the files can be shown.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"Expected a folder to write the report to, got the file {output}.")
+    sources = read_sources(paths)
+    with tempfile.TemporaryDirectory() as folder:
+        report = _Report(sources, Path(folder))
+        _add_summaries(report)
+        _add_records(report)
+        add_speed(report)
+        _add_left_out(report)
+    intro = _introduce(report)
+    for name, content in report.pictures.items():
+        write_bytes(output / PICTURES / name, content)
+    write_text(output / "report.md", render_markdown(title, intro, report.blocks, PICTURES))
+    write_text(output / "report.html", render_html(title, intro, report.blocks, report.pictures))
+    return [output / "report.html", output / "report.md", *(output / PICTURES / name for name in report.pictures)]
+
+
+def _introduce(report: _Report) -> list[str]:
+    sources = report.sources
+    records = [record for _, record in sources.records]
+    parts = [
+        (len(records), "records of models on benchmarks"),
+        (len({record["revision"] for record in records}), "different weights"),
+        (len({record["benchmark"] for record in records}), "benchmarks"),
+        (len(sources.summaries), "summaries of experiments"),
+        (len(sources.speed), "measurements of speed"),
+    ]
+    counted = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+    made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    intro = [f"Made {made} from {len(sources.names) - len(sources.left_out)} files: {counted}."]
+    if sources.left_out:
+        intro.append(f"{len(sources.left_out)} JSON files are not shown; the last part names them.")
+    if report.warned:
+        intro.append(f"Rows that are not to be compared without care: {'; '.join(dict.fromkeys(report.warned))}.")
+    return intro
+
+
+def _add_summaries(report: _Report) -> None:
+    if report.sources.summaries:
+        report.heading("Experiments", 2)
+    for path, summary in report.sources.summaries:
+        name = report.sources.names[path]
+        report.heading(name, 3, str(path))
+        measured = [
+            record
+            for file, record in report.sources.records
+            if file.parent == path.parent and record["benchmark"] in summary.get("benchmarks", ()) and "condition" not in record
+        ]  # fmt: skip
+        rows, _ = merge_rows([(name, record) for record in measured])
+        by_benchmark = [[row for row in rows if row["benchmark"] == one] for one in summary.get("benchmarks", ())]
+        conflicts = [
+            text for group in by_benchmark for text in find_conflicts(group) if "seed" not in text.split(":")[0]
+        ]
+        report.warn(conflicts, name)
+        report.blocks.append(Table(render_summary(summary, where=str(path))))
+        if len(summary["arms"]) > 1:
+            report.draw(plot_tradeoff, tradeoff_points(summary), f"{name}: retrieval against zero-shot accuracy", x_label="zero-shot top-1 (%)")  # fmt: skip
+        terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
+        report.blocks.append(Terms([*terms, report.files([path])]))
+
+
+def _add_records(report: _Report) -> None:
+    groups: dict[str, dict[str, list[tuple[Path, Mapping[str, Any]]]]] = {}
+    for path, record in report.sources.records:
+        groups.setdefault(kind_of(record), {}).setdefault(record["benchmark"], []).append((path, record))
+    zero_shot = [row for found in groups.get("zero_shot", {}).values() for row in merge_rows(report.name(found))[0]]
+    for kind in [*(kind for kind in KINDS if kind in groups), *(kind for kind in groups if kind not in KINDS)]:
+        heading, drawn = KINDS.get(kind, (kind.replace("_", " ").capitalize(), ()))
+        report.heading(heading, 2)
+        if kind == "zero_shot" and len(groups[kind]) > 1:
+            _add_suite(report, groups[kind])
+        shortened = [shorten_benchmark(benchmark) for benchmark in groups[kind]]
+        for benchmark, found in groups[kind].items():
+            short = shorten_benchmark(benchmark)
+            short = short if shortened.count(short) == 1 else benchmark
+            report.heading(short, 3, benchmark)
+            if kind == "leakage":
+                _add_leakage(report, found)
+                continue
+            suite = kind == "zero_shot" and len(groups[kind]) > 4  # one picture shows them all
+            _add_benchmark(report, kind, f"{heading}, {short}", found, zero_shot, () if suite else drawn)
+
+
+def _add_benchmark(
+    report: _Report,
+    kind: str,
+    where: str,
+    found: Sequence[tuple[Path, Mapping[str, Any]]],
+    zero_shot: Sequence[Mapping[str, Any]],
+    drawn: Sequence[str],
+) -> None:
+    """The table of one benchmark, its warnings, its pictures and what it was measured on."""
+    rows, repeated = merge_rows(report.name(found))
+    report.warn(find_conflicts(rows, timed=kind == "efficiency"), where)
+    report.blocks.append(Table(_render(rows)))
+    if repeated:
+        report.blocks.append(
+            Text(f"Left out: {repeated} records that repeat a row: the same weights, data and numbers.")
+        )
+    panels = bars(rows, drawn)
+    if len(rows) > 1 and panels:
+        report.draw(
+            plot_bars, panels, f"{where}. {LINES if any('runs' in row or 'intervals' in row for row in rows) else ''}"
+        )
+    points, curves, benchmarks = pair_tradeoff(rows, zero_shot) if kind == "retrieval" else ([], {}, [])
+    if points:
+        names = ", ".join(map(shorten_benchmark, benchmarks))
+        over = f"mean over {len(benchmarks)} benchmarks: {names}" if len(benchmarks) > 1 else names
+        alt = f"Retrieval against zero-shot accuracy ({over}) of the same weights."
+        report.draw(plot_tradeoff, points, alt, curves=curves, x_label="zero-shot top-1 (%)")
+    terms = measured_on([record for _, record in found], weights=False)
+    report.blocks.append(Terms([*terms, report.files([path for path, _ in found])]))
+
+
+def _render(rows: Sequence[Mapping[str, Any]]) -> str:
+    several = len({row["dataset_fingerprint"] for row in rows}) > 1
+    columns = [
+        "model",
+        *(["data"] if several else []),
+        "revision",
+        *(["runs"] if any("runs" in row for row in rows) else []),
+    ]
+    table = render_rows(rows, order_metrics(rows), best=True, columns=columns)
+    return f"{table}\n\n{BOLD}" if "**" in table else table
+
+
+def _add_suite(report: _Report, groups: Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]) -> None:
+    """Models that were measured on several zero-shot benchmarks, side by side, with the mean of those that have all."""
+    found_values: dict[tuple, tuple[str, dict[str, float]]] = {}
+    titles = {benchmark: shorten_benchmark(benchmark) for benchmark in groups}
+    for benchmark, found in groups.items():
+        rows, _ = merge_rows(report.name(found))
+        metric = next((name for name in ("top1", "map") if any(name in row["metrics"] for row in rows)), None)
+        for row in rows:
+            if metric in row["metrics"]:
+                _, model = found_values.setdefault(weights_of(row), (name_of(row), {}))
+                model[benchmark] = row["metrics"][metric]
+    labels = [label for label, row in found_values.values() if len(row) > 1]
+    values = {
+        label if labels.count(label) == 1 else f"{label} {short_hash(weights[0][0])}": row
+        for weights, (label, row) in found_values.items()
+        if len(row) > 1
+    }
+    if not values:
+        return
+    shown = [benchmark for benchmark in groups if any(benchmark in row for row in values.values())]
+    share = metric_of(RETENTION_METRIC)
+    table = []
+    for series, row in values.items():
+        mean = share.show(sum(row.values()) / len(row)) if set(shown) <= set(row) else "–"
+        table.append([series, *(share.show(row[name]) if name in row else "–" for name in shown), mean])
+    header = ["Model", *(titles[name] for name in shown), f"mean of {len(shown)}"]
+    report.heading("All datasets", 3)
+    report.blocks.append(Table(markdown_table(header, table)))
+    report.blocks.append(Text("Top-1 in percent, mAP of data with several labels an image; models on two or more of them. Means over seeds where there are several."))  # fmt: skip
+    report.draw(plot_suite, {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()}, "Zero-shot accuracy by dataset.")  # fmt: skip
+    report.blocks.append(Text("What each was measured on stands below, at the dataset."))
+
+
+def _add_leakage(report: _Report, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
+    by_file: dict[Path, list[Mapping[str, Any]]] = {}
+    for path, record in found:
+        by_file.setdefault(path, []).append(record)
+    for path, records in by_file.items():
+        try:
+            report.blocks.append(Table(render_leakage(records)))
+        except ValueError as error:
+            report.warn([f"{path}: {error}"], f"leakage in {report.sources.names[path]}")
+        report.blocks.append(Terms([*measured_on(records), report.files([path])]))
+
+
+def _add_left_out(report: _Report, most: int = 30) -> None:
+    left_out = report.sources.left_out
+    if left_out:
+        report.heading("Files that are not shown", 2)
+        rows = [[str(path), " ".join(reason.split())] for path, reason in left_out[:most]]
+        report.blocks.append(Table(markdown_table(["File", "Why"], rows, left=2)))
+        if len(left_out) > most:
+            report.blocks.append(Text(f"And {len(left_out) - most} more."))

@@ -1,0 +1,444 @@
+"""Retrieval gained against zero-shot accuracy kept, in one picture of numbers.
+
+Every value comes as an [`~modeling_dclip.evaluation.statistics.Interval`] that says what it covers: test images, or training seeds.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import torch
+
+
+class Interval(NamedTuple):
+    """An estimate and its interval; `covers` is `"images"`, `"seeds"` or `"nothing"` (one run: `low` and `high` are `None`)."""
+
+    estimate: float
+    low: float | None
+    high: float | None
+    confidence: float
+    covers: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """Make it JSON: an unbounded end becomes `None`."""
+        return {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in self._asdict().items()
+        }
+
+
+def _check_confidence(confidence: float) -> None:
+    if not 0 < confidence < 1:
+        raise ValueError(f"Expected a confidence in (0, 1), got {confidence}.")
+
+
+def bootstrap_ratio(
+    numerators: torch.Tensor,
+    denominators: torch.Tensor,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Resample images; take the ratio of the sums every time.
+
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it is, and other
+    training runs are not covered. Both sums come from the same draw: this is the pairing.
+
+    Args:
+        numerators (`torch.Tensor` of shape `(I,)`): Per image, e.g. the student's hits.
+        denominators (`torch.Tensor` of shape `(I,)`): Per image, >= 0, e.g. the anchor's hits.
+        resamples (`int`, *optional*, defaults to 2000): Draws.
+        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        [`Interval`]: `covers="images"`. A draw with a denominator of 0 counts as infinite; `high` may be `inf`.
+
+    Raises:
+        ValueError: If the shapes differ, there are fewer than two images, or the denominators sum to 0.
+    """
+    if numerators.ndim != 1 or numerators.shape != denominators.shape or len(numerators) < 2:
+        raise ValueError(
+            f"Expected two vectors of one length >= 2, one entry per image, got {tuple(numerators.shape)} and "
+            f"{tuple(denominators.shape)}. Were both models evaluated on the same images?"
+        )
+    outcomes = {"ratio": torch.stack([numerators, denominators], dim=1)}
+    return bootstrap_outcomes(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
+
+
+def bootstrap_outcomes(
+    outcomes: Mapping[str, torch.Tensor], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
+) -> dict[str, Interval]:
+    """Intervals of several metrics of one evaluation at once, each a ratio of sums over images; all from the same draws.
+
+    Args:
+        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, e.g. the hits of its captions
+            and their number. Counts are >= 0. All of one length.
+        resamples, confidence, seed: As in [`bootstrap_ratio`].
+
+    Returns:
+        `dict[str, Interval]`: By metric.
+
+    Raises:
+        ValueError: If shapes differ, there are fewer than two images, or the counts of a metric sum to 0.
+    """
+    _check_confidence(confidence)
+    if resamples < 1:
+        raise ValueError(f"Expected resamples >= 1, got {resamples}.")
+    shapes = {tuple(values.shape) for values in outcomes.values()}
+    if len(shapes) != 1 or (shape := next(iter(shapes)))[1:] != (2,) or shape[0] < 2:
+        raise ValueError(
+            f"Expected sums and counts (I, 2) of the same two or more images, got shapes {sorted(shapes)}."
+        )
+    pairs = torch.stack([values.double().cpu() for values in outcomes.values()], dim=1)  # (I, metrics, 2)
+    totals = pairs.sum(dim=0)
+    for name, (_, count) in zip(outcomes, totals.tolist(), strict=True):
+        if count <= 0:
+            raise ValueError(
+                f"Expected a reference with at least one hit, got none ({name}): a ratio to it is not defined."
+            )
+    images, generator, ratios = len(pairs), torch.Generator().manual_seed(seed), []
+    per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices at a time
+    for start in range(0, resamples, per_chunk):
+        draws = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
+        # How often each image was drawn: then all metrics are one product, and no metric's rows are gathered.
+        times = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(
+            1, draws, torch.ones((), dtype=torch.double).expand(draws.shape)
+        )
+        sums = (times @ pairs.flatten(1)).view(len(draws), len(outcomes), 2)
+        ratios.append(torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf))
+    ordered = torch.cat(ratios).sort(dim=0).values
+    tail = (1 - confidence) / 2 * (resamples - 1)
+    lows, highs = ordered[math.floor(tail)].tolist(), ordered[math.ceil(resamples - 1 - tail)].tolist()
+    estimates = (totals[:, 0] / totals[:, 1]).tolist()
+    return {
+        name: Interval(estimate, low, high, confidence, "images")
+        for name, estimate, low, high in zip(outcomes, estimates, lows, highs, strict=True)
+    }
+
+
+@lru_cache
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t by bisection over its distribution function (Simpson's rule); error below 1e-6 of the quantile.
+
+    Args:
+        probability (`float`): In (0.5, 1).
+        degrees (`int`): Degrees of freedom, >= 1.
+
+    Returns:
+        `float`: > 0.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> round(t_quantile(0.975, 2), 3)
+        4.303
+    """
+    if not 0.5 < probability < 1 or degrees < 1:
+        raise ValueError(f"Expected a probability in (0.5, 1) and degrees >= 1, got {probability} and {degrees}.")
+    # With x = sqrt(degrees) * tan(angle) the density becomes c * cos(angle) ** (degrees - 1) on a finite range.
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
+
+    def mass(angle: float, steps: int = 400) -> float:
+        width = angle / steps
+        weights = (1 if i in (0, steps) else 4 if i % 2 else 2 for i in range(steps + 1))
+        return scale * width / 3 * sum(w * math.cos(i * width) ** (degrees - 1) for i, w in enumerate(weights))
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mass(middle) < probability - 0.5 else (low, middle)
+    return math.sqrt(degrees) * math.tan((low + high) / 2)
+
+
+def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean over runs that differ in the seed, with Student's t-interval.
+
+    Covers training **seeds** on this test set; not other test images.
+
+    Args:
+        values (`Sequence[float]`): One per run. With one, the interval is empty and `covers` is `"nothing"`.
+        confidence (`float`, *optional*, defaults to 0.95): Of the interval.
+
+    Returns:
+        [`Interval`]: Around the mean.
+
+    Raises:
+        ValueError: If there is no value or one is not finite.
+    """
+    _check_confidence(confidence)
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"Expected one or more finite values, one per run, got {list(values)}.")
+    runs = len(values)
+    mean = math.fsum(values) / runs
+    if runs == 1:
+        return Interval(mean, None, None, confidence, "nothing")
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (runs - 1))
+    half = t_quantile((1 + confidence) / 2, runs - 1) * deviation / math.sqrt(runs)
+    return Interval(mean, mean - half, mean + half, confidence, "seeds")
+
+
+# Is one model better than another, beyond the chance of the test images? Differences with intervals.
+#
+# Source: percentile bootstrap, and the normal approximation of a difference of independent estimates, as in any textbook.
+
+
+def bootstrap_differences(
+    first: Mapping[str, torch.Tensor],
+    second: Mapping[str, torch.Tensor],
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Resample images; take second - first of every metric every time, both models on the same draw: this is the pairing.
+
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it is, and other
+    training runs are not covered. What is hard for both models cancels, so it is narrower than the two intervals apart from each other.
+
+    Args:
+        first, second (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, of the same images in the
+            same order. Metrics that only one has are left out.
+        resamples (`int`, *optional*, defaults to 2000): Draws, the same ones for every metric.
+        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval.
+        seed (`int`, *optional*, defaults to 0): Of the draws.
+
+    Returns:
+        `dict[str, Interval]`: By metric; `covers="images"`. A draw that holds nothing to count for a metric says nothing of it and is left
+        out of its interval.
+
+    Raises:
+        ValueError: If no metric is in both, shapes differ, there are fewer than two images, counts differ or sum to 0, or an argument is
+            out of range.
+    """
+    names = [name for name in first if name in second]
+    if not names:
+        raise ValueError(f"Expected a metric that both models have, got {sorted(first)} and {sorted(second)}.")
+    if resamples < 1 or not 0 < confidence < 1:
+        raise ValueError(
+            f"Expected resamples >= 1 and a confidence in (0, 1), got {resamples} and {confidence} to bootstrap with."
+        )
+    shapes = {tuple(values[name].shape) for values in (first, second) for name in names}
+    if len(shapes) != 1 or (shape := next(iter(shapes)))[1:] != (2,) or shape[0] < 2:
+        raise ValueError(
+            f"Expected sums and counts (I, 2) of the same two or more images, got shapes {sorted(shapes)}. Were both models evaluated "
+            f"on the same images?"
+        )
+    sums = torch.stack([values[name].double().cpu() for name in names for values in (first, second)], dim=1)
+    sums = sums.unflatten(1, (len(names), 2))  # (I, metrics, models, sum and count)
+    uneven = [name for index, name in enumerate(names) if not torch.equal(sums[:, index, 0, 1], sums[:, index, 1, 1])]
+    empty = [name for index, name in enumerate(names) if sums[:, index, 0, 1].sum() <= 0]
+    if uneven or empty:
+        raise ValueError(
+            f"Expected the same counts, above 0 in all, of both models, got others for {(uneven or empty)[0]!r}. Were both evaluated on "
+            f"the same images and captions?"
+        )
+    images, generator, drawn = len(sums), torch.Generator().manual_seed(seed), []
+    per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices, and as much of weights, at a time
+    for start in range(0, resamples, per_chunk):
+        rows = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
+        times = torch.zeros(rows.shape, dtype=torch.double).scatter_add_(1, rows, torch.ones(rows.shape).double())
+        drawn.append(_difference((times @ sums.flatten(1)).unflatten(1, sums.shape[1:])))
+    estimates, draws = _difference(sums.sum(dim=0)[None])[0].tolist(), torch.cat(drawn)
+    return {
+        name: Interval(estimates[index], *_percentiles(draws[:, index], confidence), confidence, "images")
+        for index, name in enumerate(names)
+    }
+
+
+def _difference(sums: torch.Tensor) -> torch.Tensor:
+    """(..., metrics, 2, 2) -> (..., metrics); NaN where nothing was counted."""
+    shares = sums[..., 0] / sums[..., 1]
+    return shares[..., 1] - shares[..., 0]
+
+
+def _percentiles(draws: torch.Tensor, confidence: float) -> tuple[float, float]:
+    ordered = draws[~draws.isnan()].sort().values
+    tail = (1 - confidence) / 2 * (len(ordered) - 1)
+    return float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(ordered) - 1 - tail)])
+
+
+def unpaired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Interval | None:
+    """Difference, second - first, of two estimates that know nothing of each other, from their intervals.
+
+    Normal approximation: each standard error is the width of its interval over that of the standard normal's, and they add in squares. Of
+    two models on the same images it is too wide, as what both find hard does not cancel: prefer [`bootstrap_differences`].
+
+    Args:
+        first, second (`dict`): [`~modeling_dclip.evaluation.statistics.Interval`]s as dicts.
+
+    Returns:
+        [`~modeling_dclip.evaluation.statistics.Interval`] or `None`: `None` where an interval is open, or the two do not cover the same kind
+        of chance with the same confidence.
+
+    Example:
+        >>> ends = {"confidence": 0.95, "covers": "images"}
+        >>> first, second = {"estimate": 0.5, "low": 0.47, "high": 0.53} | ends, {"estimate": 0.6, "low": 0.56, "high": 0.64} | ends
+        >>> [round(value, 3) for value in unpaired_difference(first, second)[:3]]
+        [0.1, 0.05, 0.15]
+    """
+    kinds = {(interval["covers"], interval["confidence"]) for interval in (first, second)}
+    ends = [interval[name] for interval in (first, second) for name in ("low", "high")]
+    if len(kinds) != 1 or None in ends:
+        return None
+    ((covers, confidence),) = kinds
+    normal = NormalDist().inv_cdf((1 + confidence) / 2)
+    errors = [(interval["high"] - interval["low"]) / (2 * normal) for interval in (first, second)]
+    difference, half = second["estimate"] - first["estimate"], normal * math.hypot(*errors)
+    return Interval(difference, difference - half, difference + half, confidence, covers)
+
+
+GAIN_METRIC = "text_to_image_recall@1"
+RETENTION_METRIC = "top1"
+
+
+def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: Any) -> Interval:
+    """A metric of the student over the anchor's: 0.94 is "94 % kept", 1.2 is "20 % gained".
+
+    Covers **images** for these two checkpoints, see [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`]; not training seeds.
+
+    Args:
+        student, anchor (`torch.Tensor` of shape `(I, 2)`): Of every image the sum and the count of the metric (`outcomes` of an
+            evaluation), on the same data.
+        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
+
+    Returns:
+        [`Interval`]: Of the ratio.
+
+    Raises:
+        ValueError: If the two were not measured on the same images and captions, or the anchor has no hit.
+    """
+    if student.shape != anchor.shape or not torch.equal(student[:, 1], anchor[:, 1]):
+        raise ValueError(
+            f"Expected outcomes on the same images with the same captions, got {len(student)} and {len(anchor)} images or other "
+            f"numbers of captions. Evaluate both on one dataset."
+        )
+    return bootstrap_ratio(student[:, 0], anchor[:, 0], **bootstrap)
+
+
+def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **bootstrap: Any) -> dict[str, Any]:
+    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification. Covers **images**.
+
+    Args:
+        student, anchor (`dict`): `outcomes` of two evaluations of one benchmark.
+        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
+
+    Returns:
+        `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor), an [`Interval`] as a
+        dict, JSON-ready; empty for a benchmark that has neither metric, on a single image, or where the anchor has no hit: a ratio to it
+        is not defined.
+
+    Raises:
+        ValueError: If the two are on different data.
+    """
+    compared = {}
+    for metric, name, offset in ((GAIN_METRIC, "gain", 1), (RETENTION_METRIC, "retention", 0)):
+        if metric not in student or metric not in anchor:
+            continue
+        several = len(student[metric]) > 1 or len(anchor[metric]) > 1  # one image alone has no interval
+        if several and anchor[metric][:, 0].sum() > 0:
+            ratio = ratio_to_anchor(student[metric], anchor[metric], **bootstrap)
+            ends = (value - offset for value in ratio[:3])
+            compared[f"{metric}_{name}"] = Interval(*ends, *ratio[3:]).to_dict()
+    return compared
+
+
+def compare_arms(student: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95) -> Interval:
+    """Difference of two arms, student - baseline, paired by seed: the same seed means the same data order and start.
+
+    Covers training **seeds** on this test set; an interval above 0 says the student wins beyond the seeds' noise.
+
+    Args:
+        student, baseline (`Mapping[int, float]`): Metric by seed.
+        confidence (`float`, *optional*, defaults to 0.95): Of the t-interval.
+
+    Returns:
+        [`Interval`]: Of the mean difference, in the metric's own unit.
+
+    Raises:
+        ValueError: If the seeds differ.
+    """
+    if set(student) != set(baseline):
+        raise ValueError(
+            f"Expected both arms on the same seeds, got {sorted(student)} and {sorted(baseline)}. Run the missing ones."
+        )
+    return seed_interval([student[seed] - baseline[seed] for seed in sorted(student)], confidence=confidence)
+
+
+def summarise_arms(
+    arms: Mapping[str, Mapping[int, Mapping[str, float]]],
+    *,
+    anchor: str = "anchor",
+    pairs: Sequence[tuple[str, str]] = (),
+    confidence: float = 0.95,
+) -> dict[str, Any]:
+    """Summarise several runs of several arms: means, gain and retention against the anchor, and paired comparisons.
+
+    All intervals cover **seeds**. The anchor is one checkpoint (one entry, under any seed), or as many as the other arms have, by seed.
+
+    Args:
+        arms (`Mapping`): Arm -> seed -> metric -> value, with the metrics of [`~modeling_dclip.evaluation.benchmarks.retrieval.retrieval_metrics`]
+            and `top1`. All runs have the same metrics.
+        anchor (`str`, *optional*, defaults to `"anchor"`): The arm that is the reference.
+        pairs (`Sequence[tuple[str, str]]`, *optional*): Arms to compare, `(student, baseline)`.
+        confidence (`float`, *optional*, defaults to 0.95): Of the intervals.
+
+    Returns:
+        `dict[str, Any]`: JSON-ready. `anchor`; `arms`: a list, in the order given, of `arm`, `seeds`, `metrics`, and but for the anchor
+        `gain` and `retention`; `comparisons`: a list of `student`, `baseline`, `metrics`. Each value is an [`Interval`] as a dict.
+
+    Raises:
+        ValueError: If the anchor or an arm is missing, metrics or seeds differ, or the anchor is at 0.
+    """
+    if anchor not in arms or not all(arms.values()):
+        raise ValueError(f"Expected runs of every arm and of the anchor {anchor!r}, got {dict(arms)}.")
+    names = sorted(next(iter(arms[anchor].values())))
+    for arm, runs in arms.items():
+        for seed, metrics in runs.items():
+            if sorted(metrics) != names:
+                raise ValueError(
+                    f"Expected the metrics {names} in every run, got {sorted(metrics)} for {arm!r}, seed {seed}."
+                )
+
+    def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+        return seed_interval(values, confidence=confidence).to_dict()
+
+    rows = []
+    for arm, runs in arms.items():
+        row: dict[str, Any] = {"arm": arm, "seeds": sorted(runs)}
+        row["metrics"] = {name: over_seeds([metrics[name] for metrics in runs.values()]) for name in names}
+        if arm != anchor and GAIN_METRIC in names:
+            row["gain"] = over_seeds([ratio - 1 for ratio in _ratios(runs, arms[anchor], GAIN_METRIC)])
+        if arm != anchor and RETENTION_METRIC in names:
+            row["retention"] = over_seeds(_ratios(runs, arms[anchor], RETENTION_METRIC))
+        rows.append(row)
+    comparisons = []
+    for pair in pairs:
+        if not set(pair) <= set(arms):
+            raise ValueError(f"Expected arms among {list(arms)} to compare, got {pair}.")
+        metrics = {}
+        for name in names:
+            student, baseline = ({seed: run[name] for seed, run in arms[arm].items()} for arm in pair)
+            metrics[name] = compare_arms(student, baseline, confidence=confidence).to_dict()
+        comparisons.append({"student": pair[0], "baseline": pair[1], "metrics": metrics})
+    return {"anchor": anchor, "arms": rows, "comparisons": comparisons}
+
+
+def _ratios(
+    runs: Mapping[int, Mapping[str, float]], anchor: Mapping[int, Mapping[str, float]], metric: str
+) -> list[float]:
+    if len(anchor) > 1 and set(anchor) != set(runs):
+        raise ValueError(f"Expected one anchor or one per seed {sorted(runs)}, got seeds {sorted(anchor)}.")
+    ratios = []
+    for seed, metrics in runs.items():
+        reference = (anchor[seed] if len(anchor) > 1 else next(iter(anchor.values())))[metric]
+        if reference <= 0:
+            raise ValueError(
+                f"Expected an anchor above 0 in {metric!r}, got {reference}: a ratio to it is not defined."
+            )
+        ratios.append(metrics[metric] / reference)
+    return ratios

@@ -1,0 +1,214 @@
+"""Write a trained model for other programs; each export is checked against the model before it is kept."""
+
+import copy
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
+from modeling_dclip.data.files import check_new_folder, replacing
+from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx, save_program
+from modeling_dclip.hub.export.winograd import use_winograd
+from modeling_dclip.hub.native_clip import (
+    DUAL_ENCODERS,
+    find_adapter,
+    has_native_twin,
+    load_dual_encoder,
+    load_processor,
+    load_whole,
+    to_native_clip,
+    to_native_processor,
+)
+
+IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
+PREPROCESSOR = "preprocessor_config.json"
+
+
+def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTrainedModel:
+    """Load a dual encoder, or an image encoder alone, in the fastest form that computes the same.
+
+    Args:
+        model (`str` or `os.PathLike`): A folder that training, `fuse()` or conversion wrote; adapters are merged.
+        image_size (`int`, *optional*): Pixels a side; for DM-CLIP with windows that divide the map, also if it is the
+            config's. By default the config's, with its own windows.
+
+    Returns:
+        `PreTrainedModel`: Float32, in eval mode, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+        ValueError: If it holds another model, weights are missing or damaged, or the size is not the config's and the model takes no other.
+    """
+    if not Path(model).is_dir():
+        raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
+    if find_adapter(model) is not None:
+        loaded = load_dual_encoder(model)
+    else:
+        model_type = AutoConfig.from_pretrained(model).model_type
+        if model_type not in {**DUAL_ENCODERS, **IMAGE_ENCODERS}:
+            raise ValueError(
+                f"Expected a dual encoder or an image encoder at '{model}' ({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got "
+                f"{model_type!r}."
+            )
+        if model_type in DUAL_ENCODERS:
+            loaded = load_dual_encoder(model)
+        else:
+            loaded = load_whole(IMAGE_ENCODERS[model_type], model)
+    encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
+    if isinstance(encoder, DMCLIPVisionModel):
+        fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()
+        if not is_dual(loaded):
+            return fused
+        loaded.vision_model, loaded.config.vision_config = fused, fused.config
+    elif image_size not in (None, encoder.config.image_size):
+        raise ValueError(
+            f"image_size: expected {encoder.config.image_size}, which '{model}' was made for, got {image_size}."
+        )
+    return loaded
+
+
+def is_dual(model: nn.Module) -> bool:
+    """Whether it reads texts too."""
+    return hasattr(model, "text_model")
+
+
+def _for_image_size(encoder: DMCLIPVisionModel, image_size: int) -> DMCLIPVisionModel:
+    with torch.device("meta"):  # nothing is drawn: every weight comes from the other
+        resized = type(encoder)(encoder.config.for_image_size(image_size))
+    resized.load_state_dict(encoder.state_dict(), assign=True)
+    return resized.eval()
+
+
+def select_towers(model: PreTrainedModel, names: Sequence[str], folder: str | os.PathLike) -> list[nn.Module]:
+    """The towers of a model by name, `"image"` or `"text"`.
+
+    Raises:
+        ValueError: If a name is unknown, or the model has no such tower.
+    """
+    if unknown := [name for name in names if name not in TOWERS]:
+        raise ValueError(f"Expected towers of {', '.join(TOWERS)}, got {unknown[0]!r}.")
+    if "text" in names and not is_dual(model):
+        raise ValueError(f"Expected a dual encoder at '{folder}', got an image encoder alone. Give `--towers image`.")
+    return [TOWERS[name](model).eval() for name in names]
+
+
+def export_onnx(
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    folder: Path,
+    towers: Sequence[str] = tuple(TOWERS),
+    dtypes: Sequence[str] = tuple(DTYPES),
+    winograd: bool = False,
+) -> dict[str, dict[str, float]]:
+    """Write the towers of a model as ONNX graphs, with what transformers.js and optimum need beside them.
+
+    Args:
+        model (`PreTrainedModel`): From [`load_model`].
+        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing, if they are there.
+        folder (`Path`): New or empty.
+        towers (`Sequence[str]`, *optional*): `"image"`, `"text"`.
+        dtypes (`Sequence[str]`, *optional*): Of `"fp32"`, `"fp16"`, `"int8"`.
+        winograd (`bool`, *optional*, defaults to `False`): In float32, DM-CLIP's convolutions as [`use_winograd`] makes them.
+
+    Returns:
+        `dict[str, dict[str, float]]`: By file, what `compare_onnx` found.
+
+    Raises:
+        ImportError: If the extra `export` is not installed.
+        ValueError: If a tower or dtype is unknown, the preprocessing is for another size, or outputs differ.
+    """
+    found = {}
+    selected = select_towers(model, towers, source)
+    write_settings(model, source, folder)
+    (folder / "onnx").mkdir(parents=True)
+    for tower in selected:
+        plain = None
+        for dtype in dtypes:
+            if dtype == "fp32" and winograd and tower.kind == "image":
+                content = make_onnx(_with_winograd(tower), dtype)
+            else:
+                content = make_onnx(tower, dtype, plain)
+                plain = content if dtype == "fp32" else plain
+            name = f"onnx/{tower.file_name}{DTYPES[dtype]}.onnx"
+            found[name] = compare_onnx(content, tower, dtype)
+            (folder / name).write_bytes(content)
+    return found
+
+
+def _with_winograd(tower: nn.Module) -> nn.Module:
+    changed = copy.deepcopy(tower)
+    encoder = changed.model.vision_model if is_dual(changed.model) else changed.model
+    if not isinstance(encoder, DMCLIPVisionModel):
+        raise ValueError(
+            f"winograd: expected DM-CLIP, whose image encoder has convolutions, got {type(encoder).__name__}."
+        )
+    use_winograd(encoder)
+    return changed
+
+
+def export_programs(
+    model: PreTrainedModel, source: str | os.PathLike, folder: Path, towers: Sequence[str] = tuple(TOWERS)
+) -> dict[str, dict[str, float]]:
+    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`; otherwise as [`export_onnx`]."""
+    selected = select_towers(model, towers, source)
+    write_settings(model, source, folder)
+    return {f"{tower.file_name}.pt2": save_program(tower, folder / f"{tower.file_name}.pt2") for tower in selected}
+
+
+def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> None:
+    """Write configuration, tokenizer and preprocessing without what names our code, so that any reader takes them.
+
+    Raises:
+        ValueError: If the preprocessing makes images of another size than the model reads.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = (to_native_clip(model) if is_dual(model) and has_native_twin(model) else model).config.to_dict()
+    config = {name: value for name, value in config.items() if name not in ("auto_map", "_name_or_path")}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        processor = to_native_processor(load_processor(source), scratch)
+    resize_images(processor.image_processor, model, source)
+    processor.tokenizer.save_pretrained(folder)
+    settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+    (folder / PREPROCESSOR).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def resize_images(image_processor: object, model: PreTrainedModel, source: str | os.PathLike) -> None:
+    """Hold preprocessing against the size a model reads; a DM-CLIP that was moved to another size takes it along.
+
+    Raises:
+        ValueError: If a ViT's preprocessing is for another size.
+    """
+    size = model.config.vision_config.image_size
+    crop = image_processor.crop_size["height"]
+    if crop == size:
+        return
+    if model.config.model_type != "dmclip":
+        raise ValueError(
+            f"Expected images of {size} pixels, which the image encoder reads, from {PREPROCESSOR} of '{source}', got {crop}. "
+            "Set its `crop_size` and `size`."
+        )
+    image_processor.crop_size, image_processor.size = {"height": size, "width": size}, {"shortest_edge": size}
+
+
+def write_export(
+    output: str | os.PathLike, write: Callable[[Path], dict[str, dict[str, float]]]
+) -> dict[str, dict[str, float]]:
+    """Let `write` fill a folder that is there afterwards whole, or not at all.
+
+    Raises:
+        FileExistsError: If the output is in use.
+    """
+    check_new_folder(output)
+    if Path(output).is_dir():
+        Path(output).rmdir()
+    with replacing(output) as folder:
+        return write(folder)

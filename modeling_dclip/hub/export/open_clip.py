@@ -1,0 +1,178 @@
+"""A ViT student as open_clip reads it: `open_clip.create_model_and_transforms("local-dir:FOLDER")`, no code of ours."""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+from transformers.image_utils import PILImageResampling
+
+from modeling_dclip.hub.export.onnx import TOWERS, check_outputs
+from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_processor
+
+WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+LEGACY_EOS_TOKEN_ID = 2  # the highest id of a row is its end
+NAMES = {  # of a layer, ours to open_clip's; the attention's inner projections are one there
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "self_attn.out_proj": "attn.out_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+
+
+def to_open_clip_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Name a student's weights as open_clip does.
+
+    Args:
+        model ([`DCLIPModel`]): With CLIP's own positions.
+
+    Returns:
+        `dict[str, torch.Tensor]`: Contiguous, in the student's dtype.
+
+    Raises:
+        ValueError: If open_clip has no such model.
+    """
+    _check_twin(model)
+    state, weights = model.state_dict(), {}
+    for tower, prefix, config in (
+        ("vision_model", "visual.", model.config.vision_config),
+        ("text_model", "", model.config.text_config),
+    ):
+        for layer in range(config.num_hidden_layers):
+            ours, theirs = f"{tower}.encoder.layers.{layer}.", f"{prefix}transformer.resblocks.{layer}."
+            for kind in ("weight", "bias"):
+                inner = [state[f"{ours}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+                weights[f"{theirs}attn.in_proj_{kind}"] = torch.cat(inner)
+                weights |= {f"{theirs}{new}.{kind}": state[f"{ours}{old}.{kind}"] for old, new in NAMES.items()}
+    for old, new in (
+        ("vision_model.pre_layrnorm", "visual.ln_pre"),
+        ("vision_model.post_layernorm", "visual.ln_post"),
+        ("text_model.final_layer_norm", "ln_final"),
+    ):
+        weights |= {f"{new}.{kind}": state[f"{old}.{kind}"] for kind in ("weight", "bias")}
+    weights |= {
+        "visual.conv1.weight": state["vision_model.embeddings.patch_embedding.weight"],
+        "visual.class_embedding": state["vision_model.embeddings.class_embedding"],
+        "visual.positional_embedding": state["vision_model.embeddings.position_embedding.weight"],
+        "visual.proj": state["visual_projection.weight"].T,
+        "token_embedding.weight": state["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": state["text_model.embeddings.position_embedding.weight"],
+        "text_projection": state["text_projection.weight"].T,
+        "logit_scale": state["logit_scale"],
+    }
+    return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
+
+
+def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
+    """Describe a student's architecture as open_clip's `model_cfg`.
+
+    Args:
+        model ([`DCLIPModel`]): With CLIP's own positions.
+
+    Returns:
+        `dict[str, Any]`
+
+    Raises:
+        ValueError: If open_clip has no such model.
+    """
+    _check_twin(model)
+    vision, text = model.config.vision_config, model.config.text_config
+    activations = {vision.hidden_act, text.hidden_act}
+    if activations not in ({"quick_gelu"}, {"gelu"}):
+        raise ValueError(
+            f"Expected both towers with quick_gelu or both with gelu, as open_clip has, got {sorted(activations)}."
+        )
+    heads = vision.num_attention_heads
+    legacy = text.eos_token_id == LEGACY_EOS_TOKEN_ID
+    return {
+        "embed_dim": model.config.projection_dim,
+        "quick_gelu": activations == {"quick_gelu"},
+        "vision_cfg": {
+            "image_size": vision.image_size,
+            "layers": vision.num_hidden_layers,
+            "width": vision.hidden_size,
+            "head_width": vision.hidden_size // heads,
+            "patch_size": vision.patch_size,
+            "mlp_ratio": vision.intermediate_size / vision.hidden_size,
+            "norm_kwargs": {"eps": vision.layer_norm_eps},
+        },
+        "text_cfg": {
+            "context_length": text.max_position_embeddings,
+            "vocab_size": text.vocab_size,
+            "width": text.hidden_size,
+            "heads": text.num_attention_heads,
+            "layers": text.num_hidden_layers,
+            "mlp_ratio": text.intermediate_size / text.hidden_size,
+            "norm_kwargs": {"eps": text.layer_norm_eps},
+            "hf_tokenizer_name": ".",  # of a local folder: its own tokenizer
+            **({} if legacy else {"pool_type": "eos", "eos_id": text.eos_token_id}),
+        },
+    }
+
+
+def _check_twin(model: PreTrainedModel) -> None:
+    if not has_native_twin(model):
+        raise ValueError(
+            f"Expected a dual ViT student with absolute positions, which open_clip has, got {model.config.model_type!r} with "
+            f"{getattr(getattr(model.config, 'vision_config', model.config), 'position_embedding_type', 'other')!r} positions."
+        )
+
+
+def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> dict[str, dict[str, float]]:
+    """Write weights, architecture, preprocessing and tokenizer for open_clip, and compare its outputs where it is installed.
+
+    Args:
+        model ([`DCLIPModel`]): With CLIP's own positions.
+        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing.
+        folder (`Path`): New.
+
+    Returns:
+        `dict[str, dict[str, float]]`: The file of weights and how near open_clip's embeddings are.
+
+    Raises:
+        ImportError: If open_clip is not installed: what cannot be checked is not written.
+        ValueError: If open_clip has no such model or no such preprocessing, or its outputs differ.
+    """
+    weights, config = to_open_clip_weights(model), to_open_clip_config(model)
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(
+            f"Expected open_clip to check with, got {error}. Install it with `pip install open_clip_torch`."
+        ) from error
+    folder.mkdir(parents=True)
+    with tempfile.TemporaryDirectory() as scratch:
+        processor = to_native_processor(load_processor(source), scratch)
+    images = processor.image_processor
+    crop, size = images.crop_size["height"], model.config.vision_config.image_size
+    if crop != size or images.size["shortest_edge"] != size or not images.do_center_crop:
+        raise ValueError(
+            f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, which open_clip's does, got "
+            f"{dict(images.size)} and {crop}."
+        )
+    preprocessing = {
+        "mean": list(images.image_mean),
+        "std": list(images.image_std),
+        "interpolation": PILImageResampling(images.resample).name.lower(),
+        "resize_mode": "shortest",
+    }
+    processor.tokenizer.save_pretrained(folder)
+    save_file(weights, folder / WEIGHTS)
+    described = {"model_cfg": config, "preprocess_cfg": preprocessing}
+    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    pairs = []
+    with torch.no_grad():
+        for name, embed in (("image", theirs.encode_image), ("text", theirs.encode_text)):
+            tower = TOWERS[name](model)
+            inputs = tower.sample(3)
+            if name == "text":  # open_clip reads whole rows
+                missing = model.config.text_config.max_position_embeddings - inputs.shape[1]
+                inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
+            pairs.append((embed(inputs).float(), tower(inputs)))
+    return {WEIGHTS: check_outputs(pairs, "fp32", "open_clip")}

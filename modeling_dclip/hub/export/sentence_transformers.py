@@ -1,0 +1,81 @@
+"""A ViT student as sentence-transformers reads it, no code of ours: `SentenceTransformer(FOLDER).encode(pictures)`, or `encode(texts)`.
+
+Pictures and texts in one list are encoded up to sentence-transformers 5.3; later ones want a call for each.
+"""
+
+import json
+import os
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedModel
+
+from modeling_dclip.hub.export.onnx import check_outputs
+from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_clip, to_native_processor
+
+# Since 5.4 `Transformer` reads CLIP itself; this older name is read by every version.
+MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
+# PIL's preprocessing, as ours is: torchvision's differs by 1 to 2 grey levels.
+MODULE_SETTINGS = {"processor_kwargs": {"backend": "pil"}}
+CHECKED_TEXTS = ("a red circle", "two blue squares on a table")
+
+
+def write_sentence_transformers(
+    model: PreTrainedModel, source: str | os.PathLike, folder: Path
+) -> dict[str, dict[str, float]]:
+    """Write the native CLIP twin in the layout of sentence-transformers, and compare what that encodes.
+
+    Args:
+        model ([`DCLIPModel`]): With CLIP's own positions.
+        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing.
+        folder (`Path`): New.
+
+    Returns:
+        `dict[str, dict[str, float]]`: The file of weights and how near the embeddings are.
+
+    Raises:
+        ImportError: If sentence-transformers is not installed: what cannot be checked is not written.
+        ValueError: If there is no native twin, or the embeddings differ.
+    """
+    if not has_native_twin(model):
+        raise ValueError(
+            f"Expected a dual ViT student with absolute positions, got {model.config.model_type!r}. sentence-transformers builds models of "
+            "transformers alone, so another one would need `trust_remote_code` in every program that reads it. Publish it as a model of "
+            "transformers, or export it as ONNX."
+        )
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError as error:
+        raise ImportError(
+            f"Expected sentence-transformers to check with, got {error}. Install it with `pip install sentence-transformers`."
+        ) from error
+    inner = folder / MODULES[0]["path"]
+    inner.mkdir(parents=True)
+    ours = load_processor(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        native = to_native_processor(ours, scratch)
+    to_native_clip(model).save_pretrained(inner)
+    native.save_pretrained(inner)
+    native.image_processor.save_pretrained(inner)
+    (inner / "sentence_bert_config.json").write_text(json.dumps(MODULE_SETTINGS, indent=2) + "\n", encoding="utf-8")
+    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
+    versions = {name: metadata.version(name) for name in ("sentence-transformers", "transformers", "torch")}
+    settings = {"__version__": {name.replace("-", "_"): version for name, version in versions.items()}}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    encoder = SentenceTransformer(str(folder), device="cpu")
+    size = model.config.vision_config.image_size
+    pixels = np.random.default_rng(0).integers(0, 256, (size + 17, size + 7, 3), dtype=np.uint8)
+    picture = Image.fromarray(pixels)
+    with torch.no_grad():
+        batch = ours(images=[picture], text=list(CHECKED_TEXTS), return_tensors="pt")
+        expected = [
+            model.get_image_features(batch["pixel_values"]).pooler_output,
+            model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,
+        ]
+    found = np.concatenate([encoder.encode([picture]), encoder.encode(list(CHECKED_TEXTS))])
+    measured = check_outputs([(torch.from_numpy(found), torch.cat(expected))], "fp32", "sentence-transformers")
+    return {f"{MODULES[0]['path']}/model.safetensors": measured}

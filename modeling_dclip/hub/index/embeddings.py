@@ -1,0 +1,234 @@
+"""Image embeddings kept in a folder by the content of the images: what is there is not computed again.
+
+A chunk holds the embeddings of so many images beside their keys, and the keys of those that could not be read. A run that was
+killed, a folder that grew, a picture that comes twice: each costs only the images that no chunk knows.
+"""
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
+from modeling_dclip.data.images import PixelReader
+from modeling_dclip.encoders.families import projected
+from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+
+logger = logging.getLogger(__name__)
+
+KEY_BYTES = 32  # of a SHA-256
+_UNREADABLE = (ValueError, OSError, Image.DecompressionBombError)
+
+
+class EmbeddingOptions(NamedTuple):
+    """How images are run through a model: B images at a time, `chunk_rows` a file, `num_workers` processes that decode."""
+
+    batch_size: int = 64
+    chunk_rows: int = 1024
+    num_workers: int = 0
+
+
+def fingerprint_encoder(model: torch.nn.Module, processor: Any) -> str:
+    """A key of how a model embeds images and texts: config, weights, image settings. Hexadecimal SHA-256."""
+    images = processor.image_processor
+    settings = images.to_dict() if hasattr(images, "to_dict") else re.sub(r" at 0x\w+", "", repr(vars(images)))
+    return combine_keys([fingerprint_model(model), json.dumps(settings, sort_keys=True, default=str)])
+
+
+def hash_images(dataset: Dataset) -> list[str | None]:
+    """A key of each row's encoded image, under several processes each hashing its share.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image`.
+
+    Returns:
+        `list[str | None]`: Hexadecimal SHA-256 in order of rows; None where there are no bytes to read.
+    """
+    state = PartialState()
+    share = range(state.process_index, len(dataset), state.num_processes)
+    rows = dataset.select_columns("image").with_format(None).cast_column("image", ImageFeature(decode=False))
+    keys: list[str | None] = []
+    for row in tqdm(share, desc="Hashing images", unit="image", disable=not state.is_local_main_process):
+        stored = rows[row]["image"] or {"bytes": None, "path": None}
+        try:
+            content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"] or "").read_bytes()
+            keys.append(hashlib.sha256(content).hexdigest())
+        except OSError:
+            keys.append(None)
+    if state.num_processes == 1:
+        return keys
+    found: list[str | None] = [None] * len(dataset)
+    for row, key in gather_object(list(zip(share, keys, strict=True))):
+        found[row] = key
+    return found
+
+
+@torch.no_grad()
+def embed_readable(
+    model: torch.nn.Module, reader: PixelReader, rows: Sequence[int], options: EmbeddingOptions
+) -> tuple[np.ndarray, list[bool]]:
+    """Embed those rows whose image can be read.
+
+    Args:
+        model (`torch.nn.Module`): A dual encoder in eval mode, on the device to use.
+        reader ([`PixelReader`]): Of the dataset.
+        rows (`Sequence[int]`): Of the dataset.
+        options ([`EmbeddingOptions`]): Batch size and workers.
+
+    Returns:
+        `tuple`: `(readable, D)` float32, L2-normalised, and for each row whether it was read.
+
+    Raises:
+        ValueError: If an embedding is zero or not finite.
+    """
+    loader = DataLoader(
+        list(rows), options.batch_size, collate_fn=partial(_collate, reader), num_workers=options.num_workers,
+        pin_memory=model.device.type == "cuda",
+    )  # fmt: skip
+    embeds, readable = [], []
+    for inputs, was_read in loader:
+        readable += was_read
+        if inputs is None:
+            continue
+        inputs = {name: tensor.to(model.device, non_blocking=True) for name, tensor in inputs.items()}
+        inputs["pixel_values"] = reader.normalise(inputs["pixel_values"]).to(model.dtype)
+        embeds.append(projected(model.get_image_features(**inputs)).float().cpu())
+    found = torch.cat(embeds) if embeds else torch.zeros(0, 0)
+    norms = found.norm(dim=1, keepdim=True)
+    bad = ~torch.isfinite(norms[:, 0]) | (norms[:, 0] == 0)
+    if bad.any():
+        row = [row for row, is_read in zip(rows, readable, strict=True) if is_read][int(bad.nonzero()[0])]
+        raise ValueError(
+            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}; the first belongs to the image "
+            f"{reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights and precision."
+        )
+    return (found / norms).numpy(), readable
+
+
+def _collate(reader: PixelReader, rows: list[int]) -> tuple[dict[str, torch.Tensor] | None, list[bool]]:
+    """What the model reads of those rows whose image can be read, and which they are."""
+    try:
+        return _decode(reader, rows), [True] * len(rows)
+    except _UNREADABLE:  # look for the guilty one by one
+        parts = [_decode_or_none(reader, row) for row in rows]
+    there = [part for part in parts if part is not None]
+    merged = {name: torch.cat([part[name] for part in there]) for name in there[0]} if there else None
+    return merged, [part is not None for part in parts]
+
+
+def _decode(reader: PixelReader, rows: list[int]) -> dict[str, torch.Tensor]:
+    several = len(reader.input_names) > 1
+    return reader.decode_inputs(rows) if several else {"pixel_values": reader.decode(rows)}
+
+
+def _decode_or_none(reader: PixelReader, row: int) -> dict[str, torch.Tensor] | None:
+    try:
+        return _decode(reader, [row])
+    except _UNREADABLE:
+        return None
+
+
+class EmbeddingStore:
+    """The chunks of one encoder in a folder of their own.
+
+    Args:
+        folder (`Path`): Where chunks of all encoders are.
+        encoder (`str`): [`fingerprint_encoder`].
+
+    Raises:
+        ValueError: If a chunk is damaged; the file is named.
+    """
+
+    def __init__(self, folder: Path, encoder: str):
+        self.folder, self.encoder = Path(folder) / encoder[:16], encoder
+        self.place_of: dict[bytes, tuple[Path, int]] = {}
+        self.unreadable: set[bytes] = set()
+        for path in sorted(self.folder.glob("*.safetensors")):
+            self._register(path)
+
+    def _register(self, path: Path) -> None:
+        chunk = read_chunk(path)
+        sizes = {name: chunk[name].shape for name in ("keys", "unreadable", "image_embeds") if name in chunk}
+        if len(sizes) < 3 or sizes["keys"][0] != sizes["image_embeds"][0]:
+            raise ValueError(f"Expected keys, unreadable and image_embeds in '{path}', got {sizes}. Delete the file.")
+        for place, key in enumerate(chunk["keys"]):
+            self.place_of[key.tobytes()] = (path, place)
+        self.unreadable |= {key.tobytes() for key in chunk["unreadable"]}
+
+    def add(
+        self,
+        keys: Sequence[str | None],
+        compute: Callable[[Sequence[int]], tuple[np.ndarray, list[bool]]],
+        chunk_rows: int,
+    ) -> int:
+        """Compute what no chunk knows, in chunks shared among the processes, and learn of all of them.
+
+        Args:
+            keys (`Sequence[str | None]`): Of every row; None is passed over.
+            compute (`Callable`): As [`embed_readable`], from rows.
+            chunk_rows (`int`): Images a file.
+
+        Returns:
+            `int`: How many different images were new.
+        """
+        PartialState().wait_for_everyone()  # all have looked before anyone writes
+        new: dict[str, int] = {}
+        for row, key in enumerate(keys):
+            if (
+                key is not None
+                and bytes.fromhex(key) not in self.place_of
+                and bytes.fromhex(key) not in self.unreadable
+            ):
+                new.setdefault(key, row)
+        rows_of, names = list(new.values()), list(new)
+
+        def make_chunk(places: range) -> Chunk:
+            embeds, readable = compute([rows_of[place] for place in places])
+            raw = _as_bytes([names[place] for place in places])
+            read = np.array(readable, dtype=bool)
+            return {"keys": raw[read], "unreadable": raw[~read], "image_embeds": embeds}
+
+        paths = compute_chunks(
+            names, make_chunk, made_by=self.encoder, cache_dir=self.folder, chunk_rows=chunk_rows,
+            desc="Embedding images",
+        )  # fmt: skip
+        for path in paths:
+            self._register(path)
+        return len(new)
+
+    def has(self, key: str | None) -> bool:
+        """Whether the image of this key has an embedding."""
+        return key is not None and bytes.fromhex(key) in self.place_of
+
+    def read(self, keys: Sequence[str]) -> torch.Tensor:
+        """Embeddings by key, `(len(keys), D)` float32, L2-normalised. A chunk is read once."""
+        wanted: dict[Path, list[tuple[int, int]]] = {}
+        for row, key in enumerate(keys):
+            path, place = self.place_of[bytes.fromhex(key)]
+            wanted.setdefault(path, []).append((row, place))
+        embeds: torch.Tensor | None = None
+        for path, pairs in wanted.items():
+            chunk = torch.from_numpy(read_chunk(path)["image_embeds"])
+            embeds = torch.empty(len(keys), chunk.shape[1]) if embeds is None else embeds
+            rows, places = zip(*pairs, strict=True)
+            embeds[list(rows)] = chunk[list(places)]
+        return torch.zeros(0, 0) if embeds is None else embeds
+
+
+def _as_bytes(keys: Sequence[str]) -> np.ndarray:
+    """Hexadecimal keys as uint8 `(len(keys), 32)`."""
+    return np.frombuffer(bytes.fromhex("".join(keys)), dtype=np.uint8).reshape(-1, KEY_BYTES)

@@ -1,0 +1,256 @@
+"""What the Space answers, without its page: pictures for a text, texts for a picture, classes, and where a teacher looks."""
+
+import hashlib
+import logging
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from modeling_dclip.configuration_dclip import DCLIPTeacherConfig
+from modeling_dclip.data.captions import load_captions, load_uncaptioned
+from modeling_dclip.data.captions.files import read_images
+from modeling_dclip.data.images import decode_image
+from modeling_dclip.data.regions.detectors import build_detector
+from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
+from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
+from modeling_dclip.evaluation.reports.maps import draw_attention
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+
+logger = logging.getLogger(__name__)
+
+GALLERY = "scenes:validation,n=60,image_size=224,max_siblings=2"
+DETECTOR = "grid:3x3"
+LONGEST_INPUT = 2000  # characters of a text; tokens are counted after that
+MOST_LABELS = 200
+MOST_PIXELS = 50_000_000
+
+
+class UserMistake(ValueError):
+    """Something the visitor can put right; the message is shown as it is."""
+
+
+def load_gallery(spec: str) -> Dataset:
+    """The gallery's rows: a folder, `images:FOLDER`, or a dataset with captions, such as the drawn scenes."""
+    if os.path.isdir(spec):
+        return read_images(spec)
+    return load_uncaptioned([spec], seed=0) if spec.startswith("images:") else load_captions(spec)
+
+
+def load_teacher(spec: str) -> tuple[DCLIPTeacher, DCLIPTeacherProcessor]:
+    """A trained teacher, its processor, ready to be asked.
+
+    Raises:
+        ValueError: If it is another model, or weights are missing, so that it would look at random.
+    """
+    kind = DCLIPTeacherConfig.get_config_dict(spec)[0].get("model_type")
+    if kind != DCLIPTeacherConfig.model_type:
+        raise ValueError(
+            f"Expected a trained teacher at '{spec}', got a model of type {kind!r}. Name the teacher's own folder."
+        )
+    model, report = DCLIPTeacher.from_pretrained(spec, dtype=torch.float32, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise ValueError(
+            f"Expected a trained teacher at '{spec}', got {len(missing)} missing weights, e.g. {missing[0]!r}."
+        )
+    return model.eval(), DCLIPTeacherProcessor.from_pretrained(spec)
+
+
+def split_lines(text: str | None) -> list[str]:
+    """What was written one a line or separated by commas, stripped, without repetitions."""
+    pieces = (text or "").replace("\n", ",").split(",")
+    return list(dict.fromkeys(piece.strip() for piece in pieces if piece.strip()))
+
+
+def _key(picture: Image.Image) -> str:
+    return hashlib.sha256(repr(picture.size).encode() + picture.convert("RGB").tobytes()).hexdigest()
+
+
+class SpaceAnswers:
+    """A dual encoder with a gallery, and if there is one a teacher.
+
+    Args:
+        model (`str`): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`].
+        teacher (`str`, *optional*): Folder or Hub id of a trained teacher.
+        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. It is embedded here, so some thousand pictures are
+            fine and more belong in an index.
+        detector (`str`, *optional*, defaults to `"grid:3x3"`): Where a teacher may look in pictures without boxes; any of
+            [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        teacher: str | None = None,
+        *,
+        gallery: str = GALLERY,
+        detector: str = DETECTOR,
+        trust_remote_code: bool = False,
+    ):
+        self.name, self.teacher_name = model, teacher
+        self.model, self.processor, _ = load_dual_encoder(model, trust_remote_code=trust_remote_code)
+        self.teacher = load_teacher(teacher) if teacher else None
+        self.detector_name, self.detector = detector, build_detector(detector)
+        self.gallery = load_gallery(gallery)
+        self.is_drawn = gallery.startswith("scenes:")
+        self.image_embeds = embed_images(self.model, self.processor, self.gallery)
+        self.captions = list(dict.fromkeys(row[0] for row in self.gallery["captions"][:] if row))
+        self.caption_embeds = embed_texts(self.model, self.processor, self.captions) if self.captions else None
+        self.row_of = {} if "boxes" not in self.gallery.column_names else self._keys()
+
+    def _keys(self) -> dict[str, int]:
+        return {_key(self.picture(row)): row for row in range(len(self.gallery))}
+
+    def picture(self, row: int) -> Image.Image:
+        """A picture of the gallery, RGB."""
+        return decode_image(self.gallery, row)
+
+    def find_pictures(self, text: str | None, top_k: int = 10) -> tuple[list[tuple[Image.Image, str]], str]:
+        """The gallery's pictures for a text, best first, each with its rank and cosine; and a remark."""
+        text, remark = self._checked_text(
+            text, "Type what the picture should show, for example one of the examples below."
+        )
+        scores = (embed_query(self.model, self.processor, text) @ self.image_embeds.T)[0]
+        best = scores.topk(min(int(top_k), len(scores)))
+        found = [
+            (self.picture(row), f"{rank} · {score:.3f}")
+            for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1)
+        ]
+        return (
+            found,
+            f"The {len(found)} nearest of {len(scores)} pictures, with their cosine to the text. {remark}".strip(),
+        )
+
+    def find_texts(
+        self, picture: Image.Image | None, own: str | None = None, top_k: int = 5
+    ) -> tuple[list[list[Any]], str]:
+        """Texts for a picture, best first, as rows of text and cosine: the gallery's captions, or the visitor's own, one a line."""
+        picture = self._checked_picture(picture)
+        texts = [line.strip() for line in (own or "").splitlines() if line.strip()]
+        texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
+        if not texts and self.caption_embeds is None:
+            raise UserMistake("This gallery has no captions to choose from: write some texts, one a line.")
+        embeds = embed_texts(self.model, self.processor, texts) if texts else self.caption_embeds
+        scores = (embed_query(self.model, self.processor, picture) @ embeds.T)[0]
+        best = scores.topk(min(top_k, len(scores)))
+        names = texts or self.captions
+        rows = [
+            [names[row], round(score, 3)]
+            for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+        ]
+        whose = "your texts" if texts else f"the {len(names)} captions of the gallery"
+        return rows, f"Nearest of {whose}, with their cosine to the picture."
+
+    def classify(
+        self, picture: Image.Image | None, labels: str | None, prompt: str | None
+    ) -> tuple[dict[str, float], str]:
+        """The probability of each label among all that were given."""
+        picture = self._checked_picture(picture)
+        names = split_lines(labels)
+        if not 2 <= len(names) <= MOST_LABELS:
+            raise UserMistake(
+                f"Give between 2 and {MOST_LABELS} different labels, separated by commas or one a line; there are {len(names)}."
+            )
+        prompt = (prompt or "").strip() or "{}"
+        if prompt.count("{}") != 1:
+            raise UserMistake(
+                f"The prompt needs one {{}} where the label goes, as in 'a photo of a {{}}'; it is {prompt!r}."
+            )
+        for name in names:
+            self._checked_text(name, "")
+        classifier = build_classifier(self.model, self.processor, names, [prompt])
+        cosines = (embed_query(self.model, self.processor, picture) @ classifier.T)[0]
+        scale = getattr(self.model, "logit_scale", None)
+        scores = torch.softmax(cosines * (100.0 if scale is None else float(scale.detach().exp())), dim=0)
+        return dict(
+            zip(names, scores.tolist(), strict=True)
+        ), f"Most like {prompt.replace('{}', names[int(scores.argmax())])!r}."
+
+    def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, str]:
+        """The teacher's attention drawn over the picture's regions."""
+        if self.teacher is None:
+            raise UserMistake(
+                "There is no teacher here. Whoever runs this page names one with --teacher or the variable TEACHER."
+            )
+        picture = self._checked_picture(picture)
+        model, processor = self.teacher
+        reads_text = model.config.cross_attention != "regions"
+        if reads_text or (caption or "").strip():
+            caption, remark = self._checked_text(
+                caption, "This teacher reads picture and text together: describe the picture."
+            )
+        else:
+            caption, remark = "Where the teacher looks", ""
+        boxes, scores, source = self._regions(picture)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "attention.png"
+            draw_attention(model, processor, picture, (boxes, scores), caption, path)
+            with Image.open(path) as drawn:
+                drawing = drawn.convert("RGB")
+        read = "It reads the text too." if reads_text else "It reads no text: the picture alone decides."
+        return (
+            drawing,
+            f"{len(boxes)} regions, {source}; percentages are shares of the attention. {read} {remark}".strip(),
+        )
+
+    def _regions(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, str]:
+        row = self.row_of.get(_key(picture))
+        if row is not None:
+            sample = self.gallery[row]
+            return np.array(sample["boxes"]), np.array(sample["box_scores"]), "drawn with the picture"
+        ((boxes, scores),) = self.detector([picture], [{"image_id": "upload"}])
+        if not len(boxes):
+            boxes, scores = np.array([[0, 0, *picture.size]], np.float32), np.ones(1, np.float32)
+        return boxes, scores, f"by {self.detector_name}"
+
+    def _checked_text(self, text: str | None, if_empty: str) -> tuple[str, str]:
+        """The text, stripped, and a remark where it is too long."""
+        text = (text or "").strip()
+        if not text:
+            raise UserMistake(f"The text is empty. {if_empty}")
+        if len(text) > LONGEST_INPUT:
+            raise UserMistake(
+                f"The text has {len(text)} characters; {LONGEST_INPUT} are the most. Describe it in a sentence or two."
+            )
+        dropped = count_dropped_tokens(self.model, self.processor, text)
+        return text, f"**The text is too long: its last {dropped} tokens were not read.**" if dropped else ""
+
+    @staticmethod
+    def _checked_picture(picture: Image.Image | None) -> Image.Image:
+        if picture is None:
+            raise UserMistake("There is no picture. Upload one, or take one of the examples.")
+        if min(picture.size) < 8:
+            raise UserMistake(f"The picture has {picture.width}x{picture.height} pixels; 8 each way are the least.")
+        if picture.width * picture.height > MOST_PIXELS:
+            raise UserMistake(
+                f"The picture has {picture.width}x{picture.height} pixels, more than {MOST_PIXELS:,}. Make it smaller."
+            )
+        return picture.convert("RGB")
+
+
+def suggest_labels(drawn: bool) -> tuple[str, str]:
+    """Labels and a prompt to begin with."""
+    if drawn:
+        return "red circle, blue circle, green star, yellow square, black cross, pink heart", "a {}"
+    return "dog, cat, person, car, food, landscape", "a photo of a {}"
+
+
+def suggest_queries(captions: Sequence[str], drawn: bool) -> list[str]:
+    """Texts to begin with."""
+    if drawn:
+        return [
+            "a large green star",
+            "two striped triangles",
+            "a red diamond left of a ring",
+            "a purple star with dots",
+        ]
+    return sorted(captions, key=len)[:4]
