@@ -7,7 +7,7 @@ I sentences, and pair i's right answer is sentence i whatever the pair has read:
 - `text_to_teacher_*`: sentence i among the I pair embeddings (a sentence of text-to-image retrieval, with the teacher as image encoder);
 - `teacher_to_text_*`: pair i among the I sentences.
 
-Ties count against the teacher, as in [`~modeling_dclip.evaluation.retrieval.retrieval_ranks`]; equal captions of two images are ties.
+Ties count against the teacher, as in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`]; equal captions of two images are ties.
 Draw d takes caption `(start_i + d) mod count_i`, start random, so that as many draws as captions use each caption once. The conditions of
 one draw share its captions and its shuffle, a random cycle through all images: no image keeps what is its own.
 

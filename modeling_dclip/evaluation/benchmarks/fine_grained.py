@@ -1,7 +1,7 @@
 """Fine-grained questions: does the picture's true caption come before captions that are false in one respect?
 
 A question counts as right where the true caption's cosine to the picture is above that of **every** false one. Ties, within
-[`~modeling_dclip.evaluation.retrieval.TIE_TOLERANCE`], count against the model. With one false caption chance is 1/2, with k it is
+[`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. With one false caption chance is 1/2, with k it is
 1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's three scores, with chance 1/4, 1/4 and 1/6.
 
 Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); PAPERS.md, Evaluation.

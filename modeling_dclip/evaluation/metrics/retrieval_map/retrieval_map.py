@@ -5,7 +5,7 @@ import evaluate
 import numpy as np
 import torch
 
-from modeling_dclip.evaluation.retrieval import embeddings_of_pairs, retrieval_metrics
+from modeling_dclip.evaluation.benchmarks.retrieval import embeddings_of_pairs, retrieval_metrics
 
 _CITATION = """\
 @book{manning2008introduction,
