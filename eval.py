@@ -1,12 +1,14 @@
-"""Evaluate dual encoders: DCLIP, DM-CLIP, any CLIP or SigLIP of transformers, or one of open_clip (open_clip:NAME:PRETRAINED).
+"""Evaluate dual encoders: DCLIP, DM-CLIP, any CLIP or SigLIP of transformers, or one of open_clip
+(open_clip:NAME:PRETRAINED).
 
-    python eval.py --model outputs/demo/leak_free/seed-0/student --anchor recipes/demo_anchor --benchmark retrieval zero_shot
-    python eval.py --model STUDENT --anchor recipes/demo_anchor --alphas 0.25 0.5 0.75 --benchmark retrieval zero_shot --plot curve.png
+    python eval.py --model STUDENT --anchor recipes/demo_anchor --benchmark retrieval zero_shot
+    python eval.py --model STUDENT --anchor recipes/demo_anchor --benchmark retrieval zero_shot \\
+        --alphas 0.25 0.5 0.75 --plot curve.png
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
 
-The results file grows by one record a model and benchmark; run again, it goes on where it was. What fails is reported at the end and does not
-lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks:
+The results file grows by one record a model and benchmark; run again, it goes on where it was. What fails is reported
+at the end and does not lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks:
 """
 
 import argparse

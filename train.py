@@ -6,8 +6,8 @@
     ... --stages teacher,student                                     some stages only
     ... --output_dir outputs/mine --student.learning_rate 2e-6       any field, over the recipe's value
 
-Finished stages are skipped, interrupted ones go on. A recipe with `arms` and `seeds` trains each arm with each seed; one with `evaluate` then
-measures them beside the anchor; `--push_to_hub me/name` publishes what was trained.
+Finished stages are skipped, interrupted ones go on. A recipe with `arms` and `seeds` trains each arm with each seed;
+one with `evaluate` then measures them beside the anchor; `--push_to_hub me/name` publishes what was trained.
 """
 
 import logging
@@ -72,7 +72,9 @@ def train_runs(runs: Sequence[ArmRun], words: list[str], path: Path) -> None:
 
 
 def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
-    """Evaluate all runs beside their anchor and what their teachers read, draw attention, load what was saved in a fresh process."""
+    """Evaluate all runs beside their anchor and what their teachers read, draw attention,
+    load what was saved in a fresh process.
+    """
     first = runs[0].recipe.run
     arms: dict[str, dict[int, str]] = {}
     for run in runs:

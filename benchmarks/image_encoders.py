@@ -3,20 +3,22 @@
     PYTHONPATH=/tmp/timm_bench python benchmarks/image_encoders.py
     python benchmarks/image_encoders.py --encoders dmclip_t clip_vitb16 --cells 224@1 384@1
 
-MobileCLIP-S1's encoder (FastViT MCi1) comes from timm: `pip install --no-deps --target /tmp/timm_bench timm`. It is measured
-as it trains and reparameterised, as it is meant to run; the second is the honest rival. Ours has windows that divide its map
-unless a form says `published_windows`. The published MambaVision's own code is measured as `published_mambavision_*`, from a
-folder given as `--published_package`, with the weights of ours (see published_mambavision.py).
+MobileCLIP-S1's encoder (FastViT MCi1) comes from timm: `pip install --no-deps --target /tmp/timm_bench timm`. It is
+measured as it trains and reparameterised, as it is meant to run; the second is the honest rival. Ours has windows that
+divide its map unless a form says `published_windows`. The published MambaVision's own code is measured as
+`published_mambavision_*`, from a folder given as `--published_package`, with the weights of ours (see
+published_mambavision.py).
 
-A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded in), `published_windows`, `bf16`,
-`compiled`, `onnx`, `winograd` (convolutions in fewer products, after `fused`), and for published code `our_scan`. Each is
-compared with the eager one in output.
+A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded in), `published_windows`,
+`bf16`, `compiled`, `onnx`, `winograd` (convolutions in fewer products, after `fused`), and for published code
+`our_scan`. Each is compared with the eager one in output.
 
-Weights are random, statistics and gains made uneven so that a form that lost one would be seen. A cell is an image size (or
-`native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over rounds. With one
-thread on the CPU they are of CPU time, which is what latency is on an idle machine; the wall clock stands beside it. On CUDA
-everything runs compiled with CUDA graphs in bfloat16 unless told otherwise, and ratios are of latency.
-Parameters, operations and memory (`eager_*`) are those of the eager float32 model in every row, whatever the form.
+Weights are random, statistics and gains made uneven so that a form that lost one would be seen. A cell is an image
+size (or `native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over
+rounds. With one thread on the CPU they are of CPU time, which is what latency is on an idle machine; the wall clock
+stands beside it. On CUDA everything runs compiled with CUDA graphs in bfloat16 unless told otherwise, and ratios are
+of latency. Parameters, operations and memory (`eager_*`) are those of the eager float32 model in every row, whatever
+the form.
 """
 
 import copy
@@ -84,9 +86,11 @@ class BenchmarkArguments:
 
     encoders: list[str] = field(
         default_factory=lambda: list(DEFAULT_ENCODERS),
-        metadata={"help": f"encoder[:change+change][@cells]: of {', '.join(NATIVE_SIZES)}; changes of {', '.join(FORMS)}; "
-                  "only in this cell, or with @native in the native ones"},
-    )  # fmt: skip
+        metadata={
+            "help": f"encoder[:change+change][@cells]: of {', '.join(NATIVE_SIZES)}; changes of {', '.join(FORMS)}; "
+            "only in this cell, or with @native in the native ones"
+        },
+    )
     cells: list[str] = field(
         default_factory=lambda: ["native@1", "native@8", "224@1", "256@1", "384@1", "512@1"],
         metadata={"help": "Image size (or native) @ batch size."},
@@ -96,11 +100,13 @@ class BenchmarkArguments:
     threads: int = field(default=1, metadata={"help": "CPU threads."})
     device: str = field(default="cpu", metadata={"help": "Where to run."})
     changes: str = field(
-        default="auto", metadata={"help": "Made to every encoder: as in a form; auto is none on cpu, bf16+compiled on cuda."}
-    )  # fmt: skip
+        default="auto",
+        metadata={"help": "Made to every encoder: as in a form; auto is none on cpu, bf16+compiled on cuda."},
+    )
     published_package: str | None = field(
-        default=None, metadata={"help": "Folder that the package mambavision was fetched to; see published_mambavision.py."}
-    )  # fmt: skip
+        default=None,
+        metadata={"help": "Folder that the package mambavision was fetched to; see published_mambavision.py."},
+    )
     output: str = field(
         default="benchmarks/results/image_encoders.json",
         metadata={"help": "Results file; replaced if it is there. The plot stands beside it."},
@@ -152,15 +158,18 @@ def import_timm() -> Any:
         import timm.utils
     except ImportError as error:
         raise SystemExit(
-            f"Expected timm for {' and '.join(S1_FORMS)}, got no such package ({error}). Install it apart, `pip install "
-            "--no-deps --target /tmp/timm_bench timm`, and run with PYTHONPATH=/tmp/timm_bench; or leave those encoders out."
+            f"Expected timm for {' and '.join(S1_FORMS)}, got no such package ({error}). Install it apart, `pip "
+            "install --no-deps --target /tmp/timm_bench timm`, and run with PYTHONPATH=/tmp/timm_bench; or leave "
+            "those encoders out."
         ) from error
     return timm
 
 
 @torch.no_grad()
 def make_uneven(model: nn.Module) -> None:
-    """Statistics away from 0 and 1 and layer scales of order 1: at their initial values a form could lose them unseen."""
+    """Statistics away from 0 and 1 and layer scales of order 1:
+    at their initial values a form could lose them unseen.
+    """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)
@@ -265,7 +274,8 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 
 def describe(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any]:
-    """What does not depend on the machine's load, of the eager float32 model: parameters, operations, memory of a call beside the weights.
+    """What does not depend on the machine's load, of the eager float32 model: parameters, operations, memory of a call
+    beside the weights.
 
     Whatever the form that is timed: no counter sees into ONNX Runtime or a compiled graph.
     """
@@ -356,7 +366,10 @@ def growth(rows: Sequence[dict[str, Any]], clock: str) -> dict[str, float]:
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as aligned text."""
-    lines = [f"{'cell':10} {'encoder':38} {'px':>4} {'ms median (range)':>26} {'CPU ms':>8} {'img/s':>8} {'M par.':>7} {'GFLOP':>8} {'MiB':>7} {'diff.':>8} {'/ S1 rep.':>9} {'/ S1 train':>10}"]  # fmt: skip
+    lines = [
+        f"{'cell':10} {'encoder':38} {'px':>4} {'ms median (range)':>26} {'CPU ms':>8} {'img/s':>8} {'M par.':>7} "
+        f"{'GFLOP':>8} {'MiB':>7} {'diff.':>8} {'/ S1 rep.':>9} {'/ S1 train':>10}"
+    ]
     for row in rows:
         wall = row["latency_ms"]
         times = f"{wall['median']:.1f} ({wall['min']:.1f}-{wall['max']:.1f})"

@@ -2,11 +2,12 @@
 
     python benchmarks/index.py
 
-No model and no image takes part: vectors are drawn. Embedding is what takes long with images; it is extrapolated in the report from the
-images a second that are given, and said to be. Two kinds of vectors: `uniform` on the sphere, the worst case, without neighbourhoods an
-index could use, and `clustered`, a mixture around centres, the best case at a small spread. Encoders lie between, and texts that ask for
-images lie apart from them, so an index over one's own images is tuned and measured on one's own queries. Every index gets the same vectors
-in the same process; rounds of queries alternate between the indexes.
+No model and no image takes part: vectors are drawn. Embedding is what takes long with images; it is extrapolated in
+the report from the images a second that are given, and said to be. Two kinds of vectors: `uniform` on the sphere, the
+worst case, without neighbourhoods an index could use, and `clustered`, a mixture around centres, the best case at a
+small spread. Encoders lie between, and texts that ask for images lie apart from them, so an index over one's own
+images is tuned and measured on one's own queries. Every index gets the same vectors in the same process; rounds of
+queries alternate between the indexes.
 """
 
 import json
@@ -118,8 +119,9 @@ def main(argv: list[str] | None = None) -> None:
     for kind, results in record["results"].items():
         for name, result in results.items():
             print(
-                f"{kind:9s} {name:6s} build {result['build_s']:8.2f} s, query {result['query_ms']['median']:8.3f} ms, recall@{args.top_k} "
-                f"{result[f'recall@{args.top_k}']:.3f}, {result.get('speedup_over_exact', 1):.1f}x exact"
+                f"{kind:9s} {name:6s} build {result['build_s']:8.2f} s, query {result['query_ms']['median']:8.3f} ms, "
+                f"recall@{args.top_k} {result[f'recall@{args.top_k}']:.3f}, "
+                f"{result.get('speedup_over_exact', 1):.1f}x exact"
             )
     write_json(Path(args.output), record)
 

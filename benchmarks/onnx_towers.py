@@ -2,8 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_towers.py
 
-A DCLIP of the size of CLIP ViT-B/16, random weights. Towers take turns on one CPU thread; ratios are medians over rounds, of CPU time.
-Pixels and token ids are random, so the cosine of 8-bit weights is that of weights and inputs without structure.
+A DCLIP of the size of CLIP ViT-B/16, random weights. Towers take turns on one CPU thread; ratios are medians over
+rounds, of CPU time. Pixels and token ids are random, so the cosine of 8-bit weights is that of weights and inputs
+without structure.
 """
 
 import gc
@@ -26,8 +27,14 @@ from modeling_dclip.modeling_dclip import DCLIPModel
 
 TOWER_SIZES = {
     "text_config": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 8},
-    "vision_config": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "patch_size": 16},
-}  # fmt: skip
+    "vision_config": {
+        "hidden_size": 768,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "patch_size": 16,
+    },
+}
 
 
 @dataclass
@@ -93,9 +100,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         gc.collect()
         for row in measured:
             print(
-                f"{row['tower']:6} {row['form']:10} CPU {row['cpu_ms']['median']:7.1f} ms, eager / it {row['eager_over']['median']:.2f} "
-                f"({row['eager_over']['min']:.2f}-{row['eager_over']['max']:.2f}), difference {row.get('max_relative_difference', 0.0):.1e}, "
-                f"cosine {row.get('min_cosine', 1.0):.5f}",
+                f"{row['tower']:6} {row['form']:10} CPU {row['cpu_ms']['median']:7.1f} ms, eager / it "
+                f"{row['eager_over']['median']:.2f} ({row['eager_over']['min']:.2f}-{row['eager_over']['max']:.2f}), "
+                f"difference {row.get('max_relative_difference', 0.0):.1e}, cosine {row.get('min_cosine', 1.0):.5f}",
                 flush=True,
             )
         write_json(

@@ -2,9 +2,9 @@
 
     pip install --no-deps --target /tmp/published mambavision==1.2.0 timm==1.0.15 einops==0.8.1
 
-Its code is under a non-commercial licence: it is run as it is, outside the repository, and nothing of it stays. Its scan is
-mamba-ssm's CUDA kernel. On a CPU, where that package does not even import, one of our paths runs in its place: the plain
-loop, or in the form `our_scan` the fast one, so that what is left of a difference is not the scan's.
+Its code is under a non-commercial licence: it is run as it is, outside the repository, and nothing of it stays. Its
+scan is mamba-ssm's CUDA kernel. On a CPU, where that package does not even import, one of our paths runs in its place:
+the plain loop, or in the form `our_scan` the fast one, so that what is left of a difference is not the scan's.
 """
 
 import functools
@@ -59,8 +59,8 @@ def import_published(package: str | None, device: str) -> Any:
             importlib.import_module(INTERFACE)
         except ImportError as error:
             raise SystemExit(
-                f"Expected mamba_ssm beside the published MambaVision on CUDA, got none ({error}): without its kernel it would "
-                "be a weak rival. Install mamba-ssm, or leave the published encoders out."
+                f"Expected mamba_ssm beside the published MambaVision on CUDA, got none ({error}): without its kernel "
+                "it would be a weak rival. Install mamba-ssm, or leave the published encoders out."
             ) from error
     elif MODULE not in sys.modules:
         stand_ins = {name: types.ModuleType(name) for name in ("mamba_ssm", "mamba_ssm.ops", INTERFACE)}

@@ -3,12 +3,13 @@
     pip install --no-deps --target /tmp/clip_benchmark clip-benchmark
     python benchmarks/retrieval.py --packages /tmp/clip_benchmark
 
-Both sides get the same embeddings from the same loader, batch after batch as a model would give them, and end with their metrics:
-clip_benchmark's own `evaluate` with recall at 1, 5 and 10, ours with those and MRR, mAP and median ranks. Every measurement is a process
-of its own. Memory is the highest resident size minus that before the first batch: embeddings collected, similarities, everything. The
-two take turns; a ratio is of one round. The clock is the process's CPU time with one thread: on a busy machine a long call is
-interrupted more often than a short one, which would flatter the short. What would not fit into the memory that is free is not run, and
-what takes too long is stopped.
+Both sides get the same embeddings from the same loader, batch after batch as a model would give them, and end with
+their metrics: clip_benchmark's own `evaluate` with recall at 1, 5 and 10, ours with those and MRR, mAP and median
+ranks. Every measurement is a process of its own. Memory is the highest resident size minus that before the first
+batch: embeddings collected, similarities, everything. The two take turns; a ratio is of one round. The clock is the
+process's CPU time with one thread: on a busy machine a long call is interrupted more often than a short one, which
+would flatter the short. What would not fit into the memory that is free is not run, and what takes too long is
+stopped.
 """
 
 import gc
@@ -56,7 +57,9 @@ class BenchmarkArguments:
 
 
 class Embeddings:
-    """A model, a tokenizer and a loader in clip_benchmark's sense over random embeddings that resemble a trained model's."""
+    """A model, a tokenizer and a loader in clip_benchmark's sense over random embeddings that resemble a trained
+    model's.
+    """
 
     def __init__(self, args: BenchmarkArguments, images: int):
         generator = torch.Generator().manual_seed(0)

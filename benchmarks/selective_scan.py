@@ -1,11 +1,13 @@
-"""Every path of the selective scan that runs here, against the reference loop and against mamba-ssm's reference algorithm.
+"""Every path of the selective scan that runs here, against the reference loop and against mamba-ssm's reference
+algorithm.
 
     python benchmarks/selective_scan.py
 
-mamba-ssm's own reference does not import without CUDA. `materialised_scan` is its algorithm in our words: all decays and inflows of
-all positions by `einsum`, then a loop that indexes them, whose gradient costs a whole tensor a position. Every path gets the same
-numbers. The paths take turns in one process; a ratio is the median over rounds of one round's ratio. On the CPU with one thread the
-clock is the process's CPU time: on a busy machine a long call is interrupted more often than a short one, which would flatter the short.
+mamba-ssm's own reference does not import without CUDA. `materialised_scan` is its algorithm in our words: all decays
+and inflows of all positions by `einsum`, then a loop that indexes them, whose gradient costs a whole tensor a
+position. Every path gets the same numbers. The paths take turns in one process; a ratio is the median over rounds of
+one round's ratio. On the CPU with one thread the clock is the process's CPU time: on a busy machine a long call is
+interrupted more often than a short one, which would flatter the short.
 """
 
 import gc

@@ -4,8 +4,8 @@
 
 Both do the same forward, losses, backward and optimiser step of the image encoder; online the frozen CLIP also encodes
 every region and the caption, and the teacher's block reads them, all without gradient. Weights are random: time does
-not depend on them. Steps of the two kinds alternate in one process, so that both see the same machine; the ratio is the
-median over pairs. Preprocessing and reading are left out on both sides (online would also crop and tokenize).
+not depend on them. Steps of the two kinds alternate in one process, so that both see the same machine; the ratio is
+the median over pairs. Preprocessing and reading are left out on both sides (online would also crop and tokenize).
 """
 
 import gc
@@ -140,7 +140,8 @@ def main() -> None:
     write_json(Path(args.output), results)
     print(json.dumps({name: results[name] for name in ("cached_ms", "online_ms", "online_over_cached")}, indent=2))
     print(
-        f"Online over cached: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), in {args.output}"
+        f"Online over cached: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}), in "
+        f"{args.output}"
     )
 
 

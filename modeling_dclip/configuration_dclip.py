@@ -1,6 +1,7 @@
 """Architectures of the DCLIP student and teacher.
 
-Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549; PAPERS.md.
+Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
+PAPERS.md.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -80,8 +81,8 @@ class DCLIPVisionConfig(CLIPVisionConfig):
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding_type == "rope" and head_dim % 4:
             raise ValueError(
-                f"position_embedding_type 'rope' rotates pairs along two axes: expected hidden_size / num_attention_heads "
-                f"divisible by 4, got {head_dim}."
+                "position_embedding_type 'rope' rotates pairs along two axes: expected hidden_size / "
+                f"num_attention_heads divisible by 4, got {head_dim}."
             )
 
 

@@ -1,7 +1,7 @@
 """Architectures of DM-CLIP: a MambaVision image encoder beside MobileCLIP-S1's text tower.
 
-Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv 2407.08083;
-[MC] MobileCLIP, arXiv 2311.17049; PAPERS.md.
+Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv
+2407.08083; [MC] MobileCLIP, arXiv 2311.17049; PAPERS.md.
 """
 
 import copy
@@ -20,9 +20,12 @@ SCAN_BACKENDS = ("auto", "reference", "torch", "triton", "mamba_ssm")  # selecti
 
 # Fields of DMCLIPVisionConfig, as published for 224 pixels. T is the small default.
 DMCLIP_PRESETS = {
-    "T": {"depths": (1, 3, 8, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32, "drop_path_rate": 0.2},
-    "T2": {"depths": (1, 3, 11, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32, "drop_path_rate": 0.2},
-    "S": {"depths": (3, 3, 7, 5), "num_heads": (2, 4, 8, 16), "hidden_size": 96, "stem_dim": 64, "drop_path_rate": 0.2},
+    "T": {"depths": (1, 3, 8, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32,
+          "drop_path_rate": 0.2},
+    "T2": {"depths": (1, 3, 11, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32,
+           "drop_path_rate": 0.2},
+    "S": {"depths": (3, 3, 7, 5), "num_heads": (2, 4, 8, 16), "hidden_size": 96, "stem_dim": 64,
+          "drop_path_rate": 0.2},
     "B": {
         "depths": (3, 3, 10, 5),
         "num_heads": (2, 4, 8, 16),
@@ -52,16 +55,16 @@ class DMCLIPVisionConfig(PreTrainedConfig):
     Source: [MV]; [M]; PAPERS.md. Deviation: `batch_norm_folded`, `dt_init` and `scan_backend` are ours.
 
     Args:
-        image_size (`int`, *optional*, defaults to 224): Pixels a side it is meant for. Any size runs: the map is padded
-            to whole windows; [`~DMCLIPVisionConfig.for_image_size`] picks windows that need no padding.
+        image_size (`int`, *optional*, defaults to 224): Pixels a side it is meant for. Any size runs: the map is
+            padded to whole windows; [`~DMCLIPVisionConfig.for_image_size`] picks windows that need no padding.
         num_channels (`int`, *optional*, defaults to 3): Of the input.
         stem_dim (`int`, *optional*, defaults to 32): Width between the stem's two convolutions (published `in_dim`).
         hidden_size (`int`, *optional*, defaults to 80): Width of the first stage (published `dim`).
         depths (`tuple[int, ...]`, *optional*, defaults to `(1, 3, 8, 4)`): Blocks of each stage.
         num_heads (`tuple[int, ...]`, *optional*, defaults to `(2, 4, 8, 16)`): Attention heads of each stage; without
             meaning for the convolutional ones, as `window_sizes`.
-        window_sizes (`tuple[int, ...]`, *optional*, defaults to `(8, 8, 14, 7)`): Places a side of each stage's windows.
-            They hold no parameters: change them freely.
+        window_sizes (`tuple[int, ...]`, *optional*, defaults to `(8, 8, 14, 7)`): Places a side of each stage's
+            windows. They hold no parameters: change them freely.
         mlp_ratio (`float`, *optional*, defaults to 4.0): Width of the hybrid blocks' MLPs over the stage's.
         drop_path_rate (`float`, *optional*, defaults to 0.2): Of the last block; grows linearly from 0 at the first.
         layer_scale_init_value (`float`, *optional*): Initial gain of both branches of hybrid blocks; None: no gains.
@@ -190,7 +193,8 @@ class DMCLIPTextConfig(CLIPTextConfig):
 
     Args:
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Of the MLPs.
-        pad_token_id (`int`, *optional*, defaults to 0): What every place after EOS holds, whatever the tokenizer pads with.
+        pad_token_id (`int`, *optional*, defaults to 0): What every place after EOS holds, whatever the tokenizer pads
+            with.
         mask_padding (`bool`, *optional*, defaults to `False`): `False` is MobileCLIP's: every text is padded to
             `max_position_embeddings`, and padding is attended to as any token. `True`: padding is masked, and texts
             cost what their length does; not for weights that were trained without.

@@ -1,7 +1,7 @@
 """The DCLIP student: CLIP's dual encoder, loadable from any stock CLIP checkpoint.
 
-Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549; PAPERS.md.
-Letters in shape comments: B batch, P patches, D embedding, T tokens, H W pixels.
+Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
+PAPERS.md. Letters in shape comments: B batch, P patches, D embedding, T tokens, H W pixels.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class DCLIPVisionModelOutput(ModelOutput):
         last_hidden_state (`torch.Tensor` of shape `(B, 1 + P, hidden_size)`): Class token first.
         pooler_output (`torch.Tensor` of shape `(B, hidden_size)`): The class token after the last LayerNorm.
         hidden_states (`tuple`, *optional*): With `output_hidden_states=True`; input of the first layer first.
-        attentions (`tuple`, *optional*): With `output_attentions=True` and eager attention; `(B, heads, 1 + P, 1 + P)`.
+        attentions (`tuple`, *optional*): With `output_attentions=True` and eager attention;
+            `(B, heads, 1 + P, 1 + P)`.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -156,9 +157,9 @@ class DCLIPRotaryEmbeddings(CLIPVisionEmbeddings):
 class InitialisedAsInTree:
     """Draw weights as transformers draws those of its own models.
 
-    For models from outside, it skips modules without parameters of their own, in case `_init_weights` overwrites loaded
-    ones. CLIP's does not (it goes through `transformers.initialization`), and it draws attention, MLP and projections
-    exactly at such modules: skipped, they would all get one deviation of 0.02.
+    For models from outside, it skips modules without parameters of their own, in case `_init_weights` overwrites
+    loaded ones. CLIP's does not (it goes through `transformers.initialization`), and it draws attention, MLP and
+    projections exactly at such modules: skipped, they would all get one deviation of 0.02.
     """
 
     @classmethod
@@ -207,8 +208,8 @@ class DCLIPVisionModel(InitialisedAsInTree, CLIPVisionModelWithProjection):
     Source: PAPERS.md, student. Deviation: none.
 
     Example:
-        >>> config = DCLIPVisionConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-        >>> DCLIPVisionModel(config)(torch.zeros(1, 3, 224, 224)).image_embeds.shape
+        >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> DCLIPVisionModel(DCLIPVisionConfig(**small))(torch.zeros(1, 3, 224, 224)).image_embeds.shape
         torch.Size([1, 512])
     """
 

@@ -1,7 +1,8 @@
 """The DCLIP teacher: a frozen CLIP and a small block that reads image regions and caption tokens together.
 
-Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549; PAPERS.md.
-Letters in shape comments: B batch, R regions, T tokens, N items of one or both, K clusters, D embedding, H W pixels.
+Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
+PAPERS.md. Letters in shape comments: B batch, R regions, T tokens, N items of one or both, K clusters, D embedding, H
+W pixels.
 """
 
 import math
@@ -274,9 +275,9 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
     The CLIP inside is frozen: no gradient and eval mode, whatever `.train()` says and also after loading. At the
     defaults 2,103,296 parameters train at width 512 and 4,727,808 at 768.
 
-    Source: PAPERS.md, teacher. Deviation: padding is masked, crops are normalised, an image without a box is one region,
-    and a stream that attends to nobody is brought to the norm LayerNorm gives one that does (`sqrt(D)` per item), so
-    that `text_share` is a share in every variant.
+    Source: PAPERS.md, teacher. Deviation: padding is masked, crops are normalised, an image without a box is one
+    region, and a stream that attends to nobody is brought to the norm LayerNorm gives one that does (`sqrt(D)` per
+    item), so that `text_share` is a share in every variant.
 
     Example:
         >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -386,7 +387,8 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
         """Embed captions with the frozen CLIP: the sentence, and every token between BOS and EOS.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T + 1)`): Token ids, BOS first; too long a text is cut, keeping EOS.
+            input_ids (`torch.Tensor` of shape `(B, T + 1)`): Token ids, BOS first; too long a text is cut, keeping
+                EOS.
             attention_mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 1 = real.
 
         Returns:
@@ -432,7 +434,8 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
         Args:
             input_ids (`torch.Tensor` of shape `(B, T + 1)`, *optional*): Captions, BOS first.
             attention_mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 1 = real.
-            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Whole images; only `"regions"` reads them.
+            pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`, *optional*): Whole images; only `"regions"` reads
+                them.
             region_pixel_values (`torch.Tensor` of shape `(B, R, 3, H, W)`, *optional*): CLIP-normalised crops.
             region_boxes (`torch.Tensor` of shape `(B, R, 4)`, *optional*): xyxy as fractions of the image, in [0, 1].
                 Needed by `"regions"`; elsewhere None leaves the area out of the weights.
@@ -519,8 +522,8 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
         empty = ~region_mask.any(dim=-1)
         if not torch.compiler.is_compiling() and empty.any():
             raise ValueError(
-                f"region_mask: expected at least one region per sample, got none for sample {int(empty.nonzero()[0])}; "
-                "give the whole image as the one region."
+                "region_mask: expected at least one region per sample, got none for sample "
+                f"{int(empty.nonzero()[0])}; give the whole image as the one region."
             )
 
     def _attend_across(self, region_embeds, region_mask, boxes, scores, token_embeds, token_mask):

@@ -1,7 +1,8 @@
 """DM-CLIP: a MambaVision image encoder, and the dual encoder around it.
 
-Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv 2407.08083;
-PAPERS.md. Letters in shape comments: B batch, W windows of all images, P places of a window, C channels, N state, H' W' map.
+Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv
+2407.08083; PAPERS.md. Letters in shape comments: B batch, W windows of all images, P places of a window, C channels, N
+state, H' W' map.
 """
 
 import copy
@@ -38,11 +39,13 @@ class DMCLIPVisionModelOutput(ModelOutput):
 
     Args:
         image_embeds (`torch.Tensor` of shape `(B, D)`): Projected, not normalised.
-        last_hidden_state (`torch.Tensor` of shape `(B, C, H', W')`): The last map after its BatchNorm, a 32nd of the input.
+        last_hidden_state (`torch.Tensor` of shape `(B, C, H', W')`): The last map after its BatchNorm, a 32nd of the
+            input.
         pooler_output (`torch.Tensor` of shape `(B, C)`): Its mean over places: what the projection reads.
-        hidden_states (`tuple`, *optional*): With `output_hidden_states=True`: the stem's map, then each stage's, before it
-            is downsampled; the last before its BatchNorm.
-        attentions (`tuple`, *optional*): With `output_attentions=True` and eager attention; `(W, heads, P, P)` a layer.
+        hidden_states (`tuple`, *optional*): With `output_hidden_states=True`: the stem's map, then each stage's,
+            before it is downsampled; the last before its BatchNorm.
+        attentions (`tuple`, *optional*): With `output_attentions=True` and eager attention; `(W, heads, P, P)` a
+            layer.
     """
 
     image_embeds: torch.Tensor | None = None
@@ -60,7 +63,8 @@ def partition_windows(hidden_states, size):
         size (`int`): Places a side of a window.
 
     Returns:
-        `torch.Tensor` of shape `(W, size * size, C)`: Contiguous; windows and places in row-major order, image by image.
+        `torch.Tensor` of shape `(W, size * size, C)`: Contiguous; windows and places in row-major order, image by
+            image.
 
     Example:
         >>> partition_windows(torch.ones(2, 5, 6, 4), 4).shape
@@ -382,8 +386,8 @@ class DMCLIPVisionModel(InitialisedAsInTree, PreTrainedModel):
         """Embed images.
 
         Args:
-            pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): Normalised with CLIP's mean and deviation; any
-                size. Channels last in memory is welcome.
+            pixel_values (`torch.Tensor` of shape `(B, channels, H, W)`): Normalised with CLIP's mean and deviation;
+                any size. Channels last in memory is welcome.
 
         Returns:
             [`DMCLIPVisionModelOutput`]
@@ -410,8 +414,8 @@ class DMCLIPVisionModel(InitialisedAsInTree, PreTrainedModel):
     def fuse(self):
         """A copy for inference: BatchNorms and layer scales are inside the weights beside them.
 
-        Outputs are those of eval mode to rounding. The copy saves and loads as any model. The last BatchNorm stays: its
-        output is `last_hidden_state`.
+        Outputs are those of eval mode to rounding. The copy saves and loads as any model. The last BatchNorm stays:
+        its output is `last_hidden_state`.
 
         Returns:
             [`DMCLIPVisionModel`]: In eval mode.
@@ -470,8 +474,8 @@ def _fold_norm(state, conv, norm, eps):
 class DMCLIPModel(InitialisedAsInTree, CLIPModel):
     """The dual encoder: MambaVision beside MobileCLIP-S1's text tower, with the interface of [`DCLIPModel`].
 
-    With `config.freeze_text` the text tower stays without gradient and in eval mode through saving, loading, `.train()`
-    and `accelerate.prepare`; set it before the model is built.
+    With `config.freeze_text` the text tower stays without gradient and in eval mode through saving, loading,
+    `.train()` and `accelerate.prepare`; set it before the model is built.
 
     Source: PAPERS.md, DM-CLIP. Deviation: none.
 

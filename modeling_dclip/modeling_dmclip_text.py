@@ -95,8 +95,8 @@ class DMCLIPTextModel(InitialisedAsInTree, CLIPTextModel):
         """Embed texts; one longer than the tower is cut, keeping EOS.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`): Token ids, any `T`. What follows a row's first EOS is padding; a
-                row without EOS is read to its end, and its last token stands for it.
+            input_ids (`torch.Tensor` of shape `(B, T)`): Token ids, any `T`. What follows a row's first EOS is
+                padding; a row without EOS is read to its end, and its last token stands for it.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*): 0 = padding too.
 
         Returns:

@@ -23,7 +23,8 @@ class DCLIPProcessor(CLIPProcessor):
     Source: PAPERS.md, student. Deviation: none.
 
     Args:
-        image_processor (`CLIPImageProcessorPil`, *optional*): One of the torchvision backend is replaced by its PIL twin.
+        image_processor (`CLIPImageProcessorPil`, *optional*): One of the torchvision backend is replaced by its PIL
+            twin.
         tokenizer (`CLIPTokenizer`, *optional*): Its `model_max_length` is where texts are cut.
     """
 
@@ -159,7 +160,9 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
         return PILImageResampling(int(self.image_processor.resample))
 
     def _normalise(self, crops, into):
-        """uint8 `(R, H, W, 3)` to normalised float32 `(R, 3, H, W)`: a crop at a time, so that it stays in the cache."""
+        """uint8 `(R, H, W, 3)` to normalised float32 `(R, 3, H, W)`:
+        a crop at a time, so that it stays in the cache.
+        """
         mean, deviation = (
             np.asarray(values, dtype=np.float32)[:, None, None]
             for values in (self.image_processor.image_mean, self.image_processor.image_std)
@@ -222,7 +225,8 @@ def check_boxes(boxes, scores, image_size, sample, max_regions=None):
 
 
 def lay_over_white(image):
-    """An image in RGB, transparent pixels over white: what transformers' image processors do, and PIL's own conversion does not.
+    """An image in RGB, transparent pixels over white: what transformers' image processors do, and PIL's own conversion
+    does not.
 
     Args:
         image (`PIL.Image`): Any mode.

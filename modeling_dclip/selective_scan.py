@@ -1,6 +1,7 @@
 """The selective scan of Mamba: one function, several ways to compute it, all equal in value and gradient.
 
-Source: PAPERS.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state, R rows of S positions.
+Source: PAPERS.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state, R rows of S
+positions.
 """
 
 import math
@@ -26,18 +27,21 @@ _TENSORS = "Tensor x, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Ten
 def selective_scan(x, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus=False, backend="auto"):
     """Run a linear recurrence along the sequence whose decay, input and output depend on the position.
 
-    For each channel, from `h = 0`: `h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t` and `y_t = C_t . h_t + D x_t`, in float32, or
-    float64 where `x` is. Autocast changes nothing. `"auto"` takes the Triton kernel for CUDA tensors and PyTorch's operators elsewhere.
+    For each channel, from `h = 0`: `h_t = exp(delta_t A) h_{t-1} + delta_t B_t x_t` and `y_t = C_t . h_t + D x_t`, in
+    float32, or float64 where `x` is. Autocast changes nothing. `"auto"` takes the Triton kernel for CUDA tensors and
+    PyTorch's operators elsewhere.
 
     - `"reference"`: the definition, a step at a time.
-    - `"torch"`: on the CPU a chunk at a time, one operator to `torch.compile`; on other devices, and while exporting, in two levels.
+    - `"torch"`: on the CPU a chunk at a time, one operator to `torch.compile`; on other devices, and while exporting,
+      in two levels.
     - `"triton"`: a fused kernel for CUDA, compiled at its first call. No float64.
     - `"mamba_ssm"`: the kernel of that package, where it is installed. Never taken unasked. No float64.
 
     Source: PAPERS.md, selective scan. Deviation: none.
 
     Args:
-        x (`torch.Tensor` of shape `(B, D, L)`): Input. Gradient flows to it and to every other tensor, in the tensor's dtype.
+        x (`torch.Tensor` of shape `(B, D, L)`): Input. Gradient flows to it and to every other tensor, in the tensor's
+            dtype.
         delta (`torch.Tensor` of shape `(B, D, L)`): Step sizes, >= 0; with `delta_softplus` any value.
         A (`torch.Tensor` of shape `(D, N)`): Rates of decay, <= 0.
         B (`torch.Tensor` of shape `(B, N, L)`): How the input enters the state.
@@ -77,7 +81,8 @@ def selective_scan(x, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus
 def _check_tensors(x, delta, A, B, C, D, delta_bias):
     if x.ndim != 3 or A.ndim != 2:
         raise ValueError(
-            f"Expected x of shape (batch, channels, length) and A of shape (channels, state), got {tuple(x.shape)} and {tuple(A.shape)}."
+            f"Expected x of shape (batch, channels, length) and A of shape (channels, state), got {tuple(x.shape)} "
+            f"and {tuple(A.shape)}."
         )
     batch, channels, length = x.shape
     state = A.shape[1]
@@ -117,7 +122,8 @@ def _choose_backend(backend, x):
     if backend in ("triton", "mamba_ssm"):
         if not on_cuda and not (backend == "triton" and INTERPRETED):
             raise ValueError(
-                f"Expected tensors on a CUDA device for the backend {backend!r}, got {x.device}. Take 'auto' or 'torch'."
+                f"Expected tensors on a CUDA device for the backend {backend!r}, got {x.device}. Take 'auto' or "
+                "'torch'."
             )
         if x.dtype == torch.float64:
             raise ValueError(f"Expected at most float32 for the backend {backend!r}, got float64. Take 'torch'.")
@@ -192,8 +198,8 @@ def _scan_mamba_ssm(x, delta, A, B, C, D, delta_bias, delta_softplus):
         from mamba_ssm.ops.selective_scan_interface import selective_scan_fn
     except ImportError as error:
         raise ValueError(
-            "Expected the package mamba-ssm for the backend 'mamba_ssm', but it cannot be imported. Install it on a machine with CUDA "
-            "(`pip install mamba-ssm --no-build-isolation`), or take 'auto'."
+            "Expected the package mamba-ssm for the backend 'mamba_ssm', but it cannot be imported. Install it on a "
+            "machine with CUDA (`pip install mamba-ssm --no-build-isolation`), or take 'auto'."
         ) from error
     A, D, delta_bias = (None if tensor is None else tensor.float() for tensor in (A, D, delta_bias))
     delta, B, C = (tensor.to(x.dtype) for tensor in (delta, B, C))  # its kernel takes one dtype
@@ -264,7 +270,9 @@ def _empty_contiguous(tensor):
 
 
 def _differentiate_twice(ctx, *grads_of_grads):
-    """Gradients of the gradients, for Hessian-vector products: through the plain operators, a path that is slower and needs more memory."""
+    """Gradients of the gradients, for Hessian-vector products:
+    through the plain operators, a path that is slower and needs more memory.
+    """
     grad, *tensors = (None if saved is None else saved.detach().requires_grad_() for saved in ctx.saved_tensors)
     given = [tensor for tensor in tensors if tensor is not None]
     weights = [weight for tensor, weight in zip(tensors, grads_of_grads, strict=True) if tensor is not None]

@@ -1,10 +1,11 @@
 """The selective scan by chunks, for the CPU: few memory passes forward, recomputed states backward.
 
-A chunk's decays and states fit the cache, in buffers that every chunk uses again, channels innermost. Only the state at each chunk's
-start is kept; the backward pass computes the others anew. A global cumulative sum or a scan in log space would save the loop over the
-chunk and overflow; this form only ever multiplies by decays.
+A chunk's decays and states fit the cache, in buffers that every chunk uses again, channels innermost. Only the state
+at each chunk's start is kept; the backward pass computes the others anew. A global cumulative sum or a scan in log
+space would save the loop over the chunk and overflow; this form only ever multiplies by decays.
 
-Source: PAPERS.md, selective scan. Letters in shape comments: B batch, G samples at a time, D channels, L scan length, T chunk, N state.
+Source: PAPERS.md, selective scan. Letters in shape comments: B batch, G samples at a time, D channels, L scan length,
+T chunk, N state.
 """
 
 import math
@@ -58,7 +59,9 @@ class _Chunks:
         return [slice(t, min(t + CHUNK, self.length)) for t in range(0, self.length, CHUNK)]
 
     def buffer(self, index, length, samples):
-        """A buffer as `(length, G, N, D)`, whole and by position; made once for each shape, since a view costs as much as a small product."""
+        """A buffer as `(length, G, N, D)`, whole and by position;
+        made once for each shape, since a view costs as much as a small product.
+        """
         shape = (length, samples.stop - samples.start, self.state, self.channels)
         if (index, shape) not in self.views:
             whole = self.memory[index][: math.prod(shape)].view(shape)
@@ -66,7 +69,9 @@ class _Chunks:
         return self.views[index, shape]
 
     def fill(self, samples, span, start):
-        """Compute a chunk: decays `(T, G, N, D)`; states `(T + 1, G, N, D)`, of which the first is `start`; its rows `(T, G, ...)`."""
+        """Compute a chunk: decays `(T, G, N, D)`; states `(T + 1, G, N, D)`, of which the first is `start`;
+        its rows `(T, G, ...)`.
+        """
         inputs, steps, B, C = (
             rows[samples, span].transpose(0, 1) for rows in (self.inputs, self.steps, self.B, self.C)
         )
@@ -89,8 +94,8 @@ def chunked_forward(x, delta, A, B, C, D, delta_bias, delta_softplus, keep_start
         keep_starts (`bool`): Return what [`chunked_backward`] needs.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, channels innermost in memory, and the states at the chunks' starts of
-        [`starts_shape`], empty without `keep_starts`.
+        `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, channels innermost in memory, and the
+            states at the chunks' starts of [`starts_shape`], empty without `keep_starts`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     steps, _ = _step_rows(delta, delta_bias, delta_softplus, dtype)
@@ -121,7 +126,8 @@ def chunked_backward(grad, starts, x, delta, A, B, C, D, delta_bias, delta_softp
         x, delta, A, B, C, D, delta_bias, delta_softplus: As then.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: By x, delta, A, B, C, D and delta_bias, in their dtypes; empty for one that is None.
+        `tuple[torch.Tensor, ...]`: By x, delta, A, B, C, D and delta_bias, in their dtypes; empty for one that is
+            None.
     """
     dtype = starts.dtype
     steps, raw_steps = _step_rows(delta, delta_bias, delta_softplus, dtype)

@@ -1,8 +1,10 @@
-"""The selective scan as Triton kernels, parallel along the sequence, forward and backward. Importing this file needs Triton.
+"""The selective scan as Triton kernels, parallel along the sequence, forward and backward.
 
-A program scans a channel's positions in blocks with an associative scan. The backward pass computes the states anew from the one at
-the block's start, shifts by loading the neighbour's inputs, and sums over channels in registers and in partial sums: no atomics, so
-that a step gives the same gradient twice.
+Importing this file needs Triton.
+
+A program scans a channel's positions in blocks with an associative scan. The backward pass computes the states anew
+from the one at the block's start, shifts by loading the neighbour's inputs, and sums over channels in registers and in
+partial sums: no atomics, so that a step gives the same gradient twice.
 
 Source: PAPERS.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state.
 """
@@ -96,7 +98,9 @@ def _backward_kernel(
     grad_b, grad_d, grad_l, x_b, x_d, x_l, delta_b, delta_d, delta_l, B_b, B_n, B_l, C_b, C_n, C_l,
     HAS_D: tl.constexpr, HAS_BIAS: tl.constexpr, SOFTPLUS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_L: tl.constexpr,
 ):  # fmt: skip
-    """One block of positions, from `first`; the blocks behind it left their part in `carries` and added to the sums."""
+    """One block of positions, from `first`; the blocks behind it left their
+    part in `carries` and added to the sums.
+    """
     group, b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     n, offsets = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_L)
     t = first + offsets
@@ -175,8 +179,8 @@ def triton_forward(x, delta, A, B, C, D, delta_bias, delta_softplus, keep_starts
         keep_starts (`bool`): Return what [`triton_backward`] needs.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, contiguous, and the states at the blocks' starts of
-        [`starts_shape`], empty without `keep_starts`.
+        `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, contiguous, and the states at the
+            blocks' starts of [`starts_shape`], empty without `keep_starts`.
     """
     batch, channels, length = x.shape
     state = A.shape[1]
@@ -204,7 +208,8 @@ def triton_backward(grad, starts, x, delta, A, B, C, D, delta_bias, delta_softpl
         x, delta, A, B, C, D, delta_bias, delta_softplus: As then.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: By x, delta, A, B, C, D and delta_bias, contiguous, in their dtypes; empty for one that is None.
+        `tuple[torch.Tensor, ...]`: By x, delta, A, B, C, D and delta_bias, contiguous, in their dtypes; empty for one
+            that is None.
     """
     batch, channels, length = x.shape
     state = A.shape[1]

@@ -1,4 +1,6 @@
-"""README.md and CONTRIBUTING.md are true: files exist, commands parse, tables list what the code knows, Python blocks run."""
+"""README.md and CONTRIBUTING.md are true: files exist, commands parse, tables list what the code knows,
+Python blocks run.
+"""
 
 import ast
 import contextlib

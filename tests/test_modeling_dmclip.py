@@ -182,7 +182,9 @@ def naive_hybrid_stage(weights, config, stage, maps):
 
 
 def naive_mambavision(model, images):
-    """`(image_embeds, pooled, maps)` in float64, written from the published facts, block by block and window by window."""
+    """`(image_embeds, pooled, maps)` in float64, written from the published facts,
+    block by block and window by window.
+    """
     weights = {name: tensor.detach().double() for name, tensor in model.state_dict().items()}
     maps = naive_batch_norm(weights, "stem.norm1", naive_conv(weights, "stem.conv1", images.double(), 2), 1e-4).relu()
     maps = naive_batch_norm(weights, "stem.norm2", naive_conv(weights, "stem.conv2", maps, 2), 1e-4).relu()

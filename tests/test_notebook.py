@@ -29,7 +29,13 @@ def recalls(text):
 def test_it_runs_offline_and_ends_with_a_better_model_that_loads(tmp_path):
     script = tmp_path / "notebook.py"
     script.write_text("\n\n".join("".join(cell["source"]) for cell in CODE), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TMPDIR": str(tmp_path), "ACCELERATE_USE_CPU": "true"}  # fmt: skip
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TMPDIR": str(tmp_path),
+        "ACCELERATE_USE_CPU": "true",
+    }
     command = [sys.executable, "-X", "utf8", str(script)]
     ran = subprocess.run(
         command, capture_output=True, encoding="utf-8", timeout=900, env=environment, cwd=NOTEBOOK.parent

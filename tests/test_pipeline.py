@@ -1,4 +1,6 @@
-"""The whole path on few drawn scenes: arms and seeds from one recipe, evaluated, drawn, loaded back; a second run does nothing again."""
+"""The whole path on few drawn scenes: arms and seeds from one recipe, evaluated, drawn, loaded back;
+a second run does nothing again.
+"""
 
 import os
 import subprocess

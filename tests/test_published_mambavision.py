@@ -1,4 +1,6 @@
-"""The published MambaVision as a contender of the encoder benchmark: found or told how to fetch it, its scan named, its outputs ours."""
+"""The published MambaVision as a contender of the encoder benchmark:
+found or told how to fetch it, its scan named, its outputs ours.
+"""
 
 import json
 import sys

@@ -1,4 +1,5 @@
-"""The selective scan: the definition in plain numbers, every path against it in value and gradient, then compilers and bad input.
+"""The selective scan: the definition in plain numbers, every path against it in value and gradient, then compilers and
+bad input.
 
 The Triton kernels run on a GPU (marker `gpu`) and, without one, in a process of their own under Triton's interpreter.
 """
@@ -21,8 +22,9 @@ from modeling_dclip.selective_scan import _chunked_scan, _scan_two_level, select
 from modeling_dclip.selective_scan_chunked import CHUNK, chunked_forward
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias")
-# By the dtype of what is compared, of the largest number in it. Everything is summed in float32 (float64 for float64), where the paths
-# differ by a few roundings; a half type is rounded to once, at the end, by at most half of its epsilon.
+# By the dtype of what is compared, of the largest number in it. Everything is summed in float32 (float64 for float64),
+# where the paths differ by a few roundings; a half type is rounded to once, at the end, by at most half of its
+# epsilon.
 TOLERANCE = {
     torch.float64: 16 * torch.finfo(torch.float64).eps,
     torch.float32: 16 * torch.finfo(torch.float32).eps,

@@ -1,4 +1,6 @@
-"""Random dual encoders of transformers' families, small enough to run in milliseconds, saved as their checkpoints are."""
+"""Random dual encoders of transformers' families, small enough to run in milliseconds,
+saved as their checkpoints are.
+"""
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors

@@ -33,7 +33,8 @@ class BrokenUpload(NamedTuple):
 
 
 def make_upload(**options: Any) -> gr.Image:
-    """An upload of which a file that is no picture comes through as [`BrokenUpload`], to be spoken of where the answer goes.
+    """An upload of which a file that is no picture comes through as [`BrokenUpload`], to be spoken of where the answer
+    goes.
 
     The component is not subclassed, for which gradio would write a `.pyi` file beside this one.
     """
@@ -169,8 +170,9 @@ def build_app(answers: SpaceAnswers) -> gr.Blocks:
     examples = save_examples(answers)
     with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
         gr.Markdown(
-            f"# Picture search\nModel **{short_name(answers.name)}** over {len(answers.gallery)} pictures"
-            f"{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. Everything is computed on this machine."
+            f"# Picture search\nModel **{short_name(answers.name)}** over {len(answers.gallery)} "
+            f"pictures{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. "
+            "Everything is computed on this machine."
         )
         with gr.Tab("Text to picture"):
             _search_tab(answers)

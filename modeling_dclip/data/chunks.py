@@ -57,7 +57,8 @@ def compute_chunks(
         cache_dir (`Path`): Where the files are; shared by all datasets and models.
         chunk_rows (`int`): Rows a file.
         desc (`str`): Of the progress bar.
-        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls: it computes all and waits for nobody.
+        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls: it computes all and
+            waits for nobody.
 
     Returns:
         `list[Path]`: The files, in order of rows.

@@ -85,8 +85,8 @@ def read_captions(dataset: Dataset) -> Ragged:
     bad = [row for row, texts in enumerate(captions) if not texts or not all(text and text.strip() for text in texts)]
     if bad:
         raise ValueError(
-            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected one or more captions with words, got {captions[bad[0]]!r} "
-            f"({len(bad)} such rows in all). Drop these rows or give them captions."
+            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected one or more captions with words, got "
+            f"{captions[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
         )
     lengths = np.array([len(texts) for texts in captions])
     return Ragged.from_lengths(np.array([text for texts in captions for text in texts], dtype=object), lengths)
@@ -202,8 +202,8 @@ class TeacherBatches(Batches):
 class StudentBatches(Batches):
     """Images with the targets stored beside them, to train an image encoder: no text, no boxes, no teacher.
 
-    A row without captions has one teacher's target and no text's. Where a dataset has such rows, every batch says which they are not,
-    in `caption_mask`, and holds zeros for their text.
+    A row without captions has one teacher's target and no text's. Where a dataset has such rows, every batch says
+    which they are not, in `caption_mask`, and holds zeros for their text.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`, `image`, `text_embeds` and those of `teacher_embeds`,
@@ -214,7 +214,8 @@ class StudentBatches(Batches):
         seed (`int`, *optional*, defaults to 0): Of the draw of captions.
         cache_mib (`int`, *optional*, defaults to 2048): Bound of [`PixelReader`].
         pixels ([`PixelReader`], *optional*): One made before for the same rows, to be shared by several runs.
-        min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cut to a random square of at least this share.
+        min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cut to a random square of at least
+            this share.
 
     Raises:
         ValueError: If a column is missing, holds NaN, is of another width, or counts captions differently.
@@ -247,7 +248,9 @@ class StudentBatches(Batches):
         self.min_crop_area = min_crop_area
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`; maybe `caption_mask (B,)`, bool."""
+        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`;
+        maybe `caption_mask (B,)`, bool.
+        """
         batch = {"pixel_values": self._augment(self.pixels.read(rows), rows), "image_ids": torch.from_numpy(rows)}
         for name, embeds in self.columns.items():
             batch[name] = torch.from_numpy(embeds.values[rows if name == "anchor_embeds" else captions])
@@ -284,8 +287,8 @@ def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
         embeds = ragged_column(dataset, name)
     if embeds.values.shape[-1] != width:
         raise ValueError(
-            f"Column {name!r}: expected the student's width {width}, got {embeds.values.shape[-1]}. Distil from a teacher around the "
-            "same CLIP as the student."
+            f"Column {name!r}: expected the student's width {width}, got {embeds.values.shape[-1]}. Distil from a "
+            "teacher around the same CLIP as the student."
         )
     check_finite(dataset, name, embeds)
     return embeds

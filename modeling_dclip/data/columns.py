@@ -1,7 +1,7 @@
 """Dataset columns as flat arrays and back, and keys of their content.
 
-A ragged column of N rows is a pair: `values`, the rows' entries one after the other, and `offsets` int64 (N + 1,), row i being
-`values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow: no Python number per entry.
+A ragged column of N rows is a pair: `values`, the rows' entries one after the other, and `offsets` int64 (N + 1,), row
+i being `values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow: no Python number per entry.
 """
 
 import hashlib
@@ -21,11 +21,12 @@ from modeling_dclip.encoders.fingerprints import hash_file
 def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dataset:
     """Add columns, or replace those of the same name, beside what is on disk.
 
-    New columns are added before old ones go: where all added columns have gone and another was cast, datasets 5.2 cannot
-    add one.
+    New columns are added before old ones go: where all added columns have gone and another was cast, datasets 5.2
+    cannot add one.
 
     Args:
-        dataset (`datasets.Dataset`): Pictures in it are not copied, unless rows were selected from stored bytes before.
+        dataset (`datasets.Dataset`): Pictures in it are not copied, unless rows were selected from stored bytes
+            before.
         columns (`Mapping[str, tuple]`): Values (list or Arrow array) and feature by name.
 
     Returns:
@@ -38,7 +39,9 @@ def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dat
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Hash what was evaluated: every image's stored bytes, its id, captions and label, in order. Not the files' names or dates.
+    """Hash what was evaluated: every image's stored bytes, its id, captions and label, in order.
+
+    Not the files' names or dates.
 
     Args:
         dataset (`datasets.Dataset`): With `image` and any of `image_id`, `captions`, `label`.
@@ -194,7 +197,8 @@ def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]
     """A key of each row's content: encoded image, captions, boxes and scores.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
+            `box_scores`.
         images (`Sequence[str]`, *optional*): [`image_keys`], if known.
 
     Returns:
@@ -222,7 +226,8 @@ def attach_columns(dataset: Dataset, columns: Dataset) -> Dataset:
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`.
-        columns (`datasets.Dataset`): With `image_id`, a subsequence of the dataset's, and the columns; they replace older ones.
+        columns (`datasets.Dataset`): With `image_id`, a subsequence of the dataset's, and the columns; they replace
+            older ones.
 
     Returns:
         `datasets.Dataset`: The rows of `columns`.
@@ -237,7 +242,8 @@ def attach_columns(dataset: Dataset, columns: Dataset) -> Dataset:
             row += 1
         if row == len(ids):
             raise ValueError(
-                f"Expected the stored rows among the dataset's, in order, got {image_id!r} out of place. Make them again."
+                f"Expected the stored rows among the dataset's, in order, got {image_id!r} out of place. Make them "
+                "again."
             )
         rows.append(row)
         row += 1
@@ -268,8 +274,9 @@ def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:
     if len(bad):
         row = int(np.searchsorted(entries.offsets, bad[0], side="right")) - 1
         raise ValueError(
-            f"Column {name!r}, row {row} (image {dataset[row]['image_id']!r}), entry {bad[0] - entries.offsets[row]}: expected finite "
-            f"numbers, got NaN or infinity ({len(bad)} such entries in all). Delete the targets and make them again."
+            f"Column {name!r}, row {row} (image {dataset[row]['image_id']!r}), entry {bad[0] - entries.offsets[row]}: "
+            f"expected finite numbers, got NaN or infinity ({len(bad)} such entries in all). Delete the targets and "
+            "make them again."
         )
 
 
@@ -281,14 +288,15 @@ def check_entries(columns: dict[str, Ragged], captions_per_row: np.ndarray) -> N
         captions_per_row (`np.ndarray` of shape `(N,)`): Captions of each row.
 
     Raises:
-        ValueError: If a row has not one embedding per caption, or without captions not one of the teacher's and none of a text;
-            the message names column and row.
+        ValueError: If a row has not one embedding per caption, or without captions not one of the teacher's and none
+            of a text; the message names column and row.
     """
     wanted = {"teacher_embeds": np.maximum(captions_per_row, 1), "text_embeds": captions_per_row}
     for name, expected in wanted.items():
         if name in columns and not np.array_equal(columns[name].lengths, expected):
             row = int(np.flatnonzero(columns[name].lengths != expected)[0])
             raise ValueError(
-                f"Column {name!r}, row {row}: expected one embedding per caption ({captions_per_row[row]}; without captions one of the "
-                f"teacher's), got {columns[name].lengths[row]}. Make the targets of this dataset again."
+                f"Column {name!r}, row {row}: expected one embedding per caption ({captions_per_row[row]}; without "
+                f"captions one of the teacher's), got {columns[name].lengths[row]}. Make the targets of this dataset "
+                "again."
             )

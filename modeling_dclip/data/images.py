@@ -1,9 +1,9 @@
 """Images as an encoder sees them, a batch at a time: read, resized and cropped once, normalised when asked for.
 
-Pixels are those of the image processor given, bit for bit. transformers rescales and normalises image by image in numpy: 1.1 of the
-1.8 ms that a 224 px JPEG takes on one quiet core, several times as much on a busy one. An 8-bit value has only 256 results per channel,
-so [`PixelReader`] takes a table of them from the processor itself and looks a batch up at once, on the device it is on: a quarter of the
-bytes travel.
+Pixels are those of the image processor given, bit for bit. transformers rescales and normalises image by image in
+numpy: 1.1 of the 1.8 ms that a 224 px JPEG takes on one quiet core, several times as much on a busy one. An 8-bit
+value has only 256 results per channel, so [`PixelReader`] takes a table of them from the processor itself and looks a
+batch up at once, on the device it is on: a quarter of the bytes travel.
 """
 
 import io
@@ -34,13 +34,15 @@ def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for missing, truncated and malformed files
         image_id = dataset.select_columns("image_id")[row]["image_id"]
         raise ValueError(
-            f"Image {image_id!r} (row {row}) cannot be read: {error}. Replace the file or drop the row; the regions stage does so with "
-            "on_bad_image: skip."
+            f"Image {image_id!r} (row {row}) cannot be read: {error}. Replace the file or drop the row; the regions "
+            "stage does so with on_bad_image: skip."
         ) from error
 
 
 def look_up(raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """Replace every 8-bit value by its entry: raw (B, channels, H, W) uint8, table (channels, 256) -> (B, channels, H, W)."""
+    """Replace every 8-bit value by its entry: raw (B, channels, H, W) uint8, table (channels, 256) -> (B, channels, H,
+    W).
+    """
     offsets = 256 * torch.arange(len(table), dtype=torch.int32, device=raw.device).view(1, -1, 1, 1)
     return table.flatten().index_select(0, (raw.int() + offsets).flatten()).view(raw.shape)
 
@@ -48,13 +50,13 @@ def look_up(raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 class PixelReader:
     """Images as the encoder sees them: resized and cropped by the image processor once, normalised per batch.
 
-    While all rows fit into `cache_mib`, pixels are kept as uint8 from the start on (read with a progress bar); otherwise each batch
-    decodes its images, for which a data loader has workers.
+    While all rows fit into `cache_mib`, pixels are kept as uint8 from the start on (read with a progress bar);
+    otherwise each batch decodes its images, for which a data loader has workers.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id` and `image`, at least one row.
-        image_processor: Of transformers. If it is of the PIL backend, a probe decides whether a table gives its exact values; any
-            other is called for everything, and its pixels are not kept.
+        image_processor: Of transformers. If it is of the PIL backend, a probe decides whether a table gives its exact
+            values; any other is called for everything, and its pixels are not kept.
         cache_mib (`int`, *optional*, defaults to 2048): Bound in MiB, a process; 0 turns the cache off.
     """
 

@@ -41,7 +41,8 @@ class TeacherFeatures:
         region_boxes ([`Ragged`]): float32 `(regions, 4)`, xyxy as fractions of the image.
         region_scores ([`Ragged`]): float32 `(regions,)` in [0, 1].
         text_embeds ([`Ragged`]): float16 `(C, D)` of N rows, L2-normalised.
-        token_embeds ([`Ragged`] or None): float16 `(tokens, D)` of C rows, not normalised; None if the teacher reads no text.
+        token_embeds ([`Ragged`] or None): float16 `(tokens, D)` of C rows, not normalised; None if the teacher reads
+            no text.
     """
 
     image_embeds: np.ndarray
@@ -71,7 +72,9 @@ class TeacherFeatures:
         return cls(image_embeds=joined["image_embeds"], **columns)
 
     def batch(self, rows: np.ndarray, captions: np.ndarray | None) -> dict[str, torch.Tensor]:
-        """Inputs of [`DCLIPTeacher`] for pairs of images and captions, padded and masked, on the CPU; None leaves the text out."""
+        """Inputs of [`DCLIPTeacher`] for pairs of images and captions, padded and masked, on the CPU;
+        None leaves the text out.
+        """
         region_embeds, region_mask = self.region_embeds.pad(rows)
         arrays = {
             "image_embeds": self.image_embeds[rows],
@@ -171,7 +174,8 @@ def _no_captions(dataset: Dataset, teacher: Any, reads_text: bool) -> Ragged:
     if lengths.any():
         row = int(np.flatnonzero(lengths)[0])
         raise ValueError(
-            f"Image {dataset[row]['image_id']!r} (row {row}): expected no caption, got {lengths[row]}. Drop the captions first."
+            f"Image {dataset[row]['image_id']!r} (row {row}): expected no caption, got {lengths[row]}. Drop the "
+            "captions first."
         )
     return Ragged.from_lengths(np.array([], dtype=object), lengths)
 
@@ -195,7 +199,8 @@ def compute_features(
     """Encode images, regions, captions and, where the teacher reads text, tokens with the CLIP inside a teacher.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
+            `box_scores`.
         teacher ([`DCLIPTeacher`]): On the device to use. Only its frozen CLIP is read.
         processor ([`DCLIPTeacherProcessor`]): Its own.
         keys (`Sequence[str]`): [`row_keys`] of the dataset.
@@ -207,14 +212,15 @@ def compute_features(
         chunk_rows (`int`, *optional*, defaults to 512): Images a file.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and crop.
         alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls.
-        captioned (`bool`, *optional*, defaults to `True`): Without, the rows have no captions and the teacher must read none.
+        captioned (`bool`, *optional*, defaults to `True`): Without, the rows have no captions and the teacher must
+            read none.
 
     Returns:
         `list[Path]`: Files for [`TeacherFeatures.load`], in order of rows.
 
     Raises:
-        ValueError: If an image cannot be read, a caption is blank, or a box is wrong; without `captioned`, if a row has a caption or
-            the teacher reads them.
+        ValueError: If an image cannot be read, a caption is blank, or a box is wrong; without `captioned`, if a row
+            has a caption or the teacher reads them.
     """
     reads_text = regions and teacher.config.cross_attention != "regions"
     captions = read_captions(dataset) if captioned else _no_captions(dataset, teacher, reads_text)
@@ -255,7 +261,8 @@ def embed_pairs(
         teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
         features ([`TeacherFeatures`]): N images, C captions.
         rows (`np.ndarray` of shape `(P,)`): The image of each pair, below N.
-        captions (`np.ndarray` of shape `(P,)` or None): The caption of each pair, below C; None if the teacher reads no text.
+        captions (`np.ndarray` of shape `(P,)` or None): The caption of each pair, below C; None if the teacher reads
+            no text.
 
     Returns:
         `torch.Tensor` of shape `(P, D)`: float32, L2-normalised, on the CPU.
@@ -309,19 +316,21 @@ def add_teacher_targets(
     and the settings: a run that was killed goes on at the next chunk, a changed row or teacher is computed again.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
+            `box_scores`.
         teacher ([`DCLIPTeacher`]): Trained; on the device to use.
         processor ([`DCLIPTeacherProcessor`]): Its own.
         keys (`Sequence[str]`): [`row_keys`] of the dataset.
         cache_dir (`Path`): Where chunks are kept; may be shared by all datasets and teachers.
-        with_teacher (`bool`, *optional*, defaults to `True`): Without, only the frozen CLIP speaks: no `teacher_embeds`.
+        with_teacher (`bool`, *optional*, defaults to `True`): Without, only the frozen CLIP speaks: no
+            `teacher_embeds`.
         chunk_rows (`int`, *optional*, defaults to 512): Images a file.
         options: Of [`compute_features`].
 
     Returns:
         `datasets.Dataset`: The rows with `teacher_embeds` float16 (captions, D), `text_embeds` float16 (captions, D),
-        `anchor_embeds` float16 (D,), all L2-normalised, replacing older ones. A row without captions (`captioned=False`) has one
-        entry in `teacher_embeds` and none in `text_embeds`.
+            `anchor_embeds` float16 (D,), all L2-normalised, replacing older ones. A row without captions
+            (`captioned=False`) has one entry in `teacher_embeds` and none in `text_embeds`.
 
     Raises:
         ValueError: If an image cannot be read, a caption is blank, a box is wrong, or a target is not finite; the

@@ -1,7 +1,8 @@
-"""Low-rank adapters in a dual encoder: put in, saved, merged, and taken back from a checkpoint, every other weight left as it is.
+"""Low-rank adapters in a dual encoder: put in, saved, merged, and taken back from a checkpoint, every other weight
+left as it is.
 
-Source: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv
-2402.09353; PAPERS.md. The peft package does both; it is imported when an adapter is asked for.
+Source: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; "DoRA: Weight-Decomposed Low-Rank
+Adaptation", arXiv 2402.09353; PAPERS.md. The peft package does both; it is imported when an adapter is asked for.
 """
 
 import copy
@@ -31,9 +32,11 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequenc
     """Put low-rank adapters into a dual encoder, as the identity, and freeze every weight that it has.
 
     Args:
-        model (`PreTrainedModel`): Changed in place: each adapted layer is wrapped. [`plain_state`] has its weights under their own names.
+        model (`PreTrainedModel`): Changed in place: each adapted layer is wrapped. [`plain_state`] has its weights
+            under their own names.
         args ([`AdapterArguments`]): With a `lora_rank`. The draw of weights is torch's: seed before.
-        towers (`Sequence[str]`, *optional*, defaults to the image encoder): Submodules of the model whose layers are adapted.
+        towers (`Sequence[str]`, *optional*, defaults to the image encoder): Submodules of the model whose layers are
+            adapted.
 
     Returns:
         `peft.PeftModel`: Around the model.
@@ -47,7 +50,7 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequenc
         >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
         >>> model = DCLIPModel(DCLIPConfig(text_config=small, vision_config=small, projection_dim=16))
         >>> adapters = add_adapters(model, AdapterArguments(output_dir="x", lora_rank=2))
-        >>> sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)  # 2 * (4 * 64 + 2 * 96)
+        >>> sum(part.numel() for part in model.parameters() if part.requires_grad)  # 2 * (4 * 64 + 2 * 96)
         896
     """
     try:
@@ -62,8 +65,8 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequenc
     found = {name.rpartition(".")[2] for name in linear}
     if unknown := sorted(set(args.lora_target_modules) - found) or not found & set(names):
         raise ValueError(
-            f"lora_target_modules: expected last names of linear layers in {' and '.join(towers)} ({', '.join(sorted(found))}), got "
-            f"{unknown if isinstance(unknown, list) else list(names)}."
+            f"lora_target_modules: expected last names of linear layers in {' and '.join(towers)} "
+            f"({', '.join(sorted(found))}), got {unknown if isinstance(unknown, list) else list(names)}."
         )
     config = LoraConfig(
         r=args.lora_rank,
@@ -104,7 +107,8 @@ def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def scale_adapters(model: nn.Module, alpha: float) -> None:
-    """Walk back from the adapted model to the one without: what the adapters add is multiplied, so the weights lie on the straight line.
+    """Walk back from the adapted model to the one without: what the adapters add is multiplied, so the weights lie on
+    the straight line.
 
     That is WiSE-FT, kept in the adapter itself: what is published as adapter and as whole weights is one model.
 
@@ -118,7 +122,8 @@ def scale_adapters(model: nn.Module, alpha: float) -> None:
 
 
 def save_adapters(adapters: Any, folder: Path) -> None:
-    """Write `adapter/` into a folder: the weights and the config that `PeftModel.from_pretrained(model, folder)` reads.
+    """Write `adapter/` into a folder: the weights and the config that `PeftModel.from_pretrained(model, folder)`
+    reads.
 
     Args:
         adapters (`peft.PeftModel`): From [`add_adapters`].

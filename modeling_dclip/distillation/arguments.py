@@ -1,4 +1,6 @@
-"""What one run may set: a recipe's global fields and one section a stage, each a dataclass with typed, documented fields."""
+"""What one run may set: a recipe's global fields and one section a stage, each a dataclass with typed,
+documented fields.
+"""
 
 import importlib.util
 import json
@@ -11,7 +13,8 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-# What an adapter is made from. Records that were written before these fields were know nothing of them: at their defaults they decide nothing.
+# What an adapter is made from. Records that were written before these fields were know nothing of them: at their
+# defaults they decide nothing.
 ADAPTER_FIELDS = (
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_target_modules", "lora_text", "merge_adapter",
 )  # fmt: skip
@@ -20,7 +23,8 @@ ADAPTER_FIELDS = (
 EIGHT_BIT_PACKAGES = {
     "adamw_torch_8bit": "torchao",
     **dict.fromkeys(
-        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit", "lion_8bit", "paged_lion_8bit",
+        ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit", "lion_8bit",
+         "paged_lion_8bit",
          "rmsprop_bnb_8bit"),
         "bitsandbytes",
     ),
@@ -39,8 +43,8 @@ class StageTrainingArguments(TrainingArguments):
     """Defaults of every stage that trains."""
 
     report_to: list[str] = _help(
-        "Where to log besides the console and trainer_state.json: auto (tensorboard where it is installed), none, or trackers by name, such "
-        "as tensorboard, wandb, trackio.",
+        "Where to log besides the console and trainer_state.json: auto (tensorboard where it is installed), none, or "
+        "trackers by name, such as tensorboard, wandb, trackio.",
         ["auto"],
     )
     remove_unused_columns: bool = _help("Must stay false: batches hold columns that no forward names.", False)
@@ -64,8 +68,8 @@ class StageTrainingArguments(TrainingArguments):
         package = EIGHT_BIT_PACKAGES.get(str(self.optim))
         if package is not None and not is_installed(package):
             raise ImportError(
-                f"optim: expected the package {package} for {str(self.optim)!r}, got none. Install it with `pip install {package}`, or take "
-                "adamw_torch."
+                f"optim: expected the package {package} for {str(self.optim)!r}, got none. Install it with `pip "
+                f"install {package}`, or take adamw_torch."
             )
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # else a warning an epoch
         super().__post_init__()
@@ -80,7 +84,8 @@ class AdapterArguments(StageTrainingArguments):
     lora_dropout: float = _help("Dropout in front of them, in [0, 1).", 0.0)
     use_dora: bool = _help("DoRA: a trained magnitude beside the low-rank direction.", False)
     lora_target_modules: list[str] = _help(
-        "Last names of the linear layers to adapt. By default the projections of attention, of Mamba mixers and of MLPs.",
+        "Last names of the linear layers to adapt. By default the projections of attention, of Mamba mixers and of "
+        "MLPs.",
         [],
     )
     merge_adapter: bool = _help(
@@ -123,8 +128,9 @@ def _find_trackers(names: str | list[str]) -> list[str]:
     available = get_available_reporting_integrations()
     if missing := [name for name in names if name not in available]:
         raise ImportError(
-            f"report_to: expected a tracker that is installed ({', '.join(available) or 'there is none'}), got {missing[0]!r}. Install it "
-            f"with `pip install {missing[0]}`, or write report_to none: losses also go to trainer_state.json."
+            f"report_to: expected a tracker that is installed ({', '.join(available) or 'there is none'}), got "
+            f"{missing[0]!r}. Install it with `pip install {missing[0]}`, or write report_to none: losses also go to "
+            "trainer_state.json."
         )
     return names
 
@@ -137,13 +143,16 @@ logger = logging.get_logger(__name__)
 
 @dataclass
 class ReinforceArguments:
-    """Section `reinforce`: shards that hold each image's augmentations, captions and the teachers' embeddings of both."""
+    """Section `reinforce`: shards that hold each image's augmentations,
+    captions and the teachers' embeddings of both.
+    """
 
     folder: str | None = _help(
         "Where the shards lie. Defaults to OUTPUT_DIR/reinforce, which all arms and seeds of a recipe share."
     )
     teachers: list[str] = _help(
-        "CLIPs whose embeddings are stored, side by side in this order: folders, Hub ids, or open_clip:NAME:TAG. By default clip_model.",
+        "CLIPs whose embeddings are stored, side by side in this order: folders, Hub ids, or open_clip:NAME:TAG. By "
+        "default clip_model.",
         [],
     )
     augmentations: int = _help("Stored augmentations of an image; a training sample draws one of them.", 30)
@@ -174,7 +183,8 @@ class DMCLIPArguments(StageTrainingArguments):
     """Section `dmclip`: a MambaVision CLIP trained on reinforced shards."""
 
     train_shards: str | None = _help(
-        "Shards to train on: a folder, a tar file or a pattern ({0000..0999}, *). By default those of the stage reinforce."
+        "Shards to train on: a folder, a tar file or a pattern ({0000..0999}, *). By default those of the stage "
+        "reinforce."
     )
     train_samples: int | None = _help("Samples to see, over all processes, in place of max_steps.")
     teacher_widths: list[int] = _help(
@@ -195,12 +205,13 @@ class DMCLIPArguments(StageTrainingArguments):
         "Width of the shared space; that of model, text_model or a whole DM-CLIP in vision_model, else 512."
     )
     image_size: int | None = _help(
-        "Pixels a side; that of model or vision_model, else 256. Windows are chosen to divide the maps unless vision_config names them."
+        "Pixels a side; that of model or vision_model, else 256. Windows are chosen to divide the maps unless "
+        "vision_config names them."
     )
     tokenizer: str | None = _help("Folder or Hub id. By default that of clip_model.")
     vision_model: str | None = _help(
-        "A pretrained image encoder to start from, with its preprocessing: folder or Hub id of a DM-CLIP or of its image encoder, such as "
-        "hub.convert makes of MambaVision. A projection of another width is drawn anew."
+        "A pretrained image encoder to start from, with its preprocessing: folder or Hub id of a DM-CLIP or of its "
+        "image encoder, such as hub.convert makes of MambaVision. A projection of another width is drawn anew."
     )
     text_model: str | None = _help(
         "A pretrained text tower to start from: folder or Hub id of a DM-CLIP or of its text tower."
@@ -214,7 +225,8 @@ class DMCLIPArguments(StageTrainingArguments):
         "Add both losses once more over one synthetic caption of each image. By default where the shards have them."
     )
     teacher_logit_scale: float | None = _help(
-        "What multiplies every teacher's cosines. By default each one's own, as trained, if the index beside the shards knows it, else 100."
+        "What multiplies every teacher's cosines. By default each one's own, as trained, if the index beside the "
+        "shards knows it, else 100."
     )
     image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5)
     synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
@@ -257,15 +269,18 @@ class DMCLIPArguments(StageTrainingArguments):
         self._resolve_architecture()
         if self.teacher_logit_scale is not None and not 0 < self.teacher_logit_scale < math.inf:
             raise ValueError(
-                f"Expected teacher_logit_scale > 0, which multiplies the teachers' cosines, got {self.teacher_logit_scale}."
+                "Expected teacher_logit_scale > 0, which multiplies the teachers' cosines, got "
+                f"{self.teacher_logit_scale}."
             )
         if not self.ignore_data_skip:
             raise ValueError(
-                "ignore_data_skip: expected true, got false. A resumed stream goes on by itself; more would be skipped."
+                "ignore_data_skip: expected true, got false. A resumed stream goes on by itself; more would be "
+                "skipped."
             )
         if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
             logger.warning_once(  # a recipe is parsed for every arm and seed
-                "dmclip.bf16: no device with bfloat16 here, training will be in float32. With use_cpu it would be the CPU's."
+                "dmclip.bf16: no device with bfloat16 here, training will be in float32. With use_cpu it would be the "
+                "CPU's."
             )
             self.bf16 = False
         super().__post_init__()
@@ -275,7 +290,8 @@ class DMCLIPArguments(StageTrainingArguments):
         """Defaults of what is made; what is pretrained knows its own."""
         if self.vision_model is not None and (self.preset or self.vision_config):
             raise ValueError(
-                f"vision_model: expected no preset and no vision_config beside {self.vision_model!r}, which has its own architecture."
+                f"vision_model: expected no preset and no vision_config beside {self.vision_model!r}, which has its "
+                "own architecture."
             )
         if self.model is None:
             if self.vision_model is None:
@@ -284,8 +300,8 @@ class DMCLIPArguments(StageTrainingArguments):
                     self.projection_dim = self.projection_dim or 512
         elif self.vision_model or self.text_model or self.preset or self.vision_config or self.text_config:
             raise ValueError(
-                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, or vision_model, "
-                "text_model, preset, vision_config and text_config."
+                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, "
+                "or vision_model, text_model, preset, vision_config and text_config."
             )
 
     def _count_steps(self) -> None:
@@ -311,8 +327,8 @@ def check_reference(recipe: Any) -> None:
     run, named = recipe.run, recipe.named
     if run.evaluate and "dmclip" in named and "anchor" not in named and run.clip_model is None:
         raise ValueError(
-            "evaluate: name clip_model, the reference of the table. This recipe trains a DM-CLIP, and has neither a clip_model nor a "
-            "section anchor that makes one."
+            "evaluate: name clip_model, the reference of the table. This recipe trains a DM-CLIP, and has neither a "
+            "clip_model nor a section anchor that makes one."
         )
 
 
@@ -320,11 +336,12 @@ STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dm
 
 # Fields that decide where and how loudly a stage runs, not what comes out of it.
 _SIDE_FIELDS = {
-    "output_dir", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_level", "log_on_each_node",
-    "disable_tqdm", "run_name", "report_to", "save_strategy", "save_steps", "save_total_limit", "save_only_model", "use_cpu",
-    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataloader_prefetch_factor",
-    "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint", "push_to_hub", "hub_token", "local_rank",
-    "image_cache_mib", "num_workers", "batch_size", "text_batch_size", "on_bad_image", "folder",
+    "output_dir", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_level",
+    "log_on_each_node", "disable_tqdm", "run_name", "report_to", "save_strategy", "save_steps", "save_total_limit",
+    "save_only_model", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
+    "dataloader_prefetch_factor", "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint",
+    "push_to_hub", "hub_token", "local_rank", "image_cache_mib", "num_workers", "batch_size", "text_batch_size",
+    "on_bad_image", "folder",
 }  # fmt: skip
 
 
@@ -337,8 +354,8 @@ class RunArguments:
         f"Stages to run, of {', '.join(STAGES)}; also comma separated. By default all that the recipe needs.", []
     )
     clip_model: str | None = _help(
-        "The pretrained CLIP to start from: a preset (dclip-vitb32, dclip-vitb16, dclip-vitl14), a folder or a Hub id. "
-        "Without it the stage anchor makes one."
+        "The pretrained CLIP to start from: a preset (dclip-vitb32, dclip-vitb16, dclip-vitl14), a folder or a Hub "
+        "id. Without it the stage anchor makes one."
     )
     teacher_model: str | None = _help(
         "Folder or Hub id of a trained teacher around the same CLIP, in place of the stage teacher."
@@ -347,8 +364,8 @@ class RunArguments:
         "Captioned images to train on: specs of modeling_dclip/data/captions/__init__.py, @COUNT at the end.", []
     )
     uncaptioned_datasets: list[str] = _help(
-        "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose captions are dropped, and "
-        "images:FOLDER. Those that are among train_datasets are left out.",
+        "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose "
+        "captions are dropped, and images:FOLDER. Those that are among train_datasets are left out.",
         [],
     )
     train_fraction: float = _help(
@@ -368,8 +385,8 @@ class RunArguments:
     overwrite: bool = _help("Make stages again whose inputs have changed, instead of stopping with an error.", False)
     evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, as NAME=SPEC.", [])
     push_to_hub: str | None = _help(
-        "namespace/name on the Hub: publish the trained model there at the end, as modeling_dclip.hub.publish does. Needs evaluate and "
-        "push_license."
+        "namespace/name on the Hub: publish the trained model there at the end, as modeling_dclip.hub.publish does. "
+        "Needs evaluate and push_license."
     )
     push_license: str | None = _help("Licence of the published weights, as the Hub writes it.")
     push_arm: str | None = _help("The arm to publish, its first seed; needed where there are several.")
@@ -440,8 +457,8 @@ class RegionsArguments:
     """Section `regions`: where to look in each image."""
 
     detector: str | None = _help(
-        "Spec of a detector (modeling_dclip/data/regions.py), e.g. ultralytics:yolov8x.pt. Without one the dataset's own boxes are "
-        "taken, else the whole image."
+        "Spec of a detector (modeling_dclip/data/regions.py), e.g. ultralytics:yolov8x.pt. Without one the dataset's "
+        "own boxes are taken, else the whole image."
     )
     ignore_boxes: bool = _help("Drop the dataset's own boxes: the whole image is the one region.", False)
     max_regions: int | None = _help("Keep so many of the highest scores an image.")
@@ -475,8 +492,9 @@ class TeacherArguments(StageTrainingArguments):
     def architecture(self) -> dict[str, Any]:
         """The fields of `DCLIPTeacherConfig`."""
         names = (
-            "cross_attention", "num_attention_heads", "attention_temperature", "text_share", "region_weighting", "aggregation",
-            "num_clusters", "num_cluster_steps", "num_region_layers", "region_feedforward_ratio", "loss_temperature",
+            "cross_attention", "num_attention_heads", "attention_temperature", "text_share", "region_weighting",
+            "aggregation", "num_clusters", "num_cluster_steps", "num_region_layers", "region_feedforward_ratio",
+            "loss_temperature",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
@@ -545,8 +563,8 @@ class StudentArguments(AdapterArguments):
             raise ValueError("Expected at least one loss weight above 0, got none: there is nothing to learn.")
         if self.use_dora and self.wise_ft_alpha < 1:
             raise ValueError(
-                f"wise_ft_alpha: expected 1 with use_dora, whose adapter cannot hold a point between, got {self.wise_ft_alpha}. Leave use_dora "
-                "out, or interpolate the saved weights when you evaluate them."
+                "wise_ft_alpha: expected 1 with use_dora, whose adapter cannot hold a point between, got "
+                f"{self.wise_ft_alpha}. Leave use_dora out, or interpolate the saved weights when you evaluate them."
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that looks at texts, got none. Set contrastive_loss_weight.")
@@ -554,8 +572,8 @@ class StudentArguments(AdapterArguments):
 
 
 def deciding_fields(arguments: Any) -> dict[str, Any]:
-    """What of a section decides the stage's result, JSON-able: all fields that are ours, and changed ones of `TrainingArguments`
-    and of what older records do not know.
+    """What of a section decides the stage's result, JSON-able: all fields that are ours, and changed ones of
+    `TrainingArguments` and of what older records do not know.
 
     Example:
         >>> deciding_fields(RegionsArguments(max_regions=3))

@@ -1,6 +1,7 @@
 """Make a DM-CLIP about to train: from scratch, around pretrained towers, or from a checkpoint.
 
-Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; "MobileCLIP", arXiv 2311.17049 [MC]; PAPERS.md.
+Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; "MobileCLIP", arXiv 2311.17049
+[MC]; PAPERS.md.
 """
 
 import logging
@@ -45,7 +46,8 @@ def _check_fields(name: str, given: dict[str, Any], config_class: type) -> None:
     unknown = sorted(set(given) - known)
     if unknown:
         raise ValueError(
-            f"dmclip.{name}: expected fields of {config_class.__name__} that the section does not set itself, got {unknown[0]!r}."
+            f"dmclip.{name}: expected fields of {config_class.__name__} that the section does not set itself, got "
+            f"{unknown[0]!r}."
         )
 
 
@@ -71,8 +73,8 @@ def check_starts(args: DMCLIPArguments) -> None:
             )
         if name != "text_model" and DMCLIPVisionConfig.from_pretrained(path).batch_norm_folded:
             raise ValueError(
-                f"dmclip.{name}: expected an image encoder with its BatchNorms, got {path!r}, where fuse() folded them into the weights "
-                "for inference. Name what it was made from."
+                f"dmclip.{name}: expected an image encoder with its BatchNorms, got {path!r}, where fuse() folded "
+                "them into the weights for inference. Name what it was made from."
             )
 
 
@@ -104,17 +106,18 @@ def build_dmclip(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DC
     """A DM-CLIP about to train, in float32, and its processor.
 
     Args:
-        args ([`DMCLIPArguments`]): From scratch by `preset`, `vision_config`, `text_config`; with `vision_model` or `text_model` around a
-            pretrained tower, or both; with `model` a whole checkpoint. The draw of weights is torch's: seed before. A pretrained image
-            encoder keeps its projection where it has the wanted width, else a new one is drawn, and that is logged.
+        args ([`DMCLIPArguments`]): From scratch by `preset`, `vision_config`, `text_config`; with `vision_model` or
+            `text_model` around a pretrained tower, or both; with `model` a whole checkpoint. The draw of weights is
+            torch's: seed before. A pretrained image encoder keeps its projection where it has the wanted width, else a
+            new one is drawn, and that is logged.
         tokenizer (`CLIPTokenizer`): Decides vocabulary, special tokens and length of a text tower that is made.
 
     Returns:
         `tuple[DMCLIPModel, DCLIPProcessor]`: The processor of [`find_image_processor`] with this tokenizer.
 
     Raises:
-        ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's, what is named is
-            another model's or lacks weights, or the tokenizer does not fit the text tower.
+        ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's,
+            what is named is another model's or lacks weights, or the tokenizer does not fit the text tower.
     """
     check_starts(args)
     model = _make_model(args, tokenizer) if args.model is None else _load_checkpoint(args)
@@ -182,12 +185,16 @@ def _make_model(args: DMCLIPArguments, tokenizer: Any) -> DMCLIPModel:
 
 
 def _is_dual(path: str | None) -> bool:
-    """Whether its projection leads into a space that texts share, unlike that of an image encoder alone, often a classifier."""
+    """Whether its projection leads into a space that texts share, unlike that of an image encoder alone,
+    often a classifier.
+    """
     return path is not None and PreTrainedConfig.get_config_dict(path)[0]["model_type"] == DMCLIPConfig.model_type
 
 
 def _take_vision_weights(vision_model: DMCLIPVisionModel, path: str) -> None:
-    """All weights of a pretrained image encoder, but for a projection of another width, which stays as it was drawn."""
+    """All weights of a pretrained image encoder, but for a projection of another width,
+    which stays as it was drawn.
+    """
     loaded, lacking = _load(DMCLIPVisionModel, path, "vision_model", may_lack=_HEAD)
     weights, width, stored = loaded.state_dict(), vision_model.config.projection_dim, loaded.config.projection_dim
     if lacking or stored != width:
@@ -216,8 +223,8 @@ def _load(
     }
     if told := [f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys]:
         raise ValueError(
-            f"dmclip.{name}: expected in {path!r} the weights that its config tells of, got {'; '.join(told)}. It is damaged, or the config "
-            "is another model's."
+            f"dmclip.{name}: expected in {path!r} the weights that its config tells of, got {'; '.join(told)}. It is "
+            "damaged, or the config is another model's."
         )
     return model, lacking
 
@@ -236,6 +243,7 @@ def _check_projection(args: DMCLIPArguments, width: int, whose: str) -> None:
 def _check_tokenizer(tokenizer: Any, config: DMCLIPTextConfig) -> None:
     if len(tokenizer) != config.vocab_size or tokenizer.eos_token_id != config.eos_token_id:
         raise ValueError(
-            f"Expected a tokenizer of the text tower's {config.vocab_size} tokens that ends with {config.eos_token_id}, got "
-            f"{len(tokenizer)} tokens ending with {tokenizer.eos_token_id} ('{tokenizer.name_or_path}'). Name the tower's in dmclip.tokenizer."
+            f"Expected a tokenizer of the text tower's {config.vocab_size} tokens that ends with "
+            f"{config.eos_token_id}, got {len(tokenizer)} tokens ending with {tokenizer.eos_token_id} "
+            f"('{tokenizer.name_or_path}'). Name the tower's in dmclip.tokenizer."
         )

@@ -121,7 +121,8 @@ def check_shards(args: DMCLIPArguments, shards: str) -> None:
 
     Raises:
         FileNotFoundError: If there are none.
-        ValueError: If the teachers' widths are not `args.teacher_widths`, or there are no synthetic captions where `args` asks for them.
+        ValueError: If the teachers' widths are not `args.teacher_widths`, or there are no synthetic captions where
+            `args` asks for them.
     """
     index = find_shards(shards)[1]
     if index is None:
@@ -129,7 +130,8 @@ def check_shards(args: DMCLIPArguments, shards: str) -> None:
     stored = [teacher["width"] for teacher in index["teachers"]]
     if args.teacher_widths and list(args.teacher_widths) != stored:
         raise ValueError(
-            f"dmclip.teacher_widths: expected {stored}, as the index of '{shards}' says, got {args.teacher_widths}. Leave them out."
+            f"dmclip.teacher_widths: expected {stored}, as the index of '{shards}' says, got {args.teacher_widths}. "
+            "Leave them out."
         )
     if args.synthetic_captions and not index["counts"]["synthetic_captions"]:
         raise ValueError(
@@ -170,7 +172,9 @@ def _model_keys(run: Run) -> dict[str, Any]:
 
 
 def _model_key(path: str, known: dict[str, str]) -> str:
-    """A key of a folder's or a Hub id's weights, which are read once for all arms and seeds, and again if a file changes between them."""
+    """A key of a folder's or a Hub id's weights, which are read once for all arms and seeds,
+    and again if a file changes between them.
+    """
     files = sorted(file for file in Path(path).iterdir() if file.is_file()) if Path(path).is_dir() else []
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     read = json.dumps(["weights", path, states])

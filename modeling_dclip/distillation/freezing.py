@@ -34,8 +34,8 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> FreezeReport
 
     Args:
         model (`nn.Module`): Changed in place.
-        patterns (`Sequence[str]`): Globs over parameter names, such as `vision_model.encoder.layers.[0-5].*`, or regular
-            expressions after `re:`, such as `re:.*layer_norm\\d.*`.
+        patterns (`Sequence[str]`): Globs over parameter names, such as `vision_model.encoder.layers.[0-5].*`, or
+            regular expressions after `re:`, such as `re:.*layer_norm\\d.*`.
 
     Returns:
         [`FreezeReport`]

@@ -1,8 +1,8 @@
 """Losses of contrastive training and of distillation: pure functions of a batch of embeddings.
 
-The in-batch losses need every pair of the *global* batch. [`gather_across_processes`] brings it to each process with gradient; the
-losses themselves know nothing of processes. Each process then computes the same global loss, and the mean that
-`DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
+The in-batch losses need every pair of the *global* batch. [`gather_across_processes`] brings it to each process with
+gradient; the losses themselves know nothing of processes. Each process then computes the same global loss, and the
+mean that `DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
 
 Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; PAPERS.md.
 Letters in shape comments: B batch, D embedding.
@@ -39,15 +39,18 @@ class _GatherWithGradient(torch.autograd.Function):
 def gather_across_processes(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """Bring every process's rows to each process, with gradient.
 
-    A loss of the gathered rows is the same on every process, and `DistributedDataParallel`'s mean of the gradients is then exactly
-    that of one process with the whole batch, also where the processes' batches differ in size. With gradient accumulation the
-    negatives are still those of one micro-batch over all processes, never of several micro-batches.
+    A loss of the gathered rows is the same on every process, and `DistributedDataParallel`'s mean of the gradients is
+    then exactly that of one process with the whole batch, also where the processes' batches differ in size. With
+    gradient accumulation the negatives are still those of one micro-batch over all processes, never of several
+    micro-batches.
 
     Args:
-        tensors (`torch.Tensor` of shape `(B, ...)`): Of equal `B` on one process. Gradient flows to the caller's own rows.
+        tensors (`torch.Tensor` of shape `(B, ...)`): Of equal `B` on one process. Gradient flows to the caller's own
+            rows.
 
     Returns:
-        `tuple[torch.Tensor, ...]`: Each of shape `(sum of all B, ...)`, in order of rank; the very tensors given without a process group.
+        `tuple[torch.Tensor, ...]`: Each of shape `(sum of all B, ...)`, in order of rank; the very tensors given
+            without a process group.
 
     Raises:
         ValueError: If the tensors' batch sizes differ.
@@ -112,19 +115,20 @@ def contrastive_loss(
 ) -> torch.Tensor:
     """Make each image prefer its own text among the batch's, and each text its own image (symmetric InfoNCE).
 
-    Unlike [`similarity_distillation_loss`] every other row counts as equally wrong. Rows with the same `image_ids` (two captions of
-    one image) are not: each is a right answer for the others, all right answers weighing the same.
+    Unlike [`similarity_distillation_loss`] every other row counts as equally wrong. Rows with the same `image_ids`
+    (two captions of one image) are not: each is a right answer for the others, all right answers weighing the same.
 
     Source: [D] student and teacher loss; CLIP. Deviation: direction weights and `image_ids`, both neutral by default.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
         text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
-        temperature (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 0.05): Dimensionless, > 0. To learn it pass
-            `logit_scale.neg().exp()`.
-        image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1]; the rest is
-            text-to-image's.
-        image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all differ.
+        temperature (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 0.05): Dimensionless, > 0. To
+            learn it pass `logit_scale.neg().exp()`.
+        image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1];
+            the rest is text-to-image's.
+        image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all
+            differ.
 
     Returns:
         `torch.Tensor` of shape `()`: In nats, >= 0. float32 even under autocast.
@@ -159,7 +163,8 @@ def _mean_cosine_distance(embeds: torch.Tensor, target_embeds: torch.Tensor) -> 
 def cosine_distillation_loss(student_embeds: torch.Tensor, teacher_embeds: torch.Tensor) -> torch.Tensor:
     """Move each student embedding to the teacher's of the same pair.
 
-    1 - cosine, averaged. Unlike [`similarity_distillation_loss`] it constrains positions, not relations, and needs equal widths.
+    1 - cosine, averaged. Unlike [`similarity_distillation_loss`] it constrains positions, not relations, and needs
+    equal widths.
 
     Source: [D] student loss, first term. Deviation: none.
 
@@ -184,7 +189,8 @@ def cosine_distillation_loss(student_embeds: torch.Tensor, teacher_embeds: torch
 def cosine_preservation_loss(student_embeds: torch.Tensor, anchor_embeds: torch.Tensor) -> torch.Tensor:
     """Keep each student embedding near the untouched CLIP's embedding of the same image.
 
-    The same formula as [`cosine_distillation_loss`] with the anchor in the teacher's place: it works against forgetting.
+    The same formula as [`cosine_distillation_loss`] with the anchor in the teacher's place: it works against
+    forgetting.
 
     Source: [D] ViT-L/14 extras. Deviation: none.
 
@@ -224,18 +230,19 @@ def similarity_distillation_loss(
 ) -> torch.Tensor:
     """Make the student rank the batch as the teacher does.
 
-    KL from the teacher's to the student's row-wise softmax of in-batch similarities. Unlike [`cosine_distillation_loss`] it constrains
-    relations only. With text embeddings the similarities are image-text, in both directions; without, they are those of the embeddings
-    among themselves.
+    KL from the teacher's to the student's row-wise softmax of in-batch similarities. Unlike
+    [`cosine_distillation_loss`] it constrains relations only. With text embeddings the similarities are image-text, in
+    both directions; without, they are those of the embeddings among themselves.
 
-    Source: [MC] eq. 2; PAPERS.md. Deviation: direction weights; a temperature of the teacher's own; without texts, the embeddings' own
-    similarities.
+    Source: [MC] eq. 2; PAPERS.md. Deviation: direction weights; a temperature of the teacher's own; without texts, the
+    embeddings' own similarities.
 
     Args:
         student_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
         teacher_embeds (`torch.Tensor` of shape `(B, D')`): Any scale; treated as constant.
         student_text_embeds (`torch.Tensor` of shape `(B, D)`, *optional*): Any scale. Gradient flows.
-        teacher_text_embeds (`torch.Tensor` of shape `(B, D')`, *optional*): Any scale; constant. Both texts or neither.
+        teacher_text_embeds (`torch.Tensor` of shape `(B, D')`, *optional*): Any scale; constant. Both texts or
+            neither.
         temperature (`float`, *optional*, defaults to 0.01): Of the student's softmax. Dimensionless, > 0.
         teacher_temperature (`float`, *optional*): Of the teacher's softmax. Defaults to `temperature`.
         image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1].
@@ -244,7 +251,8 @@ def similarity_distillation_loss(
         `torch.Tensor` of shape `()`: In nats, >= 0; 0 when both rank alike. float32 even under autocast.
 
     Raises:
-        ValueError: If batch sizes or the widths of one model differ, a temperature is <= 0, or one text is given without the other.
+        ValueError: If batch sizes or the widths of one model differ, a temperature is <= 0, or one text is given
+            without the other.
 
     Example:
         >>> float(similarity_distillation_loss(torch.eye(3), torch.eye(3)))
@@ -276,15 +284,15 @@ def similarity_distillation_loss(
 #
 # Pure functions of a batch, as those of [`~modeling_dclip.distillation.losses`]; gather over processes first.
 #
-# Source: "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; PAPERS.md.
-# Letters in shape comments: B batch, D embedding.
+# Source: "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"
+# [M]; PAPERS.md. Letters in shape comments: B batch, D embedding.
 
 
 def _teacher_slices(embeds: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
     if not widths or min(widths) < 1 or sum(widths) != embeds.shape[1]:
         raise ValueError(
-            f"Expected embeddings as wide as the teachers {list(widths)} together ({sum(widths)}), got {embeds.shape[1]}. Name the "
-            "teachers that made them, in their order."
+            f"Expected embeddings as wide as the teachers {list(widths)} together ({sum(widths)}), got "
+            f"{embeds.shape[1]}. Name the teachers that made them, in their order."
         )
     return [_normalise(part) for part in embeds.split(list(widths), dim=1)]
 
@@ -298,13 +306,14 @@ def teacher_probabilities(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What several teachers think together of who belongs to whom in a batch: the mean of their softmaxes.
 
-    A mean of probabilities, not of similarities: each teacher may be sure in its own way, and none outvotes the others by a larger scale.
+    A mean of probabilities, not of similarities: each teacher may be sure in its own way, and none outvotes the others
+    by a larger scale.
 
     Source: [MC] eq. 2; [M]; PAPERS.md. Deviation: none.
 
     Args:
-        teacher_image_embeds, teacher_text_embeds (`torch.Tensor` of shape `(B, sum of widths)`): The teachers' embeddings side by side;
-            each teacher's slice is normalised here. Constant.
+        teacher_image_embeds, teacher_text_embeds (`torch.Tensor` of shape `(B, sum of widths)`): The teachers'
+            embeddings side by side; each teacher's slice is normalised here. Constant.
         teacher_widths (`Sequence[int]`): Width of each slice, in order.
         teacher_logit_scales (`Sequence[float]`): What multiplies each teacher's cosines, > 0.
 
@@ -312,7 +321,8 @@ def teacher_probabilities(
         `tuple[torch.Tensor, torch.Tensor]`: Image-to-text and text-to-image, each `(B, B)` float32, rows summing to 1.
 
     Raises:
-        ValueError: If batch sizes differ, the widths do not sum to the embeddings', or scales and widths differ in number.
+        ValueError: If batch sizes differ, the widths do not sum to the embeddings', or scales and widths differ in
+            number.
 
     Example:
         >>> teacher_probabilities(torch.eye(2), torch.eye(2), [2], [100.0])[0].round(decimals=6).tolist()
@@ -321,7 +331,8 @@ def teacher_probabilities(
     _check_same_width(teacher_image_embeds=teacher_image_embeds, teacher_text_embeds=teacher_text_embeds)
     if len(teacher_logit_scales) != len(teacher_widths) or not all(scale > 0 for scale in teacher_logit_scales):
         raise ValueError(
-            f"Expected one logit scale > 0 for each of {len(teacher_widths)} teachers, got {list(teacher_logit_scales)}."
+            f"Expected one logit scale > 0 for each of {len(teacher_widths)} teachers, got "
+            f"{list(teacher_logit_scales)}."
         )
     with _full_precision(teacher_image_embeds):
         images = _teacher_slices(teacher_image_embeds, teacher_widths)
@@ -346,25 +357,27 @@ def distillation_loss(
 ) -> torch.Tensor:
     """Make the student believe of the batch what several teachers believe together.
 
-    Cross-entropy from the teachers' mean softmax to the student's. Its gradient is that of the KL divergence, from which it differs by the
-    teachers' entropy, so it ends above 0. Unlike [`~modeling_dclip.distillation.losses.similarity_distillation_loss`] it takes several
-    teachers, whose widths have nothing to do with the student's.
+    Cross-entropy from the teachers' mean softmax to the student's. Its gradient is that of the KL divergence, from
+    which it differs by the teachers' entropy, so it ends above 0. Unlike
+    [`~modeling_dclip.distillation.losses.similarity_distillation_loss`] it takes several teachers, whose widths have
+    nothing to do with the student's.
 
     Source: [MC] eq. 2 and 3; [M]; PAPERS.md. Deviation: direction weights, equal by default.
 
     Args:
-        image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): The student's, any scale; normalised here. Gradient flows to both.
+        image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): The student's, any scale; normalised here.
+            Gradient flows to both.
         teacher_image_embeds, teacher_text_embeds, teacher_widths, teacher_logit_scales: Of [`teacher_probabilities`].
-        temperature (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 0.01): Of the student's softmax, > 0. To learn it
-            pass `logit_scale.neg().exp()`.
+        temperature (`float` or `torch.Tensor` of shape `()`, *optional*, defaults to 0.01): Of the student's softmax,
+            > 0. To learn it pass `logit_scale.neg().exp()`.
         image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1].
 
     Returns:
         `torch.Tensor` of shape `()`: In nats, >= the teachers' mean entropy. float32 even under autocast.
 
     Raises:
-        ValueError: If batch sizes or the student's widths differ, the teachers' widths do not sum to their embeddings', a scale or the
-            temperature is <= 0, or the share is outside [0, 1].
+        ValueError: If batch sizes or the student's widths differ, the teachers' widths do not sum to their
+            embeddings', a scale or the temperature is <= 0, or the share is outside [0, 1].
 
     Example:
         >>> eye = torch.eye(2)

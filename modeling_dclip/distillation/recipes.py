@@ -6,9 +6,10 @@
     student:
       learning_rate: 1e-6
 
-`--output_dir other --student.learning_rate 2e-6` on the command line goes before the file; a value is typed the same in
-both. `base: other.yaml` reads another recipe first. A key that is no field is an error that names the nearest one.
-`null` and an empty list in a file leave the default; where that is nothing, the word `none` on the command line gives it back.
+`--output_dir other --student.learning_rate 2e-6` on the command line goes before the file; a value is typed the same
+in both. `base: other.yaml` reads another recipe first. A key that is no field is an error that names the nearest one.
+`null` and an empty list in a file leave the default; where that is nothing, the word `none` on the command line gives
+it back.
 """
 
 import difflib
@@ -53,8 +54,8 @@ def check_uncaptioned_fields(recipe: Any) -> None:
         recipe ([`~modeling_dclip.distillation.recipes.Recipe`]): Parsed; of one arm.
 
     Raises:
-        ValueError: If no loss term can use such images, the recipe's teacher reads captions, or there is no student; the message names
-            the field.
+        ValueError: If no loss term can use such images, the recipe's teacher reads captions, or there is no student;
+            the message names the field.
     """
     run, student = recipe.run, recipe.student
     if not run.uncaptioned_datasets or (run.stages and not _UNCAPTIONED_STAGES & set(run.stages)):
@@ -65,8 +66,8 @@ def check_uncaptioned_fields(recipe: Any) -> None:
         )
     if not (student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight):
         raise ValueError(
-            "uncaptioned_datasets: no term of the loss can use an image without a caption. Set student.cosine_distillation_loss_weight or "
-            "student.cosine_preservation_loss_weight above 0."
+            "uncaptioned_datasets: no term of the loss can use an image without a caption. Set "
+            "student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight above 0."
         )
     if student.reads_teacher and run.teacher_model is None:
         require_leak_free("teacher.cross_attention", recipe.teacher.cross_attention)
@@ -80,8 +81,8 @@ def require_leak_free(field: str, cross_attention: str) -> None:
     """
     if cross_attention != "regions":
         raise ValueError(
-            f"uncaptioned_datasets: expected {field} to be 'regions', a teacher that reads no caption, got {cross_attention!r}. Set it so, "
-            "or leave uncaptioned_datasets out."
+            f"uncaptioned_datasets: expected {field} to be 'regions', a teacher that reads no caption, got "
+            f"{cross_attention!r}. Set it so, or leave uncaptioned_datasets out."
         )
 
 
@@ -94,8 +95,8 @@ def check_adapters(recipe: Any) -> None:
     wanted = [name for name in ("evaluate", "push_to_hub") if getattr(recipe.run, name)]
     if wanted and recipe.student.lora_rank is not None and not recipe.student.merge_adapter:
         raise ValueError(
-            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The adapter is written either "
-            "way."
+            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The "
+            "adapter is written either way."
         )
 
 
@@ -301,8 +302,8 @@ class ArmRun:
 def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[ArmRun]:
     """Every run that a recipe with `arms` or `seeds` asks for, in order; one run where it has neither.
 
-    An arm's fields go before the file's, the command line before both. Runs share the cache, the shards of `reinforce`, and the anchor in
-    `OUTPUT_DIR/anchor` where no `clip_model` is named.
+    An arm's fields go before the file's, the command line before both. Runs share the cache, the shards of
+    `reinforce`, and the anchor in `OUTPUT_DIR/anchor` where no `clip_model` is named.
 
     Args:
         words, path: As for [`parse_recipe`].
@@ -311,7 +312,8 @@ def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[Ar
         `list[ArmRun]`
 
     Raises:
-        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm, [`check_uncaptioned_fields`], [`check_adapters`].
+        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm,
+            [`check_uncaptioned_fields`], [`check_adapters`].
     """
     recipe = parse_recipe(words, path)
     check_reference(recipe)
@@ -340,7 +342,7 @@ def describe_fields() -> str:
     lines = ["Global fields:"]
     lines += _describe(RunArguments, "--", set(_field_names(RunArguments)))
     for name, kind in SECTIONS.items():
-        lines += ["", f"Section {name}: {kind.__doc__.split(': ', 1)[1]}"]
+        lines += ["", f"Section {name}: {' '.join(kind.__doc__.split()).split(': ', 1)[1]}"]
         if name in TRAINING_SECTIONS:
             lines.append("  Every field of transformers.TrainingArguments, and:")
             own[name] = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}

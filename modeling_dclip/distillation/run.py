@@ -61,8 +61,8 @@ class StageRecord:
             changes = "; ".join(_differences(stored["inputs"], self.inputs))
             if not overwrite:
                 raise ValueError(
-                    f"'{folder}' was made from other inputs ({changes}). Name another --output_dir, or pass --overwrite true to delete "
-                    "the folder and make it again."
+                    f"'{folder}' was made from other inputs ({changes}). Name another --output_dir, or pass "
+                    "--overwrite true to delete the folder and make it again."
                 )
             logger.warning("%s: made again, inputs changed: %s", folder.name, changes)
             if PartialState().is_main_process:
@@ -111,7 +111,9 @@ def finished_inputs(folder: Path) -> dict[str, Any]:
 
 
 class SharedData:
-    """What several runs of one process need not read twice: images and their pixels, by what selects them, and teachers' fingerprints."""
+    """What several runs of one process need not read twice:
+    images and their pixels, by what selects them, and teachers' fingerprints.
+    """
 
     def __init__(self):
         self.sources: dict[str, dict[str, tuple[Dataset, list[str]]]] = {}
@@ -197,14 +199,17 @@ class Run:
 
     @cached_property
     def sources(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """The images as loaded, by split, with the keys of their images; those without captions are the split `uncaptioned`."""
+        """The images as loaded, by split, with the keys of their images;
+        those without captions are the split `uncaptioned`.
+        """
         run = self.recipe.run
         validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
         if not run.train_datasets:
             raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
         if validates and run.train_fraction == 1:
             raise ValueError(
-                "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or eval_strategy to no."
+                "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or "
+                "eval_strategy to no."
             )
         selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
         key = json.dumps([*selection, self.recipe.regions.ignore_boxes, validates])
@@ -232,7 +237,8 @@ class Run:
         return {"train": train, **({"validation": validation} if validates else {})}
 
     def check_batches(self) -> None:
-        """See that the captioned images fill a batch, before anything looks at them; what is skipped later, the trainers notice.
+        """See that the captioned images fill a batch, before anything looks at them; what is skipped later, the
+        trainers notice.
 
         Raises:
             ValueError: If they do not, of a stage that will run; the message names the field to lower.
@@ -244,8 +250,8 @@ class Run:
             alone = name == "teacher" or not self.recipe.run.uncaptioned_datasets
             if name in self.stages and alone and args.dataloader_drop_last and rows < needed:
                 raise ValueError(
-                    f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got {rows}. Lower "
-                    f"{name}.per_device_train_batch_size, or give more images."
+                    f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got "
+                    f"{rows}. Lower {name}.per_device_train_batch_size, or give more images."
                 )
 
     def _uncaptioned(self, captioned: str) -> dict[str, tuple[Dataset, list[str]]]:
@@ -262,8 +268,8 @@ class Run:
             has_boxes = ["boxes" in dataset.column_names for dataset in (options["captioned"]["train"][0], rows)]
             if has_boxes == [True, False] and not self.uses_detector and self.recipe.student.reads_teacher:
                 logger.warning(
-                    "The captioned images have boxes of their own, those without captions none: there the teacher sees the whole image "
-                    "alone. Name regions.detector to give both the same regions."
+                    "The captioned images have boxes of their own, those without captions none: there the teacher "
+                    "sees the whole image alone. Name regions.detector to give both the same regions."
                 )
         return shared.sources[key]
 
@@ -337,7 +343,8 @@ def load_new_images(
         specs (`list[str]`): Of [`load_uncaptioned`].
         seed (`int`): Of the draws.
         exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
-        captioned (`Mapping`): Captioned rows and the keys of their images, by split. The same file under another id is left out too.
+        captioned (`Mapping`): Captioned rows and the keys of their images, by split. The same file under another id is
+            left out too.
 
     Returns:
         `tuple[Dataset, list[str]]`: The rows, without captions, and the keys of their images.

@@ -1,4 +1,7 @@
-"""The stages of a run, in order. Each adds columns or makes a model, in its own folder; those of reinforced training: reinforced_stages.py."""
+"""The stages of a run, in order.
+
+Each adds columns or makes a model, in its own folder; those of reinforced training: reinforced_stages.py.
+"""
 
 import logging
 from pathlib import Path
@@ -338,14 +341,15 @@ def _check_same_clip(teacher: DCLIPTeacher, run: Run) -> None:
     expected, got = student.config.projection_dim, teacher.config.projection_dim
     if expected != got:
         raise ValueError(
-            f"Expected a teacher of the student's width {expected} ({run.clip_path}), got {got} ({run.teacher_path}). Distil from a "
-            "teacher around the same CLIP."
+            f"Expected a teacher of the student's width {expected} ({run.clip_path}), got {got} ({run.teacher_path}). "
+            "Distil from a teacher around the same CLIP."
         )
     theirs, ours = teacher.clip.state_dict(), student.state_dict()
     if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name]) for name in ours):
         raise ValueError(
-            f"The teacher '{run.teacher_path}' holds another CLIP than the student starts from ('{run.clip_path}'): their embeddings "
-            "live in different spaces. Train the teacher around this CLIP, or set clip_model to the teacher's."
+            f"The teacher '{run.teacher_path}' holds another CLIP than the student starts from ('{run.clip_path}'): "
+            "their embeddings live in different spaces. Train the teacher around this CLIP, or set clip_model to the "
+            "teacher's."
         )
 
 

@@ -1,4 +1,5 @@
-"""Trainers of teacher and student, and what all trainers share: `transformers.Trainer` with named loss terms over gathered batches.
+"""Trainers of teacher and student, and what all trainers share: `transformers.Trainer` with named loss terms over
+gathered batches.
 
 Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
 """
@@ -80,13 +81,14 @@ class BatchesTrainer(Trainer):
         counts_rows = isinstance(train_batches, Batches)  # a stream counts batches, and has checked its samples itself
         if counts_rows and args.dataloader_drop_last and len(train_batches) < rows_per_step:
             raise ValueError(
-                f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got {len(train_batches)} rows. Lower "
-                f"{Path(args.output_dir).name}.per_device_train_batch_size."
+                f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got "
+                f"{len(train_batches)} rows. Lower {Path(args.output_dir).name}.per_device_train_batch_size."
             )
         rows_per_check = args.eval_batch_size * args.world_size
         if eval_batches is not None and args.dataloader_drop_last and len(eval_batches) < rows_per_check:
             logger.warning(
-                "%s: %d images to validate on fill no batch of %d, so no validation loss is logged. Lower per_device_eval_batch_size.",
+                "%s: %d images to validate on fill no batch of %d, so no validation loss is logged. Lower "
+                "per_device_eval_batch_size.",
                 *(Path(args.output_dir).name, len(eval_batches), rows_per_check),
             )
         self.processor, self.resolved_arguments = processor, resolved_arguments
@@ -102,8 +104,9 @@ class BatchesTrainer(Trainer):
             data_collator=pass_batch,
             callbacks=[_TellEpoch(train_batches)],
         )
-        # The base class is not given the processor: it would write the tokenizer's special tokens into the model's config.
-        # The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward` accepts.
+        # The base class is not given the processor: it would write the tokenizer's special tokens into the model's
+        # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
+        # accepts.
         self.model_accepts_loss_kwargs = False
 
     def loss_terms(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossTerms:
@@ -144,7 +147,8 @@ class BatchesTrainer(Trainer):
                 for name, mean in means.items():
                     if not math.isfinite(mean):
                         raise FloatingPointError(
-                            f"{prefix}{name} is {mean} at step {self.state.global_step}. Lower learning_rate or raise the temperature."
+                            f"{prefix}{name} is {mean} at step {self.state.global_step}. Lower learning_rate or raise "
+                            "the temperature."
                         )
                     logs[f"{prefix}{name}"] = mean
         super().log(logs, start_time)
@@ -154,7 +158,9 @@ class BatchesTrainer(Trainer):
         return 0
 
     def get_decay_parameter_names(self, model):
-        """Matrices only: no decay of gains, biases and the logit scale, as CLIP, nor of what a module asks to spare."""
+        """Matrices only: no decay of gains, biases and the logit scale, as CLIP,
+        nor of what a module asks to spare.
+        """
         spared = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
@@ -208,14 +214,16 @@ def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
 class StudentTrainer(BatchesTrainer):
     """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
 
-    The dual encoder is what checkpoints hold; its text tower never meets the optimiser, but for an adapter in it. With adapters, a checkpoint
-    holds the merged weights, and beside them the adapter, which a resumed run goes on from.
+    The dual encoder is what checkpoints hold; its text tower never meets the optimiser, but for an adapter in it. With
+    adapters, a checkpoint holds the merged weights, and beside them the adapter, which a resumed run goes on from.
 
     Source: [D] student loss; PAPERS.md. Deviation: relational term and direction weights, off by default.
 
     Args:
-        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` what is adapted of both towers.
-        adapters (`peft.PeftModel`, *optional*): Around it, from [`~modeling_dclip.distillation.adapters.add_adapters`].
+        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` what is adapted of both
+            towers.
+        adapters (`peft.PeftModel`, *optional*): Around it, from
+            [`~modeling_dclip.distillation.adapters.add_adapters`].
         kwargs: As for [`BatchesTrainer`].
     """
 
@@ -252,7 +260,9 @@ class StudentTrainer(BatchesTrainer):
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
 
     def _in_batch_terms(self, image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The terms that compare each image with every text of these rows: 0, with a gradient, where there are fewer than two."""
+        """The terms that compare each image with every text of these rows:
+        0, with a gradient, where there are fewer than two.
+        """
         args, stored = self.args, columns.get("text_embeds")
         texts = columns.get("student_text_embeds", stored)
         names = [
@@ -273,7 +283,9 @@ class StudentTrainer(BatchesTrainer):
         return terms
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the base class, and the adapter; the text tower is frozen for who loads it, whether or not an adapter trained it."""
+        """As the base class, and the adapter; the text tower is frozen for who loads it,
+        whether or not an adapter trained it.
+        """
         freeze_text, self.dual_encoder.config.freeze_text = self.dual_encoder.config.freeze_text, True
         super()._save(output_dir, state_dict)
         self.dual_encoder.config.freeze_text = freeze_text
@@ -281,13 +293,17 @@ class StudentTrainer(BatchesTrainer):
             save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
 
     def _complete(self, state_dict):
-        """The dual encoder's state with what trained put in: sharded training hands over its own copy, adapters are merged."""
+        """The dual encoder's state with what trained put in: sharded training hands over its own copy,
+        adapters are merged.
+        """
         if self.adapters is not None:
             return plain_state(self.dual_encoder, merged=True)
         return self.dual_encoder.state_dict() | (state_dict or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Take the adapter, or the image encoder out of the checkpoint's dual encoder; every key of it has to be there."""
+        """Take the adapter, or the image encoder out of the checkpoint's dual encoder;
+        every key of it has to be there.
+        """
         if self.adapters is not None:
             return load_adapters(self.adapters, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
@@ -313,7 +329,8 @@ PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, where tr
 class _BoundLogitScale(TrainerCallback):
     """Keeps the learned scale at CLIP's bound or below, before the first step and after each one.
 
-    The parameter itself is clamped, as CLIP does: where only the forward is, there is no gradient above the bound, and no way back.
+    The parameter itself is clamped, as CLIP does: where only the forward is, there is no gradient above the bound, and
+    no way back.
     """
 
     @torch.no_grad()
@@ -372,16 +389,18 @@ class _FollowStream(TrainerCallback):
 class DMCLIPTrainer(BatchesTrainer):
     """Trains a dual encoder from what several teachers said of the same augmented images and captions.
 
-    The loss of a pair is `contrastive_loss_weight` * InfoNCE + `distillation_loss_weight` * cross-entropy to the teachers' mean softmax; it is
-    computed over the images with one real caption each and, where there are any, again with one synthetic caption each, and the two are added.
-    The student's scale is learned and bounded as CLIP's. BatchNorm sees a process's own images.
+    The loss of a pair is `contrastive_loss_weight` * InfoNCE + `distillation_loss_weight` * cross-entropy to the
+    teachers' mean softmax; it is computed over the images with one real caption each and, where there are any, again
+    with one synthetic caption each, and the two are added. The student's scale is learned and bounded as CLIP's.
+    BatchNorm sees a process's own images.
 
     Source: [MC] eq. 1 to 3; [M]; PAPERS.md. Deviation: teachers whose trained scale is known are scaled by it.
 
     Args:
         model ([`DMCLIPModel`]): Trains, in place.
         args ([`DMCLIPArguments`]): Losses, optimiser.
-        train_batches ([`~modeling_dclip.data.reinforced.ReinforcedBatches`]): A stream; a resumed run goes on with the very batches.
+        train_batches ([`~modeling_dclip.data.reinforced.ReinforcedBatches`]): A stream; a resumed run goes on with the
+            very batches.
         processor, resolved_arguments: As for [`BatchesTrainer`].
     """
 
@@ -404,7 +423,8 @@ class DMCLIPTrainer(BatchesTrainer):
             num_workers=args.dataloader_num_workers,  # started anew each epoch: they learn of it by being copied
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
-            generator=torch.Generator(),  # the loader's draw must not move the global one: a resumed run draws once more
+            # the loader's draw must not move the global one: a resumed run draws once more
+            generator=torch.Generator(),
         )
 
     def loss_terms(self, model, batch):
@@ -466,7 +486,9 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
-    """Train from the last complete checkpoint in a stage's folder, or from the start, and write `trainer_state.json`."""
+    """Train from the last complete checkpoint in a stage's folder, or from the start,
+    and write `trainer_state.json`.
+    """
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         logger.info("%s: resuming from %s", folder.name, checkpoint)

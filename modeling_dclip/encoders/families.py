@@ -9,7 +9,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 
-# Trained on texts padded to one length, with the padding attended to: less of it, or a mask, would change the embedding.
+# Trained on texts padded to one length, with the padding attended to: less of it, or a mask, would change the
+# embedding.
 READ_PADDING = ("siglip", "siglip2")
 # Count positions from the padding token's id on, so that as many of them are no places of a text.
 COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
@@ -47,19 +48,19 @@ def tokenize_texts(
 ) -> dict[str, torch.Tensor]:
     """Texts as the model reads them; one too long is cut, its end token kept, and counted in a warning.
 
-    SigLIP and SigLIP 2 read texts padded to their full length, without a mask, as in training; open_clip pads by itself; every other
-    model gets a batch padded to its longest text, and a mask.
+    SigLIP and SigLIP 2 read texts padded to their full length, without a mask, as in training; open_clip pads by
+    itself; every other model gets a batch padded to its longest text, and a mask.
 
     Args:
         model (`torch.nn.Module`): With `config`.
         processor: The model's processor, or its tokenizer alone.
         texts (`Sequence[str]`): B texts.
-        max_length (`int`, *optional*): Cut here, if the model takes more, and silently; without effect on models that read one
-            length only.
+        max_length (`int`, *optional*): Cut here, if the model takes more, and silently; without effect on models that
+            read one length only.
 
     Returns:
-        `dict[str, torch.Tensor]`: What to call `get_text_features` with: `input_ids` `(B, T)` and, where it is read, `attention_mask`;
-            on the CPU.
+        `dict[str, torch.Tensor]`: What to call `get_text_features` with: `input_ids` `(B, T)` and, where it is read,
+            `attention_mask`; on the CPU.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     longest, texts = longest_text(model, tokenizer), list(texts)

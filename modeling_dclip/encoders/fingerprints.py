@@ -64,7 +64,8 @@ def model_revision(name_or_path: str | os.PathLike, model: torch.nn.Module) -> s
         model (`torch.nn.Module`): The loaded model.
 
     Returns:
-        `str`: `sha256:<hex>` of the folder's safetensors (names and bytes, in the order of their names), or `commit:<hash>` of the Hub.
+        `str`: `sha256:<hex>` of the folder's safetensors (names and bytes, in the order of their names), or
+            `commit:<hash>` of the Hub.
 
     Raises:
         FileNotFoundError: If a folder holds no safetensors.
@@ -75,7 +76,8 @@ def model_revision(name_or_path: str | os.PathLike, model: torch.nn.Module) -> s
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise FileNotFoundError(
-                f"Expected *.safetensors in {folder}, got none. Save the model with `save_pretrained`; pickled weights are not read."
+                f"Expected *.safetensors in {folder}, got none. Save the model with `save_pretrained`; pickled "
+                "weights are not read."
             )
         digest = hashlib.sha256()
         for file in files:

@@ -29,14 +29,15 @@ def require_dual_encoder(model: torch.nn.Module, where: str = "") -> None:
     missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
     if missing:
         raise TypeError(
-            f"Expected a dual encoder such as CLIPModel with get_image_features and get_text_features"
-            f"{f' at {where!r}' if where else ''}, got {type(model).__name__} without {missing}. Name the dual checkpoint, not one "
-            "tower."
+            "Expected a dual encoder such as CLIPModel with get_image_features and "
+            f"get_text_features{f' at {where!r}' if where else ''}, got {type(model).__name__} without {missing}. "
+            "Name the dual checkpoint, not one tower."
         )
 
 
 def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Any]:
-    """Load a dual encoder in float32 on the CPU, in eval mode, with its processor, of the PIL backend where there is one.
+    """Load a dual encoder in float32 on the CPU, in eval mode, with its processor, of the PIL backend where there is
+    one.
 
     Args:
         spec (`str` or `Path`): A folder, a Hub id, or one of open_clip's.
@@ -49,8 +50,8 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[tor
         FileNotFoundError: If a folder is missing or holds no safetensors.
         ImportError: If open_clip is named and not installed.
         TypeError: If the model is no dual encoder.
-        ValueError: If weights are damaged, or missing, so that they would be random; if the processor lacks files or a half; as
-            [`load_open_clip`].
+        ValueError: If weights are damaged, or missing, so that they would be random; if the processor lacks files or a
+            half; as [`load_open_clip`].
     """
     name = str(spec)
     if name.startswith(OPEN_CLIP):
@@ -66,8 +67,9 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[tor
     require_dual_encoder(model, name)
     if missing := sorted(report["missing_keys"]):
         raise ValueError(
-            f"Expected all weights of {type(model).__name__} in {name!r}, got {len(missing)} missing ({', '.join(missing[:NAMED])}...): "
-            "they would be random. It is another architecture's checkpoint, or one tower's."
+            f"Expected all weights of {type(model).__name__} in {name!r}, got {len(missing)} missing "
+            f"({', '.join(missing[:NAMED])}...): they would be random. It is another architecture's checkpoint, or "
+            "one tower's."
         )
     processor = _load_processor(name, options)
     check_processor(processor, name)
@@ -83,7 +85,8 @@ def _check_folder(name: str) -> None:
     if folder.is_dir():
         if not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(
-                f"Expected *.safetensors in {name}, got none. Save the model with `save_pretrained`; pickled weights are not read."
+                f"Expected *.safetensors in {name}, got none. Save the model with `save_pretrained`; pickled weights "
+                "are not read."
             )
     elif folder.is_absolute() or len(folder.parts) > 2 or name.startswith("."):  # a Hub id is organisation/name
         raise FileNotFoundError(f"Expected a folder with a model at {name}, got none. Check the path.")
@@ -95,13 +98,14 @@ def _load_processor(name: str, options: dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ValueError(
-            f"Expected the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer), got: {reason} Save them "
-            "beside the weights."
+            f"Expected the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer), got: "
+            f"{reason} Save them beside the weights."
         ) from error
 
 
 def check_processor(processor: Any, name: str) -> None:
-    """Refuse a processor with a half missing, or with a tokenizer that transformers made up because its files were not there.
+    """Refuse a processor with a half missing, or with a tokenizer that transformers made up because its files were not
+    there.
 
     Args:
         processor: With `image_processor` and `tokenizer`.
@@ -113,15 +117,15 @@ def check_processor(processor: Any, name: str) -> None:
     lacking = [half for half in ("image_processor", "tokenizer") if getattr(processor, half, None) is None]
     if lacking:
         raise ValueError(
-            f"Expected a processor with image_processor and tokenizer in {name!r}, got {type(processor).__name__} without {lacking}. "
-            "Save both beside the weights."
+            f"Expected a processor with image_processor and tokenizer in {name!r}, got {type(processor).__name__} "
+            f"without {lacking}. Save both beside the weights."
         )
     # Where its files are missing, transformers makes up a tokenizer without a vocabulary, and says nothing.
     read = processor.tokenizer(list(string.ascii_lowercase))["input_ids"]
     if len({tuple(ids) for ids in read}) == 1:
         raise ValueError(
-            f"Expected a tokenizer that tells letters apart in {name!r}, got a {type(processor.tokenizer).__name__} of "
-            f"{len(processor.tokenizer)} tokens that does not. Save the tokenizer's files beside the weights."
+            f"Expected a tokenizer that tells letters apart in {name!r}, got a {type(processor.tokenizer).__name__} "
+            f"of {len(processor.tokenizer)} tokens that does not. Save the tokenizer's files beside the weights."
         )
 
 
@@ -129,13 +133,14 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
     """Load any CLIP-like model in float32 on the CPU, in eval mode, with the PIL image processor.
 
     Args:
-        spec (`str` or `Path`): A folder or Hub id of a dual encoder of this package or of transformers (CLIP, SigLIP, SigLIP 2, ALIGN,
-            AltCLIP, Chinese-CLIP, MetaCLIP 2, ...), or `open_clip:NAME:PRETRAINED`, where PRETRAINED is a tag or a file of weights.
+        spec (`str` or `Path`): A folder or Hub id of a dual encoder of this package or of transformers (CLIP, SigLIP,
+            SigLIP 2, ALIGN, AltCLIP, Chinese-CLIP, MetaCLIP 2, ...), or `open_clip:NAME:PRETRAINED`, where PRETRAINED
+            is a tag or a file of weights.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
 
     Returns:
-        `tuple`: The model, with `get_image_features` and `get_text_features`; its processor; and the revision of its weights:
-            `sha256:<hex>` of a folder's files or of open_clip's state dict, or `commit:<hash>` of the Hub.
+        `tuple`: The model, with `get_image_features` and `get_text_features`; its processor; and the revision of its
+            weights: `sha256:<hex>` of a folder's files or of open_clip's state dict, or `commit:<hash>` of the Hub.
 
     Raises:
         FileNotFoundError: If a folder is missing or holds no safetensors.

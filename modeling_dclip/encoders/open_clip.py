@@ -1,7 +1,8 @@
-"""Models of the package open_clip_torch behind the interface of a dual encoder of transformers, with their own preprocessing.
+"""Models of the package open_clip_torch behind the interface of a dual encoder of transformers, with their own
+preprocessing.
 
-Nothing is done a second way: images go through open_clip's own transform for inference, texts through its own tokenizer, padded to the
-length the model was trained with.
+Nothing is done a second way: images go through open_clip's own transform for inference, texts through its own
+tokenizer, padded to the length the model was trained with.
 
 | spec | what |
 |---|---|
@@ -62,7 +63,10 @@ class OpenClipTokenizer:
         self.model_max_length = tokenizer([""]).shape[1]
 
     def __call__(self, text: str | Sequence[str], return_tensors: str = "pt", **kwargs: Any) -> BatchEncoding:
-        """`input_ids` `(B, T)`. There is no mask: the model reads every place. Padding and length are not for the caller to say."""
+        """`input_ids` `(B, T)`.
+
+        There is no mask: the model reads every place. Padding and length are not for the caller to say.
+        """
         return BatchEncoding({"input_ids": self.tokenizer([text] if isinstance(text, str) else list(text))})
 
 
@@ -138,7 +142,8 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
     Raises:
         ImportError: If the package is not installed.
         FileNotFoundError: If a folder of weights is missing.
-        ValueError: If the spec has another form, open_clip knows no such name or tag, or the weights do not load whole.
+        ValueError: If the spec has another form, open_clip knows no such name or tag, or the weights do not load
+            whole.
     """
     name, _, pretrained = spec.removeprefix(OPEN_CLIP).partition(":")
     if not name or not pretrained:

@@ -16,14 +16,16 @@ def interpolate_weights(
     Computed in float32 or wider and cast back; both ends are exact. Integers and booleans must agree.
 
     Args:
-        anchor, student (`Mapping[str, torch.Tensor]`): States of the untouched and the trained model: same names, shapes and types.
+        anchor, student (`Mapping[str, torch.Tensor]`): States of the untouched and the trained model: same names,
+            shapes and types.
         alpha (`float`): In [0, 1]; 0 is the anchor.
 
     Returns:
         `dict[str, torch.Tensor]`: New tensors, where the student's are.
 
     Raises:
-        ValueError: If `alpha` is out of range, or names, shapes, types or integer values differ; the first name is told.
+        ValueError: If `alpha` is out of range, or names, shapes, types or integer values differ; the first name is
+            told.
 
     Example:
         >>> interpolate_weights({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0.25)["w"].tolist()

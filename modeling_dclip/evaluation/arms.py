@@ -1,4 +1,6 @@
-"""Evaluate the arms of an experiment against their anchor: records, one summary, a table and a picture of the trade-off."""
+"""Evaluate the arms of an experiment against their anchor:
+records, one summary, a table and a picture of the trade-off.
+"""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -30,17 +32,21 @@ def evaluate_arms(
     Args:
         arms (`Mapping[str, Mapping[int, str]]`): Arm -> seed -> folder of a dual encoder.
         anchor (`str`): Folder or Hub id of the untouched CLIP.
-        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`]; one of each kind at most.
-        output_dir (`str` or `Path`): Gets `records.json` (which a killed run goes on with), `summary.json` and, with retrieval and zero-shot, `tradeoff.png`.
+        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`]; one of each
+            kind at most.
+        output_dir (`str` or `Path`): Gets `records.json` (which a killed run goes on with), `summary.json` and, with
+            retrieval and zero-shot, `tradeoff.png`.
         baseline (`str`, *optional*): The arm that the others are compared with, paired by seed.
         command (`str`, *optional*): What the user ran, for the records.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
 
     Returns:
-        `dict[str, Any]`: The summary, of [`~modeling_dclip.evaluation.statistics.summarise_arms`], with `benchmarks` and `anchor_model`.
+        `dict[str, Any]`: The summary, of [`~modeling_dclip.evaluation.statistics.summarise_arms`], with `benchmarks`
+            and `anchor_model`.
 
     Raises:
-        RuntimeError: If a benchmark is unknown or failed, or a model did; what had been measured stays in `records.json`.
+        RuntimeError: If a benchmark is unknown or failed, or a model did; what had been measured stays in
+            `records.json`.
         ValueError: If two benchmarks are of one kind, or the anchor scores 0.
     """
     kinds = [name.partition("=")[0] for name in benchmarks]
@@ -75,7 +81,8 @@ def evaluate_arms(
 
 
 def tradeoff_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`] from a summary: top-1 against text-to-image R@1.
+    """The points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`] from a summary: top-1 against
+    text-to-image R@1.
 
     Args:
         summary (`dict`): From [`~modeling_dclip.evaluation.statistics.summarise_arms`].
@@ -94,7 +101,8 @@ def tradeoff_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-# The trade-off curve from results records: retrieval against zero-shot accuracy over models, checkpoints or points between two.
+# The trade-off curve from results records: retrieval against zero-shot accuracy over models, checkpoints or points
+# between two.
 
 
 _ALPHA = "alpha="
@@ -105,16 +113,17 @@ def interpolation_points(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Pair each model's retrieval with its zero-shot accuracy.
 
-    Of several benchmarks of a kind the first counts. Points on the line from an anchor to a model (`condition` `alpha=...`) become the
-    curve, with the anchor as its start and the model, where it was measured, as its end.
+    Of several benchmarks of a kind the first counts. Points on the line from an anchor to a model (`condition`
+    `alpha=...`) become the curve, with the anchor as its start and the model, where it was measured, as its end.
 
     Args:
         records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`].
         anchor (`str`, *optional*): The model that is the reference; its point comes first.
 
     Returns:
-        `tuple[list[dict], list[dict]]`: Points and curve of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `label`, `x` (top-1), `y`
-        (text-to-image R@1), intervals over images where the records have them, and `alpha`.
+        `tuple[list[dict], list[dict]]`: Points and curve of
+            [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `label`, `x` (top-1), `y` (text-to-image R@1),
+            intervals over images where the records have them, and `alpha`.
 
     Raises:
         ValueError: If no model has both, or points of several lines are in the records.

@@ -1,7 +1,7 @@
 """Embed the images and captions of a dataset with any dual encoder: bounded memory, named failures.
 
-Pixels are those of the processor given, bit for bit ([`~modeling_dclip.data.images.PixelReader`]); give one loaded with `backend="pil"`
-for numbers to publish, as PIL and torchvision differ by 1-2 grey levels.
+Pixels are those of the processor given, bit for bit ([`~modeling_dclip.data.images.PixelReader`]); give one loaded
+with `backend="pil"` for numbers to publish, as PIL and torchvision differ by 1-2 grey levels.
 """
 
 import warnings
@@ -23,7 +23,9 @@ from modeling_dclip.processing_dclip import lay_over_white
 
 
 class DatasetEmbeddings(NamedTuple):
-    """`image_embeds` (I, D) and `text_embeds` (C, D), float32, L2-normalised, on the CPU; `image_of_caption` (C,) int64."""
+    """`image_embeds` (I, D) and `text_embeds` (C, D), float32, L2-normalised, on the CPU;
+    `image_of_caption` (C,) int64.
+    """
 
     image_embeds: torch.Tensor
     text_embeds: torch.Tensor
@@ -35,8 +37,8 @@ def _unit(embeds: torch.Tensor, names: Sequence[str], kind: str) -> torch.Tensor
     if bad.any():
         first = names[int(bad.nonzero()[0])]
         raise ValueError(
-            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(embeds)}; the first belongs to the "
-            f"{kind} {first!r}. Check the model's weights and precision."
+            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(embeds)}; the first belongs "
+            f"to the {kind} {first!r}. Check the model's weights and precision."
         )
     return torch.nn.functional.normalize(embeds, dim=1)
 
@@ -58,7 +60,8 @@ def embed_images(
         processor: The model's processor, or its image processor alone.
         dataset (`datasets.Dataset`): With `image` (`datasets.Image`) and, for messages, `image_id`.
         batch_size (`int`, *optional*, defaults to 64): At most `2 * num_workers + 1` batches are held at a time.
-        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if not given.
+        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if
+            not given.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and resize.
 
     Returns:
@@ -104,11 +107,13 @@ def embed_texts(
     batch_size: int = 256,
     device: torch.device | str | None = None,
 ) -> torch.Tensor:
-    """Embed texts, tokenized as the model reads them ([`~modeling_dclip.encoders.families.tokenize_texts`]) and batched by length.
+    """Embed texts, tokenized as the model reads them ([`~modeling_dclip.encoders.families.tokenize_texts`]) and
+    batched by length.
 
     Args:
         model (`torch.nn.Module`): With `get_text_features`. Evaluated in `eval` mode; its mode is restored.
-        processor: The model's processor, or its tokenizer alone. Longer texts than the model's positions are cut, counted in a warning.
+        processor: The model's processor, or its tokenizer alone. Longer texts than the model's positions are cut,
+            counted in a warning.
         texts (`Sequence[str]`): At least one; none empty.
         batch_size (`int`, *optional*, defaults to 256): Texts at a time.
         device (`torch.device` or `str`, *optional*): As in [`embed_images`].
@@ -154,7 +159,8 @@ def embed_dataset(
     """Embed the columns `image` and `captions`.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in [`embed_images`]; `captions` holds a list of str an image.
+        model, processor, dataset, batch_size, device, num_workers: As in [`embed_images`]; `captions` holds a list of
+            str an image.
 
     Returns:
         [`DatasetEmbeddings`]: Captions in the dataset's order, image after image.
@@ -203,7 +209,9 @@ def open_picture(path: str | Path) -> Image.Image:
 
 
 def count_dropped_tokens(model: torch.nn.Module, processor: Any, text: str) -> int:
-    """How many tokens of a text the model does not read, because it is too long; 0 for open_clip's tokenizers, which do not tell."""
+    """How many tokens of a text the model does not read, because it is too long;
+    0 for open_clip's tokenizers, which do not tell.
+    """
     if not hasattr(processor.tokenizer, "backend_tokenizer"):
         return 0
     tokens = processor.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]

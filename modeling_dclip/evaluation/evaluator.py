@@ -1,6 +1,7 @@
 """Evaluate models on benchmarks, one pair after the other: what is done is on disk, what fails does not lose the rest.
 
-The results file grows by one record a pair. Run again, it keeps what was measured with the same weights, data, settings and version.
+The results file grows by one record a pair. Run again, it keeps what was measured with the same weights, data,
+settings and version.
 """
 
 import os
@@ -31,7 +32,8 @@ except ImportError:  # not on this system: then one process at a time
 
 logger = logging.get_logger(__name__)
 
-# What data, weights, memory or a missing package can do to one benchmark. A bug of another kind still stops everything.
+# What data, weights, memory or a missing package can do to one benchmark. A bug of another kind still stops
+# everything.
 FAILURES = (ArithmeticError, DatasetsError, ImportError, LookupError, MemoryError, OSError, RuntimeError)
 FAILURES += (SafetensorError, TypeError, ValueError)
 
@@ -54,7 +56,9 @@ class Candidate(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """What [`evaluate`] did: `records` asked for, in order; how many of them were `kept` from an earlier run; `failures`, one line each."""
+    """What [`evaluate`] did: `records` asked for, in order; how many of them were `kept` from an earlier run;
+    `failures`, one line each.
+    """
 
     records: list[dict[str, Any]] = field(default_factory=list)
     kept: int = 0
@@ -96,12 +100,14 @@ def evaluate(
         command (`str`, *optional*): What the user ran, for the records.
         seed (`int`, *optional*, defaults to 0): Of draws of data and of the bootstrap.
         overwrite (`bool`, *optional*, defaults to `False`): Begin anew instead of going on with what `output` holds.
-        keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not ask for stay.
+        keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not
+            ask for stay.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
         options: Fields of [`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`].
 
     Returns:
-        [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under `failures` and has none.
+        [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under
+            `failures` and has none.
 
     Raises:
         OSError: If `output` cannot be written.
@@ -151,7 +157,9 @@ def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[C
 
 
 def describe_failure(what: str, error: BaseException) -> str:
-    """One line on what failed and why; where in the code it did, the log says at the level `info` (`TRANSFORMERS_VERBOSITY=info`)."""
+    """One line on what failed and why; where in the code it did,
+    the log says at the level `info` (`TRANSFORMERS_VERBOSITY=info`).
+    """
     logger.info("%s failed here:", what, exc_info=error)
     return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
 

@@ -1,23 +1,29 @@
 """How much of a teacher's retrieval is its own caption read back: one measure, with parts of the input exchanged.
 
-A teacher embeds a *pair*, an image's regions and one of its captions, and is trained to come near the frozen CLIP's sentence embedding of
-that very caption. The measure is this task over a whole test set. A *draw* takes one caption of each of I images, so there are I pairs and
-I sentences, and pair i's right answer is sentence i whatever the pair has read:
+A teacher embeds a *pair*, an image's regions and one of its captions, and is trained to come near the frozen CLIP's
+sentence embedding of that very caption. The measure is this task over a whole test set. A *draw* takes one caption of
+each of I images, so there are I pairs and I sentences, and pair i's right answer is sentence i whatever the pair has
+read:
 
-- `text_to_teacher_*`: sentence i among the I pair embeddings (a sentence of text-to-image retrieval, with the teacher as image encoder);
+- `text_to_teacher_*`: sentence i among the I pair embeddings (a sentence of text-to-image retrieval, with the teacher
+  as image encoder);
 - `teacher_to_text_*`: pair i among the I sentences.
 
-Ties count against the teacher, as in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`]; equal captions of two images are ties.
-Draw d takes caption `(start_i + d) mod count_i`, start random, so that as many draws as captions use each caption once. The conditions of
-one draw share its captions and its shuffle, a random cycle through all images: no image keeps what is its own.
+Ties count against the teacher, as in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`]; equal
+captions of two images are ties. Draw d takes caption `(start_i + d) mod count_i`, start random, so that as many draws
+as captions use each caption once. The conditions of one draw share its captions and its shuffle, a random cycle
+through all images: no image keeps what is its own.
 
 - `as_trained`: own regions, own caption.
-- `regions_shuffled`: another image's regions, boxes and whole-image embedding, own caption. What is left was read off the caption.
-- `captions_shuffled`: own regions, another image's caption; the right answer stays the own one. What is left was read off the image.
-- `text_share_0`: as trained, with the pooled tokens left out of the embedding. The regions have still attended to the tokens, and their
-  weights ask the caption; so also `text_share_0_regions_shuffled`.
-- `whole_image`: the frozen CLIP's embedding of the whole image, no teacher. With one draw a caption this is text-to-image retrieval as
-  [`~modeling_dclip.evaluation.benchmarks.retrieval.evaluate_retrieval`] measures it, but for the rounding of features to float16.
+- `regions_shuffled`: another image's regions, boxes and whole-image embedding, own caption. What is left was read off
+  the caption.
+- `captions_shuffled`: own regions, another image's caption; the right answer stays the own one. What is left was read
+  off the image.
+- `text_share_0`: as trained, with the pooled tokens left out of the embedding. The regions have still attended to the
+  tokens, and their weights ask the caption; so also `text_share_0_regions_shuffled`.
+- `whole_image`: the frozen CLIP's embedding of the whole image, no teacher. With one draw a caption this is
+  text-to-image retrieval as [`~modeling_dclip.evaluation.benchmarks.retrieval.evaluate_retrieval`] measures it, but
+  for the rounding of features to float16.
 - `chance`: the expectation of a random order.
 
     python -m modeling_dclip.evaluation.leakage --teacher [LABEL=]FOLDER ... --dataset SPEC --output FILE
@@ -75,7 +81,8 @@ def make_draws(offsets: np.ndarray, count: int, seed: int = 0) -> list[Draw]:
     """Draw captions and shuffles.
 
     Args:
-        offsets (`np.ndarray` of shape `(I + 1,)`): Where each image's captions start; the last is the number of captions.
+        offsets (`np.ndarray` of shape `(I + 1,)`): Where each image's captions start; the last is the number of
+            captions.
         count (`int`): Draws, >= 1.
         seed (`int`, *optional*, defaults to 0): Another seed is another set of draws.
 
@@ -129,7 +136,9 @@ def pair_embeds(teacher: Any, features: TeacherFeatures, draw: Draw, condition: 
 
 
 def _named(metrics: dict[str, float]) -> dict[str, float]:
-    """Those that have a chance level; with one right answer each, mean average precision would repeat the mean reciprocal rank."""
+    """Those that have a chance level; with one right answer each,
+    mean average precision would repeat the mean reciprocal rank.
+    """
     return {name.replace("image", "teacher"): value for name, value in metrics.items() if name.endswith(KEPT)}
 
 
@@ -171,8 +180,8 @@ def measure_leakage(
         seed (`int`, *optional*, defaults to 0): Of the draws and of the intervals.
 
     Returns:
-        `dict[str, dict]`: By condition, `metrics` (means over draws), and but for `chance` `draws` (each metric's values) and `intervals`
-        of the two R@1, which cover **images** for this teacher, not trainings of it.
+        `dict[str, dict]`: By condition, `metrics` (means over draws), and but for `chance` `draws` (each metric's
+            values) and `intervals` of the two R@1, which cover **images** for this teacher, not trainings of it.
 
     Raises:
         ValueError: As in [`make_draws`].
@@ -205,16 +214,18 @@ def evaluate_leakage(
     """Measure trained teachers and write a results file: one record for each teacher and condition.
 
     Args:
-        teachers (`Sequence[tuple[str, str or Path]]`): Label and folder. One label on several: trainings with several seeds.
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`, `box_scores`; without, the whole
-            image is the one region.
+        teachers (`Sequence[tuple[str, str or Path]]`): Label and folder. One label on several: trainings with several
+            seeds.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
+            `box_scores`; without, the whole image is the one region.
         spec (`str`): What the dataset was loaded from, for the records.
         output (`str` or `Path`): A `.json` file.
         cache_dir (`str` or `Path`): Where the frozen CLIP's features are kept; teachers around one CLIP share them.
         draws, seed: As in [`measure_leakage`].
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute.
         command (`str`, *optional*): What the user ran, for the records.
-        options: `max_regions`, `batch_size`, `num_workers` of [`~modeling_dclip.data.teacher_targets.compute_features`].
+        options: `max_regions`, `batch_size`, `num_workers` of
+            [`~modeling_dclip.data.teacher_targets.compute_features`].
 
     Returns:
         `list[dict]`: The records, for [`~modeling_dclip.evaluation.reports.tables.render_leakage`].

@@ -2,16 +2,19 @@
 
 A results file is a JSON list of records, one per benchmark of one model:
 
-    {"format_version": 1, "model": "runs/student", "benchmark": "retrieval=scenes:test", "metrics": {"text_to_image_recall@1": 0.31, ...},
-     "n": 1000, "seed": 0, "split": "test", "revision": "sha256:...", "dataset_fingerprint": "sha256:...",
-     "versions": {...}, "hardware": {...}, "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
+    {"format_version": 1, "model": "runs/student", "benchmark": "retrieval=scenes:test",
+     "metrics": {"text_to_image_recall@1": 0.31, ...}, "n": 1000, "seed": 0, "split": "test",
+     "revision": "sha256:...", "dataset_fingerprint": "sha256:...", "versions": {...}, "hardware": {...},
+     "command": "eval.py ...", "created": "2025-01-31T12:00:00+00:00"}
 
-`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of metrics, `comparison`
-(intervals against an anchor), `chance` (what guessing scores), `spread` (of timings), `settings` (what else the numbers depend on) and, of
-a measurement under several conditions, `condition` and the values of the metrics' `draws`.
+`split` is `null` where the source has none. Optional are `label` (the name to show), `n_captions`, `intervals` of
+metrics, `comparison` (intervals against an anchor), `chance` (what guessing scores), `spread` (of timings), `settings`
+(what else the numbers depend on) and, of a measurement under several conditions, `condition` and the values of the
+metrics' `draws`.
 
-Beside `X.json` lies `X.outcomes.safetensors`: what every image scored. Its tensors are named `KEY/METRIC`, where KEY is the [`record_key`] of
-their record, and are of shape (I, 2): the sum and the count of one image. A record without any is still a record.
+Beside `X.json` lies `X.outcomes.safetensors`: what every image scored. Its tensors are named `KEY/METRIC`, where KEY
+is the [`record_key`] of their record, and are of shape (I, 2): the sum and the count of one image. A record without
+any is still a record.
 """
 
 import hashlib
@@ -47,8 +50,8 @@ def environment() -> tuple[dict[str, str], dict[str, Any]]:
     """Describe the software and the machine.
 
     Returns:
-        `tuple[dict, dict]`: `versions` by package, `python` included; `hardware` with `cpu`, `cpu_count` usable by this process,
-        `torch_threads`, `gpus` (names) and `platform`.
+        `tuple[dict, dict]`: `versions` by package, `python` included; `hardware` with `cpu`, `cpu_count` usable by
+            this process, `torch_threads`, `gpus` (names) and `platform`.
     """
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -168,7 +171,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 
 class RecordStore:
-    """The results file and the outcomes beside it, as they grow. Records of other measurements, and of other processes, stay."""
+    """The results file and the outcomes beside it, as they grow.
+
+    Records of other measurements, and of other processes, stay.
+    """
 
     def __init__(self, path: str | os.PathLike, overwrite: bool):
         self.path, self.records = Path(path), []
@@ -179,7 +185,9 @@ class RecordStore:
         self._read()
 
     def _clear_killed(self) -> None:
-        """Remove what runs that were killed while writing left of temporary folders; under the lock nobody is writing."""
+        """Remove what runs that were killed while writing left of temporary folders;
+        under the lock nobody is writing.
+        """
         names = "|".join(re.escape(path.name) for path in (self.path, outcomes_path(self.path)))
         with _alone_in(self.path.parent):
             for entry in self.path.parent.iterdir():
@@ -256,8 +264,8 @@ def make_record(**fields: Any) -> dict[str, Any]:
     """Make one record; format version, versions, hardware and time are filled in.
 
     Args:
-        fields: `model`, `benchmark`, `metrics`, `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`, and
-            optionally those of `OPTIONAL_FIELDS` (left out where `None`).
+        fields: `model`, `benchmark`, `metrics`, `n`, `seed`, `split`, `revision`, `dataset_fingerprint`, `command`,
+            and optionally those of `OPTIONAL_FIELDS` (left out where `None`).
 
     Returns:
         `dict[str, Any]`: Valid for [`write_results`].
@@ -282,7 +290,8 @@ def validate_record(record: Any, where: str) -> None:
         where (`str`): File and position, for messages.
 
     Raises:
-        ValueError: If a field is missing, unknown, of another type or version, or a metric is no number; the field is named.
+        ValueError: If a field is missing, unknown, of another type or version, or a metric is no number; the field is
+            named.
     """
     if not isinstance(record, dict):
         raise ValueError(f"Expected a record (a JSON object) in {where}, got {type(record).__name__}.")

@@ -5,7 +5,8 @@ In a README
     <!-- results:demo source=results/demo/summary.json table=demo -->
     <!-- /results:demo -->
 
-names its source and form, and `python -m modeling_dclip.evaluation.results README.md` renders all such blocks; with `--check` it only says which are out of date.
+names its source and form, and `python -m modeling_dclip.evaluation.results README.md` renders all such blocks; with
+`--check` it only says which are out of date.
 """
 
 import argparse
@@ -30,14 +31,15 @@ def _replace_block(document: str, path: str | os.PathLike, name: str, text: str)
     found = _markers(name).findall(document)
     if len(found) != 1:
         raise ValueError(
-            f"Expected the block `<!-- results:{name} -->`, a line break, ..., `<!-- /results:{name} -->` once in {path}, "
-            f"got it {len(found)} times."
+            f"Expected the block `<!-- results:{name} -->`, a line break, ..., `<!-- /results:{name} -->` once in "
+            f"{path}, got it {len(found)} times."
         )
     return _markers(name).sub(lambda match: f"{match[1]}{text.strip()}\n{match[3]}", document)
 
 
 def render_block(path: str | os.PathLike, name: str, text: str) -> None:
-    """Replace what stands between `<!-- results:NAME ... -->` and `<!-- /results:NAME -->`, atomically; all else stays.
+    """Replace what stands between `<!-- results:NAME ... -->` and `<!-- /results:NAME -->`, atomically; all else
+    stays.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.
@@ -90,9 +92,10 @@ def _sources(readme: Path, name: str, patterns: str) -> list[Path]:
 def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     """Render every block that names a source.
 
-    Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file; `table=results` (the
-    default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms), `table=leakage` (what
-    a teacher reads off its caption; `metric=` another than text-to-teacher R@1), or of a benchmark one of `BENCHMARK_TABLES`.
+    Options of the opening marker: `source=` files or globs, comma-separated, relative to the Markdown file;
+    `table=results` (the default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a
+    summary of arms), `table=leakage` (what a teacher reads off its caption; `metric=` another than text-to-teacher
+    R@1), or of a benchmark one of `BENCHMARK_TABLES`.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown file.
@@ -115,8 +118,8 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
         source = options.pop("source", None)
         if table not in TABLES or source is None or not set(options) <= TABLES[table][1]:
             raise ValueError(
-                f"Expected source=FILES, table= one of {list(TABLES)} and its options in the block {name!r} of {path}, "
-                f"got {attributes!r}."
+                f"Expected source=FILES, table= one of {list(TABLES)} and its options in the block {name!r} of "
+                f"{path}, got {attributes!r}."
             )
         text = TABLES[table][0](_sources(path, name, source), options)
         rendered = _replace_block(document, path, name, text)

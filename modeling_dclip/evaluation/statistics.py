@@ -1,6 +1,7 @@
 """Retrieval gained against zero-shot accuracy kept, in one picture of numbers.
 
-Every value comes as an [`~modeling_dclip.evaluation.statistics.Interval`] that says what it covers: test images, or training seeds.
+Every value comes as an [`~modeling_dclip.evaluation.statistics.Interval`] that says what it covers: test images, or
+training seeds.
 """
 
 import math
@@ -13,7 +14,9 @@ import torch
 
 
 class Interval(NamedTuple):
-    """An estimate and its interval; `covers` is `"images"`, `"seeds"` or `"nothing"` (one run: `low` and `high` are `None`)."""
+    """An estimate and its interval; `covers` is `"images"`, `"seeds"` or `"nothing"` (one run:
+    `low` and `high` are `None`).
+    """
 
     estimate: float
     low: float | None
@@ -44,8 +47,8 @@ def bootstrap_ratio(
 ) -> Interval:
     """Resample images; take the ratio of the sums every time.
 
-    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it is, and other
-    training runs are not covered. Both sums come from the same draw: this is the pairing.
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it
+    is, and other training runs are not covered. Both sums come from the same draw: this is the pairing.
 
     Args:
         numerators (`torch.Tensor` of shape `(I,)`): Per image, e.g. the student's hits.
@@ -72,11 +75,12 @@ def bootstrap_ratio(
 def bootstrap_outcomes(
     outcomes: Mapping[str, torch.Tensor], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
-    """Intervals of several metrics of one evaluation at once, each a ratio of sums over images; all from the same draws.
+    """Intervals of several metrics of one evaluation at once, each a ratio of sums over images; all from the same
+    draws.
 
     Args:
-        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, e.g. the hits of its captions
-            and their number. Counts are >= 0. All of one length.
+        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, e.g. the
+            hits of its captions and their number. Counts are >= 0. All of one length.
         resamples, confidence, seed: As in [`bootstrap_ratio`].
 
     Returns:
@@ -122,7 +126,8 @@ def bootstrap_outcomes(
 
 @lru_cache
 def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by bisection over its distribution function (Simpson's rule); error below 1e-6 of the quantile.
+    """Quantile of Student's t by bisection over its distribution function (Simpson's rule); error below 1e-6 of the
+    quantile.
 
     Args:
         probability (`float`): In (0.5, 1).
@@ -184,7 +189,8 @@ def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
 
 # Is one model better than another, beyond the chance of the test images? Differences with intervals.
 #
-# Source: percentile bootstrap, and the normal approximation of a difference of independent estimates, as in any textbook.
+# Source: percentile bootstrap, and the normal approximation of a difference of independent estimates, as in any
+# textbook.
 
 
 def bootstrap_differences(
@@ -195,25 +201,27 @@ def bootstrap_differences(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Resample images; take second - first of every metric every time, both models on the same draw: this is the pairing.
+    """Resample images; take second - first of every metric every time, both models on the same draw: this is the
+    pairing.
 
-    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it is, and other
-    training runs are not covered. What is hard for both models cancels, so it is narrower than the two intervals apart from each other.
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it
+    is, and other training runs are not covered. What is hard for both models cancels, so it is narrower than the two
+    intervals apart from each other.
 
     Args:
-        first, second (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, of the same images in the
-            same order. Metrics that only one has are left out.
+        first, second (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, of the
+            same images in the same order. Metrics that only one has are left out.
         resamples (`int`, *optional*, defaults to 2000): Draws, the same ones for every metric.
         confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval.
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
-        `dict[str, Interval]`: By metric; `covers="images"`. A draw that holds nothing to count for a metric says nothing of it and is left
-        out of its interval.
+        `dict[str, Interval]`: By metric; `covers="images"`. A draw that holds nothing to count for a metric says
+            nothing of it and is left out of its interval.
 
     Raises:
-        ValueError: If no metric is in both, shapes differ, there are fewer than two images, counts differ or sum to 0, or an argument is
-            out of range.
+        ValueError: If no metric is in both, shapes differ, there are fewer than two images, counts differ or sum to 0,
+            or an argument is out of range.
     """
     names = [name for name in first if name in second]
     if not names:
@@ -225,8 +233,8 @@ def bootstrap_differences(
     shapes = {tuple(values[name].shape) for values in (first, second) for name in names}
     if len(shapes) != 1 or (shape := next(iter(shapes)))[1:] != (2,) or shape[0] < 2:
         raise ValueError(
-            f"Expected sums and counts (I, 2) of the same two or more images, got shapes {sorted(shapes)}. Were both models evaluated "
-            f"on the same images?"
+            f"Expected sums and counts (I, 2) of the same two or more images, got shapes {sorted(shapes)}. Were both "
+            "models evaluated on the same images?"
         )
     sums = torch.stack([values[name].double().cpu() for name in names for values in (first, second)], dim=1)
     sums = sums.unflatten(1, (len(names), 2))  # (I, metrics, models, sum and count)
@@ -234,8 +242,8 @@ def bootstrap_differences(
     empty = [name for index, name in enumerate(names) if sums[:, index, 0, 1].sum() <= 0]
     if uneven or empty:
         raise ValueError(
-            f"Expected the same counts, above 0 in all, of both models, got others for {(uneven or empty)[0]!r}. Were both evaluated on "
-            f"the same images and captions?"
+            f"Expected the same counts, above 0 in all, of both models, got others for {(uneven or empty)[0]!r}. Were "
+            "both evaluated on the same images and captions?"
         )
     images, generator, drawn = len(sums), torch.Generator().manual_seed(seed), []
     per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices, and as much of weights, at a time
@@ -265,19 +273,21 @@ def _percentiles(draws: torch.Tensor, confidence: float) -> tuple[float, float]:
 def unpaired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Interval | None:
     """Difference, second - first, of two estimates that know nothing of each other, from their intervals.
 
-    Normal approximation: each standard error is the width of its interval over that of the standard normal's, and they add in squares. Of
-    two models on the same images it is too wide, as what both find hard does not cancel: prefer [`bootstrap_differences`].
+    Normal approximation: each standard error is the width of its interval over that of the standard normal's, and they
+    add in squares. Of two models on the same images it is too wide, as what both find hard does not cancel: prefer
+    [`bootstrap_differences`].
 
     Args:
         first, second (`dict`): [`~modeling_dclip.evaluation.statistics.Interval`]s as dicts.
 
     Returns:
-        [`~modeling_dclip.evaluation.statistics.Interval`] or `None`: `None` where an interval is open, or the two do not cover the same kind
-        of chance with the same confidence.
+        [`~modeling_dclip.evaluation.statistics.Interval`] or `None`: `None` where an interval is open, or the two do
+            not cover the same kind of chance with the same confidence.
 
     Example:
         >>> ends = {"confidence": 0.95, "covers": "images"}
-        >>> first, second = {"estimate": 0.5, "low": 0.47, "high": 0.53} | ends, {"estimate": 0.6, "low": 0.56, "high": 0.64} | ends
+        >>> first = {"estimate": 0.5, "low": 0.47, "high": 0.53} | ends
+        >>> second = {"estimate": 0.6, "low": 0.56, "high": 0.64} | ends
         >>> [round(value, 3) for value in unpaired_difference(first, second)[:3]]
         [0.1, 0.05, 0.15]
     """
@@ -299,11 +309,12 @@ RETENTION_METRIC = "top1"
 def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: Any) -> Interval:
     """A metric of the student over the anchor's: 0.94 is "94 % kept", 1.2 is "20 % gained".
 
-    Covers **images** for these two checkpoints, see [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`]; not training seeds.
+    Covers **images** for these two checkpoints, see [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`]; not
+    training seeds.
 
     Args:
-        student, anchor (`torch.Tensor` of shape `(I, 2)`): Of every image the sum and the count of the metric (`outcomes` of an
-            evaluation), on the same data.
+        student, anchor (`torch.Tensor` of shape `(I, 2)`): Of every image the sum and the count of the metric
+            (`outcomes` of an evaluation), on the same data.
         bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
 
     Returns:
@@ -314,23 +325,25 @@ def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: An
     """
     if student.shape != anchor.shape or not torch.equal(student[:, 1], anchor[:, 1]):
         raise ValueError(
-            f"Expected outcomes on the same images with the same captions, got {len(student)} and {len(anchor)} images or other "
-            f"numbers of captions. Evaluate both on one dataset."
+            f"Expected outcomes on the same images with the same captions, got {len(student)} and {len(anchor)} "
+            "images or other numbers of captions. Evaluate both on one dataset."
         )
     return bootstrap_ratio(student[:, 0], anchor[:, 0], **bootstrap)
 
 
 def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **bootstrap: Any) -> dict[str, Any]:
-    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification. Covers **images**.
+    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification.
+
+    Covers **images**.
 
     Args:
         student, anchor (`dict`): `outcomes` of two evaluations of one benchmark.
         bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
 
     Returns:
-        `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor), an [`Interval`] as a
-        dict, JSON-ready; empty for a benchmark that has neither metric, on a single image, or where the anchor has no hit: a ratio to it
-        is not defined.
+        `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor),
+            an [`Interval`] as a dict, JSON-ready; empty for a benchmark that has neither metric, on a single image, or
+            where the anchor has no hit: a ratio to it is not defined.
 
     Raises:
         ValueError: If the two are on different data.
@@ -364,7 +377,8 @@ def compare_arms(student: Mapping[int, float], baseline: Mapping[int, float], *,
     """
     if set(student) != set(baseline):
         raise ValueError(
-            f"Expected both arms on the same seeds, got {sorted(student)} and {sorted(baseline)}. Run the missing ones."
+            f"Expected both arms on the same seeds, got {sorted(student)} and {sorted(baseline)}. Run the missing "
+            "ones."
         )
     return seed_interval([student[seed] - baseline[seed] for seed in sorted(student)], confidence=confidence)
 
@@ -378,18 +392,21 @@ def summarise_arms(
 ) -> dict[str, Any]:
     """Summarise several runs of several arms: means, gain and retention against the anchor, and paired comparisons.
 
-    All intervals cover **seeds**. The anchor is one checkpoint (one entry, under any seed), or as many as the other arms have, by seed.
+    All intervals cover **seeds**. The anchor is one checkpoint (one entry, under any seed), or as many as the other
+    arms have, by seed.
 
     Args:
-        arms (`Mapping`): Arm -> seed -> metric -> value, with the metrics of [`~modeling_dclip.evaluation.benchmarks.retrieval.retrieval_metrics`]
-            and `top1`. All runs have the same metrics.
+        arms (`Mapping`): Arm -> seed -> metric -> value, with the metrics of
+            [`~modeling_dclip.evaluation.benchmarks.retrieval.retrieval_metrics`] and `top1`. All runs have the same
+            metrics.
         anchor (`str`, *optional*, defaults to `"anchor"`): The arm that is the reference.
         pairs (`Sequence[tuple[str, str]]`, *optional*): Arms to compare, `(student, baseline)`.
         confidence (`float`, *optional*, defaults to 0.95): Of the intervals.
 
     Returns:
-        `dict[str, Any]`: JSON-ready. `anchor`; `arms`: a list, in the order given, of `arm`, `seeds`, `metrics`, and but for the anchor
-        `gain` and `retention`; `comparisons`: a list of `student`, `baseline`, `metrics`. Each value is an [`Interval`] as a dict.
+        `dict[str, Any]`: JSON-ready. `anchor`; `arms`: a list, in the order given, of `arm`, `seeds`, `metrics`, and
+            but for the anchor `gain` and `retention`; `comparisons`: a list of `student`, `baseline`, `metrics`. Each
+            value is an [`Interval`] as a dict.
 
     Raises:
         ValueError: If the anchor or an arm is missing, metrics or seeds differ, or the anchor is at 0.

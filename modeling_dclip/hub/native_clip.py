@@ -1,4 +1,5 @@
-"""Whole weights of a student, and the student as the `CLIPModel` it is: readable by every CLIP program, without code of ours.
+"""Whole weights of a student, and the student as the `CLIPModel` it is: readable by every CLIP program, without code
+of ours.
 
 A ViT student differs from CLIP in its weights alone, so a stock `CLIPModel` holds it bit for bit.
 """
@@ -34,7 +35,8 @@ DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
     """Load a dual encoder with whole weights, in float32: who loads what is published chooses a precision.
 
-    PEFT adapters, in the folder or in `adapter/` of one without whole weights, are loaded over the model they name and merged into it.
+    PEFT adapters, in the folder or in `adapter/` of one without whole weights, are loaded over the model they name and
+    merged into it.
 
     Args:
         model (`str` or `os.PathLike`): Folder or Hub id.
@@ -51,13 +53,16 @@ def load_dual_encoder(model: str | os.PathLike) -> PreTrainedModel:
     model_type = AutoConfig.from_pretrained(model).model_type
     if model_type not in DUAL_ENCODERS:
         raise ValueError(
-            f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder that holds both towers."
+            f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder "
+            "that holds both towers."
         )
     return load_whole(DUAL_ENCODERS[model_type], model)
 
 
 def find_adapter(model: str | os.PathLike) -> Path | None:
-    """The folder of an adapter that stands in place of whole weights: the model's own, or where training with `merge_adapter: false` put it."""
+    """The folder of an adapter that stands in place of whole weights:
+    the model's own, or where training with `merge_adapter: false` put it.
+    """
     folder, inner = Path(model), Path(model) / ADAPTER_FOLDER
     if (folder / ADAPTER_CONFIG).is_file():
         return folder
@@ -111,7 +116,8 @@ def _merge_adapters(folder: Path) -> PreTrainedModel:
         from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise ImportError(
-            f"'{folder}' holds adapters: expected peft, got {error}. Install it with `pip install modeling_dclip[peft]`."
+            f"'{folder}' holds adapters: expected peft, got {error}. Install it with `pip install "
+            "modeling_dclip[peft]`."
         ) from error
     base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
@@ -140,8 +146,8 @@ def to_native_clip(model: DCLIPModel) -> CLIPModel:
     """
     if not has_native_twin(model):
         raise ValueError(
-            "Expected a ViT student with absolute positions, which CLIPModel has, got "
-            f"{model.config.model_type!r} with {getattr(model.config.vision_config, 'position_embedding_type', 'other')!r} positions."
+            f"Expected a ViT student with absolute positions, which CLIPModel has, got {model.config.model_type!r} "
+            f"with {getattr(model.config.vision_config, 'position_embedding_type', 'other')!r} positions."
         )
     config = CLIPConfig(
         text_config=_native_fields(model.config.text_config, CLIPTextConfig),
@@ -165,7 +171,8 @@ def to_native_processor(processor: DCLIPProcessor, folder: str | os.PathLike) ->
 
     Args:
         processor ([`DCLIPProcessor`]): The student's.
-        folder (`str` or `os.PathLike`): Where the tokenizer's files may be written and read back without what names our code.
+        folder (`str` or `os.PathLike`): Where the tokenizer's files may be written and read back without what names
+            our code.
 
     Returns:
         `CLIPProcessor`: The same pixels and token ids; it does not cut long texts unless told to.

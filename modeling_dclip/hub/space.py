@@ -1,4 +1,6 @@
-"""What the Space answers, without its page: pictures for a text, texts for a picture, classes, and where a teacher looks."""
+"""What the Space answers, without its page: pictures for a text, texts for a picture, classes,
+and where a teacher looks.
+"""
 
 import hashlib
 import logging
@@ -80,10 +82,10 @@ class SpaceAnswers:
     Args:
         model (`str`): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`].
         teacher (`str`, *optional*): Folder or Hub id of a trained teacher.
-        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. It is embedded here, so some thousand pictures are
-            fine and more belong in an index.
-        detector (`str`, *optional*, defaults to `"grid:3x3"`): Where a teacher may look in pictures without boxes; any of
-            [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
+        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. It is embedded here, so some
+            thousand pictures are fine and more belong in an index.
+        detector (`str`, *optional*, defaults to `"grid:3x3"`): Where a teacher may look in pictures without boxes; any
+            of [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
     """
 
@@ -133,7 +135,9 @@ class SpaceAnswers:
     def find_texts(
         self, picture: Image.Image | None, own: str | None = None, top_k: int = 5
     ) -> tuple[list[list[Any]], str]:
-        """Texts for a picture, best first, as rows of text and cosine: the gallery's captions, or the visitor's own, one a line."""
+        """Texts for a picture, best first, as rows of text and cosine:
+        the gallery's captions, or the visitor's own, one a line.
+        """
         picture = self._checked_picture(picture)
         texts = [line.strip() for line in (own or "").splitlines() if line.strip()]
         texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
@@ -158,7 +162,8 @@ class SpaceAnswers:
         names = split_lines(labels)
         if not 2 <= len(names) <= MOST_LABELS:
             raise UserMistake(
-                f"Give between 2 and {MOST_LABELS} different labels, separated by commas or one a line; there are {len(names)}."
+                f"Give between 2 and {MOST_LABELS} different labels, separated by commas or one a line; there are "
+                f"{len(names)}."
             )
         prompt = (prompt or "").strip() or "{}"
         if prompt.count("{}") != 1:

@@ -1,4 +1,5 @@
-"""Run clip_benchmark's retrieval, fetched to a folder, on given embeddings; run as a script by `test_clip_benchmark.py`.
+"""Run clip_benchmark's retrieval, fetched to a folder, on given embeddings; run as a script by
+`test_clip_benchmark.py`.
 
 python run_clip_benchmark.py FOLDER INPUT OUTPUT
 """
@@ -14,7 +15,10 @@ BATCH = 16
 
 
 def main(folder, given, output):
-    """Write recalls by clip_benchmark's names. Captions come image after image, so an image's are found by counting."""
+    """Write recalls by clip_benchmark's names.
+
+    Captions come image after image, so an image's are found by counting.
+    """
     sys.path.insert(0, folder)
     from clip_benchmark.metrics import zeroshot_retrieval
 

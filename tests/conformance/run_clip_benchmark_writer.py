@@ -1,4 +1,5 @@
-"""Write two small sets with `clip-benchmark`'s own writer, fetched; run as a script by `test_clip_benchmark_zero_shot.py`.
+"""Write two small sets with `clip-benchmark`'s own writer, fetched; run as a script by
+`test_clip_benchmark_zero_shot.py`.
 
 python run_clip_benchmark_writer.py OUTPUT PACKAGES...
 """

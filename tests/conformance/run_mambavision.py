@@ -49,7 +49,9 @@ def randomise(model, generator):
 
 @torch.no_grad()
 def main(folder, output):
-    """Write `{preset}.pth` (weights), and `outputs.pth`: inputs, features and class scores by preset, size and windows."""
+    """Write `{preset}.pth` (weights), and `outputs.pth`: inputs, features and class scores by preset,
+    size and windows.
+    """
     stub = types.ModuleType("mamba_ssm.ops.selective_scan_interface")
     stub.selective_scan_fn = scan
     for name in ("mamba_ssm", "mamba_ssm.ops", stub.__name__):

@@ -1,7 +1,8 @@
 """Retrieval as clip_benchmark measures it, fetched from the package registry. Opt in with `make test-conformance`.
 
-Its recall from images counts an image as found if any of its captions is among the first k, ours too: the definitions agree. They
-differ in ties alone. It takes the order of `topk`, ours counts them against the model; the embeddings of parity have none.
+Its recall from images counts an image as found if any of its captions is among the first k, ours too: the definitions
+agree. They differ in ties alone. It takes the order of `topk`, ours counts them against the model; the embeddings of
+parity have none.
 """
 
 import json
@@ -75,7 +76,9 @@ def test_recalls_of_a_model_are_clip_benchmarks(clip_benchmark, tiny_clip_dir):
 
 
 def test_ties_make_clip_benchmark_better_than_the_model_is(clip_benchmark):
-    """All images alike and all captions alike: nothing is known, and `topk` answers with rows that happen to be right."""
+    """All images alike and all captions alike: nothing is known,
+    and `topk` answers with rows that happen to be right.
+    """
     owners = torch.arange(20).repeat_interleave(5)
     embeddings = DatasetEmbeddings(torch.ones(20, 32), torch.ones(100, 32), owners)
     expected, found = clip_benchmark(embeddings), retrieval_metrics(*embeddings)

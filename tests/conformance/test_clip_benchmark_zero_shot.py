@@ -1,4 +1,7 @@
-"""The numbers of `clip-benchmark`'s zero-shot classification, fetched, on the same model and pixels. `make test-conformance`."""
+"""The numbers of `clip-benchmark`'s zero-shot classification, fetched, on the same model and pixels.
+
+`make test-conformance`.
+"""
 
 import inspect
 import os
@@ -89,7 +92,10 @@ def objects():
 
 
 def clip_benchmark(monkeypatch):
-    """Its zero-shot module. One expression of 1.6.2 fails since numpy 2.4: a number is taken of an array of one; of a scalar it is not."""
+    """Its zero-shot module.
+
+    One expression of 1.6.2 fails since numpy 2.4: a number is taken of an array of one; of a scalar it is not.
+    """
     module = fetched(CLIP_BENCHMARK, "clip_benchmark.metrics.zeroshot_classification", monkeypatch)
     source = inspect.getsource(module.accuracy)
     assert source.count("sum(0, keepdim=True)") == 1

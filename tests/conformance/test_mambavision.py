@@ -1,6 +1,7 @@
 """Parity with the published MambaVision, fetched from the package registry. Opt in with `make test-conformance`.
 
-Its code is under a non-commercial licence: it is run here as a reference, outside the repository, and nothing of it stays.
+Its code is under a non-commercial licence: it is run here as a reference, outside the repository, and nothing of it
+stays.
 """
 
 import os

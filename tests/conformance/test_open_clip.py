@@ -1,4 +1,7 @@
-"""Parity of the text tower with open_clip's MobileCLIP-S1, fetched from the package registry. Opt in with `make test-conformance`."""
+"""Parity of the text tower with open_clip's MobileCLIP-S1, fetched from the package registry.
+
+Opt in with `make test-conformance`.
+"""
 
 import subprocess
 import sys

@@ -65,12 +65,18 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("image,caption\na.jpg,dog\nsub/b.jpg\n", r"Expected 2 values \(image, caption\) in line 3 of .*mine.csv', got 1"),
+        (
+            "image,caption\na.jpg,dog\nsub/b.jpg\n",
+            r"Expected 2 values \(image, caption\) in line 3 of .*mine.csv', got 1",
+        ),
         ("image,caption\na.jpg,a dog, a cat\n", "in line 2 of .*got 3: .*between double quotes"),
         ("image,caption\na.jpg,dog\n ,cat\n", "Line 3 of .*mine.csv' names no image in the column 'image'"),
         ('image,caption\na.jpg,"a dog" barks\n', r"line 2: .*inside written twice"),
         ('image,caption\na.jpg,"a dog\n', "line 2: unexpected end of data"),
-        ("file,caption\na.jpg,dog\n", "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN"),
+        (
+            "file,caption\na.jpg,dog\n",
+            "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN",
+        ),
         ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*,sep=;"),
         ("image,label\na.jpg,dog\n", "column 'caption' or 'captions' or 'text'.*,captions=COLUMN"),
         ("image,caption,text\na.jpg,dog,cat\n", "got 2 among"),
@@ -79,7 +85,7 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
         ("\n\n", "got 0 among "),
         ("", "is empty .0 bytes."),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_table_is_named_with_its_line(tmp_path, draw, text, message):
     with pytest.raises(ValueError, match=message):
         load_captions(write(tmp_path, text, draw))

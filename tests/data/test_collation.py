@@ -1,4 +1,6 @@
-"""Batches: the right caption beside the right image, the same in every process and after a resume, bad rows told by name."""
+"""Batches: the right caption beside the right image, the same in every process and after a resume,
+bad rows told by name.
+"""
 
 import doctest
 import logging

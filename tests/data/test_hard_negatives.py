@@ -1,4 +1,6 @@
-"""Hard negatives of the drawn scenes: every false sentence is false of its scene, read by a parser that knows only the words."""
+"""Hard negatives of the drawn scenes: every false sentence is false of its scene,
+read by a parser that knows only the words.
+"""
 
 import random
 import re
@@ -53,7 +55,9 @@ def split_list(text):
 
 
 def parse(sentence):
-    """`(axis, phrases, surely)`: phrases in the order claimed along the axis; `surely` the index pairs that any reading puts in order."""
+    """`(axis, phrases, surely)`: phrases in the order claimed along the axis;
+    `surely` the index pairs that any reading puts in order.
+    """
     if match := re.fullmatch(r"from (left to right|top to bottom) : (.*)", sentence):
         phrases, axis = split_list(match[2]), AXES[match[1].split()[0]]
     elif match := re.fullmatch(r"(?:on|at) the (left|top) (.*) , then (.*)", sentence):

@@ -445,11 +445,13 @@ def test_annotations_of_another_picture_are_refused(tmp_path):
             "Annotation 5 .*belongs to no image",
         ),
         (
-            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "caption": "x"}]}',
+            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "caption": '
+            '"x"}]}',
             "Annotation 5 .*has no key 'bbox'; it has .'caption'",
         ),
         (
-            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "bbox": [1, 2]}]}',
+            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "bbox": [1, '
+            "2]}]}",
             "Annotation 5 .*x, y, width, height",
         ),
     ],
@@ -613,7 +615,10 @@ def test_without_ultralytics_the_remedy_and_the_alternative_are_said(monkeypatch
 
 
 def test_importing_regions_imports_neither_ultralytics_nor_opencv():
-    code = "import sys, modeling_dclip.data.regions; print([m for m in ('ultralytics', 'cv2', 'timm') if m in sys.modules])"
+    code = (
+        "import sys, modeling_dclip.data.regions; print([m for m in ('ultralytics', 'cv2', 'timm') if m in "
+        "sys.modules])"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "[]"
 

@@ -1,4 +1,6 @@
-"""Reading reinforced shards: what others wrote, in every form; the same samples whatever the workers; damage by name."""
+"""Reading reinforced shards: what others wrote, in every form; the same samples whatever the workers;
+damage by name.
+"""
 
 import gzip
 import io
@@ -51,7 +53,9 @@ def text(value):
 
 
 def members(seed=0, **changes):
-    """A sample as DataCompDR stores it, one caption and two synthetic ones; `changes` by member, `None` leaves it out."""
+    """A sample as DataCompDR stores it, one caption and two synthetic ones;
+    `changes` by member, `None` leaves it out.
+    """
     found = {
         "jpg": picture(seed, "JPEG"),
         "txt": b"a photo",
@@ -357,14 +361,18 @@ DAMAGE = {
     "a blank caption": ({"txt": b" "}, "txt", "captions with words"),
     "no caption in json": ({"txt": None}, "json", "captions with words"),
     "bad JSON": ({"syn.json": b"{"}, "syn.json", "expected JSON"),
-    "no key of synthetic captions": ({"syn.json": text({"other": []})}, "syn.json", r"keys like 'syn_text\.\*', got \['other'\]"),
+    "no key of synthetic captions": ({"syn.json": text({"other": []})}, "syn.json",
+                                     r"keys like 'syn_text\.\*', got \['other'\]"),
     "no augmentations": ({"paug.json": None}, "paug.json", r"expected it, got \['jpg'"),
     "bad augmentations": ({"paug.json": text({"param_aug": "["})}, "paug.json", "expected JSON"),
     "an empty list": ({"paug.json": text({"param_aug": []})}, "paug.json", "param_aug"),
     "a crop outside": ({"paug.json": text({"param_aug": [[[0, 0, 25, 32], []]] * 3})}, "paug.json", "32 x 24 pixels"),
-    "an unknown operation": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], [[99, 0]]]] * 3})}, "paug.json", "index below 14"),
-    "no list of operations": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], 5]] * 3})}, "paug.json", "expected a list of operations"),
-    "a crop past floats": ({"paug.json": text({"param_aug": [[[0, 0, 5, 10**400], []]] * 3})}, "paug.json", "expected .*top, left"),
+    "an unknown operation": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], [[99, 0]]]] * 3})}, "paug.json",
+                             "index below 14"),
+    "no list of operations": ({"paug.json": text({"param_aug": [[[0, 0, 5, 5], 5]] * 3})}, "paug.json",
+                              "expected a list of operations"),
+    "a crop past floats": ({"paug.json": text({"param_aug": [[[0, 0, 5, 10**400], []]] * 3})}, "paug.json",
+                           "expected .*top, left"),
     "no embeddings": ({"npz": None}, "npz or pth.gz", "expected embeddings"),
     "no npz": ({"npz": b"text"}, "npz", "expected arrays of numbers"),
     "half an npz": ({"npz": npz(image_emb=embeds(3, 0))[:-40]}, "npz", "expected arrays of numbers"),
@@ -374,8 +382,10 @@ DAMAGE = {
     "no torch file": ({"npz": None, "pth.gz": gzip.compress(b"text")}, "pth.gz", "not a zip file"),
     "no array": ({"npz": npz(text_emb=TEXT)}, "npz", "'image_emb'.*got NoneType"),
     "integers": ({"npz": npz(image_emb=np.ones((3, 7), int), text_emb=TEXT)}, "npz", "floating point"),
-    "N for M augmentations": ({"npz": npz(image_emb=embeds(2, 0), text_emb=TEXT)}, "npz", r"augmentations.*\(3, 7\), got \(2, 7\)"),
-    "N for M captions": ({"npz": npz(image_emb=embeds(3, 0), text_emb=TEXT[:2])}, "npz", r"captions \(1\).*\(3, 7\), got \(2, 7\)"),
+    "N for M augmentations": ({"npz": npz(image_emb=embeds(2, 0), text_emb=TEXT)}, "npz",
+                              r"augmentations.*\(3, 7\), got \(2, 7\)"),
+    "N for M captions": ({"npz": npz(image_emb=embeds(3, 0), text_emb=TEXT[:2])}, "npz",
+                         r"captions \(1\).*\(3, 7\), got \(2, 7\)"),
     "another width": ({"npz": npz(image_emb=embeds(3, 0)[:, :6], text_emb=TEXT)}, "npz", r"\(3, 7\), got \(3, 6\)"),
     "NaN": ({"npz": npz(image_emb=nan(3), text_emb=TEXT)}, "npz", "finite numbers, got NaN or infinity in row 1"),
     "no direction": ({"npz": npz(image_emb=silent(), text_emb=TEXT)}, "npz", "direction from every teacher"),

@@ -1,4 +1,6 @@
-"""Writing reinforced data: what is stored is what the teachers say of the replayed pixels, once, whatever interrupts."""
+"""Writing reinforced data: what is stored is what the teachers say of the replayed pixels, once,
+whatever interrupts.
+"""
 
 import functools
 import io

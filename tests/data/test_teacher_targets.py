@@ -1,4 +1,6 @@
-"""Targets: computed once they are what the teacher says online, whatever the chunks, and only what changed is computed again."""
+"""Targets: computed once they are what the teacher says online, whatever the chunks,
+and only what changed is computed again.
+"""
 
 import json
 import subprocess
@@ -238,7 +240,9 @@ KILLED = textwrap.dedent(
     scenes = load_scenes("train", n=7, captions_per_image=3, image_size=40)
     teacher = DCLIPTeacher.from_pretrained(teacher_dir)
     processor = DCLIPTeacherProcessor.from_pretrained(clip_dir)
-    dataset = add_teacher_targets(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=Path(cache), chunk_rows=3, batch_size=2)
+    dataset = add_teacher_targets(
+        scenes, teacher, processor, keys=row_keys(scenes), cache_dir=Path(cache), chunk_rows=3, batch_size=2
+    )
     import json
     print(json.dumps({"written": len(written), "teacher_embeds": dataset["teacher_embeds"][:]}))
     """

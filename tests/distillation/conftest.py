@@ -31,7 +31,9 @@ SCENES = 16
 
 @pytest.fixture(scope="session")
 def distillation_data(tiny_clip_dir, tmp_path_factory):
-    """Folder of drawn scenes with the targets of an untrained teacher around the tiny CLIP, as `load_from_disk` reads it."""
+    """Folder of drawn scenes with the targets of an untrained teacher around the tiny CLIP,
+    as `load_from_disk` reads it.
+    """
     import torch
 
     from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor

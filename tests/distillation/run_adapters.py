@@ -1,4 +1,7 @@
-"""Real steps of adapters in both towers on 16 rows, however many processes share them. Run by test_adapters.py through `accelerate launch`."""
+"""Real steps of adapters in both towers on 16 rows, however many processes share them.
+
+Run by test_adapters.py through `accelerate launch`.
+"""
 
 import sys
 

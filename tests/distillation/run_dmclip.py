@@ -1,4 +1,7 @@
-"""Two real steps of DM-CLIP's trainer on 8 samples in two shards, however many processes share them. Run by test_dual_encoder_trainers.py."""
+"""Two real steps of DM-CLIP's trainer on 8 samples in two shards, however many processes share them.
+
+Run by test_dual_encoder_trainers.py.
+"""
 
 import sys
 

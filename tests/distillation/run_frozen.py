@@ -1,4 +1,7 @@
-"""Three prepared steps of a dual encoder whose text tower is frozen and runs. Run by test_freezing.py through `accelerate launch`."""
+"""Three prepared steps of a dual encoder whose text tower is frozen and runs.
+
+Run by test_freezing.py through `accelerate launch`.
+"""
 
 import hashlib
 import sys

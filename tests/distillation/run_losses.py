@@ -1,4 +1,7 @@
-"""Loss and gradients of every loss for a fixed global batch, however many processes share it. Run by test_losses.py through `accelerate launch`."""
+"""Loss and gradients of every loss for a fixed global batch, however many processes share it.
+
+Run by test_losses.py through `accelerate launch`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Real steps of the student's trainer on 16 rows, however many processes share them. Run by test_trainer.py through `accelerate launch`."""
+"""Real steps of the student's trainer on 16 rows, however many processes share them.
+
+Run by test_trainer.py through `accelerate launch`.
+"""
 
 import sys
 

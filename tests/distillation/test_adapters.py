@@ -1,4 +1,6 @@
-"""Adapters: nothing but them trains, what is saved is one model in two forms, and a killed run ends as one that was not."""
+"""Adapters: nothing but them trains, what is saved is one model in two forms,
+and a killed run ends as one that was not.
+"""
 
 import doctest
 import hashlib
@@ -203,7 +205,14 @@ def test_a_mambavision_takes_adapters_as_the_identity(tmp_path):
     from modeling_dclip import DMCLIPVisionConfig, DMCLIPVisionModel
 
     torch.manual_seed(0)
-    config = DMCLIPVisionConfig(hidden_size=16, stem_dim=8, depths=(1, 1, 2, 2), num_attention_heads=(1, 1, 2, 2), image_size=64, projection_dim=8)  # fmt: skip
+    config = DMCLIPVisionConfig(
+        hidden_size=16,
+        stem_dim=8,
+        depths=(1, 1, 2, 2),
+        num_attention_heads=(1, 1, 2, 2),
+        image_size=64,
+        projection_dim=8,
+    )
     model = torch.nn.ModuleDict({"vision_model": DMCLIPVisionModel(config).eval()})
     pixels = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
@@ -299,10 +308,13 @@ def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation
         ({"lora_rank": 0}, "lora_rank: expected 1 or more, got 0"),
         ({"lora_rank": 4, "lora_dropout": 1.0}, r"lora_dropout: expected a share in \[0, 1\), got 1.0"),
         ({"lora_rank": 4, "use_dora": True, "wise_ft_alpha": 0.5}, "wise_ft_alpha: expected 1 with use_dora.*got 0.5"),
-        ({"lora_rank": 4, "lora_text": True, "contrastive_loss_weight": 0.0}, "lora_text: expected a loss that looks at texts"),
+        (
+            {"lora_rank": 4, "lora_text": True, "contrastive_loss_weight": 0.0},
+            "lora_text: expected a loss that looks at texts",
+        ),
         ({"lora_text": True}, "lora_text: expected lora_rank beside it"),
     ],
-)  # fmt: skip
+)
 def test_arguments_that_do_not_go_together_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         StudentArguments(output_dir="x", **options)

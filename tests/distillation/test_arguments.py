@@ -88,7 +88,10 @@ def test_only_the_columns_that_a_loss_reads_are_asked_for(weights, columns):
 
 
 def test_the_writers_command_line_has_the_sections_names_and_defaults():
-    ours, theirs = ({f.name: f.default for f in dataclasses.fields(kind)} for kind in (ReinforceArguments, ReinforcedWriterArguments))  # fmt: skip
+    ours, theirs = (
+        {f.name: f.default for f in dataclasses.fields(kind)}
+        for kind in (ReinforceArguments, ReinforcedWriterArguments)
+    )
     shared = ours.keys() & theirs.keys() - {
         "teachers",
         "image_size",

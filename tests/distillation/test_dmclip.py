@@ -1,4 +1,6 @@
-"""A DM-CLIP around a pretrained image encoder: every weight and the preprocessing taken over, what does not fit refused."""
+"""A DM-CLIP around a pretrained image encoder: every weight and the preprocessing taken over,
+what does not fit refused.
+"""
 
 import json
 import logging
@@ -38,7 +40,9 @@ WIDTH = 8
 
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory):
-    """What `hub.convert mambavision` writes of a random tiny classifier with 10 classes for 64 pixels, no weight as at its start."""
+    """What `hub.convert mambavision` writes of a random tiny classifier with 10 classes for 64 pixels,
+    no weight as at its start.
+    """
     folder = tmp_path_factory.mktemp("encoder")
     sizes = {"hidden_size": PUBLISHED["dim"], "stem_dim": PUBLISHED["in_dim"]}
     named = {name: tuple(PUBLISHED[name]) for name in ("depths", "num_heads")}
@@ -48,8 +52,9 @@ def encoder(tmp_path_factory):
         drawn = torch.rand(tensor.shape, generator=generator) if tensor.is_floating_point() else tensor
         names = published_mambavision_keys(key)
         weights |= {
-            name: part.clone() for name, part in zip(names, drawn.chunk(len(names)) if tensor.dim() else [drawn], strict=True)
-        }  # fmt: skip
+            name: part.clone()
+            for name, part in zip(names, drawn.chunk(len(names)) if tensor.dim() else [drawn], strict=True)
+        }
     save_file(weights, folder / "weights.safetensors")
     (folder / "published.json").write_text(json.dumps(PUBLISHED))
     convert_mambavision(folder / "weights.safetensors", folder / "converted", folder / "published.json")
@@ -289,7 +294,11 @@ def test_named_weights_are_read_once_for_all_arms_and_again_when_they_change(
         run_stages(one.recipe, shared)  # all finished
     assert len(read) == 1
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
-    save_file({**weights, "norm.bias": weights["norm.bias"] + 1}, tmp_path / "encoder" / "model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        {**weights, "norm.bias": weights["norm.bias"] + 1},
+        tmp_path / "encoder" / "model.safetensors",
+        {"format": "pt"},
+    )
     with pytest.raises(ValueError, match="made from other inputs .vision_model: "):
         run_stages(expand_arms([], path)[0].recipe, shared)
     assert len(read) == 2

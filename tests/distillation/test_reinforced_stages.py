@@ -1,4 +1,6 @@
-"""Reinforced training: shards and a DM-CLIP from nothing, the same after a kill, from shards that others wrote, refused where they do not fit."""
+"""Reinforced training: shards and a DM-CLIP from nothing, the same after a kill, from shards that others wrote,
+refused where they do not fit.
+"""
 
 import json
 import logging
@@ -60,7 +62,9 @@ def run(path, *words):
 
 @pytest.fixture(scope="module")
 def finished(tiny_clip_dir, tmp_path_factory):
-    """Shards of 13 images in three files, two teachers of width 16, and a DM-CLIP after five steps; three batches are an epoch."""
+    """Shards of 13 images in three files, two teachers of width 16, and a DM-CLIP after five steps;
+    three batches are an epoch.
+    """
     folder = tmp_path_factory.mktemp("finished")
     run(write_recipe(folder, tiny_clip_dir))
     return folder

@@ -1,4 +1,6 @@
-"""Stages: a whole run from nothing, skipped when finished, resumed when killed, refused when its inputs have changed."""
+"""Stages: a whole run from nothing, skipped when finished, resumed when killed,
+refused when its inputs have changed.
+"""
 
 import json
 import logging

@@ -1,4 +1,6 @@
-"""Images without captions in a run: the student alone sees them, every stage's record knows them, a recipe that cannot use them is refused."""
+"""Images without captions in a run: the student alone sees them, every stage's record knows them,
+a recipe that cannot use them is refused.
+"""
 
 import json
 import logging

@@ -40,7 +40,8 @@ def test_an_encoder_stands_with_its_cost_and_its_ratio_to_each_baseline():
 
 @pytest.mark.parametrize(
     ("value", "shown"),
-    [(0.01234, "0.0123"), (0.9999, "1.00"), (8.0, "8.00"), (86.099, "86.1"), (99.96, "100"), (143.6, "144"), (2815.4, "2815")],
+    [(0.01234, "0.0123"), (0.9999, "1.00"), (8.0, "8.00"), (86.099, "86.1"), (99.96, "100"), (143.6, "144"),
+     (2815.4, "2815")],
 )  # fmt: skip
 def test_a_time_shows_three_digits_and_no_exponent(value, shown):
     row = {"cell": "native@1", "encoder": "a", "image_size": 8, "batch_size": 1, "time_over": {}}

@@ -1,4 +1,6 @@
-"""Classification sets by spec: each source on data of its format, names and templates from everywhere, bad data named."""
+"""Classification sets by spec: each source on data of its format, names and templates from everywhere,
+bad data named.
+"""
 
 import shutil
 import sys

@@ -1,4 +1,6 @@
-"""Classifiers on disk: keyed by content, shared where the text side is, bounded, safe against kills and other processes."""
+"""Classifiers on disk: keyed by content, shared where the text side is, bounded,
+safe against kills and other processes.
+"""
 
 import copy
 import os

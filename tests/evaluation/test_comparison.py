@@ -14,9 +14,16 @@ def measure(share, seed=0, n=400, **fields):
     luck = torch.rand(n, generator=torch.Generator().manual_seed(seed))
     values = torch.stack([(luck < share).double(), torch.ones(n).double()], dim=1)
     filled = {
-        "model": "m", "benchmark": "zero_shot=scenes", "metrics": {"top1": float(values[:, 0].mean())}, "n": n, "seed": 0,
-        "split": "test", "revision": f"sha256:{share}", "dataset_fingerprint": "sha256:data", "command": "eval.py",
-    }  # fmt: skip
+        "model": "m",
+        "benchmark": "zero_shot=scenes",
+        "metrics": {"top1": float(values[:, 0].mean())},
+        "n": n,
+        "seed": 0,
+        "split": "test",
+        "revision": f"sha256:{share}",
+        "dataset_fingerprint": "sha256:data",
+        "command": "eval.py",
+    }
     return make_record(**{**filled, **fields}), {"top1": values}
 
 
@@ -44,9 +51,13 @@ def test_the_same_images_are_compared_in_pairs(tmp_path):
 def test_without_outcomes_the_records_intervals_serve(tmp_path):
     half = {"confidence": 0.95, "covers": "images"}
     a, b = (
-        write(tmp_path / f"{share}.json", measure(share, intervals={"top1": {"estimate": share, "low": share - 0.05, "high": share + 0.05, **half}}), outcomes=False)
+        write(
+            tmp_path / f"{share}.json",
+            measure(share, intervals={"top1": {"estimate": share, "low": share - 0.05, "high": share + 0.05, **half}}),
+            outcomes=False,
+        )
         for share in (0.5, 0.55)
-    )  # fmt: skip
+    )
     compared = compare_results(a, b)
     (row,) = compared["pairs"][0]["metrics"]
     assert row["method"] == "unpaired" and row["beyond_noise"] is False

@@ -1,4 +1,6 @@
-"""Gap, alignment and uniformity are those of the papers' formulas, pair by pair; tiles change nothing; bad input is named."""
+"""Gap, alignment and uniformity are those of the papers' formulas, pair by pair; tiles change nothing;
+bad input is named.
+"""
 
 import doctest
 import itertools
@@ -151,7 +153,10 @@ def test_a_model_is_measured_by_its_embeddings(tiny_clip, tiny_scenes):
     [
         (lambda: modality_gap(draw(2), draw(2, width=5)), "one width, got 6 for images and 5 for texts"),
         (lambda: modality_gap(draw(2)[:0], draw(2)), r"image_embeds of shape \(rows, width\), not empty"),
-        (lambda: modality_gap(draw(2), torch.zeros(2, 6)), r"rows in text_embeds, got 2 bad ones, the first at \[0, 1\]"),
+        (
+            lambda: modality_gap(draw(2), torch.zeros(2, 6)),
+            r"rows in text_embeds, got 2 bad ones, the first at \[0, 1\]",
+        ),
         (lambda: uniformity(draw(3) / 0 * 0), "finite, non-zero rows in embeds, got 3 bad ones"),
         (lambda: uniformity(draw(3), t=0), "Expected t > 0"),
         (lambda: uniformity(draw(3), tile_size=0), "tile_size >= 1"),
@@ -160,7 +165,7 @@ def test_a_model_is_measured_by_its_embeddings(tiny_clip, tiny_scenes):
         (lambda: alignment_by_image(draw(2), draw(3), torch.tensor([0, 1, 2])), r"in \[0, 2\).*from 0 to 2"),
         (lambda: alignment_by_image(draw(2), draw(3), torch.tensor([0, 1])), r"got shape \(2,\)"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -35,7 +35,9 @@ def test_calls_take_turns_and_each_round_is_kept():
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clocks that `efficiency` reads, which only what is called moves on: no machine is too busy for these tests."""
+    """The clocks that `efficiency` reads, which only what is called moves on:
+    no machine is too busy for these tests.
+    """
 
     class Clock:
         wall = cpu = 1000.0

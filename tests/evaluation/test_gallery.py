@@ -54,7 +54,9 @@ def make_dataset(captions, side=40):
         "image": [PILImage.new("RGB", (side, 20), (7 * row % 256, 90, 160)) for row in range(len(captions))],
         "captions": captions,
     }
-    return Dataset.from_dict(rows, features=Features(image_id=Value("string"), image=Image(), captions=List(Value("string"))))  # fmt: skip
+    return Dataset.from_dict(
+        rows, features=Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
+    )
 
 
 def write(tmp_path, embeddings, captions=None, **options):
@@ -175,7 +177,9 @@ def test_nothing_is_written_where_an_image_is_broken(tmp_path):
     whole = Image().encode_example(PILImage.effect_noise((40, 40), 50))
     rows = {"image_id": ["a", "broken"], "image": [whole, {"bytes": whole["bytes"][:200], "path": None}]}
     rows["captions"] = [["one"], ["two"]]
-    dataset = Dataset.from_dict(rows, features=Features(image_id=Value("string"), image=Image(), captions=List(Value("string"))))  # fmt: skip
+    dataset = Dataset.from_dict(
+        rows, features=Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
+    )
     embeddings = DatasetEmbeddings(torch.eye(2), torch.eye(2), torch.arange(2))
     with pytest.raises(ValueError, match="Image 'broken'"):
         write_gallery(None, None, dataset, tmp_path / "page.html", embeddings=embeddings)

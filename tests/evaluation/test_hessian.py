@@ -1,4 +1,6 @@
-"""The Hessian is the loss's own: against the whole matrix, against differences of gradients, for every kind of model; models come back as they were."""
+"""The Hessian is the loss's own: against the whole matrix, against differences of gradients, for every kind of model;
+models come back as they were.
+"""
 
 import numpy as np
 import pytest
@@ -136,7 +138,8 @@ def test_products_are_the_gradients_differences_for_dmclip(small_dmclip, tower):
         names = {id(parameter): name for name, parameter in small_dmclip.named_parameters()}
         shares = vector.split([parameter.numel() for parameter in loss.parameters])
         for parameter, share in zip(loss.parameters, shares, strict=True):
-            # Differences meet the stem's ReLUs at their kinks, and what the scan reads in float32 is too coarse for them.
+            # Differences meet the stem's ReLUs at their kinks, and what the scan reads in float32 is too coarse for
+            # them.
             if ".stem." in names[id(parameter)] or names[id(parameter)].endswith(("A_log", ".D")):
                 share.zero_()
         torch.testing.assert_close(

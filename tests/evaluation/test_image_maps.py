@@ -1,4 +1,6 @@
-"""Maps are what their sources define, sum up to what they explain, and land on the places of the picture they are about."""
+"""Maps are what their sources define, sum up to what they explain,
+and land on the places of the picture they are about.
+"""
 
 import doctest
 
@@ -134,7 +136,9 @@ def test_rotary_positions_have_maps_too(tiny_clip_dir):
 
 @pytest.mark.parametrize("kind", ["clip", "dmclip"])
 def test_a_map_changes_first_where_the_picture_does(tiny_clip, small_dmclip, kind):
-    """Rows and columns are not exchanged: with the encoder's mixing in view, the largest change is at the changed place."""
+    """Rows and columns are not exchanged: with the encoder's mixing in view,
+    the largest change is at the changed place.
+    """
     model, side = (tiny_clip[0].eval(), 32) if kind == "clip" else (small_dmclip, 256)
     pixels = torch.zeros(1, 3, side, side)
     changed = pixels.clone()

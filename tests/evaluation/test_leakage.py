@@ -199,7 +199,8 @@ def folders(tiny_clip_dir, tmp_path_factory):
 def test_one_command_measures_teachers_and_a_block_shows_them(folders, tmp_path, capsys):
     named = [f"{label}={folder}" for (label, _), folder in folders.items()]
     output = tmp_path / "results" / "leakage.json"
-    leakage.main(["--teacher", *named, "--dataset", SPEC, "--output", str(output), "--draws", "3", "--seed", "2", "--device", "cpu"])  # fmt: skip
+    leakage.main(["--teacher", *named, "--dataset", SPEC, "--output", str(output), "--draws", "3", "--seed", "2",
+                  "--device", "cpu"])  # fmt: skip
     records = read_results(output)
     assert len(records) == 3 * 7
     for record in records:

@@ -1,4 +1,6 @@
-"""Every family of dual encoders embeds as it does alone on what its own processor makes, one row at a time; what is none is refused."""
+"""Every family of dual encoders embeds as it does alone on what its own processor makes, one row at a time;
+what is none is refused.
+"""
 
 import json
 import shutil

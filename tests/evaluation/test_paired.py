@@ -40,7 +40,9 @@ def test_intervals_cover_the_truth_as_often_as_they_say_and_are_narrower_than_un
         for values in (first, second):
             mean = float(values[:, 0].mean())
             half = 1.96 * math.sqrt(mean * (1 - mean) / 300)
-            ends.append({"estimate": mean, "low": mean - half, "high": mean + half, "confidence": 0.95, "covers": "images"})  # fmt: skip
+            ends.append(
+                {"estimate": mean, "low": mean - half, "high": mean + half, "confidence": 0.95, "covers": "images"}
+            )
         apart = unpaired_difference(*ends)
         wider += apart.high - apart.low > found.high - found.low
     assert 0.9 <= covered / 200 <= 0.99 and wider == 200

@@ -218,9 +218,13 @@ def test_bars_start_at_zero_and_show_intervals(tmp_path, figures):
 
 @pytest.mark.parametrize(
     ("panels", "message"),
-    [({}, "one or more bars"), ({"x": []}, "one or more bars"), ({"x": [bar("a", 1.0)], "y": [bar("b", 1.0)]}, "same labels"),
-     ({"x": [bar("a", math.nan)]}, "finite value, got nan for 'a' in 'x'")],
-)  # fmt: skip
+    [
+        ({}, "one or more bars"),
+        ({"x": []}, "one or more bars"),
+        ({"x": [bar("a", 1.0)], "y": [bar("b", 1.0)]}, "same labels"),
+        ({"x": [bar("a", math.nan)]}, "finite value, got nan for 'a' in 'x'"),
+    ],
+)
 def test_bad_bars_are_named(tmp_path, panels, message):
     with pytest.raises(ValueError, match=message):
         report_plots.plot_bars(panels, tmp_path / "a.png")

@@ -1,4 +1,6 @@
-"""The results format refuses what is not valid, files are whole or untouched, and README blocks come from files alone."""
+"""The results format refuses what is not valid, files are whole or untouched,
+and README blocks come from files alone.
+"""
 
 import json
 import math
@@ -111,10 +113,16 @@ def test_rewriting_keeps_the_permissions(tmp_path):
 def test_table_has_a_row_per_record_and_bolds_the_best_of_a_benchmark():
     records = [
         record("anchor", metrics={"text_to_image_recall@1": 0.25, "image_to_text_recall@1": 0.4}),
-        record("student", metrics={"text_to_image_recall@1": 0.31, "image_to_text_recall@1": 0.3}, label="our | student"),
-        record("student", benchmark="retrieval=coco", metrics={"text_to_image_recall@1": 0.1, "image_to_text_recall@1": 0.2}),
+        record(
+            "student", metrics={"text_to_image_recall@1": 0.31, "image_to_text_recall@1": 0.3}, label="our | student"
+        ),
+        record(
+            "student",
+            benchmark="retrieval=coco",
+            metrics={"text_to_image_recall@1": 0.1, "image_to_text_recall@1": 0.2},
+        ),
         record("student", benchmark="zero_shot=scenes", metrics={"top1": 0.9}),
-    ]  # fmt: skip
+    ]
     text = render_table(records, best=True)
     assert text.splitlines()[0].split() == "| Model | Benchmark | n | T→I R@1 | I→T R@1 |".split()
     assert "| retrieval=scenes:test | 1,000 |     25.0 | **40.0** |" in text

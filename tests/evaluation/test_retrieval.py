@@ -65,7 +65,9 @@ def test_metrics_equal_naive_loops(captions_per_image, chunk_size, noise):
 
 @pytest.mark.parametrize("chunk_size", [20, 1024])
 def test_slots_of_many_and_of_few_images_are_both_counted(chunk_size):
-    """120 images have a first caption and 60 a second, which are counted a slot at a time; one has 90, counted together."""
+    """120 images have a first caption and 60 a second, which are counted a slot at a time;
+    one has 90, counted together.
+    """
     embeddings = make_embeddings((1, 2) * 60 + (90,), noise=2.0)
     metrics = retrieval_metrics(*embeddings, chunk_size=chunk_size)
     assert metrics == pytest.approx(naive_metrics(*embeddings), abs=1e-12)

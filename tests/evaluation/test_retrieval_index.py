@@ -1,4 +1,6 @@
-"""Approximate retrieval: the ranks of exact search where the index finds everything, and an honest word where it does not."""
+"""Approximate retrieval: the ranks of exact search where the index finds everything,
+and an honest word where it does not.
+"""
 
 import sys
 

@@ -1,4 +1,6 @@
-"""`clip-benchmark/wds_*` sets: rows that point into tars, in a folder or behind http, and every kind of damage named."""
+"""`clip-benchmark/wds_*` sets: rows that point into tars, in a folder or behind http,
+and every kind of damage named.
+"""
 
 import re
 

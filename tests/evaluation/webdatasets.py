@@ -58,7 +58,10 @@ def write_set(
 
 
 class Handler(http.server.SimpleHTTPRequestHandler):
-    """Files of a folder. Counts requests, may answer all with a `status`, and may break off in the middle of `1.tar`."""
+    """Files of a folder.
+
+    Counts requests, may answer all with a `status`, and may break off in the middle of `1.tar`.
+    """
 
     requests = []
     status = None

@@ -1,6 +1,7 @@
 """The Hub's endpoints that publishing and loading use, on this machine: standard library, repositories in memory.
 
-Every file goes as a regular one (`uploadMode: regular`), so that no large-file storage is needed. Failures can be planned.
+Every file goes as a regular one (`uploadMode: regular`), so that no large-file storage is needed. Failures can be
+planned.
 """
 
 import base64
@@ -73,7 +74,9 @@ class Repo:
 
 
 class LoopbackHub:
-    """A Hub at `url`; `requests` lists what was asked, `failures` holds `[method, path pattern, status, times]` to come."""
+    """A Hub at `url`; `requests` lists what was asked, `failures` holds `[method, path pattern, status, times]` to
+    come.
+    """
 
     def __init__(self):
         self.repos, self.requests, self.failures, self.card_checks = {}, [], [], []
@@ -82,7 +85,10 @@ class LoopbackHub:
         self.url = f"http://127.0.0.1:{self.server.server_port}"
 
     def fail(self, method, pattern, status, times=1):
-        """Answer the next requests that match with a status. The method LOST makes a commit, and closes without an answer."""
+        """Answer the next requests that match with a status.
+
+        The method LOST makes a commit, and closes without an answer.
+        """
         self.failures.append([method, pattern, status, times])
 
     def planned_failure(self, method, path):

@@ -40,7 +40,9 @@ MISTAKES = (
 
 
 def random_checkpoint(config, *, layer_scale=True, conv_layer_scale=False, classes=10, seed=0):
-    """Published keys with random values under which every parameter matters: gains and statistics away from 1 and 0."""
+    """Published keys with random values under which every parameter matters:
+    gains and statistics away from 1 and 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights = {}
 

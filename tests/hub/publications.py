@@ -1,4 +1,6 @@
-"""What training and evaluation leave behind, tiny: folders of a student, a teacher, a DM-CLIP, with arguments and results."""
+"""What training and evaluation leave behind, tiny: folders of a student, a teacher, a DM-CLIP,
+with arguments and results.
+"""
 
 import json
 

@@ -35,9 +35,11 @@ KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vis
 def make_fake_examples():
     scores = (0.5, 0.25, 0.125, 0.125)
     return [
-        Example(path, labels, tuple({"label": label, "score": score} for label, score in zip(labels, scores, strict=True)))
+        Example(
+            path, labels, tuple({"label": label, "score": score} for label, score in zip(labels, scores, strict=True))
+        )
         for path, labels in zip(draw_pictures(), LABELS, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -458,7 +458,9 @@ def test_a_file_in_place_of_the_index_is_said_before_anything_is_embedded(
 
 
 def test_builds_of_other_pictures_that_end_together_leave_one_whole_index(built, copied, tmp_path, monkeypatch):
-    """Each waits, its files written, until the other has written its own: without turns they would delete each other's."""
+    """Each waits, its files written, until the other has written its own:
+    without turns they would delete each other's.
+    """
     meeting = threading.Barrier(2)
     hash_file = search_index.hash_file
 

@@ -1,4 +1,6 @@
-"""MobileCLIP's text tower out of both kinds of checkpoint: the same numbers, every key placed, the causal one refused."""
+"""MobileCLIP's text tower out of both kinds of checkpoint:
+the same numbers, every key placed, the causal one refused.
+"""
 
 import math
 

@@ -1,4 +1,6 @@
-"""All repositories pushed over real HTTP to a Hub on this machine, and loaded from there by a process that has nothing else."""
+"""All repositories pushed over real HTTP to a Hub on this machine,
+and loaded from there by a process that has nothing else.
+"""
 
 import hashlib
 import json
@@ -109,8 +111,13 @@ def pushed(hub, trained):
     later = publish(make_arguments(trained["later"], trained["results"], teacher=str(trained["teacher"])), DELAYS)
     dmclip = publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba"), DELAYS)
     return {
-        "first": first, "commits": commits, "again": again, "commits_again": commits_again, "later": later, "dmclip": dmclip,
-    }  # fmt: skip
+        "first": first,
+        "commits": commits,
+        "again": again,
+        "commits_again": commits_again,
+        "later": later,
+        "dmclip": dmclip,
+    }
 
 
 def test_every_repository_gets_one_commit_through_failures(hub, pushed):
@@ -506,16 +513,23 @@ def leave_adapter_alone(folder):
     [
         (drop("student/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*student"),
         (drop("teacher/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*teacher"),
-        (replace_bytes("student/model.safetensors", b"x" * 99), ValueError, "whole weights at .*student', got a damaged file"),
+        (replace_bytes("student/model.safetensors", b"x" * 99), ValueError,
+         "whole weights at .*student', got a damaged file"),
         (replace_bytes("student/arguments.yaml", b"student: [a"), ValueError, "YAML in .*student/arguments.yaml"),
         (replace_bytes("student/arguments.yaml", b"hello"), ValueError, "fields in .*arguments.yaml', got 'hello'"),
         (replace_bytes("results/records.json", b"[\xff\xfe"), ValueError, "JSON in .*records.json"),
-        (lambda folder: edit_records(folder, hardware={}), ValueError, "gpus, .* in 'hardware' of record 0 of .*records"),
-        (lambda folder: edit_records(folder, versions={}), ValueError, "torch, transformers in 'versions' of record 0"),
-        (lambda folder: edit_records(folder, intervals={"top1": [1]}), ValueError, r"'intervals / top1' of record 0 .*got \[1\]"),
-        (lambda folder: edit_records(folder, metrics={"top1": 1.5}), ValueError, r"share in \[0, 1\] in 'metrics' / 'top1'.*got 1.5"),
-        (lambda folder: shutil.rmtree(folder / "teacher"), FileNotFoundError, "teacher: expected a folder that train.py wrote"),
-        (lambda folder: shutil.rmtree(folder / "student"), FileNotFoundError, "model: expected a folder that train.py wrote"),
+        (lambda folder: edit_records(folder, hardware={}), ValueError,
+         "gpus, .* in 'hardware' of record 0 of .*records"),
+        (lambda folder: edit_records(folder, versions={}), ValueError,
+         "torch, transformers in 'versions' of record 0"),
+        (lambda folder: edit_records(folder, intervals={"top1": [1]}), ValueError,
+         r"'intervals / top1' of record 0 .*got \[1\]"),
+        (lambda folder: edit_records(folder, metrics={"top1": 1.5}), ValueError,
+         r"share in \[0, 1\] in 'metrics' / 'top1'.*got 1.5"),
+        (lambda folder: shutil.rmtree(folder / "teacher"), FileNotFoundError,
+         "teacher: expected a folder that train.py wrote"),
+        (lambda folder: shutil.rmtree(folder / "student"), FileNotFoundError,
+         "model: expected a folder that train.py wrote"),
         (add_adapter(0), FileNotFoundError, "Expected adapter_model.safetensors beside adapter_config.json"),
         (add_adapter(3), ValueError, r"an adapter of rank 2, as adapter_config.json says, in .*got \[3\]"),
         (add_adapter(0, b"x" * 99), ValueError, "whole weights in .*adapter', got a damaged file"),

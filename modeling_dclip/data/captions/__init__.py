@@ -4,7 +4,7 @@
 |---|---|
 | `scenes:SPLIT[,KEY=VALUE...]` | drawn scenes, [`~modeling_dclip.data.scenes.load_scenes`] |
 | `coco:ANNOTATIONS.json:IMAGE_FOLDER` | COCO captions |
-| `karpathy:DATASET.json:IMAGE_FOLDER:SPLIT` | Karpathy's splits of COCO, Flickr30k, Flickr8k; `train` includes `restval` |
+| `karpathy:DATASET.json:IMAGE_FOLDER:SPLIT` | Karpathy's splits of COCO, Flickr30k, Flickr8k; `train` has `restval` |
 | `flickr30k:results.csv:IMAGE_FOLDER` | Flickr30k's own file |
 | `conceptual:FILE.tsv:IMAGE_FOLDER` | Conceptual Captions |
 | `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; options `image`, `captions` name columns, `sep`, `source` |
@@ -93,13 +93,13 @@ def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()
 
     Raises:
         FileNotFoundError: If a file or folder is missing.
-        ValueError: If the spec is wrong (the message lists the known forms) or of a source without captions, a file is malformed,
-            no row is left, or the count is larger than what is there.
+        ValueError: If the spec is wrong (the message lists the known forms) or of a source without captions, a file is
+            malformed, no row is left, or the count is larger than what is there.
     """
     if parse_spec(spec, SOURCES, counted=True)[0] is SOURCES["images"]:
         raise ValueError(
-            f"{spec!r} has images and no captions. Expected a source of captioned images here; this one may be named in "
-            "uncaptioned_datasets."
+            f"{spec!r} has images and no captions. Expected a source of captioned images here; this one may be named "
+            "in uncaptioned_datasets."
         )
     return _draw(spec, seed, exclude_ids, "an image and a caption")
 
@@ -146,7 +146,8 @@ def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = 
 
 
 def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
-    """Load images to be looked at without their captions: those of any source, and of folders that hold nothing but images.
+    """Load images to be looked at without their captions: those of any source, and of folders that hold nothing but
+    images.
 
     Args:
         specs (`Sequence[str]`): As in [`load_captions`], and `images:FOLDER`.
@@ -154,8 +155,8 @@ def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection
         exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source, counted and logged.
 
     Returns:
-        `datasets.Dataset`: The rows of all sources in order: `image_id`, `image`, empty `captions`, and `boxes`, `box_scores` where
-        all have them.
+        `datasets.Dataset`: The rows of all sources in order: `image_id`, `image`, empty `captions`, and `boxes`,
+            `box_scores` where all have them.
 
     Raises:
         FileNotFoundError, ValueError: As in [`load_mix`].

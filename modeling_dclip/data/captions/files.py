@@ -1,6 +1,7 @@
 """Images that nobody has described: a folder of files, and rows whose captions were dropped.
 
-A teacher that reads no caption can teach a student from them. `captions` is an empty list in each such row, here alone.
+A teacher that reads no caption can teach a student from them. `captions` is an empty list in each such row, here
+alone.
 """
 
 import csv
@@ -294,7 +295,8 @@ def _read_lines(path: Path, separator: str) -> list[_Line]:
             return [_Line(reader.line_num, cells) for cells in reader if cells]
     except csv.Error as error:
         raise ValueError(
-            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text with the separator, "
+            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text "
+            "with the separator, "
             'a quote or a line break in it between double quotes, a quote inside written twice ("").'
         ) from error
     except UnicodeDecodeError as error:
@@ -306,14 +308,17 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
     if len(found) != 1:
         expected = " or ".join(map(repr, names))
         raise ValueError(
-            f"Expected one column {expected} in the first line of '{path}', got {len(found)} among {header}. Name yours with "
-            f"',{option}=COLUMN'; if the columns are not separated by {separator!r}, say by what with ',sep=;' or ',sep=tab'."
+            f"Expected one column {expected} in the first line of '{path}', got {len(found)} among {header}. Name "
+            f"yours with ',{option}=COLUMN'; if the columns are not separated by {separator!r}, say by what with "
+            "',sep=;' or ',sep=tab'."
         )
     return found[0]
 
 
 def _name_in(folder: Path, cell: str) -> str:
-    """The one name of a file: `./a.jpg`, `b/../a.jpg` and its absolute path are `a.jpg`; outside the folder it is the absolute path."""
+    """The one name of a file: `./a.jpg`, `b/../a.jpg` and its absolute path are `a.jpg`;
+    outside the folder it is the absolute path.
+    """
     name = PurePath(cell.strip())
     if not name.is_absolute() and ".." not in name.parts:
         return name.as_posix()
@@ -337,10 +342,12 @@ def read_csv(
         table (`str`): UTF-8, names of columns in the first line, one caption a line. Other columns are passed over.
         image_folder (`str`): What the paths in the table start from; absolute ones are taken as they are.
         image (`str`, *optional*, defaults to `"image"`): Column of the paths.
-        captions (`str`, *optional*): Column of the captions, by default the one called `caption`, `captions` or `text`.
+        captions (`str`, *optional*): Column of the captions, by default the one called `caption`, `captions` or
+            `text`.
         sep (`str`, *optional*, defaults to `","`): What separates columns, one character; `tab` is a tab.
-        source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all readers share, so that
-            test images are recognised. By default an id is `<folder>/<path>`, outside the folder the absolute path.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all
+            readers share, so that test images are recognised. By default an id is `<folder>/<path>`, outside the
+            folder the absolute path.
         missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
 
     Returns:
@@ -348,8 +355,8 @@ def read_csv(
 
     Raises:
         FileNotFoundError: If the table, the folder or an image is missing.
-        ValueError: If the table is no CSV in UTF-8, a column is not there, a line has another number of values or names no image (the
-            lines are named), or no row is left.
+        ValueError: If the table is no CSV in UTF-8, a column is not there, a line has another number of values or
+            names no image (the lines are named), or no row is left.
     """
     separator = SEPARATORS.get(sep, sep)
     if len(separator) != 1:
@@ -365,8 +372,8 @@ def read_csv(
     for line in lines[1:]:
         if len(line.cells) != len(header):
             raise ValueError(
-                f"Expected {len(header)} values ({', '.join(header)}) in line {line.number} of '{path}', got {len(line.cells)}: "
-                f"{line.cells}. Put a text with {separator!r} in it between double quotes."
+                f"Expected {len(header)} values ({', '.join(header)}) in line {line.number} of '{path}', got "
+                f"{len(line.cells)}: {line.cells}. Put a text with {separator!r} in it between double quotes."
             )
         if not line.cells[image_at].strip():
             raise ValueError(f"Line {line.number} of '{path}' names no image in the column {header[image_at]!r}.")
@@ -393,8 +400,8 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
 
     Args:
         folder (`str`): Searched for `.jpg`, `.jpeg`, `.png` and `.webp`, in any case; other files are passed over.
-        source (`str`, *optional*): `"coco"` or `"flickr"`: the file names are COCO's or Flickr's and give the ids that all readers
-            share, so that test images are recognised. By default an id is `<folder>/<path below it>`.
+        source (`str`, *optional*): `"coco"` or `"flickr"`: the file names are COCO's or Flickr's and give the ids that
+            all readers share, so that test images are recognised. By default an id is `<folder>/<path below it>`.
 
     Returns:
         `datasets.Dataset`: `image_id`, `image` (a path), `captions` (empty), in order of their paths.
@@ -410,7 +417,8 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
     paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
     if not paths:
         raise ValueError(
-            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(found)} files. Check the path."
+            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(found)} "
+            "files. Check the path."
         )
     name = root.resolve().name
     ids = [ID_RULES[source](path.name) if source else f"{name}/{path.relative_to(root).as_posix()}" for path in paths]

@@ -1,7 +1,8 @@
-"""Labelled images by spec: drawn objects, parquet files, folders, datasets of the Hub, and `clip-benchmark/wds_*` sets.
+"""Labelled images by spec: drawn objects, parquet files, folders, datasets of the Hub, and `clip-benchmark/wds_*`
+sets.
 
-Each source knows its classes' names and, where the data brings them, its prompt templates. `names=` and `templates=` take others: a file
-with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
+Each source knows its classes' names and, where the data brings them, its prompt templates. `names=` and `templates=`
+take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
 import glob
@@ -64,8 +65,9 @@ def _choose_column(
     chosen = [name for name in usual if name in fitting] or fitting
     if not chosen or (len(chosen) > 1 and chosen[0] not in usual):
         raise ValueError(
-            f"Expected one column of type {kind.__name__} ({what}) in {place}, got {fitting or dataset.features}. Name it: {what}=COLUMN; "
-            f"a column of class names becomes a ClassLabel with `Dataset.class_encode_column`, or when it is named."
+            f"Expected one column of type {kind.__name__} ({what}) in {place}, got {fitting or dataset.features}. "
+            f"Name it: {what}=COLUMN; a column of class names becomes a ClassLabel with "
+            "`Dataset.class_encode_column`, or when it is named."
         )
     return chosen[0]
 
@@ -80,7 +82,8 @@ def _from_columns(
         dataset = dataset.class_encode_column(label)  # numbers in the alphabetical order of the names
     if not isinstance(dataset.features[label], ClassLabel) or not isinstance(dataset.features[image], Image):
         raise ValueError(
-            f"Expected images in the column {image!r} and a ClassLabel, or class names, in {label!r} of {place}, got {dataset.features}."
+            f"Expected images in the column {image!r} and a ClassLabel, or class names, in {label!r} of {place}, got "
+            f"{dataset.features}."
         )
     own = dataset.features[label].names
     class_names = _spaced(own) if names is None else read_names(names, own)
@@ -139,8 +142,8 @@ def _read_image_folder(
     if len(classes) < 2 or empty:
         problem = f"none in {empty[:5]}" if empty else f"{len(classes)} folders"
         raise ValueError(
-            f"Expected one folder of pictures ({', '.join(IMAGE_SUFFIXES)}) for each of two or more classes in '{top}', got {problem}. "
-            f"Remove folders that are no class; name a split as imagefolder:DIR:SPLIT."
+            f"Expected one folder of pictures ({', '.join(IMAGE_SUFFIXES)}) for each of two or more classes in "
+            f"'{top}', got {problem}. Remove folders that are no class; name a split as imagefolder:DIR:SPLIT."
         )
     # The first picture of every class, then the second...: the first so many rows are of all classes.
     turns = [(turn, row, path) for row, own in enumerate(pictures) for turn, path in enumerate(own)]
@@ -171,7 +174,8 @@ def _read_webdataset(
     description = read_description(files, split)
     if templates is None and description.templates is None:
         raise FileNotFoundError(
-            f"No file '{files.place(TEMPLATES_FILE)}': '{files.name}' has no prompts. Put one a line there, or give templates=FILE."
+            f"No file '{files.place(TEMPLATES_FILE)}': '{files.name}' has no prompts. Put one a line there, or give "
+            "templates=FILE."
         )
     class_names = read_names(names, description.class_names) if names else description.class_names
     return LabelledImages(
@@ -222,25 +226,30 @@ def load_classification(spec: str) -> LabelledImages:
     """Load a classification set with its class names and templates.
 
     Args:
-        spec (`str`): One of these; `@COUNT` at the end takes the first so many rows. All but the scenes take `names=` and `templates=`.
+        spec (`str`): One of these; `@COUNT` at the end takes the first so many rows. All but the scenes take `names=`
+            and `templates=`.
 
             - `scenes[:SPLIT][,n=...,seed=...]`: drawn single objects; `test` by default.
-            - `parquet:GLOB[,image=COLUMN,label=COLUMN]`: the columns are found by their types; class names become numbers if named.
-            - `imagefolder:DIR[:SPLIT]`: a folder of pictures a class, in the order of their names. Names come from `classnames.txt`, or
-              from ImageNet's `LOC_synset_mapping.txt` or `synset_words.txt`, where one lies there. Classes take turns in the rows.
-            - `hub:ID[:SPLIT][,config=...,revision=...,image=COLUMN,label=COLUMN]`: a dataset of the Hub, or a folder like one.
-            - `wds:DIR_OR_URL[:SPLIT][,cache_dir=DIR]`: a `clip-benchmark/wds_*` set, several labels an image included, with its own names
-              and templates. Shards behind an address are fetched once, to `cache_dir`.
+            - `parquet:GLOB[,image=COLUMN,label=COLUMN]`: the columns are found by their types; class names become
+                numbers if named.
+            - `imagefolder:DIR[:SPLIT]`: a folder of pictures a class, in the order of their names. Names come from
+              `classnames.txt`, or from ImageNet's `LOC_synset_mapping.txt` or `synset_words.txt`, where one lies
+              there. Classes take turns in the rows.
+            - `hub:ID[:SPLIT][,config=...,revision=...,image=COLUMN,label=COLUMN]`: a dataset of the Hub, or a folder
+                like one.
+            - `wds:DIR_OR_URL[:SPLIT][,cache_dir=DIR]`: a `clip-benchmark/wds_*` set, several labels an image included,
+              with its own names and templates. Shards behind an address are fetched once, to `cache_dir`.
 
     Returns:
-        [`LabelledImages`]: Underscores in names of folders and of a `ClassLabel` read as spaces; names out of files are as they are. The
-        label of a multi-label set is a list of K zeros and ones.
+        [`LabelledImages`]: Underscores in names of folders and of a `ClassLabel` read as spaces; names out of files
+            are as they are. The label of a multi-label set is a list of K zeros and ones.
 
     Raises:
         ConnectionError: If a server cannot be reached or refuses.
         FileNotFoundError: If no file matches, or one of the set's is missing.
         ImportError: If `open_clip` is asked for and not installed.
-        ValueError: If the spec is wrong, data are damaged or not of their form, or there are fewer rows than the count.
+        ValueError: If the spec is wrong, data are damaged or not of their form, or there are fewer rows than the
+            count.
     """
     source, fields, options, count = _parse(spec)
     loaded = source.build(*fields, **options)

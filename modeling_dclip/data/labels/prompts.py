@@ -1,7 +1,9 @@
-"""Class names and prompt templates: from the data's own files, from a file given, or from open_clip where it is installed.
+"""Class names and prompt templates: from the data's own files, from a file given, or from open_clip where it is
+installed.
 
-CLIP's 80 ImageNet prompts and its wording of the 1,000 classes are a selection by their authors, so they are not copied here: the
-webdataset `wds_imagenet1k` brings both as files, and `open_clip` has them as a package (`names=open_clip`, `templates=open_clip`).
+CLIP's 80 ImageNet prompts and its wording of the 1,000 classes are a selection by their authors, so they are not
+copied here: the webdataset `wds_imagenet1k` brings both as files, and `open_clip` has them as a package
+(`names=open_clip`, `templates=open_clip`).
 """
 
 import re
@@ -38,7 +40,8 @@ def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple
         `tuple[list[str], list[str]]`: The names; the templates, their place written `{}`.
 
     Raises:
-        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one place.
+        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one
+            place.
     """
     for what, values, least in (("class names", class_names, 2), ("templates", templates, 1)):
         if isinstance(values, str) or len(values) < least:
@@ -87,8 +90,8 @@ def _open_clip_list(name: str) -> list[str]:
         import open_clip
     except ImportError as error:
         raise ImportError(
-            "names=open_clip and templates=open_clip take OpenAI's ImageNet lists from the package open_clip, which is not installed. "
-            "pip install open_clip_torch, or give files."
+            "names=open_clip and templates=open_clip take OpenAI's ImageNet lists from the package open_clip, which "
+            "is not installed. pip install open_clip_torch, or give files."
         ) from error
     # Templates are functions of the class name there, and templates of ours are texts with a place for it.
     return [entry("{}") if callable(entry) else entry for entry in getattr(open_clip, name)]
@@ -108,11 +111,12 @@ def read_templates(source: str | None, default: Sequence[str]) -> list[str]:
 
 
 def read_names(source: str | None, default: Sequence[str]) -> list[str]:
-    """Class names of a file, of `"open_clip"` (OpenAI's wording of ImageNet's 1,000), or the default where no source is given.
+    """Class names of a file, of `"open_clip"` (OpenAI's wording of ImageNet's 1,000), or the default where no source
+    is given.
 
     Args:
-        source (`str`, *optional*): A file with a name a line in the order of the labels; or with a synset and its name a line, in any
-            order, where the default's names are synsets. `"open_clip"`.
+        source (`str`, *optional*): A file with a name a line in the order of the labels; or with a synset and its name
+            a line, in any order, where the default's names are synsets. `"open_clip"`.
         default (`Sequence[str]`): What the data itself calls its K classes.
 
     Returns:
@@ -126,8 +130,9 @@ def read_names(source: str | None, default: Sequence[str]) -> list[str]:
     if source is None:
         if synsets and default:
             raise ValueError(
-                f"Expected class names, got only synset ids ({default[0]!r}, ...), which are no words. Give the names as names=FILE "
-                f"(a name a line in the folders' order, or '{default[0]} NAME'), or names=open_clip for all of ImageNet-1k."
+                f"Expected class names, got only synset ids ({default[0]!r}, ...), which are no words. Give the names "
+                f"as names=FILE (a name a line in the folders' order, or '{default[0]} NAME'), or names=open_clip for "
+                "all of ImageNet-1k."
             )
         return list(default)
     lines = _open_clip_list("IMAGENET_CLASSNAMES") if source == OPEN_CLIP else read_lines(source)
@@ -143,7 +148,8 @@ def read_names(source: str | None, default: Sequence[str]) -> list[str]:
         return [names[synset] for synset in default]
     if len(lines) != len(default):
         raise ValueError(
-            f"Expected {len(default)} class names in '{source}', one per class of the data in its order, got {len(lines)}."
+            f"Expected {len(default)} class names in '{source}', one per class of the data in its order, got "
+            f"{len(lines)}."
         )
     return lines
 

@@ -1,10 +1,11 @@
 """Labelled images out of `clip-benchmark/wds_*` shards, as a dataset whose rows point into the tar files.
 
-The tars are mapped into memory, not read: a picture's bytes are touched when its row is, so memory does not grow with the set and nothing
-is copied to disk. (Workers that are spawned, not forked, get copies; decode with `num_workers=0` there.)
+The tars are mapped into memory, not read: a picture's bytes are touched when its row is, so memory does not grow with
+the set and nothing is copied to disk. (Workers that are spawned, not forked, get copies; decode with `num_workers=0`
+there.)
 
-A sample is a picture `KEY.{jpg,jpeg,png,webp}` and its label: `KEY.cls` with the number of its class; or, where `dataset_type.txt` says
-`multilabel`, a vector of zeros and ones, one per class, as `KEY.npy` or as text in `KEY.cls`.
+A sample is a picture `KEY.{jpg,jpeg,png,webp}` and its label: `KEY.cls` with the number of its class; or, where
+`dataset_type.txt` says `multilabel`, a vector of zeros and ones, one per class, as `KEY.npy` or as text in `KEY.cls`.
 """
 
 import io
@@ -50,8 +51,10 @@ class WebdatasetFiles:
     """Where a set is, and how to get at its files.
 
     Args:
-        root (`str`): A folder, or an address that begins with `http://` or `https://`: of the folder, or of a dataset's page on the Hub.
-        cache_dir (`str` or `Path`, *optional*): Where shards that come over http are kept; [`default_cache_dir`] if not given.
+        root (`str`): A folder, or an address that begins with `http://` or `https://`: of the folder, or of a
+            dataset's page on the Hub.
+        cache_dir (`str` or `Path`, *optional*): Where shards that come over http are kept; [`default_cache_dir`] if
+            not given.
     """
 
     def __init__(self, root: str, cache_dir: str | os.PathLike | None = None):
@@ -197,8 +200,8 @@ def read_description(files: WebdatasetFiles, split: str) -> WebdatasetDescriptio
         )
     if not files.has(NAMES_FILE):
         raise FileNotFoundError(
-            f"No file '{files.place(NAMES_FILE)}': the classes of '{files.name}' have no names. Put one name a line there, in the "
-            f"order of the labels."
+            f"No file '{files.place(NAMES_FILE)}': the classes of '{files.name}' have no names. Put one name a line "
+            "there, in the order of the labels."
         )
     names = parse_lines(files.text(NAMES_FILE), files.place(NAMES_FILE))
     templates = None
@@ -222,13 +225,13 @@ def read_images(files: WebdatasetFiles, split: str, description: WebdatasetDescr
         description ([`WebdatasetDescription`]): Of the split.
 
     Returns:
-        `datasets.Dataset`: `image_id` (`NAME/SPLIT/N.tar/MEMBER`), `image`, `label` (a number, or for a multi-label set a list of K zeros
-        and ones), in the order of the shards.
+        `datasets.Dataset`: `image_id` (`NAME/SPLIT/N.tar/MEMBER`), `image`, `label` (a number, or for a multi-label
+            set a list of K zeros and ones), in the order of the shards.
 
     Raises:
         ConnectionError, FileNotFoundError: As [`WebdatasetFiles.shard`].
-        ValueError: If a shard is damaged, a sample has not one picture and one label, or a label is malformed or of no class; the message
-            names shard and member. A damaged picture is found, and named, when it is decoded.
+        ValueError: If a shard is damaged, a sample has not one picture and one label, or a label is malformed or of no
+            class; the message names shard and member. A damaged picture is found, and named, when it is decoded.
     """
     classes = len(description.class_names)
     tables, rows, identity, start = [], [], [], 0
@@ -286,8 +289,8 @@ def _read_sample(place: SamplePlace, content: pa.Buffer, multilabel: bool, class
     if len(pictures) != 1 or label is None or repeated:
         raise ValueError(
             f"Shard '{place.shard}', sample {place.key!r}: expected one picture ({', '.join(PICTURES)}) and one label "
-            f"({' or '.join(kinds)}), got {sorted(place.members)}. Write the shard again; a set with several labels an image says "
-            f"'{MULTILABEL}' in dataset_type.txt."
+            f"({' or '.join(kinds)}), got {sorted(place.members)}. Write the shard again; a set with several labels "
+            f"an image says '{MULTILABEL}' in dataset_type.txt."
         )
     offset, size = place.members[label]
     read = _read_vector if multilabel else _read_class
@@ -336,7 +339,9 @@ def _within_reach(samples: Sequence[_Sample], path: Path) -> Iterator[slice]:
 
 
 def _table(content: pa.Buffer, samples: Sequence[_Sample], ids: Sequence[str], features: Features) -> pa.Table:
-    """Rows 0, 2, 4... are the samples; those between hold the tar's bytes between pictures, as a column has no gaps."""
+    """Rows 0, 2, 4... are the samples; those between hold the tar's bytes between pictures,
+    as a column has no gaps.
+    """
     base = samples[0].start
     bounds = (
         np.array([(sample.start, sample.end) for sample in samples]).reshape(-1) - base

@@ -2,7 +2,7 @@
 
 | spec | what |
 |---|---|
-| `scenes[:SPLIT]` | drawn scenes with [`~modeling_dclip.data.questions.hard_negatives`]; options `n`, `seed`, `image_size` |
+| `scenes[:SPLIT]` | scenes of [`~modeling_dclip.data.questions.hard_negatives`]; options `n`, `seed`, `image_size` |
 | `sugarcrepe:JSON_OR_FOLDER:IMAGE_FOLDER` | SugarCrepe on COCO's `val2017` |
 | `winoground:EXAMPLES.jsonl:IMAGE_FOLDER` | Winoground's files; its parquet form through `parquet` or `hub` |
 | `aro:FILE.json:IMAGE_FOLDER` | ARO: VG-Relation, VG-Attribution, stored order questions; option `min_items` |
@@ -50,7 +50,8 @@ def load_fine_grained(spec: str) -> Dataset:
 
     Raises:
         FileNotFoundError: If a file, folder or picture is missing.
-        ValueError: If the spec is wrong (the message lists the known forms), or a file is malformed; file, entry and field are named.
+        ValueError: If the spec is wrong (the message lists the known forms), or a file is malformed; file, entry and
+            field are named.
 
     Example:
         >>> load_fine_grained("scenes:test,n=2")["categories"][0][:1]

@@ -1,4 +1,6 @@
-"""Readers of published fine-grained questions in files beside a folder of pictures: SugarCrepe, Winoground, ARO, and a plain form."""
+"""Readers of published fine-grained questions in files beside a folder of pictures:
+SugarCrepe, Winoground, ARO, and a plain form.
+"""
 
 import json
 import math
@@ -17,14 +19,16 @@ BOX_FIELDS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 
 
 def read_entries(path: str | Path, what: str) -> list[tuple[str, dict[str, Any]]]:
-    """Read JSON objects with a name for messages: of a JSON list, of a JSON object of objects, or of the lines of a `.jsonl`.
+    """Read JSON objects with a name for messages: of a JSON list, of a JSON object of objects, or of the lines of a
+    `.jsonl`.
 
     Args:
         path (`str` or `Path`): The file.
         what (`str`): What it is, for messages.
 
     Returns:
-        `list[tuple[str, dict]]`: `("Item 3", {...})`, counted from 0, `("Item '17'", {...})` by key, or `("Line 4", {...})` from 1.
+        `list[tuple[str, dict]]`: `("Item 3", {...})`, counted from 0, `("Item '17'", {...})` by key, or
+            `("Line 4", {...})` from 1.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -88,12 +92,15 @@ def _either(entry: dict[str, Any], keys: tuple[str, str], where: str, path: str 
 
 
 def read_sugarcrepe(questions: str, image_folder: str, *, missing: str = "raise") -> Dataset:
-    """Read SugarCrepe: a JSON file a category (`swap_att.json`...) of `{"0": {"filename", "caption", "negative_caption"}, ...}`.
+    """Read SugarCrepe: a JSON file a category (`swap_att.json`...) of
+    `{"0": {"filename", "caption", "negative_caption"}, ...}`.
 
     Args:
-        questions (`str`): The folder of the files, all of which are read, or one of them. A file's name is its category.
+        questions (`str`): The folder of the files, all of which are read, or one of them. A file's name is its
+            category.
         image_folder (`str`): COCO's `val2017`.
-        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out questions without a picture and reports them.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out questions without a picture and reports
+            them.
 
     Returns:
         `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], `image_id` being `coco-<id>`.
@@ -130,16 +137,18 @@ def _picture(folder: Path, name: str) -> Path:
 
 
 def read_winoground(examples: str, image_folder: str, *, missing: str = "raise") -> Dataset:
-    """Read Winoground's `examples.jsonl`: two pictures and two captions a line, caption 0 true of picture 0 and 1 of 1.
+    """Read Winoground's `examples.jsonl`: two pictures and two captions a line, caption 0 true of picture 0 and 1 of
+    1.
 
     The parquet form of the Hub, with the pictures in it, is read by
     [`~modeling_dclip.data.questions.tables.read_item_tables`].
 
     Args:
-        examples (`str`): The file, with `id`, `image_0`, `image_1` (names of files, with or without their ending), `caption_0`,
-            `caption_1` and, if there, `collapsed_tag` (the category).
+        examples (`str`): The file, with `id`, `image_0`, `image_1` (names of files, with or without their ending),
+            `caption_0`, `caption_1` and, if there, `collapsed_tag` (the category).
         image_folder (`str`): The folder of the pictures.
-        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out lines without both pictures and reports them.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out lines without both pictures and reports
+            them.
 
     Returns:
         `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`] with `pair_id`.
@@ -185,19 +194,23 @@ def _aro_category(entry: dict[str, Any], where: str, path: str | Path) -> str:
 
 
 def read_aro(questions: str, image_folder: str, *, min_items: int = 25, missing: str = "raise") -> Dataset:
-    """Read ARO's questions: `visual_genome_relation.json`, `visual_genome_attribution.json`, or stored COCO/Flickr30k order ones.
+    """Read ARO's questions: `visual_genome_relation.json`, `visual_genome_attribution.json`, or stored COCO/Flickr30k
+    order ones.
 
-    An entry has `image_path` (or `image`); `true_caption` and `false_caption`, or `caption_options` with the true one first; and
-    where it asks about a part of the picture `bbox_x`, `bbox_y`, `bbox_w`, `bbox_h` in pixels, which is cut out as ARO does.
+    An entry has `image_path` (or `image`); `true_caption` and `false_caption`, or `caption_options` with the true one
+    first; and where it asks about a part of the picture `bbox_x`, `bbox_y`, `bbox_w`, `bbox_h` in pixels, which is cut
+    out as ARO does.
 
     Args:
         questions (`str`): The JSON file, a list.
         image_folder (`str`): The folder the pictures' names are relative to.
-        min_items (`int`, *optional*, defaults to 25): A relation or pair of attributes with fewer questions counts in the total only.
+        min_items (`int`, *optional*, defaults to 25): A relation or pair of attributes with fewer questions counts in
+            the total only.
         missing (`str`, *optional*, defaults to `"raise"`): As in [`read_sugarcrepe`].
 
     Returns:
-        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], with `crop_box` where entries have a box.
+        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], with `crop_box` where entries have a
+            box.
 
     Raises:
         FileNotFoundError: If a file, the folder or a picture is missing.
@@ -223,7 +236,8 @@ def read_aro(questions: str, image_folder: str, *, min_items: int = 25, missing:
 
 
 def read_questions(questions: str, image_folder: str, *, missing: str = "raise") -> Dataset:
-    """Read questions of one's own: `image`, `caption`, `negative_caption` or `negative_captions`, and if wanted `category`.
+    """Read questions of one's own: `image`, `caption`, `negative_caption` or `negative_captions`, and if wanted
+    `category`.
 
     Args:
         questions (`str`): A JSON list of objects, or JSON lines in a `.jsonl`.

@@ -1,19 +1,24 @@
-"""Drawn scenes with sentences that are false in one respect: does a model bind attributes, order and number, or only words?
+"""Drawn scenes with sentences that are false in one respect: does a model bind attributes, order and number, or only
+words?
 
 The true sentence and the false one share their wording and differ in that respect only:
 
 | category | the false sentence | why it is false of the scene |
 |---|---|---|
-| `swapped_colour` | colours of two groups exchanged | shapes and colours of a scene's groups all differ, so no group has that pair |
-| `swapped_pattern` | patterns of two groups exchanged, where both are named, differ and are not plain | no group has that shape and that pattern |
+| `swapped_colour` | colours of two groups exchanged | groups differ in shape and colour: no group has that pair |
+| `swapped_pattern` | two named patterns exchanged that differ, none plain | no group has that shape and pattern |
 | `swapped_object` | shapes of two groups exchanged | as for colours |
-| `swapped_relation` | left and right, above and below exchanged: the words in "A to the left of B", the places of A and B in the other sentences | the first group along the axis would be the last |
+| `swapped_relation` | left and right, or above and below, exchanged | the first group would be the last |
 | `wrong_count` | another number of one group's objects | numbers are meant exactly, as everywhere in the scenes |
 | `wrong_colour` | one group in a colour that no group has | |
 | `wrong_object` | one group of a shape that no group has | |
 
-The swapped ones keep the words, so a bag of words tells them apart by luck only. And no category can be answered without the picture:
-a sentence is as likely to be the true one of a question as the false one, which is why wrong counts are asked of as many ones as threes.
+A relation is exchanged by its words ("A to the left of B" becomes "A to the right of B"); in sentences without such
+words A and B change places.
+
+The swapped ones keep the words, so a bag of words tells them apart by luck only. And no category can be answered
+without the picture: a sentence is as likely to be the true one of a question as the false one, which is why wrong
+counts are asked of as many ones as threes.
 """
 
 import random
@@ -49,7 +54,9 @@ CATEGORIES = (
 
 
 class Wording(NamedTuple):
-    """How a scene is put into words: which sentence, which attributes of each group, and a seed for each group's phrase."""
+    """How a scene is put into words: which sentence, which attributes of each group,
+    and a seed for each group's phrase.
+    """
 
     relation: int
     attributes: tuple[tuple[str, ...], ...]
@@ -77,7 +84,9 @@ def _phrases(scene: Scene, wording: Wording) -> list[str]:
 
 
 def _say_reversed(scene: Scene, wording: Wording) -> str:
-    """The sentence with the opposite direction: its word where the next or the last relation is its opposite, else the order."""
+    """The sentence with the opposite direction: its word where the next or the last relation is its opposite,
+    else the order.
+    """
     relation = {0: 1, 1: 0}.get(wording.relation, wording.relation)  # to the left of, to the right of; above, below
     return RELATIONS[scene.axis][relation](_phrases(scene, wording)[::-1])
 
@@ -105,8 +114,9 @@ def _replaced(scene: Scene, field: str, choices: Iterable[str], rng: random.Rand
 def _recounted(scene: Scene, rng: random.Random) -> Scene | None:
     """One group with another count, or none.
 
-    Groups are taken in random order and kept with a chance inverse to how often their count is drawn, so that the true counts of all
-    questions are one, two and three alike. Else the smaller number would be the better guess without looking.
+    Groups are taken in random order and kept with a chance inverse to how often their count is drawn, so that the true
+    counts of all questions are one, two and three alike. Else the smaller number would be the better guess without
+    looking.
     """
     for i in rng.sample(range(len(scene.groups)), len(scene.groups)):
         count = scene.groups[i].count
@@ -119,16 +129,17 @@ def hard_negatives(scene: Scene, rng: random.Random) -> tuple[str, dict[str, str
     """A true sentence about a scene, and sentences that are false of it in one respect.
 
     Args:
-        scene (`Scene`): Two or more groups that differ in shape and in colour, as [`~modeling_dclip.data.scenes.drawing.random_scene`]
-            makes them.
+        scene (`Scene`): Two or more groups that differ in shape and in colour, as
+            [`~modeling_dclip.data.scenes.drawing.random_scene`] makes them.
         rng (`random.Random`): Source of the wording and of what is exchanged.
 
     Returns:
-        `tuple[str, dict[str, str]]`: The true sentence; by category a false one. `swapped_pattern` and `wrong_count` are missing
-        where no group allows them.
+        `tuple[str, dict[str, str]]`: The true sentence; by category a false one. `swapped_pattern` and `wrong_count`
+            are missing where no group allows them.
 
     Raises:
-        ValueError: If the scene has a single group, or groups of one shape or of one colour, which sentences could not tell apart.
+        ValueError: If the scene has a single group, or groups of one shape or of one colour, which sentences could not
+            tell apart.
 
     Example:
         >>> from modeling_dclip.data.scenes.drawing import random_scene
@@ -174,7 +185,8 @@ def load_hard_negatives(split: str = "test", *, n: int = 1000, seed: int = 0, im
         image_size (`int`, *optional*, defaults to 128): Side of the stored image in pixels.
 
     Returns:
-        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], one false caption a question: chance is 1/2.
+        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], one false caption a question: chance
+            is 1/2.
 
     Raises:
         ValueError: If the split is unknown or `n < 1`.

@@ -1,4 +1,6 @@
-"""Questions about pictures in one schema: which of these captions is true? One row a picture, so that it is embedded once.
+"""Questions about pictures in one schema: which of these captions is true?
+
+One row a picture, so that it is embedded once.
 
 | column | what |
 |---|---|
@@ -48,7 +50,8 @@ class Item(NamedTuple):
 def answerable(
     item_ids: Sequence[str], captions: Sequence[str], negatives: Sequence[Sequence[str]], source: str
 ) -> list[int]:
-    """The questions whose true caption is not among the false ones; the others have no answer, and are counted and reported.
+    """The questions whose true caption is not among the false ones; the others have no answer, and are counted and
+    reported.
 
     Args:
         item_ids (`Sequence[str]`): For the report.

@@ -21,7 +21,8 @@ PAIR_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
 def _require(dataset: Dataset, column: str, option: str, name: str) -> str:
     if column not in dataset.column_names:
         raise ValueError(
-            f"{name} has no column {column!r}; its columns are {dataset.column_names}. Name the right one with ',{option}=COLUMN'."
+            f"{name} has no column {column!r}; its columns are {dataset.column_names}. Name the right one with "
+            f"',{option}=COLUMN'."
         )
     return column
 
@@ -101,15 +102,17 @@ def standardise_items(
 ) -> Dataset:
     """Bring a table of questions into the one schema; pictures stay where they are, equal ones become one row.
 
-    A table with `image_0`, `image_1`, `caption_0`, `caption_1` is taken for Winoground's form; then only `category` is looked at.
+    A table with `image_0`, `image_1`, `caption_0`, `caption_1` is taken for Winoground's form; then only `category` is
+    looked at.
 
     Args:
         dataset (`datasets.Dataset`): One question a row.
-        image, caption (`str`, *optional*): Columns of the picture and of the true caption, by default `"image"` and `"caption"`.
+        image, caption (`str`, *optional*): Columns of the picture and of the true caption, by default `"image"` and
+            `"caption"`.
         negatives (`str`, *optional*): Columns of the false captions, joined by `+`; by default `negative_captions` or
             `negative_caption`.
-        category (`str`, *optional*): Column of what a question tests; by default `category` where there is one, of Winoground's form
-            `collapsed_tag`.
+        category (`str`, *optional*): Column of what a question tests; by default `category` where there is one, of
+            Winoground's form `collapsed_tag`.
         name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
 
     Returns:
@@ -117,7 +120,8 @@ def standardise_items(
 
     Raises:
         FileNotFoundError: If the file of a picture given by path is missing.
-        ValueError: If a column is missing or of a wrong type, or a row lacks a picture or a text; column or row is named.
+        ValueError: If a column is missing or of a wrong type, or a row lacks a picture or a text; column or row is
+            named.
     """
     require_rows(len(dataset), name, "a question")
     if set(PAIR_COLUMNS) <= set(dataset.column_names):

@@ -105,8 +105,8 @@ logger = logging.getLogger(__name__)
 
 BOXES_FEATURE = List(List(Value("float32"), length=4))
 SCORES_FEATURE = List(Value("float32"))
-# What PIL raises for broken files, besides OSError (truncated, unknown format, missing file): bad PNG chunks, a missing
-# plugin where a package asks for one, absurd sizes.
+# What PIL raises for broken files, besides OSError (truncated, unknown format, missing file): bad PNG chunks, a
+# missing plugin where a package asks for one, absurd sizes.
 _UNREADABLE = (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError)
 
 

@@ -1,4 +1,6 @@
-"""Add regions to a dataset and save it: `python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output FOLDER`."""
+"""Add regions to a dataset and save it: `python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output
+FOLDER`.
+"""
 
 import sys
 from dataclasses import dataclass, field

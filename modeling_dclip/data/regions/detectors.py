@@ -3,8 +3,8 @@
 | detector | what | licence |
 |---|---|---|
 | `ultralytics[:WEIGHTS]` | YOLO weights, default `yolov8x.pt`, through the optional package ultralytics | AGPL-3.0 |
-| `transformers:MODEL` | an object-detection checkpoint, with the option `labels` an open-vocabulary one | the checkpoint's |
-| `annotations[:INSTANCES.json]` | boxes of a COCO instances file, or without a file the dataset's own `boxes` column | the data's |
+| `transformers:MODEL` | an object-detection checkpoint; with `labels` an open-vocabulary one | the checkpoint's |
+| `annotations[:INSTANCES.json]` | boxes of a COCO instances file; without one the column `boxes` | the data's |
 | `grid:ROWSxCOLUMNS` | equal cells | |
 
 Options follow as `,key=value`, e.g. `ultralytics:yolov8n.pt,imgsz=320`; they are the keyword arguments of the
@@ -84,9 +84,9 @@ def _groups_by_size(images: list[Image.Image]) -> Iterable[list[int]]:
 def process_left_alone() -> Iterator[None]:
     """Undo what ultralytics (8.4) does to the process that imports and calls it.
 
-    It sets `OMP_NUM_THREADS` to 1 and torch to all cores but one, which halves the speed of a training that follows on two
-    cores, and replaces `torch.save` and `PIL.Image.open`, the latter by one that installs a package for an unreadable
-    picture.
+    It sets `OMP_NUM_THREADS` to 1 and torch to all cores but one, which halves the speed of a training that follows on
+    two cores, and replaces `torch.save` and `PIL.Image.open`, the latter by one that installs a package for an
+    unreadable picture.
     """
     opener, saver, threads, environment = Image.open, torch.save, torch.get_num_threads(), dict(os.environ)
     os.environ["YOLO_AUTOINSTALL"] = "false"  # it would pip-install what a checkpoint asks for
@@ -138,9 +138,9 @@ class UltralyticsDetector(RegionDetector):
                 from ultralytics import YOLO
         except ImportError as error:
             raise ImportError(
-                f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install 'modeling_dclip[regions]'`; "
-                "where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, then "
-                "`pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
+                f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install "
+                "'modeling_dclip[regions]'`; where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, "
+                "then `pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
                 "Without the package (it is AGPL-3.0) use 'transformers:MODEL'."
             ) from error
         if Path(weights).parent != Path(".") and not Path(weights).is_file():

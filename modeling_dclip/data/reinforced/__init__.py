@@ -2,12 +2,13 @@
 
     python -m modeling_dclip.data.reinforced --dataset SPEC --teachers A,B --augmentations 10 --output FOLDER
 
-writes one ([`~modeling_dclip.data.reinforced.writer.write_reinforced`]); the classes here read it, or shards others wrote.
+writes one ([`~modeling_dclip.data.reinforced.writer.write_reinforced`]); the classes here read it, or shards others
+wrote.
 
 An epoch is a fixed number of samples. Which samples, in which order and with which draws, is a pure function of seed,
 epoch and the process's place among the others: not of the number of `DataLoader` workers, nor of how often the run
-was resumed. Where damaged samples are skipped, each worker fills the gaps from its own share, so that there the number of
-workers decides too.
+was resumed. Where damaged samples are skipped, each worker fills the gaps from its own share, so that there the number
+of workers decides too.
 """
 
 import itertools
@@ -93,8 +94,8 @@ class SampleOrder:
     ):
         if shuffle_buffer < 0 or not 0 <= process_index < num_processes:
             raise ValueError(
-                f"Expected shuffle_buffer >= 0 and 0 <= process_index < num_processes, got {shuffle_buffer}, {process_index} and "
-                f"{num_processes}."
+                f"Expected shuffle_buffer >= 0 and 0 <= process_index < num_processes, got {shuffle_buffer}, "
+                f"{process_index} and {num_processes}."
             )
         self.shards, self.samples_of, self.report = list(shards), dict(samples_of), report
         self.seed, self.shuffle_buffer = seed, shuffle_buffer
@@ -108,7 +109,8 @@ class SampleOrder:
         return number
 
     def places(self, epoch: int) -> Iterator[tuple[int, SamplePlace]]:
-        """Where this process's samples are, without end, each with the number of times the data were gone through before.
+        """Where this process's samples are, without end, each with the number of times the data were gone through
+        before.
 
         Raises:
             ValueError: If there are none for this process.
@@ -128,7 +130,8 @@ class SampleOrder:
             if not found:
                 names = ", ".join(f"'{path}'" for path in self.shards[:3])
                 raise ValueError(
-                    f"Expected a sample for process {self.process_index} of {self.num_processes} in {len(shards)} shards ({names}...), got none."
+                    f"Expected a sample for process {self.process_index} of {self.num_processes} in {len(shards)} "
+                    f"shards ({names}...), got none."
                 )
 
     def _shuffled(self, places: Iterator[SamplePlace], rng: random.Random) -> Iterator[SamplePlace]:
@@ -156,7 +159,8 @@ class SampleOrder:
             self.report(error)
 
 
-# What training sees of a stored sample: one augmentation replayed, one caption, one synthetic caption, what the teachers said of each.
+# What training sees of a stored sample: one augmentation replayed, one caption, one synthetic caption, what the
+# teachers said of each.
 
 
 class SampleDraw:
@@ -198,8 +202,8 @@ class SampleDraw:
             `teacher_synthetic_text_embeds (W,)`; all float32, each teacher's slice L2-normalised.
 
         Raises:
-            DamagedSampleError: If the image or the augmentation cannot be used, a teacher's embedding has no direction, or there is no
-                synthetic caption.
+            DamagedSampleError: If the image or the augmentation cannot be used, a teacher's embedding has no
+                direction, or there is no synthetic caption.
         """
         rng = random.Random(f"sample/{lot}/{place.key}")
         number = rng.randrange(len(sample.augmentations))
@@ -246,33 +250,36 @@ class ReinforcedDataset(IterableDataset):
     """Samples of a reinforced dataset: of each, one stored augmentation, one caption and one synthetic caption.
 
     Shards are dealt out to the processes anew each epoch; where there are fewer shards than processes, their samples
-    are. One process sees every sample once an epoch; of several, one whose shards hold fewer samples than its share of the
-    epoch goes through them again. Samples are shuffled by their places in the files, so a large buffer costs little
-    memory. What it gives is said in [`~modeling_dclip.data.reinforced.SampleDraw`].
+    are. One process sees every sample once an epoch; of several, one whose shards hold fewer samples than its share of
+    the epoch goes through them again. Samples are shuffled by their places in the files, so a large buffer costs
+    little memory. What it gives is said in [`~modeling_dclip.data.reinforced.SampleDraw`].
 
     Source: [MC] reinforced training; PAPERS.md, reinforced data. Deviation: none.
 
     Args:
-        shards (`str` or `Path`): A folder, a tar file or a pattern (see [`~modeling_dclip.data.reinforced.shards.find_shards`]).
-        image_size (`int`, *optional*): Side S in pixels. Defaults to the size the teachers' augmentations had, if the folder has
-            an index.
-        teacher_widths (`Sequence[int]`, *optional*): Width of each teacher's slice of an embedding. Defaults to the index's.
+        shards (`str` or `Path`): A folder, a tar file or a pattern (see
+            [`~modeling_dclip.data.reinforced.shards.find_shards`]).
+        image_size (`int`, *optional*): Side S in pixels. Defaults to the size the teachers' augmentations had, if the
+            folder has an index.
+        teacher_widths (`Sequence[int]`, *optional*): Width of each teacher's slice of an embedding. Defaults to the
+            index's.
         image_mean, image_std (`Sequence[float]`, *optional*): Of each colour. Default to CLIP's.
-        synthetic_captions (`bool`, *optional*): Whether a sample shows one. Defaults to whether the index says there are any, and to
-            `True` without an index.
+        synthetic_captions (`bool`, *optional*): Whether a sample shows one. Defaults to whether the index says there
+            are any, and to `True` without an index.
         synthetic_keys (`str`, *optional*, defaults to `"syn_text.*"`): Regular expression of the keys that hold them.
         seed (`int`, *optional*, defaults to 0): Another seed is another order and other draws.
-        shuffle_buffer (`int`, *optional*, defaults to 10000): Samples among which the next is drawn; 0 keeps the order of the files.
-        samples_per_epoch (`int`, *optional*): Of all processes together; it may be more than there are. Defaults to all, which
-            without an index are counted first.
-        on_bad_sample (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out damaged shards and samples, names them in the
-            log and counts them by shard in `skipped`; the next good sample takes the place.
+        shuffle_buffer (`int`, *optional*, defaults to 10000): Samples among which the next is drawn; 0 keeps the order
+            of the files.
+        samples_per_epoch (`int`, *optional*): Of all processes together; it may be more than there are. Defaults to
+            all, which without an index are counted first.
+        on_bad_sample (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out damaged shards and samples, names
+            them in the log and counts them by shard in `skipped`; the next good sample takes the place.
         process_index, num_processes (`int`, *optional*): Default to Accelerate's.
 
     Raises:
         FileNotFoundError: If nothing is at `shards`.
-        ValueError: If an argument is missing or out of range, or there is less than one sample a process. Iterating raises
-            [`~modeling_dclip.data.reinforced.shards.DamagedSampleError`], a `ValueError`, for what is damaged.
+        ValueError: If an argument is missing or out of range, or there is less than one sample a process. Iterating
+            raises [`~modeling_dclip.data.reinforced.shards.DamagedSampleError`], a `ValueError`, for what is damaged.
     """
 
     block = 1  # samples given together; consecutive blocks go to consecutive workers
@@ -319,8 +326,9 @@ class ReinforcedDataset(IterableDataset):
         self.samples_per_epoch = samples_per_epoch
         if len(self) < 1:
             raise ValueError(
-                f"Expected at least {self.block} samples an epoch for each of {self.order.num_processes} processes, got "
-                f"{samples_per_epoch} in all of '{self.name}'. Give more data, or lower the batch size or the number of processes."
+                f"Expected at least {self.block} samples an epoch for each of {self.order.num_processes} processes, "
+                f"got {samples_per_epoch} in all of '{self.name}'. Give more data, or lower the batch size or the "
+                "number of processes."
             )
 
     def _shape(self, teacher_widths: Sequence[int] | None, image_size: int | None) -> tuple[tuple[int, ...], int]:
@@ -331,19 +339,21 @@ class ReinforcedDataset(IterableDataset):
         size = image_size or stored.get("image_size")
         if not size or not widths:
             raise ValueError(
-                f"Expected image_size and teacher_widths, because '{self.name}' is no folder with an index, got {image_size} and "
-                f"{teacher_widths}. The widths of DataCompDR's two ViT-L/14 are (768, 768)."
+                f"Expected image_size and teacher_widths, because '{self.name}' is no folder with an index, got "
+                f"{image_size} and {teacher_widths}. The widths of DataCompDR's two ViT-L/14 are (768, 768)."
             )
         if size != stored.get("image_size", size):
             logger.warning(
-                f"{self.name}: augmentations were drawn for {stored['image_size']} pixels and are replayed at {size}: shifts, which are in "
-                "pixels, move another share of the image than the teachers saw."
+                f"{self.name}: augmentations were drawn for {stored['image_size']} pixels and are replayed at {size}: "
+                "shifts, which are in pixels, move another share of the image than the teachers saw."
             )
         return widths, size
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Damaged samples and shards left out so far, by the shard's name; in this process, and each time one was met."""
+        """Damaged samples and shards left out so far, by the shard's name;
+        in this process, and each time one was met.
+        """
         return dict(self.report.skipped)
 
     @property
@@ -367,13 +377,16 @@ class ReinforcedDataset(IterableDataset):
     def resume(self, epoch: int, given: int) -> None:
         """Go on in an epoch after so many samples (or batches) that this process was given.
 
-        To be called before workers start; any number of them may follow. Only with `on_bad_sample="skip"` must it be the number
-        it was, and what was given is read once more to learn what was skipped.
+        To be called before workers start; any number of them may follow. Only with `on_bad_sample="skip"` must it be
+        the number it was, and what was given is read once more to learn what was skipped.
         """
         self.epoch, self.position = epoch, given
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the iteration is. Under a `DataLoader` with workers it is their copies that move: count, and use [`resume`]."""
+        """Where the iteration is.
+
+        Under a `DataLoader` with workers it is their copies that move: count, and use [`resume`].
+        """
         ended = self.position >= len(self)
         return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, **self._identity()}
 
@@ -386,8 +399,8 @@ class ReinforcedDataset(IterableDataset):
         for name, value in self._identity().items():
             if state[name] != value:
                 raise ValueError(
-                    f"Expected a state with {name} = {value}, got {state[name]}: other samples would follow. Resume with the data and "
-                    "settings the run began with, or start a new run."
+                    f"Expected a state with {name} = {value}, got {state[name]}: other samples would follow. Resume "
+                    "with the data and settings the run began with, or start a new run."
                 )
         self.resume(state["epoch"], state["position"])
 
@@ -444,8 +457,9 @@ class ReinforcedDataset(IterableDataset):
 class ReinforcedBatches(ReinforcedDataset):
     """Batches of a reinforced dataset, to train a dual encoder from the teachers' embeddings.
 
-    Give it to `DataLoader(batches, batch_size=None, num_workers=...)` as it is; it takes its share of several processes
-    itself, so nothing else may split it (Accelerate's `prepare` would once more). A batch holds tensors only:
+    Give it to `DataLoader(batches, batch_size=None, num_workers=...)` as it is; it takes its share of several
+    processes itself, so nothing else may split it (Accelerate's `prepare` would once more). A batch holds tensors
+    only:
 
     | key | shape, type |
     |---|---|
@@ -456,8 +470,8 @@ class ReinforcedBatches(ReinforcedDataset):
     | `teacher_text_embeds` | `(B, W)` float32, of the caption |
     | `teacher_synthetic_text_embeds` | `(B, W)` float32, of the synthetic caption |
 
-    W holds the teachers one after the other, each slice L2-normalised: `embeds.split(batches.teacher_widths, dim=-1)`. The
-    three keys of the synthetic caption are there if `batches.synthetic_captions`.
+    W holds the teachers one after the other, each slice L2-normalised: `embeds.split(batches.teacher_widths, dim=-1)`.
+    The three keys of the synthetic caption are there if `batches.synthetic_captions`.
 
     Args:
         shards (`str` or `Path`): As in [`ReinforcedDataset`].

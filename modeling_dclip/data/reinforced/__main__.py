@@ -1,4 +1,6 @@
-"""Write a reinforced dataset: `python -m modeling_dclip.data.reinforced --dataset SPEC --teachers A,B --output FOLDER`."""
+"""Write a reinforced dataset: `python -m modeling_dclip.data.reinforced --dataset SPEC --teachers A,B --output
+FOLDER`.
+"""
 
 import json
 import sys

@@ -1,8 +1,8 @@
 """Augmentations as numbers: drawn once, stored beside the image, replayed pixel for pixel.
 
-A reinforced dataset holds what its teachers said of an augmented image, not the augmented image: whoever trains on it makes the same
-pixels again from the stored numbers. One augmentation is a random resized crop and RandAugment, as torchvision has them
-for PIL images, with PIL alone.
+A reinforced dataset holds what its teachers said of an augmented image, not the augmented image: whoever trains on it
+makes the same pixels again from the stored numbers. One augmentation is a random resized crop and RandAugment, as
+torchvision has them for PIL images, with PIL alone.
 """
 
 import math
@@ -28,9 +28,11 @@ class AugmentationSettings:
 
     Args:
         image_size (`int`): Side S in pixels of the augmented image; shifts are drawn as shares of it.
-        scale (`tuple[float, float]`, *optional*, defaults to (0.08, 1.0)): Share of the area a crop keeps, from and to, in (0, 1].
+        scale (`tuple[float, float]`, *optional*, defaults to (0.08, 1.0)): Share of the area a crop keeps, from and
+            to, in (0, 1].
         ratio (`tuple[float, float]`, *optional*, defaults to (3/4, 4/3)): Width over height of a crop, from and to.
-        num_operations (`int`, *optional*, defaults to 2): Of RandAugment, one after the other; 0 leaves the crop as it is.
+        num_operations (`int`, *optional*, defaults to 2): Of RandAugment, one after the other; 0 leaves the crop as it
+            is.
         magnitude (`int`, *optional*, defaults to 9): Of RandAugment, 0 to 30.
 
     Raises:
@@ -46,7 +48,8 @@ class AugmentationSettings:
     def __post_init__(self):
         if self.image_size < 1 or self.num_operations < 0 or not 0 <= self.magnitude < MAGNITUDE_BINS:
             raise ValueError(
-                f"Expected image_size >= 1, num_operations >= 0 and magnitude in [0, {MAGNITUDE_BINS - 1}], got {self}."
+                f"Expected image_size >= 1, num_operations >= 0 and magnitude in [0, {MAGNITUDE_BINS - 1}], got "
+                f"{self}."
             )
         if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
             raise ValueError(f"Expected 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1], got {self}.")
@@ -57,8 +60,8 @@ class StoredAugmentation(NamedTuple):
 
     Args:
         crop (`tuple[int, int, int, int]`): Top, left, height and width in pixels of the stored image.
-        operations (`tuple[tuple[int, float] | None, ...]`): Index into [`OPERATIONS`] and magnitude, in the order they are applied;
-            `None` where one was skipped.
+        operations (`tuple[tuple[int, float] | None, ...]`): Index into [`OPERATIONS`] and magnitude, in the order they
+            are applied; `None` where one was skipped.
     """
 
     crop: tuple[int, int, int, int]
@@ -69,7 +72,8 @@ class StoredAugmentation(NamedTuple):
         """From what JSON gives: `[[top, left, height, width], [[index, magnitude] or null, ...]]`.
 
         Raises:
-            ValueError: If it has another form, a crop without area, an unknown operation, or a magnitude the operation cannot take.
+            ValueError: If it has another form, a crop without area, an unknown operation, or a magnitude the operation
+                cannot take.
         """
         if not isinstance(stored, Sequence) or len(stored) != 2 or not _numbers(stored[0], 4):
             raise ValueError(f"expected [[top, left, height, width], operations], got {stored!r}")
@@ -84,8 +88,8 @@ class StoredAugmentation(NamedTuple):
         wrong = [one for one in operations if one is not None and not _is_operation(one)]
         if wrong:
             raise ValueError(
-                f"expected operations [index, magnitude] with an index below {len(OPERATIONS)} and a finite magnitude, or null, "
-                f"got {wrong[0]!r}"
+                f"expected operations [index, magnitude] with an index below {len(OPERATIONS)} and a finite "
+                f"magnitude, or null, got {wrong[0]!r}"
             )
         return cls(crop, tuple(None if one is None else (int(one[0]), float(one[1])) for one in operations))
 
@@ -109,7 +113,10 @@ def _is_operation(value: Any) -> bool:
 
 
 def _affine(image: Image.Image, *inverse: float) -> Image.Image:
-    """Where each output pixel comes from: `(a, b, c, d, e, f)`, x = a x' + b y' + c and y = d x' + e y' + f. Black outside."""
+    """Where each output pixel comes from: `(a, b, c, d, e, f)`, x = a x' + b y' + c and y = d x' + e y' + f.
+
+    Black outside.
+    """
     return image.transform(image.size, Image.Transform.AFFINE, inverse, Image.Resampling.NEAREST)
 
 
@@ -234,12 +241,14 @@ def draw_augmentation(
 
 
 def replay_augmentation(image: Image.Image, augmentation: StoredAugmentation, image_size: int) -> Image.Image:
-    """Make the augmented image: cut, resize bicubically (antialiased), then apply the operations, nearest pixel and black outside.
+    """Make the augmented image: cut, resize bicubically (antialiased), then apply the operations, nearest pixel and
+    black outside.
 
     Args:
         image (`PIL.Image`): The stored image, RGB, in its own size.
         augmentation ([`StoredAugmentation`]): What was drawn for it.
-        image_size (`int`): Side S in pixels. Only at the size it was drawn for is the augmented image the one the teachers saw.
+        image_size (`int`): Side S in pixels. Only at the size it was drawn for is the augmented image the one the
+            teachers saw.
 
     Returns:
         `PIL.Image`: RGB, S x S.
@@ -250,8 +259,8 @@ def replay_augmentation(image: Image.Image, augmentation: StoredAugmentation, im
     top, left, height, width = augmentation.crop
     if left + width > image.width or top + height > image.height:
         raise ValueError(
-            f"expected a crop inside the image of {image.width} x {image.height} pixels, got top {top}, left {left}, height {height}, "
-            f"width {width}; was the image resized after its augmentations were drawn?"
+            f"expected a crop inside the image of {image.width} x {image.height} pixels, got top {top}, left {left}, "
+            f"height {height}, width {width}; was the image resized after its augmentations were drawn?"
         )
     image = image.crop((left, top, left + width, top + height))
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC)

@@ -7,7 +7,9 @@
 | `json` | of the source; a list under `captions` stands in for a missing `txt` |
 | `syn.json` | `{"syn_text": [synthetic captions]}`, maybe more such keys |
 | `paug.json` | `{"param_aug": [augmentations]}`, or a JSON string of that list; one is [`StoredAugmentation`] |
-| `npz` or `pth.gz` | `image_emb (augmentations, W)`; `text_emb (captions + synthetic captions, W)`, or only the captions, with `<key>_emb` for each key of synthetic captions beside it |
+| `npz` or `pth.gz` | `image_emb (augmentations, W)` and `text_emb (captions + synthetic captions, W)` |
+
+`text_emb` may hold the captions only; then each key of synthetic captions has a `<key>_emb` beside it.
 """
 
 import glob
@@ -115,7 +117,8 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
             numbers, `{a,b}` for alternatives.
 
     Returns:
-        `tuple`: Paths in order of name, and the index written beside them (`reinforced.json`) if the spec is its folder.
+        `tuple`: Paths in order of name, and the index written beside them (`reinforced.json`) if the spec is its
+            folder.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -277,7 +280,8 @@ _UNREADABLE_ARRAYS = (
 
 
 class Sample(NamedTuple):
-    """A sample as it is stored, its counts checked: A augmentations, C captions, S synthetic captions, width W, any float type.
+    """A sample as it is stored, its counts checked: A augmentations, C captions, S synthetic captions, width W, any
+    float type.
 
     Args:
         image (`bytes`): Encoded.
@@ -318,8 +322,8 @@ class SampleReader:
 
     Args:
         width (`int`): W, of all teachers together.
-        synthetic_keys (`str`, *optional*, defaults to `"syn_text.*"`): Regular expression; the keys of `syn.json` that match
-            whole are read.
+        synthetic_keys (`str`, *optional*, defaults to `"syn_text.*"`): Regular expression; the keys of `syn.json` that
+            match whole are read.
     """
 
     def __init__(self, width: int, synthetic_keys: str = SYNTHETIC_KEYS):
@@ -329,8 +333,8 @@ class SampleReader:
         """One sample.
 
         Raises:
-            DamagedSampleError: If a member is missing or malformed, counts disagree, an embedding has another width or is not
-                finite.
+            DamagedSampleError: If a member is missing or malformed, counts disagree, an embedding has another width or
+                is not finite.
         """
         image_member = _present(place, IMAGE_MEMBERS, "an image")
         captions, synthetic = self._captions(place), self._synthetic_captions(place)
@@ -454,7 +458,8 @@ class SampleReader:
 
 
 def storable_image(encoded: bytes) -> tuple[str, bytes]:
-    """Kind of member and bytes an image is stored as: its own, if it is a JPEG, PNG or WebP that lies upright; else PNG in RGB.
+    """Kind of member and bytes an image is stored as: its own, if it is a JPEG, PNG or WebP that lies upright; else
+    PNG in RGB.
 
     Raises:
         ValueError: If it cannot be decoded.
@@ -482,10 +487,12 @@ def pack_sample(
     text_embeds: np.ndarray,
     source: Mapping[str, Any],
 ) -> dict[str, bytes]:
-    """The members of a sample, as [`SampleReader`] and readers of DataCompDR read them. Equal arguments give equal bytes.
+    """The members of a sample, as [`SampleReader`] and readers of DataCompDR read them.
 
-    Where there are several captions the synthetic captions' embeddings stand in `syn_text_emb`, else behind the caption's in
-    `text_emb`.
+    Equal arguments give equal bytes.
+
+    Where there are several captions the synthetic captions' embeddings stand in `syn_text_emb`, else behind the
+    caption's in `text_emb`.
 
     Args:
         image (`tuple[str, bytes]`): See [`storable_image`].

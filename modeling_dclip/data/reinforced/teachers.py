@@ -1,4 +1,5 @@
-"""Who speaks in a reinforced dataset: CLIPs that embed augmented images and captions, and captioners that describe images.
+"""Who speaks in a reinforced dataset: CLIPs that embed augmented images and captions, and captioners that describe
+images.
 
 | spec of a teacher | what |
 |---|---|
@@ -36,8 +37,8 @@ class ReinforcementTeacher(Protocol):
         fingerprint (`str`): Equal ones mean equal embeddings.
         width (`int`): D.
         logit_scale (`float`): As trained; a logarithm.
-        preprocess (`Callable`): From RGB images to what it reads, `(B, 3, H, W)`: its own size, cut and normalisation. Goes to
-            the data loader's workers, so it holds no model.
+        preprocess (`Callable`): From RGB images to what it reads, `(B, 3, H, W)`: its own size, cut and normalisation.
+            Goes to the data loader's workers, so it holds no model.
     """
 
     name: str

@@ -1,7 +1,8 @@
 """Write a reinforced dataset: let teachers speak once about augmented images and captions, for every student to come.
 
-Shards are written one by one, each atomically and under a key of what made it: a run that was killed goes on at the next shard,
-and several processes share the shards among them. `reinforced.json` beside them says all that is needed to read.
+Shards are written one by one, each atomically and under a key of what made it: a run that was killed goes on at the
+next shard, and several processes share the shards among them. `reinforced.json` beside them says all that is needed to
+read.
 """
 
 import io
@@ -108,7 +109,8 @@ class ReinforcedRow(NamedTuple):
         for name in ("image_embeds", "text_embeds"):
             if not np.isfinite(getattr(self, name)).all():
                 raise ValueError(
-                    f"Image {self.image_id!r}: expected finite {name} from the teachers, got NaN or infinity. Check their weights."
+                    f"Image {self.image_id!r}: expected finite {name} from the teachers, got NaN or infinity. Check "
+                    "their weights."
                 )
 
 
@@ -120,9 +122,11 @@ class Reinforcer:
         dataset (`datasets.Dataset`): With `image_id` and `image`.
         captions (`list[list[str]]`): Of each row.
         synthetic_captions (`list[list[str]]` or None): Of each row, if they are known.
-        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`] or None): Writes them otherwise; without, there are none.
+        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`] or None): Writes them otherwise;
+            without, there are none.
         teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.ReinforcementTeacher`].
-        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn from.
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn
+            from.
         augmentations (`int`, *optional*, defaults to 30): Of each image.
         seed (`int`, *optional*, defaults to 0): Of the draws.
         dtype (`str`, *optional*, defaults to `"float16"`): Of the embeddings, or `"float32"`.
@@ -148,8 +152,8 @@ class Reinforcer:
     def __post_init__(self):
         if not self.teachers or min(self.augmentations, self.batch_size) < 1 or self.dtype not in DTYPES:
             raise ValueError(
-                f"Expected one or more teachers, augmentations and a batch_size of at least 1, and a dtype of {DTYPES}, got "
-                f"{len(self.teachers)}, {self.augmentations}, {self.batch_size} and {self.dtype!r}."
+                "Expected one or more teachers, augmentations and a batch_size of at least 1, and a dtype of "
+                f"{DTYPES}, got {len(self.teachers)}, {self.augmentations}, {self.batch_size} and {self.dtype!r}."
             )
 
     def samples(self, rows: range, progress: tqdm) -> list[ReinforcedRow]:
@@ -160,8 +164,8 @@ class Reinforcer:
             progress (`tqdm`): Counts augmented images.
 
         Raises:
-            ValueError: If an image cannot be read, the captioner has nothing to say of it, or an embedding is not finite; the message
-                names the image.
+            ValueError: If an image cannot be read, the captioner has nothing to say of it, or an embedding is not
+                finite; the message names the image.
         """
         part = self.dataset.select(rows)
         image_ids = part["image_id"][:]
@@ -199,8 +203,8 @@ class Reinforcer:
         silent = [image_id for image_id, texts in zip(image_ids, found, strict=True) if not texts]
         if silent:
             raise ValueError(
-                f"Expected a caption of image {silent[0]!r} from {self.captioner.name!r}, got none with words ({len(silent)} such images in "
-                "this shard). Use another captioner or a column."
+                f"Expected a caption of image {silent[0]!r} from {self.captioner.name!r}, got none with words "
+                f"({len(silent)} such images in this shard). Use another captioner or a column."
             )
         return found
 
@@ -245,8 +249,8 @@ def _texts_of(dataset: Dataset, column: str) -> list[list[str]]:
     bad = [number for number, row in enumerate(texts) if not row]
     if bad:
         raise ValueError(
-            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected a caption with words in the column {column!r}, got "
-            f"{rows[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
+            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected a caption with words in the column "
+            f"{column!r}, got {rows[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
         )
     return texts
 
@@ -322,7 +326,8 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
         different = _differences({name: stored.get(name) for name in made_from}, dict(made_from))
         if different:
             raise ValueError(
-                f"'{output}' was written from something else: {'; '.join(different)}. Name another output, or remove the folder."
+                f"'{output}' was written from something else: {'; '.join(different)}. Name another output, or remove "
+                "the folder."
             )
     elif output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"'{output}' exists and holds no {INDEX_NAME}. Name another output, or remove it.")
@@ -333,7 +338,9 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
 def _write_shards(
     reinforcer: Reinforcer, output: Path, keys: Sequence[str], made_by: str, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Write the shards that are not there: of each its file, number of samples and key; and how many synthetic captions all hold."""
+    """Write the shards that are not there: of each its file, number of samples and key;
+    and how many synthetic captions all hold.
+    """
     state, shards, each = PartialState(), [], reinforcer.augmentations
     starts = range(0, len(keys), samples_per_shard)
     rows_of = [range(start, min(start + samples_per_shard, len(keys))) for start in starts]
@@ -387,23 +394,25 @@ def write_reinforced(
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
-        teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.build_teacher`]. Their embeddings are stored one after
-            the other, each L2-normalised.
+        teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.build_teacher`]. Their embeddings are
+            stored one after the other, each L2-normalised.
         output (`str` or `Path`): Folder; new, or begun by the same call.
-        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn from.
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn
+            from.
         synthetic_captions (`str`, *optional*): Column of texts or of lists of texts.
-        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`], *optional*): Writes synthetic captions of the
-            images as they are stored. Without column and captioner there are none.
+        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`], *optional*): Writes synthetic
+            captions of the images as they are stored. Without column and captioner there are none.
         samples_per_shard (`int`, *optional*, defaults to 1000): Images a file.
-        options: `augmentations`, `seed`, `dtype`, `batch_size`, `num_workers` of [`~modeling_dclip.data.reinforced.writer.Reinforcer`].
+        options: `augmentations`, `seed`, `dtype`, `batch_size`, `num_workers` of
+            [`~modeling_dclip.data.reinforced.writer.Reinforcer`].
 
     Returns:
         `Path`: The index written.
 
     Raises:
         FileExistsError: If the folder holds something else.
-        ValueError: If an argument is wrong, the folder was begun with other rows, teachers or settings, an image cannot be read, or
-            an embedding is not finite; the message names the image.
+        ValueError: If an argument is wrong, the folder was begun with other rows, teachers or settings, an image
+            cannot be read, or an embedding is not finite; the message names the image.
     """
     if samples_per_shard < 1 or (synthetic_captions is not None and captioner is not None):
         raise ValueError(

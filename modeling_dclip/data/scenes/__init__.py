@@ -1,12 +1,12 @@
 """Drawn scenes: a deterministic, offline, fine-grained image-text dataset, and a single-object set with class names.
 
-A scene holds two or three *groups* of equal objects (shape, colour, pattern, size, count) in an order from left to right or from
-top to bottom. Scenes come in *families*: one scene and siblings that differ in one respect only (two colours swapped, two
-patterns swapped, the order reversed, one count changed). A bag of words cannot tell siblings apart, so retrieval needs
-attribute binding, counting and left/right.
+A scene holds two or three *groups* of equal objects (shape, colour, pattern, size, count) in an order from left to
+right or from top to bottom. Scenes come in *families*: one scene and siblings that differ in one respect only (two
+colours swapped, two patterns swapped, the order reversed, one count changed). A bag of words cannot tell siblings
+apart, so retrieval needs attribute binding, counting and left/right.
 
-Every scene has one *coarse* caption (a few true words, as on the web) and several *detailed* ones of different wording. Nothing is
-downloaded; the same split, seed and index give the same pixels and sentences on every machine.
+Every scene has one *coarse* caption (a few true words, as on the web) and several *detailed* ones of different
+wording. Nothing is downloaded; the same split, seed and index give the same pixels and sentences on every machine.
 """
 
 import io
@@ -66,7 +66,8 @@ def check_request(split: str, n: int) -> None:
 def iterate_scenes(
     split: str, n: int, seed: int, singles: float = 0.0, max_siblings: int = 3
 ) -> Iterator[tuple[Scene, random.Random]]:
-    """Yield `(scene, rng)` for `n` scenes, family after family: a scene and at most `max_siblings` that differ from it in one respect.
+    """Yield `(scene, rng)` for `n` scenes, family after family: a scene and at most `max_siblings` that differ from it
+    in one respect.
 
     A share `singles` of the families is one group alone.
     """
@@ -104,16 +105,17 @@ def load_scenes(
         split (`str`): `"pretrain"`, `"train"`, `"validation"` or `"test"`.
         n (`int`, *optional*, defaults to 1000): Number of images.
         seed (`int`, *optional*, defaults to 0): Another seed is another dataset.
-        captions (`str`, *optional*, defaults to `"detailed"`): `"detailed"` (`captions_per_image` sentences) or `"coarse"` (one).
+        captions (`str`, *optional*, defaults to `"detailed"`): `"detailed"` (`captions_per_image` sentences) or
+            `"coarse"` (one).
         captions_per_image (`int`, *optional*, defaults to 5): Number of detailed captions.
         image_size (`int`, *optional*, defaults to 128): Side of the stored image in pixels.
         singles (`float`, *optional*, defaults to 0.0): Share of families that hold one group only, in [0, 1].
-        max_siblings (`int`, *optional*, defaults to 3): Scenes beside each that differ from it in one respect only, at most; 0 makes
-            all scenes independent. The more there are, the more of the problem is telling them apart.
+        max_siblings (`int`, *optional*, defaults to 3): Scenes beside each that differ from it in one respect only, at
+            most; 0 makes all scenes independent. The more there are, the more of the problem is telling them apart.
 
     Returns:
-        `datasets.Dataset`: Columns `image_id`, `image`, `captions`, `coarse_caption`, `boxes` float32 (R, 4) xyxy in pixels, `box_scores`
-        float32 (R,), all 1.
+        `datasets.Dataset`: Columns `image_id`, `image`, `captions`, `coarse_caption`, `boxes` float32 (R, 4) xyxy in
+            pixels, `box_scores` float32 (R,), all 1.
 
     Raises:
         ValueError: If the split or the kind of captions is unknown, `n < 1` or `max_siblings < 0`.
@@ -154,7 +156,8 @@ def load_scenes(
 
 
 def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size: int = 128) -> Dataset:
-    """Draw one object an image, for zero-shot classification into [`CLASS_NAMES`] (colour and shape; the rest varies freely).
+    """Draw one object an image, for zero-shot classification into [`CLASS_NAMES`] (colour and shape; the rest varies
+    freely).
 
     Args:
         split (`str`): As in [`load_scenes`].
@@ -189,7 +192,8 @@ def train_tokenizer(
 
     Args:
         sentences (`Iterable[str]`, *optional*): What to train on; the drawn scenes' own sentences if none are given.
-        vocab_size (`int`, *optional*, defaults to 512): Tokens, special ones included; 512 hold every word of the scenes whole.
+        vocab_size (`int`, *optional*, defaults to 512): Tokens, special ones included; 512 hold every word of the
+            scenes whole.
         model_max_length (`int`, *optional*, defaults to 48): Longest sequence in tokens, BOS and EOS included.
 
     Returns:
@@ -207,8 +211,8 @@ def train_tokenizer(
         for sentence in set(sentences)
         for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(sentence))
     }
-    # The trainer numbers characters in the order of a hash map, another one every time, and breaks ties by number. Named
-    # as special tokens they are numbered first, in this order.
+    # The trainer numbers characters in the order of a hash map, another one every time, and breaks ties by number.
+    # Named as special tokens they are numbered first, in this order.
     characters = [*sorted(ByteLevel.alphabet()), *sorted({f"{word[-1]}</w>" for word in words})]
     trainer = BpeTrainer(
         vocab_size=vocab_size,

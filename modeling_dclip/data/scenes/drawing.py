@@ -1,7 +1,7 @@
 """What a drawn scene is, how it looks and how it is described: pure functions of a scene and a random source.
 
-A scene holds one to three *groups* of equal objects in an order from left to right or from top to bottom. [`siblings`] makes the
-scenes that differ from one in a single respect, which no bag of words tells apart.
+A scene holds one to three *groups* of equal objects in an order from left to right or from top to bottom. [`siblings`]
+makes the scenes that differ from one in a single respect, which no bag of words tells apart.
 """
 
 import math
@@ -44,7 +44,8 @@ class Group:
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, before any pixel: `groups` in order along `axis` ("horizontal": left to right, "vertical": top down).
+    """What is drawn, before any pixel: `groups` in order along `axis` ("horizontal": left to right, "vertical": top
+    down).
 
     `zoom` enlarges a lone object, as a close-up does; 1.0 elsewhere.
     """
@@ -90,7 +91,9 @@ def _swap(scene: Scene, field: str) -> Scene:
 
 
 def siblings(scene: Scene, rng: random.Random) -> list[Scene]:
-    """The scene and the scenes that differ from it in one respect only, without repeats, in random order after the first."""
+    """The scene and the scenes that differ from it in one respect only, without repeats,
+    in random order after the first.
+    """
     recounted = replace(scene.groups[0], count=scene.groups[0].count % MAX_COUNT + 1)
     others = [
         _swap(scene, "colour"),
@@ -119,10 +122,24 @@ _OUTLINES: dict[str, list[tuple[float, float]]] = {
     "square": [(0.08, 0.08), (0.92, 0.08), (0.92, 0.92), (0.08, 0.92)],
     "triangle": [(0.5, 0.04), (1.0, 0.94), (0.0, 0.94)],
     "star": _polygon(10, inner=0.42),
-    "cross": [(i / 3, j / 3) for i, j in ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))],
+    "cross": [
+        (i / 3, j / 3)
+        for i, j in ((1, 0), (2, 0), (2, 1), (3, 1), (3, 2), (2, 2), (2, 3), (1, 3), (1, 2), (0, 2), (0, 1), (1, 1))
+    ],
     "diamond": [(0.5, 0.0), (0.88, 0.5), (0.5, 1.0), (0.12, 0.5)],
-    "heart": [(0.5, 0.98), (0.03, 0.45), (0.06, 0.22), (0.2, 0.08), (0.36, 0.1), (0.5, 0.27), (0.64, 0.1), (0.8, 0.08), (0.94, 0.22), (0.97, 0.45)],
-}  # fmt: skip
+    "heart": [
+        (0.5, 0.98),
+        (0.03, 0.45),
+        (0.06, 0.22),
+        (0.2, 0.08),
+        (0.36, 0.1),
+        (0.5, 0.27),
+        (0.64, 0.1),
+        (0.8, 0.08),
+        (0.94, 0.22),
+        (0.97, 0.45),
+    ],
+}
 
 
 def _shape_mask(shape: str, side: int) -> PILImage.Image:
@@ -267,7 +284,9 @@ _ALONE: tuple[Callable[[list[str]], str], ...] = (
 
 
 def detailed_captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]:
-    """`n` true sentences of different wording that name every group and their order; most attributes, never all left out."""
+    """`n` true sentences of different wording that name every group and their order;
+    most attributes, never all left out.
+    """
     relations = RELATIONS[scene.axis] if len(scene.groups) > 1 else _ALONE
     captions = []
     for relation in rng.sample(relations, k=min(n, len(relations))) + rng.choices(
@@ -283,7 +302,9 @@ def detailed_captions(scene: Scene, rng: random.Random, n: int = 5) -> list[str]
 
 
 def coarse_caption(scene: Scene, rng: random.Random) -> str:
-    """One short true sentence, as found on the web: some of the groups, one or two attributes each, sometimes their order."""
+    """One short true sentence, as found on the web: some of the groups, one or two attributes each,
+    sometimes their order.
+    """
     with_relation = len(scene.groups) > 1 and rng.random() < 0.35
     groups = list(scene.groups)
     if not with_relation:

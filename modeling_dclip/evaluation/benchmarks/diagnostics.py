@@ -1,4 +1,5 @@
-"""How a dual encoder fills the shared space: the gap between images and texts, how near pairs lie, how evenly the rest.
+"""How a dual encoder fills the shared space: the gap between images and texts, how near pairs lie, how evenly the
+rest.
 
 All on L2-normalised embeddings, so on the unit sphere. With several captions an image:
 
@@ -6,10 +7,12 @@ All on L2-normalised embeddings, so on the unit sphere. With several captions an
 - alignment is over pairs of an image and a caption of its own, each pair once;
 - text uniformity is over pairs of captions of **different** images: two captions of one image are one draw, not two.
 
-None says by itself that a model is good: a gap may close, and alignment fall, while retrieval gets worse. They say where two models differ.
+None says by itself that a model is good: a gap may close, and alignment fall, while retrieval gets worse. They say
+where two models differ.
 
-Sources: modality gap, "Mind the Gap", arXiv 2203.02053, section 2; alignment and uniformity, "Understanding Contrastive Representation
-Learning through Alignment and Uniformity on the Hypersphere", arXiv 2005.10242, section 4.1.
+Sources: modality gap, "Mind the Gap", arXiv 2203.02053, section 2; alignment and uniformity, "Understanding
+Contrastive Representation Learning through Alignment and Uniformity on the Hypersphere", arXiv 2005.10242, section
+4.1.
 """
 
 from typing import Any
@@ -49,8 +52,8 @@ def modality_gap(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> float
     images, texts = _unit_rows(image_embeds, "image_embeds"), _unit_rows(text_embeds, "text_embeds")
     if images.shape[1] != texts.shape[1]:
         raise ValueError(
-            f"Expected embeddings of one width, got {images.shape[1]} for images and {texts.shape[1]} for texts. Do both come from one "
-            "model?"
+            f"Expected embeddings of one width, got {images.shape[1]} for images and {texts.shape[1]} for texts. Do "
+            "both come from one model?"
         )
     difference = images.mean(dim=0, dtype=torch.float64) - texts.mean(dim=0, dtype=torch.float64)
     return float(difference.norm())
@@ -62,7 +65,8 @@ def alignment_by_image(
 ) -> torch.Tensor:
     """Squared distance of each image to its own captions: sum and count.
 
-    Source: arXiv 2005.10242 with alpha = 2: alignment is the sum of the first column over that of the second. Deviation: none.
+    Source: arXiv 2005.10242 with alpha = 2: alignment is the sum of the first column over that of the second.
+    Deviation: none.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(I, D)`): Any scale; normalised here.
@@ -84,8 +88,8 @@ def alignment_by_image(
     owners = image_of_caption.to(device=images.device, dtype=torch.long)
     if owners.shape != (len(texts),) or owners.min() < 0 or owners.max() >= len(images):
         raise ValueError(
-            f"Expected image_of_caption as {len(texts)} rows in [0, {len(images)}), one a caption, got shape {tuple(owners.shape)} with "
-            f"values from {int(owners.min())} to {int(owners.max())}."
+            f"Expected image_of_caption as {len(texts)} rows in [0, {len(images)}), one a caption, got shape "
+            f"{tuple(owners.shape)} with values from {int(owners.min())} to {int(owners.max())}."
         )
     distances = torch.cat(
         [
@@ -109,15 +113,18 @@ def uniformity(
 
     Args:
         embeds (`torch.Tensor` of shape `(N, D)`): Any scale; normalised here.
-        groups (`torch.Tensor` of shape `(N,)`, *optional*): Integers; pairs of one group do not count. Each row is its own if not given.
+        groups (`torch.Tensor` of shape `(N,)`, *optional*): Integers; pairs of one group do not count. Each row is its
+            own if not given.
         t (`float`, *optional*, defaults to 2.0): Sharpness of the Gaussian, > 0.
         tile_size (`int`, *optional*, defaults to 2048): Rows of a tile. Does not change the result but for rounding.
 
     Returns:
-        `float` or `None`: In [-4 t, 0]; lower is more even, 0 is collapsed. `None` where no two rows are of different groups.
+        `float` or `None`: In [-4 t, 0]; lower is more even, 0 is collapsed. `None` where no two rows are of different
+            groups.
 
     Raises:
-        ValueError: If something is empty, zero or not finite, a size does not fit, or `t` or `tile_size` is not positive.
+        ValueError: If something is empty, zero or not finite, a size does not fit, or `t` or `tile_size` is not
+            positive.
 
     Example:
         >>> round(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), 6)
@@ -159,8 +166,9 @@ def embedding_diagnostics(embeddings: DatasetEmbeddings, *, t: float = 2.0) -> d
         t (`float`, *optional*, defaults to 2.0): As in [`uniformity`].
 
     Returns:
-        `dict[str, Any]`: `modality_gap`, `alignment`, and `image_uniformity` and `text_uniformity` where there are two images or more;
-        `n` images, `n_captions`; under `outcomes`, each image's sum and count of `alignment`, `(I, 2)` float64.
+        `dict[str, Any]`: `modality_gap`, `alignment`, and `image_uniformity` and `text_uniformity` where there are two
+            images or more; `n` images, `n_captions`; under `outcomes`, each image's sum and count of `alignment`,
+            `(I, 2)` float64.
 
     Raises:
         ValueError: As in [`modality_gap`], [`alignment_by_image`] and [`uniformity`].
@@ -193,7 +201,8 @@ def evaluate_diagnostics(
     Source: PAPERS.md, evaluation. Deviation: see the module's text for several captions an image.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        model, processor, dataset, batch_size, device, num_workers: As in
+            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
         t (`float`, *optional*, defaults to 2.0): As in [`uniformity`].
 
     Returns:

@@ -1,4 +1,5 @@
-"""What a call costs: time beside its rivals on the same machine, operations, memory, and how that grows with the input.
+"""What a call costs: time beside its rivals on the same machine, operations, memory, and how that grows with the
+input.
 
 What measures takes calls without arguments, so that a model, a compiled one and an ONNX session are measured alike.
 [`evaluate_efficiency`] is the benchmark of one dual encoder.
@@ -57,13 +58,15 @@ def interleaved_times(
         calls (`Mapping[str, Callable]`): By name.
         rounds (`int`): Measured, at least 1.
         warmups (`int`, *optional*, defaults to 1): Rounds before that are not kept.
-        max_seconds (`float`, *optional*): No further round starts after so long; three are always measured, if asked for.
+        max_seconds (`float`, *optional*): No further round starts after so long; three are always measured, if asked
+            for.
         min_ms (`float`, *optional*, defaults to 0): Calls shorter than this are repeated to fill it, and averaged.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): On CUDA the clock waits for the device after each call.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): On CUDA the clock waits for the device after
+            each call.
 
     Returns:
-        `dict[str, list[dict]]`: For each name and round `latency_ms`, by the wall clock, and `cpu_ms`, of all threads of the
-            process: on a busy machine the second moves less.
+        `dict[str, list[dict]]`: For each name and round `latency_ms`, by the wall clock, and `cpu_ms`, of all threads
+            of the process: on a busy machine the second moves less.
 
     Raises:
         ValueError: If there is no call or no round.
@@ -105,14 +108,16 @@ def _wait(device: torch.device) -> None:
 
 
 def count_flops(call: Call, formulas: Mapping[Any, Callable[..., int]] | None = None) -> int:
-    """Count the floating-point operations of matrix products and convolutions, a multiplication and an addition as two.
+    """Count the floating-point operations of matrix products and convolutions, a multiplication and an addition as
+    two.
 
-    Attention is counted through its plain form, `nn.MultiheadAttention` of eval mode too. Operators that PyTorch has no formula for
-    (the selective scan is one) count as nothing: give their formulas, or add them.
+    Attention is counted through its plain form, `nn.MultiheadAttention` of eval mode too. Operators that PyTorch has
+    no formula for (the selective scan is one) count as nothing: give their formulas, or add them.
 
     Args:
         call (`Callable`): Runs eager PyTorch.
-        formulas (`Mapping`, *optional*): Operations of further operators of `torch.ops`, from the shapes of their arguments.
+        formulas (`Mapping`, *optional*): Operations of further operators of `torch.ops`, from the shapes of their
+            arguments.
 
     Returns:
         `int`
@@ -145,7 +150,8 @@ def scan_formulas() -> dict[Any, Callable[..., int]]:
 
 
 def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
-    """Measure how much memory of tensors a call needs at once beyond what was there before: its activations and buffers.
+    """Measure how much memory of tensors a call needs at once beyond what was there before: its activations and
+    buffers.
 
     Args:
         call (`Callable`): Runs eager PyTorch; it ran before, so that nothing is set up for the first time.
@@ -214,25 +220,32 @@ def evaluate_efficiency(
     max_seconds: float = 60.0,
     text_tokens: int = 77,
 ) -> dict[str, Any]:
-    """Measure what embedding costs, from tensors on the device to embeddings: reading, resizing and tokenizing are not part of it.
+    """Measure what embedding costs, from tensors on the device to embeddings: reading, resizing and tokenizing are not
+    part of it.
 
-    Image and text take turns, each warmed up. The text fills `text_tokens`, as in published latencies: models that pad by themselves
-    take as long for a short one. Times move with the machine's load, so compare those of one quiet machine, by their spread.
+    Image and text take turns, each warmed up. The text fills `text_tokens`, as in published latencies: models that pad
+    by themselves take as long for a short one. Times move with the machine's load, so compare those of one quiet
+    machine, by their spread.
 
     Args:
-        model (`torch.nn.Module`): A dual encoder, in its own precision. Evaluated in `eval` mode; its mode is restored.
+        model (`torch.nn.Module`): A dual encoder, in its own precision. Evaluated in `eval` mode; its mode is
+            restored.
         processor: Its processor: it makes the inputs, of the model's own size.
-        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if not given.
-        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): Latency is of the smallest, throughput of the largest.
+        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if
+            not given.
+        batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): Latency is of the smallest, throughput of the
+            largest.
         rounds (`int`, *optional*, defaults to 10): Measured, of either.
-        max_seconds (`float`, *optional*, defaults to 60): No further round starts after so long; three are always measured.
+        max_seconds (`float`, *optional*, defaults to 60): No further round starts after so long; three are always
+            measured.
         text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads.
 
     Returns:
-        `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`, `text_throughput_per_s`;
-            `parameters_millions` of both towers; `image_gflop` of one image, as [`count_flops`] counts; `peak_memory_mib` of weights and
-            activations while a largest batch of images is embedded; `n`, rounds; `spread`, of each time its median, min and max;
-            `measured_with`, what the numbers depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
+        `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`,
+            `text_throughput_per_s`; `parameters_millions` of both towers; `image_gflop` of one image, as
+            [`count_flops`] counts; `peak_memory_mib` of weights and activations while a largest batch of images is
+            embedded; `n`, rounds; `spread`, of each time its median, min and max; `measured_with`, what the numbers
+            depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
 
     Raises:
         TypeError: If the model is no dual encoder.

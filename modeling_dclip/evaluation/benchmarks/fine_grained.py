@@ -1,8 +1,9 @@
 """Fine-grained questions: does the picture's true caption come before captions that are false in one respect?
 
-A question counts as right where the true caption's cosine to the picture is above that of **every** false one. Ties, within
-[`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. With one false caption chance is 1/2, with k it is
-1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's three scores, with chance 1/4, 1/4 and 1/6.
+A question counts as right where the true caption's cosine to the picture is above that of **every** false one. Ties,
+within [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. With one false
+caption chance is 1/2, with k it is 1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's
+three scores, with chance 1/4, 1/4 and 1/6.
 
 Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); PAPERS.md, Evaluation.
 Deviation: ties are wrong in all of them.
@@ -50,7 +51,8 @@ def question_hits(true: torch.Tensor, false: torch.Tensor, question_of_false: to
     Args:
         true (`torch.Tensor` of shape `(Q,)`): The picture's cosine to the true caption.
         false (`torch.Tensor` of shape `(F,)`): Its cosines to false captions.
-        question_of_false (`torch.Tensor` of shape `(F,)`): Each one's question, in [0, Q); every question at least once.
+        question_of_false (`torch.Tensor` of shape `(F,)`): Each one's question, in [0, Q); every question at least
+            once.
 
     Returns:
         `torch.Tensor` of shape `(Q,)`: bool.
@@ -64,8 +66,8 @@ def question_hits(true: torch.Tensor, false: torch.Tensor, question_of_false: to
     """
     if true.ndim != 1 or false.shape != question_of_false.shape:
         raise ValueError(
-            f"Expected true (Q,), false (F,) and question_of_false (F,), got {tuple(true.shape)}, {tuple(false.shape)} and "
-            f"{tuple(question_of_false.shape)}."
+            f"Expected true (Q,), false (F,) and question_of_false (F,), got {tuple(true.shape)}, "
+            f"{tuple(false.shape)} and {tuple(question_of_false.shape)}."
         )
     empty = torch.bincount(question_of_false, minlength=len(true)) == 0
     if empty.any():
@@ -79,7 +81,8 @@ def question_hits(true: torch.Tensor, false: torch.Tensor, question_of_false: to
 def pair_hits(cosines: torch.Tensor) -> dict[str, torch.Tensor]:
     """Winoground's three scores, pair by pair.
 
-    Text: for each picture its own caption is above the other. Image: for each caption its own picture is above the other. Group: both.
+    Text: for each picture its own caption is above the other. Image: for each caption its own picture is above the
+    other. Group: both.
 
     Args:
         cosines (`torch.Tensor` of shape `(U, 2, 2)`): Of pair u, picture i and caption j; i = j belong together.
@@ -103,7 +106,8 @@ def pair_hits(cosines: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 def questions_fingerprint(dataset: Dataset) -> str:
-    """Hash what [`~modeling_dclip.data.columns.dataset_fingerprint`] leaves out: false captions, categories, boxes, pairs.
+    """Hash what [`~modeling_dclip.data.columns.dataset_fingerprint`] leaves out: false captions, categories, boxes,
+    pairs.
 
     Args:
         dataset (`datasets.Dataset`): The schema of [`~modeling_dclip.data.questions.rows`].
@@ -131,8 +135,9 @@ def _check_columns(dataset: Dataset) -> None:
     for image_id, captions, negatives, categories in zip(*columns, strict=True):
         if not captions or not len(captions) == len(negatives) == len(categories) or not all(negatives):
             raise ValueError(
-                f"Expected one or more captions for image_id {image_id!r}, each with its false captions and a category, got "
-                f"{len(captions)} captions, {len(negatives)} lists of false ones and {len(categories)} categories."
+                f"Expected one or more captions for image_id {image_id!r}, each with its false captions and a "
+                f"category, got {len(captions)} captions, {len(negatives)} lists of false ones and {len(categories)} "
+                "categories."
             )
 
 
@@ -144,8 +149,8 @@ def _cut_out(dataset: Dataset, rows: range) -> Dataset:
         inside = box[0] < image.width and box[1] < image.height and box[2] > 0 and box[3] > 0
         if not inside or box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(
-                f"Image {columns['image_id'][row - rows.start]!r}: expected a box xyxy that meets the picture of {image.width} x "
-                f"{image.height} pixels, got {box}."
+                f"Image {columns['image_id'][row - rows.start]!r}: expected a box xyxy that meets the picture of "
+                f"{image.width} x {image.height} pixels, got {box}."
             )
         buffer = io.BytesIO()
         image.crop(tuple(round(edge) for edge in box)).save(buffer, format="BMP")  # lossless and quick to write
@@ -252,21 +257,24 @@ def evaluate_fine_grained(
     device: torch.device | str | None = None,
     num_workers: int = 0,
 ) -> dict[str, Any]:
-    """Ask every question of a dataset. Each picture and each text is embedded once, in however many questions it comes.
+    """Ask every question of a dataset.
+
+    Each picture and each text is embedded once, in however many questions it comes.
 
     Args:
         model, processor, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_images`].
         dataset (`datasets.Dataset`): Of [`~modeling_dclip.data.questions.load_fine_grained`].
 
     Returns:
-        `dict[str, Any]`: `accuracy` over all questions, `<category>_accuracy` and, with two categories or more, their mean
-        `mean_category_accuracy`; of pairs instead `text_score`, `image_score`, `group_score` and the same by category
-        (`<category>_text_score`...). `n` questions or pairs; `chance` by metric; `outcomes` by metric, float64 of shape `(U, 2)`, one row
-        a picture or pair.
+        `dict[str, Any]`: `accuracy` over all questions, `<category>_accuracy` and, with two categories or more, their
+            mean `mean_category_accuracy`; of pairs instead `text_score`, `image_score`, `group_score` and the same by
+            category (`<category>_text_score`...). `n` questions or pairs; `chance` by metric; `outcomes` by metric,
+            float64 of shape `(U, 2)`, one row a picture or pair.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If a column is missing or uneven, a picture can't be read, or a box lies outside it; the id is named.
+        ValueError: If a column is missing or uneven, a picture can't be read, or a box lies outside it; the id is
+            named.
     """
     _check_columns(dataset)
     columns = zip(dataset["captions"][:], dataset["negative_captions"][:], strict=True)

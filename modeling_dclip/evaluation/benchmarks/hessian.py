@@ -1,20 +1,22 @@
-"""How curved a checkpoint's loss is: the largest eigenvalues of its Hessian, and the smallest, on fixed batches of captioned images.
+"""How curved a checkpoint's loss is: the largest eigenvalues of its Hessian, and the smallest, on fixed batches of
+captioned images.
 
-The loss is CLIP's: cross-entropy of an image's own caption among those of its batch, and the other way round, averaged over batches. Every
-batch holds different images with one caption each.
+The loss is CLIP's: cross-entropy of an image's own caption among those of its batch, and the other way round, averaged
+over batches. Every batch holds different images with one caption each.
 
-What the numbers depend on, and so has to be equal where models are compared: the images and captions, the number of **pairs a batch** (a
-caption competes with those of its batch), the **temperature** (the model's own unless given; sharper is more curved), the tower, and how
-the model is parameterised (the same function with layers scaled up and down against each other has another Hessian). Models are in eval
-mode: BatchNorm uses its stored statistics, nothing is dropped.
+What the numbers depend on, and so has to be equal where models are compared: the images and captions, the number of
+**pairs a batch** (a caption competes with those of its batch), the **temperature** (the model's own unless given;
+sharper is more curved), the tower, and how the model is parameterised (the same function with layers scaled up and
+down against each other has another Hessian). Models are in eval mode: BatchNorm uses its stored statistics, nothing is
+dropped.
 
-Products with the Hessian come from differentiating twice, through the plain form of attention: the fused ones have no second derivative.
-DM-CLIP's selective scan has its own. Memory: `(steps + 2)` times the parameters of the tower for Lanczos, and the graph of one batch's
-gradient, two to three times what a training step of that batch needs.
+Products with the Hessian come from differentiating twice, through the plain form of attention: the fused ones have no
+second derivative. DM-CLIP's selective scan has its own. Memory: `(steps + 2)` times the parameters of the tower for
+Lanczos, and the graph of one batch's gradient, two to three times what a training step of that batch needs.
 
-Sources: "How Do Vision Transformers Work?", arXiv 2202.06709, reads the loss surface of image encoders off the Hessian's eigenvalues, the
-negative ones too; products with the Hessian, Pearlmutter 1994, "Fast exact multiplication by the Hessian". The poster of DM-CLIP says that
-Mamba's surface is hard and gives no number.
+Sources: "How Do Vision Transformers Work?", arXiv 2202.06709, reads the loss surface of image encoders off the
+Hessian's eigenvalues, the negative ones too; products with the Hessian, Pearlmutter 1994, "Fast exact multiplication
+by the Hessian". The poster of DM-CLIP says that Mamba's surface is hard and gives no number.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -40,8 +42,10 @@ class Ritz(NamedTuple):
 
     Attributes:
         values (`torch.Tensor` of shape `(S,)`): float64 estimates of eigenvalues.
-        residuals (`torch.Tensor` of shape `(S,)`): Within this distance of each estimate lies an eigenvalue (to the precision of products).
-        weights (`torch.Tensor` of shape `(S,)`): Squared share of the start vector in each; they sum to 1. For the spectral density.
+        residuals (`torch.Tensor` of shape `(S,)`): Within this distance of each estimate lies an eigenvalue (to the
+            precision of products).
+        weights (`torch.Tensor` of shape `(S,)`): Squared share of the start vector in each; they sum to 1. For the
+            spectral density.
     """
 
     values: torch.Tensor
@@ -85,9 +89,10 @@ def lanczos(
         size (`int`): Of the vectors.
         steps (`int`): At most so many products; no more than `size` are made, and then all eigenvalues are exact.
         k (`int`, *optional*, defaults to 1): How many of the largest eigenvalues `tolerance` is about.
-        tolerance (`float`, *optional*, defaults to 0): Stop early once the residuals of the k largest and of the smallest are at most this
-            share of the largest magnitude. 0: all steps.
-        seed (`int`, *optional*, defaults to 0): Of the start vector, which is drawn on the CPU, the same for every device.
+        tolerance (`float`, *optional*, defaults to 0): Stop early once the residuals of the k largest and of the
+            smallest are at most this share of the largest magnitude. 0: all steps.
+        seed (`int`, *optional*, defaults to 0): Of the start vector, which is drawn on the CPU, the same for every
+            device.
         device, dtype (*optional*): Of the vectors.
 
     Returns:
@@ -126,7 +131,8 @@ def lanczos(
             scale = float(found.values.abs().max())
             progress.set_postfix(largest=f"{float(found.values[0]):.4g}", refresh=False)
             if off_diagonal[-1] <= 10 * torch.finfo(dtype).eps * scale:
-                # What the start vector can reach is exhausted; another one finds what it left out, such as repeated eigenvalues.
+                # What the start vector can reach is exhausted; another one finds what it left out, such as repeated
+                # eigenvalues.
                 off_diagonal[-1] = 0.0
                 vector = torch.randn(size, generator=generator, dtype=torch.float32).to(device=device, dtype=dtype)
                 vector = _orthogonalise(vector, basis[: step + 1])
@@ -144,7 +150,8 @@ def spectral_density(
     Args:
         runs (`Sequence[Ritz]`): One or more, from different seeds; the average over them is the estimate.
         points (`int`, *optional*, defaults to 400): Places on the axis.
-        width (`float`, *optional*, defaults to 0.01): Deviation of the Gaussian as a share of the spectrum's width, > 0.
+        width (`float`, *optional*, defaults to 0.01): Deviation of the Gaussian as a share of the spectrum's width, >
+            0.
 
     Returns:
         `tuple`: Eigenvalues and density, each float64 `(points,)`; the density's integral is 1.
@@ -172,7 +179,9 @@ TOWERS = ("image", "text", "all")
 
 
 class PairBatch(NamedTuple):
-    """One batch of B images with one caption each: `pixel_values` (B, 3, H, W), and what `get_text_features` takes, each (B, T)."""
+    """One batch of B images with one caption each: `pixel_values` (B, 3, H, W), and what `get_text_features` takes,
+    each (B, T).
+    """
 
     pixel_values: torch.Tensor
     text_inputs: dict[str, torch.Tensor]
@@ -203,13 +212,14 @@ def draw_batches(
         `list[PairBatch]`: On the CPU.
 
     Raises:
-        ValueError: If there are fewer images than asked for, a batch has fewer than two, or an image or a caption is bad, naming it.
+        ValueError: If there are fewer images than asked for, a batch has fewer than two, or an image or a caption is
+            bad, naming it.
     """
     needed = batches * pairs
     if batches < 1 or pairs < 2 or needed > len(dataset):
         raise ValueError(
-            f"Expected one or more batches of two or more images, together at most the dataset's {len(dataset)}, got {batches} of "
-            f"{pairs}. Lower them or give more images."
+            f"Expected one or more batches of two or more images, together at most the dataset's {len(dataset)}, got "
+            f"{batches} of {pairs}. Lower them or give more images."
         )
     generator = np.random.default_rng(seed)
     dataset = dataset.select(generator.permutation(len(dataset))[:needed])
@@ -238,15 +248,17 @@ def _text_embeds(model: torch.nn.Module, batch: PairBatch) -> torch.Tensor:
 
 
 class ContrastiveLoss:
-    """A model's contrastive loss on fixed batches as a function of one tower's parameters: its value, and products with its Hessian.
+    """A model's contrastive loss on fixed batches as a function of one tower's parameters: its value, and products
+    with its Hessian.
 
-    What the tower does not change is computed once. The model is read, not changed, but for `requires_grad` and its mode: use it inside
-    [`frozen_but`] or on a model of one's own.
+    What the tower does not change is computed once. The model is read, not changed, but for `requires_grad` and its
+    mode: use it inside [`frozen_but`] or on a model of one's own.
 
     Args:
         model (`torch.nn.Module`): A dual encoder, in eval mode, on the device to use, float32 or float64.
         batches (`Sequence[PairBatch]`): On that device.
-        tower (`str`): `"image"` or `"text"`, what an image's or a text's embedding depends on; `"all"`, every parameter.
+        tower (`str`): `"image"` or `"text"`, what an image's or a text's embedding depends on; `"all"`, every
+            parameter.
         temperature (`float`, *optional*): > 0; the model's own if not given.
 
     Raises:
@@ -358,28 +370,37 @@ def evaluate_hessian(
     Args:
         model (`torch.nn.Module`): A dual encoder, in float32 or float64. Comes back as it was.
         processor: The model's, with `image_processor` and `tokenizer`.
-        dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`; `batches * pairs` images are drawn from it.
+        dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`; `batches * pairs` images are drawn from
+            it.
         k (`int`, *optional*, defaults to 5): How many of the largest eigenvalues.
-        steps (`int`, *optional*, defaults to 40): Of Lanczos, at most: one product with the Hessian each, over all batches.
-        batches, pairs (`int`, *optional*, default to 4 and 64): The loss is the mean over so many batches of so many pairs.
-        tower (`str`, *optional*, defaults to `"image"`): `"image"`, `"text"` or `"all"`, where `logit_scale` is a parameter too.
+        steps (`int`, *optional*, defaults to 40): Of Lanczos, at most: one product with the Hessian each, over all
+            batches.
+        batches, pairs (`int`, *optional*, default to 4 and 64): The loss is the mean over so many batches of so many
+            pairs.
+        tower (`str`, *optional*, defaults to `"image"`): `"image"`, `"text"` or `"all"`, where `logit_scale` is a
+            parameter too.
         temperature (`float`, *optional*): Of the loss; the model's own if not given.
-        tolerance (`float`, *optional*, defaults to 0.01): Stop once each number is sure to so much of the largest magnitude.
-        probes (`int`, *optional*, defaults to 0): Runs of all `steps` from other start vectors, for the spectral density.
+        tolerance (`float`, *optional*, defaults to 0.01): Stop once each number is sure to so much of the largest
+            magnitude.
+        probes (`int`, *optional*, defaults to 0): Runs of all `steps` from other start vectors, for the spectral
+            density.
         seed (`int`, *optional*, defaults to 0): Of images, captions and start vectors.
         device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
-        batch_size, num_workers (`int`, *optional*): Moot: no number may depend on them. Taken for likeness with other benchmarks.
+        batch_size, num_workers (`int`, *optional*): Moot: no number may depend on them. Taken for likeness with other
+            benchmarks.
 
     Returns:
-        `dict[str, Any]`: `hessian_eigenvalue_1` (the largest) to `hessian_eigenvalue_<k>`, `hessian_eigenvalue_min` (negative where the loss
-        is not convex), `contrastive_loss` (of these batches, in nats), `n` images, `n_captions`. Further `residuals` (in the order
-        of the eigenvalues: within this distance of each lies an eigenvalue), `parameters` (`int`), `steps` (`int`, those made), and
-        with probes `density` (`eigenvalues` and `density`, lists). `outcomes` is empty: no metric is a mean over images.
+        `dict[str, Any]`: `hessian_eigenvalue_1` (the largest) to `hessian_eigenvalue_<k>`, `hessian_eigenvalue_min`
+            (negative where the loss is not convex), `contrastive_loss` (of these batches, in nats), `n` images,
+            `n_captions`. Further `residuals` (in the order of the eigenvalues: within this distance of each lies an
+            eigenvalue), `parameters` (`int`), `steps` (`int`, those made), and with probes `density` (`eigenvalues`
+            and `density`, lists). `outcomes` is empty: no metric is a mean over images.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: As in [`draw_batches`], [`ContrastiveLoss`] and [`~modeling_dclip.evaluation.benchmarks.hessian.lanczos`]; also if a model is in
-            half precision, whose second derivatives are noise.
+        ValueError: As in [`draw_batches`], [`ContrastiveLoss`] and
+            [`~modeling_dclip.evaluation.benchmarks.hessian.lanczos`]; also if a model is in half precision, whose
+            second derivatives are noise.
     """
     require_dual_encoder(model)
     device = torch.device(device) if device is not None else next(model.parameters()).device

@@ -46,7 +46,8 @@ class EvaluationOptions:
         class_names, templates (`Sequence[str]`, *optional*): Of `zero_shot`, in place of the data's own.
         classifiers ([`ClassifierCache`], *optional*): Of `zero_shot`; by default one in memory.
         index (`str`, *optional*): Of `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
-        hessian (`Mapping[str, str]`, *optional*): Of `hessian`: keyword arguments of [`evaluate_hessian`] as texts, such as `tower`.
+        hessian (`Mapping[str, str]`, *optional*): Of `hessian`: keyword arguments of [`evaluate_hessian`] as texts,
+            such as `tower`.
     """
 
     seed: int = 0
@@ -136,7 +137,9 @@ def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchm
 
 
 class Kind(NamedTuple):
-    """A kind of benchmark: the spec it takes by default, what loads one, the forms of its specs, and what it measures."""
+    """A kind of benchmark: the spec it takes by default, what loads one, the forms of its specs,
+    and what it measures.
+    """
 
     default_spec: str
     load: Callable[[str, str, EvaluationOptions], Benchmark]
@@ -194,7 +197,9 @@ def kind_of(benchmark: str) -> str:
 
 
 def expand_benchmark(benchmark: str) -> list[str]:
-    """Take `zero_shot=suite:ROOT` apart into its sets; any other benchmark is alone. Sets that are not there are named in a warning.
+    """Take `zero_shot=suite:ROOT` apart into its sets; any other benchmark is alone.
+
+    Sets that are not there are named in a warning.
 
     Raises:
         FileNotFoundError, ValueError: As in [`~modeling_dclip.evaluation.benchmarks.suite.expand_suite`].

@@ -1,11 +1,12 @@
 """Retrieval in both directions with any number of captions per image: ranks first, every metric from them.
 
-Definitions, those of the CLIP papers. Text to image asks one question per **caption**: where does its one image come among all images?
-Image to text asks one question per **image**: where do its captions come among all captions of the set? Recall@k is the share of
-questions with **any** right answer among the first k, so an image with five captions needs one of them (not the share of the five).
-MRR is the mean of 1 / rank of the first right answer. mAP is the mean over questions of the average precision over **all** right
-answers, without a cut-off; with one right image per caption, `text_to_image_map` equals `text_to_image_mrr`. The median rank is that of
-the first right answer, the middle of the two middle ones where their number is even. R-sum is the sum of the six recalls at 1, 5 and 10.
+Definitions, those of the CLIP papers. Text to image asks one question per **caption**: where does its one image come
+among all images? Image to text asks one question per **image**: where do its captions come among all captions of the
+set? Recall@k is the share of questions with **any** right answer among the first k, so an image with five captions
+needs one of them (not the share of the five). MRR is the mean of 1 / rank of the first right answer. mAP is the mean
+over questions of the average precision over **all** right answers, without a cut-off; with one right image per
+caption, `text_to_image_map` equals `text_to_image_mrr`. The median rank is that of the first right answer, the middle
+of the two middle ones where their number is even. R-sum is the sum of the six recalls at 1, 5 and 10.
 
 Ties count against the model: [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
 """
@@ -53,12 +54,12 @@ def outcomes_from_ranks(
     Args:
         ranks ([`RetrievalRanks`]): From [`retrieval_ranks`], or from an index.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall, >= 1.
-        depth (`int`, *optional*): Where only so many answers were searched: MRR and mAP then are `mrr@depth` and `map@depth`, in which
-            right answers that were not found add nothing.
+        depth (`int`, *optional*): Where only so many answers were searched: MRR and mAP then are `mrr@depth` and
+            `map@depth`, in which right answers that were not found add nothing.
 
     Returns:
-        `dict[str, torch.Tensor]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, each float64 of shape `(I, 2)`. The metric is the
-        sum of column 0 over the sum of column 1; an image is what to resample.
+        `dict[str, torch.Tensor]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, each float64 of shape `(I, 2)`.
+            The metric is the sum of column 0 over the sum of column 1; an image is what to resample.
 
     Raises:
         ValueError: If a cut-off is below 1 or above the depth, or there is none.
@@ -109,8 +110,9 @@ def metrics_from_ranks(
         ranks, ks, depth: As in [`outcomes_from_ranks`].
 
     Returns:
-        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1]; `{text_to_image,image_to_text}_median_rank`,
-        >= 1 (left out if the answer was not found to at least half of the questions); and `rsum`, in [0, 6], if 1, 5 and 10 are among the cut-offs.
+        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1];
+            `{text_to_image,image_to_text}_median_rank`, >= 1 (left out if the answer was not found to at least half of
+            the questions); and `rsum`, in [0, 6], if 1, 5 and 10 are among the cut-offs.
 
     Raises:
         ValueError: As in [`outcomes_from_ranks`].
@@ -145,20 +147,22 @@ def retrieval_metrics(
     """Recall@k, MRR, mAP and median rank in both directions: ranks, then [`metrics_from_ranks`].
 
     Args:
-        image_embeds, text_embeds, image_of_caption, chunk_size: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
+        image_embeds, text_embeds, image_of_caption, chunk_size: As in
+            [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall.
-        index (`str`, *optional*): `"faiss"` or `"faiss:FACTORY"` searches an approximate index instead of everything, for sets too large
-            for that: [`~modeling_dclip.evaluation.benchmarks.retrieval_index.approximate_ranks`].
+        index (`str`, *optional*): `"faiss"` or `"faiss:FACTORY"` searches an approximate index instead of everything,
+            for sets too large for that: [`~modeling_dclip.evaluation.benchmarks.retrieval_index.approximate_ranks`].
         depth (`int`, *optional*, defaults to 100): Answers to ask the index for; ignored without one.
 
     Returns:
-        `dict[str, float]`: Those of [`metrics_from_ranks`]. With an index, MRR and mAP are cut off (`mrr@100`, `map@100`) and
-        `{text_to_image,image_to_text}_index_recall@k` say which share of the exact first k answers the index found.
+        `dict[str, float]`: Those of [`metrics_from_ranks`]. With an index, MRR and mAP are cut off (`mrr@100`,
+            `map@100`) and `{text_to_image,image_to_text}_index_recall@k` say which share of the exact first k answers
+            the index found.
 
     Raises:
         ImportError: If an index is asked for and `faiss-cpu` is not installed.
-        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`], [`metrics_from_ranks`] and
-            [`~modeling_dclip.evaluation.benchmarks.retrieval_index.approximate_ranks`].
+        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`],
+            [`metrics_from_ranks`] and [`~modeling_dclip.evaluation.benchmarks.retrieval_index.approximate_ranks`].
 
     Example:
         >>> retrieval_metrics(torch.eye(3), torch.eye(3), torch.arange(3))["text_to_image_recall@1"]
@@ -190,8 +194,8 @@ def embeddings_of_pairs(
     """
     if not len(image_embeds) == len(text_embeds) == len(image_ids):
         raise ValueError(
-            f"Expected as many image embeddings as text embeddings and ids, got {len(image_embeds)}, {len(text_embeds)} and "
-            f"{len(image_ids)}."
+            f"Expected as many image embeddings as text embeddings and ids, got {len(image_embeds)}, "
+            f"{len(text_embeds)} and {len(image_ids)}."
         )
     rows: dict[Any, int] = {}
     owners = torch.tensor([rows.setdefault(image_id, len(rows)) for image_id in image_ids], dtype=torch.long)
@@ -202,8 +206,9 @@ def embeddings_of_pairs(
         if differs.any():
             row = start + int(differs.nonzero()[0])
             raise ValueError(
-                f"Expected one embedding for each image, got two for {image_ids[row]!r}: rows {int(first[owners[row]])} and {row} "
-                f"differ. Embed each image once, or give different images different ids."
+                f"Expected one embedding for each image, got two for {image_ids[row]!r}: rows "
+                f"{int(first[owners[row]])} and {row} differ. Embed each image once, or give different images "
+                "different ids."
             )
     return DatasetEmbeddings(images, text_embeds, owners)
 
@@ -223,7 +228,8 @@ def evaluate_retrieval(
     """Embed a dataset and measure retrieval on it, both on the model's device.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        model, processor, dataset, batch_size, device, num_workers: As in
+            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
         ks, index, depth: As in [`retrieval_metrics`].
 
     Returns:
@@ -231,7 +237,8 @@ def evaluate_retrieval(
         ([`outcomes_from_ranks`], for intervals).
 
     Raises:
-        ImportError, ValueError: As in [`retrieval_metrics`]; also as in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        ImportError, ValueError: As in [`retrieval_metrics`]; also as in
+            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
         TypeError: If the model is not a dual encoder.
     """
     if index is not None:

@@ -1,9 +1,10 @@
 """Approximate ranks for sets too large to compare everything with everything: a FAISS index, and what it misses.
 
-Unless another is named, the index is an inverted file (IVF) with exact vectors: images or captions are sorted into cells by k-means, and
-a query looks into the cells nearest to it. It is chosen over a graph (HNSW) because it is built in a fraction of the time, and because
-the number of cells, set after building, goes all the way to exact search: queries of one kind lie far from the answers of the other
-(the modality gap), so how many cells are needed has to be measured. It is, on queries that the report then does not use.
+Unless another is named, the index is an inverted file (IVF) with exact vectors: images or captions are sorted into
+cells by k-means, and a query looks into the cells nearest to it. It is chosen over a graph (HNSW) because it is built
+in a fraction of the time, and because the number of cells, set after building, goes all the way to exact search:
+queries of one kind lie far from the answers of the other (the modality gap), so how many cells are needed has to be
+measured. It is, on queries that the report then does not use.
 """
 
 import math
@@ -57,8 +58,8 @@ def find_faiss(index: str) -> ModuleType:
         import faiss
     except ImportError as error:
         raise ImportError(
-            f"Expected faiss-cpu for the index {index!r}, got no such package. Install it with `pip install modeling_dclip[index]`, or "
-            f"leave the index out: exact search needs little memory, only more time."
+            f"Expected faiss-cpu for the index {index!r}, got no such package. Install it with `pip install "
+            "modeling_dclip[index]`, or leave the index out: exact search needs little memory, only more time."
         ) from error
     return faiss
 
@@ -78,28 +79,34 @@ def approximate_ranks(
 ) -> tuple[RetrievalRanks, dict[str, float]]:
     """Rank relevant pairs among the answers of an index, and measure the index against exact search.
 
-    What the index does not return is not found, whatever its similarity; ties among what it returns count against the model.
+    What the index does not return is not found, whatever its similarity; ties among what it returns count against the
+    model.
 
     Args:
-        image_embeds, text_embeds, image_of_caption: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
-        index (`str`, *optional*, defaults to `"faiss"`): That is an inverted file of about 4 * sqrt(n) cells, or a scan of all where there
-            are too few vectors for one. `"faiss:FACTORY"` takes an index of FAISS's `index_factory`, e.g. `"faiss:HNSW32"`.
+        image_embeds, text_embeds, image_of_caption: As in
+            [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
+        index (`str`, *optional*, defaults to `"faiss"`): That is an inverted file of about 4 * sqrt(n) cells, or a
+            scan of all where there are too few vectors for one. `"faiss:FACTORY"` takes an index of FAISS's
+            `index_factory`, e.g. `"faiss:HNSW32"`.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Where to measure the index.
         depth (`int`, *optional*, defaults to 100): Answers to ask for, at least the largest cut-off.
-        target_recall (`float`, *optional*, defaults to 0.99): Share of the exact first `max(ks)` answers that is enough, in (0, 1]: the
-            effort of an inverted file or a graph is doubled until it is reached on a sample of queries.
-        sample (`int`, *optional*, defaults to 1000): Queries to tune with, and as many others to report on (or half of them each).
+        target_recall (`float`, *optional*, defaults to 0.99): Share of the exact first `max(ks)` answers that is
+            enough, in (0, 1]: the effort of an inverted file or a graph is doubled until it is reached on a sample of
+            queries.
+        sample (`int`, *optional*, defaults to 1000): Queries to tune with, and as many others to report on (or half of
+            them each).
         seed (`int`, *optional*, defaults to 0): Of the sample, and of what cells are made from.
 
     Returns:
         `tuple`: [`RetrievalRanks`] in which [`NOT_FOUND`] stands for what was not returned, and
-        `{text_to_image,image_to_text}_index_recall@k`: the share of the exact first k answers that is among the index's first k, by the
-        queries that the effort was not tuned on. An answer as similar as the exact k-th counts.
+        `{text_to_image,image_to_text}_index_recall@k`: the share of the exact first k answers that is among the
+            index's first k, by the queries that the effort was not tuned on. An answer as similar as the exact k-th
+            counts.
 
     Raises:
         ImportError: If `faiss-cpu` is not installed.
-        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.check_embeddings`]; also if an argument is out of range, or FAISS
-            refuses the factory.
+        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.check_embeddings`]; also if an
+            argument is out of range, or FAISS refuses the factory.
     """
     faiss = find_faiss(index)
     check_embeddings(image_embeds, text_embeds, image_of_caption)
@@ -134,8 +141,8 @@ def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "",
     Args:
         faiss (`ModuleType`): Of [`find_faiss`].
         items (`torch.Tensor` of shape `(N, D)`): What is to be found.
-        factory (`str`, *optional*, defaults to `""`): Of FAISS's `index_factory`; without one an inverted file of about 4 * sqrt(N)
-            cells, or a scan of all where there are too few vectors for one.
+        factory (`str`, *optional*, defaults to `""`): Of FAISS's `index_factory`; without one an inverted file of
+            about 4 * sqrt(N) cells, or a scan of all where there are too few vectors for one.
         seed (`int`, *optional*, defaults to 0): Of what cells are made from.
 
     Returns:
@@ -156,7 +163,8 @@ def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "",
             index.add(unit_rows(rows).numpy())
     except RuntimeError as error:
         raise ValueError(
-            f"Expected an index that FAISS can build over {len(items)} vectors of width {items.shape[1]}, got {factory!r}: {error}"
+            f"Expected an index that FAISS can build over {len(items)} vectors of width {items.shape[1]}, got "
+            f"{factory!r}: {error}"
         ) from error
     return index
 
@@ -194,8 +202,8 @@ def _shares_found(
 
 
 def effort_of(faiss: ModuleType, index: Any) -> tuple[Any, str, int] | None:
-    """Where an index's effort is set: the object, the name of its attribute (`nprobe` of an inverted file, `efSearch` of a graph) and its
-    highest value; None if it has none."""
+    """Where an index's effort is set: the object, the name of its attribute (`nprobe` of an inverted file, `efSearch`
+    of a graph) and its highest value; None if it has none."""
     bare = faiss.downcast_index(index)
     if isinstance(bare, faiss.IndexIVF):
         return bare, "nprobe", bare.nlist
@@ -218,7 +226,8 @@ def tune_faiss_index(
         target (`float`, *optional*, defaults to 0.99): Share of the exact first k that is enough.
 
     Returns:
-        `float`: The share of the exact first k answers that is among the index's first k, by the second half of the queries.
+        `float`: The share of the exact first k answers that is among the index's first k, by the second half of the
+            queries.
 
     Raises:
         ValueError: If there are fewer than two queries.

@@ -1,9 +1,10 @@
 """Exact ranks of every relevant pair in both directions, for any number of captions per image and sets of any size.
 
-The similarity matrix exists one tile at a time, computed in float32 whatever the embeddings are, and nothing else grows faster than the
-number of images or captions. Ties count **against** the model: another image or caption whose cosine is equal to, or less than
-[`TIE_TOLERANCE`] below, the relevant one's ranks before it, so a collapsed model scores at the floor and equal embeddings do not depend
-on rounding, tiling or order. Relevant captions of one image that tie rank by index among themselves.
+The similarity matrix exists one tile at a time, computed in float32 whatever the embeddings are, and nothing else
+grows faster than the number of images or captions. Ties count **against** the model: another image or caption whose
+cosine is equal to, or less than [`TIE_TOLERANCE`] below, the relevant one's ranks before it, so a collapsed model
+scores at the floor and equal embeddings do not depend on rounding, tiling or order. Relevant captions of one image
+that tie rank by index among themselves.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-# Four units in the last place of 1.0 in float32: what a dot product of unit vectors may move by when it is summed in another order.
+# Four units in the last place of 1.0 in float32: what a dot product of unit vectors may move by when it is summed in
+# another order.
 TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
-# Captions in a tile; it has four times as many images. On a CPU a tile stays in its cache, on a GPU a call has to be worth its launch.
+# Captions in a tile; it has four times as many images. On a CPU a tile stays in its cache, on a GPU a call has to be
+# worth its launch.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 512, 4096
 _ROWS = 4096  # of embeddings that are looked at together outside the tiles
 _WIDE = 64  # images that have to share a slot for a call of its own
@@ -26,8 +29,8 @@ class RetrievalRanks(NamedTuple):
 
     Attributes:
         text_to_image (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption's image among all images.
-        image_to_text (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption among all captions for its own image. The best
-            of an image's ranks is the rank of its first hit.
+        image_to_text (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption among all captions for its own
+            image. The best of an image's ranks is the rank of its first hit.
         image_of_caption (`torch.Tensor` of shape `(C,)`): int64.
     """
 
@@ -70,24 +73,26 @@ def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, imag
         image_embeds, text_embeds, image_of_caption: As in [`retrieval_ranks`].
 
     Raises:
-        ValueError: If widths or devices differ, something is empty, zero or not finite, an index is out of range, or an image has no caption.
+        ValueError: If widths or devices differ, something is empty, zero or not finite, an index is out of range, or
+            an image has no caption.
     """
     if image_embeds.device != text_embeds.device:
         raise ValueError(
-            f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for texts."
+            f"Expected embeddings on one device, got {image_embeds.device} for images and {text_embeds.device} for "
+            "texts."
         )
     check_rows(image_embeds, "image_embeds")
     check_rows(text_embeds, "text_embeds")
     if image_embeds.shape[1] != text_embeds.shape[1]:
         raise ValueError(
-            f"Expected embeddings of one width, got {image_embeds.shape[1]} for images and {text_embeds.shape[1]} for texts. Do "
-            f"both come from one model?"
+            f"Expected embeddings of one width, got {image_embeds.shape[1]} for images and {text_embeds.shape[1]} for "
+            "texts. Do both come from one model?"
         )
     images, captions = len(image_embeds), len(text_embeds)
     if image_of_caption.shape != (captions,) or image_of_caption.is_floating_point():
         raise ValueError(
-            f"Expected image_of_caption as {captions} integers, one per caption, got {image_of_caption.dtype} of shape "
-            f"{tuple(image_of_caption.shape)}."
+            f"Expected image_of_caption as {captions} integers, one per caption, got {image_of_caption.dtype} of "
+            f"shape {tuple(image_of_caption.shape)}."
         )
     outside = (image_of_caption < 0) | (image_of_caption >= images)
     if outside.any():
@@ -98,14 +103,16 @@ def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, imag
     lonely = (torch.bincount(image_of_caption.long(), minlength=images) == 0).nonzero()[:, 0]
     if len(lonely):
         raise ValueError(
-            f"Expected at least one caption per image, got none for {len(lonely)} images, the first at {lonely[:5].tolist()}. "
-            f"Remove these images."
+            f"Expected at least one caption per image, got none for {len(lonely)} images, the first at "
+            f"{lonely[:5].tolist()}. Remove these images."
         )
 
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in float32 proper: neither autocast nor the shorter formats that a user may allow for training."""
+    """Multiply matrices in float32 proper: neither autocast nor the shorter formats that a user may allow for
+    training.
+    """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -126,11 +133,14 @@ def retrieval_ranks(
     """Rank every relevant pair in both directions.
 
     Args:
-        image_embeds (`torch.Tensor` of shape `(I, D)`): Any scale and float type; normalised here, computed in float32 where it lies.
+        image_embeds (`torch.Tensor` of shape `(I, D)`): Any scale and float type; normalised here, computed in float32
+            where it lies.
         text_embeds (`torch.Tensor` of shape `(C, D)`): Likewise, on the same device.
-        image_of_caption (`torch.Tensor` of shape `(C,)`): Row in `image_embeds` of each caption's image; every image at least once.
-        chunk_size (`int`, *optional*): Captions in a tile; it has four times as many images. Does not change the result. By default
-            512 on a CPU and 4,096 on a GPU: tiles of 8 MiB and 512 MiB, beside which only some vectors are held.
+        image_of_caption (`torch.Tensor` of shape `(C,)`): Row in `image_embeds` of each caption's image; every image
+            at least once.
+        chunk_size (`int`, *optional*): Captions in a tile; it has four times as many images. Does not change the
+            result. By default 512 on a CPU and 4,096 on a GPU: tiles of 8 MiB and 512 MiB, beside which only some
+            vectors are held.
 
     Returns:
         [`RetrievalRanks`]: On the CPU. Resample by image for intervals: an image's captions are not independent.
@@ -145,7 +155,8 @@ def retrieval_ranks(
     chunk_size = chunk_size or (CHUNK_ON_CPU if device.type == "cpu" else CHUNK_ON_GPU)
     owners = image_of_caption.to(device=device, dtype=torch.long)
 
-    # Images with the most captions first: those with a j-th caption are then a prefix, and ragged captions waste no work.
+    # Images with the most captions first: those with a j-th caption are then a prefix, and ragged captions waste no
+    # work.
     by_count = torch.argsort(torch.bincount(owners), descending=True, stable=True)
     place = torch.empty_like(by_count)
     place[by_count] = torch.arange(len(by_count), device=device)
@@ -201,7 +212,9 @@ def _count_wrong_before(
     images_with_slot: list[int],
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count, tile by tile, the wrong items that reach the bars: images per caption, and captions in the order of `image_bar`; both (C,)."""
+    """Count, tile by tile, the wrong items that reach the bars:
+    images per caption, and captions in the order of `image_bar`; both (C,).
+    """
     device = texts.device
     before_image = torch.zeros(len(texts), dtype=torch.long, device=device)
     before_caption = torch.zeros(len(texts), dtype=torch.long, device=device)
@@ -230,7 +243,9 @@ def _count_wrong_before(
 def _bars_of_images(
     images_with_slot: list[int], left: int, images: int, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Where the bars of some images in a row lie: slots that many of them have, as `(start, width)`, and all others as positions and columns."""
+    """Where the bars of some images in a row lie: slots that many of them have, as `(start, width)`,
+    and all others as positions and columns.
+    """
     wide, positions, columns, start = [], [], [], left
     for total in images_with_slot:
         width = min(total - left, images)

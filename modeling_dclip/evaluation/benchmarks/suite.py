@@ -1,12 +1,15 @@
-"""The suite of `clip-benchmark/wds_*` classification sets, the metric each reports, and the averages that papers make of them.
+"""The suite of `clip-benchmark/wds_*` classification sets, the metric each reports, and the averages that papers make
+of them.
 
-The 38 sets are those that DM-CLIP's result files list. The metric is the set's usual one, as DataComp's evaluation defines it: accuracy, mean per
-class where classes are uneven, mean average precision where an image has several labels. (DataComp's own 38 are others: 29 of these,
-Food-101, and eight of retrieval, WinoGAViL, WILDS and fairness, most of which take other metrics.)
+The 38 sets are those that DM-CLIP's result files list. The metric is the set's usual one, as DataComp's evaluation
+defines it: accuracy, mean per class where classes are uneven, mean average precision where an image has several
+labels. (DataComp's own 38 are others: 29 of these, Food-101, and eight of retrieval, WinoGAViL, WILDS and fairness,
+most of which take other metrics.)
 
 Averages are of the sets that were measured, and say how many those are: an average over fewer is another number.
 
-Source: [Mcode] result files and its plot, for the 38 and the 23; DataComp's task list, for the metrics and the two groups; PAPERS.md.
+Source: [Mcode] result files and its plot, for the 38 and the 23; DataComp's task list, for the metrics and the two
+groups; PAPERS.md.
 """
 
 import re
@@ -69,8 +72,8 @@ class Average(NamedTuple):
 
 _IMAGENET_SHIFTS = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
 _DM_CLIP = """objectnet fer2013 voc2007 sun397 cars mnist stl10 gtsrb vtab-cifar10 vtab-cifar100 imagenet1k vtab-pets
-vtab-clevr_closest_object_distance vtab-caltech101 vtab-svhn vtab-dmlab vtab-eurosat vtab-diabetic_retinopathy vtab-resisc45 imagenetv2
-imagenet_sketch imagenet-r imagenet-o"""
+vtab-clevr_closest_object_distance vtab-caltech101 vtab-svhn vtab-dmlab vtab-eurosat vtab-diabetic_retinopathy
+vtab-resisc45 imagenetv2 imagenet_sketch imagenet-r imagenet-o"""
 _VTAB = """vtab-caltech101 vtab-cifar100 vtab-clevr_count_all vtab-clevr_closest_object_distance vtab-dtd vtab-eurosat
 vtab-kitti_closest_vehicle_distance vtab-flowers vtab-pets vtab-pcam vtab-resisc45 vtab-svhn sun397"""
 
@@ -93,7 +96,10 @@ class SuiteMembers(NamedTuple):
 
 
 class SuiteAverage(NamedTuple):
-    """A mean over `n_measured` of `n_defined` sets; the others are `missing`. `value` is `None` where none was measured."""
+    """A mean over `n_measured` of `n_defined` sets; the others are `missing`.
+
+    `value` is `None` where none was measured.
+    """
 
     value: float | None
     n_measured: int
@@ -102,7 +108,8 @@ class SuiteAverage(NamedTuple):
 
 
 def _folders(name: str) -> list[str]:
-    # clip-benchmark's and DataComp's ways to call one set: with or without vtab- (CIFAR-10), with or without the split.
+    # clip-benchmark's and DataComp's ways to call one set: with or without vtab- (CIFAR-10), with or without the
+    # split.
     stems = [name, name.removeprefix("vtab-")] if name.startswith("vtab-") else [name]
     return [f"wds_{stem}{end}" for stem in dict.fromkeys(stems) for end in ("", "_test")]
 
@@ -115,9 +122,9 @@ def expand_suite(spec: str) -> SuiteMembers:
     """Find the sets of the suite.
 
     Args:
-        spec (`str`): `suite:ROOT[:SPLIT]`, split `test` by default. ROOT holds the folders `wds_<name>` (also `wds_<name>_test`, as
-            DataComp calls them), or is an address under which they are; `{}` in it stands for `wds_<name>`. The Hub's are at
-            `https://huggingface.co/datasets/clip-benchmark`.
+        spec (`str`): `suite:ROOT[:SPLIT]`, split `test` by default. ROOT holds the folders `wds_<name>` (also
+            `wds_<name>_test`, as DataComp calls them), or is an address under which they are; `{}` in it stands for
+            `wds_<name>`. The Hub's are at `https://huggingface.co/datasets/clip-benchmark`.
 
     Returns:
         [`SuiteMembers`]: Specs for [`~modeling_dclip.data.labels.load_classification`], in the suite's order.
@@ -184,7 +191,8 @@ def suite_averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, SuiteA
         results (`Mapping[str, Mapping[str, Any]]`): Metrics by name of the suite.
 
     Returns:
-        `dict[str, SuiteAverage]`: All of [`AVERAGES`], each over the sets among `results` that have its metric, all alike in weight.
+        `dict[str, SuiteAverage]`: All of [`AVERAGES`], each over the sets among `results` that have its metric, all
+            alike in weight.
 
     Raises:
         ValueError: If a name is not of the suite.
@@ -206,7 +214,8 @@ def averages_of_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Suite
     """The averages of one model's results records.
 
     Args:
-        records (`Sequence[Mapping[str, Any]]`): With `benchmark` (`zero_shot=wds:...`) and `metrics`; others are passed over.
+        records (`Sequence[Mapping[str, Any]]`): With `benchmark` (`zero_shot=wds:...`) and `metrics`; others are
+            passed over.
 
     Returns:
         `dict[str, SuiteAverage]`: As [`suite_averages`].

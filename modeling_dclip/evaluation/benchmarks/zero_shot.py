@@ -1,7 +1,7 @@
 """Zero-shot classification as CLIP does it: a class is the mean of its prompts' embeddings.
 
-Every template is filled with the class name, embedded and normalised; the mean over templates is normalised again. Ties count
-against the model, as in retrieval.
+Every template is filled with the class name, embedded and normalised; the mean over templates is normalised again.
+Ties count against the model, as in retrieval.
 
 Source: CLIP's published prompt-ensembling procedure.
 """
@@ -39,7 +39,8 @@ def label_ranks(
 
     Args:
         image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
-        classifier (`torch.Tensor` of shape `(K, D)`): Of [`~modeling_dclip.evaluation.benchmarks.zero_shot.build_classifier`].
+        classifier (`torch.Tensor` of shape `(K, D)`): Of
+            [`~modeling_dclip.evaluation.benchmarks.zero_shot.build_classifier`].
         labels (`torch.Tensor` of shape `(I,)`): Integers in [0, K).
         class_names (`Sequence[str]`, *optional*): K names. A class does not rank before an earlier one of its name.
 
@@ -79,8 +80,9 @@ def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -
         classes (`int`): K.
 
     Returns:
-        `dict[str, torch.Tensor]`: float64 `(I, 2)` under `top1`, with five classes or more `top5`, and `mean_per_class`, the mean of the
-        accuracies of the classes that have an image: there an image weighs one over the number of images of its class.
+        `dict[str, torch.Tensor]`: float64 `(I, 2)` under `top1`, with five classes or more `top5`, and
+            `mean_per_class`, the mean of the accuracies of the classes that have an image: there an image weighs one
+            over the number of images of its class.
     """
     ones = torch.ones(len(ranks), dtype=torch.float64)
     hits = {"top1": (ranks <= 1).double()}
@@ -94,8 +96,8 @@ def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -
 def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
     """Area under precision over recall, as a sum over the thresholds, without interpolation.
 
-    Ties: images of one score are found together, so the order among them does not matter; each counts the precision after the last
-    of them, as in scikit-learn.
+    Ties: images of one score are found together, so the order among them does not matter; each counts the precision
+    after the last of them, as in scikit-learn.
 
     Args:
         scores (`torch.Tensor` of shape `(I,)`): Higher is more relevant.
@@ -113,8 +115,8 @@ def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
     """
     if scores.ndim != 1 or scores.shape != relevant.shape or not relevant.any():
         raise ValueError(
-            f"Expected two vectors of one length with something relevant, got {tuple(scores.shape)} and {tuple(relevant.shape)} with "
-            f"{int(relevant.sum())} relevant."
+            f"Expected two vectors of one length with something relevant, got {tuple(scores.shape)} and "
+            f"{tuple(relevant.shape)} with {int(relevant.sum())} relevant."
         )
     ordered, order = scores.sort(descending=True, stable=True)
     found = relevant[order].double().cumsum(dim=0)
@@ -125,7 +127,9 @@ def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
 
 
 def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over the classes of [`average_precision`] among all images. A class that no image has is left out: its precision is undefined.
+    """Mean over the classes of [`average_precision`] among all images.
+
+    A class that no image has is left out: its precision is undefined.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
@@ -153,13 +157,16 @@ def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor,
     return sum(found) / len(found)
 
 
-# Zero-shot classifiers kept on disk and in memory: 1,000 classes of 80 prompts are read once a text encoder, not once an evaluation.
+# Zero-shot classifiers kept on disk and in memory: 1,000 classes of 80 prompts are read once a text encoder, not once
+# an evaluation.
 #
-# An entry's key is the content of what made it: the text side's weights and settings, names, templates, and the token ids that the
-# tokenizer makes of them. Checkpoints that a frozen text encoder have its classifiers in common, whatever became of their image encoders.
+# An entry's key is the content of what made it: the text side's weights and settings, names, templates, and the token
+# ids that the tokenizer makes of them. Checkpoints that a frozen text encoder have its classifiers in common, whatever
+# became of their image encoders.
 
 
-# Parameters of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass. A name not listed counts as the text side's.
+# Parameters of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass. A name not listed counts as
+# the text side's.
 _NOT_TEXT = re.compile(r"(model\.)?(vision_model\.|visual_projection\.|visual\.|logit_scale$|logit_bias$)")
 _PROVENANCE = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # of a config: not what it computes
 _PROMPTS_AT_A_TIME = 8192
@@ -173,7 +180,9 @@ def default_cache_dir() -> Path:
 
 @torch.no_grad()
 def fingerprint_text_encoder(model: torch.nn.Module) -> str:
-    """A key of how a model reads token ids: kind, settings and weights of all that is not its image encoder. Hexadecimal SHA-256.
+    """A key of how a model reads token ids: kind, settings and weights of all that is not its image encoder.
+
+    Hexadecimal SHA-256.
 
     Args:
         model (`torch.nn.Module`): A dual encoder.
@@ -194,7 +203,9 @@ def fingerprint_text_encoder(model: torch.nn.Module) -> str:
 
 
 def fingerprint_tokens(processor: Any, prompts: Sequence[str]) -> str:
-    """A key of what a tokenizer makes of prompts: their token ids, whatever kind of tokenizer it is. Hexadecimal SHA-256.
+    """A key of what a tokenizer makes of prompts: their token ids, whatever kind of tokenizer it is.
+
+    Hexadecimal SHA-256.
 
     Args:
         processor: With `tokenizer`, or a tokenizer itself.
@@ -211,12 +222,12 @@ def fingerprint_tokens(processor: Any, prompts: Sequence[str]) -> str:
 class ClassifierCache:
     """Classifiers by content, on disk and in memory.
 
-    Files are written whole or not at all, so a killed run leaves no half of one, and several processes may share a folder. Those used
-    longest ago are deleted when the folder grows beyond its bound.
+    Files are written whole or not at all, so a killed run leaves no half of one, and several processes may share a
+    folder. Those used longest ago are deleted when the folder grows beyond its bound.
 
     Args:
-        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. [`default_cache_dir`]. Without one, classifiers are kept in
-            memory alone.
+        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. [`default_cache_dir`]. Without one,
+            classifiers are kept in memory alone.
         limit_mib (`int`, *optional*, defaults to 1024): Bound of the folder in MiB, >= 1.
 
     Raises:
@@ -327,7 +338,8 @@ def build_classifier(
 
     Args:
         model, processor, device: As in [`~modeling_dclip.evaluation.embedding.embed_texts`].
-        class_names (`Sequence[str]`): K non-empty names. Classes of one name, as ImageNet's usual list has them, get equal rows and a warning.
+        class_names (`Sequence[str]`): K non-empty names. Classes of one name, as ImageNet's usual list has them, get
+            equal rows and a warning.
         templates (`Sequence[str]`): Each with one place for the name, `{}` or `{c}`.
         batch_size (`int`, *optional*, defaults to 256): Prompts at a time.
         classifiers ([`ClassifierCache`], *optional*): Where to look first, and to keep what is built.
@@ -336,15 +348,16 @@ def build_classifier(
         `torch.Tensor` of shape `(K, D)`: float32, L2-normalised, on the CPU.
 
     Raises:
-        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one place.
+        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one
+            place.
     """
     names, templates = check_prompts(class_names, templates)
     distinct = list(dict.fromkeys(names))
     if len(distinct) < len(names):
         repeated = next(name for name in distinct if names.count(name) > 1)
         warnings.warn(
-            f"{len(names) - len(distinct)} of {len(names)} classes have the name of another one, e.g. {repeated!r}: the model cannot tell "
-            f"them apart, and the first of them is taken.",
+            f"{len(names) - len(distinct)} of {len(names)} classes have the name of another one, e.g. {repeated!r}: "
+            "the model cannot tell them apart, and the first of them is taken.",
             stacklevel=2,
         )
 
@@ -373,14 +386,15 @@ def _read_labels(dataset: Dataset, classes: int) -> torch.Tensor:
         if wrong:
             got = values[wrong[0]]
             raise ValueError(
-                f"Expected {classes} zeros and ones an image, one per class name, got {None if got is None else len(got)} in row {wrong[0]} "
-                f"({len(wrong)} such rows)."
+                f"Expected {classes} zeros and ones an image, one per class name, got "
+                f"{None if got is None else len(got)} in row {wrong[0]} ({len(wrong)} such rows)."
             )
         return torch.tensor(values)
     wrong = [row for row, value in enumerate(values) if not isinstance(value, int) or not 0 <= value < classes]
     if wrong:
         raise ValueError(
-            f"Expected integer labels in [0, {classes}), got {values[wrong[0]]!r} in row {wrong[0]} ({len(wrong)} such rows)."
+            f"Expected integer labels in [0, {classes}), got {values[wrong[0]]!r} in row {wrong[0]} ({len(wrong)} "
+            "such rows)."
         )
     return torch.tensor(values)
 
@@ -401,19 +415,20 @@ def evaluate_zero_shot(
 
     Args:
         model, processor, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_images`].
-        dataset (`datasets.Dataset`): With `image` and `label`: an integer, a `ClassLabel` with one name per class name, or where an
-            image may be of several classes a list of K zeros and ones.
+        dataset (`datasets.Dataset`): With `image` and `label`: an integer, a `ClassLabel` with one name per class
+            name, or where an image may be of several classes a list of K zeros and ones.
         class_names, templates, classifiers: As in [`build_classifier`].
 
     Returns:
-        `dict[str, Any]`: `n` and the metrics, in [0, 1]. One label an image: `top1`; `top5` with five classes or more; `mean_per_class`, the
-        mean accuracy of the classes that have images; `outcomes` per image of each, as
-        [`~modeling_dclip.evaluation.benchmarks.zero_shot.accuracy_outcomes`] gives them. Several labels: `map`, as
-        [`~modeling_dclip.evaluation.benchmarks.zero_shot.mean_average_precision`] gives it.
+        `dict[str, Any]`: `n` and the metrics, in [0, 1]. One label an image: `top1`; `top5` with five classes or more;
+            `mean_per_class`, the mean accuracy of the classes that have images; `outcomes` per image of each, as
+            [`~modeling_dclip.evaluation.benchmarks.zero_shot.accuracy_outcomes`] gives them. Several labels: `map`, as
+            [`~modeling_dclip.evaluation.benchmarks.zero_shot.mean_average_precision`] gives it.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If the dataset names another number of classes, a label is out of range, or as in [`build_classifier`].
+        ValueError: If the dataset names another number of classes, a label is out of range, or as in
+            [`build_classifier`].
     """
     labels = _read_labels(dataset, len(class_names))
     prompts = {"batch_size": 4 * batch_size, "device": device, "classifiers": classifiers}

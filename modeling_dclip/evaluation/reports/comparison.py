@@ -1,7 +1,7 @@
 """Compare two results files: metric by metric, with the difference's interval, and what else differs.
 
-On the same data with the outcomes of every image beside both files, the difference is bootstrapped in pairs; else it comes from the records'
-own intervals, as if the two had seen other images; else there is none.
+On the same data with the outcomes of every image beside both files, the difference is bootstrapped in pairs; else it
+comes from the records' own intervals, as if the two had seen other images; else there is none.
 """
 
 import math
@@ -18,12 +18,14 @@ from modeling_dclip.evaluation.statistics import bootstrap_differences, unpaired
 _MEASURED = {"metrics", "intervals", "draws", "comparison", "label", "created", "format_version"}
 _HASHES = {"revision", "dataset_fingerprint"}
 _WORDS = {"dataset_fingerprint": "data", "n_captions": "captions", "revision": "weights"}
-# Rows that differ in one of these do not answer one question. Other weights are the question; commands differ with them.
+# Rows that differ in one of these do not answer one question. Other weights are the question; commands differ with
+# them.
 _DECISIVE = ("dataset_fingerprint", "split", "n", "n_captions", "settings")
 
 
 def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record was measured on, one entry each: versions, hardware and settings become `versions.torch` and so on.
+    """What a record was measured on, one entry each: versions, hardware and settings become `versions.torch` and so
+    on.
 
     Args:
         record (`dict`): From [`~modeling_dclip.evaluation.records.read_results`], or any JSON of a benchmark.
@@ -80,10 +82,12 @@ def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False)
 
     Args:
         records (`Sequence[dict]`): Rows of one table.
-        timed (`bool`, *optional*, defaults to `False`): Whether times or memory are compared, so that other hardware matters too.
+        timed (`bool`, *optional*, defaults to `False`): Whether times or memory are compared, so that other hardware
+            matters too.
 
     Returns:
-        `list[str]`: One sentence for each field that differs: the data, split, numbers, settings, seeds, versions of packages.
+        `list[str]`: One sentence for each field that differs: the data, split, numbers, settings, seeds, versions of
+            packages.
     """
     flat = [flatten(record) for record in records]
     names = list(dict.fromkeys(name for fields in flat for name in fields))
@@ -122,8 +126,8 @@ def measured_on(records: Sequence[Mapping[str, Any]], *, weights: bool = True) -
         weights (`bool`, *optional*, defaults to `True`): Name each row's weights; not needed where a column does.
 
     Returns:
-        `list[tuple[str, str]]`: Term and text: benchmark, n, split, seed, data, weights, settings, hardware, versions, command, date. Several
-        values are joined by " or "; terms of which nothing is known are left out.
+        `list[tuple[str, str]]`: Term and text: benchmark, n, split, seed, data, weights, settings, hardware, versions,
+            command, date. Several values are joined by " or "; terms of which nothing is known are left out.
     """
     flat = [flatten(record) for record in records]
 
@@ -175,22 +179,25 @@ def compare_results(
 ) -> dict[str, Any]:
     """Compare the records of two files that are of one benchmark.
 
-    On a benchmark (and condition) of which each file holds one record, these are compared. Where there are several, those of one label or
-    model are; if then one is left in each file, these two are too.
+    On a benchmark (and condition) of which each file holds one record, these are compared. Where there are several,
+    those of one label or model are; if then one is left in each file, these two are too.
 
     Args:
-        path_a, path_b (`str` or `os.PathLike`): Results files, of [`~modeling_dclip.evaluation.records.write_results`].
+        path_a, path_b (`str` or `os.PathLike`): Results files, of
+            [`~modeling_dclip.evaluation.records.write_results`].
         resamples, confidence, seed: Of [`~modeling_dclip.evaluation.statistics.bootstrap_differences`].
 
     Returns:
-        `dict[str, Any]`: JSON-ready. `a`, `b`: the files; `confidence`; `unmatched`: what is in one file only; `pairs`: a list of `benchmark`,
-        `a`, `b` (names of the rows), `same_weights`, `differences` (field, value in A, value in B), `notes`, and `metrics`: a list of `metric`,
-        `a`, `b`, `difference` (B - A, an interval as a dict), `method` (`"paired"`, `"unpaired"` or `"none"`) and `beyond_noise` (`None`
-        without an interval).
+        `dict[str, Any]`: JSON-ready. `a`, `b`: the files; `confidence`; `unmatched`: what is in one file only;
+            `pairs`: a list of `benchmark`, `a`, `b` (names of the rows), `same_weights`, `differences` (field, value
+            in A, value in B), `notes`, and `metrics`: a list of `metric`, `a`, `b`, `difference` (B - A, an interval
+            as a dict), `method` (`"paired"`, `"unpaired"` or `"none"`) and `beyond_noise` (`None` without an
+            interval).
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is no results file, the outcomes beside it are damaged or of other records, or the two have nothing in common.
+        ValueError: If a file is no results file, the outcomes beside it are damaged or of other records, or the two
+            have nothing in common.
     """
     paths = (path_a, path_b)
     records = [read_results(path) for path in paths]
@@ -199,8 +206,8 @@ def compare_results(
     if not pairs:
         found = [sorted({record["benchmark"] for record in rows}) for rows in records]
         raise ValueError(
-            f"Expected records of one benchmark in {path_a} and {path_b}, got {found[0]} and {found[1]} and no two records of one label or "
-            f"model. Evaluate both models on the same data."
+            f"Expected records of one benchmark in {path_a} and {path_b}, got {found[0]} and {found[1]} and no two "
+            "records of one label or model. Evaluate both models on the same data."
         )
     compared = []
     for pair in pairs:
@@ -240,15 +247,17 @@ def _match(
 
 
 def _outcomes_of(record: Mapping[str, Any], known: Mapping[str, Any], path: str | os.PathLike) -> Mapping[str, Any]:
-    """The record's outcomes, checked against its metrics: those of an earlier evaluation would be compared unnoticed."""
+    """The record's outcomes, checked against its metrics: those of an earlier
+    evaluation would be compared unnoticed.
+    """
     outcomes = known.get(record_key(record), {})
     for name, values in outcomes.items():
         total, count = values.double().sum(dim=0).tolist()
         share = total / count if count else math.nan
         if not abs(share - record["metrics"].get(name, math.nan)) < 1e-6:
             raise ValueError(
-                f"Expected outcomes of {name!r} that make {record['metrics'].get(name)} for {name_of(record)!r} in {outcomes_path(path)}, got "
-                f"{share}. The two files are of different evaluations: evaluate again."
+                f"Expected outcomes of {name!r} that make {record['metrics'].get(name)} for {name_of(record)!r} in "
+                f"{outcomes_path(path)}, got {share}. The two files are of different evaluations: evaluate again."
             )
     return outcomes
 
@@ -286,7 +295,8 @@ def _compare(
         else:
             shown = interval.to_dict()
         beyond = None if interval is None else interval.low > 0 or interval.high < 0
-        rows.append({"metric": name, "a": values[0], "b": values[1], "difference": shown, "method": method, "beyond_noise": beyond})  # fmt: skip
+        rows.append({"metric": name, "a": values[0], "b": values[1], "difference": shown, "method": method,
+                     "beyond_noise": beyond})  # fmt: skip
     return {
         "benchmark": first["benchmark"],
         "a": name_of(first),
@@ -347,6 +357,7 @@ def _count(comparison: Mapping[str, Any]) -> str:
     chance = len(judged) * (1 - comparison["confidence"])
     beyond = sum(row["beyond_noise"] for row in judged)
     return (
-        f"{len(judged)} metrics of different weights were compared with a {comparison['confidence']:.0%} interval, {beyond} differ beyond noise. "
-        f"Of models that are alike about {chance:.1f} would by chance, and metrics of one benchmark mostly together."
+        f"{len(judged)} metrics of different weights were compared with a {comparison['confidence']:.0%} interval, "
+        f"{beyond} differ beyond noise. Of models that are alike about {chance:.1f} would by chance, and metrics of "
+        "one benchmark mostly together."
     )

@@ -94,7 +94,7 @@ dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
   th:first-child, td:first-child { position: static; } td.long { min-width: 0; }
   h2, h3 { break-after: avoid; } tr, figure, dl, .warnings { break-inside: avoid; } a { color: inherit; }
 }
-"""
+"""  # noqa: E501
 
 
 def render_markdown(title: str, intro: Sequence[str], blocks: Sequence[Block], folder: str) -> str:
@@ -139,7 +139,10 @@ def render_html(title: str, intro: Sequence[str], blocks: Sequence[Block], pictu
             items = "".join(f"<li>{_inline(item)}</li>" for item in block.items)
             body.append(f'<div class="warnings" role="note"><ul>{items}</ul></div>')
         elif isinstance(block, Table):
-            body += [_table(part) if part.startswith("|") else f"<p>{_inline(part)}</p>" for part in block.markdown.split("\n\n")]  # fmt: skip
+            body += [
+                _table(part) if part.startswith("|") else f"<p>{_inline(part)}</p>"
+                for part in block.markdown.split("\n\n")
+            ]
         elif isinstance(block, Picture):
             data = base64.b64encode(pictures[block.name]).decode("ascii")
             body.append(
@@ -149,8 +152,14 @@ def render_html(title: str, intro: Sequence[str], blocks: Sequence[Block], pictu
         else:
             items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in block.items)
             body.append(f"<dl>{items}</dl>")
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title>'
-    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{chr(10).join(body)}\n</main></body></html>\n'
+    head = (
+        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title>'
+    )
+    return (
+        "<!DOCTYPE html>\n<html "
+        f'lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{chr(10).join(body)}\n</main></body></html>\n'
+    )
 
 
 def _inline(text: str) -> str:
@@ -188,7 +197,10 @@ def _table(markdown: str) -> str:
             long = ' class="long"' if not number and len(cell) > 28 else ""
             cells.append(f"<td{_number(number) or long}>{_value(cell) if number else _breakable(cell)}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
-    return f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return (
+        '<div class="scroll" '
+        f'tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 
 def _breakable(cell: str) -> str:

@@ -1,4 +1,6 @@
-"""Pages to look at of what results records measured: for each model and retrieval benchmark a gallery, or maps of the image encoder."""
+"""Pages to look at of what results records measured: for each model and retrieval benchmark a gallery,
+or maps of the image encoder.
+"""
 
 import base64
 import io
@@ -67,7 +69,7 @@ li.right { border-left-color: var(--hit); background: var(--hit-soft); } li.miss
 .place, .score { color: var(--quiet); font-variant-numeric: tabular-nums; font-size: .9rem; }
 @media (max-width: 40rem) { main { padding: 1.2rem .8rem; } .row { grid-template-columns: repeat(3, minmax(0, 1fr)); } .ask { grid-template-columns: 1fr; } .ask figure { max-width: 12rem; } header { flex-direction: column; gap: .3rem; } }
 @media print { @page { margin: 12mm; } body { background: #fff; font-size: 9pt; } main { max-width: none; padding: 0; } nav { display: none; } article { padding: .5rem .7rem; } }
-"""
+"""  # noqa: E501
 
 
 class _Pictures:
@@ -88,8 +90,8 @@ class _Pictures:
         """One picture in its frame."""
         content, width, height = self.uri(row)
         return (
-            f'<div class="frame"><img src="data:image/jpeg;base64,{content}" width="{width}" height="{height}" loading="lazy" '
-            f'alt="{escape(alt)}"></div>'
+            f'<div class="frame"><img src="data:image/jpeg;base64,{content}" width="{width}" height="{height}" '
+            f'loading="lazy" alt="{escape(alt)}"></div>'
         )
 
 
@@ -120,13 +122,15 @@ def _text_card(query: Any, caption: str, ids: Sequence[str], pictures: _Pictures
     if not any(answer.is_right for answer in query.answers):
         own = query.best
         figures.append(
-            f'<figure class="missed" title="{escape(ids[own.item])}">{pictures.element(own.item, f"the right image {ids[own.item]}")}'
+            '<figure class="missed" '
+            f'title="{escape(ids[own.item])}">{pictures.element(own.item, f"the right image {ids[own.item]}")}'
             f"<figcaption>the right one:<br>rank {query.rank:,} · {own.score:.3f}</figcaption></figure>"
         )
     columns = shown + 1  # as wide with a hit as with a miss
     return (
-        f'<article><header><div class="caption">{escape(_shorten(caption))}</div>{_badge(query.rank, shown, total)}</header>'
-        f'<div class="row" style="--columns:{columns}">{"".join(figures)}</div></article>'
+        "<article><header><div "
+        f'class="caption">{escape(_shorten(caption))}</div>{_badge(query.rank, shown, total)}</header><div '
+        f'class="row" style="--columns:{columns}">{"".join(figures)}</div></article>'
     )
 
 
@@ -146,7 +150,8 @@ def _image_card(query: Any, captions: Sequence[str], ids: Sequence[str], picture
     badge = _badge(query.rank, len(query.answers), len(captions))
     name = escape(ids[query.item])
     return (
-        f'<article><header><p>{name}</p>{badge}</header><div class="ask"><figure>{pictures.element(query.item, f"image {ids[query.item]}")}'
+        f"<article><header><p>{name}</p>{badge}</header><div "
+        f'class="ask"><figure>{pictures.element(query.item, f"image {ids[query.item]}")}'
         f"</figure><ol>{items}</ol></div></article>"
     )
 
@@ -217,19 +222,23 @@ def render_page(
     counts = f"{len(dataset):,} images, {len(image_of_caption):,} captions. Numbers under answers are cosines."
     lines = "".join(f"<p>{escape(line)}</p>" for line in (*about, counts))
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" '
+        f'content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, '
+        f'initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>\n'
         f"<body><main><h1>{escape(title)}</h1>{lines}{_numbers(metrics)}<nav>{''.join(contents)}</nav>\n"
         + "\n".join(sections)
         + "</main></body></html>\n"
     )
 
 
-# What a model finds: a page of queries with their first answers, hit or miss, that opens in any browser without a network.
+# What a model finds: a page of queries with their first answers, hit or miss, that opens in any browser without a
+# network.
 #
-# Two files do the work: here queries are chosen and answered, [`~modeling_dclip.evaluation.reports.gallery`] draws them. Ranks are those of
-# [`~modeling_dclip.evaluation.retrieval.retrieval_ranks`], and answers are shown in the order those ranks mean: of equal scores the right
-# answer comes last. The similarity matrix is never held, only the rows of the chosen queries.
+# Two files do the work: here queries are chosen and answered, [`~modeling_dclip.evaluation.reports.gallery`] draws
+# them. Ranks are those of [`~modeling_dclip.evaluation.retrieval.retrieval_ranks`], and answers are shown in the order
+# those ranks mean: of equal scores the right answer comes last. The similarity matrix is never held, only the rows of
+# the chosen queries.
 
 
 CHOICES = {
@@ -279,8 +288,8 @@ def choose_queries(
         ranks (`torch.Tensor` of shape `(Q,)`): Of each query's first right answer.
         scores (`torch.Tensor` of shape `(Q,)`): Cosine of that answer.
         owners (`torch.Tensor` of shape `(Q,)`): The image of each query.
-        choice (`str`): `"random"`; `"worst"`, the highest ranks, of equal ones the lowest scores, and no hits at 1; `"hits"`, those at 1, the
-            highest scores first.
+        choice (`str`): `"random"`; `"worst"`, the highest ranks, of equal ones the lowest scores, and no hits at 1;
+            `"hits"`, those at 1, the highest scores first.
         count (`int`): At most so many.
         seed (`int`, *optional*, defaults to 0): Of the random choice.
 
@@ -420,20 +429,23 @@ def write_gallery(
     One file, about 8 KB a thumbnail: pictures are inside as data URIs, there is no script, and all text is escaped.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        model, processor, dataset, batch_size, device, num_workers: As in
+            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
         path (`str` or `os.PathLike`): A `.html` file, written whole or not at all.
         title (`str`, *optional*): Of the page, e.g. the model's name.
         about (`Sequence[str]`, *optional*): Lines under it, e.g. the data's spec and the model's revision.
-        choices (`Sequence[str]`, *optional*): Of `"random"`, `"worst"` and `"hits"`; all if not given. See [`choose_queries`].
+        choices (`Sequence[str]`, *optional*): Of `"random"`, `"worst"` and `"hits"`; all if not given. See
+            [`choose_queries`].
         count (`int`, *optional*, defaults to 8): Queries of each choice and direction.
         top (`int`, *optional*, defaults to 5): Answers of each query.
         seed (`int`, *optional*, defaults to 0): Of the random choice.
         thumbnail_size (`int`, *optional*, defaults to 192): Longest side of a thumbnail in pixels.
-        embeddings ([`~modeling_dclip.evaluation.embedding.DatasetEmbeddings`], *optional*): Of this model on this dataset, on the CPU, where
-            they are there already.
+        embeddings ([`~modeling_dclip.evaluation.embedding.DatasetEmbeddings`], *optional*): Of this model on this
+            dataset, on the CPU, where they are there already.
 
     Raises:
-        ValueError: If the file is no `.html`, a choice is unknown, a number is below 1, or an image or a caption is bad, naming it.
+        ValueError: If the file is no `.html`, a choice is unknown, a number is below 1, or an image or a caption is
+            bad, naming it.
     """
     path = Path(path)
     if path.suffix.lower() != ".html":
@@ -441,8 +453,8 @@ def write_gallery(
     unknown = [choice for choice in choices if choice not in CHOICES]
     if unknown or not choices or min(count, top, thumbnail_size) < 1:
         raise ValueError(
-            f"Expected choices of {list(CHOICES)} and count, top and thumbnail_size >= 1, got {list(choices)}, {count}, {top} and "
-            f"{thumbnail_size}."
+            f"Expected choices of {list(CHOICES)} and count, top and thumbnail_size >= 1, got {list(choices)}, "
+            f"{count}, {top} and {thumbnail_size}."
         )
     if embeddings is None:
         options = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
@@ -481,10 +493,12 @@ def write_pages(
     """Write the pages of every record of retrieval; the model is loaded and the data embedded again.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.evaluator.evaluate`]. Other benchmarks, and points between two models, have
-            no page.
-        gallery (`str` or `os.PathLike`, *optional*): Folder of HTML pages, see [`~modeling_dclip.evaluation.reports.gallery.write_gallery`].
-        maps (`str` or `os.PathLike`, *optional*): Folder of pictures, see [`~modeling_dclip.evaluation.reports.maps.draw_image_maps`].
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.evaluator.evaluate`]. Other benchmarks, and
+            points between two models, have no page.
+        gallery (`str` or `os.PathLike`, *optional*): Folder of HTML pages, see
+            [`~modeling_dclip.evaluation.reports.gallery.write_gallery`].
+        maps (`str` or `os.PathLike`, *optional*): Folder of pictures, see
+            [`~modeling_dclip.evaluation.reports.maps.draw_image_maps`].
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
         device (`torch.device` or `str`, *optional*): Where to compute.
         options: `seed`, `batch_size`, `num_workers` of [`~modeling_dclip.evaluation.reports.gallery.write_gallery`].

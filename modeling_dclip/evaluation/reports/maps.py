@@ -51,7 +51,8 @@ def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
 def attention_relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor]) -> torch.Tensor:
     """Follow through all layers only the attention that raises a score.
 
-    Per layer, attention times the score's gradient, negative values cut, averaged over heads; layers add up along the skip connection.
+    Per layer, attention times the score's gradient, negative values cut, averaged over heads; layers add up along the
+    skip connection.
 
     Source: arXiv 2103.15679, equations 5 and 6 for self-attention. Deviation: none.
 
@@ -113,7 +114,8 @@ def image_maps(
         text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; a text an image.
 
     Returns:
-        `dict[str, torch.Tensor]`: See the module's table; each float32 `(B, rows, columns)` on the CPU, rows from the top.
+        `dict[str, torch.Tensor]`: See the module's table; each float32 `(B, rows, columns)` on the CPU, rows from the
+            top.
 
     Raises:
         TypeError: If the image encoder is neither.
@@ -183,7 +185,8 @@ def draw_image_maps(
     Raises:
         ImportError: If matplotlib is not installed.
         TypeError: As in [`image_maps`].
-        ValueError: If a row is not there, texts do not fit the rows, an image or a text is bad, or the file is no `.png`.
+        ValueError: If a row is not there, texts do not fit the rows, an image or a text is bad, or the file is no
+            `.png`.
     """
     outside = [row for row in rows if not 0 <= row < len(dataset)]
     if not len(rows) or outside:
@@ -235,8 +238,9 @@ def draw_attention(
 ) -> None:
     """Draw a teacher's attention over the regions of an image.
 
-    With text in the teacher: the region weights, and beside them which token attends to which region, averaged over heads. The leak-free
-    teacher reads no text: what the whole image attends to in the last layer, averaged over heads, renormalised over the regions.
+    With text in the teacher: the region weights, and beside them which token attends to which region, averaged over
+    heads. The leak-free teacher reads no text: what the whole image attends to in the last layer, averaged over heads,
+    renormalised over the regions.
 
     Args:
         model ([`DCLIPTeacher`]): In eval mode.

@@ -1,4 +1,7 @@
-"""What is known of a metric by its name: the title to show, the unit, which direction is better. The one place that knows."""
+"""What is known of a metric by its name: the title to show, the unit, which direction is better.
+
+The one place that knows.
+"""
 
 import re
 from collections.abc import Callable
@@ -48,8 +51,8 @@ _SHOW: dict[str, Callable[[float, bool], str]] = {
 class Metric(NamedTuple):
     """What is known of one metric.
 
-    `unit` is `"%"` for a share in [0, 1], which is shown in percent, and `""` where nothing is known. `higher_is_better` is `None` where
-    neither direction is.
+    `unit` is `"%"` for a share in [0, 1], which is shown in percent, and `""` where nothing is known.
+    `higher_is_better` is `None` where neither direction is.
     """
 
     title: str
@@ -121,14 +124,18 @@ def metric_of(name: str) -> Metric:
     """Look up what is known of a metric.
 
     Args:
-        name (`str`): As in a results record, e.g. `"text_to_image_recall@1"`, `"swapped_colours_accuracy"`, `"hessian_eigenvalue_1"`.
+        name (`str`): As in a results record, e.g. `"text_to_image_recall@1"`, `"swapped_colours_accuracy"`,
+            `"hessian_eigenvalue_1"`.
 
     Returns:
-        [`Metric`]: Of an unknown name, the name itself as the title, no unit and no direction: it is shown as a plain number.
+        [`Metric`]: Of an unknown name, the name itself as the title, no unit and no direction: it is shown as a plain
+            number.
 
     Example:
-        >>> metric_of("text_to_image_recall@1").show(0.1234), metric_of("rsum").show(4.2), metric_of("image_latency_ms").show(13.123)
-        ('12.3', '420.0', '13.1')
+        >>> metric_of("text_to_image_recall@1").show(0.1234), metric_of("rsum").show(4.2)
+        ('12.3', '420.0')
+        >>> metric_of("image_latency_ms").show(13.123)
+        '13.1'
         >>> metric_of("unheard_of")
         Metric(title='unheard_of', unit='', higher_is_better=None)
     """
@@ -152,6 +159,8 @@ def metric_of(name: str) -> Metric:
 
 
 def comparison_title(name: str) -> str | None:
-    """Title of a ratio to an anchor (`top1_retention`, `text_to_image_recall@1_gain`); `None` if the name is of no such ratio."""
+    """Title of a ratio to an anchor (`top1_retention`, `text_to_image_recall@1_gain`);
+    `None` if the name is of no such ratio.
+    """
     base, _, kind = name.rpartition("_")
     return f"{metric_of(base).title} {_COMPARISONS[kind]}" if base and kind in _COMPARISONS else None

@@ -84,13 +84,14 @@ def plot_tradeoff(
     """Draw models as points: zero-shot accuracy or retention to the right, retrieval up. Up and right is better.
 
     Args:
-        points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as `(low, high)`. The first
-            is drawn in grey as the reference, with dashed lines through it. Points of one label are one series, in one colour.
+        points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as
+            `(low, high)`. The first is drawn in grey as the reference, with dashed lines through it. Points of one
+            label are one series, in one colour.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
-        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the order of `alpha`. Its
-            ends are not labelled: they are among the points.
-        curves (`Mapping[str, Sequence[dict]]`, *optional*): By name, points on a line in the order given, as over epochs or checkpoints, each
-            with `x`, `y`, a `label` written beside it, and optionally intervals.
+        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the
+            order of `alpha`. Its ends are not labelled: they are among the points.
+        curves (`Mapping[str, Sequence[dict]]`, *optional*): By name, points on a line in the order given, as over
+            epochs or checkpoints, each with `x`, `y`, a `label` written beside it, and optionally intervals.
         x_label, y_label, title (`str`, *optional*): Texts.
 
     Raises:
@@ -167,7 +168,8 @@ def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name
             _draw_point(axes, {**step, "label": None}, color=colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
         before, after = max(0, place - 1), min(len(steps) - 1, place + 1)
         falls = (xs[after] - xs[before]) * (ys[after] - ys[before]) < 0
-        axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points", ha="center",
+        axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points",
+                      ha="center",
                       va="center", fontsize=7, color=QUIET)  # fmt: skip
 
 
@@ -194,7 +196,8 @@ def plot_region_attention(
     *,
     tokens: Sequence[str] | None = None,
 ) -> None:
-    """Draw region boxes over an image, stronger where the weight is larger, and beside it which token looks at which region.
+    """Draw region boxes over an image, stronger where the weight is larger, and beside it which token looks at which
+    region.
 
     Args:
         image (`PIL.Image.Image`): The whole image.
@@ -202,7 +205,8 @@ def plot_region_attention(
         weights (array of shape `(R,)`): >= 0, e.g. the teacher's `region_weights`.
         caption (`str`): Written above.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
-        token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over heads.
+        token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over
+            heads.
         tokens (`Sequence[str]`, *optional*): T labels; the caption's words where their number is T, else numbers.
 
     Raises:
@@ -253,7 +257,8 @@ def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: 
             )
         )
         axes.text(x1, y1, f" {index}: {100 * weights[index]:.0f}% ", fontsize=8, color="white", ha="left", va="bottom",
-                  clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 1, "alpha": 0.6 + 0.4 * strength})  # fmt: skip
+                  clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 1,
+                                       "alpha": 0.6 + 0.4 * strength})  # fmt: skip
     axes.set_axis_off()
 
 
@@ -282,13 +287,15 @@ def plot_growth(
     """Draw costs against the size of the input on logarithmic axes, where a power is a straight line.
 
     Args:
-        series (`Mapping[str, Sequence]`): By label, points of a size and a cost with `median`, `min` and `max`, all > 0.
+        series (`Mapping[str, Sequence]`): By label, points of a size and a cost with `median`, `min` and `max`, all >
+            0.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
         x_label, y_label, title (`str`, *optional*): Texts.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If there is no series, one is empty or has a value that is not positive and finite, or the file is no `.png`.
+        ValueError: If there is no series, one is empty or has a value that is not positive and finite, or the file is
+            no `.png`.
     """
     if not series:
         raise ValueError("Expected one or more series to draw, got none.")
@@ -339,7 +346,8 @@ MAP_TITLES = {
 
 
 def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str], path: str | os.PathLike) -> None:
-    """Draw maps over pictures: a row a picture, the bare one first; under each map the values at both ends of its colours.
+    """Draw maps over pictures: a row a picture, the bare one first; under each map the values at both ends of its
+    colours.
 
     Args:
         pictures (array of shape `(B, H, W, 3)`): In [0, 1].
@@ -355,12 +363,14 @@ def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str]
     maps = {name: np.asarray(values, dtype=float) for name, values in maps.items()}
     if pictures.ndim != 4 or not len(pictures) or len(texts) != len(pictures) or not maps:
         raise ValueError(
-            f"Expected pictures (B, H, W, 3), B texts and one map or more, got {pictures.shape}, {len(texts)} and {len(maps)}."
+            f"Expected pictures (B, H, W, 3), B texts and one map or more, got {pictures.shape}, {len(texts)} and "
+            f"{len(maps)}."
         )
     for name, values in maps.items():
         if values.ndim != 3 or len(values) != len(pictures) or not np.isfinite(values).all():
             raise ValueError(
-                f"Expected finite values ({len(pictures)}, rows, columns) in the map {name!r}, got shape {values.shape}."
+                f"Expected finite values ({len(pictures)}, rows, columns) in the map {name!r}, got shape "
+                f"{values.shape}."
             )
     columns = 1 + len(maps)
     figure = new_figure(2.3 * columns, 2.75 * len(pictures))
@@ -375,8 +385,15 @@ def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str]
             low, high = values[row].min(), values[row].max()
             place = axes[row, column]
             place.imshow(np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2))
-            place.imshow(values[row], cmap="inferno", alpha=0.6, interpolation="bilinear", extent=(-0.5, width - 0.5, height - 0.5, -0.5),
-                         vmin=low, vmax=high if high > low else low + 1)  # fmt: skip
+            place.imshow(
+                values[row],
+                cmap="inferno",
+                alpha=0.6,
+                interpolation="bilinear",
+                extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+                vmin=low,
+                vmax=high if high > low else low + 1,
+            )
             place.set_xlabel(f"dark {low:.3g}, bright {high:.3g}", fontsize=7, color=QUIET)
             if row == 0:
                 place.set_title(MAP_TITLES.get(name, name), fontsize=8, color=INK)
@@ -392,8 +409,8 @@ def plot_spectral_density(
     """Draw the spectral densities of Hessians over each other, the density on a logarithmic axis.
 
     Args:
-        densities (`Mapping[str, Mapping]`): By label, `eigenvalues` and `density`, as [`~modeling_dclip.evaluation.benchmarks.hessian.evaluate_hessian`]
-            gives them with probes.
+        densities (`Mapping[str, Mapping]`): By label, `eigenvalues` and `density`, as
+            [`~modeling_dclip.evaluation.benchmarks.hessian.evaluate_hessian`] gives them with probes.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         title (`str`, *optional*): Above.
 
@@ -407,7 +424,8 @@ def plot_spectral_density(
         values = [np.asarray(one[name], dtype=float) for name in ("eigenvalues", "density")]
         if values[0].shape != values[1].shape or not values[0].size or not np.isfinite(values).all():
             raise ValueError(
-                f"Expected as many finite eigenvalues as densities for {label!r}, got {values[0].shape}, {values[1].shape}."
+                f"Expected as many finite eigenvalues as densities for {label!r}, got {values[0].shape}, "
+                f"{values[1].shape}."
             )
     figure = new_figure(6.4, 3.8)
     axes = figure.add_subplot()
@@ -440,11 +458,13 @@ def _quiet_axes(axes: Any, grid: str) -> None:
 
 
 def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> None:
-    """Draw values as horizontal bars from zero, with their intervals as lines; one panel for each metric, side by side.
+    """Draw values as horizontal bars from zero, with their intervals as lines; one panel for each metric, side by
+    side.
 
     Args:
-        panels (`Mapping[str, Sequence[dict]]`): Heading -> bars from top to bottom, the same labels in every panel: `label`, `value` as on
-            the axis, `text` to write beside it, and optionally `low` and `high`. A `value` of `None` leaves the place empty.
+        panels (`Mapping[str, Sequence[dict]]`): Heading -> bars from top to bottom, the same labels in every panel:
+            `label`, `value` as on the axis, `text` to write beside it, and optionally `low` and `high`. A `value` of
+            `None` leaves the place empty.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
 
     Raises:
@@ -472,7 +492,9 @@ def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.
                     ends, [place, place], color=COLOURS[2] if place else COLOURS[0], lw=1.6, solid_capstyle="butt"
                 )
             right = max(0, bar["value"], *(end for end in ends if end is not None))
-            axes.annotate(bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK)  # fmt: skip
+            axes.annotate(
+                bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+            )
         axes.set_yticks(range(len(bars)), labels[0])
         axes.set_xlabel(heading, color=INK, fontsize=9)
         axes.margins(x=0.18, y=0.02)
@@ -524,14 +546,16 @@ def plot_training(
     """Draw the losses of a training against the optimiser's step.
 
     Args:
-        log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries with `step` and losses,
-            `loss`, `<what>_loss`, `eval_loss`. The last entry's `train_loss`, a mean over all steps, is no point of a curve and is left out.
+        log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries
+            with `step` and losses, `loss`, `<what>_loss`, `eval_loss`. The last entry's `train_loss`, a mean over all
+            steps, is no point of a curve and is left out.
         path (`str` or `os.PathLike`): A `.png` file, written atomically.
         title (`str`, *optional*): Above the picture.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If no entry has a step and a loss, a loss is not finite (the step is named), or the file is no `.png`.
+        ValueError: If no entry has a step and a loss, a loss is not finite (the step is named), or the file is no
+            `.png`.
     """
     curves: dict[str, list[tuple[float, float]]] = {}
     for entry in log_history:
@@ -564,13 +588,15 @@ CURVES_NAME = "training_curves.png"
 
 
 def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
-    """Draw the losses of each stage that trained into `training_curves.png` in its folder; a picture newer than its numbers stays.
+    """Draw the losses of each stage that trained into `training_curves.png` in its folder; a picture newer than its
+    numbers stays.
 
     Args:
         folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or one for each arm, seed and stage.
 
     Returns:
-        `list[Path]`: The pictures drawn now. None without matplotlib, which a log line says, and none of a stage that logged no loss.
+        `list[Path]`: The pictures drawn now. None without matplotlib, which a log line says, and none of a stage that
+            logged no loss.
 
     Raises:
         ValueError: If a loss is not finite.

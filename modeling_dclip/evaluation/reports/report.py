@@ -1,4 +1,6 @@
-"""One report from any set of results files: Markdown with its pictures beside it, and one HTML page that needs nothing else."""
+"""One report from any set of results files: Markdown with its pictures beside it,
+and one HTML page that needs nothing else.
+"""
 
 import json
 import os
@@ -75,15 +77,16 @@ def order_metrics(records: Sequence[Record]) -> list[str]:
 def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]], int]:
     """Make rows of one table: each with a label of its own, the same measurement once, runs of one arm as their mean.
 
-    Runs are an arm's where they differ in the label's `, seed N`, as [`~modeling_dclip.evaluation.arms.evaluate_arms`] writes it, and are of
-    the same data. Their row has the means, intervals over seeds in place of those over images, and the number of `runs`.
+    Runs are an arm's where they differ in the label's `, seed N`, as [`~modeling_dclip.evaluation.arms.evaluate_arms`]
+    writes it, and are of the same data. Their row has the means, intervals over seeds in place of those over images,
+    and the number of `runs`.
 
     Args:
         found (`Sequence[tuple[str, dict]]`): Name of the file, record.
 
     Returns:
-        `tuple[list[dict], int]`: Records with other labels; and how many records were left out since they repeat another: the same weights,
-        data and numbers.
+        `tuple[list[dict], int]`: Records with other labels; and how many records were left out since they repeat
+            another: the same weights, data and numbers.
     """
     unique: dict[str, tuple[Record, list[str]]] = {}
     for source, record in found:
@@ -132,7 +135,9 @@ def _interval(row: Record, metric: str) -> dict[str, Any]:
 
 
 def bars(rows: Sequence[Record], metrics: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from [`merge_rows`]' rows, one for each metric that a row has."""
+    """Panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from [`merge_rows`]' rows,
+    one for each metric that a row has.
+    """
     panels = {}
     for name in (name for name in metrics if any(name in row["metrics"] for row in rows)):
         metric = metric_of(name)
@@ -154,15 +159,17 @@ def pair_tradeoff(
 ) -> tuple[list[dict[str, Any]], dict[str, list], list[str]]:
     """Pair retrieval with zero-shot accuracy of the same weights.
 
-    Accuracy is the mean over the zero-shot benchmarks that all these models have; if there is none, the one that most of them have.
+    Accuracy is the mean over the zero-shot benchmarks that all these models have; if there is none, the one that most
+    of them have.
 
     Args:
         rows (`Sequence[dict]`): Of one retrieval benchmark, from [`merge_rows`].
         others (`Sequence[dict]`): Of zero-shot benchmarks, from [`merge_rows`].
 
     Returns:
-        `tuple`: Points (the anchor first, if records name one) and curves (by model, over the weights between it and its anchor) of
-        [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], and the zero-shot benchmarks. Without two points, all three are empty.
+        `tuple`: Points (the anchor first, if records name one) and curves (by model, over the weights between it and
+            its anchor) of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], and the zero-shot benchmarks.
+            Without two points, all three are empty.
     """
     accuracy: dict[tuple, dict[str, dict[str, Any]]] = {}
     for other in others:
@@ -285,8 +292,8 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
     if not (sources.records or sources.summaries or sources.speed):
         reasons = "".join(f"\n- {path}: {reason}" for path, reason in sources.left_out[:5])
         raise ValueError(
-            f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got {len(files)} JSON files "
-            f"and none of these.{reasons}"
+            f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got "
+            f"{len(files)} JSON files and none of these.{reasons}"
         )
     return sources
 
@@ -347,7 +354,11 @@ def add_speed(report: Any) -> None:
         if data["benchmark"] == "image_encoders":
             _draw_encoders(report, data)
         shown = {key: value for key, value in data.items() if key in ("n", "versions", "hardware")}
-        settings = {key: value for key, value in data.get("arguments", {}).items() if not isinstance(value, list) and value != ""}  # fmt: skip
+        settings = {
+            key: value
+            for key, value in data.get("arguments", {}).items()
+            if not isinstance(value, list) and value != ""
+        }
         report.blocks.append(Terms([*measured_on([{**shown, "arguments": settings}]), report.files([path])]))
 
 
@@ -356,10 +367,16 @@ def _draw_encoders(report: Any, data: Mapping[str, Any]) -> None:
     clock = data["clock_of_ratios"]
     cell = data["rows"][0]["cell"]
     panel = [
-        {"label": row["encoder"], "value": row[clock]["median"], "text": metric_of("image_latency_ms").show(row[clock]["median"]),
-         "low": row[clock]["min"], "high": row[clock]["max"]}
-        for row in data["rows"] if row["cell"] == cell
-    ]  # fmt: skip
+        {
+            "label": row["encoder"],
+            "value": row[clock]["median"],
+            "text": metric_of("image_latency_ms").show(row[clock]["median"]),
+            "low": row[clock]["min"],
+            "high": row[clock]["max"],
+        }
+        for row in data["rows"]
+        if row["cell"] == cell
+    ]
     report.draw(plot_bars, {f"ms, {cell}": panel}, f"Time of a batch, {cell}. Lines: smallest and largest round.")
     series: dict[str, list] = {}
     for row in data["rows"]:
@@ -381,7 +398,10 @@ KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "hessian": ("Curvature", ("hessian_eigenvalue_1",)),
     "leakage": ("What the teacher reads", ()),
 }
-BOLD = "In percent where no unit stands. Bold: the best as shown on the same data; whether it is beyond noise `eval.py compare` says."
+BOLD = (
+    "In percent where no unit stands. Bold: the best as shown on the same data; whether it is beyond noise `eval.py "
+    "compare` says."
+)
 
 LINES = "Lines: 95 % intervals, over training seeds where ×N stands, else over test images."
 
@@ -422,8 +442,8 @@ def write_report(
 ) -> list[Path]:
     """Write `report.md` with its pictures in `plots/`, and `report.html`, which holds everything, from results files.
 
-    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. Any other JSON in the folders is named in the report.
-    Each table says what it was measured on, and whether its rows are comparable at all.
+    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. Any other JSON in the folders is
+    named in the report. Each table says what it was measured on, and whether its rows are comparable at all.
 
     Args:
         paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched with those below.
@@ -486,8 +506,10 @@ def _add_summaries(report: _Report) -> None:
         measured = [
             record
             for file, record in report.sources.records
-            if file.parent == path.parent and record["benchmark"] in summary.get("benchmarks", ()) and "condition" not in record
-        ]  # fmt: skip
+            if file.parent == path.parent
+            and record["benchmark"] in summary.get("benchmarks", ())
+            and "condition" not in record
+        ]
         rows, _ = merge_rows([(name, record) for record in measured])
         by_benchmark = [[row for row in rows if row["benchmark"] == one] for one in summary.get("benchmarks", ())]
         conflicts = [
@@ -496,7 +518,12 @@ def _add_summaries(report: _Report) -> None:
         report.warn(conflicts, name)
         report.blocks.append(Table(render_summary(summary, where=str(path))))
         if len(summary["arms"]) > 1:
-            report.draw(plot_tradeoff, tradeoff_points(summary), f"{name}: retrieval against zero-shot accuracy", x_label="zero-shot top-1 (%)")  # fmt: skip
+            report.draw(
+                plot_tradeoff,
+                tradeoff_points(summary),
+                f"{name}: retrieval against zero-shot accuracy",
+                x_label="zero-shot top-1 (%)",
+            )
         terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
         report.blocks.append(Terms([*terms, report.files([path])]))
 
@@ -567,7 +594,9 @@ def _render(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _add_suite(report: _Report, groups: Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]) -> None:
-    """Models that were measured on several zero-shot benchmarks, side by side, with the mean of those that have all."""
+    """Models that were measured on several zero-shot benchmarks, side by side,
+    with the mean of those that have all.
+    """
     found_values: dict[tuple, tuple[str, dict[str, float]]] = {}
     titles = {benchmark: shorten_benchmark(benchmark) for benchmark in groups}
     for benchmark, found in groups.items():
@@ -594,8 +623,17 @@ def _add_suite(report: _Report, groups: Mapping[str, Sequence[tuple[Path, Mappin
     header = ["Model", *(titles[name] for name in shown), f"mean of {len(shown)}"]
     report.heading("All datasets", 3)
     report.blocks.append(Table(markdown_table(header, table)))
-    report.blocks.append(Text("Top-1 in percent, mAP of data with several labels an image; models on two or more of them. Means over seeds where there are several."))  # fmt: skip
-    report.draw(plot_suite, {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()}, "Zero-shot accuracy by dataset.")  # fmt: skip
+    report.blocks.append(
+        Text(
+            "Top-1 in percent, mAP of data with several labels an image; models on two or more of them. Means over "
+            "seeds where there are several."
+        )
+    )
+    report.draw(
+        plot_suite,
+        {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()},
+        "Zero-shot accuracy by dataset.",
+    )
     report.blocks.append(Text("What each was measured on stands below, at the dataset."))
 
 

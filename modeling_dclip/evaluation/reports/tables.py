@@ -24,7 +24,9 @@ INTERVAL_NOTES = {
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Lay out a table: the first `left` columns to the left, the others to the right; all lines equally wide; pipes escaped."""
+    """Lay out a table: the first `left` columns to the left, the others to the right; all lines equally wide;
+    pipes escaped.
+    """
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
     rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
@@ -39,7 +41,9 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left
 
 
 def show_interval(interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE) -> str:
-    """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images, and `12.3` where there is none."""
+    """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images,
+    and `12.3` where there is none.
+    """
     estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))
     text = metric.show(estimate, signed=signed)
     if low is None and high is None:
@@ -88,19 +92,21 @@ def render_table(
 ) -> str:
     """Show results records, one row each, one table for each kind of benchmark (records with the same metrics).
 
-    In bold is the best *as shown*: all that show the same best number, in the metric's own direction, among several records of one
-    benchmark on the same data; none where all show the same, or the metric has no better direction. Bold says nothing of noise: the
-    intervals do, and [`~modeling_dclip.evaluation.reports.comparison.compare_results`].
+    In bold is the best *as shown*: all that show the same best number, in the metric's own direction, among several
+    records of one benchmark on the same data; none where all show the same, or the metric has no better direction.
+    Bold says nothing of noise: the intervals do, and
+    [`~modeling_dclip.evaluation.reports.comparison.compare_results`].
 
     Args:
         records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`].
-        metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of them are left out.
+        metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of
+            them are left out.
         best (`bool`, *optional*, defaults to `False`): Whether the best of several models on one benchmark is in bold.
         columns (`Sequence[str]`, *optional*): What stands before the metrics, of `COLUMNS`.
 
     Returns:
-        `str`: Markdown. Shares in percent, other metrics in their units, with their intervals where a record holds them, and a line on
-        what those are; after the metrics gain and retention, where a record holds them.
+        `str`: Markdown. Shares in percent, other metrics in their units, with their intervals where a record holds
+            them, and a line on what those are; after the metrics gain and retention, where a record holds them.
 
     Raises:
         ValueError: If there is no record, none has one of the metrics, or a column is unknown.
@@ -219,8 +225,8 @@ def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_
     """Show what teachers reach with parts of their input exchanged: a row for each condition, a column for each label.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark. Those with one label
-            are trainings of one teacher with several seeds.
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark.
+            Those with one label are trainings of one teacher with several seeds.
         metric (`str`, *optional*, defaults to `"text_to_teacher_recall@1"`): Which to show, in percent.
 
     Returns:
@@ -233,15 +239,16 @@ def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_
     for record in records:
         if "condition" not in record or metric not in record["metrics"]:
             raise ValueError(
-                f"Expected a 'condition' and the metric {metric!r} in every record, got {record.get('condition')!r} and "
-                f"{sorted(record['metrics'])} for {record['model']!r}."
+                f"Expected a 'condition' and the metric {metric!r} in every record, got {record.get('condition')!r} "
+                f"and {sorted(record['metrics'])} for {record['model']!r}."
             )
         cells.setdefault((record["condition"], record.get("label", record["model"])), []).append(record)
     conditions, labels = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
     measured = {(record["benchmark"], record["dataset_fingerprint"], record["n"]) for record in records}
     if len(measured) != 1 or len(cells) != len(conditions) * len(labels):
         raise ValueError(
-            f"Expected every condition for every label on one benchmark, got {sorted(cells)} on {sorted(measured)}. Measure them again."
+            f"Expected every condition for every label on one benchmark, got {sorted(cells)} on {sorted(measured)}. "
+            "Measure them again."
         )
     rows, covers = [], set()
     for condition in conditions:
@@ -279,8 +286,8 @@ def render_averages(records: Sequence[Mapping[str, Any]]) -> str:
     """Show each model's averages over the sets it was measured on, and over how many they are.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two models and splits are
-            averaged apart.
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two models
+            and splits are averaged apart.
 
     Returns:
         `str`: Markdown; empty where no record is of a set of the suite.
@@ -307,7 +314,9 @@ CLOCKS = {"cpu_ms": "CPU ms", "latency_ms": "ms"}
 
 
 def _ms(value: float) -> str:
-    """Three digits that count, or more before the point: two rows whose ratio shows a difference show it themselves."""
+    """Three digits that count, or more before the point: two rows whose
+    ratio shows a difference show it themselves.
+    """
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
@@ -335,7 +344,8 @@ def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: s
     Args:
         data (`Mapping`): What `benchmarks/image_encoders.py` wrote.
         cells (`str`, *optional*, defaults to `"native@1"`): Comma-separated cells `SIZE@BATCH`, in the order to show.
-        over (`str`, *optional*): Comma-separated encoders whose ratio has a column. By default all that rows are compared with.
+        over (`str`, *optional*): Comma-separated encoders whose ratio has a column. By default all that rows are
+            compared with.
 
     Returns:
         `str`: Markdown.
@@ -358,8 +368,8 @@ def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: s
         lines.append(line + [_spread(row["time_over"].get(name), 2) for name in baselines])
     table = markdown_table([*header, *(f"/ {name}" for name in baselines)], lines)
     note = (
-        "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch, and like the "
-        "parameters the eager float32 model's in every form."
+        "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch, and like "
+        "the parameters the eager float32 model's in every form."
     )
     return f"{table}\n\n{_note(data, note)}"
 
@@ -383,7 +393,10 @@ def render_scan(data: Mapping[str, Any]) -> str:
             for baseline in ("mamba_ssm_reference_algorithm", "reference"):
                 line.append(_spread(path.get(f"{work}_times_faster_than_{baseline}"), 1))
         lines.append(line)
-    note = "× is how many times faster, the median of interleaved rounds with the smallest and largest; state size 8, float32."
+    note = (
+        "× is how many times faster, the median of interleaved rounds with the smallest and largest; state size 8, "
+        "float32."
+    )
     return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
 
 
@@ -401,7 +414,8 @@ def render_student_step(data: Mapping[str, Any]) -> str:
         ["stored targets", _spread(data["cached_ms"]), "1"],
         ["teacher and text tower online", _spread(data["online_ms"]), _spread(data["online_over_cached"], 2)],
     ]
-    return f"{markdown_table(header, lines)}\n\n{_note(data, 'Medians of interleaved rounds, with the smallest and largest.')}"
+    note = _note(data, "Medians of interleaved rounds, with the smallest and largest.")
+    return f"{markdown_table(header, lines)}\n\n{note}"
 
 
 def render_retrieval(data: Mapping[str, Any]) -> str:
@@ -429,9 +443,10 @@ def render_retrieval(data: Mapping[str, Any]) -> str:
         lines.append(line)
     table = markdown_table(header, lines, left=0)
     note = (
-        f"× is how many times less ours takes, the median of interleaved rounds ({', '.join(str(row['rounds']) for row in data['rows'])}) "
-        f"with the smallest and largest; memory is what the process holds at most beyond its start, the {data['arguments']['width']}-wide "
-        f"float32 embeddings it collects included; clip_benchmark {data['versions']['clip_benchmark']}."
+        "× is how many times less ours takes, the median of interleaved rounds "
+        f"({', '.join(str(row['rounds']) for row in data['rows'])}) with the smallest and largest; memory is what the "
+        f"process holds at most beyond its start, the {data['arguments']['width']}-wide float32 embeddings it "
+        f"collects included; clip_benchmark {data['versions']['clip_benchmark']}."
     )
     note += "".join(f" At {row['images']:,} images: {row['not_run']}." for row in data["rows"] if "not_run" in row)
     grown = [
@@ -465,8 +480,9 @@ def render_onnx_towers(data: Mapping[str, Any]) -> str:
     ]
     header = ["Tower", "CPU ms", "× eager", "MiB", "largest difference", "smallest cosine"]
     note = (
-        f"Random weights of ViT-B/16's size, batch {data['arguments']['batch_size']}; × is how many times faster than eager PyTorch, the median "
-        "of interleaved rounds with the smallest and largest; differences relative to the largest output."
+        f"Random weights of ViT-B/16's size, batch {data['arguments']['batch_size']}; × is how many times faster than "
+        "eager PyTorch, the median of interleaved rounds with the smallest and largest; differences relative to the "
+        "largest output."
     )
     return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
 
@@ -495,7 +511,10 @@ def render_index(data: Mapping[str, Any]) -> str:
         for index, row in indexes.items()
     ]
     header = ["Vectors", "index", "build, s", "query, ms", "95 % below, ms", recall]
-    note = f"{asked['n']:,} random unit vectors of {asked['dim']}; embedding pictures is not part of it. Recall of the exact answers."
+    note = (
+        f"{asked['n']:,} random unit vectors of {asked['dim']}; embedding pictures is not part of it. Recall of the "
+        "exact answers."
+    )
     return f"{markdown_table(header, lines, left=2)}\n\n{_note(data, note)}"
 
 

@@ -38,14 +38,14 @@ Converted from `{file}` (sha256 {digest}) by `python -m modeling_dclip.hub.conve
 {use}
 """
 MAMBAVISION_NOTE = (
-    "MambaVision's weights are published for non-commercial use only (CC-BY-NC-SA-4.0 by its package's description, its code "
-    "under the NVIDIA Source Code License-NC). That binds this folder and every model that starts from it: its card must say "
-    "so. Only weights that were trained from scratch elsewhere are free of it."
+    "MambaVision's weights are published for non-commercial use only (CC-BY-NC-SA-4.0 by its package's description, "
+    "its code under the NVIDIA Source Code License-NC). That binds this folder and every model that starts from it: "
+    "its card must say so. Only weights that were trained from scratch elsewhere are free of it."
 )
 
 MOBILECLIP_NOTE = (
-    "MobileCLIP's weights are published under a licence of Apple's own (LICENSE_weights beside them). It binds this folder and "
-    "every model that starts from it: read it, and name it in the card."
+    "MobileCLIP's weights are published under a licence of Apple's own (LICENSE_weights beside them). It binds this "
+    "folder and every model that starts from it: read it, and name it in the card."
 )
 
 
@@ -61,8 +61,8 @@ def load_published(
     Args:
         model (`PreTrainedModel`): Filled in place, in its own dtypes.
         weights (`dict[str, torch.Tensor]`): Under the checkpoint's names.
-        published_keys (`Callable[[str], tuple[str, ...]]`): A key of the model to the checkpoint's that make it up, which
-            divide its rows evenly; none for a parameter that stays as it is.
+        published_keys (`Callable[[str], tuple[str, ...]]`): A key of the model to the checkpoint's that make it up,
+            which divide its rows evenly; none for a parameter that stays as it is.
         path (`str` or `Path`): Of the checkpoint, for messages.
         what (`str`): The architecture, for messages.
 
@@ -87,15 +87,16 @@ def convert_mambavision(
 ) -> DMCLIPVisionModel:
     """Make a [`DMCLIPVisionModel`] folder of a MambaVision checkpoint.
 
-    Its classifier `head` becomes the projection: `image_embeds` are then the published class scores, and `pooler_output`
-    the published features. With `projection_dim` the head is left out and a fresh projection of that width starts there.
+    Its classifier `head` becomes the projection: `image_embeds` are then the published class scores, and
+    `pooler_output` the published features. With `projection_dim` the head is left out and a fresh projection of that
+    width starts there.
 
     Args:
         checkpoint (`str` or `Path`): See [`~modeling_dclip.hub.convert.checkpoints.read_checkpoint`].
         output (`str` or `Path`): New or empty folder; written whole or not at all.
         config (`str` or `Path`, *optional*): JSON with the published fields `depths`, `dim`, `in_dim`, `num_heads`,
-            `window_size`, `mlp_ratio` and `resolution`, such as the `config.json` beside published weights. Without it the
-            preset whose shapes the weights have says what no shape tells: heads, windows and resolution.
+            `window_size`, `mlp_ratio` and `resolution`, such as the `config.json` beside published weights. Without it
+            the preset whose shapes the weights have says what no shape tells: heads, windows and resolution.
         projection_dim (`int`, *optional*): Width of a fresh projection, drawn with seed 0.
 
     Returns:
@@ -103,8 +104,8 @@ def convert_mambavision(
 
     Raises:
         FileExistsError, FileNotFoundError: If the output is in use, or a file is not there.
-        ValueError: If the checkpoint is damaged, of another architecture or of no preset's shapes, or the config is not
-            complete or not the checkpoint's.
+        ValueError: If the checkpoint is damaged, of another architecture or of no preset's shapes, or the config is
+            not complete or not the checkpoint's.
     """
     check_new_folder(output)
     weights = read_checkpoint(checkpoint)
@@ -112,7 +113,8 @@ def convert_mambavision(
     name = f"MambaVision-{preset}" if preset else "MambaVision"
     if projection_dim is None and not any(key.startswith("head.") for key in weights):
         raise ValueError(
-            f"Expected a head (head.weight, head.bias) in {checkpoint}, got none. Give --projection_dim for a fresh projection."
+            f"Expected a head (head.weight, head.bias) in {checkpoint}, got none. Give --projection_dim for a fresh "
+            "projection."
         )
     if projection_dim is not None:
         weights = {key: value for key, value in weights.items() if not key.startswith("head.")}

@@ -1,12 +1,12 @@
 """Turn checkpoints of MambaVision and MobileCLIP into folders of this package's models.
 
-    python -m modeling_dclip.hub.convert mambavision --checkpoint mambavision_tiny_1k.pth.tar --output runs/mambavision_t
+    python -m modeling_dclip.hub.convert mambavision --checkpoint mambavision_tiny_1k.pth.tar --output runs/mambavision
     python -m modeling_dclip.hub.convert mobileclip --checkpoint mobileclip_s1.pt --output runs/mobileclip_s1_text
 
-Every key of the checkpoint (of its text tower, for MobileCLIP) has its place in the model, or nothing is written and the
-keys are named. `--config` gives MambaVision's published config where no preset has the shapes; `--projection_dim` leaves its
-head out for a fresh projection. The folder holds weights, config, code, for images the preprocessing, and a README with the
-licence's note.
+Every key of the checkpoint (of its text tower, for MobileCLIP) has its place in the model, or nothing is written and
+the keys are named. `--config` gives MambaVision's published config where no preset has the shapes; `--projection_dim`
+leaves its head out for a fresh projection. The folder holds weights, config, code, for images the preprocessing, and a
+README with the licence's note.
 """
 
 import argparse

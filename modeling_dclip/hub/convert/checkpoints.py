@@ -69,13 +69,14 @@ def _load(path: Path) -> object:
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
-            f"Expected tensors and plain values in {path}, got what only running code could unpickle, or no checkpoint at "
-            f"all ({reason}). Where it was made, load it and save its `state_dict()` as safetensors."
+            f"Expected tensors and plain values in {path}, got what only running code could unpickle, or no "
+            f"checkpoint at all ({reason}). Where it was made, load it and save its `state_dict()` as safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
-            f"Expected a file of `torch.save` or .safetensors at {path} ({path.stat().st_size} bytes), got a damaged or "
-            f"foreign one ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Download it again."
+            f"Expected a file of `torch.save` or .safetensors at {path} ({path.stat().st_size} bytes), got a damaged "
+            f"or foreign one ({str(error).splitlines()[0] if str(error) else type(error).__name__}). Download it "
+            "again."
         ) from error
 
 

@@ -93,17 +93,17 @@ def read_mambavision_config(
         if wrong := [name for name in SHAPE_FIELDS if given[name] != shapes[name]]:
             published = {ours: name for name, ours in CONFIG_FIELDS.items()}[wrong[0]]
             raise ValueError(
-                f"{published!r} in {config_file}: expected {_plain(shapes[wrong[0]])}, which the shapes in {path} tell, "
-                f"got {_plain(given[wrong[0]])}. Give the config of this checkpoint."
+                f"{published!r} in {config_file}: expected {_plain(shapes[wrong[0]])}, which the shapes in {path} "
+                f"tell, got {_plain(given[wrong[0]])}. Give the config of this checkpoint."
             )
         fields |= given
     elif preset is not None:
         fields |= {name: getattr(presets[preset], name) for name in ("num_heads", "window_sizes", "drop_path_rate")}
     else:
         raise ValueError(
-            f"Expected the shapes of a preset ({', '.join(presets)}) in {path}, got {_described(shapes)}. Heads and windows "
-            f"cannot be read off shapes: give --config, a JSON file with {', '.join(CONFIG_FIELDS)}. If it should be a "
-            "preset, the checkpoint is damaged."
+            f"Expected the shapes of a preset ({', '.join(presets)}) in {path}, got {_described(shapes)}. Heads and "
+            f"windows cannot be read off shapes: give --config, a JSON file with {', '.join(CONFIG_FIELDS)}. If it "
+            "should be a preset, the checkpoint is damaged."
         )
     try:
         return DMCLIPVisionConfig(**fields), preset

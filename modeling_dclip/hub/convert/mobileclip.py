@@ -45,21 +45,22 @@ def select_text_tower(
         `tuple`: The text tower's weights under their own names, and the names of the image tower and of `logit_scale`.
 
     Raises:
-        ValueError: If there is no text tower, other keys stand beside it, or the image tower is no FastViT: only beside
-            one is the text tower known to read in both directions.
+        ValueError: If there is no text tower, other keys stand beside it, or the image tower is no FastViT: only
+            beside one is the text tower known to read in both directions.
     """
     layout = next((prefix for prefix in LAYOUTS if any(key.startswith(prefix) for key in weights)), None)
     if layout is None:
         raise ValueError(
-            f"Expected a text tower in {path} (keys that start with {' or '.join(LAYOUTS)}), got {len(weights)} keys such as "
-            f"{', '.join(list(weights)[:3])}. Is it a MobileCLIP checkpoint?"
+            f"Expected a text tower in {path} (keys that start with {' or '.join(LAYOUTS)}), got {len(weights)} keys "
+            f"such as {', '.join(list(weights)[:3])}. Is it a MobileCLIP checkpoint?"
         )
     text = {key: value for key, value in weights.items() if key.startswith(layout)}
     images = [key for key in weights if key.startswith(IMAGE_PREFIXES)]
     if images and not any(key.startswith(FASTVIT_PREFIXES) for key in images):
         raise ValueError(
-            f"Expected a FastViT image tower in {path} (MobileCLIP S1, S2; MobileCLIP2 S0, S2, S3, S4), got keys such as "
-            f"{images[0]}. MobileCLIP-B's text tower is causal, which no weight shows; DM-CLIP's reads in both directions."
+            f"Expected a FastViT image tower in {path} (MobileCLIP S1, S2; MobileCLIP2 S0, S2, S3, S4), got keys such "
+            f"as {images[0]}. MobileCLIP-B's text tower is causal, which no weight shows; DM-CLIP's reads in both "
+            "directions."
         )
     others = [key for key in weights if key not in text and key not in images and key != "logit_scale"]
     if others:
@@ -71,7 +72,9 @@ def select_text_tower(
 
 
 def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCLIPTextConfig:
-    """Read the architecture off the shapes. Heads are 64 wide, as in every published tower; EOS is CLIP's, the last id.
+    """Read the architecture off the shapes.
+
+    Heads are 64 wide, as in every published tower; EOS is CLIP's, the last id.
 
     Args:
         text (`Mapping[str, torch.Tensor]`): From [`select_text_tower`].

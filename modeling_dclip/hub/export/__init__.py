@@ -43,7 +43,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds another model, weights are missing or damaged, or the size is not the config's and the model takes no other.
+        ValueError: If it holds another model, weights are missing or damaged, or the size is not the config's and the
+            model takes no other.
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
@@ -53,8 +54,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
         model_type = AutoConfig.from_pretrained(model).model_type
         if model_type not in {**DUAL_ENCODERS, **IMAGE_ENCODERS}:
             raise ValueError(
-                f"Expected a dual encoder or an image encoder at '{model}' ({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got "
-                f"{model_type!r}."
+                f"Expected a dual encoder or an image encoder at '{model}' "
+                f"({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got {model_type!r}."
             )
         if model_type in DUAL_ENCODERS:
             loaded = load_dual_encoder(model)
@@ -114,7 +115,8 @@ def export_onnx(
         folder (`Path`): New or empty.
         towers (`Sequence[str]`, *optional*): `"image"`, `"text"`.
         dtypes (`Sequence[str]`, *optional*): Of `"fp32"`, `"fp16"`, `"int8"`.
-        winograd (`bool`, *optional*, defaults to `False`): In float32, DM-CLIP's convolutions as [`use_winograd`] makes them.
+        winograd (`bool`, *optional*, defaults to `False`): In float32, DM-CLIP's convolutions as [`use_winograd`]
+            makes them.
 
     Returns:
         `dict[str, dict[str, float]]`: By file, what `compare_onnx` found.
@@ -155,7 +157,9 @@ def _with_winograd(tower: nn.Module) -> nn.Module:
 def export_programs(
     model: PreTrainedModel, source: str | os.PathLike, folder: Path, towers: Sequence[str] = tuple(TOWERS)
 ) -> dict[str, dict[str, float]]:
-    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`; otherwise as [`export_onnx`]."""
+    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`;
+    otherwise as [`export_onnx`].
+    """
     selected = select_towers(model, towers, source)
     write_settings(model, source, folder)
     return {f"{tower.file_name}.pt2": save_program(tower, folder / f"{tower.file_name}.pt2") for tower in selected}
@@ -193,8 +197,8 @@ def resize_images(image_processor: object, model: PreTrainedModel, source: str |
         return
     if model.config.model_type != "dmclip":
         raise ValueError(
-            f"Expected images of {size} pixels, which the image encoder reads, from {PREPROCESSOR} of '{source}', got {crop}. "
-            "Set its `crop_size` and `size`."
+            f"Expected images of {size} pixels, which the image encoder reads, from {PREPROCESSOR} of '{source}', got "
+            f"{crop}. Set its `crop_size` and `size`."
         )
     image_processor.crop_size, image_processor.size = {"height": size, "width": size}, {"shortest_edge": size}
 

@@ -1,15 +1,16 @@
-"""Write a trained model for programs that do not know it: ONNX Runtime, transformers.js, torch.export, open_clip, sentence-transformers.
+"""Write a trained model for programs that do not know it: ONNX Runtime, transformers.js, torch.export, open_clip,
+sentence-transformers.
 
     python -m modeling_dclip.hub.export onnx --model runs/student --output runs/onnx
     python -m modeling_dclip.hub.export torch_export --model runs/student --output runs/programs
     python -m modeling_dclip.hub.export open_clip --model runs/student --output runs/open_clip
     python -m modeling_dclip.hub.export sentence_transformers --model runs/student --output runs/sentence_transformers
 
-The output is a new folder, written whole or not at all, after what was written gave the model's own outputs. `onnx` lays it out as
-transformers.js and optimum read it: `onnx/vision_model.onnx` and `onnx/text_model.onnx`, `_fp16` and `_quantized` (8-bit integers) beside
-them, and the configuration, tokenizer and preprocessing. `--towers image` takes the folder of an image encoder alone too.
-DM-CLIP's image encoder is fused first (norms and layer scales inside the weights), with windows that divide its map if `--image_size`
-is given.
+The output is a new folder, written whole or not at all, after what was written gave the model's own outputs. `onnx`
+lays it out as transformers.js and optimum read it: `onnx/vision_model.onnx` and `onnx/text_model.onnx`, `_fp16` and
+`_quantized` (8-bit integers) beside them, and the configuration, tokenizer and preprocessing. `--towers image` takes
+the folder of an image encoder alone too. DM-CLIP's image encoder is fused first (norms and layer scales inside the
+weights), with windows that divide its map if `--image_size` is given.
 """
 
 import argparse
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, measured in found.items():
         mebibytes = (Path(args.output) / name).stat().st_size / 2**20
         sys.stdout.write(
-            f"{args.output}/{name}: {mebibytes:.1f} MiB; the model's outputs to {measured['max_relative_difference']:.1e}, cosine at least "
-            f"{measured['min_cosine']:.6f}.\n"
+            f"{args.output}/{name}: {mebibytes:.1f} MiB; the model's outputs to "
+            f"{measured['max_relative_difference']:.1e}, cosine at least {measured['min_cosine']:.6f}.\n"
         )
 
 

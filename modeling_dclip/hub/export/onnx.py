@@ -1,7 +1,8 @@
 """Towers of a dual encoder as graphs that run without PyTorch or without our code, each proven to compute the same.
 
-An image tower reads `pixel_values (batch_size, channels, S, S)` and gives `image_embeds`, a text tower reads `input_ids (batch_size,
-sequence_length)` and gives `text_embeds`, neither normalised. A text needs no mask: what follows its end token changes nothing.
+An image tower reads `pixel_values (batch_size, channels, S, S)` and gives `image_embeds`, a text tower reads
+`input_ids (batch_size, sequence_length)` and gives `text_embeds`, neither normalised. A text needs no mask: what
+follows its end token changes nothing.
 """
 
 import copy
@@ -104,9 +105,10 @@ def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None
 
     Args:
         tower ([`ImageTower`] or [`TextTower`]): Float32, in eval mode, on the CPU.
-        dtype (`str`): `"fp32"`; `"fp16"`, whose weights are half as large, inputs and outputs float32; or `"int8"`: weights of matrix
-            products and of embedding tables as 8-bit integers, activations quantised as they come.
-        float32_content (`bytes`, *optional*): The tower's graph of `"fp32"`, which `"int8"` starts from; traced if not given.
+        dtype (`str`): `"fp32"`; `"fp16"`, whose weights are half as large, inputs and outputs float32; or `"int8"`:
+            weights of matrix products and of embedding tables as 8-bit integers, activations quantised as they come.
+        float32_content (`bytes`, *optional*): The tower's graph of `"fp32"`, which `"int8"` starts from; traced if not
+            given.
 
     Returns:
         `bytes`: Of a `.onnx` file.
@@ -189,11 +191,13 @@ def compare_onnx(content: bytes, tower: nn.Module, dtype: str = "fp32") -> dict[
         dtype (`str`, *optional*, defaults to `"fp32"`): Whose gate the outputs have to pass.
 
     Returns:
-        `dict[str, float]`: `max_relative_difference`, the largest difference over the largest value, and `min_cosine` of any row.
+        `dict[str, float]`: `max_relative_difference`, the largest difference over the largest value, and `min_cosine`
+            of any row.
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
-        ValueError: If in float32 the first is more than 1e-4, or else the second less than 0.999 (float16) or 0.95 (8-bit integers).
+        ValueError: If in float32 the first is more than 1e-4, or else the second less than 0.999 (float16) or 0.95
+            (8-bit integers).
     """
     try:
         import onnxruntime
@@ -227,12 +231,13 @@ def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, ru
     cosine = float(torch.cosine_similarity(found, expected).min())
     if dtype == "fp32" and not difference <= RELATIVE_GATE:  # NaN fails this too
         raise ValueError(
-            f"Expected {runtime} to give the model's outputs to {RELATIVE_GATE:.0e}, got a difference of {difference:.1e}."
+            f"Expected {runtime} to give the model's outputs to {RELATIVE_GATE:.0e}, got a difference of "
+            f"{difference:.1e}."
         )
     if dtype != "fp32" and not cosine >= COSINE_GATES[dtype]:
         raise ValueError(
-            f"Expected {runtime} in {dtype} to give embeddings with a cosine of at least {COSINE_GATES[dtype]} to float32's, got "
-            f"{cosine:.4f}. Leave {dtype} out."
+            f"Expected {runtime} in {dtype} to give embeddings with a cosine of at least {COSINE_GATES[dtype]} to "
+            f"float32's, got {cosine:.4f}. Leave {dtype} out."
         )
     return {"max_relative_difference": difference, "min_cosine": cosine}
 

@@ -1,4 +1,6 @@
-"""A ViT student as open_clip reads it: `open_clip.create_model_and_transforms("local-dir:FOLDER")`, no code of ours."""
+"""A ViT student as open_clip reads it: `open_clip.create_model_and_transforms("local-dir:FOLDER")`,
+no code of ours.
+"""
 
 import json
 import os
@@ -118,13 +120,16 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
 def _check_twin(model: PreTrainedModel) -> None:
     if not has_native_twin(model):
         raise ValueError(
-            f"Expected a dual ViT student with absolute positions, which open_clip has, got {model.config.model_type!r} with "
-            f"{getattr(getattr(model.config, 'vision_config', model.config), 'position_embedding_type', 'other')!r} positions."
+            "Expected a dual ViT student with absolute positions, which open_clip has, got "
+            f"{model.config.model_type!r} with "
+            f"{getattr(getattr(model.config, 'vision_config', model.config), 'position_embedding_type', 'other')!r} "
+            "positions."
         )
 
 
 def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> dict[str, dict[str, float]]:
-    """Write weights, architecture, preprocessing and tokenizer for open_clip, and compare its outputs where it is installed.
+    """Write weights, architecture, preprocessing and tokenizer for open_clip, and compare its outputs where it is
+    installed.
 
     Args:
         model ([`DCLIPModel`]): With CLIP's own positions.
@@ -152,8 +157,8 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
     crop, size = images.crop_size["height"], model.config.vision_config.image_size
     if crop != size or images.size["shortest_edge"] != size or not images.do_center_crop:
         raise ValueError(
-            f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, which open_clip's does, got "
-            f"{dict(images.size)} and {crop}."
+            f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, which "
+            f"open_clip's does, got {dict(images.size)} and {crop}."
         )
     preprocessing = {
         "mean": list(images.image_mean),

@@ -1,4 +1,5 @@
-"""A ViT student as sentence-transformers reads it, no code of ours: `SentenceTransformer(FOLDER).encode(pictures)`, or `encode(texts)`.
+"""A ViT student as sentence-transformers reads it, no code of ours: `SentenceTransformer(FOLDER).encode(pictures)`, or
+`encode(texts)`.
 
 Pictures and texts in one list are encoded up to sentence-transformers 5.3; later ones want a call for each.
 """
@@ -43,15 +44,16 @@ def write_sentence_transformers(
     """
     if not has_native_twin(model):
         raise ValueError(
-            f"Expected a dual ViT student with absolute positions, got {model.config.model_type!r}. sentence-transformers builds models of "
-            "transformers alone, so another one would need `trust_remote_code` in every program that reads it. Publish it as a model of "
-            "transformers, or export it as ONNX."
+            f"Expected a dual ViT student with absolute positions, got {model.config.model_type!r}. "
+            "sentence-transformers builds models of transformers alone, so another one would need `trust_remote_code` "
+            "in every program that reads it. Publish it as a model of transformers, or export it as ONNX."
         )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
-            f"Expected sentence-transformers to check with, got {error}. Install it with `pip install sentence-transformers`."
+            f"Expected sentence-transformers to check with, got {error}. Install it with `pip install "
+            "sentence-transformers`."
         ) from error
     inner = folder / MODULES[0]["path"]
     inner.mkdir(parents=True)

@@ -1,8 +1,8 @@
 """3x3 convolutions in a quarter of their products, from operators that every runtime has.
 
 Source: F(4x4, 3x3) of Lavin and Gray, arXiv 1509.09308. A tile of 6x6 pixels and a kernel are
-transformed, multiplied element by element and summed over channels, and transformed back to 4x4 pixels: 36 products instead of 144.
-Both transforms are one matrix each, and the products are 36 matrix products, channels innermost.
+transformed, multiplied element by element and summed over channels, and transformed back to 4x4 pixels: 36 products
+instead of 144. Both transforms are one matrix each, and the products are 36 matrix products, channels innermost.
 """
 
 import torch
@@ -97,7 +97,8 @@ class WinogradBlock(nn.Module):
 def use_winograd(encoder: DMCLIPVisionModel) -> None:
     """Let an image encoder compute its convolutional stages so, for images of the config's size; in place.
 
-    For exporting in float32 to CPUs. Other devices have faster ways, and half precision loses too much in the transforms.
+    For exporting in float32 to CPUs. Other devices have faster ways, and half precision loses too much in the
+    transforms.
 
     Args:
         encoder ([`DMCLIPVisionModel`]): Fused.

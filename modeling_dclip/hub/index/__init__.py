@@ -35,7 +35,9 @@ _BLOCK = 1 << 22
 
 
 class Hit(NamedTuple):
-    """One answer: `score` is the cosine to the query, in [-1, 1]; `path` is None where the image came from inside a dataset."""
+    """One answer: `score` is the cosine to the query, in [-1, 1];
+    `path` is None where the image came from inside a dataset.
+    """
 
     score: float
     image_id: str
@@ -61,8 +63,9 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected an index with {MANIFEST} in '{folder}', got none. Build one with `python -m modeling_dclip.hub.index "
-            f"--model MODEL --images FOLDER --output {folder}`; a build that was killed has none and goes on when started again."
+            f"Expected an index with {MANIFEST} in '{folder}', got none. Build one with `python -m "
+            f"modeling_dclip.hub.index --model MODEL --images FOLDER --output {folder}`; a build that was killed has "
+            "none and goes on when started again."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -88,8 +91,8 @@ def _check_file(folder: Path, name: str, digest: str, verify: bool) -> Path:
         )
     if verify and (found := hash_file(path)) != digest:
         raise ValueError(
-            f"'{path}' is damaged: expected the SHA-256 {digest[:12]}..., got {found[:12]}.... Delete it and build again; embeddings "
-            "that are there are not computed again."
+            f"'{path}' is damaged: expected the SHA-256 {digest[:12]}..., got {found[:12]}.... Delete it and build "
+            "again; embeddings that are there are not computed again."
         )
     return path
 
@@ -137,8 +140,14 @@ class SearchIndex:
     """
 
     def __init__(
-        self, folder: Path, manifest: dict[str, Any], vectors: Any, rows: pa.Table, model: str, trust_remote_code: bool = False
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        manifest: dict[str, Any],
+        vectors: Any,
+        rows: pa.Table,
+        model: str,
+        trust_remote_code: bool = False,
+    ):
         self.folder, self.manifest, self.vectors, self.rows = folder, manifest, vectors, rows
         self.model, self.trust_remote_code = model, trust_remote_code
         self._encoder: tuple[torch.nn.Module, Any] | None = None
@@ -151,8 +160,10 @@ class SearchIndex:
 
         Args:
             folder (`str` or `Path`): What [`~modeling_dclip.hub.index.build.build_index`] wrote.
-            model (`str`, *optional*): Where the model is now, if not where it was; it must be the one that embedded the images.
-            verify (`bool`, *optional*, defaults to `True`): Compare the files' hashes with the manifest's: about a second a GB.
+            model (`str`, *optional*): Where the model is now, if not where it was; it must be the one that embedded
+                the images.
+            verify (`bool`, *optional*, defaults to `True`): Compare the files' hashes with the manifest's: about a
+                second a GB.
             trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
 
         Raises:
@@ -178,8 +189,8 @@ class SearchIndex:
         found = {"vectors": vectors.ntotal, "rows": rows.num_rows, "width": vectors.d}
         if expected != found or not set(COLUMNS) <= set(rows.column_names):
             raise ValueError(
-                f"Expected {expected} and the columns {list(COLUMNS)} in '{folder}', got {found} and {rows.column_names}. Its files "
-                "are not of one build; build it again."
+                f"Expected {expected} and the columns {list(COLUMNS)} in '{folder}', got {found} and "
+                f"{rows.column_names}. Its files are not of one build; build it again."
             )
         index = cls(folder, manifest, vectors, rows, model or manifest["model"], trust_remote_code)
         if manifest.get("effort") is not None:
@@ -190,7 +201,8 @@ class SearchIndex:
         return self.vectors.ntotal
 
     def set_effort(self, effort: int) -> None:
-        """Look into so many cells (inverted file) or keep so many candidates (graph): more finds more and takes longer.
+        """Look into so many cells (inverted file) or keep so many candidates (graph): more finds more and takes
+        longer.
 
         Raises:
             ValueError: If the index is exact, or `effort < 1`.
@@ -215,8 +227,9 @@ class SearchIndex:
             if (found := fingerprint_encoder(model, processor)) != self.manifest["encoder"]:
                 raise ValueError(
                     f"The index '{self.folder}' is of another model: expected {self.manifest['model']!r} "
-                    f"({self.manifest.get('revision')}, encoder {self.manifest['encoder'][:12]}...), got {self.model!r} ({revision}, encoder "
-                    f"{found[:12]}...). Their vectors do not compare: name the model it was built with, or build an index for this one."
+                    f"({self.manifest.get('revision')}, encoder {self.manifest['encoder'][:12]}...), got "
+                    f"{self.model!r} ({revision}, encoder {found[:12]}...). Their vectors do not compare: name the "
+                    "model it was built with, or build an index for this one."
                 )
             self._encoder = (model, processor)
         return self._encoder

@@ -4,8 +4,9 @@
     python -m modeling_dclip.hub.index search "a dog on a beach" --index INDEX --top_k 10
     python -m modeling_dclip.hub.index search photo.jpg --index INDEX
 
-MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. Building goes on where it was when killed,
-and computes only images that are new when started again. On several GPUs start it with `accelerate launch -m modeling_dclip.hub.index`.
+MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. Building goes on where it
+was when killed, and computes only images that are new when started again. On several GPUs start it with
+`accelerate launch -m modeling_dclip.hub.index`.
 """
 
 import argparse
@@ -84,8 +85,8 @@ def describe_build(index: SearchIndex) -> str:
     """What was built, and what was left out."""
     manifest = index.manifest
     lines = [
-        f"{manifest['n']} images of width {manifest['dim']} in {index.folder}: {manifest['computed']} embedded now, index "
-        f"{manifest['index']}."
+        f"{manifest['n']} images of width {manifest['dim']} in {index.folder}: {manifest['computed']} embedded now, "
+        f"index {manifest['index']}."
     ]
     if manifest["changes"] is not None:
         lines.append(
@@ -93,8 +94,8 @@ def describe_build(index: SearchIndex) -> str:
         )
     if manifest["recall@10"] is not None:
         lines.append(
-            f"Of the exact first 10 it finds {100 * manifest['recall@10']:.1f}% on queries it was not tuned on, at an effort of "
-            f"{manifest['effort']}."
+            f"Of the exact first 10 it finds {100 * manifest['recall@10']:.1f}% on queries it was not tuned on, at an "
+            f"effort of {manifest['effort']}."
         )
     skipped = manifest["skipped"]
     if skipped:

@@ -90,8 +90,8 @@ def refuse_unreadable(dataset: Dataset, rows: Sequence[int]) -> None:
     examples = "; ".join(reason_of(dataset, row) for row in rows[:2])
     ids = first(dataset.select_columns("image_id")[row]["image_id"] for row in rows)
     raise ValueError(
-        f"{len(rows)} of the images looked at so far cannot be read ({ids}): {examples}. Replace or remove the files, or leave such images "
-        "out with on_bad_image 'skip'. What was embedded is kept."
+        f"{len(rows)} of the images looked at so far cannot be read ({ids}): {examples}. Replace or remove the files, "
+        "or leave such images out with on_bad_image 'skip'. What was embedded is kept."
     )
 
 
@@ -117,7 +117,9 @@ def build_index(
     overwrite: bool = False,
     trust_remote_code: bool = False,
 ) -> SearchIndex | None:
-    """Embed images into an index. Started again after a kill, or when images have come and gone, it computes only what is not there.
+    """Embed images into an index.
+
+    Started again after a kill, or when images have come and gone, it computes only what is not there.
 
     Under several processes (`accelerate launch`) each embeds its share, and the main process writes the index.
 
@@ -125,11 +127,13 @@ def build_index(
         model (`str`): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`].
         images (`str`): A folder, searched with those below it, or a dataset's spec such as `parquet:GLOB`.
         output (`str` or `Path`): Folder of the index.
-        index (`str`, *optional*, defaults to `"exact"`): `"exact"`, `"ivf"` (inverted file), `"hnsw"` (graph), or what FAISS's
-            `index_factory` takes.
-        queries (`Sequence[str]`, *optional*): Texts of the kind that will be asked: with them the effort of an index that is not exact
-            is raised until it finds 99 % of the exact first ten of one half of them, and the other half measures it.
-        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images that cannot be read, counted and named.
+        index (`str`, *optional*, defaults to `"exact"`): `"exact"`, `"ivf"` (inverted file), `"hnsw"` (graph), or what
+            FAISS's `index_factory` takes.
+        queries (`Sequence[str]`, *optional*): Texts of the kind that will be asked: with them the effort of an index
+            that is not exact is raised until it finds 99 % of the exact first ten of one half of them, and the other
+            half measures it.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images that cannot be read,
+            counted and named.
         batch_size (`int`, *optional*, defaults to 64): Images at a time.
         chunk_rows (`int`, *optional*, defaults to 1024): Images between two savings.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode, a GPU.
@@ -144,7 +148,8 @@ def build_index(
         FileExistsError: If `output` is a file, or holds an index of another model or of other images.
         ImportError: If `faiss-cpu` is not installed.
         TypeError: If the model is not a dual encoder.
-        ValueError: If an argument is out of range, there is no picture, one cannot be read, or a stored file is damaged.
+        ValueError: If an argument is out of range, there is no picture, one cannot be read, or a stored file is
+            damaged.
     """
     _check_arguments(index, on_bad_image, batch_size, chunk_rows)
     faiss, output = find_faiss("faiss"), Path(output)
@@ -235,8 +240,9 @@ def _check_output(output: Path, encoder: str, images: str, model: str, overwrite
         if expected != found:
             got = model if what == "model" else images
             raise FileExistsError(
-                f"'{output}' holds an index of another {what}: expected {before[what]!r}, got {got!r}"
-                f"{' with other weights or settings' if what == 'model' else ''}. Choose another output, or replace it with overwrite."
+                f"'{output}' holds an index of another {what}: expected {before[what]!r}, got "
+                f"{got!r}{' with other weights or settings' if what == 'model' else ''}. Choose another output, or "
+                "replace it with overwrite."
             )
     return before
 
@@ -252,7 +258,8 @@ def _set_effort(faiss: Any, vectors: Any, embeds: torch.Tensor, texts: torch.Ten
         return {"effort": getattr(holder, name), "recall@10": recall}
     setattr(holder, name, min(most, FIRST_EFFORT[name]))
     logger.warning(
-        "Nobody has measured what this index misses: %s is %d. Give queries of the kind that will be asked, or set the effort.",
+        "Nobody has measured what this index misses: %s is %d. Give queries of the kind that will be asked, or set "
+        "the effort.",
         *(name, getattr(holder, name)),
     )
     return {"effort": getattr(holder, name), "recall@10": None}

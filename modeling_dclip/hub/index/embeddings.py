@@ -1,7 +1,7 @@
 """Image embeddings kept in a folder by the content of the images: what is there is not computed again.
 
-A chunk holds the embeddings of so many images beside their keys, and the keys of those that could not be read. A run that was
-killed, a folder that grew, a picture that comes twice: each costs only the images that no chunk knows.
+A chunk holds the embeddings of so many images beside their keys, and the keys of those that could not be read. A run
+that was killed, a folder that grew, a picture that comes twice: each costs only the images that no chunk knows.
 """
 
 import hashlib
@@ -35,7 +35,9 @@ _UNREADABLE = (ValueError, OSError, Image.DecompressionBombError)
 
 
 class EmbeddingOptions(NamedTuple):
-    """How images are run through a model: B images at a time, `chunk_rows` a file, `num_workers` processes that decode."""
+    """How images are run through a model: B images at a time, `chunk_rows` a file,
+    `num_workers` processes that decode.
+    """
 
     batch_size: int = 64
     chunk_rows: int = 1024
@@ -113,8 +115,9 @@ def embed_readable(
     if bad.any():
         row = [row for row, is_read in zip(rows, readable, strict=True) if is_read][int(bad.nonzero()[0])]
         raise ValueError(
-            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}; the first belongs to the image "
-            f"{reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights and precision."
+            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}; the first belongs "
+            f"to the image {reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights "
+            "and precision."
         )
     return (found / norms).numpy(), readable
 

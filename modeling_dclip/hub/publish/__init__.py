@@ -55,7 +55,8 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
 
     Raises:
         ConnectionError: If the Hub cannot be reached or stays busy.
-        FileExistsError, FileNotFoundError, ImportError, ValueError: If the publication is not complete. Then nothing was pushed.
+        FileExistsError, FileNotFoundError, ImportError, ValueError: If the publication is not complete. Then nothing
+            was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
     """
     if arguments.dry_run:

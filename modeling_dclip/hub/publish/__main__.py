@@ -1,11 +1,13 @@
-"""Publish a trained model: the dual encoder, its image encoder alone, its teacher, and the CLIP it is, each with a card.
+"""Publish a trained model: the dual encoder, its image encoder alone, its teacher, and the CLIP it is, each with a
+card.
 
-    python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher --results outputs/mine/results
-        --repo_id me/dclip-vitb16 --license mit
+    python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher \\
+        --results outputs/mine/results --repo_id me/dclip-vitb16 --license mit
 
-makes `me/dclip-vitb16`, `me/dclip-vitb16-vision`, `me/dclip-vitb16-teacher` and, for a plain ViT student, `me/dclip-vitb16-clip`, a
-stock `CLIPModel`. With `--dry_run` nothing leaves the machine. Everything is written and checked in a folder first; each repository
-then changes in one commit, or not at all where it already is as it should be.
+makes `me/dclip-vitb16`, `me/dclip-vitb16-vision`, `me/dclip-vitb16-teacher` and, for a plain ViT student,
+`me/dclip-vitb16-clip`, a stock `CLIPModel`. With `--dry_run` nothing leaves the machine. Everything is written and
+checked in a folder first; each repository then changes in one commit, or not at all where it already is as it should
+be.
 """
 
 import argparse

@@ -1,4 +1,7 @@
-"""Render model cards: facts in, Markdown with metadata out. No number is typed in a template, and none may be missing."""
+"""Render model cards: facts in, Markdown with metadata out.
+
+No number is typed in a template, and none may be missing.
+"""
 
 import os
 import random
@@ -29,7 +32,9 @@ LABELS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A picture (`path` inside the repository), the labels to choose from, the right one first, and the model's `outputs`, best first."""
+    """A picture (`path` inside the repository), the labels to choose from, the right one first,
+    and the model's `outputs`, best first.
+    """
 
     path: str
     labels: tuple[str, ...]
@@ -142,7 +147,8 @@ def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | 
     folder, name = Path(cards or CARDS), template_name(facts["family"], kind)
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"Expected the card's template {name} in '{folder}', got none. Templates come with a checkout of the repository; give --cards."
+            f"Expected the card's template {name} in '{folder}', got none. Templates come with a checkout of the "
+            "repository; give --cards."
         )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -204,7 +210,8 @@ def make_eval_results(records: list[Mapping[str, Any]]) -> list[EvalResult]:
     """Turn results records into entries of a `model-index`, values as they were measured.
 
     Args:
-        records (`list[dict]`): Of one model. Kinds of benchmark that are no task of the Hub (efficiency, ...) are left out.
+        records (`list[dict]`): Of one model. Kinds of benchmark that are no task of the Hub (efficiency, ...) are left
+            out.
 
     Returns:
         `list[EvalResult]`

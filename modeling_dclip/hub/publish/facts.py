@@ -1,4 +1,7 @@
-"""All that a card says about a model, gathered from what training and evaluation wrote. A fact that is missing is an error."""
+"""All that a card says about a model, gathered from what training and evaluation wrote.
+
+A fact that is missing is an error.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -179,8 +182,9 @@ def select_records(
     if not own:
         models = sorted({record["model"] for record in records})
         raise ValueError(
-            f"Expected results of the weights in '{arguments.model}' ({revision[:19]}...) in {', '.join(arguments.results)}, got only those of "
-            f"{', '.join(models)} in other states. Evaluate these weights: eval.py --model {arguments.model} --output FILE."
+            f"Expected results of the weights in '{arguments.model}' ({revision[:19]}...) in "
+            f"{', '.join(arguments.results)}, got only those of {', '.join(models)} in other states. Evaluate these "
+            f"weights: eval.py --model {arguments.model} --output FILE."
         )
     references = {
         record["comparison"]["anchor_revision"] for record in own if "anchor_revision" in record.get("comparison", {})
@@ -230,7 +234,8 @@ def find_base_models(origins: Sequence[Origin]) -> list[str]:
 def describe_teacher(
     arguments: PublishArguments, teacher: PreTrainedModel, leakage: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What the teacher reads, how it was trained, and what of the caption shows in its embedding, where that was measured.
+    """What the teacher reads, how it was trained, and what of the caption shows in its embedding, where that was
+    measured.
 
     Args:
         arguments ([`PublishArguments`]): With the teacher's folder.

@@ -15,19 +15,21 @@ from modeling_dclip.configuration_dclip import PRESETS
 
 # What the card tells of the stage that made the weights, in this order.
 _OPTIMISER = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps",
-    "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed",
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed",
 )  # fmt: skip
 SETTINGS = {
     "student": (
         "cosine_distillation_loss_weight", "contrastive_loss_weight", "cosine_preservation_loss_weight",
-        "similarity_distillation_loss_weight", "temperature", "image_to_text_weight", "wise_ft_alpha", "freeze", "position_embedding_type",
-        *_OPTIMISER,
+        "similarity_distillation_loss_weight", "temperature", "image_to_text_weight", "wise_ft_alpha", "freeze",
+        "position_embedding_type", *_OPTIMISER,
     ),
-    "dmclip": ("preset", "image_size", "contrastive_loss_weight", "distillation_loss_weight", "freeze_text", *_OPTIMISER),
+    "dmclip": ("preset", "image_size", "contrastive_loss_weight", "distillation_loss_weight", "freeze_text",
+               *_OPTIMISER),
     "anchor": ("image_to_text_weight", *_OPTIMISER),
     "teacher": (
-        "cross_attention", "attention_temperature", "text_share", "region_weighting", "aggregation", "loss_temperature", *_OPTIMISER,
+        "cross_attention", "attention_temperature", "text_share", "region_weighting", "aggregation",
+        "loss_temperature", *_OPTIMISER,
     ),
 }  # fmt: skip
 
@@ -51,7 +53,8 @@ def read_arguments(folder: str | os.PathLike) -> dict[str, Any]:
     path = Path(folder) / "arguments.yaml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"Expected arguments.yaml beside the weights in '{folder}', got none. train.py writes it; the card's training section comes from it."
+            f"Expected arguments.yaml beside the weights in '{folder}', got none. train.py writes it; the card's "
+            "training section comes from it."
         )
     try:
         arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -68,11 +71,13 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
 
     Args:
         folder (`str` or `os.PathLike`): Of the model.
-        section (`str`, *optional*): The stage that made it; by default the one of student, dmclip and anchor that is there.
+        section (`str`, *optional*): The stage that made it; by default the one of student, dmclip and anchor that is
+            there.
 
     Returns:
-        `dict[str, Any]`: `arguments` (all), `section`, `datasets`, `uncaptioned`, `excluded`, `reads_teacher`, `trains_text`, `teachers` (of
-        reinforced data), `settings` (pairs of name and value), and `steps`, `epochs`, `minutes`, which are None where training did not say.
+        `dict[str, Any]`: `arguments` (all), `section`, `datasets`, `uncaptioned`, `excluded`, `reads_teacher`,
+            `trains_text`, `teachers` (of reinforced data), `settings` (pairs of name and value), and `steps`,
+            `epochs`, `minutes`, which are None where training did not say.
 
     Raises:
         FileNotFoundError: If there is no `arguments.yaml`.
@@ -88,7 +93,8 @@ def read_training(folder: str | os.PathLike, section: str | None = None) -> dict
     ]
     if section is None or needed:
         raise ValueError(
-            f"Expected {needed[0] if needed else 'student, dmclip or anchor'} in arguments.yaml of '{folder}', got {sorted(arguments)}."
+            f"Expected {needed[0] if needed else 'student, dmclip or anchor'} in arguments.yaml of '{folder}', got "
+            f"{sorted(arguments)}."
         )
     datasets = arguments["train_datasets"] or values.get("train_datasets") or []
     shards = values.get("train_shards")
@@ -145,13 +151,14 @@ def _read_state(path: Path) -> dict[str, Any]:
 
 # Ids that the Hub knows and that fit weights; `other` needs a name and a link.
 LICENCES = (
-    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0",
-    "cc-by-nc-nd-4.0", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "gpl-3.0", "lgpl-3.0", "agpl-3.0", "apple-ascl",
-    "apple-amlr", "unlicense", "other",
+    "apache-2.0", "mit", "bsd-2-clause", "bsd-3-clause", "cc0-1.0", "cc-by-4.0", "cc-by-sa-4.0", "cc-by-nc-4.0",
+    "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "openrail", "bigscience-openrail-m", "creativeml-openrail-m", "gpl-3.0",
+    "lgpl-3.0", "agpl-3.0", "apple-ascl", "apple-amlr", "unlicense", "other",
 )  # fmt: skip
 NON_COMMERCIAL = ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "apple-amlr", "other")
 
-# Of published weights by the beginning of their Hub id: what binds those who start from them, and the licences that respect it.
+# Of published weights by the beginning of their Hub id: what binds those who start from them, and the licences that
+# respect it.
 WEIGHTS = {
     "openai/clip-": ("OpenAI's CLIP weights are published under MIT.", LICENCES),
     "nvidia/MambaVision": ("MambaVision's weights are for non-commercial use only.", NON_COMMERCIAL),
@@ -166,9 +173,13 @@ CONVERTED = {
 DATA = {
     "scenes": "Drawn scenes are made by this package: no terms.",
     "coco": "COCO's annotations are CC-BY-4.0; its photographs are under Flickr's terms.",
-    "karpathy": "Karpathy's splits point to COCO (annotations CC-BY-4.0) and Flickr30k (research and education, non-commercial); the "
-    "photographs are under Flickr's terms.",
-    "flickr30k": "Flickr30k's photographs may be used for non-commercial research and education; they are under Flickr's terms.",
+    "karpathy": (
+        "Karpathy's splits point to COCO (annotations CC-BY-4.0) and Flickr30k (research and education, "
+        "non-commercial); the photographs are under Flickr's terms."
+    ),
+    "flickr30k": (
+        "Flickr30k's photographs may be used for non-commercial research and education; they are under Flickr's terms."
+    ),
     "conceptual": "Conceptual Captions' texts are free to use; the images belong to the sites they come from.",
 }
 OTHER_DATA = "The data have terms of their own, which this card does not know."
@@ -176,7 +187,9 @@ OTHER_DATA = "The data have terms of their own, which this card does not know."
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model starts from: a Hub id or a local folder, its `hub_id` if it has one, and what binds because of it."""
+    """What a model starts from: a Hub id or a local folder, its `hub_id` if it has one,
+    and what binds because of it.
+    """
 
     name: str
     hub_id: str | None
@@ -216,8 +229,8 @@ def _describe(name: str) -> Origin:
     if not Path(name).is_dir():
         if Path(name).is_absolute() or name.startswith("."):
             raise FileNotFoundError(
-                f"Expected the folder '{name}', which the model was trained from, got none: what it is under is not known. Bring it back, or "
-                "give --base_model."
+                f"Expected the folder '{name}', which the model was trained from, got none: what it is under is not "
+                "known. Bring it back, or give --base_model."
             )
         known = next((terms for prefix, terms in WEIGHTS.items() if name.startswith(prefix)), (None, LICENCES))
         return Origin(name, name, *known)
@@ -234,14 +247,16 @@ def check_licence(license: str, name: str | None, link: str | None, origins: lis
     """
     if license not in LICENCES:
         raise ValueError(
-            f"license: expected one of {', '.join(LICENCES)}, got {license!r}. Any other is `other` with a name and a link."
+            f"license: expected one of {', '.join(LICENCES)}, got {license!r}. Any other is `other` with a name and a "
+            "link."
         )
     if license == "other" and not (name and link):
         raise ValueError("license 'other': expected license_name and license_link beside it, got none or one of them.")
     for origin in origins:
         if license not in origin.allowed:
             raise ValueError(
-                f"license: {origin.name} binds what starts from it ({origin.note}) Expected one of {', '.join(origin.allowed)}, got {license!r}."
+                f"license: {origin.name} binds what starts from it ({origin.note}) Expected one of "
+                f"{', '.join(origin.allowed)}, got {license!r}."
             )
 
 

@@ -1,4 +1,6 @@
-"""Bring a folder to a repository of the Hub: one commit, or none where nothing differs; transient failures are tried again."""
+"""Bring a folder to a repository of the Hub: one commit, or none where nothing differs;
+transient failures are tried again.
+"""
 
 import fnmatch
 import hashlib
@@ -69,7 +71,8 @@ def retrying(attempt: Callable[[], Answer], what: str, delays: tuple[float, ...]
             problem, last = f"{type(error).__name__}: {error}", error
         if delay is None:
             raise ConnectionError(
-                f"Expected {what} to succeed, got {problem}, {number} times. Try again later: what was pushed is not pushed again."
+                f"Expected {what} to succeed, got {problem}, {number} times. Try again later: what was pushed is not "
+                "pushed again."
             ) from last
         logger.warning("%s: %s; trying again in %.1f s", what, problem, delay)
         time.sleep(delay)
@@ -116,17 +119,20 @@ def check_access(repo_id: str, api: HfApi, delays: tuple[float, ...] = DELAYS_S)
         ) from error
     except HfHubHTTPError as error:
         raise PermissionError(
-            f"Expected a token that {api.endpoint} knows, got the answer {error.response.status_code} to this one. Make a token with the role "
-            "'write' in the settings of your account, and set HF_TOKEN or run `hf auth login`."
+            f"Expected a token that {api.endpoint} knows, got the answer {error.response.status_code} to this one. "
+            "Make a token with the role 'write' in the settings of your account, and set HF_TOKEN or run `hf auth "
+            "login`."
         ) from error
     names = [who["name"], *(organisation["name"] for organisation in who.get("orgs", []))]
     if namespace not in names:
         raise PermissionError(
-            f"Expected a repository of {' or '.join(names)}, whose token this is, got {repo_id!r}. Name another, or use another token."
+            f"Expected a repository of {' or '.join(names)}, whose token this is, got {repo_id!r}. Name another, or "
+            "use another token."
         )
     if who.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise PermissionError(
-            f"Expected a token that may write, got one of {who['name']} that only reads. Make one with the role 'write'."
+            f"Expected a token that may write, got one of {who['name']} that only reads. Make one with the role "
+            "'write'."
         )
     return who["name"]
 
@@ -156,8 +162,8 @@ def check_base_models(names: list[str], api: HfApi, delays: tuple[float, ...] = 
             retrying(lambda name=name: api.model_info(name), f"asking for {name}", delays)
         except HfHubHTTPError as error:
             raise ValueError(
-                f"base_model: expected a model of the Hub, got {name!r}, which it does not know. If that is a folder, publish from where "
-                "training ran, or give --base_model."
+                f"base_model: expected a model of the Hub, got {name!r}, which it does not know. If that is a folder, "
+                "publish from where training ran, or give --base_model."
             ) from error
 
 
@@ -213,8 +219,8 @@ def push_folder(
         return retrying(attempt, f"pushing to {repo_id}", delays)
     except HfHubHTTPError as error:
         raise PermissionError(
-            f"Expected to push to {repo_id}, got the answer {error.response.status_code}: {error.server_message or error}. "
-            "Is the token allowed to write there?"
+            f"Expected to push to {repo_id}, got the answer {error.response.status_code}: "
+            f"{error.server_message or error}. Is the token allowed to write there?"
         ) from error
 
 

@@ -65,11 +65,13 @@ def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
         root (`Path`): New or empty folder; each repository gets one inside, by its name.
 
     Returns:
-        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them. If one fails, none is kept.
+        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them. If one fails, none is
+            kept.
 
     Raises:
         FileExistsError: If the folder is in use.
-        FileNotFoundError, ImportError, ValueError: If anything that belongs there is missing, differs from the model, or does not fit.
+        FileNotFoundError, ImportError, ValueError: If anything that belongs there is missing, differs from the model,
+            or does not fit.
     """
     check_new_folder(root)
     _check_sources(arguments)
@@ -101,8 +103,8 @@ def _check_sources(arguments: PublishArguments) -> None:
             raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got '{folder}', which is none.")
     if find_adapter(arguments.model) is not None:
         raise ValueError(
-            f"model: expected whole weights in '{arguments.model}', got an adapter alone. Train with `merge_adapter: true`: the adapter goes "
-            "out beside them."
+            f"model: expected whole weights in '{arguments.model}', got an adapter alone. Train with `merge_adapter: "
+            "true`: the adapter goes out beside them."
         )
     if (Path(arguments.model) / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
         _check_adapter(Path(arguments.model) / ADAPTER_FOLDER)
@@ -112,8 +114,8 @@ def _check_adapter(adapter: Path) -> None:
     """See that an adapter's weights are whole and of the rank that its config says."""
     if not (adapter / ADAPTER_WEIGHTS).is_file():
         raise FileNotFoundError(
-            f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{adapter}', got none. Bring it back, or remove the folder to publish "
-            "the whole weights alone."
+            f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{adapter}', got none. Bring it back, or remove "
+            "the folder to publish the whole weights alone."
         )
     rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r")
     try:
@@ -124,7 +126,8 @@ def _check_adapter(adapter: Path) -> None:
         ) from error
     if ranks != {rank}:
         raise ValueError(
-            f"Expected an adapter of rank {rank}, as {ADAPTER_CONFIG} says, in '{adapter}', got {sorted(ranks)}. Its files are of two trainings."
+            f"Expected an adapter of rank {rank}, as {ADAPTER_CONFIG} says, in '{adapter}', got {sorted(ranks)}. Its "
+            "files are of two trainings."
         )
 
 
@@ -161,7 +164,8 @@ def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPT
         return None
     if model.config.model_type != "dclip":
         raise ValueError(
-            f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got '{arguments.teacher}'."
+            f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got "
+            f"'{arguments.teacher}'."
         )
     model_type = AutoConfig.from_pretrained(arguments.teacher).model_type
     if model_type != "dclip_teacher":

@@ -1,4 +1,6 @@
-"""Mean average precision of image-text retrieval, as a module of Hugging Face's `evaluate`; computed by this package's own retrieval metrics."""
+"""Mean average precision of image-text retrieval, as a module of Hugging Face's `evaluate`;
+computed by this package's own retrieval metrics.
+"""
 
 import datasets
 import evaluate
@@ -17,9 +19,10 @@ _CITATION = """\
 """
 
 _DESCRIPTION = """\
-Mean average precision of image-text retrieval over all right answers, without a cut-off, and the mean reciprocal rank of the first one.
-From texts the two are equal, as a caption has one image; some papers call the second MAP from images too.
-Similarity is the cosine, computed in float32; ties count against the model. Memory does not grow with images times captions.
+Mean average precision of image-text retrieval over all right answers, without a cut-off, and the mean reciprocal rank
+of the first one. From texts the two are equal, as a caption has one image; some papers call the second MAP from images
+too. Similarity is the cosine, computed in float32; ties count against the model. Memory does not grow with images
+times captions.
 """
 
 _INPUTS = """
@@ -28,7 +31,8 @@ One row for each caption:
     text_embeds (`list[float]`): Embedding of the caption, of the same width, any scale.
     image_ids (`str` or `int`): The caption's image.
 Returns:
-    `dict[str, float]`: `text_to_image_map`, `image_to_text_map`, `text_to_image_mrr` and `image_to_text_mrr`, in [0, 1].
+    `dict[str, float]`: `text_to_image_map`, `image_to_text_map`, `text_to_image_mrr` and `image_to_text_mrr`, in
+        [0, 1].
 Raises:
     ValueError: If an embedding is zero or not finite, or an image has two different embeddings.
 Example:

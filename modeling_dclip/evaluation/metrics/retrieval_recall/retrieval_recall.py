@@ -1,4 +1,6 @@
-"""Recall at k of image-text retrieval, as a module of Hugging Face's `evaluate`; computed by this package's own retrieval metrics."""
+"""Recall at k of image-text retrieval, as a module of Hugging Face's `evaluate`;
+computed by this package's own retrieval metrics.
+"""
 
 import datasets
 import evaluate
@@ -10,17 +12,19 @@ from modeling_dclip.evaluation.benchmarks.retrieval import embeddings_of_pairs, 
 _CITATION = """\
 @inproceedings{radford2021learning,
   title = {Learning Transferable Visual Models From Natural Language Supervision},
-  author = {Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and Agarwal, Sandhini and
-    Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and Krueger, Gretchen and Sutskever, Ilya},
+  author = {Radford, Alec and Kim, Jong Wook and Hallacy, Chris and Ramesh, Aditya and Goh, Gabriel and
+    Agarwal, Sandhini and Sastry, Girish and Askell, Amanda and Mishkin, Pamela and Clark, Jack and
+    Krueger, Gretchen and Sutskever, Ilya},
   booktitle = {International Conference on Machine Learning},
   year = {2021}
 }
 """
 
 _DESCRIPTION = """\
-Recall at k of image-text retrieval, as the CLIP papers count it: from texts, the share of captions whose image is among the first k
-of all images; from images, the share of images of whose captions at least one is among the first k of all captions.
-Similarity is the cosine, computed in float32; ties count against the model. Memory does not grow with images times captions.
+Recall at k of image-text retrieval, as the CLIP papers count it: from texts, the share of captions whose image is
+among the first k of all images; from images, the share of images of whose captions at least one is among the first k
+of all captions. Similarity is the cosine, computed in float32; ties count against the model. Memory does not grow with
+images times captions.
 """
 
 _INPUTS = """
@@ -31,8 +35,8 @@ One row for each caption:
 Args:
     ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs, >= 1.
 Returns:
-    `dict[str, float]`: `text_to_image_recall@k` and `image_to_text_recall@k`, in [0, 1], and `rsum`, the sum of the six, in [0, 6], where
-    1, 5 and 10 are among the cut-offs.
+    `dict[str, float]`: `text_to_image_recall@k` and `image_to_text_recall@k`, in [0, 1], and `rsum`, the sum of the
+        six, in [0, 6], where 1, 5 and 10 are among the cut-offs.
 Raises:
     ValueError: If an embedding is zero or not finite, or an image has two different embeddings.
 Example:
