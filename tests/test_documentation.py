@@ -69,7 +69,9 @@ def script_of(words):
 def load(script):
     """A script or module, by what follows `python`."""
     if script.startswith("-m "):
-        return importlib.import_module(script.removeprefix("-m "))
+        module = script.removeprefix("-m ")
+        is_package = hasattr(importlib.import_module(module), "__path__")
+        return importlib.import_module(f"{module}.__main__" if is_package else module)
     specification = importlib.util.spec_from_file_location(f"{Path(script).stem}_script", ROOT / script)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

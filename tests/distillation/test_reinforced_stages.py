@@ -165,7 +165,7 @@ def test_arms_and_seeds_share_one_set_of_shards(tiny_clip_dir, tmp_path, caplog,
 KILLED = textwrap.dedent(
     """
     import os, sys
-    from modeling_dclip.distillation.dual_encoder_trainers import DMCLIPTrainer
+    from modeling_dclip.distillation.trainer import DMCLIPTrainer
     from modeling_dclip.distillation.recipes import parse_recipe
     from modeling_dclip.distillation.stages import run_stages
 
