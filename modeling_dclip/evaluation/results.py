@@ -15,7 +15,8 @@ import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Any
 
 from modeling_dclip.data.files import write_text
 from modeling_dclip.evaluation.records import read_results, read_results_json
@@ -54,10 +55,54 @@ def render_block(path: str | os.PathLike, name: str, text: str) -> None:
     write_text(path, _replace_block(document, path, name, text))
 
 
+def _is_local(path: str) -> bool:
+    """Whether it is a local path, not a Hub id (`ORG/NAME`), a URL (`//HOST/PATH` in a spec) or `open_clip:...`."""
+    if path.startswith("//") or ":" in path:
+        return False
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def shorten_paths(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Show models and benchmarks without the folders of the machine that measured them.
+
+    A local path in a benchmark's spec keeps its last two parts. A model that is a local path and has no label loses
+    the folders that all such models share. Hub ids, URLs and labels stay. If two different benchmarks would look
+    equal, all stay as they are.
+
+    Args:
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]; not changed.
+
+    Returns:
+        `list[dict[str, Any]]`: Copies with other values of `benchmark` and `label`.
+
+    Example:
+        >>> [short] = shorten_paths([{"model": "/runs/student", "benchmark": "retrieval=disk:/data/flickr/test"}])
+        >>> short["label"], short["benchmark"]
+        ('student', 'retrieval=disk:flickr/test')
+    """
+
+    def shorten(match: re.Match[str]) -> str:
+        return "/".join(PurePath(match[0]).parts[-2:]) if _is_local(match[0]) else match[0]
+
+    benchmarks = {record["benchmark"]: re.sub(r"[^:=,]*/[^:=,]*", shorten, record["benchmark"]) for record in records}
+    if len(set(benchmarks.values())) < len(benchmarks):
+        benchmarks = dict(zip(benchmarks, benchmarks, strict=True))
+    models = {record["model"] for record in records if "label" not in record and _is_local(record["model"])}
+    parts = {model: PurePath(model).parts for model in models}
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts.values()]))
+    labels = {model: "/".join(folders[shared:]) for model, folders in parts.items()}
+    return [
+        ({"label": labels[record["model"]]} if record["model"] in labels else {})
+        | dict(record)
+        | {"benchmark": benchmarks[record["benchmark"]]}
+        for record in records
+    ]
+
+
 def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     records = [record for path in paths for record in read_results(path)]
     metrics = options["metrics"].split(",") if "metrics" in options else None
-    return render_table(records, metrics=metrics, best=options.get("best", "false") == "true")
+    return render_table(shorten_paths(records), metrics=metrics, best=options.get("best", "false") == "true")
 
 
 def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:

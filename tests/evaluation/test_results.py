@@ -12,7 +12,7 @@ from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.records import make_record, read_results, write_results
 from modeling_dclip.evaluation.reports.metric_names import percent
 from modeling_dclip.evaluation.reports.tables import markdown_table, render_summary, render_table, show_interval
-from modeling_dclip.evaluation.results import main, render_block, render_readme
+from modeling_dclip.evaluation.results import main, render_block, render_readme, shorten_paths
 from modeling_dclip.evaluation.statistics import summarise_arms
 
 
@@ -234,6 +234,58 @@ def test_check_fails_until_rendered_and_changes_nothing(readme, capsys):
     assert main([str(readme), "--check"]) == 0
     write_results(readme.parent / "runs" / "b.json", record("student", n=7))
     assert main([str(readme), "--check"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "shown"),
+    [
+        ("retrieval=parquet:../d/flickr/a.parquet,source=flickr", "retrieval=parquet:flickr/a.parquet,source=flickr"),
+        ("retrieval=coco:/d/coco/notes/a.json:/d/coco/val2017", "retrieval=coco:notes/a.json:coco/val2017"),
+        ("zero_shot=parquet:./test.parquet", "zero_shot=parquet:test.parquet"),
+        ("zero_shot=hub:uoft-cs/cifar100:test", "zero_shot=hub:uoft-cs/cifar100:test"),
+        ("zero_shot=wds:https://host.org/sets/cars/test:test", "zero_shot=wds:https://host.org/sets/cars/test:test"),
+        ("retrieval=scenes:test,n=1000,seed=1", "retrieval=scenes:test,n=1000,seed=1"),
+        ("efficiency", "efficiency"),
+    ],
+)  # fmt: skip
+def test_a_benchmark_is_shown_without_the_folders_of_a_machine(benchmark, shown):
+    assert [row["benchmark"] for row in shorten_paths([record(benchmark=benchmark)])] == [shown]
+
+
+def test_benchmarks_that_would_look_equal_stay_as_they_are():
+    names = ["retrieval=parquet:/one/flickr/test.parquet", "retrieval=parquet:/two/flickr/test.parquet"]
+    assert [row["benchmark"] for row in shorten_paths([record(benchmark=name) for name in names])] == names
+
+
+def test_a_model_is_shown_by_its_label_or_without_the_folders_that_all_share():
+    records = [
+        record("/home/me/runs/3/anchor"),
+        record("/home/me/runs/3/arm/student"),
+        record("openai/clip-vit-base-patch16"),
+    ]
+    records += [
+        record("/home/me/runs/4/student", label="own label"),
+        record("clip"),
+        record("/home/me/runs/3/anchor", n=7),
+        record("open_clip:ViT-B-32:/home/me/weights/b32.pt"),
+    ]
+    before = json.dumps(records)
+    names = [row.get("label", row["model"]) for row in shorten_paths(records)]
+    assert names[:6] == ["anchor", "arm/student", "openai/clip-vit-base-patch16", "own label", "clip", "anchor"]
+    assert names[6:] == [records[6]["model"]]
+    assert json.dumps(records) == before
+    assert [row["label"] for row in shorten_paths([record("../runs/student")])] == ["student"]
+    assert shorten_paths([]) == []
+
+
+def test_a_block_shows_no_path_of_a_machine(readme):
+    path = readme.parent / "measured.json"
+    write_results(path, [record("../runs/3/student", "retrieval=parquet:/data/flickr/validation.parquet")])
+    readme.write_text("<!-- results:x source=measured.json -->\n<!-- /results:x -->\n")
+    before = path.read_bytes()
+    assert render_readme(readme) == ["x"] and path.read_bytes() == before
+    assert "| student | retrieval=parquet:flickr/validation.parquet |" in readme.read_text()
+    assert "/data" not in readme.read_text() and "runs" not in readme.read_text()
 
 
 def test_render_block_replaces_text_between_the_markers_only(readme):
