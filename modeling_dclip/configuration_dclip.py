@@ -1,7 +1,7 @@
 """Architectures of the DCLIP student and teacher.
 
 Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
-PAPERS.md.
+docs/papers.md.
 """
 
 from huggingface_hub.dataclasses import strict
@@ -39,7 +39,7 @@ def _merge_sub_config(value, legacy, config_class, **overrides):
 class DCLIPVisionConfig(CLIPVisionConfig):
     """The image encoder: CLIP's ViT and its projection into the shared space.
 
-    Source: PAPERS.md, student. Deviation: none at the default `position_embedding_type`.
+    Source: docs/papers.md, student. Deviation: none at the default `position_embedding_type`.
 
     Args:
         position_embedding_type (`str`, *optional*, defaults to `"absolute"`): `"absolute"` is CLIP's learned table.
@@ -90,7 +90,7 @@ class DCLIPVisionConfig(CLIPVisionConfig):
 class DCLIPConfig(PreTrainedConfig):
     """The dual encoder: [`DCLIPVisionConfig`] beside CLIP's text tower.
 
-    Reads the `config.json` of any stock `CLIPModel`. Source: PAPERS.md, student. Deviation: none.
+    Reads the `config.json` of any stock `CLIPModel`. Source: docs/papers.md, student. Deviation: none.
 
     Args:
         text_config (`dict` or `CLIPTextConfig`, *optional*): The text tower. Defaults to ViT-B/32's.
@@ -139,7 +139,7 @@ def _vit_b16():
 class DCLIPTeacherConfig(PreTrainedConfig):
     """A frozen CLIP and the small cross-modal block that reads regions and caption tokens together.
 
-    Source: PAPERS.md, teacher. Deviation: `cross_attention="regions"` and its `num_region_layers` and
+    Source: docs/papers.md, teacher. Deviation: `cross_attention="regions"` and its `num_region_layers` and
     `region_feedforward_ratio` are ours.
 
     Args:

@@ -1,7 +1,7 @@
 """Architectures of DM-CLIP: a MambaVision image encoder beside MobileCLIP-S1's text tower.
 
 Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv
-2407.08083; [MC] MobileCLIP, arXiv 2311.17049; PAPERS.md.
+2407.08083; [MC] MobileCLIP, arXiv 2311.17049; docs/papers.md.
 """
 
 import copy
@@ -52,7 +52,7 @@ class DMCLIPVisionConfig(PreTrainedConfig):
     Of four stages, widths `hidden_size * (1, 2, 4, 8)`, the first two are convolutional and the last two hybrid: in
     windows of the map, `ceil(depth / 2)` Mamba mixers, then `floor(depth / 2)` attentions.
 
-    Source: [MV]; [M]; PAPERS.md. Deviation: `batch_norm_folded`, `dt_init` and `scan_backend` are ours.
+    Source: [MV]; [M]; docs/papers.md. Deviation: `batch_norm_folded`, `dt_init` and `scan_backend` are ours.
 
     Args:
         image_size (`int`, *optional*, defaults to 224): Pixels a side it is meant for. Any size runs: the map is
@@ -189,7 +189,7 @@ class DMCLIPVisionConfig(PreTrainedConfig):
 class DMCLIPTextConfig(CLIPTextConfig):
     """The text tower: CLIP's, but bidirectional, with exact GELU. The defaults are MobileCLIP-S1's.
 
-    Source: [MC]; [M]; PAPERS.md. Deviation: `mask_padding` is ours.
+    Source: [MC]; [M]; docs/papers.md. Deviation: `mask_padding` is ours.
 
     Args:
         hidden_act (`str`, *optional*, defaults to `"gelu"`): Of the MLPs.
@@ -227,7 +227,7 @@ class DMCLIPTextConfig(CLIPTextConfig):
 class DMCLIPConfig(PreTrainedConfig):
     """The dual encoder: [`DMCLIPVisionConfig`] beside [`DMCLIPTextConfig`].
 
-    Source: [M]; PAPERS.md. Deviation: none.
+    Source: [M]; docs/papers.md. Deviation: none.
 
     Args:
         text_config (`dict` or `DMCLIPTextConfig`, *optional*): The text tower. Defaults to MobileCLIP-S1's.

@@ -1,7 +1,7 @@
 """The DCLIP student: CLIP's dual encoder, loadable from any stock CLIP checkpoint.
 
 Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
-PAPERS.md. Letters in shape comments: B batch, P patches, D embedding, T tokens, H W pixels.
+docs/papers.md. Letters in shape comments: B batch, P patches, D embedding, T tokens, H W pixels.
 """
 
 from dataclasses import dataclass
@@ -170,7 +170,7 @@ class InitialisedAsInTree:
 class DCLIPVisionTransformer(InitialisedAsInTree, CLIPVisionModel):
     """CLIP's vision tower, under CLIP's keys, with the choice of rotary positions.
 
-    Source: PAPERS.md, ViT-L extras. Deviation: with `"rope"` the learned table keeps its place-independent part.
+    Source: docs/papers.md, ViT-L extras. Deviation: with `"rope"` the learned table keeps its place-independent part.
     """
 
     config: DCLIPVisionConfig
@@ -205,7 +205,7 @@ class DCLIPVisionModel(InitialisedAsInTree, CLIPVisionModelWithProjection):
     Its keys are those of the tower inside [`DCLIPModel`], so `from_pretrained` takes a vision-only folder, a dual
     DCLIP one or a stock CLIP one.
 
-    Source: PAPERS.md, student. Deviation: none.
+    Source: docs/papers.md, student. Deviation: none.
 
     Example:
         >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -262,7 +262,7 @@ class DCLIPModel(InitialisedAsInTree, CLIPModel):
     eval mode through saving, loading, `.train()` and `accelerate.prepare`; to train them set it to `False` before the
     model is built.
 
-    Source: PAPERS.md, student. Deviation: none.
+    Source: docs/papers.md, student. Deviation: none.
 
     Example:
         >>> small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -1,8 +1,8 @@
 """The DCLIP teacher: a frozen CLIP and a small block that reads image regions and caption tokens together.
 
 Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
-PAPERS.md. Letters in shape comments: B batch, R regions, T tokens, N items of one or both, K clusters, D embedding, H
-W pixels.
+docs/papers.md. Letters in shape comments: B batch, R regions, T tokens, N items of one or both, K clusters,
+D embedding, H W pixels.
 """
 
 import math
@@ -53,7 +53,7 @@ class DCLIPTeacherOutput(ModelOutput):
 def symmetric_info_nce(embeds, text_embeds, temperature):
     """Mean cross-entropy of matching rows in both directions.
 
-    Source: PAPERS.md, teacher loss. Deviation: none.
+    Source: docs/papers.md, teacher loss. Deviation: none.
 
     Args:
         embeds (`torch.Tensor` of shape `(B, D)`): L2-normalised. Gradient flows.
@@ -78,7 +78,7 @@ def weigh_regions(region_mask, boxes=None, scores=None, region_embeds=None, toke
 
     A factor whose input is None is left out; where the product vanishes everywhere, regions weigh alike.
 
-    Source: PAPERS.md, region weight. Deviation: area as a fraction of the image, likeness clamped at 0.
+    Source: docs/papers.md, region weight. Deviation: area as a fraction of the image, likeness clamped at 0.
 
     Args:
         region_mask (`torch.Tensor` of shape `(B, R)`): True = real.
@@ -113,7 +113,7 @@ def weigh_regions(region_mask, boxes=None, scores=None, region_embeds=None, toke
 def attention_pool(items, item_weights, temperature):
     """Pool items by a softmax over their cosine to the mean.
 
-    Source: PAPERS.md, global pooling. Deviation: items carry weights, 0 being a mask.
+    Source: docs/papers.md, global pooling. Deviation: items carry weights, 0 being a mask.
 
     Args:
         items (`torch.Tensor` of shape `(..., N, D)`): Any scale. Gradient flows.
@@ -199,7 +199,10 @@ class MaskedHeads(nn.Module):
 
 
 class CrossModalLayer(nn.Module):
-    """LN(T + MHA(q=T, kv=V)); no MLP, no dropout. Source: PAPERS.md, cross-attention. Deviation: padding is masked."""
+    """LN(T + MHA(q=T, kv=V)); no MLP, no dropout.
+
+    Source: docs/papers.md, cross-attention. Deviation: padding is masked.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -275,7 +278,7 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
     The CLIP inside is frozen: no gradient and eval mode, whatever `.train()` says and also after loading. At the
     defaults 2,103,296 parameters train at width 512 and 4,727,808 at 768.
 
-    Source: PAPERS.md, teacher. Deviation: padding is masked, crops are normalised, an image without a box is one
+    Source: docs/papers.md, teacher. Deviation: padding is masked, crops are normalised, an image without a box is one
     region, and a stream that attends to nobody is brought to the norm LayerNorm gives one that does (`sqrt(D)` per
     item), so that `text_share` is a share in every variant.
 

@@ -1,8 +1,8 @@
 """DM-CLIP: a MambaVision image encoder, and the dual encoder around it.
 
 Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"; [MV] MambaVision, arXiv
-2407.08083; PAPERS.md. Letters in shape comments: B batch, W windows of all images, P places of a window, C channels, N
-state, H' W' map.
+2407.08083; docs/papers.md. Letters in shape comments: B batch, W windows of all images, P places of a window,
+C channels, N state, H' W' map.
 """
 
 import copy
@@ -167,7 +167,7 @@ class DMCLIPMambaMixer(nn.Module):
 
     `conv1d` holds both published convolutions, the scanned half's rows first.
 
-    Source: [MV]; PAPERS.md. Deviation: none; `dt_proj.bias` is added twice, as trained weights rely on.
+    Source: [MV]; docs/papers.md. Deviation: none; `dt_proj.bias` is added twice, as trained weights rely on.
     """
 
     # Decay would pull the rates and the skip towards 0, which is no neutral place for them.
@@ -303,7 +303,7 @@ class DMCLIPVisionModel(InitialisedAsInTree, PreTrainedModel):
     `from_pretrained` takes its own folder or a dual DM-CLIP one. Images of any size go in. For speed see
     [`~DMCLIPVisionModel.fuse`], `config.for_image_size`, bfloat16 weights and `torch.compile`.
 
-    Source: [MV]; PAPERS.md, MambaVision. Deviation: none.
+    Source: [MV]; docs/papers.md, MambaVision. Deviation: none.
 
     Example:
         >>> config = DMCLIPVisionConfig(hidden_size=8, stem_dim=4, depths=(1, 1, 2, 2), num_heads=(1, 1, 2, 2))
@@ -477,7 +477,7 @@ class DMCLIPModel(InitialisedAsInTree, CLIPModel):
     With `config.freeze_text` the text tower stays without gradient and in eval mode through saving, loading,
     `.train()` and `accelerate.prepare`; set it before the model is built.
 
-    Source: PAPERS.md, DM-CLIP. Deviation: none.
+    Source: docs/papers.md, DM-CLIP. Deviation: none.
 
     Example:
         >>> vision = {"hidden_size": 8, "stem_dim": 4, "depths": (1, 1, 2, 2), "num_heads": (1, 1, 2, 2)}

@@ -1,6 +1,6 @@
 """DM-CLIP's text tower: MobileCLIP-S1's, which reads a text in both directions.
 
-Source: [MC] MobileCLIP, arXiv 2311.17049; PAPERS.md. Letters in shape comments: B batch, T tokens, D embedding.
+Source: [MC] MobileCLIP, arXiv 2311.17049; docs/papers.md. Letters in shape comments: B batch, T tokens, D embedding.
 """
 
 from dataclasses import dataclass
@@ -46,7 +46,7 @@ class DMCLIPTextModel(InitialisedAsInTree, CLIPTextModel):
     MobileCLIP's tower sees every text padded to its full length with token 0, padding attended to. What comes in is
     brought to that form, so that the tokenizer's padding makes no difference; with `config.mask_padding` it is masked.
 
-    Source: PAPERS.md, text encoder. Deviation: `mask_padding`, off by default.
+    Source: docs/papers.md, text encoder. Deviation: `mask_padding`, off by default.
 
     Example:
         >>> config = DMCLIPTextConfig(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)

@@ -20,7 +20,7 @@ class DCLIPProcessorKwargs(ProcessingKwargs, total=False):
 class DCLIPProcessor(CLIPProcessor):
     """CLIP's processor; a text too long is cut, keeping EOS, and that is said once.
 
-    Source: PAPERS.md, student. Deviation: none.
+    Source: docs/papers.md, student. Deviation: none.
 
     Args:
         image_processor (`CLIPImageProcessorPil`, *optional*): One of the torchvision backend is replaced by its PIL
@@ -80,7 +80,7 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
     A crop is the exact box, resized to the encoder's square without keeping its aspect. An image without a box has
     itself as its one region, with score 1.
 
-    Source: PAPERS.md, crop. Deviation: crops are normalised with CLIP's mean and deviation; never a zero region.
+    Source: docs/papers.md, crop. Deviation: crops are normalised with CLIP's mean and deviation; never a zero region.
     """
 
     def __call__(

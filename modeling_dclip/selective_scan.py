@@ -1,7 +1,7 @@
 """The selective scan of Mamba: one function, several ways to compute it, all equal in value and gradient.
 
-Source: PAPERS.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state, R rows of S
-positions.
+Source: docs/papers.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state,
+R rows of S positions.
 """
 
 import math
@@ -37,7 +37,7 @@ def selective_scan(x, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus
     - `"triton"`: a fused kernel for CUDA, compiled at its first call. No float64.
     - `"mamba_ssm"`: the kernel of that package, where it is installed. Never taken unasked. No float64.
 
-    Source: PAPERS.md, selective scan. Deviation: none.
+    Source: docs/papers.md, selective scan. Deviation: none.
 
     Args:
         x (`torch.Tensor` of shape `(B, D, L)`): Input. Gradient flows to it and to every other tensor, in the tensor's

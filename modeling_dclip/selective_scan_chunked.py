@@ -4,8 +4,8 @@ A chunk's decays and states fit the cache, in buffers that every chunk uses agai
 at each chunk's start is kept; the backward pass computes the others anew. A global cumulative sum or a scan in log
 space would save the loop over the chunk and overflow; this form only ever multiplies by decays.
 
-Source: PAPERS.md, selective scan. Letters in shape comments: B batch, G samples at a time, D channels, L scan length,
-T chunk, N state.
+Source: docs/papers.md, selective scan. Letters in shape comments: B batch, G samples at a time, D channels, L scan
+length, T chunk, N state.
 """
 
 import math

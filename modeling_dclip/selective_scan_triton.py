@@ -6,7 +6,7 @@ A program scans a channel's positions in blocks with an associative scan. The ba
 from the one at the block's start, shifts by loading the neighbour's inputs, and sums over channels in registers and in
 partial sums: no atomics, so that a step gives the same gradient twice.
 
-Source: PAPERS.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state.
+Source: docs/papers.md, selective scan. Letters in shape comments: B batch, D channels, L scan length, N state.
 """
 
 import os

@@ -1,6 +1,4 @@
-"""README.md and CONTRIBUTING.md are true: files exist, commands parse, tables list what the code knows,
-Python blocks run.
-"""
+"""The pages are true: files and links exist, commands parse, tables list what the code knows, Python blocks run."""
 
 import ast
 import contextlib
@@ -25,18 +23,21 @@ from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
 from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
+from modeling_dclip.distillation.arguments import STAGES
 from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.evaluation.benchmarks.kinds import KINDS
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.results import render_readme
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-EVALUATION = (ROOT / "EVALUATION.md").read_text(encoding="utf-8")
-RESULTS = (ROOT / "RESULTS.md").read_text(encoding="utf-8")
-PAGES = {"README.md": README, "CONTRIBUTING.md": CONTRIBUTING, "EVALUATION.md": EVALUATION, "RESULTS.md": RESULTS}
-OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", ".ci")
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS)
+}
+README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
+FOR_USERS = "\n".join(text for page, text in PAGES.items() if page != "CONTRIBUTING.md")
+OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", "notebooks", "docs", ".ci")
 
 
 def blocks(text, language):
@@ -69,9 +70,8 @@ def script_of(words):
 def load(script):
     """A script or module, by what follows `python`."""
     if script.startswith("-m "):
-        module = script.removeprefix("-m ")
-        is_package = hasattr(importlib.import_module(module), "__path__")
-        return importlib.import_module(f"{module}.__main__" if is_package else module)
+        module = importlib.import_module(script.removeprefix("-m "))
+        return importlib.import_module(f"{module.__name__}.__main__") if hasattr(module, "__path__") else module
     specification = importlib.util.spec_from_file_location(f"{Path(script).stem}_script", ROOT / script)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
@@ -79,10 +79,10 @@ def load(script):
 
 
 @lru_cache
-def help_of(script):
+def help_of(script, *subcommand):
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
-        load(script).main(["--help"])
+        load(script).main([*subcommand, "--help"])
     return shown.getvalue()
 
 
@@ -95,10 +95,17 @@ def arguments(words):
     return words[words.index(script) + 1 :]
 
 
+def known_flags(words):
+    """The flags of a command's script and of its subcommand, if it has one."""
+    subcommand = [word for word in arguments(words)[:1] if re.fullmatch(r"[a-z_]+", word)]
+    script = script_of(words)
+    return set(re.findall(r"--[\w.]+", help_of(script) + (help_of(script, *subcommand) if subcommand else "")))
+
+
 @pytest.mark.parametrize("words", SCRIPTED, ids=" ".join)
 def test_every_flag_of_a_command_is_one_the_script_knows(words):
     flags = [word.partition("=")[0] for word in arguments(words) if word.startswith("--")]
-    known = set(re.findall(r"--[\w.]+", help_of(script_of(words))))
+    known = known_flags(words)
     if script_of(words) == "train.py":  # TrainingArguments' own fields are too many to list
         flags = [flag for flag in flags if "." not in flag]
     assert set(flags) <= known | {"--help"}
@@ -128,22 +135,18 @@ def test_every_evaluation_command_asks_for_all_its_benchmarks(words):
     assert shown and parse_arguments(arguments(words), "").benchmark == shown
 
 
-def test_every_field_shown_inline_is_one_the_parser_takes():
-    of_others = (
-        "--class_names",
-        "--templates",
-        "--teachers",
-        "--captioner",
-        "--projection_dim",
-        "--dtypes",
-        "--towers",
-        "--winograd",
-        "--model",
-        "--image_size",
-    )
-    shown = [shlex.split(span) for span in spans(README) if span.startswith("--") and not span.startswith(of_others)]
-    assert len(shown) >= 5
-    for words in shown:
+INLINE = [(page, span) for page, text in PAGES.items() for span in spans(text) if span.startswith("--")]
+
+
+def test_flags_are_shown_inline():
+    assert len(INLINE) >= 40
+
+
+@pytest.mark.parametrize("page, span", INLINE, ids=str)
+def test_every_flag_shown_inline_is_one_that_a_command_of_its_page_knows_or_a_field(page, span):
+    words = shlex.split(span)
+    scripted = [command for command in commands(PAGES[page]) if script_of(command) not in (None, "train.py")]
+    if words[0].partition("=")[0] not in {"--help"}.union(*map(known_flags, scripted)):
         parse_recipe(words)
 
 
@@ -151,7 +154,7 @@ def specs_shown():
     """Every spec on the page with the kinds it is of; one of `zero_shot=` is a classification set."""
     every = (SOURCES, DETECTORS, CLASSIFICATION_SOURCES, QUESTION_SOURCES)
     forms = {source.form for kinds in every for source in kinds.values()}
-    for word in [word for command in COMMANDS for word in command] + spans(README):
+    for word in [word for command in COMMANDS for word in command] + spans(FOR_USERS):
         benchmark, _, spec = (
             word.partition("=") if re.match(r"(retrieval|zero_shot|fine_grained)=", word) else ("", "", word)
         )
@@ -172,19 +175,32 @@ def test_every_spec_shown_is_one_the_parser_takes():
 @pytest.mark.parametrize(
     "page, heading, kinds",
     [
-        (README, "## Data", SOURCES),
-        (README, "## Regions", DETECTORS),
-        (EVALUATION, "## Zero-shot classification", CLASSIFICATION_SOURCES),
-        (EVALUATION, "## Fine-grained retrieval", QUESTION_SOURCES),
+        ("docs/data.md", "## Caption datasets", SOURCES),
+        ("docs/data.md", "## Regions", DETECTORS),
+        ("docs/evaluating.md", "## Zero-shot classification", CLASSIFICATION_SOURCES),
+        ("docs/evaluating.md", "## Fine-grained retrieval", QUESTION_SOURCES),
     ],
 )
 def test_the_tables_of_specs_list_what_the_code_knows(page, heading, kinds):
-    section = page.split(f"\n{heading}\n")[1].split("\n## ")[0]
-    assert re.findall(r"^\| `([^`]+)`", section, flags=re.MULTILINE) == [source.form for source in kinds.values()]
+    assert first_cells(page, heading) == [source.form for source in kinds.values()]
+
+
+def first_cells(page, heading):
+    """The code that opens each table row of a section."""
+    section = PAGES[page].split(f"\n{heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^\| `([^`]+)`", section, flags=re.MULTILINE)
+
+
+def test_the_table_of_benchmarks_lists_every_kind():
+    assert sorted(first_cells("docs/evaluating.md", "## Benchmarks")) == sorted(KINDS)
+
+
+def test_the_table_of_stages_lists_every_stage():
+    assert first_cells("docs/training.md", "## Stages") == list(STAGES)
 
 
 def test_the_row_of_the_scenes_lists_every_option_and_no_other():
-    (row,) = re.findall(r"^\| `scenes:SPLIT` \|(.*)\|$", README, flags=re.MULTILINE)
+    (row,) = re.findall(r"^\| `scenes:SPLIT` \|(.*)\|$", PAGES["docs/data.md"], flags=re.MULTILINE)
     options = row.split("options")[1]
     keywords = [p.name for p in inspect.signature(load_scenes).parameters.values() if p.kind is p.KEYWORD_ONLY]
     assert sorted(re.findall(r"`(\w+)`", options)) == sorted(keywords)
@@ -207,9 +223,9 @@ def test_a_row_that_a_blank_line_cuts_off_is_seen():
     assert rows_without_a_header(f"{table}text\n| 3 | 4 |\n| 5 | 6 |\n") == ["| 3 | 4 |"]
 
 
-@pytest.mark.parametrize("page", [*PAGES, "PAPERS.md"])
+@pytest.mark.parametrize("page", PAGES)
 def test_every_table_row_has_its_header(page):
-    assert rows_without_a_header((ROOT / page).read_text(encoding="utf-8")) == []
+    assert rows_without_a_header(PAGES[page]) == []
 
 
 def test_every_make_target_exists():
@@ -232,14 +248,60 @@ def test_every_extra_that_is_asked_for_exists():
 
 @pytest.mark.parametrize("page", PAGES)
 def test_every_file_that_is_named_exists(page):
-    links = re.findall(r"\]\(([^)#:]+)\)", PAGES[page])
     named = [word for words in commands(PAGES[page]) for word in words] + spans(PAGES[page])
     own = [
         path for path in named if path.split("/")[0] in OWN_FOLDERS and re.fullmatch(r"[\w./-]+", path) and "/" in path
     ]
     own += [path for path in named if re.fullmatch(r"[\w-]+\.(py|md)|Makefile", path) and path != "__init__.py"]
-    missing = [path for path in {*links, *own} if not (ROOT / path).exists() and not is_sibling(path)]
+    missing = [path for path in {*own} if not (ROOT / path).exists() and not is_sibling(path)]
     assert not missing, f"{page} names {sorted(missing)}"
+
+
+def anchors(text):
+    """What GitHub lets a link end in: its headings, in small letters, without punctuation, with hyphens."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_link_leads_to_a_file_and_a_heading(page):
+    broken = []
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]+))?\)", PAGES[page]):
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        if not path.exists() or (anchor and anchor not in anchors(path.read_text(encoding="utf-8"))):
+            broken.append(f"{target}#{anchor}")
+    assert not broken, f"{page} links to {broken}"
+
+
+def test_every_page_that_the_code_names_exists():
+    folders = [ROOT / name for name in OWN_FOLDERS if name not in ("tests", "docs")]
+    files = [
+        path for folder in folders for path in folder.rglob("*") if path.suffix in (".py", ".jinja", ".yaml", ".md")
+    ]
+    page = re.compile(r"\b(?:docs/[\w-]+|[A-Z]{4,})\.md\b")
+    named = {match for path in files for match in page.findall(path.read_text(encoding="utf-8"))}
+    assert {"README.md", "docs/papers.md"} <= named
+    assert not [name for name in named if not (ROOT / name).is_file()]
+
+
+def test_the_readme_is_short_and_leads_to_every_page():
+    assert README.count("\n") <= 150
+    missing = [path.name for path in DOCS if f"](docs/{path.name})" not in README]
+    assert not missing, f"README.md has no link to {missing}"
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_page_of_the_docs_starts_with_its_command(path):
+    title, empty, *rest = PAGES[f"docs/{path.name}"].splitlines()
+    assert title.startswith("# ") and empty == ""
+    opening = rest[: rest.index("```bash")]
+    assert [line for line in opening if line] == opening[:1], f"{path.name}: expected at most one line before it"
+
+
+def test_no_table_of_results_calls_a_model_or_benchmark_by_a_local_path():
+    for page, text in PAGES.items():
+        for block in re.findall(r"^<!-- results:.*?-->\n(.*?)^<!-- /results:", text, flags=re.MULTILINE | re.DOTALL):
+            assert not re.search(r"\.\./|outputs/|[ :=]/\w", block), page
 
 
 def is_sibling(path):
@@ -248,25 +310,27 @@ def is_sibling(path):
 
 
 def test_every_recipe_is_named_and_every_one_named_exists():
-    named = set(re.findall(r"recipes/[\w./-]+\.yaml", README))
+    named = set(re.findall(r"recipes/[\w./-]+\.yaml", FOR_USERS))
     there = {f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml")}
     assert named <= there
-    rows = re.findall(r"^\| `(recipes/[\w*./-]+\.yaml)`", README, flags=re.MULTILINE)
+    rows = first_cells("docs/training.md", "## Recipes")
     left_out = [path for path in sorted(there) if not any(fnmatch.fnmatch(path, row) for row in rows)]
-    assert not left_out, f"README.md's table of recipes has no row for {left_out}"
+    assert not left_out, f"docs/training.md's table of recipes has no row for {left_out}"
     idle = [row for row in rows if not fnmatch.filter(there, row)]
-    assert not idle, f"README.md's table of recipes has rows for no file: {idle}"
+    assert not idle, f"docs/training.md's table of recipes has rows for no file: {idle}"
 
 
-@pytest.mark.parametrize("page", ["README.md", "PAPERS.md", "RESULTS.md"])
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if page != "CONTRIBUTING.md"]
+)  # that one shows the markers' form
 def test_results_blocks_are_what_their_files_say(page):
-    assert "<!-- results:" in (ROOT / page).read_text(encoding="utf-8")
+    assert ("<!-- results:" in PAGES[page]) == (page in ("README.md", "docs/results.md"))
     assert render_readme(ROOT / page, check=True) == []
 
 
 @pytest.fixture(scope="module")
 def substitutes(tiny_clip_dir, tmp_path_factory):
-    """A folder of the student's form, a photograph, and a small CLIP, for the names in README."""
+    """A folder of the student's form, a photograph, and a small CLIP, for the names on the pages."""
     folder = tmp_path_factory.mktemp("readme")
     student = folder / "student"
     DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(student)
@@ -283,14 +347,14 @@ def substitutes(tiny_clip_dir, tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("code", blocks(README + EVALUATION, "python"), ids=lambda code: code.splitlines()[-1])
+@pytest.mark.parametrize("code", blocks(FOR_USERS, "python"), ids=lambda code: code.splitlines()[-1])
 def test_every_python_block_for_users_runs(code, substitutes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     for name, substitute in substitutes.items():
         code = code.replace(f'"{name}"', repr(str(substitute)))
     printed = []
     variables = {"print": lambda *values: printed.append(values)}
-    exec(compile(code, "README.md", "exec"), variables)
+    exec(compile(code, "a page", "exec"), variables)
     assert printed or "encoder" in variables
     for value in (value for values in printed for value in values if isinstance(value, torch.Tensor)):
         assert torch.isfinite(value).all()

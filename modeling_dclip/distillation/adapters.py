@@ -2,7 +2,7 @@
 left as it is.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; "DoRA: Weight-Decomposed Low-Rank
-Adaptation", arXiv 2402.09353; PAPERS.md. The peft package does both; it is imported when an adapter is asked for.
+Adaptation", arXiv 2402.09353; docs/papers.md. The peft package does both; it is imported when an adapter is asked for.
 """
 
 import copy

@@ -1,7 +1,7 @@
 """Make a DM-CLIP about to train: from scratch, around pretrained towers, or from a checkpoint.
 
 Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; "MobileCLIP", arXiv 2311.17049
-[MC]; PAPERS.md.
+[MC]; docs/papers.md.
 """
 
 import logging

@@ -4,7 +4,7 @@ The in-batch losses need every pair of the *global* batch. [`gather_across_proce
 gradient; the losses themselves know nothing of processes. Each process then computes the same global loss, and the
 mean that `DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
 
-Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; PAPERS.md.
+Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; docs/papers.md.
 Letters in shape comments: B batch, D embedding.
 """
 
@@ -234,8 +234,8 @@ def similarity_distillation_loss(
     [`cosine_distillation_loss`] it constrains relations only. With text embeddings the similarities are image-text, in
     both directions; without, they are those of the embeddings among themselves.
 
-    Source: [MC] eq. 2; PAPERS.md. Deviation: direction weights; a temperature of the teacher's own; without texts, the
-    embeddings' own similarities.
+    Source: [MC] eq. 2; docs/papers.md. Deviation: direction weights; a temperature of the teacher's own; without
+    texts, the embeddings' own similarities.
 
     Args:
         student_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
@@ -285,7 +285,7 @@ def similarity_distillation_loss(
 # Pure functions of a batch, as those of [`~modeling_dclip.distillation.losses`]; gather over processes first.
 #
 # Source: "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"
-# [M]; PAPERS.md. Letters in shape comments: B batch, D embedding.
+# [M]; docs/papers.md. Letters in shape comments: B batch, D embedding.
 
 
 def _teacher_slices(embeds: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
@@ -309,7 +309,7 @@ def teacher_probabilities(
     A mean of probabilities, not of similarities: each teacher may be sure in its own way, and none outvotes the others
     by a larger scale.
 
-    Source: [MC] eq. 2; [M]; PAPERS.md. Deviation: none.
+    Source: [MC] eq. 2; [M]; docs/papers.md. Deviation: none.
 
     Args:
         teacher_image_embeds, teacher_text_embeds (`torch.Tensor` of shape `(B, sum of widths)`): The teachers'
@@ -362,7 +362,7 @@ def distillation_loss(
     [`~modeling_dclip.distillation.losses.similarity_distillation_loss`] it takes several teachers, whose widths have
     nothing to do with the student's.
 
-    Source: [MC] eq. 2 and 3; [M]; PAPERS.md. Deviation: direction weights, equal by default.
+    Source: [MC] eq. 2 and 3; [M]; docs/papers.md. Deviation: direction weights, equal by default.
 
     Args:
         image_embeds, text_embeds (`torch.Tensor` of shape `(B, D)`): The student's, any scale; normalised here.

@@ -190,7 +190,7 @@ class BatchesTrainer(Trainer):
 class TeacherTrainer(BatchesTrainer):
     """Trains the teacher's block against the frozen CLIP's sentence embedding, from precomputed features.
 
-    Source: [D] teacher loss; PAPERS.md. Deviation: none.
+    Source: [D] teacher loss; docs/papers.md. Deviation: none.
     """
 
     def loss_terms(self, model, batch):
@@ -217,7 +217,7 @@ class StudentTrainer(BatchesTrainer):
     The dual encoder is what checkpoints hold; its text tower never meets the optimiser, but for an adapter in it. With
     adapters, a checkpoint holds the merged weights, and beside them the adapter, which a resumed run goes on from.
 
-    Source: [D] student loss; PAPERS.md. Deviation: relational term and direction weights, off by default.
+    Source: [D] student loss; docs/papers.md. Deviation: relational term and direction weights, off by default.
 
     Args:
         model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` what is adapted of both
@@ -343,7 +343,7 @@ class _BoundLogitScale(TrainerCallback):
 class AnchorTrainer(BatchesTrainer):
     """Contrastive pretraining of a small dual encoder, logit scale included.
 
-    Source: CLIP; PAPERS.md. Deviation: none.
+    Source: CLIP; docs/papers.md. Deviation: none.
     """
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -394,7 +394,7 @@ class DMCLIPTrainer(BatchesTrainer):
     with one synthetic caption each, and the two are added. The student's scale is learned and bounded as CLIP's.
     BatchNorm sees a process's own images.
 
-    Source: [MC] eq. 1 to 3; [M]; PAPERS.md. Deviation: teachers whose trained scale is known are scaled by it.
+    Source: [MC] eq. 1 to 3; [M]; docs/papers.md. Deviation: teachers whose trained scale is known are scaled by it.
 
     Args:
         model ([`DMCLIPModel`]): Trains, in place.

@@ -1,6 +1,6 @@
 """The straight line between two models of one architecture, weight by weight.
 
-Source: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903; PAPERS.md.
+Source: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903; docs/papers.md.
 """
 
 from collections.abc import Mapping

@@ -28,7 +28,7 @@ through all images: no image keeps what is its own.
 
     python -m modeling_dclip.evaluation.leakage --teacher [LABEL=]FOLDER ... --dataset SPEC --output FILE
 
-Source: PAPERS.md, leakage, said openly.
+Source: docs/papers.md, leakage.
 """
 
 import shlex

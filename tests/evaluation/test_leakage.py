@@ -217,7 +217,7 @@ def test_one_command_measures_teachers_and_a_block_shows_them(folders, tmp_path,
     shown = capsys.readouterr().out
     assert render_leakage(records) in shown and "paper (2 trained)" in shown and f"Written to {output}" in shown
 
-    page = tmp_path / "PAPERS.md"
+    page = tmp_path / "papers.md"
     page.write_text(
         f"<!-- results:leakage source=results/leakage.json table=leakage metric={I2T} -->\n<!-- /results:leakage -->\n"
     )

@@ -106,7 +106,8 @@ class UltralyticsDetector(RegionDetector):
     The package is AGPL-3.0 and therefore an extra: `pip install 'modeling_dclip[regions]'`. A `.pt` file is a pickle
     that ultralytics executes while loading: give it weights you trust.
 
-    Source: [D] YOLOv8x; [Dcode] the library's defaults; PAPERS.md. Deviation: a batch holds images of one size only.
+    Source: [D] YOLOv8x; [Dcode] the library's defaults; docs/papers.md. Deviation: a batch holds images of
+    one size only.
 
     Args:
         weights (`str`, *optional*, defaults to `"yolov8x.pt"`): A file, or a name that ultralytics downloads.

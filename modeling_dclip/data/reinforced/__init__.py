@@ -254,7 +254,7 @@ class ReinforcedDataset(IterableDataset):
     the epoch goes through them again. Samples are shuffled by their places in the files, so a large buffer costs
     little memory. What it gives is said in [`~modeling_dclip.data.reinforced.SampleDraw`].
 
-    Source: [MC] reinforced training; PAPERS.md, reinforced data. Deviation: none.
+    Source: [MC] reinforced training; docs/papers.md, reinforced data. Deviation: none.
 
     Args:
         shards (`str` or `Path`): A folder, a tar file or a pattern (see

@@ -24,7 +24,7 @@ CROP_ATTEMPTS = 10  # before the centre is taken, as in torchvision
 class AugmentationSettings:
     """What augmentations are drawn from. The defaults are torchvision's.
 
-    Source: [MC] reinforced training; PAPERS.md, reinforced data. Deviation: none.
+    Source: [MC] reinforced training; docs/papers.md, reinforced data. Deviation: none.
 
     Args:
         image_size (`int`): Side S in pixels of the augmented image; shifts are drawn as shares of it.

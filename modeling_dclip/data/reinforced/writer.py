@@ -390,7 +390,7 @@ def write_reinforced(
 ) -> Path:
     """Write a dataset in DataCompDR's format; [`~modeling_dclip.data.reinforced.ReinforcedDataset`] reads the folder.
 
-    Source: [MC] dataset reinforcement; PAPERS.md, reinforced data. Deviation: none.
+    Source: [MC] dataset reinforcement; docs/papers.md, reinforced data. Deviation: none.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.

@@ -198,7 +198,7 @@ def evaluate_diagnostics(
 ) -> dict[str, Any]:
     """Embed a dataset and measure its modality gap, alignment and uniformity.
 
-    Source: PAPERS.md, evaluation. Deviation: see the module's text for several captions an image.
+    Source: docs/papers.md, evaluation. Deviation: see the module's text for several captions an image.
 
     Args:
         model, processor, dataset, batch_size, device, num_workers: As in

@@ -5,8 +5,8 @@ within [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], 
 caption chance is 1/2, with k it is 1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's
 three scores, with chance 1/4, 1/4 and 1/6.
 
-Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); PAPERS.md, Evaluation.
-Deviation: ties are wrong in all of them.
+Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); docs/papers.md,
+Evaluation. Deviation: ties are wrong in all of them.
 """
 
 import hashlib

@@ -9,7 +9,7 @@ most of which take other metrics.)
 Averages are of the sets that were measured, and say how many those are: an average over fewer is another number.
 
 Source: [Mcode] result files and its plot, for the 38 and the 23; DataComp's task list, for the metrics and the two
-groups; PAPERS.md.
+groups; docs/papers.md.
 """
 
 import re

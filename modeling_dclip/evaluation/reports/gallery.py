@@ -236,9 +236,9 @@ def render_page(
 # network.
 #
 # Two files do the work: here queries are chosen and answered, [`~modeling_dclip.evaluation.reports.gallery`] draws
-# them. Ranks are those of [`~modeling_dclip.evaluation.retrieval.retrieval_ranks`], and answers are shown in the order
-# those ranks mean: of equal scores the right answer comes last. The similarity matrix is never held, only the rows of
-# the chosen queries.
+# them. Ranks are those of [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`],
+# and answers are shown in the order those ranks mean: of equal scores the right answer comes last.
+# The similarity matrix is never held, only the rows of the chosen queries.
 
 
 CHOICES = {

@@ -1,6 +1,6 @@
 """MambaVision's published keys and what their shapes tell of its architecture.
 
-Source: MambaVision, arXiv 2407.08083, and the key names of its checkpoints; PAPERS.md.
+Source: MambaVision, arXiv 2407.08083, and the key names of its checkpoints; docs/papers.md.
 """
 
 import json

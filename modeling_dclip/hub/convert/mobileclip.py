@@ -1,6 +1,6 @@
 """The text tower in MobileCLIP's checkpoints: open_clip's key names and Apple's own.
 
-Source: [MC] MobileCLIP, arXiv 2311.17049, and the key names of its checkpoints; PAPERS.md.
+Source: [MC] MobileCLIP, arXiv 2311.17049, and the key names of its checkpoints; docs/papers.md.
 """
 
 import re
