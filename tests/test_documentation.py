@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DMCLIPVisionConfig, DMCLIPVisionModel
@@ -326,6 +327,15 @@ def test_every_recipe_is_named_and_every_one_named_exists():
 def test_results_blocks_are_what_their_files_say(page):
     assert ("<!-- results:" in PAGES[page]) == (page in ("README.md", "docs/results.md"))
     assert render_readme(ROOT / page, check=True) == []
+
+
+def test_the_citation_file_names_the_papers_by_their_titles():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors", "license", "version"} <= set(citation)
+    assert f'version="{citation["version"]}"' in (ROOT / "setup.py").read_text(encoding="utf-8")
+    titles = [reference["title"] for reference in citation["references"]]
+    assert len(titles) == 2 and all(f'"{title}"' in PAGES["docs/papers.md"] for title in titles)
+    assert all(reference["authors"] for reference in citation["references"])
 
 
 @pytest.fixture(scope="module")
