@@ -49,12 +49,19 @@ from modeling_dclip.data.regions.detectors import fingerprint as fingerprint_det
 from modeling_dclip.data.reinforced import ReinforcedDataset
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings, draw_augmentation
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner
-from modeling_dclip.data.reinforced.teachers import _fingerprint_processor as fingerprint_any_processor
 from modeling_dclip.data.reinforced.writer import write_reinforced
 from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.distillation.run import StageRecord
 from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor, model_revision
+from modeling_dclip.encoders.fingerprints import (
+    combine_keys,
+    fingerprint_model,
+    fingerprint_processor,
+    fingerprint_text_encoder,
+    fingerprint_tokens,
+    hash_file,
+    model_revision,
+)
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.open_clip import (
     OpenClipDualEncoder,
@@ -65,11 +72,7 @@ from modeling_dclip.encoders.open_clip import (
 )
 from modeling_dclip.evaluation.benchmarks.fine_grained import questions_fingerprint
 from modeling_dclip.evaluation.benchmarks.kinds import load_benchmark
-from modeling_dclip.evaluation.benchmarks.zero_shot import (
-    ClassifierCache,
-    fingerprint_text_encoder,
-    fingerprint_tokens,
-)
+from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.benchmarks.zero_shot import default_cache_dir as classifiers_cache_dir
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.leakage import evaluate_leakage
@@ -84,8 +87,7 @@ from modeling_dclip.evaluation.records import (
 )
 from modeling_dclip.evaluation.reports.gallery import page_name
 from modeling_dclip.evaluation.reports.tables import short_hash
-from modeling_dclip.hub.convert import _sha256 as hash_checkpoint
-from modeling_dclip.hub.index import hash_file, write_index
+from modeling_dclip.hub.index import write_index
 from modeling_dclip.hub.index.build import build_index
 from modeling_dclip.hub.index.embeddings import EmbeddingStore, fingerprint_encoder, hash_images
 from modeling_dclip.hub.publish.push import find_differences
@@ -206,7 +208,6 @@ def test_fingerprints_of_models_and_processors():
     assert fingerprint_text_encoder(model) == "10789880295fb9934f64aaa2538f8882eaccdb9b95b3ab3a466e17d415abcc39"
     processor = make_processor()
     assert fingerprint_processor(processor) == "5e4bf8865143bc7c26d399d2aa371562f6c807949e81872f3f54dcf4092f5887"
-    assert fingerprint_any_processor(processor) == fingerprint_processor(processor)
     assert (
         fingerprint_encoder(ConstantEncoder(), processor)
         == "ab8957a0084f998c30457d8c7249be671eaf268760c26da63a99c3b24f0a77cd"
@@ -239,7 +240,7 @@ def test_fingerprint_of_a_sentencepiece_processor(tmp_path):
         init_kwargs = {"vocab_file": "anywhere", "name_or_path": "anywhere", "eos_token": "</s>"}
 
     assert (
-        fingerprint_any_processor(make_processor(SiglipTokenizer()))
+        fingerprint_processor(make_processor(SiglipTokenizer()))
         == "16b3825ab9a5462ca1693e9cd737c3b420c72c0ebc77eb15e332ab540942c6ec"
     )
 
@@ -662,7 +663,7 @@ def test_hashes_of_files(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"abc" * 5)
     assert hash_file(path) == "a917d2e9c028a69f620f879b34123a1eb67fd13ebc763ab107f99bc2cf599b7c"
-    assert hash_checkpoint(path) == hash_file(path)
+    assert hash_file(str(path)) == sha256(b"abc" * 5)
 
 
 def test_files_that_a_repository_holds_are_found_by_content(tmp_path):

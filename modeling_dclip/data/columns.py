@@ -4,7 +4,6 @@ A ragged column of N rows is a pair: `values`, the rows' entries one after the o
 i being `values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow: no Python number per entry.
 """
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from datasets import Dataset, Image, List, Value, concatenate_datasets
 from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
-from modeling_dclip.encoders.fingerprints import hash_file
+from modeling_dclip.encoders.fingerprints import hash_bytes, hash_parts
 
 
 def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dataset:
@@ -51,14 +50,14 @@ def dataset_fingerprint(dataset: Dataset) -> str:
     """
     names = [name for name in ("image_id", "captions", "label") if name in dataset.column_names]
     rows = dataset.select_columns(["image", *names]).cast_column("image", Image(decode=False))
-    digest = hashlib.sha256()
-    for row in tqdm(rows, desc="Fingerprinting the data", unit="image"):
-        digest.update(repr([row[name] for name in names]).encode() + b"\0")
-        if row["image"]["bytes"] is not None:
-            digest.update(row["image"]["bytes"])
-        else:
-            hash_file(Path(row["image"]["path"]), digest)
-    return f"sha256:{digest.hexdigest()}"
+
+    def parts() -> Iterator[str | bytes | Path]:
+        for row in tqdm(rows, desc="Fingerprinting the data", unit="image"):
+            yield repr([row[name] for name in names]) + "\0"
+            content = row["image"]["bytes"]
+            yield Path(row["image"]["path"]) if content is None else content
+
+    return f"sha256:{hash_parts(parts())}"
 
 
 class Ragged(NamedTuple):
@@ -190,7 +189,7 @@ def image_keys(dataset: Dataset) -> list[str]:
         ValueError: If a row has neither bytes nor a path.
     """
     images = tqdm(encoded_images(dataset), total=len(dataset), desc="Hashing images", unit="image")
-    return [hashlib.sha256(image).hexdigest() for image in images]
+    return [hash_bytes(image) for image in images]
 
 
 def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]:
@@ -213,11 +212,9 @@ def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]
     regions = [ragged_column(dataset, name) for name in ("boxes", "box_scores") if name in dataset.column_names]
     keys = []
     for row, image in enumerate(images):
-        key = hashlib.sha256(image.encode())
-        key.update("\0".join(caption or "" for caption in captions[row] or []).encode())
-        for column in regions:
-            key.update(column.values[column.offsets[row] : column.offsets[row + 1]].tobytes())
-        keys.append(key.hexdigest())
+        texts = "\0".join(caption or "" for caption in captions[row] or [])
+        entries = [column.values[column.offsets[row] : column.offsets[row + 1]].tobytes() for column in regions]
+        keys.append(hash_parts([image, texts, *entries]))
     return keys
 
 

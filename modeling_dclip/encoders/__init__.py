@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -13,8 +13,8 @@ from torch import nn
 class DualEncoder(Protocol):
     """A model that embeds images and texts in one space: what this package needs of it, whatever its family.
 
-    [`~modeling_dclip.encoders.loading.load_dual_encoder`] returns one: a model of this package, of transformers (CLIP, SigLIP, ...) or of
-    open_clip behind the same methods. All are `torch.nn.Module`s; only the members below are used of an unknown family.
+    [`~modeling_dclip.encoders.loading.load_dual_encoder`] returns one: a model of this package, of transformers (CLIP,
+    SigLIP, ...) or of open_clip behind the same methods. All are `torch.nn.Module`s.
 
     Attributes:
         config: With `model_type`, and `text_config` where the family has one.
@@ -36,19 +36,20 @@ class DualEncoder(Protocol):
     def get_image_features(self, *args: Any, **kwargs: Any) -> Any:
         """Embed `pixel_values` `(B, 3, H, W)` and whatever else the family's image processor returns.
 
-        The result is a tensor `(B, D)` or an output object that holds it; [`~modeling_dclip.encoders.families.projected`] reads both.
+        The result is a tensor `(B, D)` or an output object that holds it;
+        [`~modeling_dclip.encoders.families.projected`] reads both.
         """
 
     def get_text_features(self, *args: Any, **kwargs: Any) -> Any:
         """Embed what [`~modeling_dclip.encoders.families.tokenize_texts`] returns; the result is as above."""
 
-    def eval(self) -> Self:
+    def eval(self) -> Any:
         """Switch to evaluation mode."""
 
-    def train(self, mode: bool = True) -> Self:
+    def train(self, mode: bool = True) -> Any:
         """Switch to training mode, or to evaluation mode with `False`."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> Any:
         """Move the weights in place."""
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -64,9 +65,10 @@ class Encoder:
 
     Args:
         model ([`DualEncoder`]): The model. Its mode is restored after use; its device is not.
-        processor: The model's processor, with `image_processor` and `tokenizer`. A function that reads only images or only texts takes
-            the image processor or the tokenizer alone.
-        batch_size (`int`, *optional*, defaults to 64): Images in one forward pass, at least 1. No metric depends on it.
+        processor: The model's processor, with `image_processor` and `tokenizer`. A function that reads only images or
+            only texts takes the image processor or the tokenizer alone.
+        batch_size (`int`, *optional*, defaults to 64): Images in one forward pass, at least 1. No metric depends on
+            it.
         device (`torch.device` or `str`, *optional*): Where to compute. By default the model stays where it is.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and resize images, at least 0.
 

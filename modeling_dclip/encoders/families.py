@@ -1,10 +1,13 @@
-"""What differs between families of dual encoders: how each reads text, and what its features are."""
+"""What differs between families of dual encoders: how each reads text, what it returns, which weights see images."""
 
 import logging
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from modeling_dclip.encoders import DualEncoder
 
 logger = logging.getLogger(__name__)
 
@@ -14,6 +17,17 @@ logger = logging.getLogger(__name__)
 READ_PADDING = ("siglip", "siglip2")
 # Count positions from the padding token's id on, so that as many of them are no places of a text.
 COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
+# Weights of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass.
+_IMAGE_SIDE = re.compile(r"(model\.)?(vision_model\.|visual_projection\.|visual\.|logit_scale$|logit_bias$)")
+
+
+def is_image_side(name: str) -> bool:
+    """Whether texts do not pass the weight of this name: the image encoder's, the logit scale, the logit bias.
+
+    A name of an unknown family counts as the text side's: a key of the text side may then change without need, but it
+    never stays the same where the text side differs.
+    """
+    return _IMAGE_SIDE.match(name) is not None
 
 
 def projected(output: Any) -> torch.Tensor:
@@ -34,7 +48,7 @@ def projected(output: Any) -> torch.Tensor:
     return embeds
 
 
-def longest_text(model: torch.nn.Module, tokenizer: Any) -> int:
+def longest_text(model: DualEncoder, tokenizer: Any) -> int:
     """Tokens of the longest text that model and tokenizer take, BOS and EOS included."""
     config = getattr(model.config, "text_config", None)
     positions = getattr(config, "max_position_embeddings", 1 << 30)
@@ -44,7 +58,7 @@ def longest_text(model: torch.nn.Module, tokenizer: Any) -> int:
 
 
 def tokenize_texts(
-    model: torch.nn.Module, processor: Any, texts: Sequence[str], *, max_length: int | None = None
+    model: DualEncoder, processor: Any, texts: Sequence[str], *, max_length: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Texts as the model reads them; one too long is cut, its end token kept, and counted in a warning.
 
@@ -52,7 +66,7 @@ def tokenize_texts(
     itself; every other model gets a batch padded to its longest text, and a mask.
 
     Args:
-        model (`torch.nn.Module`): With `config`.
+        model ([`DualEncoder`]): Any; its `config` says the family.
         processor: The model's processor, or its tokenizer alone.
         texts (`Sequence[str]`): B texts.
         max_length (`int`, *optional*): Cut here, if the model takes more, and silently; without effect on models that

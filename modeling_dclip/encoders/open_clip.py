@@ -22,7 +22,7 @@ from PIL import Image
 from torch import nn
 from transformers import BatchEncoding, BatchFeature
 
-from modeling_dclip.encoders.fingerprints import fingerprint_model
+from modeling_dclip.encoders.fingerprints import fingerprint_weights
 
 OPEN_CLIP = "open_clip:"
 HOLD_BOTH = ("hf-hub", "local-dir")  # names of places that hold architecture and weights
@@ -187,5 +187,4 @@ def fingerprint_open_clip(model: OpenClipDualEncoder, processor: OpenClipProcess
     settings = {}
     if processor is not None:
         settings = {"name": model.config.name, "transform": repr(processor.image_processor.transform)}
-    described = SimpleNamespace(config=SimpleNamespace(to_dict=lambda: settings), state_dict=model.model.state_dict)
-    return fingerprint_model(described)
+    return fingerprint_weights(settings, model.model.state_dict())

@@ -17,7 +17,6 @@ is the [`record_key`] of their record, and are of shape (I, 2): the sum and the 
 any is still a record.
 """
 
-import hashlib
 import json
 import os
 import platform
@@ -36,6 +35,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from modeling_dclip.data.files import replacing, write_json
+from modeling_dclip.encoders.fingerprints import hash_json
 
 try:
     import fcntl
@@ -96,7 +96,7 @@ def record_key(record: Mapping[str, Any]) -> str:
     """
     identity = {name: record.get(name) for name in _IDENTITY}
     identity["version"] = record["versions"]["modeling_dclip"]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+    return hash_json(identity)[:16]
 
 
 def outcomes_path(results: str | os.PathLike) -> Path:

@@ -2,7 +2,6 @@
 and where a teacher looks.
 """
 
-import hashlib
 import logging
 import os
 import tempfile
@@ -20,6 +19,7 @@ from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.regions.detectors import build_detector
+from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
@@ -73,7 +73,7 @@ def split_lines(text: str | None) -> list[str]:
 
 
 def _key(picture: Image.Image) -> str:
-    return hashlib.sha256(repr(picture.size).encode() + picture.convert("RGB").tobytes()).hexdigest()
+    return hash_parts([repr(picture.size), picture.convert("RGB").tobytes()])
 
 
 class SpaceAnswers:

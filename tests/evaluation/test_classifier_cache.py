@@ -8,12 +8,8 @@ import os
 import pytest
 import torch
 
-from modeling_dclip.evaluation.benchmarks.zero_shot import (
-    ClassifierCache,
-    default_cache_dir,
-    fingerprint_text_encoder,
-    fingerprint_tokens,
-)
+from modeling_dclip.encoders.fingerprints import fingerprint_text_encoder, fingerprint_tokens
+from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, default_cache_dir
 
 NAMES, TEMPLATES = ["dog", "red circle"], ["a {}", "the {}"]
 

@@ -17,7 +17,6 @@ Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids ar
 picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
 """
 
-import hashlib
 import logging
 import math
 from collections.abc import Collection, Sequence
@@ -39,6 +38,7 @@ from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_
 from modeling_dclip.data.columns import concatenate_shared
 from modeling_dclip.data.rows import require_rows, require_unique
 from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.encoders.fingerprints import hash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ SOURCES = {
 
 def _rows_by_lot(image_ids: Sequence[str], seed: int, purpose: str) -> list[int]:
     """Rows in an order that depends on seed and id alone: not on a file's order, nor on which other rows there are."""
-    lots = [hashlib.sha256(f"{purpose}/{seed}/{image_id}".encode()).digest() for image_id in image_ids]
+    lots = [hash_bytes(f"{purpose}/{seed}/{image_id}") for image_id in image_ids]
     return sorted(range(len(lots)), key=lots.__getitem__)
 
 

@@ -1,7 +1,6 @@
 """Fine-grained questions out of tables that hold the pictures: parquet files and datasets of the Hub."""
 
 import glob
-import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from datasets.exceptions import DatasetGenerationError
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.questions.rows import FEATURES, PAIR_FEATURE, answerable
 from modeling_dclip.data.rows import first, require_rows
+from modeling_dclip.encoders.fingerprints import hash_bytes, hash_file
 
 PAIR_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
 
@@ -59,7 +59,7 @@ def _picture_keys(images: Dataset, name: str) -> list[str]:
             raise ValueError(f"{name}, row {row}: the picture has neither bytes nor a path. Remove the row.")
         if content is None and not Path(path).is_file():
             raise FileNotFoundError(f"{name}, row {row}: no picture at '{path}'. Fix the path or remove the row.")
-        keys.append(hashlib.sha256(content if content is not None else Path(path).read_bytes()).hexdigest())
+        keys.append(hash_file(path) if content is None else hash_bytes(content))
     return keys
 
 

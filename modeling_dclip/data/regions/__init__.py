@@ -6,7 +6,6 @@ image, so a run that was killed goes on where it was, and the same picture under
     python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output FOLDER
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -25,6 +24,7 @@ from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
 from modeling_dclip.data.rows import first, require_rows
+from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.processing_dclip import lay_over_white
 
 # A crop narrower than a pixel shows nothing.
@@ -172,7 +172,7 @@ def _find_regions(
         stored = row.pop("image")
         try:
             data = _read_image(stored)
-            key = str(index) if cache is None else hashlib.sha256(data).hexdigest()
+            key = str(index) if cache is None else hash_bytes(data)
             seen = key in pending or (cache is not None and cache.has(key))
             image = None if seen else _decode(data, stored)
         except _UNREADABLE as error:

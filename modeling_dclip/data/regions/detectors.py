@@ -11,13 +11,13 @@ Options follow as `,key=value`, e.g. `ultralytics:yolov8n.pt,imgsz=320`; they ar
 detector's class.
 """
 
-import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,6 +33,7 @@ from transformers import (
 
 from modeling_dclip.data.captions.files import read_json, require_field
 from modeling_dclip.data.specs import Source, parse_spec
+from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
 Regions = tuple[np.ndarray, np.ndarray]
 
@@ -65,7 +66,7 @@ class RegionDetector(Protocol):
 
 def fingerprint(kind: str, *parts: Any) -> str:
     """`<kind>-<hash>` of whatever an answer depends on; `parts` must be JSON values."""
-    return f"{kind}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]}"
+    return f"{kind}-{hash_json(parts)[:24]}"
 
 
 def _as_regions(boxes: torch.Tensor, scores: torch.Tensor) -> Regions:
@@ -154,7 +155,7 @@ class UltralyticsDetector(RegionDetector):
             raise ValueError(f"Expected weights that find boxes, got '{weights}' for the task {self.model.task!r}.")
         self.settings = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}
         self.device = device
-        weights_hash = hashlib.sha256(Path(self.model.ckpt_path).read_bytes()).hexdigest()
+        weights_hash = hash_file(self.model.ckpt_path)
         self.fingerprint = fingerprint("ultralytics", weights_hash, self.settings)
 
     def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
@@ -206,15 +207,13 @@ class TransformersDetector(RegionDetector):
                 "expected a checkpoint trained for object detection."
             )
         self.model.to(self.device).eval()
-        digest = hashlib.sha256()
-        for name, tensor in self.model.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        weights = ((name, tensor_bytes(tensor)) for name, tensor in self.model.state_dict().items())
+        weights_hash = hash_parts(chain.from_iterable(weights))
         config = self.model.config.to_diff_dict()
         config.pop("transformers_version", None)
         pixels = image_processor.to_json_string()
         self.fingerprint = fingerprint(
-            "transformers", digest.hexdigest(), json.dumps(config, default=str), pixels, self.labels, threshold
+            "transformers", weights_hash, json.dumps(config, default=str), pixels, self.labels, threshold
         )
 
     @torch.no_grad()
@@ -308,7 +307,7 @@ class AnnotationDetector(RegionDetector):
             raise ValueError(f"Expected on_bad_box to be 'raise' or 'skip', got {on_bad_box!r}.")
         self.instances, self.on_bad_box, self.keep_crowd = instances, on_bad_box, keep_crowd
         self.annotations, self.sizes = _annotated_boxes(instances) if instances else ({}, {})
-        content = hashlib.sha256(Path(instances).read_bytes()).hexdigest() if instances else "columns"
+        content = hash_file(instances) if instances else "columns"
         self.fingerprint = fingerprint("annotations", content, on_bad_box, keep_crowd)
 
     def _of_file(self, image_id: str, size: tuple[int, int]) -> list[tuple[str, list[float], float]]:

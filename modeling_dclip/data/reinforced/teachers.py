@@ -8,10 +8,8 @@ images.
 """
 
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
 
@@ -56,19 +54,6 @@ class ReinforcementTeacher(Protocol):
 
 def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
     return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
-
-
-def _fingerprint_processor(processor: Any) -> str:
-    tokenizer = processor.tokenizer
-    if hasattr(tokenizer, "backend_tokenizer"):
-        return fingerprint_processor(processor)
-    # One of sentencepiece, as SigLIP's: its file is its vocabulary.
-    settings = {
-        name: value for name, value in tokenizer.init_kwargs.items() if name not in ("vocab_file", "name_or_path")
-    }
-    parts = [type(tokenizer).__name__, tokenizer.model_max_length, settings, processor.image_processor.to_dict()]
-    vocabulary = hashlib.sha256(Path(tokenizer.vocab_file).read_bytes()).hexdigest()
-    return combine_keys([vocabulary, *(json.dumps(part, sort_keys=True, default=str) for part in parts)])
 
 
 class _DualEncoderTeacher:
@@ -120,7 +105,7 @@ class TransformersTeacher(_DualEncoderTeacher):
             raise ValueError(
                 f"Expected a teacher that reads pixel_values alone, got one that reads {read} at {name!r}."
             )
-        self.fingerprint = combine_keys([fingerprint_model(self.model), _fingerprint_processor(self.processor)])
+        self.fingerprint = combine_keys([fingerprint_model(self.model), fingerprint_processor(self.processor)])
 
 
 class OpenClipTeacher(_DualEncoderTeacher):

@@ -9,10 +9,10 @@ Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv
 Evaluation. Deviation: ties are wrong in all of them.
 """
 
-import hashlib
 import io
 import re
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 
@@ -118,10 +119,8 @@ def questions_fingerprint(dataset: Dataset) -> str:
     names = [
         name for name in ("negative_captions", "categories", "crop_box", "pair_id") if name in dataset.column_names
     ]
-    digest = hashlib.sha256(repr(names).encode())
-    for row in dataset.select_columns(names):
-        digest.update(repr([row[name] for name in names]).encode() + b"\0")
-    return f"sha256:{digest.hexdigest()}"
+    rows = (repr([row[name] for name in names]) + "\0" for row in dataset.select_columns(names))
+    return f"sha256:{hash_parts(chain([repr(names)], rows))}"
 
 
 def _check_columns(dataset: Dataset) -> None:

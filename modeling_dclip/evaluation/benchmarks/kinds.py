@@ -1,6 +1,5 @@
 """Benchmarks by name: load the data once, evaluate any number of models on it, keep what a results record needs."""
 
-import hashlib
 import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from modeling_dclip.data.labels import classification_split, load_classification
 from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
 from modeling_dclip.data.questions import load_fine_grained
 from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation.benchmarks.diagnostics import evaluate_diagnostics
 from modeling_dclip.evaluation.benchmarks.efficiency import evaluate_efficiency
 from modeling_dclip.evaluation.benchmarks.fine_grained import evaluate_fine_grained, questions_fingerprint
@@ -85,7 +85,7 @@ def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
 
 
 def _short_hash(content: Any) -> str:
-    return hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    return hash_bytes(repr(content))[:16]
 
 
 def _load_retrieval(name: str, spec: str, options: EvaluationOptions) -> Benchmark:

@@ -6,10 +6,8 @@ Ties count against the model, as in retrieval.
 Source: CLIP's published prompt-ensembling procedure.
 """
 
-import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -22,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.labels.prompts import check_prompts
-from modeling_dclip.encoders.fingerprints import combine_keys
+from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 
@@ -165,58 +163,12 @@ def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor,
 # became of their image encoders.
 
 
-# Parameters of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass. A name not listed counts as
-# the text side's.
-_NOT_TEXT = re.compile(r"(model\.)?(vision_model\.|visual_projection\.|visual\.|logit_scale$|logit_bias$)")
-_PROVENANCE = {"_name_or_path", "architectures", "dtype", "transformers_version"}  # of a config: not what it computes
-_PROMPTS_AT_A_TIME = 8192
 _HELD = 64  # classifiers in memory; one of ImageNet takes 2 to 3 MiB
 
 
 def default_cache_dir() -> Path:
     """`modeling_dclip/classifiers` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / "classifiers"
-
-
-@torch.no_grad()
-def fingerprint_text_encoder(model: torch.nn.Module) -> str:
-    """A key of how a model reads token ids: kind, settings and weights of all that is not its image encoder.
-
-    Hexadecimal SHA-256.
-
-    Args:
-        model (`torch.nn.Module`): A dual encoder.
-    """
-    config = getattr(model, "config", None)
-    settings = (
-        config.text_config.to_dict() if hasattr(getattr(config, "text_config", None), "to_dict") else str(config)
-    )
-    if isinstance(settings, dict):
-        settings = {name: value for name, value in settings.items() if name not in _PROVENANCE}
-    kind = type(getattr(model, "text_model", model)).__qualname__
-    digest = hashlib.sha256(json.dumps([kind, settings], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
-        if not _NOT_TEXT.match(name):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def fingerprint_tokens(processor: Any, prompts: Sequence[str]) -> str:
-    """A key of what a tokenizer makes of prompts: their token ids, whatever kind of tokenizer it is.
-
-    Hexadecimal SHA-256.
-
-    Args:
-        processor: With `tokenizer`, or a tokenizer itself.
-        prompts (`Sequence[str]`): Any number of texts.
-    """
-    tokenizer = getattr(processor, "tokenizer", processor)
-    digest = hashlib.sha256()
-    for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
-        ids = tokenizer(list(prompts[start : start + _PROMPTS_AT_A_TIME]), truncation=True)["input_ids"]
-        digest.update(repr(ids.tolist() if isinstance(ids, torch.Tensor) else ids).encode())
-    return digest.hexdigest()
 
 
 class ClassifierCache:

@@ -1,6 +1,5 @@
 """Turn published checkpoints of MambaVision and MobileCLIP into folders of this package's models."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import check_new_folder, replacing, write_text
+from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.hub.convert.checkpoints import check_keys, read_checkpoint
 from modeling_dclip.hub.convert.mambavision import (
     image_processor_for,
@@ -143,7 +143,7 @@ def convert_mambavision(
         origin="mambavision",
         title=f"{name} as a DM-CLIP image encoder",
         file=Path(checkpoint).name,
-        digest=_sha256(checkpoint),
+        digest=hash_file(checkpoint),
         keys=f"All its {len(weights)} keys{'' if projection_dim is None else ' but the head'} are in it. {head}",
         note=MAMBAVISION_NOTE,
         use="Images are normalised with ImageNet's mean and deviation (`preprocessor_config.json`), not with CLIP's.",
@@ -180,7 +180,7 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
         origin="mobileclip",
         title="MobileCLIP's text tower as a DM-CLIP text encoder",
         file=Path(checkpoint).name,
-        digest=_sha256(checkpoint),
+        digest=hash_file(checkpoint),
         keys=f"All {len(text)} keys of its text tower are in it; the {images} of its image tower are not.",
         note=MOBILECLIP_NOTE,
         use="The tokenizer is CLIP's, which the checkpoint does not hold: `openai/clip-vit-base-patch32` has it.",
@@ -195,11 +195,3 @@ def _save(output: str | Path, readme: str, *parts) -> None:
         for part in parts:
             part.save_pretrained(folder)
         write_text(folder / "README.md", readme)
-
-
-def _sha256(path: str | Path) -> str:
-    digest = hashlib.sha256()
-    with Path(path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

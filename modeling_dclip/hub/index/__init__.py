@@ -8,7 +8,6 @@
 | `embeddings/` | what building computed, kept so that more images can be added; searching does not need it |
 """
 
-import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -21,6 +20,7 @@ from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
 from modeling_dclip.data.files import replacing
+from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_index import effort_of, find_faiss
 from modeling_dclip.evaluation.embedding import embed_query, open_picture
@@ -31,7 +31,6 @@ LOCK = ".lock"  # of the files, while one build writes them
 SUFFIXES = {"vectors": "faiss", "images": "parquet"}
 FORMAT = 1
 COLUMNS = ("image_id", "path", "sha256")
-_BLOCK = 1 << 22
 
 
 class Hit(NamedTuple):
@@ -42,15 +41,6 @@ class Hit(NamedTuple):
     score: float
     image_id: str
     path: str | None
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:

@@ -4,8 +4,6 @@ A chunk holds the embeddings of so many images beside their keys, and the keys o
 that was killed, a folder that grew, a picture that comes twice: each costs only the images that no chunk knows.
 """
 
-import hashlib
-import json
 import logging
 import re
 from collections.abc import Callable, Sequence
@@ -26,7 +24,7 @@ from tqdm.auto import tqdm
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders.families import projected
-from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +46,7 @@ def fingerprint_encoder(model: torch.nn.Module, processor: Any) -> str:
     """A key of how a model embeds images and texts: config, weights, image settings. Hexadecimal SHA-256."""
     images = processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else re.sub(r" at 0x\w+", "", repr(vars(images)))
-    return combine_keys([fingerprint_model(model), json.dumps(settings, sort_keys=True, default=str)])
+    return combine_keys([fingerprint_model(model), canonical_json(settings)])
 
 
 def hash_images(dataset: Dataset) -> list[str | None]:
@@ -68,7 +66,7 @@ def hash_images(dataset: Dataset) -> list[str | None]:
         stored = rows[row]["image"] or {"bytes": None, "path": None}
         try:
             content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"] or "").read_bytes()
-            keys.append(hashlib.sha256(content).hexdigest())
+            keys.append(hash_bytes(content))
         except OSError:
             keys.append(None)
     if state.num_processes == 1:

@@ -3,7 +3,6 @@ transient failures are tried again.
 """
 
 import fnmatch
-import hashlib
 import logging
 import time
 from collections.abc import Callable
@@ -15,6 +14,8 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, Mo
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import validate_repo_id
+
+from modeling_dclip.encoders.fingerprints import hash_file, hash_git_blob
 
 try:
     from httpx2 import TransportError  # huggingface_hub 2
@@ -28,7 +29,6 @@ TRANSIENT = {408, 412, 429, 500, 502, 503, 504}
 DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 # What publishing writes, and so may delete when it writes it no more. Other files of a repository are left alone.
 OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png", "adapter/adapter_*")
-_BLOCK = 1 << 20
 
 Answer = TypeVar("Answer")
 
@@ -251,11 +251,8 @@ def _matches(path: str, pattern: str) -> bool:
 
 def _is_same(path: Path, remote: RepoFile) -> bool:
     """Whether a file is the remote one: by SHA-256 where that is a large file, else by git's name of its content."""
-    size = path.stat().st_size
-    if size != remote.size:
+    if path.stat().st_size != remote.size:
         return False
-    digest = hashlib.sha256() if remote.lfs else hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest() == (remote.lfs.sha256 if remote.lfs else remote.blob_id)
+    if remote.lfs:
+        return hash_file(path) == remote.lfs.sha256
+    return hash_git_blob(path) == remote.blob_id
