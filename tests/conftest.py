@@ -4,7 +4,15 @@ import json
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+)
 
 WORDS = ["a", "photo", "of", "the", "red", "blue", "small", "large", "circle", "square", "left", "right", "and", "dog"]
 
@@ -57,3 +65,25 @@ def tiny_clip_dir(tmp_path_factory):
     torch.manual_seed(0)
     CLIPModel(make_clip_config(tokenizer)).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def processor(tiny_clip_dir):
+    """The `DCLIPProcessor` of the tiny CLIP."""
+    from modeling_dclip import DCLIPProcessor
+
+    return DCLIPProcessor.from_pretrained(tiny_clip_dir)
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tiny_clip_dir):
+    """`(model, processor)`, the processor with the PIL backend."""
+    return AutoModel.from_pretrained(tiny_clip_dir), AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil")
+
+
+@pytest.fixture(scope="session")
+def tiny_scenes():
+    """Eight scenes of two captions each."""
+    from modeling_dclip.data.scenes import load_scenes
+
+    return load_scenes("test", n=8, captions_per_image=2, image_size=48)

@@ -18,7 +18,7 @@ from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 pytestmark = pytest.mark.conformance
 
 PACKAGES = ("mambavision==1.2.0", "timm==1.0.15", "einops==0.8.1")
-GATE = 2e-6  # relative; see tests/hub/test_convert.py for what the subtlest mistakes make
+GATE = 2e-6  # relative; see tests/hub/convert/test_convert.py for what the subtlest mistakes make
 PARAMETERS = {"T": 31_794_248, "B": 97_685_288}  # with the published head
 
 

@@ -11,7 +11,6 @@ import torch
 from datasets import Dataset
 from torch.utils.data import DataLoader
 
-from modeling_dclip import DCLIPProcessor
 from modeling_dclip.data import collation
 from modeling_dclip.data.collation import (
     AnchorBatches,
@@ -26,11 +25,6 @@ from modeling_dclip.data.columns import Ragged, with_flat_embeds, with_ragged_em
 from modeling_dclip.data.scenes import load_scenes
 
 ROWS, CAPTIONS, WIDTH = 6, 3, 16
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_clip_dir):
-    return DCLIPProcessor.from_pretrained(tiny_clip_dir)
 
 
 @pytest.fixture(scope="module")

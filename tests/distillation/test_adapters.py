@@ -14,13 +14,12 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from fixtures.training import KILLED, RECIPE, student_arguments, write_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
-from test_stages import KILLED, RECIPE, write_recipe
-from test_trainer import student_arguments
 from transformers import CLIPModel
 
-from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
+from modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.distillation import adapters as adapters_module
 from modeling_dclip.distillation import arguments as stage_arguments
 from modeling_dclip.distillation.adapters import add_adapters, load_adapters, plain_state, save_adapters
@@ -30,11 +29,6 @@ from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student, run_stages
 from modeling_dclip.distillation.trainer import StudentTrainer
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_clip_dir):
-    return DCLIPProcessor.from_pretrained(tiny_clip_dir)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from fixtures.training import equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN
@@ -89,10 +90,6 @@ def split(state):
     """Backbone and head of an image encoder's weights."""
     head = {name: tensor for name, tensor in state.items() if name.startswith("projection.")}
     return {name: tensor for name, tensor in state.items() if name not in head}, head
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_every_weight_of_the_backbone_is_the_pretrained_ones_and_a_classifier_gives_way_to_a_new_head(

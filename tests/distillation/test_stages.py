@@ -6,13 +6,12 @@ import json
 import logging
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset, load_from_disk
-from safetensors.torch import load_file
+from fixtures.training import KILLED, RECIPE, equal, run, weights, write_recipe
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.data.captions import load_mix
@@ -23,33 +22,6 @@ from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.distillation.trainer import last_checkpoint
 
-TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1}
-RECIPE = {
-    "train_datasets": ["scenes:train,n=16,image_size=32,captions_per_image=2"],
-    "anchor": {
-        "train_datasets": ["scenes:pretrain,n=16,image_size=32,captions=coarse"],
-        "vision_config": {**TOWER, "image_size": 32, "patch_size": 16},
-        "text_config": TOWER,
-        "projection_dim": 32,
-        "num_train_epochs": 1,
-        **STEPS,
-    },
-    "teacher": {"cross_attention": "regions", "num_train_epochs": 1, "learning_rate": 1e-3, **STEPS},
-    "targets": {"chunk_rows": 8},
-    "student": {"num_train_epochs": 2, "learning_rate": 1e-3, **STEPS},
-}
-
-
-def write_recipe(folder, **changes):
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(folder / "run"), **changes}))
-    return path
-
-
-def run(path, *words):
-    return run_stages(parse_recipe(words, path))
-
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -57,14 +29,6 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     run(write_recipe(folder))
     return folder
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_run_from_nothing_makes_models_that_load(finished):
@@ -236,26 +200,6 @@ def test_a_teacher_around_another_clip_is_refused_before_training(finished, tiny
     DCLIPTeacher.from_clip(tiny_clip_dir).save_pretrained(tmp_path / "narrow")
     with pytest.raises(ValueError, match="a teacher of the student's width 32 .*, got 16"):
         run(path, "--teacher_model", str(tmp_path / "narrow"))
-
-
-KILLED = textwrap.dedent(
-    """
-    import os, sys
-    from modeling_dclip.distillation.recipes import parse_recipe
-    from modeling_dclip.distillation.stages import run_stages
-    from modeling_dclip.distillation.trainer import StudentTrainer
-
-    recipe, steps = sys.argv[1], int(sys.argv[2])
-    taken, training_step = [], StudentTrainer.training_step
-    def step_and_die(*args, **kwargs):
-        if len(taken) == steps:
-            os.kill(os.getpid(), 9)
-        taken.append(1)
-        return training_step(*args, **kwargs)
-    StudentTrainer.training_step = step_and_die
-    run_stages(parse_recipe([], recipe))
-    """
-)
 
 
 def test_a_run_killed_in_mid_epoch_resumes_and_ends_with_the_same_weights(finished, tmp_path, caplog):

@@ -8,50 +8,25 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from fixtures.training import make_trainer, student_arguments
 from safetensors.torch import load_file
 
-from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
+from modeling_dclip import DCLIPModel, DCLIPTeacher
 from modeling_dclip.data.collation import StudentBatches, TeacherBatches
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
 from modeling_dclip.distillation import trainer as trainer_module
-from modeling_dclip.distillation.arguments import StudentArguments, TeacherArguments
+from modeling_dclip.distillation.arguments import TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer
+from modeling_dclip.distillation.trainer import TeacherTrainer
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
-
-
-@pytest.fixture(scope="module")
-def processor(tiny_clip_dir):
-    return DCLIPProcessor.from_pretrained(tiny_clip_dir)
 
 
 @pytest.fixture
 def data(distillation_data):
     return load_from_disk(distillation_data)
-
-
-def student_arguments(folder, **options):
-    options = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 8,
-        "max_steps": 2,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "use_cpu": True,
-        "learning_rate": 1e-3,
-        "disable_tqdm": True,
-        **options,
-    }
-    return StudentArguments(**options)
-
-
-def make_trainer(clip_dir, data, processor, args, **options):
-    model = load_student(str(clip_dir))
-    batches = StudentBatches(data, processor.image_processor, args.columns, width=16)
-    return StudentTrainer(model, args, batches, processor, {"student": {"seed": 0}}, **options)
 
 
 def text_state(model):

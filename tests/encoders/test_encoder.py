@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from tiny_dual_encoders import FAMILIES
+from fixtures.tiny_dual_encoders import FAMILIES
 from torch import nn
 
 from modeling_dclip.encoders import DualEncoder, Encoder

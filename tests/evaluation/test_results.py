@@ -7,22 +7,14 @@ import math
 import os
 
 import pytest
+from fixtures.records import make_test_record as record
 
 from modeling_dclip.data.files import write_json
-from modeling_dclip.evaluation.records import make_record, read_results, write_results
+from modeling_dclip.evaluation.records import read_results, write_results
 from modeling_dclip.evaluation.reports.metric_names import percent
 from modeling_dclip.evaluation.reports.tables import markdown_table, render_summary, render_table, show_interval
 from modeling_dclip.evaluation.results import main, render_block, render_readme, shorten_paths
 from modeling_dclip.evaluation.statistics import summarise_arms
-
-
-def record(model="runs/student", benchmark="retrieval=scenes:test", **fields):
-    metrics = {"text_to_image_recall@1": 0.25, "image_to_text_recall@1": 0.3}
-    values = {
-        "metrics": metrics, "n": 1000, "seed": 0, "split": "test", "revision": "sha256:ab",
-        "dataset_fingerprint": "sha256:cd", "command": "eval.py",
-    }  # fmt: skip
-    return make_record(model=model, benchmark=benchmark, **{**values, **fields})
 
 
 def test_what_is_written_is_read_back(tmp_path):

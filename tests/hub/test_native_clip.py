@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from fixtures.publications import make_dmclip, make_student
 from PIL import Image
-from publications import make_dmclip, make_student
 from transformers import CLIPModel, CLIPProcessor
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from fixtures.loopback_hub import TOKEN, run_loopback_hub
 from huggingface_hub import ModelCard, constants
-from loopback_hub import TOKEN, run_loopback_hub
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from modeling_dclip.data.questions import SOURCES, load_fine_grained
 from modeling_dclip.data.questions.rows import FEATURES
 from modeling_dclip.data.questions.tables import standardise_items
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def write_json(path, content):

@@ -20,7 +20,7 @@ from modeling_dclip.data.reinforced.augmentations import (
     replay_augmentation,
 )
 
-PHOTOS = Path(__file__).parents[3] / "shared" / "data" / "coco_val_sample" / "val2017"
+PHOTOS = Path(__file__).parents[4] / "shared" / "data" / "coco_val_sample" / "val2017"
 SIZE = (61, 47)  # odd, so that centres lie on half pixels and inside pixels
 
 

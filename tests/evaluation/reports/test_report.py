@@ -7,9 +7,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from fixtures.records import make_test_record as record
 
 from modeling_dclip.data.files import write_json
-from modeling_dclip.evaluation.records import make_record, write_results
+from modeling_dclip.evaluation.records import write_results
 from modeling_dclip.evaluation.reports.report import (
     merge_rows,
     pair_tradeoff,
@@ -19,17 +20,8 @@ from modeling_dclip.evaluation.reports.report import (
 )
 from modeling_dclip.evaluation.statistics import summarise_arms
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 INTERVAL = {"estimate": 0.25, "low": 0.2, "high": 0.31, "confidence": 0.95, "covers": "images"}
-
-
-def record(model, benchmark="retrieval=scenes:test", **fields):
-    metrics = {"top1": 0.5} if benchmark.startswith("zero_shot") else {"text_to_image_recall@1": 0.25}
-    filled = {
-        "metrics": metrics, "n": 1000, "seed": 0, "split": "test", "revision": f"sha256:{model}", "command": "eval.py",
-        "dataset_fingerprint": "sha256:cd",
-    }  # fmt: skip
-    return make_record(model=model, benchmark=benchmark, **{**filled, **fields})
 
 
 @pytest.fixture

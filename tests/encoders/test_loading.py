@@ -8,8 +8,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
-from tiny_dual_encoders import (
+from fixtures.tiny_dual_encoders import (
     FAMILIES,
     TEXT,
     VISION,
@@ -17,6 +16,7 @@ from tiny_dual_encoders import (
     make_word_tokenizer,
     save_dual_encoder,
 )
+from safetensors.torch import save_file
 from transformers import (
     AutoModel,
     AutoProcessor,

@@ -1,7 +1,7 @@
 """The suite: which sets are there, which metric counts, and averages that say what they are over."""
 
 import pytest
-from webdatasets import sample, serve, write_set
+from fixtures.webdatasets import sample, serve, write_set
 
 from modeling_dclip.data.labels import classification_split, load_classification
 from modeling_dclip.evaluation.benchmarks.suite import (

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 from datasets import ClassLabel, Image, Value
-from webdatasets import picture, sample, serve, write_set, write_tar
+from fixtures.webdatasets import picture, sample, serve, write_set, write_tar
 
 from modeling_dclip.data.columns import dataset_fingerprint
 from modeling_dclip.data.files import replacing

@@ -14,7 +14,7 @@ from modeling_dclip.evaluation.reports.tables import (
     render_student_step,
 )
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
 
 
 def read(name):

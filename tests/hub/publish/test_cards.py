@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from fixtures.loopback_hub import find_fault
+from fixtures.publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from huggingface_hub import ModelCard
-from loopback_hub import find_fault
-from publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from transformers import AutoModel
 
 from modeling_dclip.hub.native_clip import load_dual_encoder
@@ -28,7 +28,7 @@ from modeling_dclip.hub.publish.cards import (
 from modeling_dclip.hub.publish.facts import gather_facts, read_all_results, select_records
 from modeling_dclip.hub.publish.licences import check_licence, find_origins, show_spec
 
-CARDS = Path(__file__).parents[2] / "hub_cards"
+CARDS = Path(__file__).parents[3] / "hub_cards"
 KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vision")}
 
 

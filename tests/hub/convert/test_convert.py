@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from naive_mambavision import MISTAKES, TINY, NaiveMambaVision, random_checkpoint, relative_error
+from fixtures.naive_mambavision import MISTAKES, TINY, NaiveMambaVision, random_checkpoint, relative_error
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoModel
 

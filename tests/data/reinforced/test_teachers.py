@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from fixtures.tiny_dual_encoders import save_dual_encoder
 from PIL import Image
-from tiny_dual_encoders import save_dual_encoder
 from transformers import (
     AutoModel,
     AutoProcessor,

@@ -5,7 +5,7 @@ import doctest
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_dual_encoders import save_dual_encoder
+from fixtures.tiny_dual_encoders import save_dual_encoder
 from torch import nn
 
 from modeling_dclip.encoders.loading import load_dual_encoder

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.loopback_hub import READ_TOKEN, TOKEN, Repo, git_oid, run_loopback_hub
+from fixtures.publications import HOME, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
-from loopback_hub import READ_TOKEN, TOKEN, Repo, git_oid, run_loopback_hub
 from PIL import Image
-from publications import HOME, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
@@ -452,7 +452,7 @@ def test_a_repository_that_lacks_a_file_is_not_pushed(hub, pushed, tmp_path, mis
 def test_a_card_that_the_hub_refuses_stops_everything(hub, trained, monkeypatch, tmp_path):
     cards = tmp_path / "cards"
     cards.mkdir()
-    for template in (Path(__file__).parents[2] / "hub_cards").glob("*.jinja"):
+    for template in (Path(__file__).parents[3] / "hub_cards").glob("*.jinja"):
         (cards / template.name).write_bytes(template.read_bytes())
     hub.fail("POST", "^/api/validate-yaml$", 400)
     created = len(hub.repos)

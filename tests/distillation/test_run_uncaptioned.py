@@ -10,13 +10,13 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from fixtures.training import run
 from safetensors.torch import load_file
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import Run, SharedData
-from modeling_dclip.distillation.stages import run_stages
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1}
 SCENES = "scenes:train,n={},image_size=32,captions_per_image=2"
@@ -35,10 +35,6 @@ def write_recipe(folder, clip_dir, **changes):
     recipe = {**RECIPE, "clip_model": str(clip_dir), "output_dir": str(folder / "run"), **changes}
     path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
     return path
-
-
-def run(path, *words):
-    return run_stages(parse_recipe(words, path))
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
-from webdatasets import picture, sample, write_set
+from fixtures.webdatasets import picture, sample, write_set
 
 from modeling_dclip.data.labels import classification_split, load_classification
 from modeling_dclip.data.labels.prompts import PHOTO_TEMPLATES
 from modeling_dclip.data.scenes import CLASS_NAMES, load_single_objects
 from modeling_dclip.evaluation.benchmarks.zero_shot import evaluate_zero_shot
 
-SHARED = Path(__file__).parents[2].parent / "shared" / "data"
+SHARED = Path(__file__).parents[3].parent / "shared" / "data"
 SYNSETS = ["n01440764", "n01443537", "n02123045"]
 
 

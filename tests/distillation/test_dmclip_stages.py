@@ -13,8 +13,8 @@ import textwrap
 import pytest
 import torch
 import yaml
+from fixtures.training import equal, run, weights
 from PIL import Image
-from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
@@ -56,10 +56,6 @@ def write_recipe(folder, clip, dmclip=(), reinforce=(), **changes):
     return path
 
 
-def run(path, *words):
-    return run_stages(parse_recipe(words, path))
-
-
 @pytest.fixture(scope="module")
 def finished(tiny_clip_dir, tmp_path_factory):
     """Shards of 13 images in three files, two teachers of width 16, and a DM-CLIP after five steps;
@@ -81,14 +77,6 @@ def foreign(shards, tmp_path):
     for path in shards.glob("*.tar"):
         shutil.copy(path, tmp_path / path.name)
     return f"{tmp_path}/*.tar"
-
-
-def weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def logs(folder):

@@ -31,7 +31,7 @@ from modeling_dclip.data.regions import add_regions, clip_regions
 from modeling_dclip.data.regions.__main__ import main
 from modeling_dclip.data.regions.detectors import UltralyticsDetector, build_detector, process_left_alone
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 YOLO_WEIGHTS = DATA / "yolov8n" / "yolov8n.pt"
 needs_ultralytics = pytest.mark.skipif(
     importlib.util.find_spec("ultralytics") is None, reason="needs the extra [regions]"
@@ -651,7 +651,7 @@ def test_the_command_line_writes_a_folder_that_disk_reads(tmp_path, draw, capsys
 def test_the_command_line_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "modeling_dclip.data.regions", "--dataset", "scenes:test,n=6@3"]
     command += ["--detector", "annotations", "--output", str(tmp_path / "out"), "--max_regions", "1"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert "Wrote 3 images with 3 boxes" in answer.stdout
     assert "Finding regions" in answer.stderr
     assert len(load_captions(f"disk:{tmp_path / 'out'}")) == 3

@@ -412,7 +412,7 @@ def launch_two(*arguments):
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *command, *map(str, arguments)],
-        env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=300,
+        env=environment, cwd=Path(__file__).parents[3], capture_output=True, text=True, timeout=300,
     )  # fmt: skip
 
 

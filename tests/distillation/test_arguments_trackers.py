@@ -2,7 +2,7 @@
 
 import pytest
 from datasets import load_from_disk
-from test_trainer import make_trainer, student_arguments
+from fixtures.training import make_trainer, student_arguments
 
 from modeling_dclip import DCLIPProcessor
 

@@ -15,7 +15,7 @@ from modeling_dclip.data.captions.tables import standardise_columns
 from modeling_dclip.data.rows import coco_id, flickr_id
 from modeling_dclip.data.specs import Source, parse_spec
 
-DATA = Path(__file__).parents[3] / "shared" / "data"
+DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def write_coco(folder, draw, numbers=(9, 25, 30), captions=("a dog", "a cat"), draw_images=True):
