@@ -19,10 +19,11 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 import modeling_dclip  # noqa: F401  registers the Auto classes
+from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure
 from modeling_dclip.evaluation.arms import plot_curve
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.command_line import parse_arguments
-from modeling_dclip.evaluation.evaluator import FAILURES, Candidate, Evaluation, describe_failure, evaluate
+from modeling_dclip.evaluation.evaluator import Candidate, Evaluation, evaluate
 from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
 from modeling_dclip.evaluation.reports.gallery import write_pages
 from modeling_dclip.evaluation.reports.report import write_report
@@ -76,7 +77,7 @@ def run(argv: Sequence[str]) -> int:
     if done.records:
         try:
             show(done, arguments)
-        except FAILURES as error:
+        except BENCHMARK_FAILURES as error:
             done.failures.append(describe_failure("tables and pictures", error))
     for failure in done.failures:
         print(f"Failed: {failure}", file=sys.stderr)
@@ -107,14 +108,10 @@ def compare(argv: Sequence[str]) -> int:
 COMMANDS = {"report": report, "compare": compare}
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    command = COMMANDS.get(argv[0]) if argv else None
-    try:
-        return run(argv) if command is None else command(argv[1:])
-    except (ImportError, OSError, ValueError) as error:  # wrong files, no place to write: the message says it all
-        print(f"Failed: {describe_failure('eval.py', error)}", file=sys.stderr)
-        return 1
+    return COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run(argv)
 
 
 if __name__ == "__main__":

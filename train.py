@@ -19,10 +19,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from accelerate import PartialState
-from transformers.utils.logging import get_verbosity
 
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.failures import FAILURES
+from modeling_dclip.data.failures import FAILURES, command, one_line
 from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_arms, parse_recipe
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
@@ -133,19 +132,16 @@ def run_recipe(words: list[str], path: Path) -> None:
         try:
             print(describe_publication(publish(replace(publication, teacher=made[0] if made else None))))
         except FAILURES as error:
-            sys.exit(f"Trained, but not published: {error}\nThen run `python -m modeling_dclip.hub.publish`.")
+            advice = "Then run `python -m modeling_dclip.hub.publish`."
+            sys.exit(f"Failed: trained, but not published: {one_line(error)} {advice}")
 
 
+@command
 def main(words: list[str]) -> None:
     """Run a recipe."""
     if "--help" in words or "-h" in words:
         return print(f"{__doc__}\n  --recipe FILE (default recipes/{DEMO.name})\n\n{describe_fields()}")
-    try:
-        run_recipe(*read_recipe(words))
-    except FAILURES as error:
-        if get_verbosity() <= logging.INFO:
-            raise
-        sys.exit(f"Failed: {' '.join(str(error).split())} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
+    run_recipe(*read_recipe(words))
 
 
 if __name__ == "__main__":

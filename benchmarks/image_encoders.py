@@ -36,6 +36,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, HfArgumentParser
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, NUM_CONV_STAGES, DMCLIPVisionConfig
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import (
     count_flops,
@@ -431,6 +432,7 @@ def draw(rows: Sequence[dict[str, Any]], exponents: dict[str, float], clock: str
     plot_growth(series, path, x_label="image side (pixels)", y_label=f"{what}, batch {batch_size} (ms)")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write, draw."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from transformers import HfArgumentParser, set_seed
 
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.retrieval_index import (
     build_faiss_index,
@@ -104,6 +105,7 @@ def measure(kind: str, args: BenchmarkArguments) -> dict[str, Any]:
     return results
 
 
+@command
 def main(argv: list[str] | None = None) -> None:
     """Run, print, and write the results file."""
     (args,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses(argv)

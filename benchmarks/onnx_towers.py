@@ -19,6 +19,7 @@ import torch
 from transformers import HfArgumentParser
 
 from modeling_dclip.configuration_dclip import DCLIPConfig
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import interleaved_times, spread
 from modeling_dclip.evaluation.records import environment
@@ -85,6 +86,7 @@ def measure(name: str, model: DCLIPModel, args: BenchmarkArguments) -> list[dict
     ]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, print, write."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)

@@ -24,6 +24,7 @@ from types import SimpleNamespace
 import torch
 from transformers import HfArgumentParser
 
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import growth_exponent, spread
 from modeling_dclip.evaluation.benchmarks.retrieval import retrieval_metrics
@@ -166,6 +167,7 @@ def compare(args: BenchmarkArguments, images: int, rounds: int) -> dict:
     return row
 
 
+@command
 def main() -> None:
     """Measure, print, write, draw."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()

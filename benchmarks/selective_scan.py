@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from transformers import HfArgumentParser, set_seed
 
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.records import environment
 from modeling_dclip.selective_scan import _scan_two_level, selective_scan
@@ -136,6 +137,7 @@ def measure(args: BenchmarkArguments, shape: str) -> dict:
     return row
 
 
+@command
 def main(argv=None) -> None:
     """Measure, print, write."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses(argv)

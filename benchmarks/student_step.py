@@ -19,6 +19,7 @@ import torch
 from transformers import HfArgumentParser, set_seed
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherConfig
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.trainer import share_image_encoder
@@ -111,6 +112,7 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
+@command
 def main() -> None:
     """Measure, print, write."""
     (args,) = HfArgumentParser(BenchmarkArguments).parse_args_into_dataclasses()

@@ -122,6 +122,19 @@ def test_a_shipped_file_opens_nothing_prints_nothing_and_keeps_its_annotations(p
             assert node.module != "__future__", "strict configs need real annotations"
 
 
+def test_every_command_ends_through_one_door():
+    scripts = [PACKAGE.parent / "train.py", PACKAGE.parent / "eval.py", *PACKAGE.parent.glob("hub_cards/*/*.py")]
+    commands = [
+        path
+        for path in (*FILES, *scripts, *sorted(PACKAGE.parent.glob("benchmarks/*.py")))
+        if any(isinstance(node, ast.If) and "__main__" in ast.unparse(node.test) for node in tree(path).body)
+    ]
+    assert len(commands) >= 11
+    for path in commands:
+        (main,) = [node for node in tree(path).body if isinstance(node, ast.FunctionDef) and node.name == "main"]
+        assert "command" in map(ast.unparse, main.decorator_list), f"{path}: decorate main with failures.command"
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_file_has_a_name_that_says_nothing(path):
     assert path.stem not in FORBIDDEN_STEMS and not FORBIDDEN_STEMS & set(path.stem.split("_"))

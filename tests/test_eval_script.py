@@ -226,11 +226,11 @@ def test_wrong_files_are_one_line_and_not_touched(script, tmp_path, capsys):
         (["compare", wrong, wrong], "Expected JSON in"),
     ]
     for command, message in commands:
-        assert script.main(command) == 1
-        shown = capsys.readouterr().err
-        assert "Traceback" not in shown
-        (line,) = [line for line in shown.splitlines() if line.startswith("Failed: ")]
-        assert message in line
+        with pytest.raises(SystemExit) as ended:
+            script.main(command)
+        line = ended.value.code  # the interpreter writes it to stderr and ends with status 1
+        assert line.startswith("Failed: ") and message in line and len(line.splitlines()) == 1
+        assert "Failed" not in capsys.readouterr().err
     assert (tmp_path / "r.json").read_bytes() == b"\xff\xfe"
 
 

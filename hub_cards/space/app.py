@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 from PIL import Image
 
+from modeling_dclip.data.failures import command
 from modeling_dclip.hub.space import DETECTOR, GALLERY, SpaceAnswers, UserMistake, suggest_labels, suggest_queries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -222,16 +223,14 @@ def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
     return app.launch(theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], **options)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the models and serve the page."""
     given = parse_arguments(argv)
-    try:
-        answers = SpaceAnswers(
-            given.model, given.teacher, gallery=given.gallery, detector=given.detector,
-            trust_remote_code=given.trust_remote_code,
-        )  # fmt: skip
-    except (ValueError, OSError, ImportError, TypeError) as problem:
-        raise SystemExit(str(problem)) from problem
+    answers = SpaceAnswers(
+        given.model, given.teacher, gallery=given.gallery, detector=given.detector,
+        trust_remote_code=given.trust_remote_code,
+    )  # fmt: skip
     launch(build_app(answers), server_name=given.host, server_port=given.port)
 
 

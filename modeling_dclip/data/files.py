@@ -1,13 +1,53 @@
-"""Files that are whole or not there: the one way this package writes what a later run will read."""
+"""The door for files: the one place of this package that opens text, JSON, YAML and tables, walks folders, writes
+whole files, and names temporary folders and caches.
 
+Text is UTF-8, with or without a byte order mark. An error names the file and, where there is one, the line or the
+entry. What a later run will read is written beside its place and moved there, so that it is whole or not there.
+"""
+
+import csv
+import glob
+import io
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
+
+import yaml
+
+_KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false"}
+_MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs write before UTF-8
+
+
+def require_file(path: str | os.PathLike, what: str) -> Path:
+    """The path of a file that is there and not empty.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has 0 bytes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+    if path.stat().st_size == 0:
+        raise ValueError(f"The {what} '{path}' is empty (0 bytes). Download or write it again.")
+    return path
+
+
+def require_folder(path: str | os.PathLike, what: str) -> Path:
+    """The path of a folder that is there.
+
+    Raises:
+        FileNotFoundError: If there is no such folder.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+    return path
 
 
 def check_new_folder(folder: str | os.PathLike) -> None:
@@ -19,6 +59,257 @@ def check_new_folder(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
+
+
+# Text.
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The content of a file as it is.
+
+    Raises:
+        OSError: If it cannot be read.
+    """
+    return Path(path).read_bytes()
+
+
+def decode_text(content: bytes, place: str, *, keep_newlines: bool = False) -> str:
+    """Text from UTF-8 bytes, without the byte order mark if there is one.
+
+    Args:
+        content (`bytes`): What a file holds.
+        place (`str`): The file, for messages.
+        keep_newlines (`bool`, *optional*, defaults to `False`): Leave line breaks as they are; by default each becomes
+            `\\n`.
+
+    Raises:
+        ValueError: If it is no UTF-8; the message names the line.
+    """
+    content = content.removeprefix(_MARK)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"Expected UTF-8 text in '{place}', got other bytes in line {line} ({error}). Save it as UTF-8."
+        ) from error
+    return text if keep_newlines else text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def read_text(path: str | os.PathLike, *, keep_newlines: bool = False) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        keep_newlines (`bool`, *optional*, defaults to `False`): As in [`decode_text`].
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no UTF-8; the message names file and line.
+    """
+    return decode_text(read_bytes(path), os.fspath(path), keep_newlines=keep_newlines)
+
+
+# JSON and YAML.
+
+
+def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -> Any:
+    """What a JSON text says.
+
+    Args:
+        text (`str` or `bytes`): UTF-8.
+        place (`str`): Where it is from, as the message calls it.
+        advice (`str`, *optional*): What to do where it is damaged.
+
+    Raises:
+        ValueError: If it is no JSON, or lists and objects are nested too deep.
+    """
+    try:
+        return json.loads(text.removeprefix(_MARK).decode("utf-8") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{place} is no valid JSON ({error}). {advice}") from error
+
+
+def read_json(
+    path: str | os.PathLike, what: str = "file", keys: Sequence[str] | None = None, advice: str = "Download it again."
+) -> Any:
+    """What a JSON file says.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        what (`str`, *optional*, defaults to `"file"`): What it is, for messages.
+        keys (`Sequence[str]`, *optional*): It must be an object with these keys.
+        advice (`str`, *optional*): What to do where it is damaged.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is empty, no JSON, no object, or lacks a key; the message names file and what is there.
+    """
+    content = parse_json(read_bytes(path), f"The {what} '{path}'", advice)
+    if keys is None:
+        return content
+    if not isinstance(content, dict):
+        expected = f"a JSON object with {tuple(keys)}" if keys else "a JSON object"
+        raise ValueError(f"Expected {expected} in the {what} '{path}', got a {type(content).__name__}.")
+    for key in keys:
+        if key not in content:
+            raise ValueError(f"The {what} '{path}' has no key {key!r}; it has {sorted(content)}.")
+    return content
+
+
+def read_json_lines(path: str | os.PathLike, what: str = "file") -> Iterator[tuple[int, Any]]:
+    """Number, from 1, and content of each line of a file with one JSON value a line. Blank lines are passed over.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If a line is no JSON; the message names it.
+    """
+    for number, line in enumerate(read_bytes(path).removeprefix(_MARK).split(b"\n"), start=1):
+        if line.strip():
+            try:
+                yield number, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"Line {number} of the {what} '{path}' is no valid JSON ({error}).") from error
+
+
+def require_field(
+    entry: Any, key: str, where: str, path: str | os.PathLike, kind: type | tuple[type, ...] | None = None
+) -> Any:
+    """The value under a key of a JSON object.
+
+    Args:
+        entry (`dict`): The object.
+        key (`str`): Which.
+        where (`str`): The object's name in the file, e.g. `"Annotation 3"`.
+        path (`str` or `os.PathLike`): The file.
+        kind (`type` or `tuple`, *optional*): What the value must be. `bool` counts as no number.
+
+    Raises:
+        ValueError: If the entry is no object, has no such key, or the value is of another kind; the message names file
+            and entry.
+    """
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where} of '{path}': expected a JSON object, got {entry!r:.80}.")
+    if key not in entry:
+        raise ValueError(f"{where} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
+    value = entry[key]
+    kinds = kind if isinstance(kind, tuple) else (kind,) * (kind is not None)
+    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+        expected = " or ".join(_KINDS[one] for one in kinds)
+        raise ValueError(f"{where} of '{path}': expected {expected} under {key!r}, got {value!r:.80}.")
+    return value
+
+
+def read_yaml(path: str | os.PathLike) -> Any:
+    """What a YAML file says.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no UTF-8.
+        yaml.YAMLError: If it is no YAML; the message names line and column, not the file.
+    """
+    return yaml.safe_load(read_text(path))
+
+
+# Tables.
+
+
+class TableRow(NamedTuple):
+    """A row of a table and the line of the file it ends in."""
+
+    number: int
+    cells: list[str]
+
+
+def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
+    """The rows of a CSV or TSV file that are not blank, the header first.
+
+    Raises:
+        OSError: If it cannot be read.
+        ValueError: If it is no such table or no UTF-8; the message names the line.
+    """
+    reader = csv.reader(io.StringIO(read_text(path, keep_newlines=True), newline=""), delimiter=separator, strict=True)
+    try:
+        return [TableRow(reader.line_num, cells) for cells in reader if cells]
+    except csv.Error as error:
+        raise ValueError(
+            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text "
+            'with the separator, a quote or a line break between double quotes, a quote inside written twice ("").'
+        ) from error
+
+
+# Folders.
+
+
+def list_folder(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
+    """What lies in a folder, in order of names; hidden entries too.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder.
+        pattern (`str`, *optional*, defaults to `"*"`): Which entries, as of `Path.glob`.
+    """
+    return sorted(Path(folder).glob(pattern))
+
+
+def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> tuple[list[Path], list[Path]]:
+    """The files of a folder and of those below it, hidden ones too. Links to folders are not followed.
+
+    Args:
+        folder (`str` or `os.PathLike`): Where to begin.
+        suffixes (`Collection[str]`, *optional*): Endings to take, in lower case with the point; all if not given.
+
+    Returns:
+        `tuple[list[Path], list[Path]]`: The files with such an ending in any case, and those passed over, each in
+            order of paths.
+    """
+    found = sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    if suffixes is None:
+        return found, []
+    taken = [path for path in found if path.suffix.lower() in suffixes]
+    return taken, [path for path in found if path.suffix.lower() not in suffixes]
+
+
+def match_files(pattern: str, *, below: bool = True) -> list[Path]:
+    """The files that a pattern of the command line names, in order.
+
+    Args:
+        pattern (`str`): A path or a glob.
+        below (`bool`, *optional*, defaults to `True`): Whether `**` goes into subfolders.
+    """
+    return [Path(path) for path in sorted(glob.glob(pattern, recursive=below))]
+
+
+@contextmanager
+def temporary_folder(beside: str | os.PathLike | None = None, prefix: str | None = None) -> Iterator[Path]:
+    """A folder that is removed at the end.
+
+    Args:
+        beside (`str` or `os.PathLike`, *optional*): The folder to make it in; the system's own by default.
+        prefix (`str`, *optional*): How its name begins.
+    """
+    with tempfile.TemporaryDirectory(dir=beside, prefix=prefix) as folder:
+        yield Path(folder)
+
+
+def check_writable(folder: str | os.PathLike) -> None:
+    """Say early that nothing can be written into a folder.
+
+    Raises:
+        OSError: If a file cannot be made there.
+    """
+    tempfile.TemporaryFile(dir=folder).close()
+
+
+def cache_dir(name: str) -> Path:
+    """`modeling_dclip/NAME` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`).
+
+    Args:
+        name (`str`): What is kept there: `"regions"`, `"shards"`, `"classifiers"`.
+    """
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / name
+
+
+# Writing whole files.
 
 
 @contextmanager
@@ -56,6 +347,21 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write JSON atomically; NaN and infinity are refused (`ValueError`)."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+def write_json(
+    path: str | os.PathLike, content: Any, *, indent: Literal[1, 2] = 1, default: Callable[[Any], Any] | None = None
+) -> None:
+    """Write JSON atomically, in one of the two forms in use.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        content (`Any`): What `json.dumps` takes.
+        indent (`int`, *optional*, defaults to 1): 1 as results files are written: UTF-8, without NaN and infinity. 2
+            as transformers writes configurations: ASCII.
+        default (`Callable`, *optional*): What to write in place of a value that JSON has no form for.
+
+    Raises:
+        ValueError: If a number is NaN or infinite, with `indent` 1.
+    """
+    results = indent == 1
+    text = json.dumps(content, indent=indent, ensure_ascii=not results, allow_nan=not results, default=default)
+    write_text(path, text + "\n")

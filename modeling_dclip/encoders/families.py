@@ -12,6 +12,13 @@ from modeling_dclip.encoders import DualEncoder
 logger = logging.getLogger(__name__)
 
 
+class WrongModelError(TypeError, ValueError):
+    """A model of another kind than a command works on.
+
+    It is a `TypeError` by its nature, and a `ValueError` because a user's choice of model is at fault, not the code.
+    """
+
+
 # Trained on texts padded to one length, with the padding attended to: less of it, or a mask, would change the
 # embedding.
 READ_PADDING = ("siglip", "siglip2")
@@ -37,12 +44,12 @@ def projected(output: Any) -> torch.Tensor:
         `torch.Tensor` of shape `(B, D)`: As they are, not normalised.
 
     Raises:
-        TypeError: If there is not one vector a row, as of models that embed every token.
+        WrongModelError: If there is not one vector a row, as of models that embed every token.
     """
     embeds = output if isinstance(output, torch.Tensor) else output.pooler_output
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2:
         got = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
-        raise TypeError(
+        raise WrongModelError(
             f"Expected one embedding a row, (B, D), from a dual encoder, got {got}. This model has no such space."
         )
     return embeds

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModel, AutoProcessor
 
+from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.open_clip import OPEN_CLIP, fingerprint_open_clip, load_open_clip
 
@@ -24,11 +25,11 @@ def require_dual_encoder(model: torch.nn.Module, where: str = "") -> None:
         where (`str`, *optional*): It came from, for the message.
 
     Raises:
-        TypeError: If it has not both methods.
+        WrongModelError: If it has not both methods.
     """
     missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
     if missing:
-        raise TypeError(
+        raise WrongModelError(
             "Expected a dual encoder such as CLIPModel with get_image_features and "
             f"get_text_features{f' at {where!r}' if where else ''}, got {type(model).__name__} without {missing}. "
             "Name the dual checkpoint, not one tower."

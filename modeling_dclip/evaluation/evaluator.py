@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from datasets.exceptions import DatasetsError
-from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.evaluation.benchmarks.kinds import Benchmark, benchmark_record, expand_benchmark, load_benchmark
@@ -31,11 +30,6 @@ except ImportError:  # not on this system: then one process at a time
     fcntl = None
 
 logger = logging.get_logger(__name__)
-
-# What data, weights, memory or a missing package can do to one benchmark. A bug of another kind still stops
-# everything.
-FAILURES = (ArithmeticError, DatasetsError, ImportError, LookupError, MemoryError, OSError, RuntimeError)
-FAILURES += (SafetensorError, TypeError, ValueError)
 
 
 class Candidate(NamedTuple):
@@ -122,7 +116,7 @@ def evaluate(
     for candidate in tqdm(candidates, desc="Models", unit="model", disable=len(candidates) < 2):
         try:
             model, processor, revision, settings = _load(candidate, anchor, trust_remote_code)
-        except FAILURES as error:
+        except BENCHMARK_FAILURES as error:
             _leave_out(done.failures, candidate.name, error)
             continue
         fields = {"model": candidate.name, "label": candidate.label, "command": command, "revision": revision}
@@ -139,7 +133,7 @@ def evaluate(
                     ratios = compare_to_anchor(outcomes, reference, seed=fields["seed"])
                     record["comparison"] = {"anchor": anchor, "anchor_revision": anchor_revision, **ratios}
                 store.put(record, outcomes)
-            except FAILURES as error:
+            except BENCHMARK_FAILURES as error:
                 _leave_out(done.failures, f"{candidate.label or candidate.name} on {name}", error)
                 continue
             done.records.append(record)
@@ -156,14 +150,6 @@ def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[C
     return named[:1] + [one for one in candidates if one not in named]
 
 
-def describe_failure(what: str, error: BaseException) -> str:
-    """One line on what failed and why; where in the code it did,
-    the log says at the level `info` (`TRANSFORMERS_VERBOSITY=info`).
-    """
-    logger.info("%s failed here:", what, exc_info=error)
-    return f"{what}: {type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _leave_out(failures: list[str], what: str, error: BaseException) -> None:
     """Say so at once, as the rest may take hours; the reason comes at the end."""
     logger.warning("%s failed and is left out", what)
@@ -176,13 +162,13 @@ def _load_benchmarks(benchmarks: Sequence[str], failures: list[str], **options: 
     for benchmark in benchmarks:
         try:
             members = expand_benchmark(benchmark)
-        except FAILURES as error:
+        except BENCHMARK_FAILURES as error:
             _leave_out(failures, benchmark, error)
             continue
         for member in members:
             try:
                 loaded[member] = load_benchmark(member, **options)
-            except FAILURES as error:
+            except BENCHMARK_FAILURES as error:
                 _leave_out(failures, member, error)
     return loaded
 

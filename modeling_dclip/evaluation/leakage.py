@@ -46,6 +46,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import SOURCES, load_captions
 from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.evaluation.benchmarks.kinds import split_of
@@ -284,6 +285,7 @@ def _labelled(name: str) -> tuple[str, str]:
     return (name, name) if "=" not in name or Path(name).is_dir() else name.partition("=")[::2]
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     words = sys.argv[1:] if argv is None else list(argv)

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_text
 from modeling_dclip.evaluation.records import read_results, read_results_json
 from modeling_dclip.evaluation.reports.tables import BENCHMARK_TABLES, render_leakage, render_summary, render_table
@@ -176,6 +177,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     return stale
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Render, or with `--check` only compare (exit status 1 if a block is out of date)."""
     parser = argparse.ArgumentParser(description="Render the results blocks of a Markdown file from results files.")

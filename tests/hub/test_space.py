@@ -191,7 +191,7 @@ def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch):
 
 
 def test_a_wrong_model_ends_with_a_message(app):
-    with pytest.raises(SystemExit, match="Expected a folder with a model at /nowhere"):
+    with pytest.raises(SystemExit, match="^Failed: Expected a folder with a model at /nowhere"):
         app.main(["--model", "/nowhere"])
 
 

@@ -10,6 +10,7 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.regions import add_regions, default_cache_dir
 from modeling_dclip.data.regions.detectors import build_detector
@@ -38,6 +39,7 @@ class RegionArguments:
     seed: int = field(default=0, metadata={"help": "Seed of the draw where the spec ends in @COUNT."})
 
 
+@command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the folder written."""
     (arguments,) = HfArgumentParser(RegionArguments).parse_args_into_dataclasses(argv)

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -49,6 +50,7 @@ class ReinforcedWriterArguments:
     seed: int = field(default=0, metadata={"help": "Of augmentations, drawn captions, and the draw of @COUNT."})
 
 
+@command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the index written."""
     (arguments,) = HfArgumentParser(ReinforcedWriterArguments).parse_args_into_dataclasses(argv)

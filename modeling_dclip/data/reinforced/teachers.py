@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from modeling_dclip.encoders.families import projected, tokenize_texts
+from modeling_dclip.encoders.families import WrongModelError, projected, tokenize_texts
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import load_pair
 from modeling_dclip.encoders.open_clip import OPEN_CLIP, fingerprint_open_clip
@@ -63,7 +63,7 @@ class _DualEncoderTeacher:
         self.name, self.device = name, device
         model, self.processor = load_pair(name)
         if not hasattr(model, "logit_scale"):
-            raise TypeError(
+            raise WrongModelError(
                 f"Expected a dual encoder with a trained logit_scale at {name!r}, got {type(model).__name__}."
             )
         self.model = model.to(device)

@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from modeling_dclip.data.images import PixelReader
+from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.evaluation.embedding import embed_texts
 from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -118,13 +119,13 @@ def image_maps(
             top.
 
     Raises:
-        TypeError: If the image encoder is neither.
+        WrongModelError: If the image encoder is neither.
         ValueError: If there is not one text an image.
     """
     tower = getattr(model, "vision_model", None)
     is_vit = hasattr(tower, "encoder") and hasattr(tower, "post_layernorm") and hasattr(model, "visual_projection")
     if not is_vit and not hasattr(tower, "stages"):
-        raise TypeError(
+        raise WrongModelError(
             f"Expected a CLIP or DCLIP with a ViT, or a DM-CLIP, to draw maps of, got {type(model).__name__}."
         )
     if len(text_embeds) != len(pixel_values):

@@ -13,12 +13,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from modeling_dclip.data.failures import FAILURES
+from modeling_dclip.data.failures import command
 from modeling_dclip.hub.convert import MAMBAVISION_NOTE, MOBILECLIP_NOTE, convert_mambavision, convert_mobileclip
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Convert, and say what became of it; one line and exit status 2 where the input is not what it should be."""
+    """Convert, and print what was written."""
     parser = argparse.ArgumentParser(
         prog="python -m modeling_dclip.hub.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
@@ -36,14 +37,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     note, left = MAMBAVISION_NOTE, []
-    try:
-        if args.kind == "mambavision":
-            model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
-        else:
-            note = MOBILECLIP_NOTE
-            model, left = convert_mobileclip(args.checkpoint, args.output)
-    except FAILURES as error:
-        sys.exit(" ".join(str(error).split()))
+    if args.kind == "mambavision":
+        model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
+    else:
+        note = MOBILECLIP_NOTE
+        model, left = convert_mobileclip(args.checkpoint, args.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key placed.\n")
     if left:

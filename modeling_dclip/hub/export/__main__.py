@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_dclip.data.failures import FAILURES
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import check_new_folder
 from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
 from modeling_dclip.hub.export.onnx import DTYPES, TOWERS
@@ -26,6 +26,7 @@ from modeling_dclip.hub.export.open_clip import write_open_clip
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Export, and say how near the outputs are."""
     parser = argparse.ArgumentParser(
@@ -47,18 +48,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "--winograd", action="store_true", help="DM-CLIP in fp32: convolutions in fewer products"
             )
     args = parser.parse_args(argv)
-    try:
-        check_new_folder(args.output)
-        model = load_model(args.model, getattr(args, "image_size", None))
-        writers = {
-            "onnx": lambda folder: export_onnx(model, args.model, folder, args.towers, args.dtypes, args.winograd),
-            "torch_export": lambda folder: export_programs(model, args.model, folder, args.towers),
-            "open_clip": lambda folder: write_open_clip(model, args.model, folder),
-            "sentence_transformers": lambda folder: write_sentence_transformers(model, args.model, folder),
-        }
-        found = write_export(args.output, writers[args.format])
-    except FAILURES as problem:
-        sys.exit(" ".join(str(problem).split()))
+    check_new_folder(args.output)
+    model = load_model(args.model, getattr(args, "image_size", None))
+    writers = {
+        "onnx": lambda folder: export_onnx(model, args.model, folder, args.towers, args.dtypes, args.winograd),
+        "torch_export": lambda folder: export_programs(model, args.model, folder, args.towers),
+        "open_clip": lambda folder: write_open_clip(model, args.model, folder),
+        "sentence_transformers": lambda folder: write_sentence_transformers(model, args.model, folder),
+    }
+    found = write_export(args.output, writers[args.format])
     for name, measured in found.items():
         mebibytes = (Path(args.output) / name).stat().st_size / 2**20
         sys.stdout.write(

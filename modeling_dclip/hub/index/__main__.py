@@ -20,7 +20,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_dclip.data.captions.files import IMAGE_SUFFIXES
-from modeling_dclip.data.failures import FAILURES
+from modeling_dclip.data.failures import command
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.build import build_index
 
@@ -137,17 +137,15 @@ def _search(argv: Sequence[str]) -> str:
     return describe_hits(index.search(path if is_picture else asked.query, arguments.top_k), arguments.json)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Build or search, by the first word; print the answer."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.disable_progress_bar()  # of loading weights; the images have one of their own
-    try:
-        if words[:1] == ["search"]:
-            answer = _search(words[1:])
-        else:
-            answer = _build(words[1:] if words[:1] == ["build"] else words)
-    except (*FAILURES, TypeError) as problem:
-        sys.exit(" ".join(str(problem).split()))
+    if words[:1] == ["search"]:
+        answer = _search(words[1:])
+    else:
+        answer = _build(words[1:] if words[:1] == ["build"] else words)
     if answer is not None:
         sys.stdout.write(answer + "\n")
 

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from modeling_dclip.data.failures import FAILURES
+from modeling_dclip.data.failures import command
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> None:
     """Publish, and print the links."""
     parser = HfArgumentParser(
@@ -30,11 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    try:
-        done = publish(arguments)
-    except FAILURES as problem:
-        sys.exit(" ".join(str(problem).split()))
-    sys.stdout.write(describe_publication(done) + "\n")
+    sys.stdout.write(describe_publication(publish(arguments)) + "\n")
 
 
 if __name__ == "__main__":

@@ -632,7 +632,7 @@ def test_the_command_line_writes_a_folder_that_disk_reads(tmp_path, draw, capsys
     output = tmp_path / "out" / "with_regions"
     argv = ["--dataset", f"parquet:{tmp_path / 'a.parquet'}", "--detector", "grid:2x2", "--output", str(output)]
     argv += ["--cache_dir", str(tmp_path / "cache")]
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(SystemExit, match="^Failed: .*cannot be read"):
         main(argv)
     assert not output.parent.exists() or not list(output.parent.iterdir())
     assert main([*argv, "--on_bad_image", "skip"]) == output
@@ -644,7 +644,7 @@ def test_the_command_line_writes_a_folder_that_disk_reads(tmp_path, draw, capsys
     assert dataset[0]["boxes"][3] == [16, 12, 32, 24]
     assert json.loads((output.parent / "with_regions.report.json").read_text())["skipped_images"] == 2
     assert sorted(path.name for path in output.parent.iterdir()) == ["with_regions", "with_regions.report.json"]
-    with pytest.raises(FileExistsError, match="with_regions' exists"):
+    with pytest.raises(SystemExit, match="^Failed: .*with_regions' exists"):
         main([*argv, "--on_bad_image", "skip"])
 
 

@@ -336,5 +336,5 @@ def test_the_command_converts_and_says_the_licence(tiny, tmp_path, capsys):
 def test_the_command_ends_in_one_line_where_the_file_is_wrong(tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["mambavision", "--checkpoint", str(tmp_path / "no.pth"), "--output", str(tmp_path / "out")])
-    assert ended.value.code.startswith("Expected a checkpoint file at") and "\n" not in ended.value.code
+    assert ended.value.code.startswith("Failed: Expected a checkpoint file at") and "\n" not in ended.value.code
     assert capsys.readouterr().err == ""  # no usage, which would hide it
