@@ -414,7 +414,7 @@ def test_an_adapter_goes_out_beside_the_weights_it_is_merged_into(trained, tmp_p
     assert (folder / "adapter" / "adapter_model.safetensors").read_bytes() == (
         adapter / "adapter_model.safetensors"
     ).read_bytes()
-    assert "an adapter of PEFT in the folder `adapter`" in (folder / "README.md").read_text()
+    assert "The folder `adapter` holds the change that training made" in (folder / "README.md").read_text()
 
 
 def test_a_base_model_that_the_hub_does_not_know_stops_everything(hub, trained):
