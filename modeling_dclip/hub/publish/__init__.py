@@ -1,41 +1,32 @@
-"""Publish a trained model: stage the repositories in a folder, check them, and push each in one commit."""
+"""Publish a trained model on the Hub, in three passes: gather the facts, stage the repositories, push them."""
 
 import tempfile
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import HfApi
 
+from modeling_dclip.data.files import check_new_folder
 from modeling_dclip.hub.publish.cards import load_jinja
-from modeling_dclip.hub.publish.facts import PublishArguments
+from modeling_dclip.hub.publish.facts import PublishArguments, check_repo_name, gather
 from modeling_dclip.hub.publish.licences import check_licence
-from modeling_dclip.hub.publish.push import (
-    DELAYS_S,
-    Pushed,
-    check_access,
-    check_base_models,
-    check_repo_name,
-    list_files,
-    push_folder,
-    validate_online,
-)
-from modeling_dclip.hub.publish.staging import StagedRepo, stage_repos
+from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
+from modeling_dclip.hub.publish.staging import StagedRepo, list_files, stage
 
-MESSAGE = "Publish with modeling_dclip"
 DRY_RUN_FOLDER = "outputs/publish"
 
 
 def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> None:
-    """See what can be seen before there is a model: the name, the licence, the token, the templates' library.
+    """Check what can be checked before there is a model: the name, the licence, jinja2 and the token.
 
     Args:
-        arguments ([`PublishArguments`]): Of the publication to come.
-        delays (`tuple[float, ...]`, *optional*): As for [`publish`].
+        arguments ([`PublishArguments`]): The arguments of the publication.
+        delays (`tuple[float, ...]`, *optional*): Seconds before each repetition after a failure that may pass.
 
     Raises:
         ConnectionError: If the Hub cannot be reached or stays busy.
         ImportError: If jinja2 is not installed.
         PermissionError: If the token is missing, unknown, or may not write there.
-        ValueError: If the name or the licence is none.
+        ValueError: If the name or the licence is not valid.
     """
     check_repo_name(arguments.repo_id)
     check_licence(arguments.license, arguments.license_name, arguments.license_link, [])
@@ -44,11 +35,11 @@ def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = D
 
 
 def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> list[StagedRepo] | list[Pushed]:
-    """Write the repositories, check them, and push them.
+    """Gather the facts, write and check the repositories, and push them.
 
     Args:
-        arguments ([`PublishArguments`]): What, as what, and whether at all.
-        delays (`tuple[float, ...]`, *optional*): Seconds before each repetition of what failed transiently.
+        arguments ([`PublishArguments`]): What to publish. With `dry_run` nothing is pushed and the Hub is not asked.
+        delays (`tuple[float, ...]`, *optional*): Seconds before each repetition after a failure that may pass.
 
     Returns:
         `list[StagedRepo]` of a dry run, else `list[Pushed]`.
@@ -59,34 +50,36 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
             was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
     """
-    if arguments.dry_run:
-        check_repo_name(arguments.repo_id)
-        return stage_repos(arguments, Path(arguments.staging or DRY_RUN_FOLDER))
-    check_publication(arguments, delays)
-    api = HfApi()
     with tempfile.TemporaryDirectory() as temporary:
-        staged = stage_repos(arguments, Path(arguments.staging or f"{temporary}/repos"))
-        cards = {repo.repo_id: (repo.folder / "README.md").read_text(encoding="utf-8") for repo in staged}
-        for repo_id, card in cards.items():
-            validate_online(card, repo_id, delays)
-        check_base_models(list(ModelCard(cards[arguments.repo_id]).data.get("base_model") or []), api, delays)
-        options = {"message": MESSAGE, "private": arguments.private, "delays": delays}
-        return [push_folder(repo.repo_id, repo.folder, api, **options) for repo in staged]
+        root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else f"{temporary}/repos"))
+        check_new_folder(root)
+        if not arguments.dry_run:
+            check_publication(arguments, delays)
+        facts = gather(arguments)
+        staged = stage(facts, root)
+        return staged if arguments.dry_run else push_repos(staged, private=arguments.private, delays=delays)
 
 
 def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
-    """Say what became of each repository, or would."""
+    """Say what was done with each repository, or in a dry run what would be done.
+
+    Args:
+        done (`list[StagedRepo]` or `list[Pushed]`): What [`publish`] returned.
+
+    Returns:
+        `str`: One line for each repository; in a dry run also one for each file.
+    """
     lines = []
     for repo in done:
         if isinstance(repo, StagedRepo):
             files = list_files(repo.folder)
-            size = sum((repo.folder / name).stat().st_size for name in files) / 2**20
-            lines.append(f"{repo.repo_id}: would push {len(files)} files, {size:.1f} MiB, from {repo.folder}")
+            size_mib = sum((repo.folder / name).stat().st_size for name in files) / 2**20
+            lines.append(f"{repo.repo_id}: would push {len(files)} files, {size_mib:.1f} MiB, from {repo.folder}")
             lines += [f"    {name}" for name in files]
         elif repo.changed or repo.deleted:
             lines.append(
                 f"{repo.url}: {len(repo.changed)} files written, {len(repo.deleted)} deleted, commit {repo.commit}"
             )
         else:
-            lines.append(f"{repo.url}: already as it should be, commit {repo.commit}")
+            lines.append(f"{repo.url}: nothing to change, commit {repo.commit}")
     return "\n".join(lines)

@@ -1,6 +1,7 @@
-"""Render model cards: facts in, Markdown with metadata out.
+"""Model cards: the facts that they show, their example pictures, and how they are rendered and checked.
 
-No number is typed in a template, and none may be missing.
+A template in `hub_cards/` holds the words, [`CardFacts`] the numbers. No number is typed in a template, and a
+missing fact is an error.
 """
 
 import os
@@ -10,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypedDict
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
@@ -18,11 +20,13 @@ from transformers import PreTrainedModel, pipeline
 
 from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
 from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.hub.publish.licences import LICENCES
+from modeling_dclip.hub.publish.licences import LICENCES, Origin
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
-FOLDER = "examples"
+EXAMPLES = "examples"  # the folder of the example pictures in a repository
 IMAGE_SIZE = 224
-# What is in the picture first; each of the others differs from it in colour, in shape, or in both.
+# Labels of each example picture. The first is what the picture shows. The others differ from it in colour, in shape,
+# or in both.
 LABELS = (
     ("red circle", "blue circle", "red square", "green star"),
     ("blue star", "yellow star", "blue heart", "red ring"),
@@ -30,18 +34,29 @@ LABELS = (
 )
 
 
+class Score(TypedDict):
+    """A label and the model's score of it, in [0, 1]."""
+
+    label: str
+    score: float
+
+
 @dataclass(frozen=True)
 class Example:
-    """A picture (`path` inside the repository), the labels to choose from, the right one first,
-    and the model's `outputs`, best first.
+    """A picture that the model classified.
+
+    Args:
+        path (`str`): The picture's file inside the repository.
+        labels (`tuple[str, ...]`): The labels to choose from, the right one first.
+        outputs (`tuple[Score, ...]`): The model's scores, best first.
     """
 
     path: str
     labels: tuple[str, ...]
-    outputs: tuple[dict[str, Any], ...]
+    outputs: tuple[Score, ...]
 
     def to_widget(self) -> dict[str, Any]:
-        """As the Hub's metadata have it."""
+        """The entry of the Hub's `widget` metadata."""
         return {
             "src": self.path,
             "example_title": self.labels[0],
@@ -50,28 +65,103 @@ class Example:
         }
 
 
+class ModelFacts(TypedDict):
+    """The sizes of a dual encoder. Numbers of parameters are in millions, rounded to three digits."""
+
+    image_size: int
+    patch_size: int | None
+    projection_dim: int
+    text_length: int
+    dtype: str
+    image_parameters_millions: str
+    text_parameters_millions: str
+
+
+class TrainingFacts(TypedDict):
+    """How a model was trained. `steps`, `epochs` and `minutes` are `None` if training did not record them."""
+
+    section: str
+    datasets: list[str]
+    uncaptioned: list[str]
+    excluded: list[str]
+    teachers: list[str]
+    reads_teacher: bool
+    trains_text: bool
+    settings: list[tuple[str, str]]
+    steps: int | None
+    epochs: float | None
+    minutes: float | None
+
+
+class TeacherFacts(TypedDict):
+    """What a teacher reads and how it was trained. `leakage` is a Markdown table, `None` if it was not measured."""
+
+    cross_attention: str
+    reads_text: bool
+    text_share: float | None
+    parameters_millions: str
+    training: TrainingFacts
+    leakage: str | None
+
+
+class EvaluationFacts(TypedDict):
+    """Results of a model: `table` in Markdown, the `records`, and with what they were measured."""
+
+    table: str
+    records: list[Mapping[str, Any]]
+    benchmarks: list[str]
+    hardware: str
+    versions: str
+    has_reference: bool
+
+
+class CardFacts(TypedDict):
+    """Everything that the templates read. `repos` holds the repositories' ids by their kind."""
+
+    family: str
+    repos: dict[str, str]
+    model: ModelFacts
+    training: TrainingFacts
+    teacher: TeacherFacts | None
+    has_adapter: bool
+    evaluation: EvaluationFacts
+    examples: list[Example]
+    origins: list[Origin]
+    base_models: list[str]
+    data_terms: list[str]
+    license: str
+    license_name: str | None
+    license_link: str | None
+    hardware: str | None
+    emissions_grams: float | None
+
+
 @cache
 def draw_pictures() -> dict[str, Image.Image]:
-    """Draw the pictures, always the same, by their paths inside a repository."""
+    """Draw the example pictures, the same ones every time.
+
+    Returns:
+        `dict[str, Image.Image]`: RGB pictures by their paths inside a repository.
+    """
     pictures = {}
     for labels in LABELS:
         rng = random.Random(f"card/{labels[0]}")
         colour, shape = labels[0].split()
         group = replace(random_group(rng), colour=colour, shape=shape, pattern="plain", size="large", count=1)
         scene = random_close_up(rng, group)
-        pictures[f"{FOLDER}/{labels[0].replace(' ', '-')}.png"] = draw_scene(scene, rng, IMAGE_SIZE)[0]
+        pictures[f"{EXAMPLES}/{labels[0].replace(' ', '-')}.png"] = draw_scene(scene, rng, IMAGE_SIZE)[0]
     return pictures
 
 
-def make_examples(model: PreTrainedModel, processor: Any) -> list[Example]:
-    """Ask a dual encoder about the pictures, through the pipeline that its users call.
+def make_examples(model: PreTrainedModel, processor: DCLIPProcessor) -> list[Example]:
+    """Classify the example pictures with the pipeline that users call.
 
     Args:
         model (`PreTrainedModel`): A dual encoder.
-        processor ([`DCLIPProcessor`]): The model's.
+        processor ([`DCLIPProcessor`]): The model's processor.
 
     Returns:
-        `list[Example]`: Scores in [0, 1] to three digits, of the pipeline's own prompt.
+        `list[Example]`: Scores in [0, 1], rounded to three digits, for the pipeline's own prompt.
     """
     classify = pipeline(
         "zero-shot-image-classification",
@@ -82,13 +172,18 @@ def make_examples(model: PreTrainedModel, processor: Any) -> list[Example]:
     examples = []
     for (path, image), labels in zip(draw_pictures().items(), LABELS, strict=True):
         answers = classify(image, candidate_labels=list(labels))
-        outputs = tuple({"label": answer["label"], "score": round(float(answer["score"]), 3)} for answer in answers)
+        outputs = tuple(Score(label=one["label"], score=round(float(one["score"]), 3)) for one in answers)
         examples.append(Example(path, labels, outputs))
     return examples
 
 
 def save_pictures(folder: str | Path, paths: Sequence[str]) -> None:
-    """Write pictures, by their paths inside a repository, below a folder."""
+    """Write example pictures below a repository's folder.
+
+    Args:
+        folder (`str` or `Path`): The repository's folder.
+        paths (`Sequence[str]`): Pictures to write, by their paths inside the repository.
+    """
     pictures = draw_pictures()
     for path in paths:
         target = Path(folder) / path
@@ -96,26 +191,31 @@ def save_pictures(folder: str | Path, paths: Sequence[str]) -> None:
         pictures[path].save(target, format="PNG", optimize=True)
 
 
-CARDS = Path(__file__).parents[3] / "hub_cards"
-SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher", "clip": "-clip"}
+TEMPLATES = Path(__file__).parents[3] / "hub_cards"
+REPO_SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher", "clip": "-clip"}
+WITH_EXAMPLES = ("dual", "clip")
 PIPELINES = {
     "dual": "zero-shot-image-classification",
     "vision": "image-feature-extraction",
     "teacher": None,  # no pipeline serves it
     "clip": "zero-shot-image-classification",
 }
-# The Hub's word for what a kind of benchmark asks.
+# The Hub's name of the task that a kind of benchmark measures.
 TASKS = {"retrieval": "image-text-retrieval", "zero_shot": "zero-shot-image-classification"}
-NEEDS_EXTRA = "Cards are rendered with jinja2, got {}. Install it with `pip install modeling_dclip[hub]`."
 
 
 def template_name(family: str, kind: str) -> str:
-    """The file of a card's template."""
-    return f"{family}{SUFFIXES[kind]}.md.jinja"
+    """The file name of a card's template.
+
+    Example:
+        >>> template_name("dclip", "vision")
+        'dclip-vision.md.jinja'
+    """
+    return f"{family}{REPO_SUFFIXES[kind]}.md.jinja"
 
 
-def load_jinja() -> Any:
-    """The module jinja2, of the extra `hub`.
+def load_jinja() -> ModuleType:
+    """Import jinja2, which the extra `hub` installs.
 
     Raises:
         ImportError: If it is not installed.
@@ -123,17 +223,21 @@ def load_jinja() -> Any:
     try:
         import jinja2
     except ImportError as error:
-        raise ImportError(NEEDS_EXTRA.format(error)) from error
+        raise ImportError(
+            f"Expected jinja2, which renders the cards, got {error}. Install it with `pip install "
+            "modeling_dclip[hub]`."
+        ) from error
     return jinja2
 
 
-def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | None = None) -> str:
+def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None = None) -> str:
     """Render one card.
 
     Args:
         kind (`str`): `dual`, `vision`, `teacher` or `clip`.
-        facts (`Mapping`): Of [`~modeling_dclip.hub.publish.facts.gather_facts`].
-        cards (`str` or `os.PathLike`, *optional*): Folder of the templates; by default `hub_cards` of this checkout.
+        facts ([`CardFacts`]): What the template reads.
+        templates (`str` or `os.PathLike`, *optional*): Folder of the templates; by default `hub_cards` of this
+            checkout.
 
     Returns:
         `str`: Metadata and Markdown.
@@ -141,14 +245,14 @@ def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | 
     Raises:
         FileNotFoundError: If the template is missing.
         ImportError: If jinja2 is not installed.
-        ValueError: If a fact that the template names is missing.
+        ValueError: If a fact that the template reads is missing.
     """
     jinja2 = load_jinja()
-    folder, name = Path(cards or CARDS), template_name(facts["family"], kind)
+    folder, name = Path(templates or TEMPLATES), template_name(facts["family"], kind)
     if not (folder / name).is_file():
         raise FileNotFoundError(
-            f"Expected the card's template {name} in '{folder}', got none. Templates come with a checkout of the "
-            "repository; give --cards."
+            f"Expected the card's template {name} in '{folder}', got none. A checkout of the repository has the "
+            "templates; give their folder as --cards."
         )
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(folder),
@@ -161,21 +265,22 @@ def render_card(kind: str, facts: Mapping[str, Any], cards: str | os.PathLike | 
     try:
         body = environment.get_template(name).render(**facts, kind=kind, name=facts["repos"][kind].split("/")[1])
     except jinja2.UndefinedError as error:
-        raise ValueError(f"Expected all that the card {name} names, got a fact missing: {error}.") from error
+        raise ValueError(
+            f"Expected every fact that the card's template {name} reads, got one missing: {error}."
+        ) from error
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return f"---\n{make_metadata(kind, facts).to_yaml()}\n---\n\n{body}\n"
 
 
-def make_metadata(kind: str, facts: Mapping[str, Any]) -> ModelCardData:
-    """The metadata of one card.
+def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
+    """Make the metadata of one card.
 
     Args:
         kind, facts: As in [`render_card`].
 
     Returns:
-        `ModelCardData`: With licence, base model, `model-index`, widget and emissions, where there are any.
+        `ModelCardData`: Licence and tags, and where they exist base models, `model-index`, widget and emissions.
     """
-    shows_results = kind != "teacher"
     fields: dict[str, Any] = {
         "language": "en",
         "license": facts["license"],
@@ -187,8 +292,8 @@ def make_metadata(kind: str, facts: Mapping[str, Any]) -> ModelCardData:
         "base_model": facts["base_models"] or None,
         "datasets": _hub_datasets(facts["training"]["datasets"]) or None,
     }
-    if kind in ("dual", "clip"):
-        fields["widget"] = facts["widget"]
+    if kind in WITH_EXAMPLES:
+        fields["widget"] = [example.to_widget() for example in facts["examples"]]
     if facts["emissions_grams"] is not None:
         emissions = {
             "emissions": facts["emissions_grams"],
@@ -196,25 +301,25 @@ def make_metadata(kind: str, facts: Mapping[str, Any]) -> ModelCardData:
             "hardware_used": facts["hardware"],
         }
         fields["co2_eq_emissions"] = {name: value for name, value in emissions.items() if value is not None}
-    if shows_results:
+    if kind != "teacher":  # its leakage is no result of a task
         fields["eval_results"] = make_eval_results(facts["evaluation"]["records"])
         fields["model_name"] = facts["repos"][kind].split("/")[1]
     return ModelCardData(**fields)
 
 
-def _hub_datasets(specs: list[str]) -> list[str]:
+def _hub_datasets(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(spec.split(":")[1] for spec in specs if spec.startswith("hub:")))
 
 
-def make_eval_results(records: list[Mapping[str, Any]]) -> list[EvalResult]:
-    """Turn results records into entries of a `model-index`, values as they were measured.
+def make_eval_results(records: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+    """Turn results records into entries of a `model-index`, with the measured values.
 
     Args:
-        records (`list[dict]`): Of one model. Kinds of benchmark that are no task of the Hub (efficiency, ...) are left
-            out.
+        records (`Sequence[Mapping[str, Any]]`): Records of one model. Benchmarks whose kind is not a task of the Hub
+            (efficiency, ...) are left out.
 
     Returns:
-        `list[EvalResult]`
+        `list[EvalResult]`: One for each metric of each record.
     """
     results = []
     for record in records:
@@ -235,15 +340,15 @@ def make_eval_results(records: list[Mapping[str, Any]]) -> list[EvalResult]:
 
 
 def check_card(card: str, folder: Path, where: str) -> None:
-    """Check a rendered card without network: its metadata can be read back, and the files it shows are there.
+    """Check a rendered card without a network: its metadata can be read back, and the files that it shows exist.
 
     Args:
-        card (`str`): Rendered.
-        folder (`Path`): Of the repository.
-        where (`str`): For messages.
+        card (`str`): The rendered card.
+        folder (`Path`): The repository's folder.
+        where (`str`): The repository's id, for messages.
 
     Raises:
-        ValueError: Naming what is wrong.
+        ValueError: If the licence, a stored output or a shown file is missing, or a template's tag is left.
     """
     data = ModelCard(card).data.to_dict()
     if data.get("license") not in LICENCES or data.get("library_name") != "transformers":
@@ -256,7 +361,7 @@ def check_card(card: str, folder: Path, where: str) -> None:
         labels = entry["candidate_labels"].split(", ")
         if sorted(output["label"] for output in entry["output"]) != sorted(labels):
             raise ValueError(
-                f"Expected one stored output a label for {entry['src']} in the card of {where}, got {entry}."
+                f"Expected one stored output for each label of {entry['src']} in the card of {where}, got {entry}."
             )
     if leftover := re.search(r"\{\{|\{%|\bUndefined\b", card):
-        raise ValueError(f"Expected no trace of the template in the card of {where}, got {leftover[0]!r}.")
+        raise ValueError(f"Expected no tag of the template in the card of {where}, got {leftover[0]!r}.")

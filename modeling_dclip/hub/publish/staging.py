@@ -1,233 +1,173 @@
-"""Write the repositories of a publication as folders, complete and checked, before anything leaves the machine."""
+"""Write the repositories of a publication as folders and check them, before anything leaves the machine."""
 
 import json
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from transformers import AutoConfig, CLIPModel, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    CLIPModel,
+    CLIPProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+    ProcessorMixin,
+)
 
 from modeling_dclip.data.files import check_new_folder, replacing
-from modeling_dclip.encoders.loading import check_processor
 from modeling_dclip.hub.native_clip import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
     check_twin,
-    find_adapter,
-    has_native_twin,
-    load_dual_encoder,
-    load_processor,
     load_whole,
     to_native_clip,
     to_native_processor,
 )
-from modeling_dclip.hub.publish.cards import (
-    SUFFIXES,
-    Example,
-    check_card,
-    draw_pictures,
-    make_examples,
-    render_card,
-    save_pictures,
-)
-from modeling_dclip.hub.publish.facts import PublishArguments, gather_facts
-from modeling_dclip.hub.publish.push import list_files
+from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, draw_pictures, render_card, save_pictures
+from modeling_dclip.hub.publish.facts import Facts
 from modeling_dclip.modeling_dclip import DCLIPVisionModel
-from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
-from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
 
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
-WITH_EXAMPLES = ("dual", "clip")
+TWIN_TEXTS = ["a red circle", "two blue stars", "a heart"]  # the twin is compared on these and the example pictures
 
 
 @dataclass(frozen=True)
 class StagedRepo:
-    """A repository as a folder: its `kind` (`dual`, `vision`, `teacher`, `clip`), its id and where it lies."""
+    """A repository that was written as a folder.
+
+    Args:
+        kind (`str`): `dual`, `vision`, `teacher` or `clip`.
+        repo_id (`str`): Its id on the Hub.
+        folder (`Path`): Where it was written.
+    """
 
     kind: str
     repo_id: str
     folder: Path
 
 
-def stage_repos(arguments: PublishArguments, root: Path) -> list[StagedRepo]:
-    """Write all repositories of a publication.
+def stage(facts: Facts, root: Path) -> list[StagedRepo]:
+    """Write and check all repositories of a publication.
 
     Args:
-        arguments ([`PublishArguments`]): Of the publication.
-        root (`Path`): New or empty folder; each repository gets one inside, by its name.
+        facts ([`Facts`]): What to write.
+        root (`Path`): A new or empty folder. Each repository gets a folder in it, with the repository's name.
 
     Returns:
-        `list[StagedRepo]`: The dual encoder last: the others exist when its card names them. If one fails, none is
-            kept.
+        `list[StagedRepo]`: In the order of pushing. If one repository fails, no folder is kept.
 
     Raises:
-        FileExistsError: If the folder is in use.
-        FileNotFoundError, ImportError, ValueError: If anything that belongs there is missing, differs from the model,
-            or does not fit.
+        FileExistsError: If `root` is in use.
+        FileNotFoundError: If a template or a written file is missing.
+        ImportError: If jinja2 is not installed.
+        ValueError: If a card is not valid, or the stock `CLIPModel` gives other outputs than the model.
     """
     check_new_folder(root)
-    _check_sources(arguments)
-    model, processor = load_dual_encoder(arguments.model), load_processor(arguments.model)
-    teacher = _load_teacher(arguments, model)
-    kinds = [
-        "vision",
-        *(["teacher"] if teacher is not None else []),
-        *(["clip"] if has_native_twin(model) else []),
-        "dual",
-    ]
-    ids = {kind: f"{arguments.repo_id}{SUFFIXES[kind]}" for kind in kinds}
-    staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in ids.items()]
-    examples = make_examples(model, processor)
-    facts = gather_facts(arguments, model, teacher, examples, ids)
     if root.is_dir():
         root.rmdir()
+    repos = facts.card["repos"]
+    staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in repos.items()]
     with replacing(root) as temporary:
-        written = [replace(repo, folder=temporary / repo.folder.name) for repo in staged]
-        _write_repos(written, arguments, model, processor, teacher, (facts, examples))
+        written = {repo.kind: replace(repo, folder=temporary / repo.folder.name) for repo in staged}
+        for kind in sorted(written, key=list(WRITERS).index):
+            WRITERS[kind](facts, written[kind].folder, written["dual"].folder)
+            write_card(facts, kind, written[kind].folder)
+        for repo in written.values():
+            check_folder(repo)
     return staged
 
 
-def _check_sources(arguments: PublishArguments) -> None:
-    """See early that the folders are there: what is no folder would be looked for on the Hub."""
-    for name in ("model", "teacher"):
-        folder = getattr(arguments, name)
-        if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got '{folder}', which is none.")
-    if find_adapter(arguments.model) is not None:
-        raise ValueError(
-            f"model: expected whole weights in '{arguments.model}', got an adapter alone. Train with `merge_adapter: "
-            "true`: the adapter goes out beside them."
-        )
-    if (Path(arguments.model) / ADAPTER_FOLDER / ADAPTER_CONFIG).is_file():
-        _check_adapter(Path(arguments.model) / ADAPTER_FOLDER)
+def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
+    _save(facts.model, facts.processor, folder)
+    if facts.adapter is None:
+        return
+    target = folder / ADAPTER_FOLDER
+    target.mkdir()
+    # The base model's Hub id in place of the folder on this machine.
+    base_model = next(iter(facts.card["base_models"]), None)
+    config = json.dumps({**facts.adapter.config, "base_model_name_or_path": base_model}, indent=2, sort_keys=True)
+    (target / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
+    shutil.copyfile(facts.adapter.weights, target / ADAPTER_WEIGHTS)
 
 
-def _check_adapter(adapter: Path) -> None:
-    """See that an adapter's weights are whole and of the rank that its config says."""
-    if not (adapter / ADAPTER_WEIGHTS).is_file():
-        raise FileNotFoundError(
-            f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{adapter}', got none. Bring it back, or remove "
-            "the folder to publish the whole weights alone."
-        )
-    rank = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8")).get("r")
-    try:
-        ranks = {len(weights) for name, weights in load_file(adapter / ADAPTER_WEIGHTS).items() if ".lora_A." in name}
-    except SafetensorError as error:
-        raise ValueError(
-            f"Expected whole weights in '{adapter}', got a damaged file ({error}). Bring it back."
-        ) from error
-    if ranks != {rank}:
-        raise ValueError(
-            f"Expected an adapter of rank {rank}, as {ADAPTER_CONFIG} says, in '{adapter}', got {sorted(ranks)}. Its "
-            "files are of two trainings."
-        )
+def _write_vision(facts: Facts, folder: Path, dual: Path) -> None:
+    # Loading the image encoder from the dual encoder's folder takes exactly its own weights.
+    _save(load_whole(VISION_MODELS[facts.model.config.model_type], dual), facts.processor, folder)
 
 
-def _write_repos(
-    staged: list[StagedRepo],
-    arguments: PublishArguments,
-    model: PreTrainedModel,
-    processor: DCLIPProcessor,
-    teacher: DCLIPTeacher | None,
-    card: tuple[dict[str, Any], list[Example]],
-) -> None:
-    """Fill the folders and check them."""
-    facts, examples = card
-    for repo in reversed(staged):  # the image encoder is read out of the dual one
-        dual = staged[-1].folder
-        if repo.kind == "dual":
-            _save(model, processor, repo.folder)
-            _copy_adapter(Path(arguments.model) / ADAPTER_FOLDER, repo.folder, facts["base_models"])
-        elif repo.kind == "vision":
-            _save(load_whole(VISION_MODELS[model.config.model_type], dual), processor, repo.folder)
-        elif repo.kind == "teacher":
-            reader = DCLIPTeacherProcessor.from_pretrained(arguments.teacher)
-            check_processor(reader, arguments.teacher)
-            _save(teacher, reader, repo.folder)
-        else:
-            _stage_twin(model, processor, repo.folder)
-        _add_card(repo, facts, examples, arguments.cards)
-    for repo in staged:
-        check_folder(repo)
+def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:
+    _save(facts.teacher.model, facts.teacher.processor, folder)
 
 
-def _load_teacher(arguments: PublishArguments, model: PreTrainedModel) -> DCLIPTeacher | None:
-    if arguments.teacher is None:
-        return None
-    if model.config.model_type != "dclip":
-        raise ValueError(
-            f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got "
-            f"'{arguments.teacher}'."
-        )
-    model_type = AutoConfig.from_pretrained(arguments.teacher).model_type
-    if model_type != "dclip_teacher":
-        raise ValueError(
-            f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{arguments.teacher}'."
-        )
-    return load_whole(DCLIPTeacher, arguments.teacher)
+def _write_clip(facts: Facts, folder: Path, _: Path) -> None:
+    with tempfile.TemporaryDirectory() as scratch:
+        native = to_native_processor(facts.processor, scratch)
+    _save(to_native_clip(facts.model), native, folder)
+    native.image_processor.save_pretrained(folder)
+    batch = facts.processor(images=list(draw_pictures().values()), text=TWIN_TEXTS, return_tensors="pt")
+    check_twin(facts.model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
 
 
-def _save(model: PreTrainedModel, processor: Any, folder: Path) -> None:
-    for name in ("is_local", "local_files_only"):  # say where it was read, not what it is
+# What writes each kind of repository, from the facts, its own folder and the dual encoder's, which is written first.
+WRITERS: dict[str, Callable[[Facts, Path, Path], None]] = {
+    "dual": _write_dual,
+    "vision": _write_vision,
+    "teacher": _write_teacher,
+    "clip": _write_clip,
+}
+
+
+def _save(model: PreTrainedModel, processor: ProcessorMixin | CLIPProcessor, folder: Path) -> None:
+    for name in ("is_local", "local_files_only"):  # they say where the tokenizer was read, not what it is
         processor.tokenizer.init_kwargs.pop(name, None)
     _forget_paths(model.config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
 
 
-def _forget_paths(config: Any) -> None:
-    """Configs inside a config keep the folder they were read from, and would publish it."""
+def _forget_paths(config: PreTrainedConfig) -> None:
+    """Remove the folder that a config inside a config was read from; it would be published."""
     for name in config.sub_configs:
         inner = getattr(config, name)
         inner._name_or_path = ""
         _forget_paths(inner)
 
 
-def _copy_adapter(adapter: Path, folder: Path, base_models: list[str]) -> None:
-    """Publish the adapter beside the weights it is merged into, over the base model's Hub id in place of a folder."""
-    if not (adapter / ADAPTER_CONFIG).is_file():
-        return
-    target = folder / ADAPTER_FOLDER
-    target.mkdir()
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_models[0] if base_models else None
-    (target / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    shutil.copyfile(adapter / ADAPTER_WEIGHTS, target / ADAPTER_WEIGHTS)
+def write_card(facts: Facts, kind: str, folder: Path) -> None:
+    """Write a repository's card, and the pictures that it shows.
+
+    Args:
+        facts ([`Facts`]): What the card says.
+        kind (`str`): The kind of the repository.
+        folder (`Path`): The repository's folder.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: As [`render_card`].
+    """
+    if kind in WITH_EXAMPLES:
+        save_pictures(folder, [example.path for example in facts.card["examples"]])
+    (folder / "README.md").write_text(render_card(kind, facts.card, facts.templates), encoding="utf-8")
 
 
-def _stage_twin(model: PreTrainedModel, processor: DCLIPProcessor, folder: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
-        native = to_native_processor(processor, scratch)
-    _save(to_native_clip(model), native, folder)
-    native.image_processor.save_pretrained(folder)
-    pictures = list(draw_pictures().values())
-    batch = processor(images=pictures, text=["a red circle", "two blue stars", "a heart"], return_tensors="pt")
-    check_twin(model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
-
-
-def _add_card(repo: StagedRepo, facts: dict[str, Any], examples: list[Example], cards: str | None) -> None:
-    if repo.kind in WITH_EXAMPLES:
-        save_pictures(repo.folder, [example.path for example in examples])
-    card = render_card(repo.kind, facts, cards)
-    (repo.folder / "README.md").write_text(card, encoding="utf-8")
+def list_files(folder: Path) -> list[str]:
+    """List the files below a folder, as sorted paths inside the repository."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def check_folder(repo: StagedRepo) -> None:
-    """Check that a repository is complete: card, weights, config, processor, and all code that its code imports.
+    """Check that a repository is complete: card, weights, config, processor, and every module that its code imports.
 
     Args:
-        repo ([`StagedRepo`]): Written.
+        repo ([`StagedRepo`]): The written repository.
 
     Raises:
-        FileNotFoundError: Naming the file that is missing.
+        FileNotFoundError: If a file is missing.
         ValueError: If the card is not valid.
     """
     files = list_files(repo.folder)

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from modeling_dclip.hub.native_clip import load_dual_encoder
 from modeling_dclip.hub.publish.cards import (
     LABELS,
-    SUFFIXES,
+    REPO_SUFFIXES,
     Example,
     check_card,
     draw_pictures,
@@ -25,8 +25,8 @@ from modeling_dclip.hub.publish.cards import (
     save_pictures,
     template_name,
 )
-from modeling_dclip.hub.publish.facts import gather_facts, read_all_results, select_records
-from modeling_dclip.hub.publish.licences import check_licence, find_origins, show_spec
+from modeling_dclip.hub.publish.facts import gather_card_facts, read_all_results, select_records, show_spec
+from modeling_dclip.hub.publish.licences import check_licence, find_origins
 
 CARDS = Path(__file__).parents[3] / "hub_cards"
 KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vision")}
@@ -62,9 +62,11 @@ def gather(made, family="dclip", *, teacher=True, **fields):
     if teacher and family == "dclip":
         arguments.teacher = str(made["teacher"])
         loaded = AutoModel.from_pretrained(made["teacher"])
+    model = load_dual_encoder(made[family])
+    facts = gather_card_facts(arguments, model, teacher=loaded, examples=make_fake_examples(), has_adapter=False)
     kinds = [kind for kind in KINDS[family] if kind != "teacher" or loaded is not None]
-    repos = {kind: f"me/tiny{SUFFIXES[kind]}" for kind in kinds}
-    return gather_facts(arguments, load_dual_encoder(made[family]), loaded, make_fake_examples(), repos)
+    assert facts["repos"] == {kind: f"me/tiny{REPO_SUFFIXES[kind]}" for kind in kinds}
+    return facts
 
 
 @pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in KINDS.items() for kind in kinds])
@@ -196,9 +198,9 @@ def test_a_card_that_shows_what_is_not_there_is_refused(made, tmp_path):
     with pytest.raises(ValueError, match="Expected examples/red-circle.png, which the card of me/tiny shows"):
         check_card(card, tmp_path, "me/tiny")
     save_pictures(tmp_path, [example.path for example in make_fake_examples()])
-    with pytest.raises(ValueError, match="one stored output a label"):
+    with pytest.raises(ValueError, match="one stored output for each label"):
         check_card(card.replace("- label: red square", "- label: red cube", 1), tmp_path, "me/tiny")
-    with pytest.raises(ValueError, match="no trace of the template"):
+    with pytest.raises(ValueError, match="no tag of the template"):
         check_card(card + "{{ left }}", tmp_path, "me/tiny")
 
 
@@ -216,7 +218,7 @@ def test_the_licence_follows_what_the_model_starts_from(made, tiny_clip_dir, tmp
     last = make_dmclip(tmp_path / "last", tiny_clip_dir, "--dmclip.model", str(middle))
     origins = find_origins(yaml.safe_load((last / "arguments.yaml").read_text()))
     assert [origin.name for origin in origins] == ["middle", "mambavision_t"]
-    with pytest.raises(ValueError, match="mambavision_t binds what starts from it .*non-commercial"):
+    with pytest.raises(ValueError, match="mambavision_t limits the licence of models .*non-commercial"):
         check_licence("mit", None, None, origins)
     check_licence("cc-by-nc-sa-4.0", None, None, origins)
     named = find_origins({"dmclip": {"model": "nvidia/MambaVision-T-1K"}})

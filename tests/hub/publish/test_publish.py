@@ -25,7 +25,7 @@ from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
-from modeling_dclip.hub.publish.cards import CARDS, LABELS, draw_pictures
+from modeling_dclip.hub.publish.cards import LABELS, TEMPLATES, draw_pictures
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder
 
@@ -134,7 +134,7 @@ def test_every_repository_gets_one_commit_through_failures(hub, pushed):
 def test_pushing_twice_changes_nothing(pushed):
     assert pushed["commits_again"] == pushed["commits"]
     assert all(not done.changed and not done.deleted for done in pushed["again"])
-    assert "already as it should be" in describe_publication(pushed["again"])
+    assert "nothing to change" in describe_publication(pushed["again"])
 
 
 def test_a_later_state_changes_the_files_that_differ_in_one_commit(hub, pushed):
@@ -336,7 +336,7 @@ def test_a_commit_of_somebody_else_in_between_is_kept_and_compared_again(hub, tm
         return found
 
     monkeypatch.setattr(repositories, "find_differences", meddle)
-    done = push_folder("me/shared", tmp_path, HfApi(), message="Mine", delays=DELAYS)
+    done = push_folder("me/shared", tmp_path, HfApi(), delays=DELAYS)
     assert len(seen) == 2 and done.changed == ("mine.md",)
     assert {"theirs.md", "mine.md"} < set(hub.files("me/shared")) and len(hub.commits("me/shared")) == 3
 
@@ -368,7 +368,7 @@ def test_what_publishing_wrote_before_and_no_more_goes_and_other_files_stay(tmp_
 
 
 def test_a_private_publication_refuses_what_is_public_and_makes_private_repositories(hub, pushed, trained):
-    with pytest.raises(ValueError, match="public already"):
+    with pytest.raises(ValueError, match="to be private, got a public one"):
         publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba", private=True), DELAYS)
     publish(make_arguments(trained["dmclip"], trained["results"], repo_id="lab/hidden", private=True), DELAYS)
     assert hub.repos["lab/hidden"].private and hub.repos["lab/hidden-vision"].private
@@ -456,7 +456,7 @@ def test_a_card_that_the_hub_refuses_stops_everything(hub, trained, monkeypatch,
         (cards / template.name).write_bytes(template.read_bytes())
     hub.fail("POST", "^/api/validate-yaml$", 400)
     created = len(hub.repos)
-    with pytest.raises(ValueError, match="metadata that the Hub takes"):
+    with pytest.raises(ValueError, match="metadata that the Hub accepts"):
         publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/faulty", cards=str(cards)), DELAYS)
     (cards / "dmclip-vision.md.jinja").unlink()
     with pytest.raises(FileNotFoundError, match="dmclip-vision.md.jinja"):
@@ -543,7 +543,7 @@ def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp
 
 
 def test_a_publication_that_fails_half_way_leaves_no_folder(trained, tmp_path):
-    arguments = spoiled(trained, tmp_path, lambda folder: shutil.copytree(CARDS, folder / "cards"))
+    arguments = spoiled(trained, tmp_path, lambda folder: shutil.copytree(TEMPLATES, folder / "cards"))
     (tmp_path / "cards" / "dclip-vision.md.jinja").unlink()  # asked for after the dual encoder is written
     arguments.cards = str(tmp_path / "cards")
     with pytest.raises(FileNotFoundError, match="card's template dclip-vision.md.jinja"):
