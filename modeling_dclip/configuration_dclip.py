@@ -18,12 +18,17 @@ CROSS_ATTENTION_TYPES = ("bidirectional", "text_to_image", "image_to_text", "non
 AGGREGATION_TYPES = ("mean", "multi_cluster")
 
 
-def _check_choice(name, value, choices):
+def check_choice(name, value, choices):
+    """Refuse a value that is not among `choices`.
+
+    Raises:
+        ValueError: Naming the field, what was expected and what came.
+    """
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
 
 
-def _merge_sub_config(value, legacy, config_class, **overrides):
+def merge_sub_config(value, legacy, config_class, **overrides):
     """A config object from None, a dict (or a config of a sibling class) and an old checkpoint's `*_config_dict`."""
     if not legacy and getattr(value, "model_type", None) == config_class.model_type:
         for key, override in overrides.items():
@@ -77,7 +82,7 @@ class DCLIPVisionConfig(CLIPVisionConfig):
 
     def validate_architecture(self):
         super().validate_architecture()
-        _check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
+        check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         head_dim = self.hidden_size // self.num_attention_heads
         if self.position_embedding_type == "rope" and head_dim % 4:
             raise ValueError(
@@ -126,7 +131,7 @@ class DCLIPConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
             legacy = kwargs.pop(f"{name}_dict", None)  # OpenAI's checkpoints of 2022 carry both spellings
-            merged = _merge_sub_config(getattr(self, name), legacy, config_class, projection_dim=self.projection_dim)
+            merged = merge_sub_config(getattr(self, name), legacy, config_class, projection_dim=self.projection_dim)
             setattr(self, name, merged)
         super().__post_init__(**kwargs)
 
@@ -193,7 +198,7 @@ class DCLIPTeacherConfig(PreTrainedConfig):
         if self.clip_config is None:
             self.clip_config = _vit_b16()
         else:
-            self.clip_config = _merge_sub_config(self.clip_config, None, DCLIPConfig)
+            self.clip_config = merge_sub_config(self.clip_config, None, DCLIPConfig)
         super().__post_init__(**kwargs)
 
     @property
@@ -201,8 +206,8 @@ class DCLIPTeacherConfig(PreTrainedConfig):
         return self.clip_config.projection_dim
 
     def validate_architecture(self):
-        _check_choice("cross_attention", self.cross_attention, CROSS_ATTENTION_TYPES)
-        _check_choice("aggregation", self.aggregation, AGGREGATION_TYPES)
+        check_choice("cross_attention", self.cross_attention, CROSS_ATTENTION_TYPES)
+        check_choice("aggregation", self.aggregation, AGGREGATION_TYPES)
         for name in ("attention_temperature", "loss_temperature"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}.")

@@ -10,7 +10,7 @@ import math
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
 
-from .configuration_dclip import _check_choice, _merge_sub_config
+from .configuration_dclip import check_choice, merge_sub_config
 
 NUM_STAGES = 4
 NUM_CONV_STAGES = 2  # the others are hybrid: mixers first, then attention
@@ -178,8 +178,8 @@ class DMCLIPVisionConfig(PreTrainedConfig):
             raise ValueError(f"conv_kernel: expected an odd number, got {self.conv_kernel}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected a probability in [0, 1), got {self.drop_path_rate}.")
-        _check_choice("dt_init", self.dt_init, DT_INITS)
-        _check_choice("scan_backend", self.scan_backend, SCAN_BACKENDS)
+        check_choice("dt_init", self.dt_init, DT_INITS)
+        check_choice("scan_backend", self.scan_backend, SCAN_BACKENDS)
         gains = (self.layer_scale_init_value, self.conv_layer_scale_init_value)
         if self.batch_norm_folded and gains != (None, None):
             raise ValueError(f"batch_norm_folded: expected no layer scales beside it, got {gains}. Use `fuse()`.")
@@ -253,7 +253,7 @@ class DMCLIPConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         for name, config_class in self.sub_configs.items():
-            merged = _merge_sub_config(getattr(self, name), None, config_class, projection_dim=self.projection_dim)
+            merged = merge_sub_config(getattr(self, name), None, config_class, projection_dim=self.projection_dim)
             setattr(self, name, merged)
         super().__post_init__(**kwargs)
 

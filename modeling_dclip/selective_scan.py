@@ -10,12 +10,10 @@ import re
 import torch
 import torch.nn.functional as F
 
-from .selective_scan_chunked import chunked_backward, chunked_forward
-from .selective_scan_chunked import starts_shape as chunked_starts_shape
+from .selective_scan_chunked import chunked_backward, chunked_forward, chunked_starts_shape
 
 try:
-    from .selective_scan_triton import INTERPRETED, triton_backward, triton_forward
-    from .selective_scan_triton import starts_shape as triton_starts_shape
+    from .selective_scan_triton import INTERPRETED, triton_backward, triton_forward, triton_starts_shape
 except ImportError:  # Triton comes with CUDA builds of torch
     triton_forward, INTERPRETED = None, False
 

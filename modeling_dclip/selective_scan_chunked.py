@@ -17,7 +17,7 @@ CHUNK = 32  # positions; between 14 and 49 the time differs by less than 10 %
 CACHED_STATE = 1 << 14  # numbers in the states of the samples scanned together: 2 MiB a chunk
 
 
-def starts_shape(batch, channels, length, state):
+def chunked_starts_shape(batch, channels, length, state):
     """Shape of the kept states, `(L / CHUNK, B, N, D)`."""
     return (-(-length // CHUNK), batch, state, channels)
 
@@ -95,13 +95,13 @@ def chunked_forward(x, delta, A, B, C, D, delta_bias, delta_softplus, keep_start
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, channels innermost in memory, and the
-            states at the chunks' starts of [`starts_shape`], empty without `keep_starts`.
+            states at the chunks' starts of [`chunked_starts_shape`], empty without `keep_starts`.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     steps, _ = _step_rows(delta, delta_bias, delta_softplus, dtype)
     chunks = _Chunks(_rows(x, dtype), steps, A, B, C, buffers=2)
     outputs = torch.empty(steps.shape, dtype=x.dtype, device=x.device)
-    shape = starts_shape(*x.shape, A.shape[1]) if keep_starts else (0,)
+    shape = chunked_starts_shape(*x.shape, A.shape[1]) if keep_starts else (0,)
     starts = steps.new_empty(shape)
     for samples in chunks.groups():
         state = steps.new_zeros(())

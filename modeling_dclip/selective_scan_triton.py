@@ -32,7 +32,7 @@ def _block_length(state):
     return max(16, min(256, BLOCK_STATES // triton.next_power_of_2(state)))
 
 
-def starts_shape(batch, channels, length, state):
+def triton_starts_shape(batch, channels, length, state):
     """Shape of the kept states, `(L / block, B, D, N)`."""
     return (-(-length // _block_length(state)), batch, channels, state)
 
@@ -180,12 +180,12 @@ def triton_forward(x, delta, A, B, C, D, delta_bias, delta_softplus, keep_starts
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: The outputs of shape `(B, D, L)`, contiguous, and the states at the
-            blocks' starts of [`starts_shape`], empty without `keep_starts`.
+            blocks' starts of [`triton_starts_shape`], empty without `keep_starts`.
     """
     batch, channels, length = x.shape
     state = A.shape[1]
     outputs = x.new_empty(x.shape)
-    starts = x.new_empty(starts_shape(*x.shape, state) if keep_starts else (0,), dtype=torch.float32)
+    starts = x.new_empty(triton_starts_shape(*x.shape, state) if keep_starts else (0,), dtype=torch.float32)
     if not outputs.numel():
         return outputs, starts
     rates, skip, bias = _parameters(A, D, delta_bias)
