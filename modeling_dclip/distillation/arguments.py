@@ -361,7 +361,7 @@ class RunArguments:
         "Folder or Hub id of a trained teacher around the same CLIP, in place of the stage teacher."
     )
     train_datasets: list[str] = _help(
-        "Captioned images to train on: specs of modeling_dclip/data/captions/__init__.py, @COUNT at the end.", []
+        "Captioned images to train on: specs, @COUNT at the end (see docs/data.md).", []
     )
     uncaptioned_datasets: list[str] = _help(
         "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose "
@@ -457,7 +457,7 @@ class RegionsArguments:
     """Section `regions`: where to look in each image."""
 
     detector: str | None = _help(
-        "Spec of a detector (modeling_dclip/data/regions.py), e.g. ultralytics:yolov8x.pt. Without one the dataset's "
+        "Spec of a detector, e.g. ultralytics:yolov8x.pt (see docs/data.md). Without one the dataset's "
         "own boxes are taken, else the whole image."
     )
     ignore_boxes: bool = _help("Drop the dataset's own boxes: the whole image is the one region.", False)

@@ -1,6 +1,6 @@
 """The stages of a run, in order.
 
-Each adds columns or makes a model, in its own folder; those of reinforced training: reinforced_stages.py.
+Each adds columns or makes a model, in its own folder; those of reinforced training are in dmclip_stages.py.
 """
 
 import logging

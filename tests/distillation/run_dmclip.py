@@ -1,6 +1,6 @@
 """Two real steps of DM-CLIP's trainer on 8 samples in two shards, however many processes share them.
 
-Run by test_dual_encoder_trainers.py.
+Run by test_trainer_dual_encoders.py.
 """
 
 import sys

@@ -21,11 +21,11 @@ class RegionArguments:
     """One run of the command line."""
 
     dataset: str = field(
-        metadata={"help": "Spec of the captions, e.g. coco:captions.json:val2017; see data/captions/__init__.py."}
+        metadata={"help": "Spec of the captions, e.g. coco:captions.json:val2017; see docs/data.md."}
     )
     output: str = field(metadata={"help": "Folder to write; the spec disk:FOLDER reads it."})
     detector: str = field(
-        default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see data/detectors.py."}
+        default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see docs/data.md."}
     )
     batch_size: int = field(default=16, metadata={"help": "Images a call of the detector."})
     max_regions: int | None = field(default=None, metadata={"help": "Keep so many of the highest scores."})
