@@ -360,9 +360,7 @@ class RunArguments:
     teacher_model: str | None = _help(
         "Folder or Hub id of a trained teacher around the same CLIP, in place of the stage teacher."
     )
-    train_datasets: list[str] = _help(
-        "Captioned images to train on: specs, @COUNT at the end (see docs/data.md).", []
-    )
+    train_datasets: list[str] = _help("Captioned images to train on: specs, @COUNT at the end (see docs/data.md).", [])
     uncaptioned_datasets: list[str] = _help(
         "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose "
         "captions are dropped, and images:FOLDER. Those that are among train_datasets are left out.",

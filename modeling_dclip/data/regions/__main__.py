@@ -20,9 +20,7 @@ from modeling_dclip.data.regions.detectors import build_detector
 class RegionArguments:
     """One run of the command line."""
 
-    dataset: str = field(
-        metadata={"help": "Spec of the captions, e.g. coco:captions.json:val2017; see docs/data.md."}
-    )
+    dataset: str = field(metadata={"help": "Spec of the captions, e.g. coco:captions.json:val2017; see docs/data.md."})
     output: str = field(metadata={"help": "Folder to write; the spec disk:FOLDER reads it."})
     detector: str = field(
         default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see docs/data.md."}

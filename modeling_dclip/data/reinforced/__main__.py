@@ -22,9 +22,7 @@ from modeling_dclip.data.reinforced.writer import write_reinforced
 class ReinforcedWriterArguments:
     """One run of the command line."""
 
-    dataset: str = field(
-        metadata={"help": "Spec of the captions, e.g. scenes:train,n=1000; see docs/data.md."}
-    )
+    dataset: str = field(metadata={"help": "Spec of the captions, e.g. scenes:train,n=1000; see docs/data.md."})
     teachers: str = field(
         metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
     )
