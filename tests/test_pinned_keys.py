@@ -34,11 +34,10 @@ from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.data.captions import load_captions, split_train_validation
 from modeling_dclip.data.chunks import compute_chunks
 from modeling_dclip.data.columns import dataset_fingerprint, image_keys, row_keys
+from modeling_dclip.data.files import user_cache_dir
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles
-from modeling_dclip.data.labels.webdataset import default_cache_dir as shards_cache_dir
 from modeling_dclip.data.questions.tables import standardise_items
 from modeling_dclip.data.regions import add_regions
-from modeling_dclip.data.regions import default_cache_dir as regions_cache_dir
 from modeling_dclip.data.regions.detectors import (
     AnnotationDetector,
     GridDetector,
@@ -73,7 +72,6 @@ from modeling_dclip.encoders.open_clip import (
 from modeling_dclip.evaluation.benchmarks.fine_grained import questions_fingerprint
 from modeling_dclip.evaluation.benchmarks.kinds import load_benchmark
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
-from modeling_dclip.evaluation.benchmarks.zero_shot import default_cache_dir as classifiers_cache_dir
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.leakage import evaluate_leakage
 from modeling_dclip.evaluation.records import (
@@ -306,14 +304,12 @@ def test_regions_lie_under_the_detector_and_the_image(tmp_path):
 
 def test_places_of_caches(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    places = [
-        place().relative_to(tmp_path).as_posix()
-        for place in (regions_cache_dir, classifiers_cache_dir, shards_cache_dir)
-    ]
+    places = [user_cache_dir("regions"), user_cache_dir("classifiers"), WebdatasetFiles("http://a/b").cache_dir]
+    places = [place.relative_to(tmp_path).as_posix() for place in places]
     assert places == ["modeling_dclip/regions", "modeling_dclip/classifiers", "modeling_dclip/shards"]
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert regions_cache_dir() == tmp_path / ".cache" / "modeling_dclip" / "regions"
+    assert user_cache_dir("regions") == tmp_path / ".cache" / "modeling_dclip" / "regions"
 
 
 def test_names_of_chunks(tmp_path):

@@ -17,9 +17,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import yaml
+from datasets import Dataset, load_dataset
+from datasets.exceptions import DatasetGenerationError
 
-_KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", bool: "true or false"}
+# What JSON calls the types of Python.
+_KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", type(None): "null"}
+NULLABLE_TEXT = (str, type(None))
 _MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs write before UTF-8
 
 
@@ -32,7 +38,7 @@ def require_file(path: str | os.PathLike, what: str) -> Path:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
     if path.stat().st_size == 0:
         raise ValueError(f"The {what} '{path}' is empty (0 bytes). Download or write it again.")
     return path
@@ -46,7 +52,7 @@ def require_folder(path: str | os.PathLike, what: str) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
+        raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
     return path
 
 
@@ -91,7 +97,8 @@ def decode_text(content: bytes, place: str, *, keep_newlines: bool = False) -> s
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise ValueError(
-            f"Expected UTF-8 text in '{place}', got other bytes in line {line} ({error}). Save it as UTF-8."
+            f"Expected UTF-8 text in '{place}', but line {line} is not encoded in UTF-8 ({error}). Save it as UTF-8; "
+            "in a spreadsheet choose 'CSV UTF-8'."
         ) from error
     return text if keep_newlines else text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -142,15 +149,15 @@ def read_json(
         advice (`str`, *optional*): What to do where it is damaged.
 
     Raises:
-        OSError: If it cannot be read.
+        FileNotFoundError: If it is missing.
         ValueError: If it is empty, no JSON, no object, or lacks a key; the message names file and what is there.
     """
-    content = parse_json(read_bytes(path), f"The {what} '{path}'", advice)
+    content = parse_json(read_bytes(require_file(path, what)), f"The {what} '{path}'", advice)
     if keys is None:
         return content
     if not isinstance(content, dict):
         expected = f"a JSON object with {tuple(keys)}" if keys else "a JSON object"
-        raise ValueError(f"Expected {expected} in the {what} '{path}', got a {type(content).__name__}.")
+        raise ValueError(f"Expected {expected} in the {what} '{path}', got a {type(content).__name__}. {advice}")
     for key in keys:
         if key not in content:
             raise ValueError(f"The {what} '{path}' has no key {key!r}; it has {sorted(content)}.")
@@ -161,10 +168,11 @@ def read_json_lines(path: str | os.PathLike, what: str = "file") -> Iterator[tup
     """Number, from 1, and content of each line of a file with one JSON value a line. Blank lines are passed over.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If a line is no JSON; the message names it.
+        FileNotFoundError: If it is missing.
+        ValueError: If it is empty or a line is no JSON; the message names it.
     """
-    for number, line in enumerate(read_bytes(path).removeprefix(_MARK).split(b"\n"), start=1):
+    content = read_bytes(require_file(path, what)).removeprefix(_MARK)
+    for number, line in enumerate(content.split(b"\n"), start=1):
         if line.strip():
             try:
                 yield number, json.loads(line)
@@ -182,19 +190,19 @@ def require_field(
         key (`str`): Which.
         where (`str`): The object's name in the file, e.g. `"Annotation 3"`.
         path (`str` or `os.PathLike`): The file.
-        kind (`type` or `tuple`, *optional*): What the value must be. `bool` counts as no number.
+        kind (`type` or `tuple`, *optional*): What the value must be. `True` and `False` are of no kind.
 
     Raises:
         ValueError: If the entry is no object, has no such key, or the value is of another kind; the message names file
             and entry.
     """
     if not isinstance(entry, Mapping):
-        raise ValueError(f"{where} of '{path}': expected a JSON object, got {entry!r:.80}.")
+        raise ValueError(f"{where} of '{path}': expected an object with the key {key!r}, got {entry!r:.80}.")
     if key not in entry:
         raise ValueError(f"{where} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
     value = entry[key]
     kinds = kind if isinstance(kind, tuple) else (kind,) * (kind is not None)
-    if kinds and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
+    if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
         expected = " or ".join(_KINDS[one] for one in kinds)
         raise ValueError(f"{where} of '{path}': expected {expected} under {key!r}, got {value!r:.80}.")
     return value
@@ -238,6 +246,44 @@ def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
         ) from error
 
 
+def match_parquet(pattern: str) -> list[tuple[Path, int]]:
+    """The parquet files that a pattern names, in order, each with its number of rows.
+
+    Raises:
+        FileNotFoundError: If no file matches.
+        ValueError: If a file is no parquet; it is named.
+    """
+    files = []
+    for path in match_files(pattern):
+        try:
+            files.append((path, pq.read_metadata(path).num_rows))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
+    if not files:
+        raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
+    return files
+
+
+def load_parquet(paths: Sequence[Path], pattern: str) -> Dataset:
+    """The rows of parquet files of one schema, one file after the other.
+
+    Args:
+        paths (`Sequence[Path]`): Of [`match_parquet`].
+        pattern (`str`): What named them, for messages.
+
+    Raises:
+        ValueError: If the files cannot be read as one table.
+    """
+    # `load_dataset` expands globs: a bracket in a folder's name is to be read as it is.
+    names = [glob.escape(str(path)) for path in paths]
+    try:
+        return load_dataset("parquet", data_files=names, split="train")
+    except DatasetGenerationError as error:
+        raise ValueError(
+            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
+        ) from error
+
+
 # Folders.
 
 
@@ -249,6 +295,11 @@ def list_folder(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
         pattern (`str`, *optional*, defaults to `"*"`): Which entries, as of `Path.glob`.
     """
     return sorted(Path(folder).glob(pattern))
+
+
+def entry_names(folder: str | os.PathLike) -> set[str]:
+    """The names of what lies in a folder; none if it is no folder. One call however many files are asked for."""
+    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
 def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> tuple[list[Path], list[Path]]:
@@ -269,14 +320,14 @@ def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = Non
     return taken, [path for path in found if path.suffix.lower() not in suffixes]
 
 
-def match_files(pattern: str, *, below: bool = True) -> list[Path]:
-    """The files that a pattern of the command line names, in order.
+def match_files(pattern: str) -> list[Path]:
+    """The files that a path or a glob of the command line names, in order; `**` goes into subfolders.
 
-    Args:
-        pattern (`str`): A path or a glob.
-        below (`bool`, *optional*, defaults to `True`): Whether `**` goes into subfolders.
+    A file of exactly this name is taken as it is, also where its name or a folder's holds brackets.
     """
-    return [Path(path) for path in sorted(glob.glob(pattern, recursive=below))]
+    if Path(pattern).is_file():
+        return [Path(pattern)]
+    return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
 
 
 @contextmanager
@@ -300,7 +351,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     tempfile.TemporaryFile(dir=folder).close()
 
 
-def cache_dir(name: str) -> Path:
+def user_cache_dir(name: str) -> Path:
     """`modeling_dclip/NAME` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`).
 
     Args:

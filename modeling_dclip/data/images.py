@@ -7,7 +7,9 @@ batch up at once, on the device it is on: a quarter of the bytes travel.
 """
 
 import io
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,9 +19,20 @@ from datasets import Dataset
 from PIL import Image
 from tqdm.auto import tqdm
 
+from modeling_dclip.data.files import find_files
 from modeling_dclip.processing_dclip import lay_over_white
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGES_PER_READ = 64  # enough for one call of the image processor to pay, few enough for a smooth progress bar
+
+
+def find_images(folder: str | os.PathLike) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder and of those below it, by their endings in any case.
+
+    Returns:
+        `tuple[list[Path], list[Path]]`: The pictures, and the files passed over, each in order of paths.
+    """
+    return find_files(folder, IMAGE_SUFFIXES)
 
 
 def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image:

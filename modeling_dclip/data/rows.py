@@ -11,6 +11,8 @@ from pathlib import Path
 
 from datasets import Dataset, Features, Image, List, Value
 
+from modeling_dclip.data.files import entry_names
+
 logger = logging.getLogger(__name__)
 
 FIRST_IDS = 5
@@ -56,33 +58,6 @@ ID_RULES = {"coco": coco_id, "flickr": flickr_id}
 def first(ids: Iterable[str]) -> str:
     """The first few ids, for a message."""
     return ", ".join(list(ids)[:FIRST_IDS])
-
-
-def require_file(path: str | Path, what: str) -> Path:
-    """The path of a file that is there and not empty.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has 0 bytes.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"The {what} '{path}' is empty (0 bytes). Download or write it again.")
-    return path
-
-
-def require_folder(path: str | Path, what: str) -> Path:
-    """The path of a folder that is there.
-
-    Raises:
-        FileNotFoundError: If there is no such folder.
-    """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path in the spec.")
-    return path
 
 
 def require_unique(image_ids: Sequence[str], source: str) -> None:
@@ -142,7 +117,7 @@ def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str
     for path in paths:
         folder = os.path.dirname(path)
         if folder not in listed:
-            listed[folder] = set(os.listdir(folder or ".")) if os.path.isdir(folder or ".") else set()
+            listed[folder] = entry_names(folder or ".")
     keep = [i for i, path in enumerate(paths) if os.path.basename(path) in listed[os.path.dirname(path)]]
     absent = sorted(set(range(len(paths))) - set(keep))
     if absent:

@@ -4,17 +4,25 @@ A teacher that reads no caption can teach a student from them. `captions` is an 
 alone.
 """
 
-import csv
-import json
 import logging
-import os
 import re
 from pathlib import Path, PurePath
-from typing import Any, NamedTuple
+from typing import Any
 
 from datasets import Dataset
 
 from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.files import (
+    NULLABLE_TEXT,
+    TableRow,
+    read_json,
+    read_table,
+    read_text,
+    require_field,
+    require_file,
+    require_folder,
+)
+from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
 from modeling_dclip.data.rows import (
     FEATURES,
     FIRST_IDS,
@@ -23,46 +31,17 @@ from modeling_dclip.data.rows import (
     coco_id,
     first,
     flickr_id,
-    require_file,
-    require_folder,
     require_unique,
 )
 
 logger = logging.getLogger(__name__)
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _COMMENT = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 
 
-def read_json(path: str | Path, what: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """Read a JSON object that has `keys`.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If it is empty, no JSON, no object, or lacks a key; the message names the keys that are there.
-    """
-    path = require_file(path, what)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"The {what} '{path}' is no valid JSON ({error}). Download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"Expected a JSON object with {keys} in the {what} '{path}', got a {type(content).__name__}.")
-    for key in keys:
-        if key not in content:
-            raise ValueError(f"The {what} '{path}' has no key {key!r}; it has {sorted(content)}.")
-    return content
-
-
-def require_field(entry: dict[str, Any], key: str, what: str, path: str | Path) -> Any:
-    """The value of `key`.
-
-    Raises:
-        ValueError: If there is none; the message names `what` of which file, and the keys that are there.
-    """
-    if key not in entry:
-        raise ValueError(f"{what} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
-    return entry[key]
+def name_annotation(annotation: Any) -> str:
+    """What messages call an annotation of a COCO file."""
+    return f"Annotation {annotation.get('id')}" if isinstance(annotation, dict) else "An annotation"
 
 
 def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") -> Dataset:
@@ -83,31 +62,35 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
     """
     content = read_json(annotations, "COCO captions file", ("images", "annotations"))
     folder = require_folder(image_folder, "image folder")
-    numbers = [require_field(image, "id", "An image", annotations) for image in content["images"]]
-    paths = [folder / require_field(image, "file_name", "An image", annotations) for image in content["images"]]
+    images = require_field(content, "images", "The object", annotations, list)
+    numbers = [require_field(image, "id", "An image", annotations, (int, str)) for image in images]
+    paths = [folder / require_field(image, "file_name", "An image", annotations, str) for image in images]
     image_ids = [coco_id(number) for number in numbers]
     require_unique(image_ids, f"'{annotations}'")
-    captions: dict[int, list[str]] = {number: [] for number in numbers}
-    for annotation in content["annotations"]:
-        name = f"Annotation {annotation.get('id')}"
-        number = require_field(annotation, "image_id", name, annotations)
+    captions: dict[int | str, list[str | None]] = {number: [] for number in numbers}
+    for annotation in require_field(content, "annotations", "The object", annotations, list):
+        name = name_annotation(annotation)
+        number = require_field(annotation, "image_id", name, annotations, (int, str))
         if number not in captions:
             raise ValueError(f"{name} of '{annotations}' belongs to image {number}, which is not under 'images'.")
-        captions[number].append(require_field(annotation, "caption", name, annotations))
+        captions[number].append(require_field(annotation, "caption", name, annotations, NULLABLE_TEXT))
     return build_rows(image_ids, paths, [captions[number] for number in numbers], f"'{annotations}'", missing)
 
 
 def _karpathy_id(entry: dict[str, Any], path: str | Path) -> str:
     """`coco-<cocoid>`, or `flickr-...` of the file name where the entry has no `cocoid`."""
-    return (
-        coco_id(entry["cocoid"])
-        if "cocoid" in entry
-        else flickr_id(require_field(entry, "filename", "An image", path))
-    )
+    if "cocoid" in entry:
+        return coco_id(require_field(entry, "cocoid", "An image", path, (int, str)))
+    return flickr_id(require_field(entry, "filename", "An image", path, str))
 
 
 def _karpathy_images(path: str | Path) -> list[dict[str, Any]]:
-    return read_json(path, "Karpathy split file", ("images",))["images"]
+    """The entries, each with a split."""
+    content = read_json(path, "Karpathy split file", ("images",))
+    images = require_field(content, "images", "The object", path, list)
+    for entry in images:
+        require_field(entry, "split", "An image", path, str)
+    return images
 
 
 def karpathy_test_ids(path: str | Path) -> set[str]:
@@ -123,8 +106,7 @@ def karpathy_test_ids(path: str | Path) -> set[str]:
         FileNotFoundError: If the file is missing.
         ValueError: If a key is missing or the file has no test image.
     """
-    images = _karpathy_images(path)
-    ids = {_karpathy_id(entry, path) for entry in images if require_field(entry, "split", "An image", path) == "test"}
+    ids = {_karpathy_id(entry, path) for entry in _karpathy_images(path) if entry["split"] == "test"}
     if not ids:
         raise ValueError(f"No image of the split 'test' in '{path}'. Expected a file of Karpathy's splits.")
     return ids
@@ -153,7 +135,7 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
     images = _karpathy_images(dataset)
     folder = require_folder(image_folder, "image folder")
     wanted = {"train", "restval"} if split == "train" else {split}
-    present = {require_field(entry, "split", "An image", dataset) for entry in images}
+    present = {entry["split"] for entry in images}
     if not wanted & present:
         raise ValueError(f"Unknown split {split!r} of '{dataset}'. It has {sorted(present)}.")
     image_ids, paths, captions = [], [], []
@@ -161,14 +143,15 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
         if entry["split"] not in wanted:
             continue
         image_ids.append(_karpathy_id(entry, dataset))
-        name = require_field(entry, "filename", "An image", dataset)
-        candidates = [folder / entry.get("filepath", "") / name, folder / name]
+        name = require_field(entry, "filename", "An image", dataset, str)
+        subfolder = require_field(entry, "filepath", f"Image {name}", dataset, str) if "filepath" in entry else ""
+        candidates = [folder / subfolder / name, folder / name]
         if "cocoid" in entry:
             modern = f"{int(entry['cocoid']):012d}.jpg"
             candidates[1:1] = [folder / "train2017" / modern, folder / "val2017" / modern, folder / modern]
         paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
-        sentences = require_field(entry, "sentences", f"Image {name}", dataset)
-        captions.append([require_field(sentence, "raw", f"A sentence of {name}", dataset) for sentence in sentences])
+        where, sentences = f"A sentence of {name}", require_field(entry, "sentences", f"Image {name}", dataset, list)
+        captions.append([require_field(sentence, "raw", where, dataset, NULLABLE_TEXT) for sentence in sentences])
     return build_rows(image_ids, paths, captions, f"split {split!r} of '{dataset}'", missing)
 
 
@@ -192,7 +175,7 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
         ValueError: If the header or a row is malformed; the message names the line.
     """
     folder = require_folder(image_folder, "image folder")
-    lines = require_file(results, "Flickr30k results file").read_text(encoding="utf-8").splitlines()
+    lines = read_text(require_file(results, "Flickr30k results file")).splitlines()
     if [part.strip() for part in lines[0].split("|")] != ["image_name", "comment_number", "comment"]:
         raise ValueError(
             f"Expected the header 'image_name| comment_number| comment' in '{results}', got {lines[0]!r}."
@@ -221,14 +204,12 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
 def _files_by_number(folder: Path) -> dict[int, Path]:
     """Pictures in `folder` and below whose name is a number, by that number."""
     found: dict[int, Path] = {}
-    for parent, _, names in os.walk(folder):
-        for name in sorted(names):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() not in IMAGE_SUFFIXES or not stem.isdecimal():
-                continue
-            path = Path(parent, name)
-            if found.setdefault(int(stem), path) != path:
-                raise ValueError(f"Two files stand for row {int(stem)}: '{found[int(stem)]}' and '{path}'. Keep one.")
+    for path in find_images(folder)[0]:
+        if not path.stem.isdecimal():
+            continue
+        number = int(path.stem)
+        if found.setdefault(number, path) != path:
+            raise ValueError(f"Two files stand for row {number}: '{found[number]}' and '{path}'. Keep one.")
     return found
 
 
@@ -257,19 +238,18 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
     folder = require_folder(image_folder, "image folder")
     by_number: dict[int, Path] | None = None
     image_ids, paths, captions = [], [], []
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for row, line in enumerate(lines):
-            parts = line.rstrip("\r\n").split("\t")
-            if len(parts) not in (2, 3):
-                raise ValueError(f"Expected 'caption<tab>url[<tab>file]' in line {row + 1} of '{path}', got {line!r}.")
-            if len(parts) == 3:
-                image_ids.append(f"conceptual-{parts[2]}")
-                paths.append(folder / parts[2])
-            else:
-                by_number = _files_by_number(folder) if by_number is None else by_number
-                image_ids.append(f"conceptual-{path.stem}-{row}")
-                paths.append(by_number.get(row, folder / f"{row}.jpg"))
-            captions.append([parts[0]])
+    for row, line in enumerate(read_text(path, keep_newlines=True).removesuffix("\n").split("\n")):
+        parts = line.rstrip("\r").split("\t")
+        if len(parts) not in (2, 3):
+            raise ValueError(f"Expected 'caption<tab>url[<tab>file]' in line {row + 1} of '{path}', got {line!r}.")
+        if len(parts) == 3:
+            image_ids.append(f"conceptual-{parts[2]}")
+            paths.append(folder / parts[2])
+        else:
+            by_number = _files_by_number(folder) if by_number is None else by_number
+            image_ids.append(f"conceptual-{path.stem}-{row}")
+            paths.append(by_number.get(row, folder / f"{row}.jpg"))
+        captions.append([parts[0]])
     return build_rows(image_ids, paths, captions, f"'{path}'", missing)
 
 
@@ -278,29 +258,6 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
 
 CAPTION_NAMES = ("caption", "captions", "text")
 SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
-
-
-class _Line(NamedTuple):
-    """A row of the table and the line of the file it ends in."""
-
-    number: int
-    cells: list[str]
-
-
-def _read_lines(path: Path, separator: str) -> list[_Line]:
-    """The rows that are not blank, the header first."""
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=separator, strict=True)
-            return [_Line(reader.line_num, cells) for cells in reader if cells]
-    except csv.Error as error:
-        raise ValueError(
-            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text "
-            "with the separator, "
-            'a quote or a line break in it between double quotes, a quote inside written twice ("").'
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"'{path}' is not encoded in UTF-8 ({error}). Save it as 'CSV UTF-8'.") from error
 
 
 def _find_column(header: list[str], names: tuple[str, ...], option: str, path: Path, separator: str) -> int:
@@ -364,7 +321,7 @@ def read_csv(
     if source is not None and source not in ID_RULES:
         raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{table}'.")
     path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")
-    lines = _read_lines(path, separator)
+    lines = read_table(path, separator)
     header = [name.strip() for name in lines[0].cells] if lines else []
     image_at = _find_column(header, (image,), "image", path, separator)
     names = CAPTION_NAMES if captions is None else (captions,)
@@ -381,7 +338,7 @@ def read_csv(
 
 
 def _group_lines(
-    lines: list[_Line], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
+    lines: list[TableRow], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
 ) -> Dataset:
     captions: dict[str, list[str]] = {}
     for line in lines:
@@ -413,11 +370,10 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
     root = require_folder(folder, "image folder")
     if source is not None and source not in ID_RULES:
         raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{folder}'.")
-    found = [Path(parent, name) for parent, _, names in os.walk(root) for name in names]
-    paths = sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
+    paths, others = find_images(root)
     if not paths:
         raise ValueError(
-            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(found)} "
+            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(others)} "
             "files. Check the path."
         )
     name = root.resolve().name

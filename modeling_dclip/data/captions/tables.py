@@ -1,22 +1,19 @@
 """Any `datasets` dataset with pictures and captions in the one schema: parquet files, the Hub, a saved folder."""
 
-import glob
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from datasets import Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
-from datasets.exceptions import DatasetGenerationError
 
 from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.files import load_parquet, match_parquet, require_folder
 from modeling_dclip.data.rows import (
     FEATURES,
     ID_RULES,
     clean_captions,
     existing_images,
-    require_folder,
     require_rows,
     require_unique,
 )
@@ -142,14 +139,6 @@ def standardise_columns(
     return table if len(keep) == len(table) else table.select(sorted(keep))
 
 
-def parquet_rows(path: str | Path) -> int:
-    """How many rows a parquet file has, by its footer; a file without one is named (`ValueError`)."""
-    try:
-        return pq.read_metadata(path).num_rows
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
-
-
 def read_parquet(
     pattern: str,
     *,
@@ -173,19 +162,10 @@ def read_parquet(
         FileNotFoundError: If no file matches.
         ValueError: If a file is not readable as parquet, or as [`standardise_columns`] says.
     """
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
-    if not paths:
-        raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
-    names = []
-    for path in paths:
-        names.extend(f"{path.resolve().parent.name}/{path.stem}-{row}" for row in range(parquet_rows(path)))
+    files = match_parquet(pattern)
+    names = [f"{path.resolve().parent.name}/{path.stem}-{row}" for path, rows in files for row in range(rows)]
     require_rows(len(names), f"'{pattern}'")
-    try:
-        dataset = load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
-        ) from error
+    dataset = load_parquet([path for path, _ in files], pattern)
     options = {"image": image, "captions": captions, "source": source, "missing": missing, "name": f"'{pattern}'"}
     if image_id is None and "image_id" not in dataset.column_names:
         dataset, image_id = put_columns(dataset, {"image_id": (names, FEATURES["image_id"])}), "image_id"

@@ -5,18 +5,15 @@ Each source knows its classes' names and, where the data brings them, its prompt
 take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
-import glob
 import inspect
-import os
 import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
-from modeling_dclip.data.captions.files import IMAGE_SUFFIXES
-from modeling_dclip.data.captions.tables import parquet_rows
+from modeling_dclip.data.files import list_folder, load_parquet, match_parquet, require_folder
+from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
 from modeling_dclip.data.labels.prompts import (
     NAMES_FILE,
     PHOTO_TEMPLATES,
@@ -27,7 +24,6 @@ from modeling_dclip.data.labels.prompts import (
     read_templates,
 )
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_images
-from modeling_dclip.data.rows import require_folder
 from modeling_dclip.data.specs import Source, parse_spec
 
 _ORIGIN = re.compile(r"^(\w+):(https?://[^/,@]+)")
@@ -100,14 +96,7 @@ def _read_parquet(
     names: str | None = None,
     templates: str | None = None,
 ) -> LabelledImages:
-    files = sorted(glob.glob(pattern))
-    if not files:
-        raise FileNotFoundError(
-            f"Expected parquet files at {pattern!r}, got none. Check the path; quote it in the shell."
-        )
-    for file in files:
-        parquet_rows(file)  # names the damaged one among many
-    dataset = load_dataset("parquet", data_files=files, split="train")
+    dataset = load_parquet([path for path, _ in match_parquet(pattern)], pattern)
     return _from_columns(dataset, f"'{pattern}'", image, label, names, templates)
 
 
@@ -126,18 +115,13 @@ def _read_hub(
     return _from_columns(dataset, f"{name!r}, split {split!r}", image, label, names, templates)
 
 
-def _pictures_below(folder: Path) -> list[Path]:
-    found = [Path(parent, name) for parent, _, names in os.walk(folder) for name in names]
-    return sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES)
-
-
 def _read_image_folder(
     folder: str, split: str | None = None, *, names: str | None = None, templates: str | None = None
 ) -> LabelledImages:
     root = require_folder(folder, "image folder")
     top = root if split is None else require_folder(str(root / split), f"split {split!r}")
-    classes = sorted(path for path in top.iterdir() if path.is_dir() and not path.name.startswith("."))
-    pictures = [_pictures_below(path) for path in classes]
+    classes = [path for path in list_folder(top) if path.is_dir() and not path.name.startswith(".")]
+    pictures = [find_images(path)[0] for path in classes]
     empty = [path.name for path, own in zip(classes, pictures, strict=True) if not own]
     if len(classes) < 2 or empty:
         problem = f"none in {empty[:5]}" if empty else f"{len(classes)} folders"

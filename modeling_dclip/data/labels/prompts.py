@@ -10,6 +10,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from modeling_dclip.data.files import read_text
+
 # Our selection, for small photographs of one object. Give a file of your own for other pictures.
 PHOTO_TEMPLATES = (
     "a photo of a {}.",
@@ -79,10 +81,7 @@ def read_lines(path: str | Path) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file '{path}' of class names or templates. Check the path.")
-    try:
-        return parse_lines(path.read_text(encoding="utf-8"), str(path))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"Expected UTF-8 text in '{path}', got other bytes ({error}). Save it as UTF-8.") from error
+    return parse_lines(read_text(path), str(path))
 
 
 def _open_clip_list(name: str) -> list[str]:

@@ -24,7 +24,7 @@ import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import decode_text, read_bytes, replacing, user_cache_dir
 from modeling_dclip.data.labels.prompts import NAMES_FILE, TEMPLATES_FILE, parse_lines
 from modeling_dclip.data.reinforced.shards import DamagedSampleError, SamplePlace, scan_shard
 from modeling_dclip.encoders.fingerprints import combine_keys
@@ -42,19 +42,14 @@ def is_url(root: str) -> bool:
     return bool(_URL.match(root))
 
 
-def default_cache_dir() -> Path:
-    """`modeling_dclip/shards` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / "shards"
-
-
 class WebdatasetFiles:
     """Where a set is, and how to get at its files.
 
     Args:
         root (`str`): A folder, or an address that begins with `http://` or `https://`: of the folder, or of a
             dataset's page on the Hub.
-        cache_dir (`str` or `Path`, *optional*): Where shards that come over http are kept; [`default_cache_dir`] if
-            not given.
+        cache_dir (`str` or `Path`, *optional*): Where shards that come over http are kept; by default in the user's
+            cache folder.
     """
 
     def __init__(self, root: str, cache_dir: str | os.PathLike | None = None):
@@ -65,7 +60,7 @@ class WebdatasetFiles:
             self.name = page[1].rsplit("/", 1)[1]
         else:
             self.name = self.root.rsplit("/", 1)[-1] if self.remote else Path(root).resolve().name
-        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else user_cache_dir("shards")
 
     def place(self, name: str) -> str:
         """Path or address of a file, for messages."""
@@ -86,11 +81,8 @@ class WebdatasetFiles:
             path = Path(self.root, name)
             if not path.is_file():
                 raise FileNotFoundError(f"No file '{path}'. Check the path and the split.")
-            content = path.read_bytes()
-        try:
-            return content.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"Expected UTF-8 text in '{self.place(name)}', got other bytes ({error}).") from error
+            content = read_bytes(path)
+        return decode_text(content, self.place(name))
 
     def has(self, name: str) -> bool:
         """Whether there is a file.

@@ -2,7 +2,6 @@
 SugarCrepe, Winoground, ARO, and a plain form.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator
@@ -11,9 +10,17 @@ from typing import Any
 
 from datasets import Dataset
 
-from modeling_dclip.data.captions.files import IMAGE_SUFFIXES, require_field
+from modeling_dclip.data.files import (
+    list_folder,
+    read_json,
+    read_json_lines,
+    require_field,
+    require_file,
+    require_folder,
+)
+from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.data.questions.rows import Item, build_item_rows
-from modeling_dclip.data.rows import coco_id, require_file, require_folder
+from modeling_dclip.data.rows import coco_id
 
 BOX_FIELDS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 
@@ -35,7 +42,7 @@ def read_entries(path: str | Path, what: str) -> list[tuple[str, dict[str, Any]]
         ValueError: If it is empty, no JSON, holds nothing, or an entry is no JSON object; entry and file are named.
     """
     path = require_file(path, what)
-    entries = list(_jsonl_entries(path, what) if path.suffix == ".jsonl" else _json_entries(path, what))
+    entries = list(_entries(path, what))
     if not entries:
         raise ValueError(f"Expected one or more entries in the {what} '{path}', got none. Download it again.")
     for where, entry in entries:
@@ -44,28 +51,17 @@ def read_entries(path: str | Path, what: str) -> list[tuple[str, dict[str, Any]]
     return entries
 
 
-def _json_entries(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise ValueError(f"The {what} '{path}' is no valid JSON ({error}). Download it again.") from error
+def _entries(path: Path, what: str) -> Iterator[tuple[str, Any]]:
+    if path.suffix == ".jsonl":
+        yield from ((f"Line {number}", entry) for number, entry in read_json_lines(path, what))
+        return
+    content = read_json(path, what)
     if isinstance(content, list):
         yield from ((f"Item {index}", entry) for index, entry in enumerate(content))
     elif isinstance(content, dict):
         yield from ((f"Item {key!r}", entry) for key, entry in content.items())
     else:
         raise ValueError(f"Expected a JSON list or object in the {what} '{path}', got a {type(content).__name__}.")
-
-
-def _jsonl_entries(path: Path, what: str) -> Iterator[tuple[str, Any]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                yield f"Line {number}", json.loads(line)
-            except ValueError as error:
-                raise ValueError(f"Line {number} of the {what} '{path}' is no valid JSON ({error}).") from error
 
 
 def _text(entry: dict[str, Any], key: str, where: str, path: str | Path) -> str:
@@ -112,7 +108,7 @@ def read_sugarcrepe(questions: str, image_folder: str, *, missing: str = "raise"
     folder = require_folder(image_folder, "image folder")
     files = [Path(questions)]
     if files[0].is_dir():
-        files = sorted(files[0].glob("*.json"))
+        files = list_folder(files[0], "*.json")
         if not files:
             raise ValueError(
                 f"Expected SugarCrepe's JSON files (swap_att.json...) in the folder '{questions}', got none."

@@ -1,16 +1,13 @@
 """Fine-grained questions out of tables that hold the pictures: parquet files and datasets of the Hub."""
 
-import glob
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
-from datasets.exceptions import DatasetGenerationError
 
 from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.files import load_parquet, match_parquet
 from modeling_dclip.data.questions.rows import FEATURES, PAIR_FEATURE, answerable
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_file
@@ -179,20 +176,7 @@ def read_item_tables(
         FileNotFoundError: If no file matches.
         ValueError: If a file is not readable as parquet, or as [`standardise_items`] says.
     """
-    files = sorted(glob.glob(pattern, recursive=True))
-    if not files:
-        raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
-    for file in files:
-        try:
-            pq.read_metadata(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"'{file}' is not readable as parquet ({error}). Write or download it again.") from error
-    try:
-        dataset = load_dataset("parquet", data_files=files, split="train")
-    except DatasetGenerationError as error:
-        raise ValueError(
-            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
-        ) from error
+    dataset = load_parquet([path for path, _ in match_parquet(pattern)], pattern)
     columns = {"image": image, "caption": caption, "negatives": negatives, "category": category}
     return standardise_items(dataset, **columns, name=f"'{pattern}'")
 

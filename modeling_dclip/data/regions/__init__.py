@@ -6,9 +6,7 @@ image, so a run that was killed goes on where it was, and the same picture under
     python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output FOLDER
 """
 
-import json
 import logging
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.columns import put_columns
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import replacing, write_json
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes
@@ -215,8 +213,7 @@ def _report(progress: _Progress, detector: str, report_file: str | Path | None) 
         "skipped_images": len(skipped),
         "skipped": skipped,
     }
-    with replacing(report_file) as path:
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_json(report_file, report, indent=2)
 
 
 def _best(regions: np.ndarray, max_regions: int | None) -> np.ndarray:
@@ -286,8 +283,3 @@ def add_regions(
     filled = [empty if regions is None else _best(regions, max_regions) for regions in progress.regions]
     dataset = _with_columns(dataset, filled)
     return dataset if len(kept) == len(dataset) else dataset.select(kept)
-
-
-def default_cache_dir() -> Path:
-    """`modeling_dclip/regions` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / "regions"

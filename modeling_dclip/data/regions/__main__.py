@@ -11,8 +11,8 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import replacing
-from modeling_dclip.data.regions import add_regions, default_cache_dir
+from modeling_dclip.data.files import replacing, user_cache_dir
+from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
 
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> Path:
         load_captions(arguments.dataset, seed=arguments.seed),
         build_detector(arguments.detector),
         batch_size=arguments.batch_size,
-        cache_dir=arguments.cache_dir or default_cache_dir(),
+        cache_dir=arguments.cache_dir or user_cache_dir("regions"),
         max_regions=arguments.max_regions,
         on_bad_image=arguments.on_bad_image,
         report_file=report_file,

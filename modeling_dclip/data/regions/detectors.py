@@ -31,7 +31,8 @@ from transformers import (
     AutoProcessor,
 )
 
-from modeling_dclip.data.captions.files import read_json, require_field
+from modeling_dclip.data.captions.files import name_annotation
+from modeling_dclip.data.files import read_json, require_field
 from modeling_dclip.data.specs import Source, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
@@ -251,13 +252,15 @@ def _annotated_boxes(path: str) -> tuple[dict[str, list[dict[str, Any]]], dict[s
     content = read_json(path, "COCO instances file", ("images", "annotations"))
     annotations: dict[str, list[dict[str, Any]]] = {}
     sizes: dict[str, tuple[int, int]] = {}
-    for image in content["images"]:
-        number, width, height = (require_field(image, key, "An image", path) for key in ("id", "width", "height"))
+    for image in require_field(content, "images", "The object", path, list):
+        number = require_field(image, "id", "An image", path, (int, str))
+        width, height = (require_field(image, key, "An image", path, (int, float)) for key in ("width", "height"))
         for name in (f"coco-{number}", str(number)):
             annotations[name], sizes[name] = [], (width, height)
-    for annotation in content["annotations"]:
-        what = f"Annotation {annotation.get('id')}"
-        number, box = (require_field(annotation, key, what, path) for key in ("image_id", "bbox"))
+    for annotation in require_field(content, "annotations", "The object", path, list):
+        what = name_annotation(annotation)
+        number = require_field(annotation, "image_id", what, path, (int, str))
+        box = require_field(annotation, "bbox", what, path, list)
         if str(number) not in annotations or len(box) != 4:
             raise ValueError(
                 f"{what} of '{path}' belongs to no image of the file, or its 'bbox' is not x, y, width, height: "

@@ -2,7 +2,6 @@
 FOLDER`.
 """
 
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.files import read_json
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -80,7 +80,7 @@ def main(argv: list[str] | None = None) -> Path:
         },
         seed=seed,
     )
-    counts = json.loads(index.read_text(encoding="utf-8"))["counts"]
+    counts = read_json(index)["counts"]
     told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
     if PartialState().is_main_process:
         sys.stdout.write(f"Wrote {told} to {arguments.output}\n")

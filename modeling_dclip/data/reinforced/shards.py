@@ -12,7 +12,6 @@
 `text_emb` may hold the captions only; then each key of synthetic captions has a `<key>_emb` beside it.
 """
 
-import glob
 import gzip
 import io
 import json
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from modeling_dclip.data.files import list_folder, match_files, read_json
 from modeling_dclip.data.images import UNREADABLE_IMAGE, open_image
 from modeling_dclip.processing_dclip import lay_over_white
 
@@ -127,12 +127,12 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
     folder = Path(spec)
     if folder.is_dir():
         index = read_index(folder / INDEX_NAME) if (folder / INDEX_NAME).is_file() else None
-        names = sorted(folder.glob("*.tar")) if index is None else [folder / one["file"] for one in index["shards"]]
+        names = list_folder(folder, "*.tar") if index is None else [folder / one["file"] for one in index["shards"]]
     else:
         index = None
         names = []
         for pattern in _expand_braces(str(spec)):
-            found = sorted(map(Path, glob.glob(pattern)))  # a plain name finds itself
+            found = match_files(pattern)
             if not found:
                 raise FileNotFoundError(f"No shard '{pattern}' (of the spec {str(spec)!r}). Check the path.")
             names += found
@@ -151,7 +151,7 @@ def read_index(path: Path) -> dict[str, Any]:
         ValueError: If it is malformed, or its dataset is not finished.
     """
     try:
-        index = json.loads(path.read_text(encoding="utf-8"))
+        index = read_json(path, "index")
         shards, _ = index["shards"], [(one["width"], one["logit_scale"]) for one in index["teachers"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"The index '{path}' is malformed ({error!r}). Write the dataset again.") from error

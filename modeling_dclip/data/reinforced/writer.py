@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import entry_names, read_json, replacing, write_json
 from modeling_dclip.data.images import open_image
 from modeling_dclip.data.reinforced.augmentations import (
     AugmentationSettings,
@@ -283,26 +283,6 @@ def _read_headers(path: Path) -> dict[str, str]:
         return {}
 
 
-def _write_index(path: Path, index: Mapping[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    """The index of a folder that was begun."""
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(
-            f"The index '{path}': expected JSON, got {error}. Remove the folder, or name another."
-        ) from error
-    if not isinstance(index, dict):
-        raise ValueError(
-            f"The index '{path}': expected an object, got {type(index).__name__}. Remove the folder, or name another."
-        )
-    return index
-
-
 def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
     if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now):
         stored, now = dict(enumerate(stored)), dict(enumerate(now))
@@ -322,17 +302,17 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
     """
     path = output / INDEX_NAME
     if path.is_file():
-        stored = _read_index(path)
+        stored = read_json(path, "index", (), "Remove the folder, or name another.")
         different = _differences({name: stored.get(name) for name in made_from}, dict(made_from))
         if different:
             raise ValueError(
                 f"'{output}' was written from something else: {'; '.join(different)}. Name another output, or remove "
                 "the folder."
             )
-    elif output.exists() and (not output.is_dir() or any(output.iterdir())):
+    elif output.exists() and (not output.is_dir() or entry_names(output)):
         raise FileExistsError(f"'{output}' exists and holds no {INDEX_NAME}. Name another output, or remove it.")
     else:
-        _write_index(path, {**made_from, "shards": []})
+        write_json(path, {**made_from, "shards": []}, indent=2)
 
 
 def _write_shards(
@@ -436,6 +416,6 @@ def write_reinforced(
         versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
         names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
         told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
-        _write_index(output / INDEX_NAME, made_from | told)
+        write_json(output / INDEX_NAME, made_from | told, indent=2)
     state.wait_for_everyone()
     return output / INDEX_NAME

@@ -166,11 +166,6 @@ def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor,
 _HELD = 64  # classifiers in memory; one of ImageNet takes 2 to 3 MiB
 
 
-def default_cache_dir() -> Path:
-    """`modeling_dclip/classifiers` in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / "classifiers"
-
-
 class ClassifierCache:
     """Classifiers by content, on disk and in memory.
 
@@ -178,8 +173,8 @@ class ClassifierCache:
     folder. Those used longest ago are deleted when the folder grows beyond its bound.
 
     Args:
-        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. [`default_cache_dir`]. Without one,
-            classifiers are kept in memory alone.
+        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g.
+            `user_cache_dir("classifiers")`. Without one, classifiers are kept in memory alone.
         limit_mib (`int`, *optional*, defaults to 1024): Bound of the folder in MiB, >= 1.
 
     Raises:

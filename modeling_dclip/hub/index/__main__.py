@@ -19,8 +19,8 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from modeling_dclip.data.captions.files import IMAGE_SUFFIXES
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.build import build_index
 

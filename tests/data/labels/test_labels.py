@@ -208,7 +208,7 @@ def test_an_address_is_one_field():
 
 
 def test_a_wrong_spec_is_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="parquet files at"):
+    with pytest.raises(FileNotFoundError, match="No parquet file matches"):
         load_classification(f"parquet:{tmp_path}/none*.parquet")
     with pytest.raises(ValueError, match="Unknown kind 'imagenet'.*scenes.*parquet.*imagefolder.*hub.*wds"):
         load_classification("imagenet")

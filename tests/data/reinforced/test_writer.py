@@ -244,10 +244,16 @@ def test_a_folder_written_from_something_else_is_refused(scenes, teachers, tmp_p
     assert contents(tmp_path) == before
 
 
-@pytest.mark.parametrize("content", ['{"format": 1, "teach', "[]"])
-def test_an_index_that_is_cut_is_named(scenes, teachers, tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"format": 1, "teach', r"The index '.*reinforced.json' is no valid JSON"),
+        ("[]", r"Expected a JSON object in the index '.*reinforced.json', got a list"),
+    ],
+)
+def test_an_index_that_is_cut_is_named(scenes, teachers, tmp_path, content, problem):
     (tmp_path / "reinforced.json").write_text(content)
-    with pytest.raises(ValueError, match=r"The index '.*reinforced.json': expected .* Remove the folder"):
+    with pytest.raises(ValueError, match=f"{problem}.*Remove the folder"):
         write(scenes, teachers, tmp_path)
     assert os.listdir(tmp_path) == ["reinforced.json"]
 

@@ -8,8 +8,9 @@ import os
 import pytest
 import torch
 
+from modeling_dclip.data.files import user_cache_dir
 from modeling_dclip.encoders.fingerprints import fingerprint_text_encoder, fingerprint_tokens
-from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, default_cache_dir
+from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 
 NAMES, TEMPLATES = ["dog", "red circle"], ["a {}", "the {}"]
 
@@ -162,4 +163,4 @@ def test_a_bound_below_one_is_refused(monkeypatch, tmp_path):
     with pytest.raises(ValueError, match="limit_mib >= 1, got 0"):
         ClassifierCache(limit_mib=0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert default_cache_dir() == tmp_path / "modeling_dclip" / "classifiers"
+    assert user_cache_dir("classifiers") == tmp_path / "modeling_dclip" / "classifiers"
