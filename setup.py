@@ -54,11 +54,12 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_dclip", "modeling_dclip.*"]),
-    package_data={"modeling_dclip": ["evaluation/metrics/*/*.py"]},
+    package_data={"modeling_dclip": ["evaluation/metrics/*/*.py", "evaluation/reports/templates/*.jinja"]},
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
         "huggingface_hub>=1.0",
+        "jinja2>=3.1",  # reports and galleries; torch needs it too
         "numpy>=1.26",
         "pillow>=10",
         "pyarrow>=17",

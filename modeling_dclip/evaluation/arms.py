@@ -55,7 +55,7 @@ def evaluate_arms(
     output_dir = Path(output_dir)
     runs = [(ANCHOR, 0, Candidate(str(anchor), ANCHOR, seed=0))]
     runs += [
-        (arm, seed, Candidate(str(model), f"{arm}, seed {seed}", seed=seed))
+        (arm, seed, Candidate(str(model), run_label(arm, seed), seed=seed))
         for arm, by_seed in arms.items()
         for seed, model in by_seed.items()
     ]
@@ -78,6 +78,27 @@ def evaluate_arms(
     if {"retrieval", "zero_shot"} <= set(kinds):
         plot_tradeoff(tradeoff_points(summary), output_dir / "tradeoff.png", x_label="zero-shot top-1 (%)")
     return summary
+
+
+def run_label(arm: str, seed: int) -> str:
+    """The label of the records of one run of an arm.
+
+    Example:
+        >>> run_label("leak_free", 0)
+        'leak_free, seed 0'
+    """
+    return f"{arm}, seed {seed}"
+
+
+def arm_of(record: Mapping[str, Any]) -> str | None:
+    """The arm whose run a record measured; `None` if the record's label is not a [`run_label`] of its `seed`.
+
+    Example:
+        >>> arm_of({"label": "leak_free, seed 0", "seed": 0}), arm_of({"label": "anchor", "seed": 0})
+        ('leak_free', None)
+    """
+    label, suffix = record.get("label", ""), run_label("", record["seed"])
+    return label.removesuffix(suffix) if label.endswith(suffix) else None
 
 
 def tradeoff_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

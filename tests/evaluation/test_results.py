@@ -11,9 +11,10 @@ from fixtures.records import make_test_record as record
 
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.records import read_results, write_results
+from modeling_dclip.evaluation.reports.document import Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import percent
-from modeling_dclip.evaluation.reports.tables import markdown_table, render_summary, render_table, show_interval
-from modeling_dclip.evaluation.results import main, render_block, render_readme, shorten_paths
+from modeling_dclip.evaluation.reports.tables import render_summary, render_table, shorten_paths, show_interval
+from modeling_dclip.evaluation.results import main, render_readme
 from modeling_dclip.evaluation.statistics import summarise_arms
 
 
@@ -96,9 +97,10 @@ def test_an_interrupted_write_leaves_the_old_file_untouched(tmp_path, monkeypatc
 
 def test_rewriting_keeps_the_permissions(tmp_path):
     path = tmp_path / "README.md"
-    path.write_text("<!-- results:a -->\n<!-- /results:a -->\n")
+    write_results(tmp_path / "a.json", record())
+    path.write_text("<!-- results:a source=a.json -->\n<!-- /results:a -->\n")
     path.chmod(0o640)
-    render_block(path, "a", "text")
+    assert render_readme(path) == ["a"]
     assert path.stat().st_mode & 0o777 == 0o640
 
 
@@ -153,7 +155,7 @@ def test_zero_has_no_minus():
 
 
 def test_columns_line_up():
-    assert markdown_table(["a", "b"], [["long cell", "1"]]).splitlines() == [
+    assert render_markdown([Table(["a", "b"], [["long cell", "1"]])]).splitlines() == [
         "| a         |   b |",
         "| --------- | --: |",
         "| long cell |   1 |",
@@ -280,16 +282,28 @@ def test_a_block_shows_no_path_of_a_machine(readme):
     assert "/data" not in readme.read_text() and "runs" not in readme.read_text()
 
 
-def test_render_block_replaces_text_between_the_markers_only(readme):
-    render_block(readme, "by-hand", "yours \\1")
-    assert readme.read_text() == README.replace("mine", "yours \\1")
+def test_text_between_the_markers_is_replaced_and_nothing_else(readme):
+    write_results(readme.parent / "runs" / "c.json", record("\\1", benchmark="zero_shot=x", metrics={"top1": 0.5}))
+    readme.write_text("a\n<!-- results:x source=runs/c.json -->\nold\n<!-- /results:x --> b\n")
+    assert render_readme(readme) == ["x"]
+    first, marker, *table, last = readme.read_text().splitlines()
+    assert (first, marker, last) == ("a", "<!-- results:x source=runs/c.json -->", "<!-- /results:x --> b")
+    assert len(table) == 3 and table[2].startswith("| \\1 ")
 
 
-@pytest.mark.parametrize("name", ["missing", "by", "twice"])
-def test_missing_or_repeated_markers_are_named(readme, name):
-    readme.write_text(README + 2 * "<!-- results:twice -->\n<!-- /results:twice -->\n")
-    with pytest.raises(ValueError, match=f"results:{name} -->.*once in .*README.md"):
-        render_block(readme, name, "text")
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        "<!-- results:x source=summary.json table=demo -->\n",
+        "<!-- results:x source=summary.json table=demo -->\n<!-- /results:xy -->\n",
+        2 * "<!-- results:x source=summary.json table=demo -->\n<!-- /results:x -->\n",
+    ],
+    ids=["missing", "by", "twice"],
+)
+def test_missing_or_repeated_markers_are_named(readme, blocks):
+    readme.write_text(README + blocks)
+    with pytest.raises(ValueError, match="results:x -->.*once in .*README.md"):
+        render_readme(readme)
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, record_key
+from modeling_dclip.evaluation.reports.document import Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.evaluation.reports.tables import markdown_table, name_of, short_hash, show_interval
+from modeling_dclip.evaluation.reports.tables import interval_cell, name_of, short_hash
 from modeling_dclip.evaluation.statistics import bootstrap_differences, unpaired_difference
 
 # Fields that say what was measured rather than on what; all others are compared, also those that a later version adds.
@@ -77,24 +78,26 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     ]
 
 
-def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False) -> list[str]:
+def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False, seeds: bool = True) -> list[str]:
     """Say why records of one table are not comparable.
 
     Args:
         records (`Sequence[dict]`): Rows of one table.
-        timed (`bool`, *optional*, defaults to `False`): Whether times or memory are compared, so that other hardware
-            matters too.
+        timed (`bool`, *optional*, defaults to `False`): Whether times or memory are compared, so that hardware matters
+            too.
+        seeds (`bool`, *optional*, defaults to `True`): Whether rows of different seeds are a conflict.
 
     Returns:
-        `list[str]`: One sentence for each field that differs: the data, split, numbers, settings, seeds, versions of
-            packages.
+        `list[str]`: One sentence for each field that differs: the data, split, number of images or captions, settings,
+            seeds, versions of packages.
     """
     flat = [flatten(record) for record in records]
     names = list(dict.fromkeys(name for fields in flat for name in fields))
+    groups = {*_DECISIVE, "versions"} | ({"seed"} if seeds else set()) | ({"hardware"} if timed else set())
     found = []
     for name in names:
         group, _, _ = name.partition(".")
-        if group not in (*_DECISIVE, "seed", "versions", *(["hardware"] if timed else [])) or name == "settings.alpha":
+        if group not in groups or name == "settings.alpha":
             continue
         rows: dict[str, list[str]] = {}
         for record, fields in zip(records, flat, strict=True):
@@ -102,14 +105,14 @@ def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False)
                 rows.setdefault(_show(name, fields.get(name)), []).append(name_of(record))
         if len(rows) > 1:
             parts = "; ".join(f"{value} ({_some(labels)})" for value, labels in rows.items())
-            found.append(f"{_VERDICTS.get(group, 'Not comparable')}: other {word(name)}: {parts}.")
+            found.append(f"{_VERDICTS.get(group, 'Not comparable: different')} {word(name)}: {parts}.")
     return found
 
 
 _VERDICTS = {
-    "seed": "A row of one seed says little of another's",
-    "versions": "Measured with different software",
-    "hardware": "Measured on different hardware",
+    "seed": "Rows of single seeds may differ by chance:",
+    "versions": "Measured with different software:",
+    "hardware": "Measured on different hardware:",
 }
 
 
@@ -342,10 +345,10 @@ def _render_pair(pair: Mapping[str, Any]) -> str:
             if metric.higher_is_better is not None:
                 better = (row["difference"]["estimate"] > 0) == metric.higher_is_better
                 verdict = f"B is {'better' if better else 'worse'}, beyond noise"
-        difference = show_interval(row["difference"], signed=True, metric=metric)
+        difference = interval_cell(row["difference"], signed=True, metric=metric)
         rows.append([metric.heading, verdict, metric.show(row["a"]), metric.show(row["b"]), difference])
     methods = dict.fromkeys(METHODS[row["method"]] for row in pair["metrics"] if row["method"] != "none")
-    table = markdown_table(["Metric", "Verdict", "A", "B", "B − A"], rows, left=2)
+    table = render_markdown([Table(["Metric", "Verdict", "A", "B", "B − A"], rows, left=2)])
     return f"{table}\n\nIntervals: {'; '.join(methods)}." if methods else table
 
 

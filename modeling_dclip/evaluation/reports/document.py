@@ -1,47 +1,124 @@
-"""A report as a list of blocks, and its two forms: Markdown, and one HTML page that needs nothing else.
+"""What a report shows, as values, and the two forms of it: Markdown, and HTML from the templates in `templates/`.
 
-The page has its style and pictures inside, runs no script, and is laid out for a screen, a telephone and paper.
+A table is rows of cells, a report is a list of blocks. Each is made once and rendered to both forms; nothing reads
+Markdown back. Whatever came from a file is escaped: in HTML by the templates (autoescape), in Markdown by
+[`escape_markdown`].
+
+A page has its style and pictures inside, runs no script, and is laid out for a screen, a telephone and paper.
 """
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
-from html import escape
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+
+TEMPLATES = Path(__file__).with_name("templates")
+
+
+class Code(str):
+    """A part of a [`Text`] that is set as code."""
 
 
 class Heading(NamedTuple):
-    """`level` 2 or 3; `anchor` is unique."""
+    """A heading of the report.
+
+    Attributes:
+        text (`str`): What it says.
+        level (`int`): 1 for the title, 2 for a part of the report, 3 for a section of a part.
+        anchor (`str`): Unique in the report; links in the list of contents point to it.
+        full (`str`, *optional*): The text in full, where `text` is a short form. HTML shows it as a tooltip.
+    """
 
     text: str
     level: int
     anchor: str
-    full: str = ""  # what the text abbreviates
+    full: str = ""
+
+    kind = "heading"
 
 
-class Text(NamedTuple):
-    """A paragraph, in which `code` stands between backticks."""
+@dataclass(frozen=True, init=False)
+class Text:
+    """A paragraph: parts that follow each other, plain strings and [`Code`]."""
 
-    text: str
+    parts: tuple[str, ...]
+
+    kind = "text"
+
+    def __init__(self, *parts: str):
+        object.__setattr__(self, "parts", parts)
 
 
 class Warnings(NamedTuple):
-    """What a reader has to know before the table that follows."""
+    """What a reader has to know before the table that follows; one sentence each."""
 
     items: Sequence[str]
 
+    kind = "warnings"
+
+
+class Cell(NamedTuple):
+    """A number in a table, as text: `12.3 [11.0, 14.1] %`.
+
+    Attributes:
+        value (`str`): The number.
+        interval (`str`, *optional*): `± 0.4` or `[11.0, 14.1]`. HTML shows it small below the number.
+        unit (`str`, *optional*): Stands last.
+        is_best (`bool`, *optional*): Sets the number in bold.
+    """
+
+    value: str
+    interval: str = ""
+    unit: str = ""
+    is_best: bool = False
+
+    @property
+    def text(self) -> str:
+        """The cell in one line, without bold: `12.3 [11.0, 14.1] %`."""
+        return " ".join(part for part in (self.value, self.interval, self.unit) if part)
+
+    @property
+    def markdown(self) -> str:
+        """The cell in one line, the best number between asterisks."""
+        return self._replace(value=f"**{self.value}**", is_best=False).text if self.is_best else self.text
+
 
 class Table(NamedTuple):
-    """Markdown tables of [`~modeling_dclip.evaluation.reports.tables.markdown_table`] and paragraphs between them."""
+    """A table.
 
-    markdown: str
+    Attributes:
+        header (`Sequence[str]`): A title for each column.
+        rows (`Sequence[Sequence[str | Cell]]`): A cell for each column.
+        left (`int`, *optional*, defaults to 1): The first so many columns are names and aligned to the left; the
+            others are numbers and aligned to the right.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str | Cell]]
+    left: int = 1
+
+    kind = "table"
 
 
 class Picture(NamedTuple):
-    """A PNG file by its name among the report's pictures."""
+    """A PNG file.
+
+    Attributes:
+        name (`str`): Of the file.
+        alt (`str`): What it shows, in words; also its caption.
+        content (`bytes`): Of the file.
+    """
 
     name: str
     alt: str
+    content: bytes
+
+    kind = "picture"
 
 
 class Terms(NamedTuple):
@@ -49,179 +126,157 @@ class Terms(NamedTuple):
 
     items: Sequence[tuple[str, str]]
 
+    kind = "terms"
+
 
 Block = Heading | Text | Warnings | Table | Picture | Terms
 
-STYLE = """
-:root { --ink: #1f2430; --quiet: #667085; --line: #e4e7ec; --soft: #f7f8fa; --accent: #2456c7; --warn: #8a4b00; --warn-soft: #fff7e8; }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
-body { margin: 0; background: #fff; color: var(--ink); font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif; }
-main { max-width: 72rem; margin: 0 auto; padding: 2.5rem 1.5rem 5rem; }
-h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.35rem; margin: 3.2rem 0 .8rem; padding-top: 1.2rem; border-top: 1px solid var(--line); }
-h3 { font-size: 1.05rem; margin: 2.4rem 0 .6rem; overflow-wrap: anywhere; }
-h3[title] { cursor: help; }
-p { margin: .6rem 0; max-width: 62rem; overflow-wrap: anywhere; }
-a { color: var(--accent); text-decoration: none; } a:hover { text-decoration: underline; }
-code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; overflow-wrap: anywhere; }
-nav { margin: 1.4rem 0; padding: .9rem 1.2rem; background: var(--soft); border-radius: 8px; font-size: .93rem; }
-nav ul { margin: 0; padding: 0; list-style: none; } nav ul ul { padding-left: 1.1rem; } nav li { margin: .12rem 0; overflow-wrap: anywhere; }
-nav > ul { columns: 2 20rem; column-gap: 2.5rem; } nav > ul > li { break-inside: avoid-column; margin-bottom: .5rem; }
-.scroll { overflow-x: auto; margin: .9rem 0 .5rem; border: 1px solid var(--line); border-radius: 8px; }
-table { border-collapse: separate; border-spacing: 0; font-size: .88rem; min-width: 100%; font-variant-numeric: tabular-nums; }
-th { white-space: nowrap; }
-th, td { padding: .42rem .75rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: baseline; background: #fff; }
-th { background: var(--soft); font-weight: 600; color: #475467; vertical-align: bottom; }
-td { white-space: nowrap; } td.long { white-space: normal; min-width: 15rem; overflow-wrap: anywhere; }
-tbody tr:last-child td { border-bottom: 0; } tbody tr:hover td { background: #f2f6ff; }
-th.number, td.number { text-align: right; }
-th:first-child, td:first-child { position: sticky; left: 0; border-right: 1px solid var(--line); }
-td small { display: block; color: var(--quiet); font-size: .86em; } td b { color: #0b1b45; }
-figure { margin: 1.2rem 0; } img { display: block; max-width: min(100%, 46rem); height: auto; } figcaption { color: var(--quiet); font-size: .85rem; }
-.warnings { margin: .8rem 0; padding: .6rem 1rem; background: var(--warn-soft); border-left: 3px solid #e39a2d; border-radius: 0 8px 8px 0; font-size: .92rem; color: var(--warn); }
-.warnings ul { margin: 0; padding-left: 1.1rem; } .warnings li { overflow-wrap: anywhere; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem .9rem; margin: .8rem 0 0; font-size: .8rem; line-height: 1.45; color: var(--quiet); }
-dt { font-weight: 600; } dd { margin: 0; overflow-wrap: anywhere; }
-@media (max-width: 40rem) {
-  main { padding: 1.4rem 1rem 3rem; } h1 { font-size: 1.5rem; } th, td { padding: .38rem .55rem; }
-  th:first-child, td:first-child { white-space: normal; } td.long { min-width: 9.5rem; } dl { grid-template-columns: 5.5rem 1fr; column-gap: .6rem; }
-}
-@media print {
-  @page { size: A4 landscape; margin: 12mm; }
-  body { font-size: 10pt; } main { max-width: none; padding: 0; } nav { break-after: page; }
-  img { max-width: 12.5cm; } .scroll { overflow: visible; border: 0; } table { font-size: 7.5pt; min-width: 0; } th, td { padding: .2rem .35rem; } td { white-space: normal; }
-  th:first-child, td:first-child { position: static; } td.long { min-width: 0; }
-  h2, h3 { break-after: avoid; } tr, figure, dl, .warnings { break-inside: avoid; } a { color: inherit; }
-}
-"""  # noqa: E501
+
+class Report(NamedTuple):
+    """A whole report.
+
+    Attributes:
+        title (`str`): Above all.
+        intro (`Sequence[Text]`): Paragraphs between the title and the list of contents.
+        blocks (`Sequence[Block]`): The rest, in order.
+    """
+
+    title: str
+    intro: Sequence[Text]
+    blocks: Sequence[Block]
+
+    @property
+    def all_blocks(self) -> list[Block]:
+        """Title, introduction and the rest as one list, for Markdown, which has no list of contents."""
+        return [Heading(self.title, 1, "title"), *self.intro, *self.blocks]
+
+    @property
+    def contents(self) -> list[tuple[Heading, list[Heading]]]:
+        """The headings of level 2, each with those of level 3 below it."""
+        parts: list[tuple[Heading, list[Heading]]] = []
+        for block in self.blocks:
+            if isinstance(block, Heading) and block.level == 2:
+                parts.append((block, []))
+            elif isinstance(block, Heading) and parts:
+                parts[-1][1].append(block)
+        return parts
 
 
-def render_markdown(title: str, intro: Sequence[str], blocks: Sequence[Block], folder: str) -> str:
-    """The report as Markdown; pictures are linked in `folder`."""
-    parts = [f"# {title}", *intro]
-    for block in blocks:
-        if isinstance(block, Heading):
-            parts.append(f"{'#' * block.level} {block.text}")
-        elif isinstance(block, Text):
-            parts.append(block.text)
-        elif isinstance(block, Warnings):
-            parts.append("\n".join(f"> - ⚠ {item}" for item in block.items))
-        elif isinstance(block, Table):
-            parts.append(block.markdown)
-        elif isinstance(block, Picture):
-            parts.append(f"![{block.alt}]({folder}/{block.name})")
-        else:
-            parts.append("\n".join(f"- {term}: {text}" for term, text in block.items))
-    return "\n\n".join(parts) + "\n"
+def escape_markdown(text: str) -> str:
+    """Write text so that Markdown shows it as it is and never as a tag, an entity, a link or a picture.
+
+    Only what would become one of these changes: most names stay as they are, in a terminal too. Line breaks become
+    spaces.
+
+    Example:
+        >>> escape_markdown("<b>R&D</b> &lt; ![x](y)")
+        '&lt;b>R&D&lt;/b> &amp;lt; ![x]\\\\(y)'
+    """
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.splitlines()))
+    return text.replace("<", "&lt;").replace("](", "]\\(")
 
 
-def render_html(title: str, intro: Sequence[str], blocks: Sequence[Block], pictures: Mapping[str, bytes]) -> str:
-    """The report as one HTML page. Everything that came from a file is escaped.
+def _code_markdown(text: str) -> str:
+    """Code between more backticks than the text has in a row."""
+    longest = max(map(len, re.findall("`+", text)), default=0)
+    fence, space = "`" * (longest + 1), " " if longest else ""
+    return f"{fence}{space}{' '.join(text.splitlines())}{space}{fence}"
+
+
+def _table_markdown(table: Table) -> str:
+    """All lines equally wide, pipes escaped."""
+    lines = [
+        table.header,
+        *([cell.markdown if isinstance(cell, Cell) else cell for cell in row] for row in table.rows),
+    ]
+    cells = [[escape_markdown(cell).replace("|", "\\|") for cell in line] for line in lines]
+    widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(table.header))]
+    rule = ["-" * (width - (i >= table.left)) + ":" * (i >= table.left) for i, width in enumerate(widths)]
+
+    def pad(line: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if i < table.left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ]
+        return f"| {' | '.join(padded)} |"
+
+    return "\n".join(pad(line) for line in (cells[0], rule, *cells[1:]))
+
+
+def _block_markdown(block: Block, folder: str) -> str:
+    if isinstance(block, Heading):
+        return f"{'#' * block.level} {escape_markdown(block.text)}"
+    if isinstance(block, Text):
+        return "".join(
+            _code_markdown(part) if isinstance(part, Code) else escape_markdown(part) for part in block.parts
+        )
+    if isinstance(block, Warnings):
+        return "\n".join(f"> - ⚠ {escape_markdown(item)}" for item in block.items)
+    if isinstance(block, Table):
+        return _table_markdown(block)
+    if isinstance(block, Picture):
+        return f"![{escape_markdown(block.alt)}]({folder}/{block.name})"
+    return "\n".join(f"- {term}: {escape_markdown(text)}" for term, text in block.items)
+
+
+def render_markdown(blocks: Sequence[Block], folder: str = "plots") -> str:
+    """Render blocks as Markdown, with an empty line between two.
 
     Args:
-        title (`str`): Of the page.
-        intro (`Sequence[str]`): Paragraphs above the list of contents.
-        blocks (`Sequence[Block]`): The report.
-        pictures (`Mapping[str, bytes]`): PNG content by name, put into the page.
+        blocks (`Sequence[Block]`): What to show.
+        folder (`str`, *optional*, defaults to `"plots"`): Where pictures lie, relative to the Markdown file.
 
     Returns:
-        `str`: A whole document.
+        `str`: Without a line break at the end.
+
+    Example:
+        >>> print(render_markdown([Table(["Model", "R@1"], [["a", Cell("12.3", "± 0.4", is_best=True)]])]))
+        | Model |            R@1 |
+        | ----- | -------------: |
+        | a     | **12.3** ± 0.4 |
     """
-    body = [f"<h1>{escape(title)}</h1>", *(f"<p>{_inline(text)}</p>" for text in intro), _contents(blocks)]
-    for block in blocks:
-        if isinstance(block, Heading):
-            full = f' title="{escape(block.full)}"' if block.full and block.full != block.text else ""
-            body.append(f'<h{block.level} id="{escape(block.anchor)}"{full}>{escape(block.text)}</h{block.level}>')
-        elif isinstance(block, Text):
-            body.append(f"<p>{_inline(block.text)}</p>")
-        elif isinstance(block, Warnings):
-            items = "".join(f"<li>{_inline(item)}</li>" for item in block.items)
-            body.append(f'<div class="warnings" role="note"><ul>{items}</ul></div>')
-        elif isinstance(block, Table):
-            body += [
-                _table(part) if part.startswith("|") else f"<p>{_inline(part)}</p>"
-                for part in block.markdown.split("\n\n")
-            ]
-        elif isinstance(block, Picture):
-            data = base64.b64encode(pictures[block.name]).decode("ascii")
-            body.append(
-                f'<figure><img alt="{escape(block.alt)}" src="data:image/png;base64,{data}">'
-                f"<figcaption>{escape(block.alt)}</figcaption></figure>"
-            )
-        else:
-            items = "".join(f"<dt>{escape(term)}</dt><dd>{escape(text)}</dd>" for term, text in block.items)
-            body.append(f"<dl>{items}</dl>")
-    head = (
-        '<meta charset="utf-8"><meta name="viewport" content="width=device-width, '
-        f'initial-scale=1"><title>{escape(title)}</title>'
+    return "\n\n".join(_block_markdown(block, folder) for block in blocks)
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
-    return (
-        "<!DOCTYPE html>\n<html "
-        f'lang="en"><head>{head}<style>{STYLE}</style></head>\n<body><main>\n{chr(10).join(body)}\n</main></body></html>\n'
-    )
+    environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["thousands"] = lambda number: f"{number:,}"
+    environment.tests["code"] = lambda part: isinstance(part, Code)
+    return environment
 
 
-def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+def render_page(template: str, **values: Any) -> str:
+    """Render an HTML page from a template in `templates/`. Every value is escaped.
+
+    Args:
+        template (`str`): Name of the file.
+        values: What the template names.
+
+    Returns:
+        `str`: A whole HTML document.
+
+    Raises:
+        jinja2.UndefinedError: If the template names a value that is not given.
+    """
+    return _environment().get_template(template).render(**values)
 
 
-def _contents(blocks: Sequence[Block]) -> str:
-    """Links to the headings: those of level 2, and beneath each those of level 3."""
-    sections: list[tuple[Heading, list[Heading]]] = []
-    for block in blocks:
-        if isinstance(block, Heading) and block.level == 2:
-            sections.append((block, []))
-        elif isinstance(block, Heading) and sections:
-            sections[-1][1].append(block)
+def render_html(report: Report) -> str:
+    """Render a report as one HTML page with its style and pictures inside.
 
-    def link(heading: Heading) -> str:
-        return f'<a href="#{escape(heading.anchor)}">{escape(heading.text)}</a>'
+    Args:
+        report ([`Report`]): What to show.
 
-    items = []
-    for section, parts in sections:
-        below = "".join(f"<li>{link(part)}</li>" for part in parts)
-        items.append(f"<li>{link(section)}{f'<ul>{below}</ul>' if below else ''}</li>")
-    return f'<nav aria-label="Contents"><ul>{"".join(items)}</ul></nav>'
-
-
-def _table(markdown: str) -> str:
-    """A table of `markdown_table`: right-aligned columns are numbers, whose intervals go below them, small."""
-    header, rule, *rows = [_cells(line) for line in markdown.splitlines()]
-    numbers = [mark.endswith(":") for mark in rule]
-    head = "".join(f"<th{_number(number)}>{escape(cell)}</th>" for cell, number in zip(header, numbers, strict=True))
-    body = []
-    for row in rows:
-        cells = []
-        for cell, number in zip(row, numbers, strict=True):
-            long = ' class="long"' if not number and len(cell) > 28 else ""
-            cells.append(f"<td{_number(number) or long}>{_value(cell) if number else _breakable(cell)}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    return (
-        '<div class="scroll" '
-        f'tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
-
-
-def _breakable(cell: str) -> str:
-    """A path may be broken after each folder."""
-    return escape(cell).replace("/", "/<wbr>")
-
-
-def _number(number: bool) -> str:
-    return ' class="number"' if number else ""
-
-
-def _cells(line: str) -> list[str]:
-    return [cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
-
-
-def _value(cell: str) -> str:
-    """`**12.3** [11.0, 14.1] %`: bold, and the interval on a line of its own."""
-    value, rest = re.fullmatch(r"(\S*)(.*)", cell, re.DOTALL).groups()
-    bold = re.fullmatch(r"\*\*(.+)\*\*", value)
-    value = f"<b>{escape(bold[1])}</b>" if bold else escape(value)
-    interval = re.fullmatch(r" ((?:\[.*\]|± \S+))(.*)", rest, re.DOTALL)
-    if interval is None:
-        return value + escape(rest)
-    return f"{value}{escape(interval[2])}<small>{escape(interval[1])}</small>"
+    Returns:
+        `str`: A whole HTML document.
+    """
+    return render_page("report.html.jinja", report=report)

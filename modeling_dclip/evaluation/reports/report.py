@@ -1,10 +1,12 @@
-"""One report from any set of results files: Markdown with its pictures beside it,
-and one HTML page that needs nothing else.
+"""One report from any set of results files: Markdown with its pictures beside it, and one HTML page that needs nothing
+else.
+
+The report is a value ([`~modeling_dclip.evaluation.reports.document.Report`]): records, summaries of arms and
+measurements of speed become tables, pictures and notes, and these are rendered once to each form.
 """
 
 import json
 import os
-import re
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -13,13 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from modeling_dclip.data.files import write_bytes, write_text
-from modeling_dclip.evaluation.arms import tradeoff_points
+from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
     Block,
+    Cell,
+    Code,
     Heading,
     Picture,
+    Report,
     Table,
     Terms,
     Text,
@@ -30,40 +35,37 @@ from modeling_dclip.evaluation.reports.document import (
 from modeling_dclip.evaluation.reports.metric_names import METRICS, metric_of
 from modeling_dclip.evaluation.reports.plots import plot_bars, plot_growth, plot_suite, plot_tradeoff
 from modeling_dclip.evaluation.reports.tables import (
-    markdown_table,
+    ABSENT,
+    BENCHMARK_TABLES,
     name_of,
-    render_encoders,
-    render_index,
-    render_leakage,
-    render_onnx_towers,
-    render_retrieval,
-    render_rows,
-    render_scan,
-    render_student_step,
-    render_summary,
     short_hash,
+    shorten_benchmark,
+    shorten_paths,
+    tabulate_encoders,
+    tabulate_leakage,
+    tabulate_rows,
+    tabulate_summary,
 )
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
 
 ALPHA = "alpha="
-_SEED = re.compile(r"^(.*), seed \d+$")  # how the arms of an experiment are labelled, one run each
 Record = Mapping[str, Any]
 
 
-def kind_of(record: Record) -> str:
+def _kind_of(record: Record) -> str:
     """`retrieval` of `retrieval=coco:...`."""
     return record["benchmark"].partition("=")[0]
 
 
-def shorten_benchmark(benchmark: str, most: int = 64) -> str:
-    """What a heading says of a benchmark: its source, of every path the last two parts.
+def benchmark_heading(benchmark: str, most: int = 64) -> str:
+    """The heading of a benchmark: its source, with the last two parts of every local path; at most `most` characters.
 
     Example:
-        >>> shorten_benchmark("retrieval=coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
+        >>> benchmark_heading("retrieval=coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
         'coco:annotations/captions_val2017.json:coco/val2017'
     """
-    kind, _, spec = benchmark.partition("=")
-    text = re.sub(r"[^:,=]*/([^:,=/]+/[^:,=/]+)", r"\1", spec or kind)
+    kind, _, spec = shorten_benchmark(benchmark).partition("=")
+    text = spec or kind
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
@@ -77,16 +79,16 @@ def order_metrics(records: Sequence[Record]) -> list[str]:
 def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]], int]:
     """Make rows of one table: each with a label of its own, the same measurement once, runs of one arm as their mean.
 
-    Runs are an arm's where they differ in the label's `, seed N`, as [`~modeling_dclip.evaluation.arms.evaluate_arms`]
-    writes it, and are of the same data. Their row has the means, intervals over seeds in place of those over images,
-    and the number of `runs`.
+    Runs belong to one arm if [`~modeling_dclip.evaluation.arms.arm_of`] names the same arm and they were measured on
+    the same data. Their row has the means, intervals over seeds in place of those over images, and the number of
+    `runs`.
 
     Args:
         found (`Sequence[tuple[str, dict]]`): Name of the file, record.
 
     Returns:
-        `tuple[list[dict], int]`: Records with other labels; and how many records were left out since they repeat
-            another: the same weights, data and numbers.
+        `tuple[list[dict], int]`: Records with other labels; and how many records were left out because they repeat
+            another one: the same weights, data and numbers.
     """
     unique: dict[str, tuple[Record, list[str]]] = {}
     for source, record in found:
@@ -98,10 +100,10 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]
     for record, sources in unique.values():
         where = f" ({', '.join(dict.fromkeys(sources))})" if several else ""
         condition = f", {record['condition']}" if "condition" in record else ""
-        run = _SEED.match(name_of(record))
-        label = f"{run[1] if run else name_of(record)}{condition}{where}"
+        arm = arm_of(record)
+        label = f"{name_of(record) if arm is None else arm}{condition}{where}"
         data = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings")))
-        place = (label, *data, "" if run else str(len(arms)))  # only runs that say so are one arm's
+        place = (label, *data, str(len(arms)) if arm is None else "")  # a record of no arm has a row of its own
         arms.setdefault(place, []).append({**record, "label": label})
     return [_average(runs) if len(runs) > 1 else runs[0] for runs in arms.values()], len(found) - len(unique)
 
@@ -135,8 +137,8 @@ def _interval(row: Record, metric: str) -> dict[str, Any]:
 
 
 def bars(rows: Sequence[Record], metrics: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from [`merge_rows`]' rows,
-    one for each metric that a row has.
+    """Make the panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from the rows of [`merge_rows`]: one
+    for each of the metrics that a row has.
     """
     panels = {}
     for name in (name for name in metrics if any(name in row["metrics"] for row in rows)):
@@ -210,43 +212,48 @@ def weights_of(record: Record) -> tuple:
     return tuple(record.get("weights", [record["revision"]])), record.get("condition")
 
 
-# Find and sort what a report is made of: records, summaries of arms, benchmarks of speed, and what is none of these.
+def _tabulate_all_encoders(data: Mapping[str, Any]) -> list[Table | Text]:
+    return tabulate_encoders(data, cells=",".join(dict.fromkeys(row["cell"] for row in data["rows"])))
 
 
-def _render_all_encoders(data: Mapping[str, Any]) -> str:
-    return render_encoders(data, cells=",".join(dict.fromkeys(row["cell"] for row in data["rows"])))
-
-
-# What `benchmarks/` writes says its name under "benchmark".
-SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
-    "image_encoders": _render_all_encoders,
-    "index": render_index,
-    "onnx_towers": render_onnx_towers,
-    "retrieval": render_retrieval,
-    "selective_scan": render_scan,
-    "student_step": render_student_step,
+# What a script in `benchmarks/` wrote, by the name that its file has under "benchmark".
+SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table | Text]]] = {
+    "image_encoders": _tabulate_all_encoders,
+    "index": BENCHMARK_TABLES["index"][0],
+    "onnx_towers": BENCHMARK_TABLES["onnx_towers"][0],
+    "retrieval": BENCHMARK_TABLES["retrieval"][0],
+    "selective_scan": BENCHMARK_TABLES["scan"][0],
+    "student_step": BENCHMARK_TABLES["student_step"][0],
 }
 _INTERVAL_KEYS = ("estimate", "low", "high", "confidence", "covers")
 
 
 class Sources(NamedTuple):
-    """What was found. `names` gives each file a short name; `left_out` says of each file that is not shown why."""
+    """The content of the files of a report.
+
+    Attributes:
+        records (`list[tuple[Path, dict]]`): File and record.
+        summaries (`list[tuple[Path, dict]]`): File and summary of arms.
+        speed (`list[tuple[Path, dict, list]]`): File, what a script in `benchmarks/` wrote, and its table.
+        left_out (`list[tuple[Path, str]]`): A file that cannot be shown, and why.
+        names (`dict[Path, str]`): A short name for each file.
+    """
 
     records: list[tuple[Path, dict[str, Any]]]
     summaries: list[tuple[Path, dict[str, Any]]]
-    speed: list[tuple[Path, dict[str, Any], str]]
+    speed: list[tuple[Path, dict[str, Any], list[Table | Text]]]
     left_out: list[tuple[Path, str]]
     names: dict[Path, str]
 
 
 def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
-    """List JSON files: those given, and those in the folders given and below, but for hidden folders.
+    """List JSON files: the files given, and those in the folders given and below, except in hidden folders.
 
     Args:
         paths (`Sequence[str | os.PathLike]`): Files and folders.
 
     Returns:
-        `list[Path]`: Each once, in the order given, a folder's in that of their names.
+        `list[Path]`: Each once, in the order given; the files of a folder are sorted by name.
 
     Raises:
         FileNotFoundError: If a path is missing, or nothing is given.
@@ -268,13 +275,14 @@ def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
 
 
 def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
-    """Read every file that a report can show; the others are named with the reason.
+    """Read every file that a report can show, and note why the other files cannot be shown.
 
     Args:
         paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched.
 
     Returns:
-        [`Sources`]
+        [`Sources`]: Records of a model that is a local path have a label, see
+            [`~modeling_dclip.evaluation.reports.tables.shorten_paths`].
 
     Raises:
         FileNotFoundError: If a path is missing.
@@ -287,7 +295,7 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
             _read_one(file, sources)
         except (ValueError, OSError) as error:
             sources.left_out.append((file, str(error)))
-        except (AttributeError, KeyError, IndexError, TypeError) as error:  # a benchmark's file has no schema to check
+        except (AttributeError, KeyError, IndexError, TypeError) as error:  # the files of benchmarks/ have no schema
             sources.left_out.append((file, f"Expected what its script writes, got another form: {error!r}."))
     if not (sources.records or sources.summaries or sources.speed):
         reasons = "".join(f"\n- {path}: {reason}" for path, reason in sources.left_out[:5])
@@ -295,6 +303,10 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
             f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got "
             f"{len(files)} JSON files and none of these.{reasons}"
         )
+    shortened = shorten_paths([record for _, record in sources.records])
+    for (_, record), short in zip(sources.records, shortened, strict=True):
+        if "label" in short:
+            record["label"] = short["label"]
     return sources
 
 
@@ -306,7 +318,7 @@ def _read_one(file: Path, sources: Sources) -> None:
             _check_intervals(record, f"record {index} of {file}")
         sources.records.extend((file, record) for record in records)
     elif isinstance(content, Mapping) and "arms" in content:
-        render_summary(content, where=str(file))  # says what is wrong with it
+        tabulate_summary(content, where=str(file))  # raises if it is not valid
         sources.summaries.append((file, content))
     elif isinstance(content, Mapping) and content.get("benchmark") in SPEED_TABLES:
         sources.speed.append((file, content, SPEED_TABLES[content["benchmark"]](content)))
@@ -316,7 +328,7 @@ def _read_one(file: Path, sources: Sources) -> None:
 
 
 def _check_intervals(record: Mapping[str, Any], where: str) -> None:
-    """Intervals come as free dicts; a table needs all of their parts."""
+    """Check that every interval has all parts that a table needs."""
     intervals = dict(record.get("intervals", {}))
     intervals |= {name: value for name, value in record.get("comparison", {}).items() if isinstance(value, Mapping)}
     for name, interval in intervals.items():
@@ -325,7 +337,9 @@ def _check_intervals(record: Mapping[str, Any], where: str) -> None:
 
 
 def _name_files(files: Sequence[Path]) -> dict[Path, str]:
-    """A file's folder if that names it, else folder and name, else the path."""
+    """A short name for each file: its folder if its own name says nothing, else folder and name; its path if two
+    folders have that name.
+    """
     folders = [file.resolve().parent.name for file in files]
     plain = {
         file: folder if file.stem in ("records", "results", "summary", "leakage") else f"{folder}/{file.stem}"
@@ -337,20 +351,221 @@ def _name_files(files: Sequence[Path]) -> dict[Path, str]:
     return {file: name if len(parents[name]) == 1 else str(file) for file, name in plain.items()}
 
 
-# The part of a report on speed: what the scripts in `benchmarks/` wrote.
+PLOTS_FOLDER = "plots"
+# The parts of a report by kind of benchmark: title, and the metrics that are drawn where they were measured.
+PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "retrieval": ("Retrieval", ("text_to_image_recall@1", "image_to_text_recall@1")),
+    "fine_grained": ("Fine-grained retrieval", ("accuracy", "text_score", "image_score", "group_score")),
+    "zero_shot": ("Zero-shot classification", ("top1", "mean_per_class", "map")),
+    "efficiency": ("Efficiency", ("image_latency_ms", "text_latency_ms", "peak_memory_mib")),
+    "diagnostics": ("Diagnostics", ("modality_gap", "alignment", "image_uniformity", "text_uniformity")),
+    "hessian": ("Curvature", ("hessian_eigenvalue_1",)),
+    "leakage": ("What the teacher reads", ()),
+}
+BEST_NOTE = Text(
+    "Numbers without a unit are in percent. Bold is the best number shown on the same data; ",
+    Code("eval.py compare"),
+    " says whether a difference is beyond noise.",
+)
+LINES_NOTE = "Lines are 95 % intervals: over training seeds for a model marked ×N, otherwise over test images."
 
 
-def add_speed(report: Any) -> None:
-    """Add a table for each file of `benchmarks/`, pictures of those of image encoders, and what they were measured on.
+class _Builder:
+    """Collects the blocks of a report in order, and draws its pictures in a folder."""
 
-    Args:
-        report: As [`~modeling_dclip.evaluation.reports.report.write_report`] makes it, with its `sources` read.
+    def __init__(self, sources: Sources, folder: Path):
+        self.sources, self.folder = sources, folder
+        self.blocks: list[Block] = []
+        self.warned: list[str] = []
+
+    def heading(self, text: str, level: int, full: str = "") -> None:
+        self.blocks.append(Heading(text, level, f"part-{len(self.blocks)}", full))
+
+    def warn(self, items: Sequence[str], where: str) -> None:
+        """Add warnings, if there are any; `where` stands in the introduction."""
+        if items:
+            self.blocks.append(Warnings(list(items)))
+            self.warned.append(where)
+
+    def draw(self, plot: Callable[..., None], content: Any, alt: str, **options: Any) -> None:
+        """Draw a picture with a function of [`~modeling_dclip.evaluation.reports.plots`] and add it."""
+        path = self.folder / f"{len(self.pictures) + 1:02d}_{plot.__name__.removeprefix('plot_')}.png"
+        plot(content, path, **options)
+        self.blocks.append(Picture(path.name, alt, path.read_bytes()))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [block for block in self.blocks if isinstance(block, Picture)]
+
+    def name(self, found: Sequence[tuple[Path, Record]]) -> list[tuple[str, Record]]:
+        """Records with the short names of their files."""
+        return [(self.sources.names[path], record) for path, record in found]
+
+    def measured(self, terms: Sequence[tuple[str, str]], paths: Sequence[Path]) -> None:
+        """Say what a table was measured on, and from which files it is."""
+        self.blocks.append(Terms([*terms, ("Files", ", ".join(dict.fromkeys(map(str, paths))))]))
+
+
+def _add_summaries(report: _Builder) -> None:
+    if report.sources.summaries:
+        report.heading("Experiments", 2)
+    for path, summary in report.sources.summaries:
+        name = report.sources.names[path]
+        report.heading(name, 3, str(path))
+        measured = [
+            record
+            for file, record in report.sources.records
+            if file.parent == path.parent
+            and record["benchmark"] in summary.get("benchmarks", ())
+            and "condition" not in record
+        ]
+        rows, _ = merge_rows([(name, record) for record in measured])
+        by_benchmark = [[row for row in rows if row["benchmark"] == one] for one in summary.get("benchmarks", ())]
+        conflicts = [text for group in by_benchmark for text in find_conflicts(group, seeds=False)]
+        report.warn(conflicts, name)
+        report.blocks.extend(tabulate_summary(summary, where=str(path)))
+        if len(summary["arms"]) > 1:
+            report.draw(
+                plot_tradeoff,
+                tradeoff_points(summary),
+                f"{name}: retrieval against zero-shot accuracy",
+                x_label="zero-shot top-1 (%)",
+            )
+        terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
+        report.measured(terms, [path])
+
+
+def _add_records(report: _Builder) -> None:
+    groups: dict[str, dict[str, list[tuple[Path, Record]]]] = {}
+    for path, record in report.sources.records:
+        groups.setdefault(_kind_of(record), {}).setdefault(record["benchmark"], []).append((path, record))
+    zero_shot = [row for found in groups.get("zero_shot", {}).values() for row in merge_rows(report.name(found))[0]]
+    for kind in [*(kind for kind in PARTS if kind in groups), *(kind for kind in groups if kind not in PARTS)]:
+        heading, drawn = PARTS.get(kind, (kind.replace("_", " ").capitalize(), ()))
+        report.heading(heading, 2)
+        if kind == "zero_shot" and len(groups[kind]) > 1:
+            _add_suite(report, groups[kind])
+        headings = [benchmark_heading(benchmark) for benchmark in groups[kind]]
+        for benchmark, found in groups[kind].items():
+            short = benchmark_heading(benchmark)
+            short = short if headings.count(short) == 1 else benchmark
+            report.heading(short, 3, benchmark)
+            if kind == "leakage":
+                _add_leakage(report, found)
+                continue
+            suite = kind == "zero_shot" and len(groups[kind]) > 4  # one picture shows them all
+            _add_benchmark(report, kind, f"{heading}, {short}", found, zero_shot, () if suite else drawn)
+
+
+def _add_benchmark(
+    report: _Builder,
+    kind: str,
+    where: str,
+    found: Sequence[tuple[Path, Record]],
+    zero_shot: Sequence[Record],
+    drawn: Sequence[str],
+) -> None:
+    """The table of one benchmark, its warnings, its pictures and what it was measured on."""
+    rows, repeated = merge_rows(report.name(found))
+    report.warn(find_conflicts(rows, timed=kind == "efficiency"), where)
+    report.blocks.extend(_tabulate(rows))
+    if repeated:
+        report.blocks.append(
+            Text(f"{repeated} records are left out because they repeat a row: the same weights, data and numbers.")
+        )
+    panels = bars(rows, drawn)
+    if len(rows) > 1 and panels:
+        report.draw(
+            plot_bars,
+            panels,
+            f"{where}. {LINES_NOTE if any('runs' in row or 'intervals' in row for row in rows) else ''}",
+        )
+    points, curves, benchmarks = pair_tradeoff(rows, zero_shot) if kind == "retrieval" else ([], {}, [])
+    if points:
+        names = ", ".join(map(benchmark_heading, benchmarks))
+        over = f"mean over {len(benchmarks)} benchmarks: {names}" if len(benchmarks) > 1 else names
+        alt = f"Retrieval against zero-shot accuracy ({over}) of the same weights."
+        report.draw(plot_tradeoff, points, alt, curves=curves, x_label="zero-shot top-1 (%)")
+    terms = measured_on([record for _, record in found], weights=False)
+    report.measured(terms, [path for path, _ in found])
+
+
+def _tabulate(rows: Sequence[Record]) -> list[Table | Text]:
+    several = len({row["dataset_fingerprint"] for row in rows}) > 1
+    columns = [
+        "model",
+        *(["data"] if several else []),
+        "revision",
+        *(["runs"] if any("runs" in row for row in rows) else []),
+    ]
+    table, *notes = tabulate_rows(rows, order_metrics(rows), best=True, columns=columns)
+    has_best = any(isinstance(cell, Cell) and cell.is_best for row in table.rows for cell in row)
+    return [table, *notes, *([BEST_NOTE] if has_best else [])]
+
+
+def _add_suite(report: _Builder, groups: Mapping[str, Sequence[tuple[Path, Record]]]) -> None:
+    """Models that were measured on several zero-shot benchmarks, side by side,
+    with the mean of those that have all.
     """
+    found_values: dict[tuple, tuple[str, dict[str, float]]] = {}
+    titles = {benchmark: benchmark_heading(benchmark) for benchmark in groups}
+    for benchmark, found in groups.items():
+        rows, _ = merge_rows(report.name(found))
+        metric = next((name for name in ("top1", "map") if any(name in row["metrics"] for row in rows)), None)
+        for row in rows:
+            if metric in row["metrics"]:
+                _, model = found_values.setdefault(weights_of(row), (name_of(row), {}))
+                model[benchmark] = row["metrics"][metric]
+    labels = [label for label, row in found_values.values() if len(row) > 1]
+    values = {
+        label if labels.count(label) == 1 else f"{label} {short_hash(weights[0][0])}": row
+        for weights, (label, row) in found_values.items()
+        if len(row) > 1
+    }
+    if not values:
+        return
+    shown = [benchmark for benchmark in groups if any(benchmark in row for row in values.values())]
+    share = metric_of(RETENTION_METRIC)
+    table = []
+    for series, row in values.items():
+        mean = share.show(sum(row.values()) / len(row)) if set(shown) <= set(row) else ABSENT
+        table.append([series, *(share.show(row[name]) if name in row else ABSENT for name in shown), mean])
+    header = ["Model", *(titles[name] for name in shown), f"mean of {len(shown)}"]
+    report.heading("All datasets", 3)
+    report.blocks.append(Table(header, table))
+    report.blocks.append(
+        Text(
+            "Top-1 in percent; mAP where images have several labels. Shown are the models measured on two or more "
+            "datasets; a model trained with several seeds shows their mean."
+        )
+    )
+    report.draw(
+        plot_suite,
+        {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()},
+        "Zero-shot accuracy by dataset.",
+    )
+    report.blocks.append(Text("The section of each dataset below says what its numbers were measured on."))
+
+
+def _add_leakage(report: _Builder, found: Sequence[tuple[Path, Record]]) -> None:
+    by_file: dict[Path, list[Record]] = {}
+    for path, record in found:
+        by_file.setdefault(path, []).append(record)
+    for path, records in by_file.items():
+        try:
+            report.blocks.extend(tabulate_leakage(records))
+        except ValueError as error:
+            report.warn([f"{path}: {error}"], f"leakage in {report.sources.names[path]}")
+        report.measured(measured_on(records), [path])
+
+
+def _add_speed(report: _Builder) -> None:
+    """Add a table for each file of `benchmarks/`, pictures for those of image encoders, and what was measured on."""
     if report.sources.speed:
         report.heading("Speed", 2)
     for path, data, table in report.sources.speed:
         report.heading(report.sources.names[path], 3, str(path))
-        report.blocks.append(Table(table))
+        report.blocks.extend(table)
         if data["benchmark"] == "image_encoders":
             _draw_encoders(report, data)
         shown = {key: value for key, value in data.items() if key in ("n", "versions", "hardware")}
@@ -359,11 +574,13 @@ def add_speed(report: Any) -> None:
             for key, value in data.get("arguments", {}).items()
             if not isinstance(value, list) and value != ""
         }
-        report.blocks.append(Terms([*measured_on([{**shown, "arguments": settings}]), report.files([path])]))
+        report.measured(measured_on([{**shown, "arguments": settings}]), [path])
 
 
-def _draw_encoders(report: Any, data: Mapping[str, Any]) -> None:
-    """Times of the first cell as bars; where encoders were measured at three sizes or more, the growth too."""
+def _draw_encoders(report: _Builder, data: Mapping[str, Any]) -> None:
+    """Draw the times of the first cell as bars, and the growth of encoders that were measured at three sizes or
+    more.
+    """
     clock = data["clock_of_ratios"]
     cell = data["rows"][0]["cell"]
     panel = [
@@ -387,97 +604,17 @@ def _draw_encoders(report: Any, data: Mapping[str, Any]) -> None:
         report.draw(plot_growth, series, "Time of one image against its size.", x_label="pixels a side", y_label="ms")
 
 
-PICTURES = "plots"
-# Kinds of benchmark in the order of the report: title, and what is drawn of them, where it was measured.
-KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "retrieval": ("Retrieval", ("text_to_image_recall@1", "image_to_text_recall@1")),
-    "fine_grained": ("Fine-grained retrieval", ("accuracy", "text_score", "image_score", "group_score")),
-    "zero_shot": ("Zero-shot classification", ("top1", "mean_per_class", "map")),
-    "efficiency": ("Efficiency", ("image_latency_ms", "text_latency_ms", "peak_memory_mib")),
-    "diagnostics": ("Diagnostics", ("modality_gap", "alignment", "image_uniformity", "text_uniformity")),
-    "hessian": ("Curvature", ("hessian_eigenvalue_1",)),
-    "leakage": ("What the teacher reads", ()),
-}
-BOLD = (
-    "In percent where no unit stands. Bold: the best as shown on the same data; whether it is beyond noise `eval.py "
-    "compare` says."
-)
-
-LINES = "Lines: 95 % intervals, over training seeds where ×N stands, else over test images."
+def _add_left_out(report: _Builder, most: int = 30) -> None:
+    left_out = report.sources.left_out
+    if left_out:
+        report.heading("Files that are not shown", 2)
+        rows = [[str(path), " ".join(reason.split())] for path, reason in left_out[:most]]
+        report.blocks.append(Table(["File", "Why"], rows, left=2))
+        if len(left_out) > most:
+            report.blocks.append(Text(f"And {len(left_out) - most} more."))
 
 
-class _Report:
-    """The blocks of a report as they come, and its pictures in a folder."""
-
-    def __init__(self, sources: Sources, folder: Path):
-        self.sources, self.folder = sources, folder
-        self.blocks: list[Block] = []
-        self.pictures: dict[str, bytes] = {}
-        self.warned: list[str] = []
-
-    def heading(self, text: str, level: int, full: str = "") -> None:
-        self.blocks.append(Heading(text, level, f"part-{len(self.blocks)}", full))
-
-    def warn(self, items: Sequence[str], where: str) -> None:
-        if items:
-            self.blocks.append(Warnings(list(items)))
-            self.warned.append(where)
-
-    def draw(self, plot: Any, content: Any, alt: str, **options: Any) -> None:
-        name = f"{len(self.pictures) + 1:02d}_{plot.__name__.removeprefix('plot_')}.png"
-        plot(content, self.folder / name, **options)
-        self.pictures[name] = (self.folder / name).read_bytes()
-        self.blocks.append(Picture(name, alt))
-
-    def name(self, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> list[tuple[str, Mapping[str, Any]]]:
-        """Records with the short names of their files."""
-        return [(self.sources.names[path], record) for path, record in found]
-
-    def files(self, paths: Sequence[Path]) -> tuple[str, str]:
-        return "Files", ", ".join(dict.fromkeys(map(str, paths)))
-
-
-def write_report(
-    paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, title: str = "Results"
-) -> list[Path]:
-    """Write `report.md` with its pictures in `plots/`, and `report.html`, which holds everything, from results files.
-
-    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. Any other JSON in the folders is
-    named in the report. Each table says what it was measured on, and whether its rows are comparable at all.
-
-    Args:
-        paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched with those below.
-        output (`str` or `os.PathLike`): Folder. Files in it are replaced, each whole or not at all; others stay.
-        title (`str`, *optional*, defaults to `"Results"`): Above it all.
-
-    Returns:
-        `list[Path]`: What was written: the HTML page, the Markdown file, the pictures.
-
-    Raises:
-        FileNotFoundError: If a path is missing.
-        ImportError: If matplotlib is not installed.
-        NotADirectoryError: If `output` is a file.
-        ValueError: If none of the files can be shown.
-    """
-    output = Path(output)
-    if output.exists() and not output.is_dir():
-        raise NotADirectoryError(f"Expected a folder to write the report to, got the file {output}.")
-    sources = read_sources(paths)
-    with tempfile.TemporaryDirectory() as folder:
-        report = _Report(sources, Path(folder))
-        _add_summaries(report)
-        _add_records(report)
-        add_speed(report)
-        _add_left_out(report)
-    intro = _introduce(report)
-    for name, content in report.pictures.items():
-        write_bytes(output / PICTURES / name, content)
-    write_text(output / "report.md", render_markdown(title, intro, report.blocks, PICTURES))
-    write_text(output / "report.html", render_html(title, intro, report.blocks, report.pictures))
-    return [output / "report.html", output / "report.md", *(output / PICTURES / name for name in report.pictures)]
-
-
-def _introduce(report: _Report) -> list[str]:
+def _introduce(report: _Builder) -> list[Text]:
     sources = report.sources
     records = [record for _, record in sources.records]
     parts = [
@@ -493,167 +630,46 @@ def _introduce(report: _Report) -> list[str]:
     if sources.left_out:
         intro.append(f"{len(sources.left_out)} JSON files are not shown; the last part names them.")
     if report.warned:
-        intro.append(f"Rows that are not to be compared without care: {'; '.join(dict.fromkeys(report.warned))}.")
-    return intro
+        intro.append(f"Compare rows with care in: {'; '.join(dict.fromkeys(report.warned))}.")
+    return [Text(paragraph) for paragraph in intro]
 
 
-def _add_summaries(report: _Report) -> None:
-    if report.sources.summaries:
-        report.heading("Experiments", 2)
-    for path, summary in report.sources.summaries:
-        name = report.sources.names[path]
-        report.heading(name, 3, str(path))
-        measured = [
-            record
-            for file, record in report.sources.records
-            if file.parent == path.parent
-            and record["benchmark"] in summary.get("benchmarks", ())
-            and "condition" not in record
-        ]
-        rows, _ = merge_rows([(name, record) for record in measured])
-        by_benchmark = [[row for row in rows if row["benchmark"] == one] for one in summary.get("benchmarks", ())]
-        conflicts = [
-            text for group in by_benchmark for text in find_conflicts(group) if "seed" not in text.split(":")[0]
-        ]
-        report.warn(conflicts, name)
-        report.blocks.append(Table(render_summary(summary, where=str(path))))
-        if len(summary["arms"]) > 1:
-            report.draw(
-                plot_tradeoff,
-                tradeoff_points(summary),
-                f"{name}: retrieval against zero-shot accuracy",
-                x_label="zero-shot top-1 (%)",
-            )
-        terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
-        report.blocks.append(Terms([*terms, report.files([path])]))
+def write_report(
+    paths: Sequence[str | os.PathLike], output: str | os.PathLike, *, title: str = "Results"
+) -> list[Path]:
+    """Write `report.md` with its pictures in `plots/`, and `report.html`, which holds everything, from results files.
 
+    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. The report names every other JSON
+    file of the folders. Each table says what it was measured on, and whether its rows are comparable.
 
-def _add_records(report: _Report) -> None:
-    groups: dict[str, dict[str, list[tuple[Path, Mapping[str, Any]]]]] = {}
-    for path, record in report.sources.records:
-        groups.setdefault(kind_of(record), {}).setdefault(record["benchmark"], []).append((path, record))
-    zero_shot = [row for found in groups.get("zero_shot", {}).values() for row in merge_rows(report.name(found))[0]]
-    for kind in [*(kind for kind in KINDS if kind in groups), *(kind for kind in groups if kind not in KINDS)]:
-        heading, drawn = KINDS.get(kind, (kind.replace("_", " ").capitalize(), ()))
-        report.heading(heading, 2)
-        if kind == "zero_shot" and len(groups[kind]) > 1:
-            _add_suite(report, groups[kind])
-        shortened = [shorten_benchmark(benchmark) for benchmark in groups[kind]]
-        for benchmark, found in groups[kind].items():
-            short = shorten_benchmark(benchmark)
-            short = short if shortened.count(short) == 1 else benchmark
-            report.heading(short, 3, benchmark)
-            if kind == "leakage":
-                _add_leakage(report, found)
-                continue
-            suite = kind == "zero_shot" and len(groups[kind]) > 4  # one picture shows them all
-            _add_benchmark(report, kind, f"{heading}, {short}", found, zero_shot, () if suite else drawn)
+    Args:
+        paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched with those below.
+        output (`str` or `os.PathLike`): Folder. Files in it are replaced, each whole or not at all; others stay.
+        title (`str`, *optional*, defaults to `"Results"`): Title of the report.
 
+    Returns:
+        `list[Path]`: What was written: the HTML page, the Markdown file, the pictures.
 
-def _add_benchmark(
-    report: _Report,
-    kind: str,
-    where: str,
-    found: Sequence[tuple[Path, Mapping[str, Any]]],
-    zero_shot: Sequence[Mapping[str, Any]],
-    drawn: Sequence[str],
-) -> None:
-    """The table of one benchmark, its warnings, its pictures and what it was measured on."""
-    rows, repeated = merge_rows(report.name(found))
-    report.warn(find_conflicts(rows, timed=kind == "efficiency"), where)
-    report.blocks.append(Table(_render(rows)))
-    if repeated:
-        report.blocks.append(
-            Text(f"Left out: {repeated} records that repeat a row: the same weights, data and numbers.")
-        )
-    panels = bars(rows, drawn)
-    if len(rows) > 1 and panels:
-        report.draw(
-            plot_bars, panels, f"{where}. {LINES if any('runs' in row or 'intervals' in row for row in rows) else ''}"
-        )
-    points, curves, benchmarks = pair_tradeoff(rows, zero_shot) if kind == "retrieval" else ([], {}, [])
-    if points:
-        names = ", ".join(map(shorten_benchmark, benchmarks))
-        over = f"mean over {len(benchmarks)} benchmarks: {names}" if len(benchmarks) > 1 else names
-        alt = f"Retrieval against zero-shot accuracy ({over}) of the same weights."
-        report.draw(plot_tradeoff, points, alt, curves=curves, x_label="zero-shot top-1 (%)")
-    terms = measured_on([record for _, record in found], weights=False)
-    report.blocks.append(Terms([*terms, report.files([path for path, _ in found])]))
-
-
-def _render(rows: Sequence[Mapping[str, Any]]) -> str:
-    several = len({row["dataset_fingerprint"] for row in rows}) > 1
-    columns = [
-        "model",
-        *(["data"] if several else []),
-        "revision",
-        *(["runs"] if any("runs" in row for row in rows) else []),
-    ]
-    table = render_rows(rows, order_metrics(rows), best=True, columns=columns)
-    return f"{table}\n\n{BOLD}" if "**" in table else table
-
-
-def _add_suite(report: _Report, groups: Mapping[str, Sequence[tuple[Path, Mapping[str, Any]]]]) -> None:
-    """Models that were measured on several zero-shot benchmarks, side by side,
-    with the mean of those that have all.
+    Raises:
+        FileNotFoundError: If a path is missing.
+        ImportError: If matplotlib is not installed.
+        NotADirectoryError: If `output` is a file.
+        ValueError: If none of the files can be shown.
     """
-    found_values: dict[tuple, tuple[str, dict[str, float]]] = {}
-    titles = {benchmark: shorten_benchmark(benchmark) for benchmark in groups}
-    for benchmark, found in groups.items():
-        rows, _ = merge_rows(report.name(found))
-        metric = next((name for name in ("top1", "map") if any(name in row["metrics"] for row in rows)), None)
-        for row in rows:
-            if metric in row["metrics"]:
-                _, model = found_values.setdefault(weights_of(row), (name_of(row), {}))
-                model[benchmark] = row["metrics"][metric]
-    labels = [label for label, row in found_values.values() if len(row) > 1]
-    values = {
-        label if labels.count(label) == 1 else f"{label} {short_hash(weights[0][0])}": row
-        for weights, (label, row) in found_values.items()
-        if len(row) > 1
-    }
-    if not values:
-        return
-    shown = [benchmark for benchmark in groups if any(benchmark in row for row in values.values())]
-    share = metric_of(RETENTION_METRIC)
-    table = []
-    for series, row in values.items():
-        mean = share.show(sum(row.values()) / len(row)) if set(shown) <= set(row) else "–"
-        table.append([series, *(share.show(row[name]) if name in row else "–" for name in shown), mean])
-    header = ["Model", *(titles[name] for name in shown), f"mean of {len(shown)}"]
-    report.heading("All datasets", 3)
-    report.blocks.append(Table(markdown_table(header, table)))
-    report.blocks.append(
-        Text(
-            "Top-1 in percent, mAP of data with several labels an image; models on two or more of them. Means over "
-            "seeds where there are several."
-        )
-    )
-    report.draw(
-        plot_suite,
-        {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()},
-        "Zero-shot accuracy by dataset.",
-    )
-    report.blocks.append(Text("What each was measured on stands below, at the dataset."))
-
-
-def _add_leakage(report: _Report, found: Sequence[tuple[Path, Mapping[str, Any]]]) -> None:
-    by_file: dict[Path, list[Mapping[str, Any]]] = {}
-    for path, record in found:
-        by_file.setdefault(path, []).append(record)
-    for path, records in by_file.items():
-        try:
-            report.blocks.append(Table(render_leakage(records)))
-        except ValueError as error:
-            report.warn([f"{path}: {error}"], f"leakage in {report.sources.names[path]}")
-        report.blocks.append(Terms([*measured_on(records), report.files([path])]))
-
-
-def _add_left_out(report: _Report, most: int = 30) -> None:
-    left_out = report.sources.left_out
-    if left_out:
-        report.heading("Files that are not shown", 2)
-        rows = [[str(path), " ".join(reason.split())] for path, reason in left_out[:most]]
-        report.blocks.append(Table(markdown_table(["File", "Why"], rows, left=2)))
-        if len(left_out) > most:
-            report.blocks.append(Text(f"And {len(left_out) - most} more."))
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise NotADirectoryError(f"Expected a folder to write the report to, got the file {output}.")
+    sources = read_sources(paths)
+    with tempfile.TemporaryDirectory() as folder:
+        builder = _Builder(sources, Path(folder))
+        _add_summaries(builder)
+        _add_records(builder)
+        _add_speed(builder)
+        _add_left_out(builder)
+    report = Report(title, _introduce(builder), builder.blocks)
+    pictures = {output / PLOTS_FOLDER / picture.name: picture.content for picture in builder.pictures}
+    for path, content in pictures.items():
+        write_bytes(path, content)
+    write_text(output / "report.md", render_markdown(report.all_blocks, PLOTS_FOLDER) + "\n")
+    write_text(output / "report.html", render_html(report))
+    return [output / "report.html", output / "report.md", *pictures]

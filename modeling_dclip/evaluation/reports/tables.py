@@ -1,9 +1,16 @@
-"""Markdown tables from what the scripts in `benchmarks/` wrote. Pure: dicts in, text out."""
+"""Tables from results: records, summaries of arms, and what the scripts in `benchmarks/` wrote.
 
-from collections.abc import Callable, Mapping, Sequence
+`tabulate_*` make blocks of a report from dicts, `render_*` the same as Markdown. Nothing here reads or writes a file.
+"""
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from modeling_dclip.evaluation.benchmarks.suite import averages_of_records, suite_name
+from modeling_dclip.evaluation.reports.document import Cell, Code, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES, Metric, comparison_title, metric_of, percent
 from modeling_dclip.evaluation.statistics import seed_interval
 
@@ -21,53 +28,110 @@ INTERVAL_NOTES = {
     "seeds": "±: {:.0%} t-interval over training seeds, on one test set.",
     "images": "In brackets: {:.0%} bootstrap interval over test images, for these checkpoints.",
 }
+ABSENT = "–"  # in place of a number that was not measured
 
 
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Lay out a table: the first `left` columns to the left, the others to the right; all lines equally wide;
-    pipes escaped.
+def interval_cell(
+    interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE, unit: str = ""
+) -> Cell:
+    """Show an estimate with its interval.
+
+    `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images (there it is
+    symmetric by chance only, and the notes tell the two kinds by their form), and `12.3` where there is none.
+
+    Args:
+        interval (`dict`): `estimate`, `low`, `high` (`None`: unbounded, or both `None`: no interval), optionally
+            `covers`.
+        signed (`bool`, *optional*, defaults to `False`): Show the sign of positive numbers too.
+        metric ([`Metric`], *optional*): What the numbers are of; a share in [0, 1], shown in percent, by default.
+        unit (`str`, *optional*): Stands after the interval.
     """
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(3, *(len(row[column]) for row in cells)) for column in range(len(header))]
-    rule = ["-" * width if column < left else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
-
-    def line(row: Sequence[str]) -> str:
-        padded = (
-            f"{cell:<{w}}" if i < left else f"{cell:>{w}}" for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return f"| {' | '.join(padded)} |"
-
-    return "\n".join(line(row) for row in (cells[0], rule, *cells[1:]))
+    estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))
+    value = metric.show(estimate, signed=signed)
+    if low is None and high is None:
+        return Cell(value, "", unit)
+    symmetric = low is not None and high is not None and abs((high - estimate) - (estimate - low)) < 1e-9
+    if symmetric and interval.get("covers") != "images":
+        return Cell(value, f"± {metric.show(high - estimate)}", unit)
+    ends = ["∞" if end is None else metric.show(end, signed=signed) for end in (low, high)]
+    return Cell(value, f"[{ends[0]}, {ends[1]}]", unit)
 
 
 def show_interval(interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE) -> str:
-    """Show `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images,
-    and `12.3` where there is none.
-    """
-    estimate, low, high = (interval[name] for name in ("estimate", "low", "high"))
-    text = metric.show(estimate, signed=signed)
-    if low is None and high is None:
-        return text
-    symmetric = low is not None and high is not None and abs((high - estimate) - (estimate - low)) < 1e-9
-    if (
-        symmetric and interval.get("covers") != "images"
-    ):  # there it is by chance, and the notes tell the two kinds by their form
-        return f"{text} ± {metric.show(high - estimate)}"
-    ends = ["∞" if end is None else metric.show(end, signed=signed) for end in (low, high)]
-    return f"{text} [{ends[0]}, {ends[1]}]"
+    """The text of [`interval_cell`], for a sentence."""
+    return interval_cell(interval, signed=signed, metric=metric).text
+
+
+def _interval_notes(kinds: Iterable[tuple[str, float]]) -> list[str]:
+    """A sentence for each kind of interval, of what it `covers` and its confidence."""
+    return [INTERVAL_NOTES[covers].format(level) for covers, level in sorted(kinds) if covers in INTERVAL_NOTES]
 
 
 def name_of(record: Mapping[str, Any]) -> str:
-    """What a row is called: the record's label, or else the model."""
+    """The name of a row: the record's label, or else the model."""
     return record.get("label", record["model"])
 
 
 def row_title(record: Mapping[str, Any]) -> str:
-    """[`name_of`] and, of a point between two models or another condition, which it is."""
+    """[`name_of`], and the record's condition where it has one (a point between two models, a changed input)."""
     return ", ".join([name_of(record), *([record["condition"]] if "condition" in record else [])])
 
 
-COLUMNS = {
+def _is_local(path: str) -> bool:
+    """Whether it is a local path, not a Hub id (`ORG/NAME`), a URL (`//HOST/PATH` in a spec) or `open_clip:...`."""
+    if path.startswith("//") or ":" in path:
+        return False
+    return path.startswith(("/", ".", "~")) or path.count("/") > 1
+
+
+def shorten_benchmark(benchmark: str) -> str:
+    """Keep the last two parts of every local path in a benchmark's spec; Hub ids and URLs stay.
+
+    Example:
+        >>> shorten_benchmark("retrieval=coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
+        'retrieval=coco:annotations/captions_val2017.json:coco/val2017'
+    """
+
+    def shorten(match: re.Match[str]) -> str:
+        return "/".join(PurePath(match[0]).parts[-2:]) if _is_local(match[0]) else match[0]
+
+    return re.sub(r"[^:=,]*/[^:=,]*", shorten, benchmark)
+
+
+def shorten_paths(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Show models and benchmarks without the folders of the machine that measured them.
+
+    A local path in a benchmark's spec keeps its last two parts. A model that is a local path and has no label loses
+    the folders that all such models share. Hub ids, URLs and labels stay. If two different benchmarks would look
+    equal, all stay as they are.
+
+    Args:
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]; not changed.
+
+    Returns:
+        `list[dict[str, Any]]`: Copies with other values of `benchmark` and `label`.
+
+    Example:
+        >>> [short] = shorten_paths([{"model": "/runs/student", "benchmark": "retrieval=disk:/data/flickr/test"}])
+        >>> short["label"], short["benchmark"]
+        ('student', 'retrieval=disk:flickr/test')
+    """
+    benchmarks = {record["benchmark"]: shorten_benchmark(record["benchmark"]) for record in records}
+    if len(set(benchmarks.values())) < len(benchmarks):
+        benchmarks = dict(zip(benchmarks, benchmarks, strict=True))
+    models = {record["model"] for record in records if "label" not in record and _is_local(record["model"])}
+    parts = {model: PurePath(model).parts for model in models}
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts.values()]))
+    labels = {model: "/".join(folders[shared:]) for model, folders in parts.items()}
+    return [
+        ({"label": labels[record["model"]]} if record["model"] in labels else {})
+        | dict(record)
+        | {"benchmark": benchmarks[record["benchmark"]]}
+        for record in records
+    ]
+
+
+RECORD_COLUMNS = {
     "model": ("Model", name_of),
     "benchmark": ("Benchmark", lambda record: record["benchmark"]),
     "n": ("n", lambda record: f"{record['n']:,}"),
@@ -92,27 +156,28 @@ def render_table(
 ) -> str:
     """Show results records, one row each, one table for each kind of benchmark (records with the same metrics).
 
-    In bold is the best *as shown*: all that show the same best number, in the metric's own direction, among several
-    records of one benchmark on the same data; none where all show the same, or the metric has no better direction.
-    Bold says nothing of noise: the intervals do, and
+    With `best`, the best number *as shown* among several records of one benchmark on the same data is in bold, and so
+    are all that show the same number. None is bold where all show the same, or where the metric has no better
+    direction. Bold says nothing about noise: the intervals do, and
     [`~modeling_dclip.evaluation.reports.comparison.compare_results`].
 
     Args:
         records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`].
         metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of
             them are left out.
-        best (`bool`, *optional*, defaults to `False`): Whether the best of several models on one benchmark is in bold.
-        columns (`Sequence[str]`, *optional*): What stands before the metrics, of `COLUMNS`.
+        best (`bool`, *optional*, defaults to `False`): Whether the best number is in bold.
+        columns (`Sequence[str]`, *optional*): The columns before the metrics, of `RECORD_COLUMNS`.
 
     Returns:
-        `str`: Markdown. Shares in percent, other metrics in their units, with their intervals where a record holds
-            them, and a line on what those are; after the metrics gain and retention, where a record holds them.
+        `str`: Markdown. Shares are in percent, other metrics in their units, with their intervals where a record holds
+            them,
+        and a line says what those are. After the metrics come gain and retention, where a record holds them.
 
     Raises:
         ValueError: If there is no record, none has one of the metrics, or a column is unknown.
     """
-    if unknown := [name for name in columns if name not in COLUMNS]:
-        raise ValueError(f"Expected columns of {list(COLUMNS)}, got {unknown[0]!r}.")
+    if unknown := [name for name in columns if name not in RECORD_COLUMNS]:
+        raise ValueError(f"Expected columns of {list(RECORD_COLUMNS)}, got {unknown[0]!r}.")
     kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
     for record in records:
         names = tuple(name for name in metrics or record["metrics"] if name in record["metrics"])
@@ -122,45 +187,52 @@ def render_table(
         raise ValueError(
             f"Expected records with any of the metrics {metrics or 'at all'}, got {len(records)} without."
         )
-    return "\n\n".join(render_rows(kind, names, best=best, columns=columns) for names, kind in kinds.items())
+    blocks = [tabulate_rows(kind, names, best=best, columns=columns) for names, kind in kinds.items()]
+    return render_markdown([block for own in blocks for block in own])
 
 
-def render_rows(
+def tabulate_rows(
     records: Sequence[Mapping[str, Any]], names: Sequence[str], *, best: bool, columns: Sequence[str]
-) -> str:
-    """One table of these records and metrics, for [`render_table`]; a metric that a record lacks is a dash."""
+) -> list[Table | Text]:
+    """Make one table of records, and a note on its intervals where it has any.
+
+    Args:
+        records (`Sequence[dict]`): The rows.
+        names (`Sequence[str]`): The metrics; one that a record lacks is a dash in its row.
+        best (`bool`): As in [`render_table`].
+        columns (`Sequence[str]`): The columns before the metrics, of `RECORD_COLUMNS`.
+    """
     compared = list(dict.fromkeys(key for record in records for key in record.get("comparison", {})))
     compared = [key for key in compared if comparison_title(key)]
     winners = _find_best(records, names) if best else set()
     rows = []
     for index, record in enumerate(records):
-        row = [COLUMNS[name][1](record) for name in columns]
+        row: list[str | Cell] = [RECORD_COLUMNS[name][1](record) for name in columns]
         for name in names:
-            cell = _show_metric(record, name)
-            value, _, rest = cell.partition(" ")
-            row.append(f"**{value}** {rest}".strip() if (index, name) in winners else cell)
+            cell = _metric_cell(record, name)
+            row.append(cell._replace(is_best=True) if (index, name) in winners else cell)
         for key in compared:
             interval = record.get("comparison", {}).get(key)
-            row.append(show_interval(interval, signed=key.endswith("_gain")) + " %" if interval else "–")
+            row.append(interval_cell(interval, signed=key.endswith("_gain"), unit="%") if interval else ABSENT)
         rows.append(row)
-    header = [COLUMNS[name][0] for name in columns] + [metric_of(name).heading for name in names]
+    header = [RECORD_COLUMNS[name][0] for name in columns] + [metric_of(name).heading for name in names]
     left = next((i for i, name in enumerate(columns) if name in ("n", "runs")), len(columns))
-    table = markdown_table([*header, *(comparison_title(key) for key in compared)], rows, left=left)
+    table = Table([*header, *(comparison_title(key) for key in compared)], rows, left)
     kinds = {
         (interval["covers"], interval["confidence"])
         for record in records
         for name, interval in record.get("intervals", {}).items()
         if name in names and interval["low"] is not None
     }
-    notes = [INTERVAL_NOTES[name].format(level) for name, level in sorted(kinds) if name in INTERVAL_NOTES]
-    return "\n\n".join([table, " ".join(notes)]) if notes else table
+    notes = _interval_notes(kinds)
+    return [table, Text(" ".join(notes))] if notes else [table]
 
 
-def _show_metric(record: Mapping[str, Any], name: str) -> str:
+def _metric_cell(record: Mapping[str, Any], name: str) -> Cell:
     if name not in record["metrics"]:
-        return "–"
+        return Cell(ABSENT)
     interval = record.get("intervals", {}).get(name, {"low": None, "high": None})
-    return show_interval({**interval, "estimate": record["metrics"][name]}, metric=metric_of(name))
+    return interval_cell({**interval, "estimate": record["metrics"][name]}, metric=metric_of(name))
 
 
 def _find_best(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple[int, str]]:
@@ -181,56 +253,68 @@ def _find_best(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> se
     return winners
 
 
-def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> str:
-    """Show a summary of arms: retrieval both ways, zero-shot accuracy, gain and retention, and what the intervals are.
+def tabulate_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> list[Table | Text]:
+    """Make the table of a summary of arms: retrieval both ways, zero-shot accuracy, gain and retention.
 
     Args:
-        summary (`dict`): From [`~modeling_dclip.evaluation.statistics.summarise_arms`]; more keys do no harm.
+        summary (`dict`): From [`~modeling_dclip.evaluation.statistics.summarise_arms`]; other keys are not read.
         where (`str`, *optional*): File, for messages.
 
     Returns:
-        `str`: Markdown: a table, a line on the intervals, and one line per comparison.
+        `list[Table | Text]`: The table, a line on the intervals, and one line for each comparison.
 
     Raises:
-        ValueError: If the summary is without arms or an arm is without a needed key; it is named.
+        ValueError: If the summary has no arms or an arm lacks a needed key; the key is named.
     """
     columns = ["text_to_image_recall@1", "image_to_text_recall@1", "top1"]
     if not isinstance(summary, Mapping) or not summary.get("arms"):
         raise ValueError(
             f"Expected the key 'arms' with one or more arms in {where}. Make the file with summarise_arms."
         )
-    rows, covers = [], set()
-    for row in summary["arms"]:
-        missing = [name for name in columns if name not in row.get("metrics", {})]
-        if missing or "arm" not in row or "seeds" not in row:
-            raise ValueError(f"Expected 'arm', 'seeds' and the metrics {columns} in every arm of {where}, got {row}.")
-        cells = [show_interval(row["metrics"][name]) for name in columns]
-        cells.append(show_interval(row["gain"], signed=True) if "gain" in row else "–")
-        cells.append(show_interval(row["retention"]) if "retention" in row else "–")
-        rows.append([row["arm"], f"{len(row['seeds'])}", *cells])
-        intervals = [*row["metrics"].values(), *(row[name] for name in ("gain", "retention") if name in row)]
-        covers |= {(interval["covers"], interval["confidence"]) for interval in intervals}
+    rows, kinds = [], set()
+    for arm in summary["arms"]:
+        missing = [name for name in columns if name not in arm.get("metrics", {})]
+        if missing or "arm" not in arm or "seeds" not in arm:
+            raise ValueError(f"Expected 'arm', 'seeds' and the metrics {columns} in every arm of {where}, got {arm}.")
+        cells = [interval_cell(arm["metrics"][name]) for name in columns]
+        cells.append(interval_cell(arm["gain"], signed=True) if "gain" in arm else Cell(ABSENT))
+        cells.append(interval_cell(arm["retention"]) if "retention" in arm else Cell(ABSENT))
+        rows.append([arm["arm"], f"{len(arm['seeds'])}", *cells])
+        intervals = [*arm["metrics"].values(), *(arm[name] for name in ("gain", "retention") if name in arm)]
+        kinds |= {(interval["covers"], interval["confidence"]) for interval in intervals}
     header = ["Model", "Seeds", "T→I R@1 %", "I→T R@1 %", "zero-shot top-1 %", "gain %", "retention %"]
     against = summary.get("anchor", "the anchor")
-    notes = [INTERVAL_NOTES[name].format(level) for name, level in sorted(covers) if name in INTERVAL_NOTES]
-    notes.append(f"Gain: T→I R@1 relative to {against}; retention: zero-shot top-1 relative to {against}.")
-    lines = [markdown_table(header, rows), "", " ".join(notes)]
+    notes = [
+        *_interval_notes(kinds),
+        f"Gain: T→I R@1 relative to {against}; retention: zero-shot top-1 relative to {against}.",
+    ]
+    blocks: list[Table | Text] = [Table(header, rows), Text(" ".join(notes))]
     for pair in summary.get("comparisons", []):
         shown = (f"{METRIC_TITLES[name]} {show_interval(pair['metrics'][name], signed=True)}" for name in columns)
-        lines += ["", f"{pair['student']} minus {pair['baseline']}, paired by seed, in points: {', '.join(shown)}."]
-    return "\n".join(lines)
+        blocks.append(
+            Text(f"{pair['student']} minus {pair['baseline']}, paired by seed, in points: {', '.join(shown)}.")
+        )
+    return blocks
 
 
-def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1") -> str:
-    """Show what teachers reach with parts of their input exchanged: a row for each condition, a column for each label.
+def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> str:
+    """[`tabulate_summary`] as Markdown."""
+    return render_markdown(tabulate_summary(summary, where=where))
+
+
+def tabulate_leakage(
+    records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1"
+) -> list[Table | Text]:
+    """Make the table of what teachers reach with parts of their input exchanged: a row for each condition, a column
+    for each label.
 
     Args:
         records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark.
-            Those with one label are trainings of one teacher with several seeds.
+            Records with one label are trainings of one teacher with several seeds.
         metric (`str`, *optional*, defaults to `"text_to_teacher_recall@1"`): Which to show, in percent.
 
     Returns:
-        `str`: Markdown: a table, and a line on what was measured and what the intervals are.
+        `list[Table | Text]`: The table, and a line on what was measured and what the intervals are.
 
     Raises:
         ValueError: If a record is of another kind or lacks the metric, a cell is missing, or the benchmarks differ.
@@ -242,7 +326,7 @@ def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_
                 f"Expected a 'condition' and the metric {metric!r} in every record, got {record.get('condition')!r} "
                 f"and {sorted(record['metrics'])} for {record['model']!r}."
             )
-        cells.setdefault((record["condition"], record.get("label", record["model"])), []).append(record)
+        cells.setdefault((record["condition"], name_of(record)), []).append(record)
     conditions, labels = (list(dict.fromkeys(key[place] for key in cells)) for place in (0, 1))
     measured = {(record["benchmark"], record["dataset_fingerprint"], record["n"]) for record in records}
     if len(measured) != 1 or len(cells) != len(conditions) * len(labels):
@@ -250,44 +334,48 @@ def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_
             f"Expected every condition for every label on one benchmark, got {sorted(cells)} on {sorted(measured)}. "
             "Measure them again."
         )
-    rows, covers = [], set()
+    rows, kinds = [], set()
     for condition in conditions:
-        row = [LEAKAGE_TITLES.get(condition, condition)]
+        row: list[str | Cell] = [LEAKAGE_TITLES.get(condition, condition)]
         for label in labels:
             interval = _pool_trainings(cells[condition, label], metric)
-            covers.add((interval["covers"], interval["confidence"]))
-            row.append(show_interval(interval))
+            kinds.add((interval["covers"], interval["confidence"]))
+            row.append(interval_cell(interval))
         rows.append(row)
     (benchmark, _, n), draws = measured.pop(), [record["draws"][metric] for record in records if "draws" in record]
     trained = {label: len(cells[conditions[0], label]) for label in labels}
     header = [f"{label} ({count} trained)" if count > 1 else label for label, count in trained.items()]
-    notes = [f"{METRIC_TITLES.get(metric, metric)} in percent, {n:,} images of `{benchmark.partition('=')[2]}`."]
+    notes = []
     if draws:
         apart = max(max(values) - min(values) for values in draws)
         notes.append(
             f"Means of {len(draws[0])} draws of captions and shuffles, which are at most {percent(apart)} apart."
         )
-    notes += [INTERVAL_NOTES[name].format(level) for name, level in sorted(covers) if name in INTERVAL_NOTES]
-    return "\n".join([markdown_table(["The teacher reads", *header], rows), "", " ".join(notes)])
+    notes += _interval_notes(kinds)
+    title, data = METRIC_TITLES.get(metric, metric), Code(benchmark.partition("=")[2])
+    note = Text(f"{title} in percent, {n:,} images of ", data, " ".join([".", *notes]))
+    return [Table(["The teacher reads", *header], rows), note]
+
+
+def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1") -> str:
+    """[`tabulate_leakage`] as Markdown."""
+    return render_markdown(tabulate_leakage(records, metric=metric))
 
 
 def _pool_trainings(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
-    """Over training seeds where there are several; else over images, where the record holds it."""
+    """The interval over training seeds where there are several; else over images, where the record holds it."""
     values = [record["metrics"][metric] for record in records]
-    if len(values) == 1 or len(set(values)) == 1:  # what no training moves has no spread over trainings
+    if len(values) == 1 or len(set(values)) == 1:  # a number that no training changes has no spread over trainings
         return records[0].get("intervals", {}).get(metric) or seed_interval(values[:1]).to_dict()
     return seed_interval(values).to_dict()
 
 
-# The averages of the zero-shot suite as a table, for every model that was measured on sets of it.
-
-
 def render_averages(records: Sequence[Mapping[str, Any]]) -> str:
-    """Show each model's averages over the sets it was measured on, and over how many they are.
+    """Show the averages of the zero-shot suite for each model, and over how many of its sets each average is.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two models
-            and splits are averaged apart.
+        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two
+            models, and splits, have averages of their own.
 
     Returns:
         `str`: Markdown; empty where no record is of a set of the suite.
@@ -307,38 +395,39 @@ def render_averages(records: Sequence[Mapping[str, Any]]) -> str:
         for title, average in averages_of_records(own).items():
             if average.value is not None:
                 rows.append([label, title, percent(average.value), f"{average.n_measured} of {average.n_defined}"])
-    return markdown_table(["Model", "Average", "%", "sets"], rows, left=2) if rows else ""
+    return render_markdown([Table(["Model", "Average", "%", "sets"], rows, left=2)]) if rows else ""
 
 
 CLOCKS = {"cpu_ms": "CPU ms", "latency_ms": "ms"}
 
 
 def _ms(value: float) -> str:
-    """Three digits that count, or more before the point: two rows whose
-    ratio shows a difference show it themselves.
+    """Three significant digits, or more before the point: where a ratio of two rows shows a difference, so do the
+    rows.
     """
     return f"{value:.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
-def _spread(value: Mapping[str, float] | None, digits: int | None = None) -> str:
-    """A median with the smallest and the largest of its rounds: of so many decimals, or as times."""
+def _spread(value: Mapping[str, float] | None, digits: int | None = None) -> Cell:
+    """A median with the smallest and the largest of its rounds: with `digits` decimals, or as times."""
     if value is None:
-        return "–"
+        return Cell(ABSENT)
     median, low, high = (
         _ms(value[name]) if digits is None else f"{value[name]:.{digits}f}" for name in ("median", "min", "max")
     )
-    return f"{median} [{low}, {high}]"
+    return Cell(median, f"[{low}, {high}]")
 
 
-def _note(data: Mapping[str, Any], measured: str) -> str:
+def _note(data: Mapping[str, Any], measured: str) -> Text:
+    """What was measured, and on which machine with which PyTorch."""
     hardware, arguments = data["hardware"], data["arguments"]
     device = arguments.get("device", "cpu")
     where = hardware["cpu"] if device == "cpu" else ", ".join(hardware["gpus"])
     threads = f", {arguments['threads']} thread(s)" if device == "cpu" and "threads" in arguments else ""
-    return f"{measured} {where}{threads}, PyTorch {data['versions']['torch']}."
+    return Text(f"{measured} {where}{threads}, PyTorch {data['versions']['torch']}.")
 
 
-def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: str = "") -> str:
+def tabulate_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: str = "") -> list[Table | Text]:
     """Cost of image encoders beside each other.
 
     Args:
@@ -348,7 +437,7 @@ def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: s
             compared with.
 
     Returns:
-        `str`: Markdown.
+        `list[Table | Text]`: The table, and a line on what it was measured on.
 
     Raises:
         ValueError: If a cell was not measured.
@@ -366,22 +455,21 @@ def render_encoders(data: Mapping[str, Any], *, cells: str = "native@1", over: s
         line = [row["encoder"], str(row["image_size"]), str(row["batch_size"]), f"{row['eager_parameters'] / 1e6:.1f}"]
         line += [f"{row['eager_gflops']:.1f}", _ms(row[clock]["median"])]
         lines.append(line + [_spread(row["time_over"].get(name), 2) for name in baselines])
-    table = markdown_table([*header, *(f"/ {name}" for name in baselines)], lines)
     note = (
         "Medians of interleaved rounds, ratios with the smallest and largest round; GFLOP are of one batch, and like "
         "the parameters the eager float32 model's in every form."
     )
-    return f"{table}\n\n{_note(data, note)}"
+    return [Table([*header, *(f"/ {name}" for name in baselines)], lines), _note(data, note)]
 
 
-def render_scan(data: Mapping[str, Any]) -> str:
+def tabulate_scan(data: Mapping[str, Any]) -> list[Table | Text]:
     """Cost of the selective scan's paths against mamba-ssm's reference algorithm and a plain loop.
 
     Args:
         data (`Mapping`): What `benchmarks/selective_scan.py` wrote.
 
     Returns:
-        `str`: Markdown.
+        `list[Table | Text]`: The table, and a line on what it was measured on.
     """
     header = ["(batch, channels, length)", "forward, ms", "× mamba-ssm's algorithm", "× plain loop"]
     header += ["forward + backward, ms", "× mamba-ssm's algorithm", "× plain loop"]
@@ -397,17 +485,17 @@ def render_scan(data: Mapping[str, Any]) -> str:
         "× is how many times faster, the median of interleaved rounds with the smallest and largest; state size 8, "
         "float32."
     )
-    return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
+    return [Table(header, lines), _note(data, note)]
 
 
-def render_student_step(data: Mapping[str, Any]) -> str:
+def tabulate_student_step(data: Mapping[str, Any]) -> list[Table | Text]:
     """Time of a student's step with teacher and text tower online against one with stored targets.
 
     Args:
         data (`Mapping`): What `benchmarks/student_step.py` wrote.
 
     Returns:
-        `str`: Markdown.
+        `list[Table | Text]`: The table, and a line on what it was measured on.
     """
     header = ["Student's step", "ms", "× stored targets"]
     lines = [
@@ -415,17 +503,17 @@ def render_student_step(data: Mapping[str, Any]) -> str:
         ["teacher and text tower online", _spread(data["online_ms"]), _spread(data["online_over_cached"], 2)],
     ]
     note = _note(data, "Medians of interleaved rounds, with the smallest and largest.")
-    return f"{markdown_table(header, lines)}\n\n{note}"
+    return [Table(header, lines), note]
 
 
-def render_retrieval(data: Mapping[str, Any]) -> str:
+def tabulate_retrieval(data: Mapping[str, Any]) -> list[Table | Text]:
     """Cost of retrieval metrics against clip_benchmark's on the same embeddings, and how ours grows.
 
     Args:
         data (`Mapping`): What `benchmarks/retrieval.py` wrote.
 
     Returns:
-        `str`: Markdown, two tables.
+        `list[Table | Text]`: The comparison, what it was measured on, and the growth.
     """
     costs = (("cpu_s", "times_faster", 2), ("peak_memory_mib", "times_less_memory", 0))
     header = ["Images", "captions"]
@@ -436,12 +524,11 @@ def render_retrieval(data: Mapping[str, Any]) -> str:
         line = [f"{row['images']:,}", f"{row['captions']:,}"]
         for cost, ratio, digits in costs:
             line += [
-                f"{row[side][cost]['median']:.{digits}f}" if side in row else "–"
+                f"{row[side][cost]['median']:.{digits}f}" if side in row else ABSENT
                 for side in ("ours", "clip_benchmark")
             ]
             line.append(_spread(row.get(ratio), 1))
         lines.append(line)
-    table = markdown_table(header, lines, left=0)
     note = (
         "× is how many times less ours takes, the median of interleaved rounds "
         f"({', '.join(str(row['rounds']) for row in data['rows'])}) with the smallest and largest; memory is what the "
@@ -452,18 +539,18 @@ def render_retrieval(data: Mapping[str, Any]) -> str:
     grown = [
         [f"{row['captions']:,}", f"{row['cpu_s']:.1f}", f"{row['peak_memory_mib']:.0f}"] for row in data["growth"]
     ]
-    growth = markdown_table(["Captions", "CPU s, ours", "MiB, ours"], grown, left=0)
-    return f"{table}\n\n{_note(data, note)}\n\n{growth}"
+    growth = Table(["Captions", "CPU s, ours", "MiB, ours"], grown, left=0)
+    return [Table(header, lines, left=0), _note(data, note), growth]
 
 
-def render_onnx_towers(data: Mapping[str, Any]) -> str:
+def tabulate_onnx_towers(data: Mapping[str, Any]) -> list[Table | Text]:
     """Both towers under ONNX Runtime against PyTorch: speed, and how far the outputs are from the model's.
 
     Args:
         data (`Mapping`): What `benchmarks/onnx_towers.py` wrote.
 
     Returns:
-        `str`: Markdown.
+        `list[Table | Text]`: The table, and a line on what it was measured on.
     """
     lines = [
         [
@@ -473,7 +560,7 @@ def render_onnx_towers(data: Mapping[str, Any]) -> str:
             *(
                 [f"{row['mebibytes']:.0f}", f"{row['max_relative_difference']:.1e}", f"{row['min_cosine']:.5f}"]
                 if "mebibytes" in row
-                else ["–"] * 3
+                else [ABSENT] * 3
             ),
         ]
         for row in data["rows"]
@@ -484,17 +571,17 @@ def render_onnx_towers(data: Mapping[str, Any]) -> str:
         "eager PyTorch, the median of interleaved rounds with the smallest and largest; differences relative to the "
         "largest output."
     )
-    return f"{markdown_table(header, lines)}\n\n{_note(data, note)}"
+    return [Table(header, lines), _note(data, note)]
 
 
-def render_index(data: Mapping[str, Any]) -> str:
+def tabulate_index(data: Mapping[str, Any]) -> list[Table | Text]:
     """Build and query times of search indexes.
 
     Args:
         data (`Mapping`): What `benchmarks/index.py` wrote.
 
     Returns:
-        `str`: Markdown.
+        `list[Table | Text]`: The table, and a line on what it was measured on.
     """
     asked = data["arguments"]
     recall = f"recall@{asked['top_k']}"
@@ -515,15 +602,15 @@ def render_index(data: Mapping[str, Any]) -> str:
         f"{asked['n']:,} random unit vectors of {asked['dim']}; embedding pictures is not part of it. Recall of the "
         "exact answers."
     )
-    return f"{markdown_table(header, lines, left=2)}\n\n{_note(data, note)}"
+    return [Table(header, lines, left=2), _note(data, note)]
 
 
-# By the name of the table in Markdown: what renders it, and its options.
-BENCHMARK_TABLES: dict[str, tuple[Callable[..., str], set[str]]] = {
-    "encoders": (render_encoders, {"cells", "over"}),
-    "index": (render_index, set()),
-    "onnx_towers": (render_onnx_towers, set()),
-    "retrieval": (render_retrieval, set()),
-    "scan": (render_scan, set()),
-    "student_step": (render_student_step, set()),
+# By the name of the table in a Markdown page: the function that makes it, and its options.
+BENCHMARK_TABLES: dict[str, tuple[Callable[..., list[Table | Text]], set[str]]] = {
+    "encoders": (tabulate_encoders, {"cells", "over"}),
+    "index": (tabulate_index, set()),
+    "onnx_towers": (tabulate_onnx_towers, set()),
+    "retrieval": (tabulate_retrieval, set()),
+    "scan": (tabulate_scan, set()),
+    "student_step": (tabulate_student_step, set()),
 }

@@ -12,10 +12,10 @@ from fixtures.records import make_test_record as record
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.records import write_results
 from modeling_dclip.evaluation.reports.report import (
+    benchmark_heading,
     merge_rows,
     pair_tradeoff,
     read_sources,
-    shorten_benchmark,
     write_report,
 )
 from modeling_dclip.evaluation.statistics import summarise_arms
@@ -101,18 +101,18 @@ def test_records_become_tables_with_bold_intervals_and_what_they_were_measured_o
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"dataset_fingerprint": "sha256:ef"}, "Not comparable: other data: cd (a); ef (b)"),
-        ({"n": 999}, "Not comparable: other n: 1,000 (a); 999 (b)"),
-        ({"split": "val"}, "Not comparable: other split"),
-        ({"seed": 3}, "A row of one seed says little of another's: other seed: 0 (a); 3 (b)"),
-        ({"versions": {"torch": "1.0"}}, "Measured with different software: other torch"),
+        ({"dataset_fingerprint": "sha256:ef"}, "Not comparable: different data: cd (a); ef (b)"),
+        ({"n": 999}, "Not comparable: different n: 1,000 (a); 999 (b)"),
+        ({"split": "val"}, "Not comparable: different split"),
+        ({"seed": 3}, "Rows of single seeds may differ by chance: seed: 0 (a); 3 (b)"),
+        ({"versions": {"torch": "1.0"}}, "Measured with different software: torch"),
     ],
 )  # fmt: skip
 def test_rows_that_are_not_comparable_are_said_to_be(tmp_path, report, change, message):
     write_results(tmp_path / "in" / "records.json", [record("a"), record("b", **change)])
     text, page = report()
     assert message in text and 'class="warnings"' in page
-    assert "Rows that are not to be compared without care: Retrieval, scenes:test" in text
+    assert "Compare rows with care in: Retrieval, scenes:test" in text
 
 
 def test_other_hardware_matters_to_times_only(tmp_path, report):
@@ -123,7 +123,7 @@ def test_other_hardware_matters_to_times_only(tmp_path, report):
     rows += [record(name, hardware={"cpu": name}) for name in ("a", "bb")]
     write_results(tmp_path / "in" / "records.json", rows)
     text, _ = report()
-    assert text.count("⚠") == 1 and "Measured on different hardware: other cpu: a (a); bb (bb)" in text
+    assert text.count("⚠") == 1 and "Measured on different hardware: cpu: a (a); bb (bb)" in text
     assert "**4.00**" in text and "image latency, ms" in text
 
 
@@ -166,8 +166,9 @@ def test_what_a_file_says_is_escaped(tmp_path, report):
     write_results(
         tmp_path / "in" / "r.json", [record("a", label="<script>alert(1)</script> | x"), record("b", command="<b>&")]
     )
-    _, page = report()
+    text, page = report()
     assert "<script>" not in page and "&lt;script&gt;" in page and "&lt;b&gt;&amp;" in page
+    assert "<script>" not in text and "&lt;script>alert(1)&lt;/script> \\| x" in text and "eval.py or &lt;b>&" in text
     assert "| x" in "".join(check(page).data)
 
 
@@ -235,7 +236,7 @@ def test_long_names_are_shortened_and_stand_in_full_below(tmp_path, report):
     text, page = report()
     assert "### coco:annotations/captions_val2017.json:coco/val2017\n" in text and f"Benchmark: {long}" in text
     assert f'title="{long}"' in page
-    assert len(shorten_benchmark("zero_shot=" + "x" * 300)) <= 64
+    assert len(benchmark_heading("zero_shot=" + "x" * 300)) <= 64
 
 
 def test_an_interrupted_report_leaves_the_old_page_untouched(tmp_path, report, monkeypatch):

@@ -5,16 +5,22 @@ from pathlib import Path
 
 import pytest
 
-from modeling_dclip.evaluation.reports.tables import (
-    render_encoders,
-    render_index,
-    render_onnx_towers,
-    render_retrieval,
-    render_scan,
-    render_student_step,
-)
+from modeling_dclip.evaluation.reports import tables
+from modeling_dclip.evaluation.reports.document import render_markdown
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+
+
+def as_markdown(tabulate):
+    return lambda data, **options: render_markdown(tabulate(data, **options))
+
+
+render_encoders = as_markdown(tables.tabulate_encoders)
+render_index = as_markdown(tables.tabulate_index)
+render_onnx_towers = as_markdown(tables.tabulate_onnx_towers)
+render_retrieval = as_markdown(tables.tabulate_retrieval)
+render_scan = as_markdown(tables.tabulate_scan)
+render_student_step = as_markdown(tables.tabulate_student_step)
 
 
 def read(name):
