@@ -21,6 +21,7 @@ from transformers import set_seed
 import modeling_dclip  # noqa: F401  registers the Auto classes
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure
 from modeling_dclip.evaluation.arms import plot_curve
+from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.evaluator import Candidate, Evaluation, evaluate
@@ -58,22 +59,27 @@ def show(done: Evaluation, arguments: argparse.Namespace) -> None:
 def run(argv: Sequence[str]) -> int:
     arguments = parse_arguments(argv, __doc__)
     set_seed(arguments.seed)
-    shared = (
-        "anchor",
-        "batch_size",
-        "class_names",
-        "device",
-        "index",
-        "num_workers",
-        "overwrite",
-        "seed",
-        "templates",
+    options = EvaluationOptions(
+        seed=arguments.seed,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        num_workers=arguments.num_workers,
+        class_names=arguments.class_names,
+        templates=arguments.templates,
+        classifiers=ClassifierCache(arguments.classifier_cache),
+        index=arguments.index,
+        hessian=dict(pair.split("=", 1) for pair in arguments.hessian),
     )
-    options = {key: getattr(arguments, key) for key in (*shared, "trust_remote_code")}
-    options["classifiers"] = ClassifierCache(arguments.classifier_cache)
-    options["hessian"] = dict(pair.split("=", 1) for pair in arguments.hessian)
-    command = shlex.join(["eval.py", *argv])
-    done = evaluate(find_candidates(arguments), arguments.benchmark, arguments.output, command=command, **options)
+    done = evaluate(
+        find_candidates(arguments),
+        arguments.benchmark,
+        arguments.output,
+        anchor=arguments.anchor,
+        command=shlex.join(["eval.py", *argv]),
+        overwrite=arguments.overwrite,
+        trust_remote_code=arguments.trust_remote_code,
+        options=options,
+    )
     if done.records:
         try:
             show(done, arguments)

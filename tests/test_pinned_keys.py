@@ -70,7 +70,7 @@ from modeling_dclip.encoders.open_clip import (
     fingerprint_open_clip,
 )
 from modeling_dclip.evaluation.benchmarks.fine_grained import questions_fingerprint
-from modeling_dclip.evaluation.benchmarks.kinds import load_benchmark
+from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions, load_benchmark
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.leakage import evaluate_leakage
@@ -377,7 +377,7 @@ def test_equal_pictures_are_one_row_of_questions():
 
 def test_settings_of_benchmarks(tmp_path):
     captioned().save_to_disk(tmp_path / "data")
-    retrieval = load_benchmark(f"retrieval=disk:{tmp_path / 'data'}", index="faiss")
+    retrieval = load_benchmark(f"retrieval=disk:{tmp_path / 'data'}", EvaluationOptions(index="faiss"))
     assert (retrieval.split, retrieval.fingerprint, retrieval.settings) == (
         None,
         "sha256:aac87f3a63d30f1550ef702752cc3f2119a4eb2fb0c161cdd30bf7b669a97565",
@@ -387,8 +387,8 @@ def test_settings_of_benchmarks(tmp_path):
     for name, content in (("blue", BLUE), ("red", RED)):
         (pictures / name).mkdir(parents=True)
         (pictures / name / "0.png").write_bytes(content)
-    options = {"class_names": ("a", "b"), "templates": ("one {}", "two {}")}
-    assert load_benchmark(f"zero_shot=imagefolder:{pictures}", **options).settings == {"prompts": "0ec8a09442682de9"}
+    options = EvaluationOptions(class_names=("a", "b"), templates=("one {}", "two {}"))
+    assert load_benchmark(f"zero_shot=imagefolder:{pictures}", options).settings == {"prompts": "0ec8a09442682de9"}
     columns = {"image": [RED, BLUE], "caption": ["a", "b"], "negative_caption": ["c", "d"]}
     Dataset.from_dict(columns).to_parquet(tmp_path / "questions.parquet")
     assert load_benchmark(f"fine_grained=parquet:{tmp_path / 'questions.parquet'}").settings == {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.reports.plots import plot_tradeoff
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, summarise_arms
@@ -60,8 +61,16 @@ def evaluate_arms(
         for seed, model in by_seed.items()
     ]
     candidates, records_file = [candidate for *_, candidate in runs], output_dir / "records.json"
-    options = {"anchor": str(anchor), "command": command, "keep_others": False, "device": device}
-    done = evaluate(candidates, benchmarks, records_file, **options)
+    options = EvaluationOptions(device=device)
+    done = evaluate(
+        candidates,
+        benchmarks,
+        records_file,
+        anchor=str(anchor),
+        command=command,
+        keep_others=False,
+        options=options,
+    )
     if done.failures:
         raise RuntimeError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
     metrics: dict[str, dict[int, dict[str, float]]] = {}

@@ -1,7 +1,7 @@
-"""Embed the images and captions of a dataset with any dual encoder: bounded memory, named failures.
+"""Embed images, captions and queries with any dual encoder, in bounded memory.
 
-Pixels are those of the processor given, bit for bit ([`~modeling_dclip.data.images.PixelReader`]); give one loaded
-with `backend="pil"` for numbers to publish, as PIL and torchvision differ by 1-2 grey levels.
+Pixels are those of the given processor, bit for bit ([`~modeling_dclip.data.images.PixelReader`]). Load it with
+`backend="pil"` for numbers to publish: PIL and torchvision differ by 1 to 2 grey levels.
 """
 
 import warnings
@@ -17,14 +17,21 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import PixelReader
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import longest_text, projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
 from modeling_dclip.processing_dclip import lay_over_white
 
+TEXTS_PER_IMAGE = 4  # a batch holds this many texts for each of its images: a text costs less
+
 
 class DatasetEmbeddings(NamedTuple):
-    """`image_embeds` (I, D) and `text_embeds` (C, D), float32, L2-normalised, on the CPU;
-    `image_of_caption` (C,) int64.
+    """The embeddings of I images and their C captions.
+
+    Attributes:
+        image_embeds (`torch.Tensor` of shape `(I, D)`): float32, L2-normalised, on the CPU.
+        text_embeds (`torch.Tensor` of shape `(C, D)`): Likewise.
+        image_of_caption (`torch.Tensor` of shape `(C,)`): int64; the row in `image_embeds` of each caption's image.
     """
 
     image_embeds: torch.Tensor
@@ -44,33 +51,24 @@ def _unit(embeds: torch.Tensor, names: Sequence[str], kind: str) -> torch.Tensor
 
 
 @torch.no_grad()
-def embed_images(
-    model: torch.nn.Module,
-    processor: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
-) -> torch.Tensor:
+def embed_images(encoder: Encoder, dataset: Dataset) -> torch.Tensor:
     """Embed the column `image`.
 
+    At most `2 * num_workers + 1` batches are held at a time.
+
     Args:
-        model (`torch.nn.Module`): With `get_image_features`. Evaluated in `eval` mode; its mode is restored.
-        processor: The model's processor, or its image processor alone.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): Its processor may be an image processor alone.
         dataset (`datasets.Dataset`): With `image` (`datasets.Image`) and, for messages, `image_id`.
-        batch_size (`int`, *optional*, defaults to 64): At most `2 * num_workers + 1` batches are held at a time.
-        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if
-            not given.
-        num_workers (`int`, *optional*, defaults to 0): Processes that decode and resize.
 
     Returns:
         `torch.Tensor` of shape `(I, D)`: float32, L2-normalised, on the CPU, in the dataset's order.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If the dataset is empty, an image can't be decoded, or an embedding is not finite; the id is named.
+        ValueError: If the dataset is empty, an image cannot be decoded, or an embedding is not finite. The message
+            names the image's id.
     """
+    model, processor = encoder.model, encoder.processor
     require_dual_encoder(model)
     if "image" not in dataset.column_names or not isinstance(dataset.features["image"], ImageFeature):
         raise ValueError(f"Expected a column 'image' of type datasets.Image, got the columns {dataset.features}.")
@@ -79,95 +77,77 @@ def embed_images(
     if "image_id" not in dataset.column_names:
         dataset = dataset.add_column("image_id", [f"row {row}" for row in range(len(dataset))])
     reader = PixelReader(dataset, getattr(processor, "image_processor", processor), cache_mib=0)
-    device = torch.device(device) if device is not None else model.device
     several = len(reader.input_names) > 1
-    options = {"num_workers": num_workers, "pin_memory": device.type == "cuda"}
-    options["collate_fn"] = reader.decode_inputs if several else reader.decode
-    loader = DataLoader(range(len(dataset)), batch_size, **options)
-    training = model.training
-    model.to(device).eval()
+    loader = DataLoader(
+        range(len(dataset)),
+        encoder.batch_size,
+        num_workers=encoder.num_workers,
+        pin_memory=encoder.compute_device.type == "cuda",
+        collate_fn=reader.decode_inputs if several else reader.decode,
+    )
     embeds = []
-    try:
+    with encoder.evaluating() as device:
         for read in tqdm(loader, desc="Embedding images", unit="batch"):
             named = read if several else {"pixel_values": read}
             inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in named.items()}
             inputs["pixel_values"] = reader.normalise(inputs["pixel_values"]).to(model.dtype)
             embeds.append(projected(model.get_image_features(**inputs)).float().cpu())
-    finally:
-        model.train(training)
     return _unit(torch.cat(embeds), dataset["image_id"], "image")
 
 
 @torch.no_grad()
-def embed_texts(
-    model: torch.nn.Module,
-    processor: Any,
-    texts: Sequence[str],
-    *,
-    batch_size: int = 256,
-    device: torch.device | str | None = None,
-) -> torch.Tensor:
-    """Embed texts, tokenized as the model reads them ([`~modeling_dclip.encoders.families.tokenize_texts`]) and
-    batched by length.
+def embed_texts(encoder: Encoder, texts: Sequence[str], *, batch_size: int | None = None) -> torch.Tensor:
+    """Embed texts, tokenized as the model reads them ([`~modeling_dclip.encoders.families.tokenize_texts`]).
+
+    A batch holds texts of similar length.
 
     Args:
-        model (`torch.nn.Module`): With `get_text_features`. Evaluated in `eval` mode; its mode is restored.
-        processor: The model's processor, or its tokenizer alone. Longer texts than the model's positions are cut,
-            counted in a warning.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): Its processor may be a tokenizer alone. A text longer than the
+            model's positions is cut; a warning says how many were.
         texts (`Sequence[str]`): At least one; none empty.
-        batch_size (`int`, *optional*, defaults to 256): Texts at a time.
-        device (`torch.device` or `str`, *optional*): As in [`embed_images`].
+        batch_size (`int`, *optional*): Texts in one forward pass; by default [`TEXTS_PER_IMAGE`] times
+            `encoder.batch_size`.
 
     Returns:
         `torch.Tensor` of shape `(C, D)`: float32, L2-normalised, on the CPU, in the order of `texts`.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If there is no text, one is empty, or an embedding is not finite.
+        ValueError: If there is no text, a text is empty, or an embedding is not finite.
     """
+    model = encoder.model
     require_dual_encoder(model)
     empty = [row for row, text in enumerate(texts) if not text.strip()]
     if empty or not len(texts):
         raise ValueError(f"Expected one or more non-empty texts, got {len(texts)}, of which empty: rows {empty[:10]}.")
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    device = torch.device(device) if device is not None else model.device
-    training = model.training
-    model.to(device).eval()
+    batch_size = batch_size or TEXTS_PER_IMAGE * encoder.batch_size
     embeds: list[torch.Tensor] = []
-    try:
+    with encoder.evaluating() as device:
         for start in tqdm(range(0, len(order), batch_size), desc="Embedding texts", unit="batch"):
             batch = [texts[row] for row in order[start : start + batch_size]]
-            tokens = tokenize_texts(model, processor, batch)
+            tokens = tokenize_texts(model, encoder.processor, batch)
             output = model.get_text_features(**{name: tensor.to(device) for name, tensor in tokens.items()})
             embeds.append(projected(output).float().cpu())
-    finally:
-        model.train(training)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     return _unit(torch.cat(embeds)[back], texts, "text")
 
 
-def embed_dataset(
-    model: torch.nn.Module,
-    processor: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
-) -> DatasetEmbeddings:
+def embed_dataset(encoder: Encoder, dataset: Dataset) -> DatasetEmbeddings:
     """Embed the columns `image` and `captions`.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in [`embed_images`]; `captions` holds a list of
-            str an image.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`embed_images`] and [`embed_texts`].
+        dataset (`datasets.Dataset`): With `image` (`datasets.Image`), `captions` (a list of str for each image) and,
+            for messages, `image_id`.
 
     Returns:
-        [`DatasetEmbeddings`]: Captions in the dataset's order, image after image.
+        [`DatasetEmbeddings`]: Captions in the dataset's order, one image after the other.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: As in [`embed_images`] and [`embed_texts`]; also if an image has no caption, naming it.
+        ValueError: As in [`embed_images`] and [`embed_texts`]; also if an image has no caption or an empty one.
     """
     if "captions" not in dataset.column_names:
         raise ValueError(f"Expected a column 'captions' with a list of str an image, got {dataset.column_names}.")
@@ -178,13 +158,7 @@ def embed_dataset(
             raise ValueError(f"Expected non-empty captions for image_id {image_id!r}, got {own!r}. Remove the image.")
     texts = [text for own in captions for text in own]
     image_of_caption = torch.tensor([row for row, own in enumerate(captions) for _ in own], dtype=torch.long)
-    images = embed_images(model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers)
-    return DatasetEmbeddings(
-        images, embed_texts(model, processor, texts, batch_size=4 * batch_size, device=device), image_of_caption
-    )
-
-
-# One text or one picture as a vector of a dual encoder's space, and what is wrong with it said before that.
+    return DatasetEmbeddings(embed_images(encoder, dataset), embed_texts(encoder, texts), image_of_caption)
 
 
 def open_picture(path: str | Path) -> Image.Image:
@@ -208,9 +182,16 @@ def open_picture(path: str | Path) -> Image.Image:
         ) from error
 
 
-def count_dropped_tokens(model: torch.nn.Module, processor: Any, text: str) -> int:
-    """How many tokens of a text the model does not read, because it is too long;
-    0 for open_clip's tokenizers, which do not tell.
+def count_dropped_tokens(model: DualEncoder, processor: Any, text: str) -> int:
+    """Count the tokens of a text that the model does not read because the text is too long.
+
+    Args:
+        model (`DualEncoder`): Decides how many tokens are read.
+        processor: The model's, with `tokenizer`.
+        text (`str`): Any text.
+
+    Returns:
+        `int`: 0 or more. Always 0 for the tokenizers of open_clip, which do not report it.
     """
     if not hasattr(processor.tokenizer, "backend_tokenizer"):
         return 0
@@ -219,13 +200,13 @@ def count_dropped_tokens(model: torch.nn.Module, processor: Any, text: str) -> i
 
 
 @torch.no_grad()
-def embed_query(model: torch.nn.Module, processor: Any, query: str | Image.Image) -> torch.Tensor:
+def embed_query(model: DualEncoder, processor: Any, query: str | Image.Image) -> torch.Tensor:
     """Embed one text or one picture.
 
     Args:
-        model (`torch.nn.Module`): A dual encoder in eval mode.
-        processor: The model's.
-        query (`str` or `PIL.Image.Image`): What to look for. A text too long is cut with a warning.
+        model (`DualEncoder`): In eval mode, on the device to use.
+        processor: The model's, with `image_processor` and `tokenizer`.
+        query (`str` or `PIL.Image.Image`): What to look for. A text that is too long is cut; a warning says so.
 
     Returns:
         `torch.Tensor` of shape `(1, D)`: float32, L2-normalised, on the CPU.

@@ -1,33 +1,30 @@
-"""Evaluate models on benchmarks, one pair after the other: what is done is on disk, what fails does not lose the rest.
+"""Evaluate models on benchmarks: load once, measure, record, store.
 
-The results file grows by one record a pair. Run again, it keeps what was measured with the same weights, data,
-settings and version.
+Every pair of a model and a benchmark becomes one record, which is on disk before the next pair begins. A failure loses
+one pair, not the rest. Run again, it keeps what was measured with the same weights, data, settings and version.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
-from modeling_dclip.evaluation.benchmarks.kinds import Benchmark, benchmark_record, expand_benchmark, load_benchmark
-from modeling_dclip.evaluation.records import (
-    Outcomes,
-    RecordStore,
-    record_key,
+from modeling_dclip.evaluation.benchmarks.kinds import (
+    Benchmark,
+    EvaluationOptions,
+    benchmark_record,
+    expand_benchmark,
+    load_benchmark,
 )
+from modeling_dclip.evaluation.records import Measurement, Outcomes, Record, RecordStore
 from modeling_dclip.evaluation.statistics import compare_to_anchor
-
-try:
-    import fcntl
-except ImportError:  # not on this system: then one process at a time
-    fcntl = None
 
 logger = logging.get_logger(__name__)
 
@@ -36,10 +33,11 @@ class Candidate(NamedTuple):
     """A model to evaluate.
 
     Attributes:
-        name (`str`): As of [`~modeling_dclip.encoders.loading.load_dual_encoder`].
-        label (`str`, *optional*): What tables show instead.
-        alpha (`float`, *optional*): The point on the line from the anchor (0) to the model (1), in place of the model.
-        seed (`int`, *optional*): It was trained with; the evaluation's own if not given.
+        name (`str`): As [`~modeling_dclip.encoders.loading.load_dual_encoder`] takes it.
+        label (`str`, *optional*): What tables show in place of the name.
+        alpha (`float`, *optional*): Evaluate this point on the line from the anchor (0) to the model (1), in place of
+            the model.
+        seed (`int`, *optional*): The seed it was trained with; by default the evaluation's own seed is recorded.
     """
 
     name: str
@@ -47,28 +45,43 @@ class Candidate(NamedTuple):
     alpha: float | None = None
     seed: int | None = None
 
+    @property
+    def condition(self) -> str | None:
+        """What a record says of a point on the line; `None` for the model itself."""
+        return None if self.alpha is None else f"alpha={self.alpha:g}"
+
 
 @dataclass
 class Evaluation:
-    """What [`evaluate`] did: `records` asked for, in order; how many of them were `kept` from an earlier run;
-    `failures`, one line each.
+    """What [`evaluate`] did.
+
+    Attributes:
+        records (`list[Record]`): In the order of the request, kept ones included.
+        kept (`int`): How many of them an earlier run had measured.
+        failures (`list[str]`): One line for each benchmark, model or pair that failed.
     """
 
-    records: list[dict[str, Any]] = field(default_factory=list)
+    records: list[Record] = field(default_factory=list)
     kept: int = 0
     failures: list[str] = field(default_factory=list)
 
 
-def _load(
-    candidate: Candidate, anchor: str | None, trust_remote_code: bool
-) -> tuple[torch.nn.Module, Any, str, dict[str, Any]]:
-    """Model, processor, revision, and of a point on the line what fixes it."""
-    model, processor, revision = load_dual_encoder(candidate.name, trust_remote_code=trust_remote_code)
-    if candidate.alpha is None:
-        return model, processor, revision, {}
-    start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
-    model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
-    return model, processor, revision, {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
+@dataclass(frozen=True)
+class _Subject:
+    """A loaded candidate, and what its records say of it."""
+
+    candidate: Candidate
+    encoder: Encoder
+    revision: str
+    seed: int
+    settings: dict[str, float | str]  # what fixes a point on the line
+
+
+class _Reference(NamedTuple):
+    """What the anchor scored on one benchmark, and with which weights."""
+
+    outcomes: Outcomes
+    revision: str
 
 
 def evaluate(
@@ -78,60 +91,52 @@ def evaluate(
     *,
     anchor: str | None = None,
     command: str = "",
-    seed: int = 0,
     overwrite: bool = False,
     keep_others: bool = True,
     trust_remote_code: bool = False,
-    **options: Any,
+    options: EvaluationOptions | None = None,
 ) -> Evaluation:
     """Evaluate every model, the anchor first, on every benchmark.
 
     Args:
         candidates (`Sequence[Candidate]`): The models.
-        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`].
+        benchmarks (`Sequence[str]`): As [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`] takes them.
         output (`str` or `os.PathLike`): The results file; the outcomes lie beside it. Written after every pair.
-        anchor (`str`, *optional*): The reference: the other models' records get their gain or retention against it.
+        anchor (`str`, *optional*): The reference. The records of other models get their gain or retention against it.
         command (`str`, *optional*): What the user ran, for the records.
-        seed (`int`, *optional*, defaults to 0): Of draws of data and of the bootstrap.
-        overwrite (`bool`, *optional*, defaults to `False`): Begin anew instead of going on with what `output` holds.
-        keep_others (`bool`, *optional*, defaults to `True`): Whether records that `output` holds and this call did not
-            ask for stay.
+        overwrite (`bool`, *optional*, defaults to `False`): Replace what `output` holds instead of adding to it.
+        keep_others (`bool`, *optional*, defaults to `True`): Keep records in `output` that this call did not ask for.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
-        options: Fields of [`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`].
+        options ([`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`], *optional*): How to evaluate; by
+            default its defaults.
 
     Returns:
-        [`Evaluation`]: Records of this call, kept ones included; a benchmark or a model that failed is under
-            `failures` and has none.
+        [`Evaluation`]: Its `records` leave out what failed; its `failures` say why.
 
     Raises:
         OSError: If `output` cannot be written.
-        ValueError: If `output` is no results file, or an interpolation is without an anchor.
+        ValueError: If `output` is not a results file, or there is no anchor for an interpolation.
     """
     if anchor is None and any(candidate.alpha is not None for candidate in candidates):
         raise ValueError("Expected an anchor to interpolate from, got none. Name it.")
+    options = options or EvaluationOptions()
     store, done = RecordStore(output, overwrite), Evaluation()
-    loaded = _load_benchmarks(benchmarks, done.failures, seed=seed, **options)
+    loaded = _load_benchmarks(benchmarks, options, done.failures)
     candidates = _anchor_first(candidates, anchor) if loaded else ()
-    references: dict[str, tuple[Outcomes, str]] = {}
+    references: dict[str, _Reference] = {}
     for candidate in tqdm(candidates, desc="Models", unit="model", disable=len(candidates) < 2):
         try:
-            model, processor, revision, settings = _load(candidate, anchor, trust_remote_code)
+            subject = _load_subject(candidate, anchor, options, trust_remote_code)
         except BENCHMARK_FAILURES as error:
             _leave_out(done.failures, candidate.name, error)
             continue
-        fields = {"model": candidate.name, "label": candidate.label, "command": command, "revision": revision}
-        fields["seed"] = seed if candidate.seed is None else candidate.seed
-        fields["condition"] = None if candidate.alpha is None else f"alpha={candidate.alpha:g}"
         for name, benchmark in loaded.items():
-            fields["settings"] = {**benchmark.settings, **settings} or None
             try:
-                record, outcomes, kept = _evaluate_pair(store, benchmark, model, processor, fields)
+                record, outcomes, kept = _measure_or_keep(store, benchmark, subject, options, command)
                 if candidate.name == anchor and candidate.alpha is None:
-                    references[name] = outcomes, revision
+                    references[name] = _Reference(outcomes, subject.revision)
                 elif name in references:
-                    reference, anchor_revision = references[name]
-                    ratios = compare_to_anchor(outcomes, reference, seed=fields["seed"])
-                    record["comparison"] = {"anchor": anchor, "anchor_revision": anchor_revision, **ratios}
+                    record["comparison"] = _compare(anchor, references[name], outcomes, subject.seed)
                 store.put(record, outcomes)
             except BENCHMARK_FAILURES as error:
                 _leave_out(done.failures, f"{candidate.label or candidate.name} on {name}", error)
@@ -150,14 +155,10 @@ def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[C
     return named[:1] + [one for one in candidates if one not in named]
 
 
-def _leave_out(failures: list[str], what: str, error: BaseException) -> None:
-    """Say so at once, as the rest may take hours; the reason comes at the end."""
-    logger.warning("%s failed and is left out", what)
-    failures.append(describe_failure(what, error))
-
-
-def _load_benchmarks(benchmarks: Sequence[str], failures: list[str], **options: Any) -> dict[str, Benchmark]:
-    """Those that load, by name; of the others a line in `failures`."""
+def _load_benchmarks(
+    benchmarks: Sequence[str], options: EvaluationOptions, failures: list[str]
+) -> dict[str, Benchmark]:
+    """Load benchmarks by name. Those that fail are left out, with a line in `failures`."""
     loaded = {}
     for benchmark in benchmarks:
         try:
@@ -167,25 +168,74 @@ def _load_benchmarks(benchmarks: Sequence[str], failures: list[str], **options: 
             continue
         for member in members:
             try:
-                loaded[member] = load_benchmark(member, **options)
+                loaded[member] = load_benchmark(member, options)
             except BENCHMARK_FAILURES as error:
                 _leave_out(failures, member, error)
     return loaded
 
 
-def _evaluate_pair(
-    store: RecordStore, benchmark: Benchmark, model: torch.nn.Module, processor: Any, fields: dict[str, Any]
-) -> tuple[dict[str, Any], Outcomes, bool]:
-    """A record with its outcomes, and whether the store had both."""
-    known = benchmark_record(benchmark, {"n": 0}, **fields)
-    key = record_key(known)
-    kept = store.find(key)
-    if kept is not None and (key in store.outcomes or "intervals" not in kept):  # else killed between the two files
-        if (
-            fields["label"] or kept["model"] != fields["model"]
-        ):  # the same weights from elsewhere have no label of these
-            kept = {name: value for name, value in kept.items() if name != "label"}
-        label = {"label": fields["label"]} if fields["label"] else {}
-        return {**kept, "model": fields["model"], **label}, store.outcomes.get(key, {}), True
-    result = benchmark.evaluate(model, processor)
-    return benchmark_record(benchmark, result, **fields), result.get("outcomes", {}), False
+def _load_subject(
+    candidate: Candidate, anchor: str | None, options: EvaluationOptions, trust_remote_code: bool
+) -> _Subject:
+    model, processor, revision = load_dual_encoder(candidate.name, trust_remote_code=trust_remote_code)
+    settings: dict[str, float | str] = {}
+    if candidate.alpha is not None:
+        start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
+        model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
+        settings = {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
+    seed = options.seed if candidate.seed is None else candidate.seed
+    return _Subject(candidate, options.encoder(model, processor), revision, seed, settings)
+
+
+def _measure_or_keep(
+    store: RecordStore, benchmark: Benchmark, subject: _Subject, options: EvaluationOptions, command: str
+) -> tuple[Record, Outcomes, bool]:
+    """Take a record with its outcomes from the store, or measure them; say whether the store had them."""
+    candidate = subject.candidate
+    settings = {**benchmark.settings, **subject.settings} or None
+    key = Measurement(
+        revision=subject.revision,
+        benchmark=benchmark.name,
+        dataset_fingerprint=benchmark.fingerprint,
+        seed=subject.seed,
+        version=options.measured_in.versions["modeling_dclip"],
+        condition=candidate.condition,
+        settings=settings,
+    ).key
+    known = store.find(key)
+    # A record with intervals and without outcomes is from a run that was killed between the two files.
+    if known is not None and (key in store.outcomes or "intervals" not in known):
+        return _rename(known, candidate), store.outcomes.get(key, {}), True
+    result = benchmark.evaluate(subject.encoder)
+    record = benchmark_record(
+        benchmark,
+        result,
+        options.measured_in,
+        model=candidate.name,
+        label=candidate.label,
+        command=command,
+        revision=subject.revision,
+        seed=subject.seed,
+        condition=candidate.condition,
+        settings=settings,
+    )
+    return record, result.get("outcomes", {}), False
+
+
+def _rename(record: Record, candidate: Candidate) -> Record:
+    """A kept record under the candidate's name. The same weights under another name do not keep their label."""
+    if candidate.label or record["model"] != candidate.name:
+        record = {name: value for name, value in record.items() if name != "label"}
+    label = {"label": candidate.label} if candidate.label else {}
+    return {**record, "model": candidate.name, **label}
+
+
+def _compare(anchor: str, reference: _Reference, outcomes: Outcomes, seed: int) -> Mapping[str, object]:
+    ratios = compare_to_anchor(outcomes, reference.outcomes, seed=seed)
+    return {"anchor": anchor, "anchor_revision": reference.revision, **ratios}
+
+
+def _leave_out(failures: list[str], what: str, error: BaseException) -> None:
+    """Warn at once, because the rest may take hours; the reason comes at the end."""
+    logger.warning("%s failed and is left out", what)
+    failures.append(describe_failure(what, error))

@@ -8,14 +8,29 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from statistics import NormalDist
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 
 
+class IntervalDict(TypedDict):
+    """An [`Interval`] as results files hold it: an end that is not finite is `None`."""
+
+    estimate: float | None
+    low: float | None
+    high: float | None
+    confidence: float
+    covers: str
+
+
 class Interval(NamedTuple):
-    """An estimate and its interval; `covers` is `"images"`, `"seeds"` or `"nothing"` (one run:
-    `low` and `high` are `None`).
+    """An estimate with its interval.
+
+    Attributes:
+        estimate (`float`): In the unit of the metric.
+        low, high (`float`, *optional*): The ends; `None` where `covers` is `"nothing"`.
+        confidence (`float`): In (0, 1).
+        covers (`str`): What varies: `"images"`, `"seeds"`, or `"nothing"` for a single run.
     """
 
     estimate: float
@@ -24,8 +39,8 @@ class Interval(NamedTuple):
     confidence: float
     covers: str
 
-    def to_dict(self) -> dict[str, Any]:
-        """Make it JSON: an unbounded end becomes `None`."""
+    def to_dict(self) -> IntervalDict:
+        """Make it JSON: an end that is not finite becomes `None`."""
         return {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in self._asdict().items()

@@ -19,6 +19,7 @@ from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.regions.detectors import build_detector
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
@@ -104,9 +105,10 @@ class SpaceAnswers:
         self.detector_name, self.detector = detector, build_detector(detector)
         self.gallery = load_gallery(gallery)
         self.is_drawn = gallery.startswith("scenes:")
-        self.image_embeds = embed_images(self.model, self.processor, self.gallery)
+        encoder = Encoder(self.model, self.processor)
+        self.image_embeds = embed_images(encoder, self.gallery)
         self.captions = list(dict.fromkeys(row[0] for row in self.gallery["captions"][:] if row))
-        self.caption_embeds = embed_texts(self.model, self.processor, self.captions) if self.captions else None
+        self.caption_embeds = embed_texts(encoder, self.captions) if self.captions else None
         self.row_of = {} if "boxes" not in self.gallery.column_names else self._keys()
 
     def _keys(self) -> dict[str, int]:
@@ -143,7 +145,7 @@ class SpaceAnswers:
         texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
         if not texts and self.caption_embeds is None:
             raise UserMistake("This gallery has no captions to choose from: write some texts, one a line.")
-        embeds = embed_texts(self.model, self.processor, texts) if texts else self.caption_embeds
+        embeds = embed_texts(Encoder(self.model, self.processor), texts) if texts else self.caption_embeds
         scores = (embed_query(self.model, self.processor, picture) @ embeds.T)[0]
         best = scores.topk(min(top_k, len(scores)))
         names = texts or self.captions
@@ -172,7 +174,7 @@ class SpaceAnswers:
             )
         for name in names:
             self._checked_text(name, "")
-        classifier = build_classifier(self.model, self.processor, names, [prompt])
+        classifier = build_classifier(Encoder(self.model, self.processor), names, [prompt])
         cosines = (embed_query(self.model, self.processor, picture) @ classifier.T)[0]
         scale = getattr(self.model, "logit_scale", None)
         scores = torch.softmax(cosines * (100.0 if scale is None else float(scale.detach().exp())), dim=0)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, retrieval_metrics
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
 
@@ -65,13 +66,13 @@ def test_recalls_of_a_model_are_clip_benchmarks(clip_benchmark, tiny_clip_dir):
         AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil"),
     )
     scenes = load_scenes("test", n=40, captions_per_image=2, image_size=48)
-    embeddings = embed_dataset(model, processor, scenes)
+    embeddings = embed_dataset(Encoder(model, processor), scenes)
     similarity = embeddings.text_embeds @ embeddings.image_embeds.T
     right = similarity.gather(1, embeddings.image_of_caption[:, None])
     assert int(((similarity - right).abs() < 1e-6).sum()) == len(right), (
         "no ties but with itself, or the definitions differ"
     )
-    expected, found = clip_benchmark(embeddings), evaluate_retrieval(model, processor, scenes)
+    expected, found = clip_benchmark(embeddings), evaluate_retrieval(Encoder(model, processor), scenes)
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-6)
 
 

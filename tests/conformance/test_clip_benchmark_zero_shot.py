@@ -20,6 +20,7 @@ from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.labels import load_classification
 from modeling_dclip.data.labels.prompts import read_names, read_templates
 from modeling_dclip.data.scenes import load_single_objects
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier, evaluate_zero_shot
 
 from .fetched_tests import CACHE
@@ -118,7 +119,7 @@ def theirs(module, clip, dataset, labels):
 def test_accuracies_are_those_of_clip_benchmark(clip, objects, monkeypatch, record_property):
     module = clip_benchmark(monkeypatch)
     expected = theirs(module, clip, objects, torch.tensor(objects["label"][:]))
-    found = evaluate_zero_shot(*clip, objects, NAMES, TEMPLATES)
+    found = evaluate_zero_shot(Encoder(*clip), objects, NAMES, TEMPLATES)
     pairs = {"top1": "acc1", "top5": "acc5", "mean_per_class": "mean_per_class_recall"}
     for ours, other in pairs.items():
         record_property(f"{ours} against {other}", (found[ours], expected[other]))
@@ -138,7 +139,7 @@ def test_mean_average_precision_is_that_of_clip_benchmark(clip, objects, monkeyp
         "label", vectors.tolist(), feature=List(Value("int64"), length=len(NAMES))
     )
     expected = theirs(module, clip, several, vectors)["mean_average_precision"]
-    found = evaluate_zero_shot(*clip, several, NAMES, TEMPLATES)["map"]
+    found = evaluate_zero_shot(Encoder(*clip), several, NAMES, TEMPLATES)["map"]
     record_property("map", (found, expected))
     assert found == pytest.approx(expected, abs=GATE)
 
@@ -148,7 +149,7 @@ def test_classifiers_are_those_of_clip_benchmark(clip, monkeypatch):
     model, processor = clip
     tokenizer = lambda texts: processor.tokenizer(texts, padding="max_length", return_tensors="pt")  # noqa: E731
     expected = module.zero_shot_classifier(OpenClipForm(model), tokenizer, NAMES, TEMPLATES, "cpu", amp=False).T
-    found = build_classifier(model, processor, NAMES, TEMPLATES)
+    found = build_classifier(Encoder(model, processor), NAMES, TEMPLATES)
     assert torch.allclose(found, expected, atol=GATE)
 
 

@@ -33,6 +33,7 @@ from transformers import (
 
 from modeling_dclip import DCLIPModel
 from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import tokenize_texts
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -73,16 +74,16 @@ def test_embeddings_are_those_of_transformers_alone_whatever_the_batch(family_di
     model, processor, revision = load_dual_encoder(folder)
     assert revision == model_revision(folder, model) and not model.training and model.dtype == torch.float32
     for batch_size in (1, 3, 8):
-        found = embed_images(model, processor, tiny_scenes, batch_size=batch_size)
+        found = embed_images(Encoder(model, processor, batch_size=batch_size), tiny_scenes)
         assert torch.allclose(found, images, atol=2e-6)
-        assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=batch_size), texts, atol=2e-6)
+        assert torch.allclose(embed_texts(Encoder(model, processor), TEXTS, batch_size=batch_size), texts, atol=2e-6)
 
 
 def test_a_text_too_long_for_the_model_is_cut_and_counted(family_dir, caplog):
     _, folder = family_dir
     model, processor, _ = load_dual_encoder(folder)
     with caplog.at_level("WARNING"):
-        embeds = embed_texts(model, processor, ["dog " * 50, "dog " * 60, "dog"])
+        embeds = embed_texts(Encoder(model, processor), ["dog " * 50, "dog " * 60, "dog"])
     assert torch.allclose(embeds[0], embeds[1], atol=1e-6) and not torch.allclose(embeds[0], embeds[2], atol=1e-3)
     assert "2 of 3 texts exceed" in caplog.text and "'dog dog" in caplog.text
 
@@ -112,8 +113,8 @@ def test_a_siglip_with_its_own_tokenizer_reads_as_it_was_trained(tmp_path):
     tokens = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
     assert tokens["input_ids"].shape == (4, 16)
     expected = F.normalize(SiglipModel.from_pretrained(tmp_path).eval().get_text_features(**tokens).pooler_output)
-    assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=3), expected, atol=2e-6)
-    assert torch.equal(*embed_texts(model, processor, ["a red dog", "A red, dog!"]))
+    assert torch.allclose(embed_texts(Encoder(model, processor), TEXTS, batch_size=3), expected, atol=2e-6)
+    assert torch.equal(*embed_texts(Encoder(model, processor), ["a red dog", "A red, dog!"]))
     first = build_teacher(str(tmp_path)).fingerprint
     assert build_teacher(str(tmp_path)).fingerprint == first
     settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -126,8 +127,8 @@ def test_a_dclip_is_the_clip_it_was_made_from(tmp_path, tiny_clip_dir, tiny_scen
     CLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
     ours, clip = load_dual_encoder(tmp_path), load_dual_encoder(str(tiny_clip_dir))
     assert isinstance(ours[0], DCLIPModel) and ours[2] == clip[2]  # the same weights
-    assert torch.equal(embed_images(*ours[:2], tiny_scenes), embed_images(*clip[:2], tiny_scenes))
-    assert torch.equal(embed_texts(*ours[:2], TEXTS), embed_texts(*clip[:2], TEXTS))
+    assert torch.equal(embed_images(Encoder(*ours[:2]), tiny_scenes), embed_images(Encoder(*clip[:2]), tiny_scenes))
+    assert torch.equal(embed_texts(Encoder(*ours[:2]), TEXTS), embed_texts(Encoder(*clip[:2]), TEXTS))
 
 
 def test_a_checkpoint_without_a_tower_is_refused(tiny_clip_dir, tmp_path):
@@ -175,7 +176,7 @@ def test_a_model_that_embeds_every_token_is_refused():
         image_config=small, text_config={**small, "vocab_size": 17}, multimodal_config=small, hidden_size=16
     )
     with pytest.raises(TypeError, match=r"Expected one embedding a row, \(B, D\).*got \(1, 5, "):
-        embed_texts(FlavaModel(config), make_word_tokenizer(16), TEXTS[:1])
+        embed_texts(Encoder(FlavaModel(config), make_word_tokenizer(16)), TEXTS[:1])
 
 
 OPEN_CLIP_CONFIG = {
@@ -217,9 +218,9 @@ def test_an_open_clip_model_embeds_as_open_clip_does(tiny_open_clip, tiny_scenes
     model, processor, revision = load_dual_encoder(f"open_clip:{name}:{weights}")
     assert revision.startswith("sha256:") and not model.training
     for batch_size in (1, 3, 8):
-        found = embed_images(model, processor, tiny_scenes, batch_size=batch_size)
+        found = embed_images(Encoder(model, processor, batch_size=batch_size), tiny_scenes)
         assert torch.allclose(found, images, atol=2e-6)
-        assert torch.allclose(embed_texts(model, processor, TEXTS, batch_size=batch_size), texts, atol=2e-6)
+        assert torch.allclose(embed_texts(Encoder(model, processor), TEXTS, batch_size=batch_size), texts, atol=2e-6)
 
 
 @pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)
@@ -245,7 +246,7 @@ def test_a_folder_of_open_clip_holds_architecture_and_weights(tiny_open_clip, tm
         load_dual_encoder(f"open_clip:{name}:{weights}"),
     )
     assert folder[2] == file[2]
-    assert torch.equal(embed_texts(*folder[:2], TEXTS), embed_texts(*file[:2], TEXTS))
+    assert torch.equal(embed_texts(Encoder(*folder[:2]), TEXTS), embed_texts(Encoder(*file[:2]), TEXTS))
 
 
 @pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)

@@ -5,6 +5,7 @@ import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.embedding import embed_dataset, embed_images, embed_texts
 
 
@@ -16,21 +17,21 @@ def noise_image(width, height):
 
 
 def test_batching_and_workers_change_nothing(tiny_clip, tiny_scenes):
-    one = embed_dataset(*tiny_clip, tiny_scenes, batch_size=1)
+    one = embed_dataset(Encoder(*tiny_clip, batch_size=1), tiny_scenes)
     for options in ({"batch_size": 5}, {"batch_size": 3, "num_workers": 1}):
-        other = embed_dataset(*tiny_clip, tiny_scenes, **options)
+        other = embed_dataset(Encoder(*tiny_clip, **options), tiny_scenes)
         assert torch.allclose(one.image_embeds, other.image_embeds, atol=1e-6)
         assert torch.allclose(one.text_embeds, other.text_embeds, atol=1e-6)
         assert torch.equal(one.image_of_caption, other.image_of_caption)
 
 
 def test_embeddings_are_unit_float32_in_the_order_of_the_dataset(tiny_clip, tiny_scenes):
-    embeddings = embed_dataset(*tiny_clip, tiny_scenes)
+    embeddings = embed_dataset(Encoder(*tiny_clip), tiny_scenes)
     assert embeddings.image_of_caption.tolist() == [row for row in range(8) for _ in range(2)]
     for embeds in (embeddings.image_embeds, embeddings.text_embeds):
         assert embeds.dtype == torch.float32 and not embeds.requires_grad
         assert torch.allclose(embeds.norm(dim=1), torch.ones(len(embeds)), atol=1e-6)
-    alone = embed_texts(*tiny_clip, [tiny_scenes["captions"][3][1]])
+    alone = embed_texts(Encoder(*tiny_clip), [tiny_scenes["captions"][3][1]])
     assert torch.allclose(alone[0], embeddings.text_embeds[7], atol=1e-6)
 
 
@@ -38,14 +39,14 @@ def test_the_mode_of_the_model_is_restored(tiny_clip, tiny_scenes):
     model, processor = tiny_clip
     for training in (True, False):
         model.train(training)
-        embed_images(model, processor, tiny_scenes)
-        embed_texts(model, processor, ["red"])
+        embed_images(Encoder(model, processor), tiny_scenes)
+        embed_texts(Encoder(model, processor), ["red"])
         assert model.training is training
     model.eval()
 
 
 def test_a_text_longer_than_the_model_is_cut_and_embedded(tiny_clip):
-    embeds = embed_texts(*tiny_clip, ["red " * 500, "red " * 600])
+    embeds = embed_texts(Encoder(*tiny_clip), ["red " * 500, "red " * 600])
     assert torch.allclose(embeds[0], embeds[1], atol=1e-6)
 
 
@@ -54,14 +55,14 @@ def test_an_undecodable_image_is_named(tiny_clip):
     rows = {"image_id": ["good", "broken"], "image": [whole, {"bytes": whole["bytes"][:200], "path": None}]}
     dataset = Dataset.from_dict(rows, features=Features(image_id=Value("string"), image=Image()))
     with pytest.raises(ValueError, match=r"Image 'broken' \(row 1\) cannot be read"):
-        embed_images(*tiny_clip, dataset)
+        embed_images(Encoder(*tiny_clip), dataset)
 
 
 def test_a_missing_image_file_is_named(tiny_clip, tmp_path):
     rows = {"image_id": ["gone"], "image": [str(tmp_path / "gone.jpg")]}
     dataset = Dataset.from_dict(rows, features=Features(image_id=Value("string"), image=Image()))
     with pytest.raises(ValueError, match=r"Image 'gone' \(row 0\) cannot be read.*gone.jpg"):
-        embed_images(*tiny_clip, dataset)
+        embed_images(Encoder(*tiny_clip), dataset)
 
 
 @pytest.mark.parametrize("captions", [[], [""], ["a red circle", "  "]])
@@ -69,29 +70,29 @@ def test_an_image_without_caption_is_named(tiny_clip, tiny_scenes, captions):
     rows = [*tiny_scenes["captions"][:3], captions, *tiny_scenes["captions"][4:]]
     dataset = tiny_scenes.remove_columns("captions").add_column("captions", rows)
     with pytest.raises(ValueError, match="captions for image_id 'scenes-test-0-3'"):
-        embed_dataset(*tiny_clip, dataset)
+        embed_dataset(Encoder(*tiny_clip), dataset)
 
 
 def test_nan_weights_are_named_by_the_first_image(tiny_clip_dir, tiny_clip, tiny_scenes):
     model = type(tiny_clip[0]).from_pretrained(tiny_clip_dir)
     model.visual_projection.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="8 bad ones of 8; the first belongs to the image 'scenes-test-0-0'"):
-        embed_images(model, tiny_clip[1], tiny_scenes)
+        embed_images(Encoder(model, tiny_clip[1]), tiny_scenes)
 
 
 def test_one_tower_is_refused(tiny_clip, tiny_scenes):
     with pytest.raises(TypeError, match="dual encoder"):
-        embed_images(tiny_clip[0].vision_model, tiny_clip[1], tiny_scenes)
+        embed_images(Encoder(tiny_clip[0].vision_model, tiny_clip[1]), tiny_scenes)
 
 
 def test_empty_input_is_refused(tiny_clip, tiny_scenes):
     with pytest.raises(ValueError, match="empty dataset"):
-        embed_images(*tiny_clip, tiny_scenes.select([]))
+        embed_images(Encoder(*tiny_clip), tiny_scenes.select([]))
     with pytest.raises(ValueError, match="non-empty texts, got 0"):
-        embed_texts(*tiny_clip, [])
+        embed_texts(Encoder(*tiny_clip), [])
     with pytest.raises(ValueError, match=r"empty: rows \[1\]"):
-        embed_texts(*tiny_clip, ["red", " "])
+        embed_texts(Encoder(*tiny_clip), ["red", " "])
     with pytest.raises(ValueError, match="column 'image'"):
-        embed_images(*tiny_clip, tiny_scenes.remove_columns("image"))
+        embed_images(Encoder(*tiny_clip), tiny_scenes.remove_columns("image"))
     with pytest.raises(ValueError, match="column 'captions'"):
-        embed_dataset(*tiny_clip, tiny_scenes.remove_columns("captions"))
+        embed_dataset(Encoder(*tiny_clip), tiny_scenes.remove_columns("captions"))

@@ -24,11 +24,12 @@ def world(monkeypatch):
         model.load_state_dict({"weight": torch.tensor([[{"anchor": 0.2, "student": 0.6}[name]]])})
         return model, None, f"sha256:{name}"
 
-    def load_benchmark(name, *, seed=0, **options):
+    def load_benchmark(name, options):
         if name == "zero_shot=missing":
             raise FileNotFoundError("no such data")
 
-        def score(model, processor):
+        def score(encoder):
+            model = encoder.model
             calls.append((name, round(model.weight.item(), 3)))
             if name == "retrieval=fatal" and model.weight.item() > 0.5:
                 raise RuntimeError("out of memory")
@@ -85,7 +86,7 @@ def test_what_an_index_finds_stays_beside_what_exact_search_finds(world, tmp_pat
     evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
     load = evaluator.load_benchmark
     monkeypatch.setattr(
-        evaluator, "load_benchmark", lambda name, **options: load(name)._replace(settings={"index": "faiss"})
+        evaluator, "load_benchmark", lambda name, options: load(name, options)._replace(settings={"index": "faiss"})
     )
     evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
     assert [record.get("settings") for record in read_results(tmp_path / "r.json")] == [None, {"index": "faiss"}]
@@ -158,13 +159,13 @@ def test_one_damaged_set_of_a_suite_does_not_lose_the_others(world, tmp_path, mo
 def test_two_runs_at_once_keep_each_others_records(world, tmp_path, monkeypatch):
     load = evaluator.load_benchmark
 
-    def load_slowly(name, **options):
-        benchmark = load(name, **options)
+    def load_slowly(name, options):
+        benchmark = load(name, options)
 
-        def evaluate_while_another_runs(model, processor):
-            if name == "retrieval=a" and model.weight.item() > 0.5:
+        def evaluate_while_another_runs(encoder):
+            if name == "retrieval=a" and encoder.model.weight.item() > 0.5:
                 evaluate([Candidate("anchor")], BENCHMARKS, tmp_path / "r.json")
-            return benchmark.evaluate(model, processor)
+            return benchmark.evaluate(encoder)
 
         return benchmark._replace(evaluate=evaluate_while_another_runs)
 

@@ -11,6 +11,7 @@ from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.columns import Ragged, row_keys
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation import leakage
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks
@@ -173,7 +174,7 @@ def test_the_whole_image_is_what_retrieval_measures(taught, tiny_clip_dir, scene
     teacher, features = taught
     model = DCLIPModel.from_pretrained(tiny_clip_dir)
     processor = AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil")
-    expected = evaluate_retrieval(model, processor, scenes)["text_to_image_recall@5"]
+    expected = evaluate_retrieval(Encoder(model, processor), scenes)["text_to_image_recall@5"]
     whole = measure_leakage(teacher, features, draws=CAPTIONS)["whole_image"]["metrics"]["text_to_teacher_recall@5"]
     assert whole == pytest.approx(expected, abs=1.01 / (IMAGES * CAPTIONS))  # a pair may turn on a rounding to float16
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.hub.space import SpaceAnswers, UserMistake, split_lines
 
@@ -64,7 +65,7 @@ def upload():
 
 
 def test_pictures_come_in_the_order_of_their_cosines(answers):
-    scores = (embed_texts(answers.model, answers.processor, ["a red dog"]) @ answers.image_embeds.T)[0]
+    scores = (embed_texts(Encoder(answers.model, answers.processor), ["a red dog"]) @ answers.image_embeds.T)[0]
     found, remark = answers.find_pictures("  a red dog ", 3)
     order = scores.argsort(descending=True)[:3].tolist()
     for rank, ((picture, label), row) in enumerate(zip(found, order, strict=True), 1):
@@ -75,7 +76,8 @@ def test_pictures_come_in_the_order_of_their_cosines(answers):
 
 def test_texts_come_in_the_order_of_their_cosines(answers):
     picture = answers.picture(2)
-    scores = answers.caption_embeds @ embed_images(answers.model, answers.processor, answers.gallery.select([2]))[0]
+    encoder = Encoder(answers.model, answers.processor)
+    scores = answers.caption_embeds @ embed_images(encoder, answers.gallery.select([2]))[0]
     rows, remark = answers.find_texts(picture, "")
     assert [text for text, _ in rows] == [answers.captions[row] for row in scores.argsort(descending=True)[:5]]
     assert "captions of the gallery" in remark

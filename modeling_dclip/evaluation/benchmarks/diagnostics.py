@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import check_rows, unit_rows
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
 
@@ -186,23 +187,15 @@ def embedding_diagnostics(embeddings: DatasetEmbeddings, *, t: float = 2.0) -> d
     return {**metrics, "n": len(images), "n_captions": len(texts), "outcomes": {"alignment": outcomes}}
 
 
-def evaluate_diagnostics(
-    model: torch.nn.Module,
-    processor: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
-    t: float = 2.0,
-) -> dict[str, Any]:
+def evaluate_diagnostics(encoder: Encoder, dataset: Dataset, *, t: float = 2.0) -> dict[str, Any]:
     """Embed a dataset and measure its modality gap, alignment and uniformity.
 
-    Source: docs/papers.md, evaluation. Deviation: see the module's text for several captions an image.
+    Source: docs/papers.md, evaluation. Deviation: the module's text says how several captions of one image count.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in
-            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+            The measures are computed on its `device` where it names one, else on the CPU.
+        dataset (`datasets.Dataset`): With `image`, `captions` and, for messages, `image_id`.
         t (`float`, *optional*, defaults to 2.0): As in [`uniformity`].
 
     Returns:
@@ -212,9 +205,7 @@ def evaluate_diagnostics(
         TypeError: If the model is not a dual encoder.
         ValueError: As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
     """
-    embeddings = embed_dataset(
-        model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers
-    )
-    if device is not None:
-        embeddings = DatasetEmbeddings(*(tensor.to(device) for tensor in embeddings))
+    embeddings = embed_dataset(encoder, dataset)
+    if encoder.device is not None:
+        embeddings = DatasetEmbeddings(*(tensor.to(encoder.device) for tensor in embeddings))
     return embedding_diagnostics(embeddings, t=t)

@@ -22,6 +22,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_dclip.selective_scan  # noqa: F401  registers its operators
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
 
@@ -211,55 +212,47 @@ def _repeated(inputs: Mapping[str, torch.Tensor], count: int) -> dict[str, torch
 
 @torch.no_grad()
 def evaluate_efficiency(
-    model: torch.nn.Module,
-    processor: Any,
+    encoder: Encoder,
     *,
-    device: torch.device | str | None = None,
     batch_sizes: Sequence[int] = (1, 32),
     rounds: int = 10,
     max_seconds: float = 60.0,
     text_tokens: int = 77,
 ) -> dict[str, Any]:
-    """Measure what embedding costs, from tensors on the device to embeddings: reading, resizing and tokenizing are not
-    part of it.
+    """Measure what embedding costs, from tensors on the device to embeddings.
 
-    Image and text take turns, each warmed up. The text fills `text_tokens`, as in published latencies: models that pad
-    by themselves take as long for a short one. Times move with the machine's load, so compare those of one quiet
-    machine, by their spread.
+    Reading, resizing and tokenizing are not part of it. Image and text take turns, each warmed up. The text fills
+    `text_tokens`, as in published latencies: a model that pads by itself takes as long for a short text. Times move
+    with the machine's load, so compare times of one quiet machine, and look at their spread.
 
     Args:
-        model (`torch.nn.Module`): A dual encoder, in its own precision. Evaluated in `eval` mode; its mode is
-            restored.
-        processor: Its processor: it makes the inputs, of the model's own size.
-        device (`torch.device` or `str`, *optional*): Where to compute, the model is moved there; where the model is if
-            not given.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): Its model is measured in its own precision, on `device`. Its
+            processor makes the inputs, of the model's own size. `batch_size` and `num_workers` are not used.
         batch_sizes (`Sequence[int]`, *optional*, defaults to `(1, 32)`): Latency is of the smallest, throughput of the
             largest.
-        rounds (`int`, *optional*, defaults to 10): Measured, of either.
-        max_seconds (`float`, *optional*, defaults to 60): No further round starts after so long; three are always
-            measured.
-        text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads.
+        rounds (`int`, *optional*, defaults to 10): Measured rounds of each.
+        max_seconds (`float`, *optional*, defaults to 60): No further round starts after this many seconds; three are
+            always measured.
+        text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads, where that is fewer.
 
     Returns:
         `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`,
             `text_throughput_per_s`; `parameters_millions` of both towers; `image_gflop` of one image, as
-            [`count_flops`] counts; `peak_memory_mib` of weights and activations while a largest batch of images is
-            embedded; `n`, rounds; `spread`, of each time its median, min and max; `measured_with`, what the numbers
-            depend on: device, dtype, batch sizes, shape of an image, tokens of a text, CPU threads.
+            [`count_flops`] counts; `peak_memory_mib` of weights and activations while the largest batch of images is
+            embedded; `n` rounds; `spread`: the median, min and max of each time; `measured_with`: device, dtype, batch
+            sizes, shape of an image, tokens of a text and CPU threads, which the numbers depend on.
 
     Raises:
-        TypeError: If the model is no dual encoder.
+        TypeError: If the model is not a dual encoder.
         ValueError: If a batch size or the rounds are below 1.
     """
+    model = encoder.model
     require_dual_encoder(model)
     small, large = min(batch_sizes), max(batch_sizes)
     if small < 1:
         raise ValueError(f"Expected batch sizes of at least 1, got {batch_sizes}.")
-    device = torch.device(device) if device is not None else model.device
-    training = model.training
-    model.to(device).eval()
-    try:
-        image, text = _one_of_each(model, processor, device, text_tokens)
+    with encoder.evaluating() as device:
+        image, text = _one_of_each(model, encoder.processor, device, text_tokens)
         calls = {}
         for count in (small, large):
             images, texts = _repeated(image, count), _repeated(text, count)
@@ -272,8 +265,6 @@ def evaluate_efficiency(
         batches = latencies if small == large else interleaved_times(calls[large], **timing)
         flops = count_flops(lambda: model.get_image_features(**image), scan_formulas())
         activations_mib = peak_memory_mib(calls[large]["image"], device)
-    finally:
-        model.train(training)
     spreads = {f"{kind}_latency_ms": spread([taken["latency_ms"] for taken in latencies[kind]]) for kind in latencies}
     for kind, times in batches.items():
         spreads[f"{kind}_throughput_per_s"] = spread([1000 * large / taken["latency_ms"] for taken in times])
@@ -298,9 +289,9 @@ def evaluate_efficiency(
 
 
 def _one_of_each(
-    model: torch.nn.Module, processor: Any, device: torch.device, text_tokens: int
+    model: DualEncoder, processor: Any, device: torch.device, text_tokens: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Inputs of one image, of noise, and of one text, which is cut: no model is faster for what they hold."""
+    """Make the inputs of one image of noise and of one text that is cut: their content does not change the time."""
     image_processor = getattr(processor, "image_processor", processor)
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (480, 640, 3), np.uint8))
     made = image_processor(images=noise, return_tensors="pt")

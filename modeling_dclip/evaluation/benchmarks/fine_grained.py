@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
@@ -157,13 +158,13 @@ def _cut_out(dataset: Dataset, rows: range) -> Dataset:
     return Dataset.from_dict(columns, features=Features(image_id=Value("string"), image=Image()))
 
 
-def _embed_pictures(model: torch.nn.Module, processor: Any, dataset: Dataset, **options: Any) -> torch.Tensor:
+def _embed_pictures(encoder: Encoder, dataset: Dataset) -> torch.Tensor:
     if "crop_box" not in dataset.column_names:
-        return embed_images(model, processor, dataset, **options)
-    size = max(256, 4 * options["batch_size"])  # pictures held at a time
+        return embed_images(encoder, dataset)
+    size = max(256, 4 * encoder.batch_size)  # pictures held at a time
     starts = tqdm(range(0, len(dataset), size), desc="Embedding parts of images", unit="lot")
     lots = (_cut_out(dataset, range(start, min(start + size, len(dataset)))) for start in starts)
-    return torch.cat([embed_images(model, processor, lot, **options) for lot in lots])
+    return torch.cat([embed_images(encoder, lot) for lot in lots])
 
 
 def _metric_name(category: str) -> str:
@@ -247,40 +248,28 @@ def _pair_result(
     return {**result, "n": len(images), "chance": chance}
 
 
-def evaluate_fine_grained(
-    model: torch.nn.Module,
-    processor: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
-) -> dict[str, Any]:
-    """Ask every question of a dataset.
-
-    Each picture and each text is embedded once, in however many questions it comes.
+def evaluate_fine_grained(encoder: Encoder, dataset: Dataset) -> dict[str, Any]:
+    """Ask every question of a dataset. Each picture and each text is embedded once, however many questions use it.
 
     Args:
-        model, processor, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_images`].
-        dataset (`datasets.Dataset`): Of [`~modeling_dclip.data.questions.load_fine_grained`].
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`~modeling_dclip.evaluation.embedding.embed_images`].
+        dataset (`datasets.Dataset`): From [`~modeling_dclip.data.questions.load_fine_grained`].
 
     Returns:
-        `dict[str, Any]`: `accuracy` over all questions, `<category>_accuracy` and, with two categories or more, their
-            mean `mean_category_accuracy`; of pairs instead `text_score`, `image_score`, `group_score` and the same by
-            category (`<category>_text_score`...). `n` questions or pairs; `chance` by metric; `outcomes` by metric,
-            float64 of shape `(U, 2)`, one row a picture or pair.
+        `dict[str, Any]`: `accuracy` over all questions; `<category>_accuracy`; with two categories or more their mean,
+            `mean_category_accuracy`. For pairs instead `text_score`, `image_score`, `group_score`, and the same by
+            category (`<category>_text_score`...). Further `n` questions or pairs; `chance` by metric; and `outcomes`
+            by metric, float64 of shape `(U, 2)`, one row for each picture or pair.
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If a column is missing or uneven, a picture can't be read, or a box lies outside it; the id is
-            named.
+        ValueError: If a column is missing or uneven, a picture cannot be read, or a box lies outside its picture; the
+            message names the image's id.
     """
     _check_columns(dataset)
     columns = zip(dataset["captions"][:], dataset["negative_captions"][:], strict=True)
     texts = [text for true, false in columns for text in [*true, *(text for texts in false for text in texts)]]
     rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-    options = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
-    image_embeds = _embed_pictures(model, processor, dataset, **options)
-    text_embeds = embed_texts(model, processor, list(rows), batch_size=4 * batch_size, device=device)
+    image_embeds, text_embeds = _embed_pictures(encoder, dataset), embed_texts(encoder, list(rows))
     result = _pair_result if "pair_id" in dataset.column_names else _question_result
     return result(dataset, image_embeds, text_embeds, rows)

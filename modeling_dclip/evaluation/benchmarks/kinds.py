@@ -18,15 +18,16 @@ from modeling_dclip.data.labels import classification_split, load_classification
 from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
 from modeling_dclip.data.questions import load_fine_grained
 from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation.benchmarks.diagnostics import evaluate_diagnostics
 from modeling_dclip.evaluation.benchmarks.efficiency import evaluate_efficiency
 from modeling_dclip.evaluation.benchmarks.fine_grained import evaluate_fine_grained, questions_fingerprint
-from modeling_dclip.evaluation.benchmarks.hessian import evaluate_hessian
+from modeling_dclip.evaluation.benchmarks.hessian import HessianOptions, evaluate_hessian
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.evaluation.benchmarks.suite import expand_suite
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, evaluate_zero_shot
-from modeling_dclip.evaluation.records import environment, make_record
+from modeling_dclip.evaluation.records import Environment, Record, environment, make_record
 from modeling_dclip.evaluation.statistics import bootstrap_outcomes
 
 logger = logging.get_logger(__name__)
@@ -40,14 +41,14 @@ class EvaluationOptions:
 
     Attributes:
         seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`, and of what an evaluation draws.
-        batch_size (`int`, *optional*, defaults to 64): Images at a time; no metric depends on it.
-        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
-        num_workers (`int`, *optional*, defaults to 0): Processes that decode images.
-        class_names, templates (`Sequence[str]`, *optional*): Of `zero_shot`, in place of the data's own.
-        classifiers ([`ClassifierCache`], *optional*): Of `zero_shot`; by default one in memory.
-        index (`str`, *optional*): Of `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
-        hessian (`Mapping[str, str]`, *optional*): Of `hessian`: keyword arguments of [`evaluate_hessian`] as texts,
-            such as `tower`.
+        batch_size, device, num_workers: As in [`~modeling_dclip.encoders.Encoder`]. No metric depends on them.
+        class_names, templates (`Sequence[str]`, *optional*): For `zero_shot`, in place of the data's own.
+        classifiers ([`ClassifierCache`], *optional*): For `zero_shot`; by default one in memory.
+        index (`str`, *optional*): For `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
+        hessian (`Mapping[str, str]`, *optional*): For `hessian`: fields of [`HessianOptions`] as texts, such as
+            `{"tower": "all"}`.
+        measured_in ([`~modeling_dclip.evaluation.records.Environment`], *optional*): Software and machine of the run,
+            for the records; by default read once, here.
     """
 
     seed: int = 0
@@ -59,20 +60,29 @@ class EvaluationOptions:
     classifiers: ClassifierCache = field(default_factory=ClassifierCache)
     index: str | None = None
     hessian: Mapping[str, str] = field(default_factory=dict)
+    measured_in: Environment = field(default_factory=lambda: environment())
 
-    @property
-    def computing(self) -> dict[str, Any]:
-        """What every evaluation takes."""
-        return {"batch_size": self.batch_size, "device": self.device, "num_workers": self.num_workers}
+    def encoder(self, model: DualEncoder, processor: Any) -> Encoder:
+        """Put a model and its processor together with how to run them."""
+        return Encoder(model, processor, self.batch_size, self.device, self.num_workers)
 
 
 class Benchmark(NamedTuple):
-    """A loaded benchmark: `evaluate(model, processor)` gives its metrics. `settings` is what else they depend on."""
+    """A benchmark whose data is loaded.
+
+    Attributes:
+        name (`str`): `KIND=SPEC`.
+        split (`str`, *optional*): `None` where the source has no splits.
+        fingerprint (`str`): Of the data; [`NO_DATA`] for a benchmark that reads none.
+        evaluate (`Callable`): Takes an encoder and gives the result: floats are metrics; `n`, and optionally
+            `n_captions`, `outcomes`, `chance`, `spread`, `measured_with`.
+        settings (`dict`): What else the metrics depend on.
+    """
 
     name: str
     split: str | None
     fingerprint: str
-    evaluate: Callable[[torch.nn.Module, Any], dict[str, Any]]
+    evaluate: Callable[[Encoder], dict[str, Any]]
     settings: dict[str, Any]
 
 
@@ -90,7 +100,7 @@ def _short_hash(content: Any) -> str:
 
 def _load_retrieval(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index, **options.computing)
+    evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index)
     settings = {"index": options.index} if options.index else {}
     return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, settings)
 
@@ -99,7 +109,7 @@ def _load_zero_shot(name: str, spec: str, options: EvaluationOptions) -> Benchma
     loaded = load_classification(spec)
     names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
     prompts = {"class_names": list(names), "templates": list(templates), "classifiers": options.classifiers}
-    evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts, **options.computing)
+    evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts)
     settings = {"prompts": _short_hash([list(names), list(templates)])}
     return Benchmark(name, classification_split(spec), dataset_fingerprint(loaded.dataset), evaluate, settings)
 
@@ -108,32 +118,32 @@ def _load_fine_grained(name: str, spec: str, options: EvaluationOptions) -> Benc
     dataset = load_fine_grained(spec)
     fingerprint = dataset_fingerprint(dataset)
     settings = {"questions": questions_fingerprint(dataset)}
-    evaluate = partial(evaluate_fine_grained, dataset=dataset, **options.computing)
+    evaluate = partial(evaluate_fine_grained, dataset=dataset)
     return Benchmark(name, split_of(spec, QUESTION_SOURCES), fingerprint, evaluate, settings)
 
 
 def _load_diagnostics(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_diagnostics, dataset=dataset, **options.computing)
+    evaluate = partial(evaluate_diagnostics, dataset=dataset)
     return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, {})
 
 
 def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
-    if given := sorted({"seed", *options.computing} & set(options.hessian)):
+    if given := sorted({"seed", "batch_size", "device", "num_workers"} & set(options.hessian)):
         raise ValueError(
             f"Expected options of the Hessian alone, got {given[0]!r}. Every benchmark has it: use --{given[0]}."
         )
-    chosen = bind_options(evaluate_hessian, options.hessian, "the Hessian's options")
+    chosen = bind_options(HessianOptions, options.hessian, "the Hessian's options")
     dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_hessian, dataset=dataset, seed=options.seed, **options.computing, **chosen)
+    evaluate = partial(evaluate_hessian, dataset=dataset, options=HessianOptions(**chosen), seed=options.seed)
     return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, chosen)
 
 
 def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
     if spec:
         raise ValueError(f"Expected 'efficiency' without a spec, as it reads no data, got {spec!r}.")
-    machine = {"machine": _short_hash(environment()[1])}  # times of another one are not kept
-    return Benchmark(kind_of(name), None, NO_DATA, partial(evaluate_efficiency, device=options.device), machine)
+    machine = {"machine": _short_hash(options.measured_in.hardware)}  # times of another one are not kept
+    return Benchmark(kind_of(name), None, NO_DATA, evaluate_efficiency, machine)
 
 
 class Kind(NamedTuple):
@@ -214,41 +224,51 @@ def expand_benchmark(benchmark: str) -> list[str]:
     return [f"zero_shot={member}" for member in members.specs.values()]
 
 
-def load_benchmark(benchmark: str, **options: Any) -> Benchmark:
+def load_benchmark(benchmark: str, options: EvaluationOptions | None = None) -> Benchmark:
     """Load a benchmark's data.
 
     Args:
-        benchmark (`str`): `KIND[=SPEC]`, of [`KINDS`].
-        options: Fields of [`EvaluationOptions`].
+        benchmark (`str`): `KIND[=SPEC]`, with a kind of [`KINDS`].
+        options ([`EvaluationOptions`], *optional*): How to evaluate; by default its defaults.
 
     Returns:
-        [`Benchmark`]
+        [`Benchmark`]: Ready to evaluate any number of models.
 
     Raises:
-        ValueError: If the kind or the spec is unknown.
+        ValueError: If the kind, the spec or an option is unknown.
     """
     kind = kind_of(benchmark)
     spec = benchmark.partition("=")[2] or KINDS[kind].default_spec
-    return KINDS[kind].load(f"{kind}={spec}", spec, EvaluationOptions(**options))
+    return KINDS[kind].load(f"{kind}={spec}", spec, options or EvaluationOptions())
 
 
-def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: Any) -> dict[str, Any]:
-    """A results record of one model on one benchmark.
+def benchmark_record(
+    benchmark: Benchmark, result: Mapping[str, Any], measured_in: Environment | None = None, **fields: Any
+) -> Record:
+    """Make the results record of one model on one benchmark.
 
     Args:
         benchmark ([`Benchmark`]): What was measured.
         result (`dict`): From its `evaluate`: the floats are the metrics; `outcomes` become intervals over images.
-        fields: Those of [`~modeling_dclip.evaluation.records.make_record`] that the two do not know.
+        measured_in ([`~modeling_dclip.evaluation.records.Environment`], *optional*): Of the run; read now if not
+            given.
+        fields: The fields of [`~modeling_dclip.evaluation.records.make_record`] that the two do not know.
 
     Returns:
-        `dict[str, Any]`: Valid for [`~modeling_dclip.evaluation.records.write_results`].
+        [`~modeling_dclip.evaluation.records.Record`]: Valid for
+            [`~modeling_dclip.evaluation.records.write_results`].
+
+    Raises:
+        ValueError: If a field is missing, unknown or of another type.
     """
+    measured_in = measured_in or environment()
     intervals = None
     outcomes = result.get("outcomes")
     if outcomes and len(next(iter(outcomes.values()))) > 1:  # one image, whatever is asked of it, has no interval
         found = bootstrap_outcomes(outcomes, seed=fields.get("seed", 0))
         intervals = {name: interval.to_dict() for name, interval in found.items()}
     return make_record(
+        measured_in,
         benchmark=benchmark.name,
         metrics={name: value for name, value in result.items() if isinstance(value, float)},
         n=result["n"],
@@ -258,6 +278,6 @@ def benchmark_record(benchmark: Benchmark, result: Mapping[str, Any], **fields: 
         intervals=intervals,
         chance=result.get("chance"),
         spread=result.get("spread"),
-        hardware=environment()[1] | result.get("measured_with", {}),
+        hardware=measured_in.hardware | result.get("measured_with", {}),
         **fields,
     )

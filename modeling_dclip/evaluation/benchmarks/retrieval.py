@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_index import NOT_FOUND, approximate_ranks, find_faiss
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
     RetrievalRanks,
@@ -214,40 +215,29 @@ def embeddings_of_pairs(
 
 
 def evaluate_retrieval(
-    model: torch.nn.Module,
-    processor: Any,
-    dataset: Dataset,
-    *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
-    ks: Sequence[int] = (1, 5, 10),
-    index: str | None = None,
-    depth: int = 100,
+    encoder: Encoder, dataset: Dataset, *, ks: Sequence[int] = (1, 5, 10), index: str | None = None, depth: int = 100
 ) -> dict[str, Any]:
-    """Embed a dataset and measure retrieval on it, both on the model's device.
+    """Embed a dataset and measure retrieval on it, both on the encoder's device.
 
     Args:
-        model, processor, dataset, batch_size, device, num_workers: As in
-            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        dataset (`datasets.Dataset`): With `image`, `captions` and, for messages, `image_id`.
         ks, index, depth: As in [`retrieval_metrics`].
 
     Returns:
-        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `outcomes`
-        ([`outcomes_from_ranks`], for intervals).
+        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `outcomes` for intervals
+            ([`outcomes_from_ranks`]).
 
     Raises:
-        ImportError, ValueError: As in [`retrieval_metrics`]; also as in
-            [`~modeling_dclip.evaluation.embedding.embed_dataset`].
+        ImportError: If an index is asked for and `faiss-cpu` is not installed.
         TypeError: If the model is not a dual encoder.
+        ValueError: As in [`retrieval_metrics`] and [`~modeling_dclip.evaluation.embedding.embed_dataset`].
     """
     if index is not None:
         find_faiss(index)  # before the work
-    embeddings = embed_dataset(
-        model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers
-    )
-    device = torch.device(device) if device is not None else model.device
-    metrics, outcomes = _measure(DatasetEmbeddings(*(part.to(device) for part in embeddings)), ks, index, depth)
+    embeddings = embed_dataset(encoder, dataset)
+    moved = DatasetEmbeddings(*(part.to(encoder.compute_device) for part in embeddings))
+    metrics, outcomes = _measure(moved, ks, index, depth)
     return {
         **metrics,
         "n": len(embeddings.image_embeds),

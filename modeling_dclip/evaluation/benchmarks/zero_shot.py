@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.labels.prompts import check_prompts
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
@@ -272,31 +273,27 @@ class ClassifierCache:
 
 
 def build_classifier(
-    model: torch.nn.Module,
-    processor: Any,
+    encoder: Encoder,
     class_names: Sequence[str],
     templates: Sequence[str],
     *,
-    batch_size: int = 256,
-    device: torch.device | str | None = None,
     classifiers: ClassifierCache | None = None,
 ) -> torch.Tensor:
-    """Embed every class once.
+    """Embed every class: the normalised mean of its prompts' normalised embeddings.
 
     Args:
-        model, processor, device: As in [`~modeling_dclip.evaluation.embedding.embed_texts`].
-        class_names (`Sequence[str]`): K non-empty names. Classes of one name, as ImageNet's usual list has them, get
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`~modeling_dclip.evaluation.embedding.embed_texts`].
+        class_names (`Sequence[str]`): K non-empty names. Classes that share a name, as in ImageNet's usual list, get
             equal rows and a warning.
         templates (`Sequence[str]`): Each with one place for the name, `{}` or `{c}`.
-        batch_size (`int`, *optional*, defaults to 256): Prompts at a time.
-        classifiers ([`ClassifierCache`], *optional*): Where to look first, and to keep what is built.
+        classifiers ([`ClassifierCache`], *optional*): Where to look first, and where to keep what is built.
 
     Returns:
         `torch.Tensor` of shape `(K, D)`: float32, L2-normalised, on the CPU.
 
     Raises:
-        ValueError: If there are fewer than two classes, a name is empty, there is no template, or one has not one
-            place.
+        ValueError: If there are fewer than two classes, a name is empty, there is no template, or a template does not
+            have exactly one place for the name.
     """
     names, templates = check_prompts(class_names, templates)
     distinct = list(dict.fromkeys(names))
@@ -310,10 +307,13 @@ def build_classifier(
 
     def build() -> torch.Tensor:
         prompts = [template.replace("{}", name) for name in distinct for template in templates]
-        embeds = embed_texts(model, processor, prompts, batch_size=batch_size, device=device)  # unit rows
+        embeds = embed_texts(encoder, prompts)  # unit rows
         return torch.nn.functional.normalize(embeds.view(len(distinct), len(templates), -1).mean(dim=1), dim=1)
 
-    rows = build() if classifiers is None else classifiers.get(model, processor, distinct, templates, build)
+    if classifiers is None:
+        rows = build()
+    else:
+        rows = classifiers.get(encoder.model, encoder.processor, distinct, templates, build)
     numbers = {name: row for row, name in enumerate(distinct)}
     return rows[[numbers[name] for name in names]]
 
@@ -347,45 +347,38 @@ def _read_labels(dataset: Dataset, classes: int) -> torch.Tensor:
 
 
 def evaluate_zero_shot(
-    model: torch.nn.Module,
-    processor: Any,
+    encoder: Encoder,
     dataset: Dataset,
     class_names: Sequence[str],
     templates: Sequence[str],
     *,
-    batch_size: int = 64,
-    device: torch.device | str | None = None,
-    num_workers: int = 0,
     classifiers: ClassifierCache | None = None,
 ) -> dict[str, Any]:
     """Classify every image by its nearest class embedding.
 
     Args:
-        model, processor, batch_size, device, num_workers: As in [`~modeling_dclip.evaluation.embedding.embed_images`].
-        dataset (`datasets.Dataset`): With `image` and `label`: an integer, a `ClassLabel` with one name per class
-            name, or where an image may be of several classes a list of K zeros and ones.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): As in [`~modeling_dclip.evaluation.embedding.embed_images`].
+        dataset (`datasets.Dataset`): With `image` and `label`: an integer, a `ClassLabel` with one name for each class
+            name, or, where an image may be of several classes, a list of K zeros and ones.
         class_names, templates, classifiers: As in [`build_classifier`].
 
     Returns:
-        `dict[str, Any]`: `n` and the metrics, in [0, 1]. One label an image: `top1`; `top5` with five classes or more;
-            `mean_per_class`, the mean accuracy of the classes that have images; `outcomes` per image of each, as
-            [`~modeling_dclip.evaluation.benchmarks.zero_shot.accuracy_outcomes`] gives them. Several labels: `map`, as
-            [`~modeling_dclip.evaluation.benchmarks.zero_shot.mean_average_precision`] gives it.
+        `dict[str, Any]`: `n` images and the metrics, in [0, 1]. With one label an image: `top1`; `top5` with five
+            classes or more; `mean_per_class`, the mean accuracy of the classes that have images; and `outcomes` of
+            each ([`accuracy_outcomes`]). With several labels an image: `map` ([`mean_average_precision`]).
 
     Raises:
         TypeError: If the model is not a dual encoder.
-        ValueError: If the dataset names another number of classes, a label is out of range, or as in
-            [`build_classifier`].
+        ValueError: As in [`build_classifier`]; also if the dataset names another number of classes, or a label is out
+            of range.
     """
     labels = _read_labels(dataset, len(class_names))
-    prompts = {"batch_size": 4 * batch_size, "device": device, "classifiers": classifiers}
-    classifier = build_classifier(model, processor, class_names, templates, **prompts)
-    images = embed_images(model, processor, dataset, batch_size=batch_size, device=device, num_workers=num_workers)
+    classifier = build_classifier(encoder, class_names, templates, classifiers=classifiers)
+    images = embed_images(encoder, dataset)
     if labels.ndim == 2:
         return {"map": mean_average_precision(images, classifier, labels), "n": len(labels)}
     ranks = label_ranks(images, classifier, labels, [name.strip() for name in class_names])
     outcomes = accuracy_outcomes(ranks, labels, len(class_names))
-    metrics = {
-        name: float(sums[0] / sums[1]) for name, sums in ((name, pair.sum(0)) for name, pair in outcomes.items())
-    }
+    sums = {name: pairs.sum(0) for name, pairs in outcomes.items()}
+    metrics = {name: float(total / count) for name, (total, count) in sums.items()}
     return {**metrics, "n": len(ranks), "outcomes": outcomes}

@@ -19,6 +19,7 @@ from datasets import Dataset
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.images import decode_image
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
@@ -457,8 +458,7 @@ def write_gallery(
             f"{count}, {top} and {thumbnail_size}."
         )
     if embeddings is None:
-        options = {"batch_size": batch_size, "device": device, "num_workers": num_workers}
-        embeddings = embed_dataset(model, processor, dataset, **options)
+        embeddings = embed_dataset(Encoder(model, processor, batch_size, device, num_workers), dataset)
     ranks = retrieval_ranks(*embeddings)
     answered = answer_queries(embeddings, ranks, choices=choices, count=count, top=top, seed=seed)
     page = render_page(

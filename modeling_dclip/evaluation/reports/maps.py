@@ -13,6 +13,7 @@ from datasets import Dataset
 from PIL import Image
 
 from modeling_dclip.data.images import PixelReader
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.evaluation.embedding import embed_texts
 from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
@@ -197,7 +198,7 @@ def draw_image_maps(
         raise ValueError(f"Expected one text a row, got {len(texts)} texts and {len(rows)} rows.")
     device = torch.device(device) if device is not None else next(model.parameters()).device
     pixel_values = PixelReader(dataset, processor.image_processor, cache_mib=0).read(np.array(rows))
-    text_embeds = embed_texts(model, processor, texts, device=device)
+    text_embeds = embed_texts(Encoder(model, processor, device=device), texts)
     training = model.training
     try:
         maps = image_maps(model.eval(), pixel_values.to(device), text_embeds)

@@ -334,7 +334,7 @@ def plot_growth(
     save_figure(figure, path)
 
 
-# Pictures of diagnostics: maps over images, and the spectral density of a Hessian.
+# Pictures of diagnostics: maps over images.
 
 
 MAP_TITLES = {
@@ -400,48 +400,6 @@ def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str]
     for place in axes.flat:
         place.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         place.spines[:].set_visible(False)
-    save_figure(figure, path)
-
-
-def plot_spectral_density(
-    densities: Mapping[str, Mapping[str, Sequence[float]]], path: str | os.PathLike, *, title: str | None = None
-) -> None:
-    """Draw the spectral densities of Hessians over each other, the density on a logarithmic axis.
-
-    Args:
-        densities (`Mapping[str, Mapping]`): By label, `eigenvalues` and `density`, as
-            [`~modeling_dclip.evaluation.benchmarks.hessian.evaluate_hessian`] gives them with probes.
-        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
-        title (`str`, *optional*): Above.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-        ValueError: If there is nothing to draw, lengths differ, or a value is not finite.
-    """
-    if not densities:
-        raise ValueError("Expected one or more densities to draw, got none.")
-    for label, one in densities.items():
-        values = [np.asarray(one[name], dtype=float) for name in ("eigenvalues", "density")]
-        if values[0].shape != values[1].shape or not values[0].size or not np.isfinite(values).all():
-            raise ValueError(
-                f"Expected as many finite eigenvalues as densities for {label!r}, got {values[0].shape}, "
-                f"{values[1].shape}."
-            )
-    figure = new_figure(6.4, 3.8)
-    axes = figure.add_subplot()
-    highest = max(max(one["density"]) for one in densities.values())
-    for index, (label, one) in enumerate(densities.items()):
-        axes.plot(one["eigenvalues"], one["density"], color=COLOURS[(index + 1) % len(COLOURS)], lw=1.4, label=label)
-    axes.axvline(0, color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
-    axes.set_yscale("log")
-    axes.set_ylim(highest * 1e-6, highest * 3)
-    axes.set_xlabel("eigenvalue of the Hessian (left of 0: not convex)", color=INK)
-    axes.set_ylabel("density", color=INK)
-    axes.set_title(title or "", loc="left", fontsize=11, color=INK)
-    axes.legend(frameon=False, fontsize=9)
-    axes.tick_params(labelsize=8, colors=INK)
-    axes.grid(color=GRID, lw=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
     save_figure(figure, path)
 
 

@@ -19,6 +19,7 @@ from modeling_dclip.data.captions import SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.images import PixelReader, decode_image
 from modeling_dclip.data.rows import first
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_index import (
     build_faiss_index,
@@ -172,7 +173,7 @@ def build_index(
     hashes = [keys[row] for row in kept]
     embeds = store.read(hashes)
     vectors = build_faiss_index(faiss, embeds, FACTORIES.get(index, index))
-    texts = embed_texts(encoder, processor, queries) if queries else None
+    texts = embed_texts(Encoder(encoder, processor), queries) if queries else None
     manifest = {
         "format": FORMAT,
         "model": os.path.abspath(model) if os.path.isdir(model) else str(model),

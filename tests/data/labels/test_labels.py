@@ -14,6 +14,7 @@ from fixtures.webdatasets import picture, sample, write_set
 from modeling_dclip.data.labels import classification_split, load_classification
 from modeling_dclip.data.labels.prompts import PHOTO_TEMPLATES
 from modeling_dclip.data.scenes import CLASS_NAMES, load_single_objects
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import evaluate_zero_shot
 
 SHARED = Path(__file__).parents[3].parent / "shared" / "data"
@@ -182,11 +183,11 @@ def test_a_webdataset_loads_by_spec_and_evaluates(tmp_path, tiny_clip):
     assert (len(dataset), names) == (5, ["dog", "red circle", "blue square"])
     assert templates == ["a photo of a {c}.", "a {c}"]
     for workers in (0, 1):
-        result = evaluate_zero_shot(*tiny_clip, dataset, names, templates, batch_size=2, num_workers=workers)
+        result = evaluate_zero_shot(Encoder(*tiny_clip, batch_size=2, num_workers=workers), dataset, names, templates)
         assert result["n"] == 5 and 0 <= result["mean_per_class"] <= 1
     vectors = [m for n in range(4) for m in sample(n, [n % 2, 1, 0], label_kind="npy")]
     several = write_set(tmp_path / "wds_several", [vectors], dataset_type="multilabel")
-    result = evaluate_zero_shot(*tiny_clip, *load_classification(f"wds:{several}"))
+    result = evaluate_zero_shot(Encoder(*tiny_clip), *load_classification(f"wds:{several}"))
     assert set(result) == {"map", "n"} and 0.5 <= result["map"] <= 1  # the second class is in all images
 
 
@@ -224,14 +225,14 @@ def test_real_pictures_load_and_evaluate(tmp_path, tiny_clip):
         pytest.skip(f"needs {SHARED}")
     cifar = load_classification(f"parquet:{SHARED}/cifar10/*.parquet@40")
     assert len(cifar.class_names) == 10
-    result = evaluate_zero_shot(*tiny_clip, *cifar)
+    result = evaluate_zero_shot(Encoder(*tiny_clip), *cifar)
     assert result["n"] == 40 and result["top1"] <= result["top5"]
     spec = f"parquet:{SHARED}/imagenet_sample/*.parquet,label=class_name@30"
     with pytest.raises(ValueError, match="synset"):
         load_classification(spec.replace("class_name", "sysnet"))
     imagenet = load_classification(spec)
     assert len(imagenet.class_names) > 990
-    assert evaluate_zero_shot(*tiny_clip, *imagenet._replace(templates=["a {}"]))["n"] == 30
+    assert evaluate_zero_shot(Encoder(*tiny_clip), *imagenet._replace(templates=["a {}"]))["n"] == 30
     # The same photographs as folders named by synset, with a list of words beside them.
     rows = Dataset.from_parquet(f"{SHARED}/imagenet_sample/train.parquet").select(range(12))
     for row in rows.cast_column("image", Image(decode=False)):
@@ -240,4 +241,4 @@ def test_real_pictures_load_and_evaluate(tmp_path, tiny_clip):
     (tmp_path / "synset_words.txt").write_text("\n".join(f"{r['synset']} {r['class_name']}" for r in rows))
     found = load_classification(f"imagefolder:{tmp_path}:val")
     assert found.class_names == [name for _, name in sorted(zip(rows["synset"], rows["class_name"], strict=True))]
-    assert evaluate_zero_shot(*tiny_clip, *found)["n"] == 12
+    assert evaluate_zero_shot(Encoder(*tiny_clip), *found)["n"] == 12

@@ -13,6 +13,7 @@ from modeling_dclip.data.columns import dataset_fingerprint
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.labels import webdataset as webdataset_images
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_images
+from modeling_dclip.encoders import Encoder
 
 TWO_SHARDS = [
     [*sample(0, 1), *sample(1, 0, "jpg"), *sample(2, 2, "webp")],
@@ -191,7 +192,7 @@ def test_a_damaged_picture_is_named_when_it_is_decoded(tmp_path, tiny_clip):
     members = [*sample(0, 1), ("s0000001.png", picture(1)[:60]), ("s0000001.cls", b"0")]
     dataset = read(write_set(tmp_path / "wds_bad", [members]))
     with pytest.raises(ValueError, match="wds_bad/test/0.tar/s0000001.png.*cannot be read"):
-        embed_images(*tiny_clip, dataset)
+        embed_images(Encoder(*tiny_clip), dataset)
 
 
 @pytest.mark.parametrize(

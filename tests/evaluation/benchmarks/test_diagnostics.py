@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks import diagnostics
 from modeling_dclip.evaluation.benchmarks.diagnostics import (
     alignment_by_image,
@@ -142,8 +143,8 @@ def test_what_is_undefined_is_left_out():
 
 
 def test_a_model_is_measured_by_its_embeddings(tiny_clip, tiny_scenes):
-    result = evaluate_diagnostics(*tiny_clip, tiny_scenes, batch_size=3, device="cpu")
-    expected = naive_diagnostics(embed_dataset(*tiny_clip, tiny_scenes))
+    result = evaluate_diagnostics(Encoder(*tiny_clip, batch_size=3, device="cpu"), tiny_scenes)
+    expected = naive_diagnostics(embed_dataset(Encoder(*tiny_clip), tiny_scenes))
     assert {name: result[name] for name in expected} == pytest.approx(expected, abs=2e-6)
     assert (result["n"], result["n_captions"]) == (8, 16)
 

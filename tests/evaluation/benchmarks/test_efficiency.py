@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from fixtures.tiny_dual_encoders import save_dual_encoder
 from torch import nn
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks import efficiency
 from modeling_dclip.evaluation.benchmarks.efficiency import (
@@ -146,7 +147,7 @@ def test_latency_is_of_the_smallest_batch_and_throughput_of_the_largest(tiny_cli
 
     monkeypatch.setattr(model, "get_image_features", embed_images)
     monkeypatch.setattr(model, "get_text_features", embed_texts)
-    result = evaluate_efficiency(model, processor, batch_sizes=(1, 20), rounds=4)
+    result = evaluate_efficiency(Encoder(model, processor), batch_sizes=(1, 20), rounds=4)
     assert result["n"] == 4
     assert result["image_latency_ms"] == pytest.approx(31) and result["text_latency_ms"] == pytest.approx(25)
     assert result["image_throughput_per_s"] == pytest.approx(20 / 0.050)
@@ -162,7 +163,7 @@ def test_latency_is_of_the_smallest_batch_and_throughput_of_the_largest(tiny_cli
 def test_costs_of_a_model_are_those_of_its_parts(family, tmp_path):
     model, processor, _ = load_dual_encoder(save_dual_encoder(family, tmp_path))
     model.train()
-    result = evaluate_efficiency(model, processor, batch_sizes=[4, 2], rounds=1)
+    result = evaluate_efficiency(Encoder(model, processor), batch_sizes=[4, 2], rounds=1)
     shape = [16, 192] if family == "siglip2_naflex" else [3, 32, 32]
     settings = {"device": "cpu", "dtype": "float32", "batch_sizes": [2, 4], "image_shape": shape, "text_tokens": 16}
     assert model.training and result["measured_with"] == settings | {"torch_threads": torch.get_num_threads()}
@@ -179,18 +180,18 @@ def test_costs_of_a_model_are_those_of_its_parts(family, tmp_path):
 
 def test_what_cannot_be_measured_is_refused(tiny_clip):
     with pytest.raises(ValueError, match="batch sizes of at least 1, got .0, 4."):
-        evaluate_efficiency(*tiny_clip, batch_sizes=(0, 4))
+        evaluate_efficiency(Encoder(*tiny_clip), batch_sizes=(0, 4))
     with pytest.raises(ValueError, match="Expected one or more calls and rounds"):
-        evaluate_efficiency(*tiny_clip, rounds=0)
+        evaluate_efficiency(Encoder(*tiny_clip), rounds=0)
     with pytest.raises(TypeError, match="dual encoder"):
-        evaluate_efficiency(tiny_clip[0].vision_model, tiny_clip[1])
+        evaluate_efficiency(Encoder(tiny_clip[0].vision_model, tiny_clip[1]))
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_model_is_measured_on_cuda(tiny_clip_dir):
     model, processor, _ = load_dual_encoder(tiny_clip_dir)
-    result = evaluate_efficiency(model, processor, device="cuda", batch_sizes=(1, 64), rounds=3)
+    result = evaluate_efficiency(Encoder(model, processor, device="cuda"), batch_sizes=(1, 64), rounds=3)
     assert result["measured_with"]["device"] == "cuda" and result["image_latency_ms"] > 0
     assert result["peak_memory_mib"] > 4 * result["parameters_millions"]
 

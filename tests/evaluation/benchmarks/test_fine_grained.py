@@ -12,6 +12,7 @@ from modeling_dclip.data.questions import load_fine_grained
 from modeling_dclip.data.questions.hard_negatives import CATEGORIES
 from modeling_dclip.data.questions.rows import CROP_FEATURE, FEATURES, PAIR_FEATURE
 from modeling_dclip.data.scenes import encode_png
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.fine_grained import (
     evaluate_fine_grained,
     pair_hits,
@@ -67,7 +68,7 @@ def test_accuracies_equal_a_naive_loop(tiny_clip):
             name = {"on": "on_accuracy", "To the left-of": "to_the_left_of_accuracy", "": None}[category]
             for metric in {"accuracy", name} - {None}:
                 expected.setdefault(metric, []).append((hit, 1 / len(scores)))
-    result = evaluate_fine_grained(model, processor, dataset, batch_size=5)
+    result = evaluate_fine_grained(Encoder(model, processor, batch_size=5), dataset)
     assert 0.1 < result["accuracy"] < 0.9
     for metric, pairs in expected.items():
         hits, chances = zip(*pairs, strict=True)
@@ -82,7 +83,7 @@ def test_accuracies_equal_a_naive_loop(tiny_clip):
 
 def test_outcomes_have_a_row_a_picture_and_give_the_metrics(tiny_clip):
     dataset = random_questions(rows=9)
-    result = evaluate_fine_grained(*tiny_clip, dataset)
+    result = evaluate_fine_grained(Encoder(*tiny_clip), dataset)
     assert set(result["outcomes"]) == {"accuracy", "on_accuracy", "to_the_left_of_accuracy"}
     for metric, sums in result["outcomes"].items():
         assert sums.shape == (9, 2) and sums.dtype == torch.float64
@@ -92,9 +93,9 @@ def test_outcomes_have_a_row_a_picture_and_give_the_metrics(tiny_clip):
 
 def test_nothing_depends_on_batches_or_on_the_order_of_rows(tiny_clip):
     dataset = random_questions(rows=9)
-    first, second = (evaluate_fine_grained(*tiny_clip, dataset, batch_size=size) for size in (2, 64))
+    first, second = (evaluate_fine_grained(Encoder(*tiny_clip, batch_size=size), dataset) for size in (2, 64))
     order = [4, 0, 8, 2, 1, 3, 7, 5, 6]
-    third = evaluate_fine_grained(*tiny_clip, dataset.select(order))
+    third = evaluate_fine_grained(Encoder(*tiny_clip), dataset.select(order))
     for metric, sums in first["outcomes"].items():
         assert torch.equal(sums, second["outcomes"][metric])
         assert torch.equal(sums[order], third["outcomes"][metric])
@@ -116,7 +117,7 @@ def test_every_picture_and_every_text_is_embedded_once(tiny_clip, monkeypatch):
     monkeypatch.setattr(model, "get_image_features", count_images)
     monkeypatch.setattr(model, "get_text_features", count_texts)
     dataset = load_fine_grained("scenes:test,n=3,image_size=48")
-    evaluate_fine_grained(model, processor, dataset)
+    evaluate_fine_grained(Encoder(model, processor), dataset)
     different = {row["captions"][0] for row in dataset} | {t for row in dataset for (t,) in row["negative_captions"]}
     assert seen == {"images": 3, "texts": len(different)} and len(different) < sum(
         2 * len(c) for c in dataset["captions"]
@@ -179,7 +180,7 @@ def pairs(number=5, **changes):
 def test_pairs_of_a_dataset_equal_a_naive_loop(tiny_clip):
     model, processor = tiny_clip
     dataset = pairs()
-    result = evaluate_fine_grained(model, processor, dataset, batch_size=3)
+    result = evaluate_fine_grained(Encoder(model, processor, batch_size=3), dataset)
     for pair in range(5):
         rows = [dataset[pair], dataset[5 + pair]]
         images = [embed(model, processor, image=row["image"]) for row in rows]
@@ -215,7 +216,7 @@ def test_only_the_part_in_the_box_is_looked_at(tiny_clip, monkeypatch):
         model, "get_image_features", lambda pixel_values: seen.append(pixel_values) or features(pixel_values)
     )
     boxes = [[row, 2, 20 + row, 30] for row in range(12)]
-    evaluate_fine_grained(model, processor, cropped(boxes), batch_size=5)
+    evaluate_fine_grained(Encoder(model, processor, batch_size=5), cropped(boxes))
     parts = [noise(row).crop(tuple(box)) for row, box in enumerate(boxes)]
     assert torch.equal(torch.cat(seen), processor(images=parts, return_tensors="pt")["pixel_values"])
 
@@ -223,7 +224,7 @@ def test_only_the_part_in_the_box_is_looked_at(tiny_clip, monkeypatch):
 @pytest.mark.parametrize("box", [[40, 0, 50, 9], [0, 36, 9, 50], [-9, 0, 0, 9], [5, 5, 5, 9]])
 def test_a_box_outside_the_picture_is_named(tiny_clip, box):
     with pytest.raises(ValueError, match="'part-1'.*meets the picture of 40 x 36 pixels"):
-        evaluate_fine_grained(*tiny_clip, cropped([[0, 0, 9, 9], box]))
+        evaluate_fine_grained(Encoder(*tiny_clip), cropped([[0, 0, 9, 9], box]))
 
 
 def test_chosen_cosines_equal_the_whole_matrix():
@@ -234,7 +235,7 @@ def test_chosen_cosines_equal_the_whole_matrix():
 
 
 def test_scenes_ask_every_category_at_even_odds(tiny_clip):
-    result = evaluate_fine_grained(*tiny_clip, load_fine_grained("scenes:test,n=12,image_size=48"))
+    result = evaluate_fine_grained(Encoder(*tiny_clip), load_fine_grained("scenes:test,n=12,image_size=48"))
     assert {f"{name}_accuracy" for name in CATEGORIES} <= set(result["outcomes"])
     assert set(result["chance"].values()) == {0.5}
     assert result["n"] == int(result["outcomes"]["accuracy"][:, 1].sum()) > 60
@@ -265,20 +266,20 @@ def test_the_fingerprint_sees_all_that_is_asked():
 def test_bad_datasets_are_named(tiny_clip):
     dataset = random_questions(rows=3)
     with pytest.raises(ValueError, match="without \\['categories'\\].*load_fine_grained"):
-        evaluate_fine_grained(*tiny_clip, dataset.remove_columns("categories"))
+        evaluate_fine_grained(Encoder(*tiny_clip), dataset.remove_columns("categories"))
     uneven = {name: dataset[name][:] for name in ("image_id", "captions", "negative_captions", "categories")}
     uneven["image"] = [encode_png(noise(row)) for row in range(3)]
     for column, value in (("captions", []), ("categories", []), ("negative_captions", [[]])):
         columns = uneven | {column: [*uneven[column][:1], value, uneven[column][2]]}
         with pytest.raises(ValueError, match="image_id 'noise-1'"):
-            evaluate_fine_grained(*tiny_clip, Dataset.from_dict(columns, features=FEATURES))
+            evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=FEATURES))
     with pytest.raises(
         ValueError, match="Expected two rows of one caption each with pair_id '0', got rows \\[0, 1, 5\\]"
     ):
-        evaluate_fine_grained(*tiny_clip, pairs(pair_id=["0", "0", "2", "3", "4", "0", "1", "2", "3", "4"]))
+        evaluate_fine_grained(Encoder(*tiny_clip), pairs(pair_id=["0", "0", "2", "3", "4", "0", "1", "2", "3", "4"]))
     columns = uneven | {"image": [*uneven["image"][:2], {"bytes": b"no picture", "path": None}]}
     with pytest.raises(ValueError, match="noise-2"):
-        evaluate_fine_grained(*tiny_clip, Dataset.from_dict(columns, features=FEATURES))
+        evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=FEATURES))
 
 
 @pytest.mark.real_data
@@ -296,6 +297,6 @@ def test_sugarcrepes_form_is_answered_over_real_photographs(tiny_clip, tmp_path,
         entries[str(index)] = {"filename": names[annotation["image_id"]], **texts}
     path = tmp_path / "replace_obj.json"
     path.write_text(json.dumps(entries))
-    result = evaluate_fine_grained(*tiny_clip, load_fine_grained(f"sugarcrepe:{path}:{folder / 'val2017'}"))
+    result = evaluate_fine_grained(Encoder(*tiny_clip), load_fine_grained(f"sugarcrepe:{path}:{folder / 'val2017'}"))
     assert result["n"] == len(entries) and result["outcomes"]["accuracy"].shape == (20, 2)
     assert result["replace_obj_accuracy"] == result["accuracy"] and 0.2 < result["accuracy"] < 0.8

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from modeling_dclip.evaluation.benchmarks import kinds as benchmarks
+from modeling_dclip.evaluation.records import Environment
 
 
 @pytest.mark.parametrize(
@@ -50,12 +51,12 @@ def test_the_hessian_takes_only_options_of_its_own():
     spec = "hessian=scenes:test,n=2,image_size=40"
     for option in ("seed", "batch_size", "device"):
         with pytest.raises(ValueError, match=f"options of the Hessian alone, got '{option}'.*use --{option}"):
-            benchmarks.load_benchmark(spec, hessian={option: "1"})
+            benchmarks.load_benchmark(spec, benchmarks.EvaluationOptions(hessian={option: "1"}))
     with pytest.raises(ValueError, match="Expected an integer for the option 'steps'.*got 'abc'"):
-        benchmarks.load_benchmark(spec, hessian={"steps": "abc"})
+        benchmarks.load_benchmark(spec, benchmarks.EvaluationOptions(hessian={"steps": "abc"}))
 
 
 def test_costs_of_another_machine_are_another_measurement(monkeypatch):
     settings = benchmarks.load_benchmark("efficiency").settings
-    monkeypatch.setattr(benchmarks, "environment", lambda: ({}, {"cpu": "another"}))
+    monkeypatch.setattr(benchmarks, "environment", lambda: Environment({}, {"cpu": "another"}))
     assert settings and benchmarks.load_benchmark("efficiency").settings != settings

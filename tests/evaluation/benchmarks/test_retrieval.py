@@ -5,6 +5,7 @@ import statistics
 import pytest
 import torch
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.efficiency import MIB, peak_memory_mib
 from modeling_dclip.evaluation.benchmarks.retrieval import (
     embeddings_of_pairs,
@@ -295,7 +296,7 @@ def test_bad_cut_offs_are_refused(ks):
 
 def test_evaluate_retrieval_equals_transformers_own_forward(tiny_clip, tiny_scenes):
     model, processor = tiny_clip
-    result = evaluate_retrieval(model, processor, tiny_scenes, batch_size=3)
+    result = evaluate_retrieval(Encoder(model, processor, batch_size=3), tiny_scenes)
     captions = [text for own in tiny_scenes["captions"] for text in own]
     inputs = processor(text=captions, images=list(tiny_scenes["image"]), return_tensors="pt", padding=True)
     with torch.no_grad():

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks, retrieval_metrics
 from modeling_dclip.evaluation.benchmarks.retrieval_index import NOT_FOUND, approximate_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
@@ -35,7 +36,7 @@ def test_a_missing_package_is_named_with_its_remedy(monkeypatch, tiny_clip, tiny
         "modeling_dclip.evaluation.benchmarks.retrieval.embed_dataset", None
     )  # refused before the work
     with pytest.raises(ImportError, match="faiss-cpu"):
-        evaluate_retrieval(*tiny_clip, tiny_scenes, index="faiss")
+        evaluate_retrieval(Encoder(*tiny_clip), tiny_scenes, index="faiss")
 
 
 def test_exact_search_needs_no_package(monkeypatch):
@@ -134,8 +135,8 @@ def test_ties_count_against_the_model_in_an_index_too():
 
 @pytest.mark.usefixtures("faiss")
 def test_evaluate_retrieval_searches_an_index(tiny_clip, tiny_scenes):
-    exact = evaluate_retrieval(*tiny_clip, tiny_scenes)
-    found = evaluate_retrieval(*tiny_clip, tiny_scenes, index="faiss")
+    exact = evaluate_retrieval(Encoder(*tiny_clip), tiny_scenes)
+    found = evaluate_retrieval(Encoder(*tiny_clip), tiny_scenes, index="faiss")
     assert found["text_to_image_recall@5"] == exact["text_to_image_recall@5"]
     assert found["text_to_image_index_recall@10"] == 1.0 and "text_to_image_mrr@100" in found["outcomes"]
 

@@ -14,7 +14,7 @@ from modeling_dclip import DCLIPModel, DMCLIPConfig, DMCLIPModel
 from modeling_dclip.evaluation.reports import maps as module
 from modeling_dclip.evaluation.reports import plots as diagnostic_plots
 from modeling_dclip.evaluation.reports.maps import attention_relevance, attention_rollout, draw_image_maps, image_maps
-from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_spectral_density
+from modeling_dclip.evaluation.reports.plots import plot_image_maps
 
 
 @pytest.fixture
@@ -204,26 +204,3 @@ def test_the_mode_of_the_model_is_restored(tmp_path, tiny_clip_dir, tiny_scenes)
 def test_bad_maps_are_named(tmp_path, pictures, maps, texts, message):
     with pytest.raises(ValueError, match=message):
         plot_image_maps(pictures, maps, texts, tmp_path / "a.png")
-
-
-def test_densities_are_drawn_over_each_other(tmp_path, figures):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    one = {"eigenvalues": [-1.0, 0.0, 2.0], "density": [0.1, 1.0, 0.01]}
-    plot_spectral_density({"a": one, "b": one}, tmp_path / "density.png", title="t")
-    axes = figures[0].axes[0]
-    assert is_not_blank(tmp_path / "density.png") and axes.get_yscale() == "log"
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b"]
-    assert np.allclose(axes.lines[0].get_xydata(), [[-1, 0.1], [0, 1], [2, 0.01]])
-
-
-@pytest.mark.parametrize(
-    ("densities", "message"),
-    [
-        ({}, "one or more densities"),
-        ({"a": {"eigenvalues": [1.0], "density": []}}, "for 'a', got"),
-        ({"a": {"eigenvalues": [1.0], "density": [np.nan]}}, "finite eigenvalues"),
-    ],
-)
-def test_bad_densities_are_named(tmp_path, densities, message):
-    with pytest.raises(ValueError, match=message):
-        plot_spectral_density(densities, tmp_path / "a.png")

@@ -19,6 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 from modeling_dclip import DCLIPModel
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.hub import index as search_index
@@ -81,7 +82,7 @@ def file_of(folder, kind):
 def test_answers_are_those_of_comparing_everything(built, tiny_clip_dir, pictures):
     model, processor, _ = load_dual_encoder(tiny_clip_dir)
     dataset = read_images(str(pictures))
-    images, texts = embed_images(model, processor, dataset), embed_texts(model, processor, TEXTS)
+    images, texts = embed_images(Encoder(model, processor), dataset), embed_texts(Encoder(model, processor), TEXTS)
     for text, scores in zip(TEXTS, texts @ images.T, strict=True):
         hits = built.search(text, top_k=5)
         best = scores.argsort(descending=True)[:5]
