@@ -1,12 +1,10 @@
 """The reinforced loss: a naive float64 reference first, then properties. Two processes against one: test_losses.py."""
 
-import doctest
 import math
 
 import pytest
 import torch
 
-from modeling_dclip.distillation import losses as reinforced_losses
 from modeling_dclip.distillation.losses import distillation_loss, similarity_distillation_loss, teacher_probabilities
 
 WIDTHS, SCALES = [4, 2], [100.0, 20.0]
@@ -53,10 +51,6 @@ def naive_distillation_loss(image, text, teacher_image, teacher_text, widths, sc
 
 def batch(size=5, width=7):
     return (embeds(size, width), embeds(size, width, seed=1), embeds(size, 6, seed=2), embeds(size, 6, seed=3))
-
-
-def test_docstring_examples_hold():
-    assert doctest.testmod(reinforced_losses).failed == 0
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.8])

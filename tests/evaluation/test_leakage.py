@@ -1,7 +1,5 @@
 """Leakage: exchanging what a teacher reads changes what it reaches exactly as far as it reads it."""
 
-import doctest
-
 import numpy as np
 import pytest
 import torch
@@ -48,10 +46,6 @@ def taught(request, tiny_clip_dir, scenes, tmp_path_factory):
     cache = tmp_path_factory.mktemp("features")
     paths = compute_features(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=cache)
     return teacher, TeacherFeatures.load(paths)
-
-
-def test_docstring_examples_hold():
-    assert doctest.testmod(leakage).failed == 0
 
 
 def test_draws_use_each_caption_once_and_leave_no_image_its_own():

@@ -1,7 +1,5 @@
 """Costs that are known beforehand come out: seconds of a made-up clock, products, tensors of a known size, powers."""
 
-import doctest
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -20,10 +18,6 @@ from modeling_dclip.evaluation.benchmarks.efficiency import (
     scan_formulas,
 )
 from modeling_dclip.selective_scan import selective_scan
-
-
-def test_examples_are_true():
-    assert doctest.testmod(efficiency).failed == 0
 
 
 def test_calls_take_turns_and_each_round_is_kept():
