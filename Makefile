@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 CODE := modeling_dclip tests benchmarks hub_cards setup.py train.py eval.py
 
-.PHONY: demo space test test-conformance quality style
+.PHONY: demo space test test-conformance coverage quality style
 
 demo: $(STAMP)
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py
@@ -15,6 +15,8 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not conformance"
 test-conformance: $(STAMP)
 	$(BIN)/python -m pytest -m conformance
+coverage: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not conformance" --cov --cov-report=term --cov-report=html
 quality: $(STAMP)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/ruff format --check $(CODE)

@@ -27,6 +27,7 @@ EXTRAS = {
         "jinja2>=3.1",
         "matplotlib>=3.8",
         "pytest>=8",
+        "pytest-cov>=5",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.9",
