@@ -1,11 +1,11 @@
-"""Search your own pictures: embed a folder or a dataset once, then ask in words or with a picture.
+"""Search your own pictures: embed a folder or a dataset once, then search it with words or with a picture.
 
     python -m modeling_dclip.hub.index --model MODEL --images FOLDER_OR_DATASET --output INDEX
     python -m modeling_dclip.hub.index search "a dog on a beach" --index INDEX --top_k 10
     python -m modeling_dclip.hub.index search photo.jpg --index INDEX
 
-MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. Building goes on where it
-was when killed, and computes only images that are new when started again. On several GPUs start it with
+MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. A build that was killed
+continues when it is started again, and a second build embeds only new images. To build on several GPUs, start it with
 `accelerate launch -m modeling_dclip.hub.index`.
 """
 
@@ -13,7 +13,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser
@@ -22,52 +22,50 @@ from transformers.utils import logging
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.hub.index import Hit, SearchIndex
-from modeling_dclip.hub.index.build import build_index
-
-__all__ = ["Hit", "SearchIndex", "build_index"]
+from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
 
 COMMAND = "python -m modeling_dclip.hub.index"
-SHOWN = 10  # of images that cannot be read
+SHOWN = 10  # images that could not be read
 
 
 @dataclass
 class BuildArguments:
-    """Of building; `build` may stand before them."""
+    """Arguments of building; the word `build` may stand before them."""
 
     model: str = field(metadata={"help": "Folder or Hub id of a dual encoder, or open_clip:NAME:PRETRAINED."})
     images: str = field(
-        metadata={"help": "A folder, searched with those below it, or a dataset's spec such as parquet:GLOB."}
+        metadata={"help": "A folder, searched with its subfolders, or a dataset's spec such as parquet:GLOB."}
     )
     output: str = field(metadata={"help": "Folder of the index."})
     index: str = field(
         default="exact",
-        metadata={"help": "exact, ivf (inverted file) or hnsw (graph) for millions, or a factory string of FAISS."},
+        metadata={"help": "exact; ivf (inverted file) or hnsw (graph) for millions; or a factory string of FAISS."},
     )
     queries: str | None = field(
         default=None,
-        metadata={"help": "Text file, a query a line: tunes an index that is not exact and measures what it misses."},
+        metadata={
+            "help": "Text file with one typical query in a line, to tune an approximate index and to measure its recall."
+        },
     )
-    on_bad_image: str = field(
-        default="raise", metadata={"help": "raise or skip: what to do about images that cannot be read."}
-    )
-    batch_size: int = field(default=64, metadata={"help": "Images at a time."})
-    chunk_rows: int = field(default=1024, metadata={"help": "Images between two savings."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode, a GPU."})
-    overwrite: bool = field(default=False, metadata={"help": "Replace an index of another model or other images."})
+    on_bad_image: str = field(default="raise", metadata={"help": "raise or skip, for images that cannot be read."})
+    batch_size: int = field(default=64, metadata={"help": "Images in one forward pass."})
+    chunk_rows: int = field(default=1024, metadata={"help": "Images in one file of embeddings."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode images, for each GPU."})
+    overwrite: bool = field(default=False, metadata={"help": "Replace an index of another model or of other images."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
 @dataclass
 class SearchArguments:
-    """Of asking."""
+    """Arguments of searching."""
 
     index: str = field(metadata={"help": "Folder of the index."})
-    top_k: int = field(default=10, metadata={"help": "Answers."})
+    top_k: int = field(default=10, metadata={"help": "Number of pictures to show."})
     effort: int | None = field(
-        default=None, metadata={"help": "Cells (ivf) or candidates (hnsw) to look at; more finds more."}
+        default=None, metadata={"help": "Cells (ivf) or candidates (hnsw) to look at; more finds more and is slower."}
     )
     model: str | None = field(default=None, metadata={"help": "Where the model is now, if it has moved."})
-    json: bool = field(default=False, metadata={"help": "One JSON object a line, for programs."})
+    json: bool = field(default=False, metadata={"help": "Print one JSON object in a line, for other programs."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
 
@@ -77,12 +75,12 @@ def _read_queries(path: str | None) -> list[str]:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     queries = [line.strip() for line in lines if line.strip()]
     if len(queries) < 2:
-        raise ValueError(f"Expected two or more queries in '{path}', one a line, got {len(queries)}.")
+        raise ValueError(f"Expected at least two queries in '{path}', one in a line, got {len(queries)}.")
     return queries
 
 
 def describe_build(index: SearchIndex) -> str:
-    """What was built, and what was left out."""
+    """Say what was built, and which images were left out."""
     manifest = index.manifest
     lines = [
         f"{manifest['n']} images of width {manifest['dim']} in {index.folder}: {manifest['computed']} embedded now, "
@@ -90,12 +88,12 @@ def describe_build(index: SearchIndex) -> str:
     ]
     if manifest["changes"] is not None:
         lines.append(
-            "Since the index that was there: {added} images added, {removed} removed.".format(**manifest["changes"])
+            "Compared with the index before: {added} images added, {removed} removed.".format(**manifest["changes"])
         )
     if manifest["recall@10"] is not None:
         lines.append(
-            f"Of the exact first 10 it finds {100 * manifest['recall@10']:.1f}% on queries it was not tuned on, at an "
-            f"effort of {manifest['effort']}."
+            f"It finds {100 * manifest['recall@10']:.1f}% of the exact first 10, measured on queries that it was not "
+            f"tuned on, at an effort of {manifest['effort']}."
         )
     skipped = manifest["skipped"]
     if skipped:
@@ -104,12 +102,12 @@ def describe_build(index: SearchIndex) -> str:
             f"    {one['image_id']} ({one['file'] or 'stored bytes'}): {one['reason']}" for one in skipped[:SHOWN]
         ]
         if len(skipped) > SHOWN:
-            lines.append(f"    and {len(skipped) - SHOWN} more, all in {index.folder / 'index.json'}")
+            lines.append(f"    and {len(skipped) - SHOWN} more, all listed in {index.folder / 'index.json'}")
     return "\n".join(lines)
 
 
 def describe_hits(hits: Sequence[Hit], as_json: bool = False) -> str:
-    """Answers as lines: rank, cosine, and the file or where there is none the id."""
+    """Write the found pictures in lines: rank, cosine, and the file, or the id where there is no file."""
     if as_json:
         return "\n".join(json.dumps(hit._asdict()) for hit in hits)
     return "\n".join(f"{rank:3d}  {hit.score:.4f}  {hit.path or hit.image_id}" for rank, hit in enumerate(hits, 1))
@@ -120,13 +118,22 @@ def _build(argv: Sequence[str]) -> str | None:
         BuildArguments, prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
-    settings = asdict(arguments)
-    index = build_index(**{**settings, "queries": _read_queries(arguments.queries)})
+    index = build_index(
+        arguments.model,
+        arguments.images,
+        arguments.output,
+        index=arguments.index,
+        queries=_read_queries(arguments.queries),
+        on_bad_image=arguments.on_bad_image,
+        options=EmbeddingOptions(arguments.batch_size, arguments.chunk_rows, arguments.num_workers),
+        overwrite=arguments.overwrite,
+        trust_remote_code=arguments.trust_remote_code,
+    )
     return None if index is None else describe_build(index)
 
 
 def _search(argv: Sequence[str]) -> str:
-    parser = HfArgumentParser(SearchArguments, prog=f"{COMMAND} search", description="Ask an index.")
+    parser = HfArgumentParser(SearchArguments, prog=f"{COMMAND} search", description="Search an index.")
     parser.add_argument("query", help="Words, or the path of a picture.")
     arguments, asked = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     index = SearchIndex.load(arguments.index, model=arguments.model, trust_remote_code=arguments.trust_remote_code)
@@ -141,7 +148,7 @@ def _search(argv: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Build or search, by the first word; print the answer."""
     words = list(sys.argv[1:] if argv is None else argv)
-    logging.disable_progress_bar()  # of loading weights; the images have one of their own
+    logging.disable_progress_bar()  # of loading weights; embedding has its own bar
     if words[:1] == ["search"]:
         answer = _search(words[1:])
     else:

@@ -1,7 +1,7 @@
-"""Image embeddings kept in a folder by the content of the images: what is there is not computed again.
+"""Image embeddings in a folder, keyed by the content of the images, so that no image is embedded twice.
 
-A chunk holds the embeddings of so many images beside their keys, and the keys of those that could not be read. A run
-that was killed, a folder that grew, a picture that comes twice: each costs only the images that no chunk knows.
+A chunk holds the embeddings of some images with their keys, and the keys of images that could not be read. After a
+killed run, or when a folder has grown, only the images that no chunk has are embedded.
 """
 
 import logging
@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
 from modeling_dclip.data.images import PixelReader
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
 
@@ -32,31 +33,29 @@ KEY_BYTES = 32  # of a SHA-256
 _UNREADABLE = (ValueError, OSError, Image.DecompressionBombError)
 
 
-class EmbeddingOptions(NamedTuple):
-    """How images are run through a model: B images at a time, `chunk_rows` a file,
-    `num_workers` processes that decode.
+def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
+    """Key how a model embeds images and texts: its config, its weights and its image settings.
+
+    Args:
+        model ([`DualEncoder`]): The model.
+        processor: The model's processor.
+
+    Returns:
+        `str`: A hexadecimal SHA-256.
     """
-
-    batch_size: int = 64
-    chunk_rows: int = 1024
-    num_workers: int = 0
-
-
-def fingerprint_encoder(model: torch.nn.Module, processor: Any) -> str:
-    """A key of how a model embeds images and texts: config, weights, image settings. Hexadecimal SHA-256."""
     images = processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else re.sub(r" at 0x\w+", "", repr(vars(images)))
     return combine_keys([fingerprint_model(model), canonical_json(settings)])
 
 
 def hash_images(dataset: Dataset) -> list[str | None]:
-    """A key of each row's encoded image, under several processes each hashing its share.
+    """Key the encoded image of each row. Under several processes each hashes its share.
 
     Args:
-        dataset (`datasets.Dataset`): With `image`.
+        dataset (`datasets.Dataset`): With the column `image`.
 
     Returns:
-        `list[str | None]`: Hexadecimal SHA-256 in order of rows; None where there are no bytes to read.
+        `list[str | None]`: A hexadecimal SHA-256 for each row, `None` where there are no bytes to read.
     """
     state = PartialState()
     share = range(state.process_index, len(dataset), state.num_processes)
@@ -78,27 +77,28 @@ def hash_images(dataset: Dataset) -> list[str | None]:
 
 
 @torch.no_grad()
-def embed_readable(
-    model: torch.nn.Module, reader: PixelReader, rows: Sequence[int], options: EmbeddingOptions
-) -> tuple[np.ndarray, list[bool]]:
-    """Embed those rows whose image can be read.
+def embed_readable(encoder: Encoder, reader: PixelReader, rows: Sequence[int]) -> tuple[np.ndarray, list[bool]]:
+    """Embed the rows whose image can be read.
 
     Args:
-        model (`torch.nn.Module`): A dual encoder in eval mode, on the device to use.
-        reader ([`PixelReader`]): Of the dataset.
-        rows (`Sequence[int]`): Of the dataset.
-        options ([`EmbeddingOptions`]): Batch size and workers.
+        encoder ([`Encoder`]): The dual encoder, in eval mode and on its device, with batch size and workers.
+        reader ([`PixelReader`]): Reads the dataset.
+        rows (`Sequence[int]`): Rows of the dataset.
 
     Returns:
-        `tuple`: `(readable, D)` float32, L2-normalised, and for each row whether it was read.
+        `tuple`: Embeddings `(readable, D)`, float32 and L2-normalised, and for each row whether it was read.
 
     Raises:
         ValueError: If an embedding is zero or not finite.
     """
+    model = encoder.model
     loader = DataLoader(
-        list(rows), options.batch_size, collate_fn=partial(_collate, reader), num_workers=options.num_workers,
+        list(rows),
+        encoder.batch_size,
+        collate_fn=partial(_collate, reader),
+        num_workers=encoder.num_workers,
         pin_memory=model.device.type == "cuda",
-    )  # fmt: skip
+    )
     embeds, readable = [], []
     for inputs, was_read in loader:
         readable += was_read
@@ -113,18 +113,18 @@ def embed_readable(
     if bad.any():
         row = [row for row, is_read in zip(rows, readable, strict=True) if is_read][int(bad.nonzero()[0])]
         raise ValueError(
-            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}; the first belongs "
-            f"to the image {reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights "
-            "and precision."
+            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}. The first is of the "
+            f"image {reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights and "
+            "precision."
         )
     return (found / norms).numpy(), readable
 
 
 def _collate(reader: PixelReader, rows: list[int]) -> tuple[dict[str, torch.Tensor] | None, list[bool]]:
-    """What the model reads of those rows whose image can be read, and which they are."""
+    """The model's inputs for the rows whose image can be read, and for each row whether it can."""
     try:
         return _decode(reader, rows), [True] * len(rows)
-    except _UNREADABLE:  # look for the guilty one by one
+    except _UNREADABLE:  # find the damaged images one by one
         parts = [_decode_or_none(reader, row) for row in rows]
     there = [part for part in parts if part is not None]
     merged = {name: torch.cat([part[name] for part in there]) for name in there[0]} if there else None
@@ -144,14 +144,14 @@ def _decode_or_none(reader: PixelReader, row: int) -> dict[str, torch.Tensor] | 
 
 
 class EmbeddingStore:
-    """The chunks of one encoder in a folder of their own.
+    """The chunks of one encoder, in a folder of their own.
 
     Args:
-        folder (`Path`): Where chunks of all encoders are.
-        encoder (`str`): [`fingerprint_encoder`].
+        folder (`Path`): The folder of the chunks of all encoders.
+        encoder (`str`): The key of the encoder, as [`fingerprint_encoder`] returns it.
 
     Raises:
-        ValueError: If a chunk is damaged; the file is named.
+        ValueError: If a chunk is damaged; the message names the file.
     """
 
     def __init__(self, folder: Path, encoder: str):
@@ -176,24 +176,20 @@ class EmbeddingStore:
         compute: Callable[[Sequence[int]], tuple[np.ndarray, list[bool]]],
         chunk_rows: int,
     ) -> int:
-        """Compute what no chunk knows, in chunks shared among the processes, and learn of all of them.
+        """Compute the embeddings that no chunk has. Several processes share the work, and then know all chunks.
 
         Args:
-            keys (`Sequence[str | None]`): Of every row; None is passed over.
-            compute (`Callable`): As [`embed_readable`], from rows.
-            chunk_rows (`int`): Images a file.
+            keys (`Sequence[str | None]`): The key of every row; rows without one are skipped.
+            compute (`Callable`): From rows to embeddings and whether each was read, as [`embed_readable`] returns them.
+            chunk_rows (`int`): Images in one file.
 
         Returns:
-            `int`: How many different images were new.
+            `int`: The number of different images that were new.
         """
-        PartialState().wait_for_everyone()  # all have looked before anyone writes
+        PartialState().wait_for_everyone()  # every process has read the folder before one writes
         new: dict[str, int] = {}
         for row, key in enumerate(keys):
-            if (
-                key is not None
-                and bytes.fromhex(key) not in self.place_of
-                and bytes.fromhex(key) not in self.unreadable
-            ):
+            if key is not None and not self.knows(key):
                 new.setdefault(key, row)
         rows_of, names = list(new.values()), list(new)
 
@@ -204,19 +200,34 @@ class EmbeddingStore:
             return {"keys": raw[read], "unreadable": raw[~read], "image_embeds": embeds}
 
         paths = compute_chunks(
-            names, make_chunk, made_by=self.encoder, cache_dir=self.folder, chunk_rows=chunk_rows,
+            names,
+            make_chunk,
+            made_by=self.encoder,
+            cache_dir=self.folder,
+            chunk_rows=chunk_rows,
             desc="Embedding images",
-        )  # fmt: skip
+        )
         for path in paths:
             self._register(path)
         return len(new)
 
+    def knows(self, key: str) -> bool:
+        """Whether a chunk has the image of this key, as an embedding or as one that could not be read."""
+        return self.has(key) or bytes.fromhex(key) in self.unreadable
+
     def has(self, key: str | None) -> bool:
-        """Whether the image of this key has an embedding."""
+        """Whether a chunk has an embedding of the image of this key."""
         return key is not None and bytes.fromhex(key) in self.place_of
 
     def read(self, keys: Sequence[str]) -> torch.Tensor:
-        """Embeddings by key, `(len(keys), D)` float32, L2-normalised. A chunk is read once."""
+        """Read embeddings by their keys. Each chunk is read once.
+
+        Args:
+            keys (`Sequence[str]`): Keys of images that have an embedding.
+
+        Returns:
+            `torch.Tensor` of shape `(len(keys), D)`: float32, L2-normalised.
+        """
         wanted: dict[Path, list[tuple[int, int]]] = {}
         for row, key in enumerate(keys):
             path, place = self.place_of[bytes.fromhex(key)]
