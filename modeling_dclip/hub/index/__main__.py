@@ -43,9 +43,7 @@ class BuildArguments:
     )
     queries: str | None = field(
         default=None,
-        metadata={
-            "help": "Text file with one typical query in a line, to tune an approximate index and to measure its recall."
-        },
+        metadata={"help": "Text file with one typical query in a line, to tune and measure an approximate index."},
     )
     on_bad_image: str = field(default="raise", metadata={"help": "raise or skip, for images that cannot be read."})
     batch_size: int = field(default=64, metadata={"help": "Images in one forward pass."})

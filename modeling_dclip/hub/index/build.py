@@ -266,8 +266,8 @@ def _check_output(output: Path, encoder: str, images: str, model: str, overwrite
         )
     if before["images"] != images:
         raise FileExistsError(
-            f"'{output}' holds an index of other images: expected {before['images']!r}, got {images!r}. Choose another "
-            "output, or replace the index with overwrite."
+            f"'{output}' holds an index of other images: expected {before['images']!r}, got {images!r}. Choose "
+            "another output, or replace the index with overwrite."
         )
     return before
 
@@ -285,8 +285,8 @@ def _set_effort(
         return {"effort": getattr(holder, name), "recall@10": recall}
     setattr(holder, name, min(most, FIRST_EFFORT[name]))
     logger.warning(
-        "The recall of this approximate index was not measured: its %s is %d. Give typical queries to tune and measure "
-        "it, or set the effort yourself.",
+        "The recall of this approximate index was not measured: its %s is %d. Give typical queries to tune and "
+        "measure it, or set the effort yourself.",
         name,
         getattr(holder, name),
     )

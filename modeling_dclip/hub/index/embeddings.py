@@ -113,8 +113,8 @@ def embed_readable(encoder: Encoder, reader: PixelReader, rows: Sequence[int]) -
     if bad.any():
         row = [row for row, is_read in zip(rows, readable, strict=True) if is_read][int(bad.nonzero()[0])]
         raise ValueError(
-            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}. The first is of the "
-            f"image {reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights and "
+            f"Expected finite, non-zero embeddings, got {int(bad.sum())} bad ones of {len(found)}. The first is of "
+            f"the image {reader.images.select_columns('image_id')[row]['image_id']!r}. Check the model's weights and "
             "precision."
         )
     return (found / norms).numpy(), readable
@@ -180,7 +180,7 @@ class EmbeddingStore:
 
         Args:
             keys (`Sequence[str | None]`): The key of every row; rows without one are skipped.
-            compute (`Callable`): From rows to embeddings and whether each was read, as [`embed_readable`] returns them.
+            compute (`Callable`): Embeds rows, and says which were read, as [`embed_readable`] does.
             chunk_rows (`int`): Images in one file.
 
         Returns:
