@@ -324,11 +324,17 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
 
         Raises:
             TypeError: If an override is no field of the config.
+            ValueError: If a weight of the CLIP is missing.
         """
         known = set(DCLIPTeacherConfig.__dataclass_fields__) - {"clip_config"}
         if unknown := set(config_overrides) - known:
             raise TypeError(f"Unknown teacher config fields {sorted(unknown)}; expected some of {sorted(known)}.")
-        clip = DCLIPModel.from_pretrained(clip_path)
+        clip, report = DCLIPModel.from_pretrained(clip_path, output_loading_info=True)
+        if missing := sorted(report["missing_keys"]):
+            raise ValueError(
+                f"Expected all weights of a CLIP at '{clip_path}', got {len(missing)} missing, the first "
+                f"{missing[0]}: they would be random. Name a CLIP with both towers, not a teacher or one tower."
+            )
         clip_config = clip.config.to_dict()
         clip_config.pop("auto_map", None)
         teacher = cls(cls.config_class(clip_config=clip_config, **config_overrides))

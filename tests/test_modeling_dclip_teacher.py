@@ -212,6 +212,12 @@ def test_a_teacher_can_be_built_from_a_saved_student(tiny_clip_dir, tmp_path):
     assert teacher.config.text_share == 0.25 and teacher.config.clip_config.projection_dim == 16
 
 
+def test_a_teacher_is_not_built_from_a_checkpoint_without_a_clips_weights(make_teacher, tmp_path):
+    make_teacher().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"all weights of a CLIP at .* missing, the first logit_scale: .* random"):
+        DCLIPTeacher.from_clip(str(tmp_path))
+
+
 def test_a_misspelt_override_is_refused(tiny_clip_dir):
     with pytest.raises(TypeError, match="text_shares"):
         DCLIPTeacher.from_clip(str(tiny_clip_dir), text_shares=0.5)

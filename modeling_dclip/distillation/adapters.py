@@ -19,11 +19,10 @@ from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import replacing
 from modeling_dclip.distillation.arguments import AdapterArguments
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_FOLDER = "adapter"  # beside the weights
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 # Last names of the linear layers of attention, Mamba mixers and MLPs, in CLIP's towers and in MambaVision.
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj", "in_proj", "x_proj", "fc1", "fc2")
 

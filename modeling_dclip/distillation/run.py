@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 
@@ -22,6 +21,7 @@ from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import STAGES
 from modeling_dclip.distillation.recipes import UNCAPTIONED, Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
+from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
@@ -366,8 +366,16 @@ def load_new_images(
 
 
 def load_student(clip_path: str, position_embedding_type: str = "absolute") -> DCLIPModel:
-    """A dual encoder about to become a student: pretrained weights in float32, text tower frozen."""
+    """Load the dual encoder that becomes a student: pretrained weights in float32, text tower frozen.
+
+    Args:
+        clip_path (`str`): Folder or Hub id of a CLIP or of a model of this package.
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): Of the student's image encoder.
+
+    Raises:
+        ValueError: If a weight is missing, as in a teacher's folder or one tower's.
+    """
     config = DCLIPConfig.from_pretrained(clip_path)
     config.freeze_text = True
     config.vision_config.position_embedding_type = position_embedding_type
-    return DCLIPModel.from_pretrained(clip_path, config=config, dtype=torch.float32)
+    return load_checked(DCLIPModel, clip_path, config=config)

@@ -22,7 +22,6 @@ from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.data.scenes import train_tokenizer
 from modeling_dclip.data.teacher_targets import TeacherFeatures, add_teacher_targets, compute_features
 from modeling_dclip.distillation.adapters import (
-    ADAPTER_FOLDER,
     add_adapters,
     plain_state,
     save_adapters,
@@ -47,6 +46,7 @@ from modeling_dclip.distillation.trainer import (
     train_or_resume,
 )
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -316,7 +316,7 @@ def write_targets(run: Run) -> None:
     with_teacher = recipe.student.reads_teacher
     if with_teacher:
         path = run.teacher_path
-        teacher = DCLIPTeacher.from_pretrained(path)
+        teacher = load_checked(DCLIPTeacher, path, dtype="auto")
         _check_same_clip(teacher, run)
     else:  # the frozen CLIP alone; `none` adds nothing to it
         path = run.clip_path

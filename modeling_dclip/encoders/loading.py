@@ -1,31 +1,49 @@
-"""The model a spec names, ready to be evaluated, and which weights they are."""
+"""Load a dual encoder of any family, ready to be evaluated, and say which weights it has.
+
+| function | gives |
+|---|---|
+| [`load_dual_encoder`] | model, processor and revision, of any family |
+| [`load_pair`] | model and processor, of any family |
+| [`load_merged`] | a model of this package, its adapters merged |
+| [`load_checked`] | a model of a given class, every weight stored |
+"""
 
 import logging
+import os
 import string
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
+from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.encoders.fingerprints import model_revision
-from modeling_dclip.encoders.open_clip import OPEN_CLIP, fingerprint_open_clip, load_open_clip
+from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX, fingerprint_open_clip, load_open_clip
+from modeling_dclip.modeling_dclip import DCLIPModel
+from modeling_dclip.modeling_dmclip import DMCLIPModel
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
-NAMED = 5  # of keys in a message
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
+# By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
+DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
+_NAMED = 5  # missing weights in a message
 
 
-def require_dual_encoder(model: torch.nn.Module, where: str = "") -> None:
+def require_dual_encoder(model: Any, where: str = "") -> None:
     """Refuse a model that does not embed images and texts.
 
     Args:
-        model (`torch.nn.Module`): Any.
-        where (`str`, *optional*): It came from, for the message.
+        model: Any.
+        where (`str`, *optional*): Where it came from, for the message.
 
     Raises:
-        WrongModelError: If it has not both methods.
+        WrongModelError: If one of the two methods is missing.
     """
     missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
     if missing:
@@ -36,7 +54,38 @@ def require_dual_encoder(model: torch.nn.Module, where: str = "") -> None:
         )
 
 
-def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Any]:
+def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> Any:
+    """Load a model of which every weight is stored; transformers would draw a missing one at random, with a warning.
+
+    Args:
+        model_class (`type`): With `from_pretrained`: a model or one of transformers' Auto classes.
+        name (`str` or `os.PathLike`): Folder or Hub id.
+        options: Of `from_pretrained`. `dtype` is float32 unless given.
+
+    Returns:
+        `PreTrainedModel`: In eval mode, on the CPU.
+
+    Raises:
+        ValueError: If a weight is missing, or the file is damaged.
+    """
+    try:
+        model, report = model_class.from_pretrained(
+            name, output_loading_info=True, **({"dtype": torch.float32} | options)
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"Expected whole weights at '{name}', got a damaged file ({error}). Fetch it again."
+        ) from error
+    if missing := sorted(report["missing_keys"]):
+        named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
+        raise ValueError(
+            f"Expected all weights of {type(model).__name__} at '{name}', got {len(missing)} missing ({named}): they "
+            "would be random. It is another architecture's checkpoint, or one tower's."
+        )
+    return model.eval()
+
+
+def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[DualEncoder, Any]:
     """Load a dual encoder in float32 on the CPU, in eval mode, with its processor, of the PIL backend where there is
     one.
 
@@ -55,30 +104,19 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[tor
             half; as [`load_open_clip`].
     """
     name = str(spec)
-    if name.startswith(OPEN_CLIP):
+    if name.startswith(OPEN_CLIP_PREFIX):
         return load_open_clip(name)
     _check_folder(name)
     options = {"trust_remote_code": trust_remote_code}
-    try:
-        model, report = AutoModel.from_pretrained(name, dtype=torch.float32, output_loading_info=True, **options)
-    except SafetensorError as error:
-        raise ValueError(
-            f"Expected whole weights in {name!r}, got a damaged file ({error}). Fetch it again."
-        ) from error
+    model = load_checked(AutoModel, name, **options)
     require_dual_encoder(model, name)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"Expected all weights of {type(model).__name__} in {name!r}, got {len(missing)} missing "
-            f"({', '.join(missing[:NAMED])}...): they would be random. It is another architecture's checkpoint, or "
-            "one tower's."
-        )
     processor = _load_processor(name, options)
     check_processor(processor, name)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         logger.warning(
             "%s has no image processor of the PIL backend: its pixels differ from PIL's by 1-2 grey levels.", name
         )
-    return model.eval(), processor
+    return model, processor
 
 
 def _check_folder(name: str) -> None:
@@ -130,7 +168,7 @@ def check_processor(processor: Any, name: str) -> None:
         )
 
 
-def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[torch.nn.Module, Any, str]:
+def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[DualEncoder, Any, str]:
     """Load any CLIP-like model in float32 on the CPU, in eval mode, with the PIL image processor.
 
     Args:
@@ -150,6 +188,77 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
         ValueError: If weights or half of the processor are missing, or open_clip does not know a name.
     """
     model, processor = load_pair(spec, trust_remote_code=trust_remote_code)
-    if str(spec).startswith(OPEN_CLIP):
+    if str(spec).startswith(OPEN_CLIP_PREFIX):
         return model, processor, f"sha256:{fingerprint_open_clip(model)}"
     return model, processor, model_revision(spec, model)
+
+
+def load_merged(model: str | os.PathLike) -> PreTrainedModel:
+    """Load a dual encoder with whole weights, in float32: who loads what is published chooses a precision.
+
+    PEFT adapters, in the folder or in `adapter/` of one without whole weights, are loaded over the model they name and
+    merged into it.
+
+    Args:
+        model (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        [`DCLIPModel`] or [`DMCLIPModel`]: In eval mode, on the CPU.
+
+    Raises:
+        ImportError: If there are adapters and `peft` is not installed.
+        ValueError: If it is no dual encoder, a weight is missing, or the file is damaged.
+    """
+    if (adapter := find_adapter(model)) is not None:
+        return _merge_adapters(adapter)
+    model_type = AutoConfig.from_pretrained(model).model_type
+    if model_type not in DUAL_ENCODERS:
+        raise ValueError(
+            f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder "
+            "that holds both towers."
+        )
+    return load_checked(DUAL_ENCODERS[model_type], model)
+
+
+def _merge_adapters(folder: Path) -> PreTrainedModel:
+    try:
+        from peft import PeftConfig, PeftModel
+    except ImportError as error:
+        raise ImportError(
+            f"'{folder}' holds adapters: expected peft, got {error}. Install it with `pip install "
+            "modeling_dclip[peft]`."
+        ) from error
+    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not base:
+        raise ValueError(
+            f"Expected base_model_name_or_path in {folder / ADAPTER_CONFIG}, got none. Name the model there."
+        )
+    return PeftModel.from_pretrained(load_merged(base), str(folder)).merge_and_unload().eval()
+
+
+def find_adapter(model: str | os.PathLike) -> Path | None:
+    """The folder of an adapter that stands in place of whole weights:
+    the model's own, or where training with `merge_adapter: false` put it.
+    """
+    folder, inner = Path(model), Path(model) / ADAPTER_FOLDER
+    if (folder / ADAPTER_CONFIG).is_file():
+        return folder
+    return inner if (inner / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
+
+
+def load_processor(model: str | os.PathLike) -> DCLIPProcessor:
+    """Load the processor of a dual encoder.
+
+    Args:
+        model (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        [`DCLIPProcessor`]
+
+    Raises:
+        OSError: If the image processor's file is missing.
+        ValueError: If the tokenizer's are.
+    """
+    processor = DCLIPProcessor.from_pretrained(model)
+    check_processor(processor, str(model))
+    return processor

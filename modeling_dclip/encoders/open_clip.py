@@ -24,9 +24,9 @@ from transformers import BatchEncoding, BatchFeature
 
 from modeling_dclip.encoders.fingerprints import fingerprint_weights
 
-OPEN_CLIP = "open_clip:"
+OPEN_CLIP_PREFIX = "open_clip:"
 HOLD_BOTH = ("hf-hub", "local-dir")  # names of places that hold architecture and weights
-NAMED = 5  # of names in a message
+_SUGGESTED = 5  # architectures near one that does not exist
 
 
 class OpenClipImageProcessor:
@@ -145,9 +145,9 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
         ValueError: If the spec has another form, open_clip knows no such name or tag, or the weights do not load
             whole.
     """
-    name, _, pretrained = spec.removeprefix(OPEN_CLIP).partition(":")
+    name, _, pretrained = spec.removeprefix(OPEN_CLIP_PREFIX).partition(":")
     if not name or not pretrained:
-        raise ValueError(f"Expected {OPEN_CLIP}NAME:PRETRAINED, got {spec}. A tag or a file names the weights.")
+        raise ValueError(f"Expected {OPEN_CLIP_PREFIX}NAME:PRETRAINED, got {spec}. A tag or a file names the weights.")
     try:
         import open_clip
     except ImportError as error:
@@ -170,7 +170,7 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
 def _check_names(open_clip: Any, name: str, pretrained: str, spec: str) -> None:
     known = open_clip.list_models()
     if name.replace("/", "-") not in known:
-        near = difflib.get_close_matches(name, known, NAMED) or known[:NAMED]
+        near = difflib.get_close_matches(name, known, _SUGGESTED) or known[:_SUGGESTED]
         raise ValueError(
             f"Expected an architecture that open_clip knows, got {name!r} in {spec}. Near it: {', '.join(near)}; all: "
             "open_clip.list_models()."

@@ -49,6 +49,7 @@ from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
+from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.benchmarks.kinds import split_of
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
@@ -246,7 +247,7 @@ def evaluate_leakage(
     }
     records = []
     for label, folder in teachers:
-        teacher = DCLIPTeacher.from_pretrained(folder, dtype=torch.float32).to(device)
+        teacher = load_checked(DCLIPTeacher, folder).to(device)
         processor = DCLIPTeacherProcessor.from_pretrained(folder)
         paths = compute_features(
             dataset, teacher, processor, keys=keys, cache_dir=Path(cache_dir), alone=True, **options

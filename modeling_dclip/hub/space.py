@@ -21,7 +21,7 @@ from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
-from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.encoders.loading import load_checked, load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
 from modeling_dclip.evaluation.reports.maps import draw_attention
@@ -59,12 +59,7 @@ def load_teacher(spec: str) -> tuple[DCLIPTeacher, DCLIPTeacherProcessor]:
         raise ValueError(
             f"Expected a trained teacher at '{spec}', got a model of type {kind!r}. Name the teacher's own folder."
         )
-    model, report = DCLIPTeacher.from_pretrained(spec, dtype=torch.float32, output_loading_info=True)
-    if missing := sorted(report["missing_keys"]):
-        raise ValueError(
-            f"Expected a trained teacher at '{spec}', got {len(missing)} missing weights, e.g. {missing[0]!r}."
-        )
-    return model.eval(), DCLIPTeacherProcessor.from_pretrained(spec)
+    return load_checked(DCLIPTeacher, spec), DCLIPTeacherProcessor.from_pretrained(spec)
 
 
 def split_lines(text: str | None) -> list[str]:

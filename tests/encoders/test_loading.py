@@ -31,12 +31,13 @@ from transformers import (
     SiglipProcessor,
 )
 
-from modeling_dclip import DCLIPModel
+from modeling_dclip import DCLIPModel, DCLIPTeacher
 from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.distillation.run import load_student
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import tokenize_texts
 from modeling_dclip.encoders.fingerprints import model_revision
-from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 
 TEXTS = ["a red dog", "the small blue circle and a large square", "dog", "a photo of the red square and of the dog"]
@@ -160,7 +161,7 @@ def test_damaged_weights_and_missing_preprocessing_are_told_in_one_line(tiny_cli
     weights = tmp_path / "cut" / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(
-        ValueError, match=r"Expected whole weights in '.*cut', got a damaged file \(.*\). Fetch it again"
+        ValueError, match=r"Expected whole weights at '.*cut', got a damaged file \(.*\). Fetch it again"
     ):
         load_dual_encoder(tmp_path / "cut")
     for file in ("preprocessor_config.json", "processor_config.json", "tokenizer.json", "tokenizer_config.json"):
@@ -261,3 +262,35 @@ def test_names_and_weights_that_open_clip_lacks_are_refused(tiny_open_clip, tmp_
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"Expected whole weights of the architecture .*part.pt: (.|\n)*logit_scale"):
         load_dual_encoder(f"open_clip:{name}:{tmp_path / 'part.pt'}")
+
+
+def test_a_checked_model_has_every_weight_stored_and_the_type_asked_for(tiny_clip_dir, tmp_path):
+    model = load_checked(DCLIPModel, tiny_clip_dir)
+    assert model.dtype == torch.float32 and not model.training
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    assert load_checked(DCLIPModel, tmp_path / "half").visual_projection.weight.dtype == torch.float32
+    half = load_checked(AutoModel, tmp_path / "half", dtype=torch.bfloat16)
+    assert half.visual_projection.weight.dtype == torch.bfloat16
+
+
+def save_without(model, folder, start):
+    state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(start)}
+    model.save_pretrained(folder, state_dict=state)
+    return folder
+
+
+def test_a_missing_weight_is_refused_wherever_a_model_is_loaded(tiny_clip_dir, tmp_path):
+    teacher = DCLIPTeacher.from_clip(str(tiny_clip_dir), cross_attention="regions")
+    holed = save_without(teacher, tmp_path / "holed", "region_encoder.")
+    bare = save_without(CLIPModel.from_pretrained(tiny_clip_dir), tmp_path / "bare", "logit_scale")
+    refused = [
+        (bare, r"DCLIPModel at .*bare', got 1 missing \(logit_scale\)", lambda: load_student(str(bare))),
+        (bare, r"DCLIPModel at .*bare', got 1 missing \(logit_scale\)", lambda: load_merged(bare)),
+        (bare, r"CLIPModel at .*bare', got 1 missing \(logit_scale\)", lambda: load_dual_encoder(bare)),
+        (bare, r"a CLIP at .*bare', got 1 missing, the first logit_scale", lambda: DCLIPTeacher.from_clip(str(bare))),
+        (holed, r"DCLIPTeacher at .*holed', got \d+ missing \(region_enc", lambda: load_checked(DCLIPTeacher, holed)),
+    ]
+    for folder, message, load in refused:
+        assert (folder / "model.safetensors").is_file()
+        with pytest.raises(ValueError, match=message):
+            load()

@@ -8,10 +8,10 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
+from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.hub.native_clip import (
     check_twin,
     has_native_twin,
-    load_dual_encoder,
     to_native_clip,
     to_native_processor,
 )
@@ -24,7 +24,7 @@ def make_batch(folder):
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_a_twin_saved_and_loaded_as_stock_clip_gives_the_students_numbers(tiny_clip_dir, tmp_path, stored):
-    student = load_dual_encoder(make_student(tmp_path / "student", tiny_clip_dir, dtype=stored))
+    student = load_merged(make_student(tmp_path / "student", tiny_clip_dir, dtype=stored))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
     to_native_clip(student).save_pretrained(tmp_path / "twin")
     twin = CLIPModel.from_pretrained(tmp_path / "twin").eval()
@@ -60,7 +60,7 @@ def test_rotary_positions_and_mamba_have_no_twin(tiny_clip_dir, tmp_path):
     assert not has_native_twin(student)
     with pytest.raises(ValueError, match="'rope' positions"):
         to_native_clip(student)
-    mamba = load_dual_encoder(make_dmclip(tmp_path / "dmclip", tiny_clip_dir))
+    mamba = load_merged(make_dmclip(tmp_path / "dmclip", tiny_clip_dir))
     assert not has_native_twin(mamba)
     with pytest.raises(ValueError, match="got 'dmclip'"):
         to_native_clip(mamba)
@@ -69,12 +69,12 @@ def test_rotary_positions_and_mamba_have_no_twin(tiny_clip_dir, tmp_path):
 def test_one_tower_is_no_dual_encoder_and_a_missing_weight_is_named(tiny_clip_dir, tmp_path):
     DCLIPVisionModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "vision")
     with pytest.raises(ValueError, match="Expected a dual encoder .* got 'dclip_vision'"):
-        load_dual_encoder(tmp_path / "vision")
+        load_merged(tmp_path / "vision")
     model = DCLIPModel.from_pretrained(tiny_clip_dir)
     state = {name: value for name, value in model.state_dict().items() if name != "text_projection.weight"}
     model.save_pretrained(tmp_path / "holed", state_dict=state)
-    with pytest.raises(ValueError, match="got none for text_projection.weight"):
-        load_dual_encoder(tmp_path / "holed")
+    with pytest.raises(ValueError, match=r"got 1 missing \(text_projection.weight\)"):
+        load_merged(tmp_path / "holed")
 
 
 MOVED = "vision_model.encoder.layers.0.self_attn.q_proj.weight"
@@ -90,7 +90,7 @@ def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     batch = make_batch(tiny_clip_dir)
     with torch.no_grad():
         expected, before = adapted(**batch), DCLIPModel.from_pretrained(base).eval()(**batch)
-        merged = load_dual_encoder(tmp_path / "adapters")
+        merged = load_merged(tmp_path / "adapters")
         found = merged(**batch)
     assert type(merged) is DCLIPModel and not any("lora" in name for name in merged.state_dict())
     assert (before.image_embeds - expected.image_embeds).abs().max() > 1e-2
@@ -98,4 +98,4 @@ def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     check_twin(merged, to_native_clip(merged), batch)
     (tmp_path / "trained").mkdir()  # as training without merged weights leaves it
     (tmp_path / "adapters").rename(tmp_path / "trained" / "adapter")
-    assert torch.equal(load_dual_encoder(tmp_path / "trained").state_dict()[MOVED], merged.state_dict()[MOVED])
+    assert torch.equal(load_merged(tmp_path / "trained").state_dict()[MOVED], merged.state_dict()[MOVED])

@@ -22,7 +22,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from modeling_dclip.encoders.families import WrongModelError, projected, tokenize_texts
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import load_pair
-from modeling_dclip.encoders.open_clip import OPEN_CLIP, fingerprint_open_clip
+from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX, fingerprint_open_clip
 
 SAMPLED_TOP_P = 0.9  # of captions, where several are wanted
 
@@ -121,14 +121,14 @@ class OpenClipTeacher(_DualEncoderTeacher):
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu"):
-        super().__init__(f"{OPEN_CLIP}{spec}", device)
+        super().__init__(f"{OPEN_CLIP_PREFIX}{spec}", device)
         self.fingerprint = fingerprint_open_clip(self.model, self.processor)
 
 
 def build_teacher(spec: str, device: str | torch.device = "cpu") -> ReinforcementTeacher:
     """The teacher a spec names: see the table above."""
-    if spec.startswith(OPEN_CLIP):
-        return OpenClipTeacher(spec.removeprefix(OPEN_CLIP), device)
+    if spec.startswith(OPEN_CLIP_PREFIX):
+        return OpenClipTeacher(spec.removeprefix(OPEN_CLIP_PREFIX), device)
     return TransformersTeacher(spec, device)
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import WrongModelError
+from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.embedding import embed_texts
 from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -222,7 +223,7 @@ def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Pa
     """
     if "boxes" not in dataset.column_names:
         raise ValueError(f"Expected the column 'boxes' to draw attention over, got {dataset.column_names}.")
-    model = DCLIPTeacher.from_pretrained(teacher, dtype=torch.float32).eval()
+    model = load_checked(DCLIPTeacher, teacher)
     processor = DCLIPTeacherProcessor.from_pretrained(teacher)
     sample = dataset[row]
     regions = (np.array(sample["boxes"]), np.array(sample["box_scores"]))

@@ -13,18 +13,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
 from modeling_dclip.data.files import check_new_folder, replacing
+from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
 from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx, save_program
 from modeling_dclip.hub.export.winograd import use_winograd
-from modeling_dclip.hub.native_clip import (
-    DUAL_ENCODERS,
-    find_adapter,
-    has_native_twin,
-    load_dual_encoder,
-    load_processor,
-    load_whole,
-    to_native_clip,
-    to_native_processor,
-)
+from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
 
 IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
 PREPROCESSOR = "preprocessor_config.json"
@@ -49,7 +41,7 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
     if find_adapter(model) is not None:
-        loaded = load_dual_encoder(model)
+        loaded = load_merged(model)
     else:
         model_type = AutoConfig.from_pretrained(model).model_type
         if model_type not in {**DUAL_ENCODERS, **IMAGE_ENCODERS}:
@@ -58,9 +50,9 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
                 f"({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got {model_type!r}."
             )
         if model_type in DUAL_ENCODERS:
-            loaded = load_dual_encoder(model)
+            loaded = load_merged(model)
         else:
-            loaded = load_whole(IMAGE_ENCODERS[model_type], model)
+            loaded = load_checked(IMAGE_ENCODERS[model_type], model)
     encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
     if isinstance(encoder, DMCLIPVisionModel):
         fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
+from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import TOWERS, check_outputs
-from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_processor
+from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
 
 WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 LEGACY_EOS_TOKEN_ID = 2  # the highest id of a row is its end

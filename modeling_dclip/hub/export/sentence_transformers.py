@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import check_outputs
-from modeling_dclip.hub.native_clip import has_native_twin, load_processor, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
 
 # Since 5.4 `Transformer` reads CLIP itself; this older name is read by every version.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]

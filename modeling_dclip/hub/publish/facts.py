@@ -19,20 +19,20 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dclip.encoders.fingerprints import model_revision
-from modeling_dclip.encoders.loading import check_processor
-from modeling_dclip.evaluation.records import read_results
-from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.evaluation.reports.tables import render_leakage, render_table
-from modeling_dclip.hub.native_clip import (
+from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
+    check_processor,
     find_adapter,
-    has_native_twin,
-    load_dual_encoder,
+    load_checked,
+    load_merged,
     load_processor,
-    load_whole,
 )
+from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.metric_names import metric_of
+from modeling_dclip.evaluation.reports.tables import render_leakage, render_table
+from modeling_dclip.hub.native_clip import has_native_twin
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
     CardFacts,
@@ -136,7 +136,7 @@ def gather(arguments: PublishArguments) -> Facts:
     check_repo_name(arguments.repo_id)
     _check_folders(arguments)
     adapter = _read_adapter(Path(arguments.model) / ADAPTER_FOLDER)
-    model, processor = load_dual_encoder(arguments.model), load_processor(arguments.model)
+    model, processor = load_merged(arguments.model), load_processor(arguments.model)
     teacher = None if arguments.teacher is None else _load_teacher(arguments.teacher, model)
     examples = make_examples(model, processor)
     card = gather_card_facts(
@@ -277,7 +277,7 @@ def _load_teacher(folder: str, model: PreTrainedModel) -> Teacher:
         raise ValueError(f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{folder}'.")
     processor = DCLIPTeacherProcessor.from_pretrained(folder)
     check_processor(processor, folder)
-    return Teacher(load_whole(DCLIPTeacher, folder), processor)
+    return Teacher(load_checked(DCLIPTeacher, folder), processor)
 
 
 # The settings of each training stage that a card shows, in this order.

@@ -18,15 +18,8 @@ from transformers import (
 )
 
 from modeling_dclip.data.files import check_new_folder, replacing
-from modeling_dclip.hub.native_clip import (
-    ADAPTER_CONFIG,
-    ADAPTER_FOLDER,
-    ADAPTER_WEIGHTS,
-    check_twin,
-    load_whole,
-    to_native_clip,
-    to_native_processor,
-)
+from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
+from modeling_dclip.hub.native_clip import check_twin, to_native_clip, to_native_processor
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, draw_pictures, render_card, save_pictures
 from modeling_dclip.hub.publish.facts import Facts
 from modeling_dclip.modeling_dclip import DCLIPVisionModel
@@ -98,7 +91,7 @@ def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
 
 def _write_vision(facts: Facts, folder: Path, dual: Path) -> None:
     # Loading the image encoder from the dual encoder's folder takes exactly its own weights.
-    _save(load_whole(VISION_MODELS[facts.model.config.model_type], dual), facts.processor, folder)
+    _save(load_checked(VISION_MODELS[facts.model.config.model_type], dual), facts.processor, folder)
 
 
 def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:

@@ -13,7 +13,7 @@ from fixtures.publications import RETRIEVAL, make_arguments, make_dmclip, make_s
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
-from modeling_dclip.hub.native_clip import load_dual_encoder
+from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.hub.publish.cards import (
     LABELS,
     REPO_SUFFIXES,
@@ -62,7 +62,7 @@ def gather(made, family="dclip", *, teacher=True, **fields):
     if teacher and family == "dclip":
         arguments.teacher = str(made["teacher"])
         loaded = AutoModel.from_pretrained(made["teacher"])
-    model = load_dual_encoder(made[family])
+    model = load_merged(made[family])
     facts = gather_card_facts(arguments, model, teacher=loaded, examples=make_fake_examples(), has_adapter=False)
     kinds = [kind for kind in KINDS[family] if kind != "teacher" or loaded is not None]
     assert facts["repos"] == {kind: f"me/tiny{REPO_SUFFIXES[kind]}" for kind in kinds}
