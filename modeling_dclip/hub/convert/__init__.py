@@ -1,4 +1,4 @@
-"""Turn published checkpoints of MambaVision and MobileCLIP into folders of this package's models."""
+"""Convert published checkpoints of MambaVision and MobileCLIP to folders of this package's models."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -39,13 +39,13 @@ Converted from `{file}` (sha256 {digest}) by `python -m modeling_dclip.hub.conve
 """
 MAMBAVISION_NOTE = (
     "MambaVision's weights are published for non-commercial use only (CC-BY-NC-SA-4.0 by its package's description, "
-    "its code under the NVIDIA Source Code License-NC). That binds this folder and every model that starts from it: "
-    "its card must say so. Only weights that were trained from scratch elsewhere are free of it."
+    "its code under the NVIDIA Source Code License-NC). This applies to this folder and to every model that is "
+    "trained from it, and the model's card must say so. It does not apply to weights that you trained from scratch."
 )
 
 MOBILECLIP_NOTE = (
-    "MobileCLIP's weights are published under a licence of Apple's own (LICENSE_weights beside them). It binds this "
-    "folder and every model that starts from it: read it, and name it in the card."
+    "MobileCLIP's weights are published under a licence of Apple's own (LICENSE_weights beside them). It applies to "
+    "this folder and to every model that is trained from it. Read it, and name it in the model's card."
 )
 
 
@@ -56,15 +56,15 @@ def load_published(
     path: str | Path,
     what: str,
 ) -> None:
-    """Put a checkpoint's weights into a model, all of them.
+    """Load all weights of a checkpoint into a model.
 
     Args:
         model (`PreTrainedModel`): Filled in place, in its own dtypes.
         weights (`dict[str, torch.Tensor]`): Under the checkpoint's names.
-        published_keys (`Callable[[str], tuple[str, ...]]`): A key of the model to the checkpoint's that make it up,
-            which divide its rows evenly; none for a parameter that stays as it is.
-        path (`str` or `Path`): Of the checkpoint, for messages.
-        what (`str`): The architecture, for messages.
+        published_keys (`Callable[[str], tuple[str, ...]]`): From a key of the model to the checkpoint's keys that make
+            it up, with equally many rows each; to an empty tuple for a parameter that stays as it is.
+        path (`str` or `Path`): The checkpoint's file, for messages.
+        what (`str`): The architecture's name, for messages.
 
     Raises:
         ValueError: If a key is missing, left over or of another shape.
@@ -85,19 +85,19 @@ def load_published(
 def convert_mambavision(
     checkpoint: str | Path, output: str | Path, config: str | Path | None = None, projection_dim: int | None = None
 ) -> DMCLIPVisionModel:
-    """Make a [`DMCLIPVisionModel`] folder of a MambaVision checkpoint.
+    """Convert a MambaVision checkpoint to a folder of a [`DMCLIPVisionModel`].
 
     Its classifier `head` becomes the projection: `image_embeds` are then the published class scores, and
-    `pooler_output` the published features. With `projection_dim` the head is left out and a fresh projection of that
-    width starts there.
+    `pooler_output` the published features. With `projection_dim` a new projection of that width takes the place of the
+    head.
 
     Args:
-        checkpoint (`str` or `Path`): See [`~modeling_dclip.hub.convert.checkpoints.read_checkpoint`].
-        output (`str` or `Path`): New or empty folder; written whole or not at all.
+        checkpoint (`str` or `Path`): As for [`~modeling_dclip.hub.convert.checkpoints.read_checkpoint`].
+        output (`str` or `Path`): A new or empty folder; written whole or not at all.
         config (`str` or `Path`, *optional*): JSON with the published fields `depths`, `dim`, `in_dim`, `num_heads`,
-            `window_size`, `mlp_ratio` and `resolution`, such as the `config.json` beside published weights. Without it
-            the preset whose shapes the weights have says what no shape tells: heads, windows and resolution.
-        projection_dim (`int`, *optional*): Width of a fresh projection, drawn with seed 0.
+            `window_size`, `mlp_ratio` and `resolution`, such as the `config.json` beside published weights. By default
+            heads, windows and resolution, which no shape tells, come from the preset with the weights' shapes.
+        projection_dim (`int`, *optional*): Width of a new, untrained projection, initialised with seed 0.
 
     Returns:
         [`DMCLIPVisionModel`]: In eval mode, float32.
@@ -105,7 +105,7 @@ def convert_mambavision(
     Raises:
         FileExistsError, FileNotFoundError: If the output is in use, or a file is not there.
         ValueError: If the checkpoint is damaged, of another architecture or of no preset's shapes, or the config is
-            not complete or not the checkpoint's.
+            incomplete or contradicts the checkpoint.
     """
     check_new_folder(output)
     weights = read_checkpoint(checkpoint)
@@ -113,7 +113,7 @@ def convert_mambavision(
     name = f"MambaVision-{preset}" if preset else "MambaVision"
     if projection_dim is None and not any(key.startswith("head.") for key in weights):
         raise ValueError(
-            f"Expected a head (head.weight, head.bias) in {checkpoint}, got none. Give --projection_dim for a fresh "
+            f"Expected a head (head.weight, head.bias) in {checkpoint}, got none. Give --projection_dim for a new "
             "projection."
         )
     if projection_dim is not None:
@@ -134,7 +134,7 @@ def convert_mambavision(
             f"Its head is the projection: `image_embeds` are its {width} outputs, for published weights class scores."
         )
     else:
-        head = f"Its head was left out; the projection to {width} is untrained (seed 0)."
+        head = f"Its head was left out. The projection to {width} numbers is untrained (seed 0)."
     processor = image_processor_for(model_config.image_size, preset)
     readme = README.format(
         license_name="mambavision-non-commercial",
@@ -146,23 +146,24 @@ def convert_mambavision(
         digest=hash_file(checkpoint),
         keys=f"All its {len(weights)} keys{'' if projection_dim is None else ' but the head'} are in it. {head}",
         note=MAMBAVISION_NOTE,
-        use="Images are normalised with ImageNet's mean and deviation (`preprocessor_config.json`), not with CLIP's.",
+        use="`preprocessor_config.json` normalises with ImageNet's mean and standard deviation, not with CLIP's.",
     )
     _save(output, readme, model, processor)
     return model
 
 
 def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCLIPTextModel, list[str]]:
-    """Make a [`DMCLIPTextModel`] folder of the text tower in a MobileCLIP checkpoint, open_clip's or Apple's.
+    """Convert the text tower of a MobileCLIP checkpoint to a folder of a [`DMCLIPTextModel`].
 
-    The image tower, a FastViT, is not taken: DM-CLIP puts a MambaVision in its place. Neither is `logit_scale`.
+    The image tower, a FastViT, is left out, because DM-CLIP has a MambaVision in its place. So is `logit_scale`.
 
     Args:
-        checkpoint (`str` or `Path`): See [`~modeling_dclip.hub.convert.checkpoints.read_checkpoint`].
-        output (`str` or `Path`): New or empty folder; written whole or not at all.
+        checkpoint (`str` or `Path`): A file with open_clip's keys or Apple's, as for
+            [`~modeling_dclip.hub.convert.checkpoints.read_checkpoint`].
+        output (`str` or `Path`): A new or empty folder; written whole or not at all.
 
     Returns:
-        `tuple`: [`DMCLIPTextModel`] in eval mode, float32, and the keys that were not taken.
+        `tuple`: [`DMCLIPTextModel`] in eval mode, float32, and the keys that were left out.
 
     Raises:
         FileExistsError, FileNotFoundError: If the output is in use, or the file is not there.
@@ -183,14 +184,14 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
         digest=hash_file(checkpoint),
         keys=f"All {len(text)} keys of its text tower are in it; the {images} of its image tower are not.",
         note=MOBILECLIP_NOTE,
-        use="The tokenizer is CLIP's, which the checkpoint does not hold: `openai/clip-vit-base-patch32` has it.",
+        use="The tokenizer is CLIP's. The checkpoint does not hold it; take it from `openai/clip-vit-base-patch32`.",
     )
     _save(output, readme, model)
     return model, left
 
 
 def _save(output: str | Path, readme: str, *parts) -> None:
-    """Write a folder whole or not at all; it has to be new or empty."""
+    """Write a folder whole or not at all. It must be new or empty."""
     with replacing(output) as folder:
         for part in parts:
             part.save_pretrained(folder)

@@ -1,12 +1,12 @@
-"""Turn checkpoints of MambaVision and MobileCLIP into folders of this package's models.
+"""Convert checkpoints of MambaVision and MobileCLIP to folders of this package's models.
 
     python -m modeling_dclip.hub.convert mambavision --checkpoint mambavision_tiny_1k.pth.tar --output runs/mambavision
     python -m modeling_dclip.hub.convert mobileclip --checkpoint mobileclip_s1.pt --output runs/mobileclip_s1_text
 
-Every key of the checkpoint (of its text tower, for MobileCLIP) has its place in the model, or nothing is written and
-the keys are named. `--config` gives MambaVision's published config where no preset has the shapes; `--projection_dim`
-leaves its head out for a fresh projection. The folder holds weights, config, code, for images the preprocessing, and a
-README with the licence's note.
+The output folder holds weights, config, code, preprocessing for images, and a README with a note on the licence. Every
+key of the checkpoint (for MobileCLIP: of its text tower) must have its place in the model. If one has none, nothing is
+written and the message names the key. If MambaVision's shapes are those of no preset, give its published config as
+`--config`. `--projection_dim` replaces its head by a new, untrained projection.
 """
 
 import argparse
@@ -25,15 +25,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind in ("mambavision", "mobileclip"):
-        command = kinds.add_parser(kind)
-        command.add_argument("--checkpoint", required=True, help=".safetensors, .pth.tar or a state dict")
-        command.add_argument("--output", required=True, help="a new or empty folder")
+        options = kinds.add_parser(kind)
+        options.add_argument("--checkpoint", required=True, help=".safetensors, .pth.tar or a state dict")
+        options.add_argument("--output", required=True, help="a new or empty folder")
     mambavision = kinds.choices["mambavision"]
+    mambavision.add_argument("--config", help="published config as JSON, needed if the shapes are those of no preset")
     mambavision.add_argument(
-        "--config", help="published config as JSON; needed where no preset has the weights' shapes"
-    )
-    mambavision.add_argument(
-        "--projection_dim", type=int, help="leave the head out; start a fresh projection of this width"
+        "--projection_dim", type=int, help="width of a new, untrained projection in place of the head"
     )
     args = parser.parse_args(argv)
     note, left = MAMBAVISION_NOTE, []
@@ -43,10 +41,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         note = MOBILECLIP_NOTE
         model, left = convert_mobileclip(args.checkpoint, args.output)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key placed.\n")
+    sys.stdout.write(f"{args.output}: {type(model).__name__}, {parameters:,} parameters, every key has its place.\n")
     if left:
         towers = sorted({key.split(".")[0] for key in left})
-        sys.stdout.write(f"Not taken: {len(left)} keys, under {', '.join(towers)} (the image tower and the scale).\n")
+        sys.stdout.write(
+            f"Left out: {len(left)} keys, under {', '.join(towers)} (the image tower and the similarity scale).\n"
+        )
     sys.stdout.write(f"Licence: {note}\n")
 
 

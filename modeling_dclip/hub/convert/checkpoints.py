@@ -13,22 +13,22 @@ from safetensors.torch import load_file
 
 WRAPPERS = ("state_dict", "model")
 PREFIXES = ("module.", "model.")
-NAMED = 8  # keys of a kind that a message lists
+_LISTED_KEYS = 8  # of each kind, in a message
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict[str, torch.Tensor]:
-    """Read the weights of a file, without what they are wrapped in. Nothing but tensors and plain values is unpickled.
+    """Read the weights of a file. Only tensors and plain values are unpickled, so no code in the file is run.
 
     Args:
-        path (`str` or `os.PathLike`): `.safetensors`, or else what `torch.save` wrote: a state dict, or a training
-            checkpoint that holds one as `state_dict` or `model`. The prefixes `module.` and `model.` are cut off.
+        path (`str` or `os.PathLike`): A `.safetensors` file, or one that `torch.save` wrote: a state dict, or a
+            training checkpoint that holds one as `state_dict` or `model`. Prefixes `module.` and `model.` are removed.
 
     Returns:
         `dict[str, torch.Tensor]`: On the CPU, in the file's dtypes.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, needs code to be unpickled, or holds no weights, or values that are not finite.
+        ValueError: If it is damaged, would run code, or holds no weights or values that are not finite.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,14 +63,14 @@ def _load(path: Path) -> object:
                 f"Expected whole safetensors in {path} ({path.stat().st_size} bytes), got {error}. Download it again."
             ) from error
     try:
-        # Training checkpoints hold their arguments; a Namespace is a bag of values and runs no code.
+        # Training checkpoints hold their arguments as a Namespace, which only holds values and runs no code.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"Expected tensors and plain values in {path}, got what only running code could unpickle, or no "
-            f"checkpoint at all ({reason}). Where it was made, load it and save its `state_dict()` as safetensors."
+            f"checkpoint at all ({reason}). Load it where it was made, and save its `state_dict()` as safetensors."
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
         raise ValueError(
@@ -81,7 +81,7 @@ def _load(path: Path) -> object:
 
 
 def _strip_prefixes(weights: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """Without the prefixes that most keys have: one key renamed must not hide what the others share."""
+    """Remove prefixes that more than half of the keys have; a single renamed key must not keep them."""
     while prefix := next(
         (prefix for prefix in PREFIXES if 2 * sum(key.startswith(prefix) for key in weights) > len(weights)), None
     ):
@@ -95,23 +95,23 @@ def _strip_prefixes(weights: dict[str, torch.Tensor], path: Path) -> dict[str, t
 def shape_of(
     weights: Mapping[str, torch.Tensor], key: str, dimensions: int, path: str | os.PathLike
 ) -> tuple[int, ...]:
-    """Look up the shape of a weight that tells the architecture.
+    """Look up the shape of a weight that the architecture is read from.
 
     Args:
         weights (`Mapping[str, torch.Tensor]`): Read from the checkpoint.
-        key (`str`): Under the checkpoint's own name.
-        dimensions (`int`): How many it has to have.
-        path (`str` or `os.PathLike`): Of the checkpoint, for messages.
+        key (`str`): The weight's name in the checkpoint.
+        dimensions (`int`): The number of dimensions that it must have.
+        path (`str` or `os.PathLike`): The checkpoint's file, for messages.
 
     Returns:
         `tuple[int, ...]`: All > 0.
 
     Raises:
-        ValueError: If the key is missing, or its shape has other dimensions or an empty one.
+        ValueError: If the key is missing, has another number of dimensions, or is empty.
     """
     if key not in weights:
         raise ValueError(
-            f"Expected the key {key!r} in {path}, got none: 1 missing. The architecture is read off its shape."
+            f"Expected the key {key!r} in {path}, got none: 1 missing. The architecture is read from its shape."
         )
     found = tuple(weights[key].shape)
     if len(found) != dimensions or 0 in found:
@@ -122,16 +122,16 @@ def shape_of(
 def check_keys(
     weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], path: str | os.PathLike, what: str
 ) -> None:
-    """Compare a checkpoint with what is expected of it, key by key.
+    """Compare a checkpoint with the keys and shapes that it should have.
 
     Args:
         weights (`Mapping[str, torch.Tensor]`): Read from the checkpoint.
-        expected (`Mapping[str, torch.Size]`): Shapes, under the checkpoint's own names.
-        path (`str` or `os.PathLike`): Of the checkpoint, for messages.
-        what (`str`): The architecture that expects them, for messages.
+        expected (`Mapping[str, torch.Size]`): Shapes by the checkpoint's own names.
+        path (`str` or `os.PathLike`): The checkpoint's file, for messages.
+        what (`str`): The architecture's name, for messages.
 
     Raises:
-        ValueError: If a key is missing, left over or of another shape; each kind is named.
+        ValueError: If a key is missing, left over or of another shape; the message names the keys.
     """
     shapes = {key: tuple(value.shape) for key, value in weights.items()}
     problems = {
@@ -148,8 +148,8 @@ def check_keys(
     parts = []
     for kind, keys in problems.items():
         if keys:
-            more = f" and {len(keys) - NAMED} more" if len(keys) > NAMED else ""
-            parts.append(f"{len(keys)} {kind}: {', '.join(keys[:NAMED])}{more}")
+            more = f" and {len(keys) - _LISTED_KEYS} more" if len(keys) > _LISTED_KEYS else ""
+            parts.append(f"{len(keys)} {kind}: {', '.join(keys[:_LISTED_KEYS])}{more}")
     raise ValueError(
         f"Expected the {len(expected)} keys of {what} in {path}, got {'; '.join(parts)}. Is it a checkpoint of this "
         "architecture, whole and unchanged?"

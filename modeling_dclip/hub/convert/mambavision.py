@@ -1,9 +1,8 @@
-"""MambaVision's published keys and what their shapes tell of its architecture.
+"""MambaVision's published keys, and how its architecture is read from their shapes.
 
 Source: MambaVision, arXiv 2407.08083, and the key names of its checkpoints; docs/papers.md.
 """
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +14,7 @@ from transformers import CLIPImageProcessorPil
 from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, NUM_STAGES, DMCLIPVisionConfig
+from modeling_dclip.data.files import read_json
 from modeling_dclip.hub.convert.checkpoints import shape_of
 
 CONFIG_FIELDS = {
@@ -27,8 +27,8 @@ CONFIG_FIELDS = {
     "resolution": "image_size",
 }
 SHAPE_FIELDS = ("depths", "hidden_size", "stem_dim", "mlp_ratio")
-LAYER_SCALE = 1e-5  # published, where there is one; loading replaces it
-CROP_FRACTIONS = {"T2": 0.98, "S": 0.93}  # of the resized image, in the published evaluation; 1 for the others
+LAYER_SCALE = 1e-5  # the published initial value; loading replaces it
+CROP_FRACTIONS = {"T2": 0.98, "S": 0.93}  # crop over resized image in the published evaluation; 1 for the others
 RULES = (
     (re.compile(r"^stem\.conv1\."), ("patch_embed.conv_down.0.",)),
     (re.compile(r"^stem\.norm1\."), ("patch_embed.conv_down.1.",)),
@@ -45,13 +45,13 @@ RULES = (
 
 
 def published_mambavision_keys(key: str) -> tuple[str, ...]:
-    """Say which published weights make up one of ours.
+    """Name the published weights that make up one of ours.
 
     Args:
-        key (`str`): Of [`DMCLIPVisionModel`].
+        key (`str`): A key of [`DMCLIPVisionModel`].
 
     Returns:
-        `tuple[str, ...]`: Published names, in the order of the rows they give.
+        `tuple[str, ...]`: Published names, in the order of their rows.
 
     Example:
         >>> published_mambavision_keys("stages.2.blocks.0.mixer.conv1d.weight")
@@ -66,20 +66,20 @@ def published_mambavision_keys(key: str) -> tuple[str, ...]:
 def read_mambavision_config(
     weights: Mapping[str, torch.Tensor], path: str | Path, config_file: str | Path | None = None
 ) -> tuple[DMCLIPVisionConfig, str | None]:
-    """Read the architecture off the weights' shapes; what they do not tell, off a preset or a published config.
+    """Read the architecture from the weights' shapes, and the rest from a preset or a published config.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Under published names.
-        path (`str` or `Path`): Of the checkpoint, for messages.
-        config_file (`str` or `Path`, *optional*): JSON with the published fields; others in it are not read.
+        weights (`Mapping[str, torch.Tensor]`): Weights by their published names.
+        path (`str` or `Path`): The checkpoint's file, for messages.
+        config_file (`str` or `Path`, *optional*): JSON with the published fields; other fields are ignored.
 
     Returns:
-        `tuple`: [`DMCLIPVisionConfig`], and the preset's name, `None` if its shapes are no preset's.
+        `tuple`: [`DMCLIPVisionConfig`], and the preset's name, `None` if the shapes are those of no preset.
 
     Raises:
-        FileNotFoundError: If the config file is not there.
-        ValueError: If a key that tells the architecture is missing or odd, no preset has these shapes and there is no
-            config, or the config is not complete or contradicts the shapes.
+        FileNotFoundError: If the config file is missing.
+        ValueError: If a key that the architecture is read from is missing or wrong, no preset has these shapes and
+            there is no config, or the config is incomplete or contradicts the shapes.
     """
     fields = _fields_from_shapes(weights, path)
     shapes = {name: fields[name] for name in SHAPE_FIELDS}
@@ -93,8 +93,8 @@ def read_mambavision_config(
         if wrong := [name for name in SHAPE_FIELDS if given[name] != shapes[name]]:
             published = {ours: name for name, ours in CONFIG_FIELDS.items()}[wrong[0]]
             raise ValueError(
-                f"{published!r} in {config_file}: expected {_plain(shapes[wrong[0]])}, which the shapes in {path} "
-                f"tell, got {_plain(given[wrong[0]])}. Give the config of this checkpoint."
+                f"{published!r} in {config_file}: expected {_plain(shapes[wrong[0]])}, as the shapes in {path} "
+                f"say, got {_plain(given[wrong[0]])}. Give the config of this checkpoint."
             )
         fields |= given
     elif preset is not None:
@@ -102,15 +102,13 @@ def read_mambavision_config(
     else:
         raise ValueError(
             f"Expected the shapes of a preset ({', '.join(presets)}) in {path}, got {_described(shapes)}. Heads and "
-            f"windows cannot be read off shapes: give --config, a JSON file with {', '.join(CONFIG_FIELDS)}. If it "
-            "should be a preset, the checkpoint is damaged."
+            "windows cannot be read from shapes. Give --config, a JSON file with "
+            f"{', '.join(CONFIG_FIELDS)}. If the checkpoint should have the shapes of a preset, it is damaged."
         )
     try:
         return DMCLIPVisionConfig(**fields), preset
     except StrictDataclassError as error:
-        raise ValueError(
-            f"Expected an architecture that fits together in {config_file or path}, got {error}"
-        ) from error
+        raise ValueError(f"Expected a consistent architecture in {config_file or path}, got {error}") from error
 
 
 def _fields_from_shapes(weights: Mapping[str, torch.Tensor], path: str | Path) -> dict[str, Any]:
@@ -145,10 +143,7 @@ def _fields_from_shapes(weights: Mapping[str, torch.Tensor], path: str | Path) -
 
 
 def _fields_from_file(config_file: str | Path) -> dict[str, Any]:
-    try:
-        content = json.loads(Path(config_file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {config_file}, got {error}.") from error
+    content = read_json(config_file, "config", advice="Give MambaVision's published config.")
     if not isinstance(content, dict) or (missing := [name for name in CONFIG_FIELDS if name not in content]):
         found = f"no {missing[0]!r}" if isinstance(content, dict) else type(content).__name__
         raise ValueError(f"Expected the fields {', '.join(CONFIG_FIELDS)} in {config_file}, got {found}.")
@@ -177,14 +172,14 @@ def _described(shapes: Mapping[str, Any]) -> str:
 
 
 def image_processor_for(image_size: int, preset: str | None) -> CLIPImageProcessorPil:
-    """The published preprocessing: resized bicubically, the centre cut out, ImageNet's mean and deviation.
+    """Make the published preprocessing: bicubic resize, centre crop, ImageNet's mean and standard deviation.
 
     Args:
-        image_size (`int`): Pixels a side that the model gets.
-        preset (`str`, *optional*): T2 and S were published with a margin around the cut.
+        image_size (`int`): Width and height of the model's input, in pixels.
+        preset (`str`, *optional*): The preset's name. T2 and S were published with a margin around the crop.
 
     Returns:
-        `CLIPImageProcessorPil`
+        `CLIPImageProcessorPil`: Resizes the shorter side, then crops.
 
     Example:
         >>> image_processor_for(224, "S").size.shortest_edge

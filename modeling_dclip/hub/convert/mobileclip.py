@@ -13,7 +13,7 @@ from modeling_dclip.configuration_dmclip import DMCLIPTextConfig
 from modeling_dclip.hub.convert.checkpoints import check_keys, shape_of
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 
-HEAD_DIM = 64  # of every published tower: 512 wide with 8 heads, 768 with 12
+HEAD_DIM = 64  # in every published tower: 512 numbers in 8 heads, 768 in 12
 LAYOUTS = ("text.", "text_encoder.")  # open_clip's and Apple's: the columns of the tables below
 IMAGE_PREFIXES = ("visual.", "image_encoder.")
 FASTVIT_PREFIXES = ("visual.trunk.stages.", "image_encoder.model.network.", "image_encoder.model.patch_embed.0.")
@@ -35,18 +35,19 @@ QKV = ("attn.in_proj_", "pre_norm_mha.1.qkv_proj.")  # one matrix: queries, keys
 def select_text_tower(
     weights: Mapping[str, torch.Tensor], path: str | Path
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
-    """Part a dual encoder's weights into the text tower's and the keys that are not taken.
+    """Select the text tower's weights of a dual encoder.
 
     Args:
-        weights (`Mapping[str, torch.Tensor]`): Of the checkpoint.
-        path (`str` or `Path`): Of the checkpoint, for messages.
+        weights (`Mapping[str, torch.Tensor]`): The checkpoint's weights.
+        path (`str` or `Path`): The checkpoint's file, for messages.
 
     Returns:
-        `tuple`: The text tower's weights under their own names, and the names of the image tower and of `logit_scale`.
+        `tuple`: The text tower's weights by their own names, and the names of the weights that are left out: the image
+            tower's and `logit_scale`.
 
     Raises:
-        ValueError: If there is no text tower, other keys stand beside it, or the image tower is no FastViT: only
-            beside one is the text tower known to read in both directions.
+        ValueError: If there is no text tower, there are other keys, or the image tower is not a FastViT. Only with a
+            FastViT is the text tower known to read in both directions.
     """
     layout = next((prefix for prefix in LAYOUTS if any(key.startswith(prefix) for key in weights)), None)
     if layout is None:
@@ -59,8 +60,8 @@ def select_text_tower(
     if images and not any(key.startswith(FASTVIT_PREFIXES) for key in images):
         raise ValueError(
             f"Expected a FastViT image tower in {path} (MobileCLIP S1, S2; MobileCLIP2 S0, S2, S3, S4), got keys such "
-            f"as {images[0]}. MobileCLIP-B's text tower is causal, which no weight shows; DM-CLIP's reads in both "
-            "directions."
+            f"as {images[0]}. MobileCLIP-B's text tower is causal, which its weights do not show. DM-CLIP's reads "
+            "in both directions."
         )
     others = [key for key in weights if key not in text and key not in images and key != "logit_scale"]
     if others:
@@ -72,19 +73,19 @@ def select_text_tower(
 
 
 def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCLIPTextConfig:
-    """Read the architecture off the shapes.
+    """Read the architecture from the shapes.
 
-    Heads are 64 wide, as in every published tower; EOS is CLIP's, the last id.
+    Heads have 64 numbers, as in every published tower. The end token is CLIP's, the last id of the vocabulary.
 
     Args:
-        text (`Mapping[str, torch.Tensor]`): From [`select_text_tower`].
-        path (`str` or `Path`): Of the checkpoint, for messages.
+        text (`Mapping[str, torch.Tensor]`): As [`select_text_tower`] returns it.
+        path (`str` or `Path`): The checkpoint's file, for messages.
 
     Returns:
         [`DMCLIPTextConfig`]
 
     Raises:
-        ValueError: If a key that tells the architecture is missing, or the width is no multiple of 64.
+        ValueError: If a key that the architecture is read from is missing, or the width is not a multiple of 64.
     """
     column = _column(text)
     prefix = LAYOUTS[column]
@@ -95,7 +96,7 @@ def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCL
     vocab_size, width = shape(prefix + TOKENS[column], 2)
     if width % HEAD_DIM:
         raise ValueError(
-            f"{prefix + TOKENS[column]!r} in {path}: expected a width of whole heads of {HEAD_DIM}, got {width}."
+            f"{prefix + TOKENS[column]!r} in {path}: expected a width that is a multiple of {HEAD_DIM}, got {width}."
         )
     layer = prefix + LAYER[column]
     layers = [int(match[1]) for key in text if (match := re.match(rf"{re.escape(layer)}(\d+)\.", key))]
@@ -115,10 +116,10 @@ def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCL
 
 
 def published_text_key(key: str, layout: str) -> str:
-    """Say which published weight one of ours comes from, or is a third of.
+    """Name the published weight that one of ours is, or is a third of.
 
     Args:
-        key (`str`): Of [`DMCLIPTextModel`].
+        key (`str`): A key of [`DMCLIPTextModel`].
         layout (`str`): `"text."` (open_clip's) or `"text_encoder."` (Apple's).
 
     Returns:
@@ -144,12 +145,12 @@ def published_text_key(key: str, layout: str) -> str:
 
 
 def load_text_tower(model: DMCLIPTextModel, text: Mapping[str, torch.Tensor], path: str | Path) -> None:
-    """Put the text tower's weights into a model, all of them.
+    """Load all weights of the text tower into a model.
 
     Args:
         model ([`DMCLIPTextModel`]): Filled in place.
-        text (`Mapping[str, torch.Tensor]`): From [`select_text_tower`].
-        path (`str` or `Path`): Of the checkpoint, for messages.
+        text (`Mapping[str, torch.Tensor]`): As [`select_text_tower`] returns it.
+        path (`str` or `Path`): The checkpoint's file, for messages.
 
     Raises:
         ValueError: If a key is missing, left over or of another shape.

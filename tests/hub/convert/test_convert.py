@@ -155,10 +155,10 @@ def test_shapes_of_no_preset_need_a_config(tiny, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"dim": 16}, r"'dim' in .*config.json: expected 8, which the shapes in .* tell, got 16"),
+        ({"dim": 16}, r"'dim' in .*config.json: expected 8, as the shapes in .* say, got 16"),
         ({"depths": [1, 2, 3, 3]}, r"'depths' in .*: expected \[1, 2, 3, 2\]"),
         ({"num_heads": None}, r"'num_heads' in .*: expected positive numbers, got None"),
-        ({"num_heads": [1, 2, 4, 7]}, r"fits together in .*config.json[\s\S]*num_heads"),
+        ({"num_heads": [1, 2, 4, 7]}, r"a consistent architecture in .*config.json[\s\S]*num_heads"),
         ({"resolution": "224"}, r"'resolution' in .*: expected positive numbers, got '224'"),
     ],
 )
@@ -172,7 +172,11 @@ def test_a_wrong_config_is_named(tiny, tmp_path, change, message):
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "Expected JSON in"), ("[1]", "got list"), ('{"dim": 8}', "Expected the fields depths.*got no 'depths'")],
+    [
+        ("{", "config.json' is no valid JSON"),
+        ("[1]", "got list"),
+        ('{"dim": 8}', "Expected the fields depths.*got no 'depths'"),
+    ],
 )
 def test_a_config_that_is_none_is_named(tiny, tmp_path, text, message):
     _, checkpoint, config = tiny
