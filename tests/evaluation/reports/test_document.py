@@ -1,8 +1,8 @@
 """Values of a report have one meaning in both forms, and what a file says never becomes markup."""
 
+import jinja2
 import pytest
 
-from modeling_dclip.evaluation.reports import document
 from modeling_dclip.evaluation.reports.document import (
     Cell,
     Code,
@@ -86,5 +86,5 @@ def test_the_contents_list_parts_with_their_sections():
 
 
 def test_a_value_that_a_template_lacks_is_an_error():
-    with pytest.raises(document.jinja2.UndefinedError, match="report"):
+    with pytest.raises(jinja2.UndefinedError, match="report"):
         render_page("report.html.jinja")

@@ -10,9 +10,16 @@ import torch
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import retrieval_ranks
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings
-from modeling_dclip.evaluation.reports.gallery import CHOICES, answer_queries, choose_queries, write_gallery
+from modeling_dclip.evaluation.reports.gallery import (
+    CHOICES,
+    GalleryOptions,
+    answer_queries,
+    choose_queries,
+    write_gallery,
+)
 
 VOID = {"meta", "img", "br"}
 
@@ -61,7 +68,7 @@ def write(tmp_path, embeddings, captions=None, **options):
     images = len(embeddings.image_embeds)
     captions = captions or [[f"caption {row}-{i}" for i in range(3)] for row in range(images)]
     path = tmp_path / "page.html"
-    write_gallery(None, None, make_dataset(captions), path, embeddings=embeddings, **options)
+    write_gallery(None, make_dataset(captions), path, embeddings=embeddings, options=GalleryOptions(**options))
     return path.read_text(encoding="utf-8")
 
 
@@ -69,7 +76,7 @@ def test_answers_are_the_whole_matrixs_first_and_agree_with_the_ranks():
     embeddings = draw_embeddings()
     images, texts, owners = embeddings
     ranks, similarity = retrieval_ranks(*embeddings), texts @ images.T
-    answered = answer_queries(embeddings, ranks, choices=["random"], count=30, top=4)
+    answered = answer_queries(embeddings, ranks, GalleryOptions(choices=["random"], count=30, top=4))
     for direction, scores in (("text_to_image", similarity), ("image_to_text", similarity.T)):
         queries = answered[direction]["random"]
         assert len(queries) == 30
@@ -88,7 +95,7 @@ def test_answers_are_the_whole_matrixs_first_and_agree_with_the_ranks():
 
 def test_a_collapsed_model_shows_no_right_answer():
     embeddings = DatasetEmbeddings(torch.eye(8)[[0] * 30], torch.eye(8)[[0] * 90], draw_embeddings().image_of_caption)
-    answered = answer_queries(embeddings, retrieval_ranks(*embeddings), count=3)
+    answered = answer_queries(embeddings, retrieval_ranks(*embeddings), GalleryOptions(count=3))
     for by_choice in answered.values():
         assert not by_choice["hits"] and len(by_choice["worst"]) == 3
         for query in by_choice["worst"]:
@@ -161,7 +168,8 @@ def test_the_same_call_writes_the_same_page_and_another_seed_another(tmp_path):
 
 
 def test_a_model_is_shown_without_embeddings_given(tmp_path, tiny_clip, tiny_scenes):
-    write_gallery(*tiny_clip, tiny_scenes, tmp_path / "new" / "page.html", count=2, batch_size=3)
+    options = GalleryOptions(count=2)
+    write_gallery(Encoder(*tiny_clip, batch_size=3), tiny_scenes, tmp_path / "new" / "page.html", options=options)
     text = (tmp_path / "new" / "page.html").read_text(encoding="utf-8")
     assert "8 images, 16 captions." in text and any(caption in text for caption in tiny_scenes["captions"][0])
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
@@ -176,7 +184,7 @@ def test_nothing_is_written_where_an_image_is_broken(tmp_path):
     )
     embeddings = DatasetEmbeddings(torch.eye(2), torch.eye(2), torch.arange(2))
     with pytest.raises(ValueError, match="Image 'broken'"):
-        write_gallery(None, None, dataset, tmp_path / "page.html", embeddings=embeddings)
+        write_gallery(None, dataset, tmp_path / "page.html", embeddings=embeddings)
     assert not list(tmp_path.iterdir())
 
 
@@ -192,4 +200,10 @@ def test_nothing_is_written_where_an_image_is_broken(tmp_path):
 )
 def test_bad_input_is_named(tmp_path, name, options, message):
     with pytest.raises(ValueError, match=message):
-        write_gallery(None, None, None, tmp_path / name, embeddings=draw_embeddings(), **options)
+        write_gallery(None, None, tmp_path / name, embeddings=draw_embeddings(), options=GalleryOptions(**options))
+
+
+def test_a_page_without_model_and_embeddings_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="an encoder or its embeddings"):
+        write_gallery(None, make_dataset([["a"]]), tmp_path / "page.html")
+    assert not list(tmp_path.iterdir())
