@@ -143,8 +143,9 @@ def test_products_are_the_gradients_differences_for_dmclip(small_dmclip, tower):
             # them.
             if ".stem." in names[id(parameter)] or names[id(parameter)].endswith(("A_log", ".D")):
                 share.zero_()
+        # The scan computes in float32: at 1e-5 its rounding is as large as the tolerance, with torch 2.8 larger.
         torch.testing.assert_close(
-            loss.hessian_product(vector), difference_product(loss, vector), rtol=1e-3, atol=1e-5
+            loss.hessian_product(vector), difference_product(loss, vector, step=5e-5), rtol=1e-3, atol=1e-5
         )
 
 
