@@ -129,7 +129,10 @@ def _choose_backend(backend, x):
 
 
 def _exporting():
-    return torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
+    """Whether the graph is for other programs, which lack the operators below."""
+    # Before torch 2.12 dynamo takes `is_exporting()` for true under `torch.compile` too.
+    dynamo_knows = torch.__version__ >= "2.12" or not torch.compiler.is_dynamo_compiling()
+    return (torch.compiler.is_exporting() and dynamo_knows) or torch.onnx.is_in_onnx_export()
 
 
 def _inputs_and_steps(x, delta, delta_bias, delta_softplus):
