@@ -8,19 +8,19 @@ EXTRAS = {
     # AGPL-3.0. The Apache-2.0 alternative, a transformers object-detection checkpoint, needs no extra.
     # ultralytics' own release with opencv-python-headless: the other one needs libGL and X libraries of the system.
     "regions": ["ultralytics-opencv-headless>=8.3.242"],
-    "peft": ["peft>=0.17"],
-    "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision"],
+    "peft": ["peft>=0.18"],
+    "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision>=0.23"],
     "space": ["gradio>=6", "matplotlib>=3.8"],
     "hub": ["jinja2>=3.1"],
     "index": ["faiss-cpu>=1.8"],
-    "open_clip": ["open_clip_torch>=3.0"],
+    "open_clip": ["open_clip_torch>=3.3"],
     # What the first SigLIP's tokenizer reads.
-    "siglip": ["protobuf", "sentencepiece>=0.2"],
+    "siglip": ["protobuf>=4.21.1", "sentencepiece>=0.2"],
     "export": [
         "onnx>=1.17",
         "onnxruntime>=1.20",
-        "onnxscript>=0.3",
-        "open_clip_torch>=3.0",
+        "onnxscript>=0.6.2",
+        "open_clip_torch>=3.3",
         "sentence-transformers>=5.2",
     ],
     "dev": [
@@ -63,10 +63,10 @@ setup(
         "jinja2>=3.1",  # reports and galleries; torch needs it too
         "numpy>=1.26",
         "pillow>=10",
-        "pyarrow>=17",
+        "pyarrow>=21",
         "pyyaml>=6",
         "safetensors>=0.5",
-        "torch>=2.7",
+        "torch>=2.8",
         "tqdm>=4.66",
         "transformers>=5.17,<6",
     ],
