@@ -3,9 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# The oldest releases that setup.py allows, side by side with the newest ones of .venv.
+OLDEST := .venv-oldest
+OLDEST_STAMP := $(OLDEST)/.installed
 CODE := modeling_dclip tests benchmarks hub_cards setup.py train.py eval.py
 
-.PHONY: demo space test test-conformance coverage quality style
+.PHONY: demo space test test-conformance test-oldest coverage quality style
 
 demo: $(STAMP)
 	$(BIN)/accelerate launch --cpu --num_processes 1 train.py
@@ -15,6 +18,8 @@ test: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not conformance"
 test-conformance: $(STAMP)
 	$(BIN)/python -m pytest -m conformance
+test-oldest: $(OLDEST_STAMP)
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not conformance"
 coverage: $(STAMP)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not conformance" --cov --cov-report=term --cov-report=html
 quality: $(STAMP)
@@ -28,4 +33,11 @@ $(STAMP): setup.py
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install -e ".[all]"
+	touch $@
+
+# Neither the list nor a version is written twice: uv reads setup.py and takes the lowest release of each requirement.
+$(OLDEST_STAMP): setup.py
+	test -x $(OLDEST)/bin/python || $(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install --quiet --upgrade pip uv
+	$(OLDEST)/bin/uv pip install --python $(OLDEST)/bin/python --upgrade --resolution lowest-direct -e ".[all]"
 	touch $@
