@@ -45,7 +45,7 @@ from modeling_dclip.data.regions.detectors import (
     UltralyticsDetector,
 )
 from modeling_dclip.data.regions.detectors import fingerprint as fingerprint_detector
-from modeling_dclip.data.reinforced import ReinforcedDataset
+from modeling_dclip.data.reinforced import ProcessShare, ReinforcedDataset
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings, draw_augmentation
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -581,7 +581,7 @@ def test_index_of_a_reinforced_dataset(reinforced):
 
 
 def test_state_of_a_reinforced_dataset(reinforced):
-    dataset = ReinforcedDataset(reinforced, seed=1, process_index=0, num_processes=1)
+    dataset = ReinforcedDataset(reinforced, seed=1, share=ProcessShare(0, 1))
     assert dataset.state_dict() == {
         "epoch": 0,
         "position": 0,
@@ -603,7 +603,7 @@ def test_order_and_draws_of_a_reinforced_dataset(tmp_path):
     write_reinforced(
         captioned(**columns, captions=captions), [ConstantTeacher()], output=tmp_path / "shards", **options
     )
-    dataset = ReinforcedDataset(tmp_path / "shards", seed=1, process_index=0, num_processes=1, shuffle_buffer=2)
+    dataset = ReinforcedDataset(tmp_path / "shards", seed=1, share=ProcessShare(0, 1), shuffle_buffer=2)
     given = []
     for epoch in range(2):
         dataset.set_epoch(epoch)

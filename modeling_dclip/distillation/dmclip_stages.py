@@ -14,7 +14,7 @@ from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.shards import INDEX_NAME, find_shards
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
@@ -141,17 +141,19 @@ def check_shards(args: DMCLIPArguments, shards: str) -> None:
 
 
 def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> ReinforcedBatches:
-    image_processor = processor.image_processor
+    view = SampleView(
+        find_image_size(args),
+        args.teacher_widths or None,
+        processor.image_processor.image_mean,
+        processor.image_processor.image_std,
+        args.synthetic_captions,
+        args.synthetic_keys,
+    )
     return ReinforcedBatches(
         shards,
         processor.tokenizer,
+        view,
         batch_size=args.per_device_train_batch_size,
-        image_size=find_image_size(args),
-        teacher_widths=args.teacher_widths or None,
-        image_mean=image_processor.image_mean,
-        image_std=image_processor.image_std,
-        synthetic_captions=args.synthetic_captions,
-        synthetic_keys=args.synthetic_keys,
         seed=args.seed,
         shuffle_buffer=args.shuffle_buffer,
         samples_per_epoch=args.samples_per_epoch,

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoTokenizer, set_seed
 
-from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.distillation.arguments import DMCLIPArguments
 from modeling_dclip.distillation.dmclip import build_dmclip
 from modeling_dclip.distillation.trainer import DMCLIPTrainer
@@ -52,7 +52,8 @@ for module in model.modules():
     if isinstance(module, nn.BatchNorm2d):
         module.__class__ = FixedNorm
 model.train()
-batches = ReinforcedBatches(shards, processor.tokenizer, batch_size=args.per_device_train_batch_size, image_size=32)
+view, batch_size = SampleView(image_size=32), args.per_device_train_batch_size
+batches = ReinforcedBatches(shards, processor.tokenizer, view, batch_size=batch_size)
 trainer = DMCLIPTrainer(model, args, batches, processor, {})
 trainer.train()
 losses = {

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, set_seed
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor
 from modeling_dclip.data.collation import AnchorBatches
-from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -44,7 +44,7 @@ def make_trainer(clip_dir, shards, folder, **options):
     args = DMCLIPArguments(output_dir=str(folder), per_device_train_batch_size=8, **{**SIZES, **steps, **options})
     set_seed(0)
     model, processor = build_dmclip(args, AutoTokenizer.from_pretrained(clip_dir))
-    batches = ReinforcedBatches(shards, processor.tokenizer, batch_size=8, image_size=32)
+    batches = ReinforcedBatches(shards, processor.tokenizer, SampleView(image_size=32), batch_size=8)
     return DMCLIPTrainer(model, args, batches, processor, {})
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import pickle
 import tarfile
+from dataclasses import fields
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_dclip.data.collation import pass_batch
-from modeling_dclip.data.reinforced import ReinforcedBatches, ReinforcedDataset
+from modeling_dclip.data.reinforced import ProcessShare, ReinforcedBatches, ReinforcedDataset, SampleView
 from modeling_dclip.data.reinforced.augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
 from modeling_dclip.data.reinforced.shards import DamagedSampleError, find_shards, scan_shard
 
@@ -88,9 +89,18 @@ def write_shards(folder, counts, start=0):
     return folder
 
 
-def read(shards, **options):
+def as_values(options):
+    """Flat options as the values that a dataset takes."""
     options = {"image_size": SIZE, "teacher_widths": WIDTHS, "process_index": 0, "num_processes": 1, **options}
-    return ReinforcedDataset(shards, **options)
+    view, share = (
+        kind(**{field.name: options.pop(field.name) for field in fields(kind) if field.name in options})
+        for kind in (SampleView, ProcessShare)
+    )
+    return {"view": view, "share": share, **options}
+
+
+def read(shards, **options):
+    return ReinforcedDataset(shards, **as_values(options))
 
 
 def keys(samples):
@@ -310,8 +320,7 @@ def test_a_state_of_other_data_or_settings_is_refused(folder, tmp_path):
 def batches(shards, tokenizer_dir, **options):
     from transformers import CLIPTokenizer
 
-    options = {"image_size": SIZE, "teacher_widths": WIDTHS, "process_index": 0, "num_processes": 1, **options}
-    return ReinforcedBatches(shards, CLIPTokenizer.from_pretrained(tokenizer_dir), **options)
+    return ReinforcedBatches(shards, CLIPTokenizer.from_pretrained(tokenizer_dir), **as_values(options))
 
 
 def test_a_batch_holds_what_its_docstring_says(folder, tiny_clip_dir):
@@ -530,7 +539,7 @@ def test_an_index_says_what_is_needed_and_is_held_to_its_word(tmp_path, caplog):
     (tmp_path / "stray.tar").write_bytes(b"not in the index")
     index = tmp_path / "reinforced.json"
     index.write_text(json.dumps(index_of([3, 4])))
-    dataset = ReinforcedDataset(tmp_path, process_index=0, num_processes=1)
+    dataset = ReinforcedDataset(tmp_path, share=ProcessShare(0, 1))
     assert len(dataset) == len(list(dataset)) == 7 and dataset.teacher_widths == WIDTHS
     assert dataset.teacher_logit_scales == (4.6, 4.6)
     assert next(iter(dataset))["pixel_values"].shape == (3, SIZE, SIZE)

@@ -18,7 +18,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from modeling_dclip.data.reinforced import ReinforcedBatches, ReinforcedDataset
+from modeling_dclip.data.reinforced import ProcessShare, ReinforcedBatches, ReinforcedDataset, SampleView
 from modeling_dclip.data.reinforced import writer as reinforced_writer
 from modeling_dclip.data.reinforced.__main__ import main
 from modeling_dclip.data.reinforced.augmentations import (
@@ -68,7 +68,7 @@ def write(dataset, teachers, output, **options):
 
 
 def read(folder, **options):
-    return ReinforcedDataset(folder, process_index=0, num_processes=1, **options)
+    return ReinforcedDataset(folder, SampleView(**options), share=ProcessShare(0, 1))
 
 
 def contents(folder):
