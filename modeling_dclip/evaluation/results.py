@@ -16,10 +16,11 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import write_text
-from modeling_dclip.evaluation.records import read_results, read_results_json
+from modeling_dclip.data.files import list_folder, read_json, read_text, write_text
+from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.document import render_markdown
 from modeling_dclip.evaluation.reports.tables import (
     BENCHMARK_TABLES,
@@ -33,6 +34,10 @@ from modeling_dclip.evaluation.reports.tables import (
 _OPENING = re.compile(r"<!-- results:([\w-]+) (?!-->)([^>]*?) ?-->")
 
 
+def _read(path: Path) -> Any:
+    return read_json(path, "results file", advice="Make it again.")
+
+
 def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     records = [record for path in paths for record in read_results(path)]
     metrics = options["metrics"].split(",") if "metrics" in options else None
@@ -40,7 +45,7 @@ def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
 
 
 def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:
-    return "\n\n".join(render_summary(read_results_json(path), where=str(path)) for path in paths)
+    return "\n\n".join(render_summary(_read(path), where=str(path)) for path in paths)
 
 
 def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
@@ -49,9 +54,7 @@ def _render_leakage(paths: Sequence[Path], options: Mapping[str, str]) -> str:
 
 def _render_benchmark(name: str) -> Callable[[Sequence[Path], Mapping[str, str]], str]:
     tabulate = BENCHMARK_TABLES[name][0]
-    return lambda paths, options: "\n\n".join(
-        render_markdown(tabulate(read_results_json(path), **options)) for path in paths
-    )
+    return lambda paths, options: "\n\n".join(render_markdown(tabulate(_read(path), **options)) for path in paths)
 
 
 # By the name of the table: the function that renders it from files and options, and the options it knows.
@@ -67,7 +70,7 @@ def _find_sources(page: Path, name: str, patterns: str) -> list[Path]:
     """The files of a block, relative to its page."""
     paths = []
     for pattern in patterns.split(","):
-        if not (found := sorted(page.parent.glob(pattern))):
+        if not (found := list_folder(page.parent, pattern)):
             raise FileNotFoundError(f"Expected files at {pattern!r} beside {page} for its block {name!r}, got none.")
         paths += found
     return paths
@@ -121,7 +124,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
             once.
     """
     page = Path(path)
-    document = before = page.read_bytes().decode("utf-8")
+    document = before = read_text(page, keep_newlines=True)
     stale = []
     for name, attributes in _OPENING.findall(before):
         rendered = _replace_block(document, page, name, _render_block(page, name, attributes))

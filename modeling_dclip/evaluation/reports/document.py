@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import jinja2
 
-TEMPLATES = Path(__file__).with_name("templates")
+_TEMPLATES = Path(__file__).with_name("templates")
 
 
 class Code(str):
@@ -241,7 +241,7 @@ def render_markdown(blocks: Sequence[Block], folder: str = "plots") -> str:
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(TEMPLATES),
+        loader=jinja2.FileSystemLoader(_TEMPLATES),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

@@ -390,5 +390,5 @@ def write_pages(
             write_gallery(encoder, dataset, pages[-1], options=options)
         if maps:
             pages.append(Path(maps) / f"{stem}.png")
-            draw_image_maps(model, processor, dataset, pages[-1], rows=range(min(4, len(dataset))), device=device)
+            draw_image_maps(encoder, dataset, pages[-1], rows=range(min(4, len(dataset))))
     return pages

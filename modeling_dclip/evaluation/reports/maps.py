@@ -1,4 +1,26 @@
-"""What a teacher looks at: its attention over the regions of one image, drawn on the image."""
+"""Where an encoder looks: maps over pictures of what an image encoder reads, and a teacher's attention over regions.
+
+Maps of an image encoder, by [`image_maps`]; the value of a place is
+
+- `attention_rollout` (ViT): its share of what reaches the class token through all layers, where attention and skip
+  connection count alike;
+- `class_attention` (ViT): its share of the class token's attention in the last layer, averaged over heads;
+- `text_relevance` (ViT): how much the attention to it raises the cosine of image and text through all layers, >= 0;
+- `text_similarity` (ViT): the cosine of its own embedding and the text's, with a last layer in which each place reads
+  only itself;
+- `text_similarity` (DM-CLIP): what it adds to the cosine of image and text; the mean over places **is** that cosine.
+
+The first two do not depend on the text: attention says what is read, not what it is used for. A ViT's last layer mixes
+places, so its output at a patch says little about that patch; hence the form of the fourth map. Nothing in CLIP's
+training brings a patch near a text, so even this map misleads: pictures of the demo's anchor show objects *less*
+similar than their background. Prefer the third map. DM-CLIP averages its last feature map and projects linearly, so
+the fifth is exact.
+
+Sources: rollout, "Quantifying Attention Flow in Transformers", arXiv 2005.00928; relevance, "Generic Attention-model
+Explainability for Interpreting Bi-Modal and Encoder-Decoder Transformers", arXiv 2103.15679; the last layer's values
+in place of its attention, MaskCLIP, "Extract Free Dense Labels from CLIP", arXiv 2112.01071; an averaged map taken
+apart, "Learning Deep Features for Discriminative Localization" (CAM), arXiv 1512.04150.
+"""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -80,7 +102,7 @@ def attention_relevance(attentions: Sequence[torch.Tensor], gradients: Sequence[
 
 @contextmanager
 def _eager(tower: torch.nn.Module) -> Iterator[None]:
-    """Let a tower give its attention out: fused ones keep none."""
+    """Let a tower return its attention for a while: fused implementations keep none."""
     before = tower.config._attn_implementation
     tower.set_attn_implementation("eager")
     try:
@@ -109,20 +131,20 @@ def _patches_alone(model: torch.nn.Module, hidden_states: torch.Tensor) -> torch
 def image_maps(
     model: torch.nn.Module, pixel_values: torch.Tensor, text_embeds: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Maps of images, each with one text.
+    """Compute the maps of images, each with one text.
 
     Args:
         model (`torch.nn.Module`): A CLIP or DCLIP with a ViT, or a DM-CLIP, in eval mode.
         pixel_values (`torch.Tensor` of shape `(B, 3, H, W)`): On the model's device.
-        text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; a text an image.
+        text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; one text for each image.
 
     Returns:
-        `dict[str, torch.Tensor]`: See the module's table; each float32 `(B, rows, columns)` on the CPU, rows from the
-            top.
+        `dict[str, torch.Tensor]`: The maps listed at the top of this module, by name; each float32
+            `(B, rows, columns)` on the CPU, rows from the top.
 
     Raises:
         WrongModelError: If the image encoder is neither.
-        ValueError: If there is not one text an image.
+        ValueError: If the number of texts is not the number of images.
     """
     tower = getattr(model, "vision_model", None)
     is_vit = hasattr(tower, "encoder") and hasattr(tower, "post_layernorm") and hasattr(model, "visual_projection")
@@ -141,12 +163,12 @@ def image_maps(
     patch = tower.config.patch_size
     grid = (pixel_values.shape[2] // patch, pixel_values.shape[3] // patch)
     with _eager(tower), torch.enable_grad():
-        pixel_values = pixel_values.detach().requires_grad_()  # whatever is frozen
+        pixel_values = pixel_values.detach().requires_grad_()  # so that attention has a gradient in a frozen model
         outputs = tower(pixel_values, output_attentions=True, output_hidden_states=True, return_dict=True)
         embeds = F.normalize(model.visual_projection(outputs.pooler_output).float(), dim=1)
         gradients = torch.autograd.grad((embeds * texts).sum(), outputs.attentions)
     attentions = [attention.detach() for attention in outputs.attentions]
-    alone = _patches_alone(model, outputs.hidden_states[-2])  # what the last layer reads
+    alone = _patches_alone(model, outputs.hidden_states[-2])  # the input of the last layer
     maps = {
         "attention_rollout": _shares(attention_rollout(attentions)[:, 0], grid),
         "class_attention": _shares(attentions[-1].float().mean(dim=1)[:, 0], grid),
@@ -157,7 +179,7 @@ def image_maps(
 
 
 def _as_pictures(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray:
-    """Undo the normalisation: `(B, H, W, 3)` in [0, 1], what the encoder saw."""
+    """Undo the normalisation: from `(B, 3, H, W)` to `(B, H, W, 3)` in [0, 1], as the encoder saw it."""
     mean, deviation = (
         torch.tensor(getattr(image_processor, name)).view(3, 1, 1) for name in ("image_mean", "image_std")
     )
@@ -165,31 +187,27 @@ def _as_pictures(pixel_values: torch.Tensor, image_processor: Any) -> np.ndarray
 
 
 def draw_image_maps(
-    model: torch.nn.Module,
-    processor: Any,
+    encoder: Encoder,
     dataset: Dataset,
     path: str | os.PathLike,
     *,
     rows: Sequence[int] = (0, 1, 2, 3),
     texts: Sequence[str] | None = None,
-    device: torch.device | str | None = None,
 ) -> None:
     """Draw the maps of some images of a dataset on what the encoder sees of them: resized and cropped.
 
     Args:
-        model (`torch.nn.Module`): As in [`image_maps`]; its mode is restored.
-        processor: The model's, with `image_processor` and `tokenizer`.
+        encoder ([`~modeling_dclip.encoders.Encoder`]): With a model as in [`image_maps`]; its mode is restored.
         dataset (`datasets.Dataset`): With `image_id`, `image` and `captions`.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         rows (`Sequence[int]`, *optional*): One or more rows of the dataset; its first four if not given.
-        texts (`Sequence[str]`, *optional*): One a row; each image's first caption if not given.
-        device (`torch.device` or `str`, *optional*): Where to compute; where the model is if not given.
+        texts (`Sequence[str]`, *optional*): One for each row; each image's first caption if not given.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        TypeError: As in [`image_maps`].
-        ValueError: If a row is not there, texts do not fit the rows, an image or a text is bad, or the file is no
-            `.png`.
+        WrongModelError: As in [`image_maps`].
+        ValueError: If a row does not exist, the number of texts is not that of the rows, an image or a text is bad, or
+            the file is no `.png`.
     """
     outside = [row for row in rows if not 0 <= row < len(dataset)]
     if not len(rows) or outside:
@@ -197,15 +215,12 @@ def draw_image_maps(
     texts = [dataset[row]["captions"][0] for row in rows] if texts is None else list(texts)
     if len(texts) != len(rows):
         raise ValueError(f"Expected one text a row, got {len(texts)} texts and {len(rows)} rows.")
-    device = torch.device(device) if device is not None else next(model.parameters()).device
-    pixel_values = PixelReader(dataset, processor.image_processor, cache_mib=0).read(np.array(rows))
-    text_embeds = embed_texts(Encoder(model, processor, device=device), texts)
-    training = model.training
-    try:
-        maps = image_maps(model.eval(), pixel_values.to(device), text_embeds)
-    finally:
-        model.train(training)
-    pictures = _as_pictures(pixel_values, processor.image_processor)
+    image_processor = encoder.processor.image_processor
+    pixel_values = PixelReader(dataset, image_processor, cache_mib=0).read(np.array(rows))
+    text_embeds = embed_texts(encoder, texts)
+    with encoder.evaluating() as device:
+        maps = image_maps(encoder.model, pixel_values.to(device), text_embeds)
+    pictures = _as_pictures(pixel_values, image_processor)
     plot_image_maps(pictures, {name: values.numpy() for name, values in maps.items()}, texts, path)
 
 
@@ -241,17 +256,21 @@ def draw_attention(
 ) -> None:
     """Draw a teacher's attention over the regions of an image.
 
-    With text in the teacher: the region weights, and beside them which token attends to which region, averaged over
-    heads. The leak-free teacher reads no text: what the whole image attends to in the last layer, averaged over heads,
-    renormalised over the regions.
+    Of a teacher that reads text, the picture shows the region weights, and beside them which token attends to which
+    region, averaged over heads. The leak-free teacher reads no text: the picture shows what the whole image attends to
+    in the last layer, averaged over heads and normalised over the regions.
 
     Args:
-        model ([`DCLIPTeacher`]): In eval mode.
-        processor ([`DCLIPTeacherProcessor`]): Its own.
+        model ([`DCLIPTeacher`]): In eval mode, on the CPU.
+        processor ([`DCLIPTeacherProcessor`]): The teacher's.
         image (`PIL.Image.Image`): Any size.
         regions (`tuple`): Boxes `(R, 4)` xyxy in pixels and their scores `(R,)`.
-        caption (`str`): Written above; read where the teacher reads text.
+        caption (`str`): Written above the picture. A teacher that reads text reads it.
         path (`str` or `Path`): A `.png` file.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+        ValueError: If an input is not valid, or the file is no `.png`.
     """
     boxes, scores = regions
     inputs = processor(text=[caption], images=[image], boxes=[boxes], box_scores=[scores])
@@ -265,7 +284,7 @@ def draw_attention(
     if outputs.text_to_image_attentions is not None:
         token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
         input_ids = inputs["input_ids"][0, 1 : 1 + len(token_attention)]
-        is_word = input_ids != processor.tokenizer.eos_token_id  # EOS is no token of the teacher's, padding neither
+        is_word = input_ids != processor.tokenizer.eos_token_id  # the teacher reads neither EOS nor padding
         tokens = [
             token.removesuffix("</w>") for token in processor.tokenizer.convert_ids_to_tokens(input_ids[is_word])
         ]

@@ -1,37 +1,102 @@
-"""Curves of a run's stages as pictures, from what training always writes: no tracker is needed."""
+"""Every picture of this package as a function: values in, a PNG file out.
+
+The trade-off between retrieval and zero-shot accuracy; bars with intervals and a suite of datasets, for reports; maps
+over images and a teacher's attention over regions; growth of costs; and the losses of a training, drawn from the
+`trainer_state.json` that training always writes, so that no tracker is needed.
+
+matplotlib is imported when a picture is drawn, never before.
+"""
 
 import importlib.util
 import io
-import json
 import logging
 import math
 import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image as PILImage
 
-from modeling_dclip.data.files import write_bytes
+from modeling_dclip.data.files import list_folder, read_json, write_bytes
+
+logger = logging.getLogger(__name__)
 
 INK, QUIET, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
-COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
+SERIES_COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
 MARKERS = ("s", "^", "o", "D", "v", "P")
+MAP_TITLES = {
+    "attention_rollout": "attention rollout",
+    "class_attention": "class attention, last layer",
+    "text_relevance": "relevance for the text",
+    "text_similarity": "similarity to the text",
+}
+STATE_NAME = "trainer_state.json"
+CURVES_NAME = "training_curves.png"
+
+
+class TradeoffPoint(TypedDict, total=False):
+    """A model in a picture of the trade-off.
+
+    Attributes:
+        label (`str`): Name of the model, or of the point on a curve.
+        x (`float`), y (`float`): Zero-shot accuracy or retention, and retrieval, in [0, 1].
+        x_interval, y_interval (`tuple`): Low and high end; `None` for an end that is not known.
+        alpha (`float`): Of a point between two models: the share of the second one's weights.
+    """
+
+    label: str
+    x: float
+    y: float
+    x_interval: tuple[float | None, float | None]
+    y_interval: tuple[float | None, float | None]
+    alpha: float
+
+
+class Bar(TypedDict, total=False):
+    """A bar of [`plot_bars`].
+
+    Attributes:
+        label (`str`): Stands at the bar's left.
+        value (`float`, *optional*): Length, as on the axis; `None` leaves the place empty.
+        text (`str`): Stands at the bar's right.
+        low (`float`, *optional*), high (`float`, *optional*): Ends of the interval, as on the axis.
+    """
+
+    label: str
+    value: float | None
+    text: str
+    low: float | None
+    high: float | None
+
+
+class Cost(TypedDict):
+    """What several rounds of a measurement took: median, smallest and largest."""
+
+    median: float
+    min: float
+    max: float
 
 
 def style_of(index: int) -> dict[str, str]:
-    """Colour and marker of a series: grey for the first, and 30 different pairs for those that follow."""
-    colour = COLOURS[0] if index == 0 else COLOURS[1 + (index - 1) % (len(COLOURS) - 1)]
+    """Colour and marker of a series, as keyword arguments: grey for the first, and 30 different pairs for the next."""
+    colour = SERIES_COLOURS[0] if index == 0 else SERIES_COLOURS[1 + (index - 1) % (len(SERIES_COLOURS) - 1)]
     return {"color": colour, "marker": MARKERS[index % len(MARKERS)]}
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure of so many inches, with the Agg backend and without touching a global state.
+    """Make an empty figure with the Agg backend. No global state of matplotlib is touched.
+
+    Args:
+        width, height (`float`): In inches, at 150 pixels an inch.
+
+    Returns:
+        `matplotlib.figure.Figure`
 
     Raises:
-        ImportError: If matplotlib is not installed; the extra that brings it is named.
+        ImportError: If matplotlib is not installed; the message names the extra that brings it.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -46,7 +111,11 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
-    """Write a figure as PNG, atomically.
+    """Write a figure as PNG, whole or not at all.
+
+    Args:
+        figure (`matplotlib.figure.Figure`): From [`new_figure`].
+        path (`str` or `os.PathLike`): A `.png` file.
 
     Raises:
         ValueError: If the file is no `.png`.
@@ -58,12 +127,7 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     write_bytes(path, buffer.getvalue())
 
 
-# Three pictures: the trade-off between retrieval and zero-shot accuracy, what a teacher attends to, how costs grow.
-#
-# matplotlib is imported when a picture is drawn, never before.
-
-
-def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
+def _error_bars(point: TradeoffPoint, axis: str) -> np.ndarray | None:
     """Distances (2, 1) in percent from the point to the ends of its interval; `None` where there is no interval."""
     interval = point.get(f"{axis}_interval")
     if interval is None or interval[0] is None or interval[1] is None:
@@ -72,27 +136,28 @@ def _bars(point: Mapping[str, Any], axis: str) -> np.ndarray | None:
 
 
 def plot_tradeoff(
-    points: Sequence[Mapping[str, Any]],
+    points: Sequence[TradeoffPoint],
     path: str | os.PathLike,
     *,
-    curve: Sequence[Mapping[str, Any]] = (),
-    curves: Mapping[str, Sequence[Mapping[str, Any]]] | None = None,
+    curve: Sequence[TradeoffPoint] = (),
+    curves: Mapping[str, Sequence[TradeoffPoint]] | None = None,
     x_label: str = "zero-shot top-1 kept (% of the anchor)",
     y_label: str = "text-to-image R@1 (%)",
     title: str | None = None,
 ) -> None:
-    """Draw models as points: zero-shot accuracy or retention to the right, retrieval up. Up and right is better.
+    """Draw models as points: zero-shot accuracy or retention on the x axis, retrieval on the y axis.
+
+    Up and right is better.
 
     Args:
-        points (`Sequence[dict]`): `label`, `x`, `y` in [0, 1], and optionally `x_interval`, `y_interval` as
-            `(low, high)`. The first is drawn in grey as the reference, with dashed lines through it. Points of one
-            label are one series, in one colour.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
-        curve (`Sequence[dict]`, *optional*): Points of weight interpolation (WiSE-FT), `x`, `y` and `alpha`, in the
-            order of `alpha`. Its ends are not labelled: they are among the points.
-        curves (`Mapping[str, Sequence[dict]]`, *optional*): By name, points on a line in the order given, as over
-            epochs or checkpoints, each with `x`, `y`, a `label` written beside it, and optionally intervals.
-        x_label, y_label, title (`str`, *optional*): Texts.
+        points (`Sequence[TradeoffPoint]`): With `label`, `x`, `y` and optionally intervals. The first is drawn in grey
+            as the reference, with dashed lines through it. Points with the same label are one series, in one colour.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        curve (`Sequence[TradeoffPoint]`, *optional*): Points of weight interpolation (WiSE-FT) with `x`, `y` and
+            `alpha`, in the order of `alpha`. The first and the last have no label: they are among the points.
+        curves (`Mapping[str, Sequence[TradeoffPoint]]`, *optional*): By name, points on a line in the order given,
+            such as epochs or checkpoints, with `x`, `y`, a `label` written beside it, and optionally intervals.
+        x_label, y_label, title (`str`, *optional*): Texts at the axes and above.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -143,8 +208,8 @@ def plot_tradeoff(
     save_figure(figure, path)
 
 
-def _draw_point(axes: Any, point: Mapping[str, Any], **style: Any) -> None:
-    bars = {f"{axis}err": _bars(point, axis) for axis in "xy"}
+def _draw_point(axes: Any, point: TradeoffPoint, **style: Any) -> None:
+    bars = {f"{axis}err": _error_bars(point, axis) for axis in "xy"}
     where = (100 * point["x"], 100 * point["y"])
     style = {
         "mec": "white",
@@ -159,7 +224,7 @@ def _draw_point(axes: Any, point: Mapping[str, Any], **style: Any) -> None:
     axes.errorbar(*where, **bars, **style)
 
 
-def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name: str) -> None:
+def _draw_curve(axes: Any, steps: Sequence[TradeoffPoint], colour: str, name: str) -> None:
     """A line with a dot at every point, and the point's label beside it, on the side that the line does not take."""
     xs, ys = ([100 * step[axis] for step in steps] for axis in "xy")
     axes.plot(xs, ys, color=colour, lw=1.6, marker=".", ms=6, zorder=1, label=name)
@@ -173,7 +238,7 @@ def _draw_curve(axes: Any, steps: Sequence[Mapping[str, Any]], colour: str, name
                       va="center", fontsize=7, color=QUIET)  # fmt: skip
 
 
-def _check_points(points: Sequence[Mapping[str, Any]], keys: Sequence[str], least: int = 1, where: str = "") -> None:
+def _check_points(points: Sequence[TradeoffPoint], keys: Sequence[str], least: int = 1, where: str = "") -> None:
     if len(points) < least:
         raise ValueError(f"Expected at least {least} point to draw{where}, got none.")
     for index, point in enumerate(points):
@@ -204,7 +269,7 @@ def plot_region_attention(
         boxes (array of shape `(R, 4)`): xyxy in pixels of `image`.
         weights (array of shape `(R,)`): >= 0, e.g. the teacher's `region_weights`.
         caption (`str`): Written above.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over
             heads.
         tokens (`Sequence[str]`, *optional*): T labels; the caption's words where their number is T, else numbers.
@@ -250,7 +315,7 @@ def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: 
     for index in np.argsort(weights):  # the strongest on top
         x1, y1, x2, y2 = boxes[index]
         strength = weights[index] / strongest
-        colour = COLOURS[1 + index % (len(COLOURS) - 1)]
+        colour = SERIES_COLOURS[1 + index % (len(SERIES_COLOURS) - 1)]
         axes.add_patch(
             Rectangle(
                 (x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1 + 2.5 * strength, alpha=0.5 + 0.5 * strength
@@ -277,7 +342,7 @@ def _draw_attention(figure: Any, axes: Any, attention: np.ndarray, tokens: Seque
 
 
 def plot_growth(
-    series: Mapping[str, Sequence[tuple[float, Mapping[str, float]]]],
+    series: Mapping[str, Sequence[tuple[float, Cost]]],
     path: str | os.PathLike,
     *,
     x_label: str,
@@ -287,10 +352,9 @@ def plot_growth(
     """Draw costs against the size of the input on logarithmic axes, where a power is a straight line.
 
     Args:
-        series (`Mapping[str, Sequence]`): By label, points of a size and a cost with `median`, `min` and `max`, all >
-            0.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
-        x_label, y_label, title (`str`, *optional*): Texts.
+        series (`Mapping[str, Sequence[tuple[float, Cost]]]`): By label, sizes and their costs, all > 0.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        x_label, y_label, title (`str`, *optional*): Texts at the axes and above.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -308,7 +372,7 @@ def plot_growth(
     figure = new_figure(6.8, 4.8)
     from matplotlib.ticker import FuncFormatter, LogLocator
 
-    colours = COLOURS[1:]  # grey is the anchor's
+    colours = SERIES_COLOURS[1:]  # grey is the anchor's
     axes = figure.add_subplot()
     for index, (label, points) in enumerate(series.items()):
         sizes, costs = [size for size, _ in points], [cost for _, cost in points]
@@ -332,17 +396,6 @@ def plot_growth(
     if title:
         axes.set_title(title, fontsize=11, color=INK)
     save_figure(figure, path)
-
-
-# Pictures of diagnostics: maps over images.
-
-
-MAP_TITLES = {
-    "attention_rollout": "attention rollout",
-    "class_attention": "class attention, last layer",
-    "text_relevance": "relevance for the text",
-    "text_similarity": "similarity to the text",
-}
 
 
 def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str], path: str | os.PathLike) -> None:
@@ -403,11 +456,6 @@ def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str]
     save_figure(figure, path)
 
 
-# Pictures of reports: bars with intervals, a suite of datasets, the losses of a training.
-#
-# matplotlib is imported when a picture is drawn, never before.
-
-
 def _quiet_axes(axes: Any, grid: str) -> None:
     axes.grid(axis=grid, color=GRID, lw=0.7)
     axes.set_axisbelow(True)
@@ -415,15 +463,14 @@ def _quiet_axes(axes: Any, grid: str) -> None:
     axes.tick_params(labelsize=8, colors=INK, length=0)
 
 
-def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.PathLike) -> None:
+def plot_bars(panels: Mapping[str, Sequence[Bar]], path: str | os.PathLike) -> None:
     """Draw values as horizontal bars from zero, with their intervals as lines; one panel for each metric, side by
     side.
 
     Args:
-        panels (`Mapping[str, Sequence[dict]]`): Heading -> bars from top to bottom, the same labels in every panel:
-            `label`, `value` as on the axis, `text` to write beside it, and optionally `low` and `high`. A `value` of
-            `None` leaves the place empty.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        panels (`Mapping[str, Sequence[Bar]]`): By heading, the bars from top to bottom, with the same labels in every
+            panel.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -446,9 +493,8 @@ def plot_bars(panels: Mapping[str, Sequence[Mapping[str, Any]]], path: str | os.
             axes.barh(place, bar["value"], height=0.62, color="#c9d6f2" if place else "#d9dbe1")
             ends = [bar.get("low"), bar.get("high")]
             if None not in ends:
-                axes.plot(
-                    ends, [place, place], color=COLOURS[2] if place else COLOURS[0], lw=1.6, solid_capstyle="butt"
-                )
+                colour = SERIES_COLOURS[2] if place else SERIES_COLOURS[0]
+                axes.plot(ends, [place, place], color=colour, lw=1.6, solid_capstyle="butt")
             right = max(0, bar["value"], *(end for end in ends if end is not None))
             axes.annotate(
                 bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
@@ -468,7 +514,7 @@ def plot_suite(
 
     Args:
         values (`Mapping[str, Mapping[str, float]]`): Model -> dataset -> share in [0, 1]. A model may lack datasets.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         x_label (`str`, *optional*): Of the axis.
 
     Raises:
@@ -507,7 +553,7 @@ def plot_training(
         log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries
             with `step` and losses, `loss`, `<what>_loss`, `eval_loss`. The last entry's `train_loss`, a mean over all
             steps, is no point of a curve and is left out.
-        path (`str` or `os.PathLike`): A `.png` file, written atomically.
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         title (`str`, *optional*): Above the picture.
 
     Raises:
@@ -529,7 +575,8 @@ def plot_training(
     axes = figure.add_subplot()
     for index, (name, points) in enumerate(curves.items()):
         measured = name.startswith("eval_")
-        axes.plot(*zip(*points, strict=True), label=name, color=COLOURS[(1 + index) % len(COLOURS)], lw=1.4,
+        colour = SERIES_COLOURS[(1 + index) % len(SERIES_COLOURS)]
+        axes.plot(*zip(*points, strict=True), label=name, color=colour, lw=1.4,
                   ls="--" if measured else "-", marker="o" if measured or len(points) < 3 else "", ms=4)  # fmt: skip
     axes.set_xlabel("step", color=INK, fontsize=9)
     axes.set_ylabel("loss", color=INK, fontsize=9)
@@ -539,34 +586,29 @@ def plot_training(
     save_figure(figure, path)
 
 
-logger = logging.getLogger(__name__)
-
-STATE_NAME = "trainer_state.json"
-CURVES_NAME = "training_curves.png"
-
-
 def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
-    """Draw the losses of each stage that trained into `training_curves.png` in its folder; a picture newer than its
-    numbers stays.
+    """Draw the losses of each training stage into `training_curves.png` in the stage's folder.
+
+    A picture that is newer than its numbers stays.
 
     Args:
-        folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or one for each arm, seed and stage.
+        folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or for each arm, seed and stage.
 
     Returns:
-        `list[Path]`: The pictures drawn now. None without matplotlib, which a log line says, and none of a stage that
+        `list[Path]`: The pictures drawn now: none without matplotlib, which a log line says, and none for a stage that
             logged no loss.
 
     Raises:
-        ValueError: If a loss is not finite.
+        ValueError: If a loss is not finite, or a trainer's state is not valid JSON.
     """
-    found = [path for depth in ("*", "*/seed-*/*") for path in sorted(Path(folder).glob(f"{depth}/{STATE_NAME}"))]
+    found = [path for depth in ("*", "*/seed-*/*") for path in list_folder(folder, f"{depth}/{STATE_NAME}")]
     states = [path for path in found if _is_stale(path)]
     if states and importlib.util.find_spec("matplotlib") is None:
         logger.info("Training curves are not drawn: matplotlib is not installed.")
         return []
     drawn = []
     for path in states:
-        log_history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
+        log_history = read_json(path, "trainer's state", ["log_history"])["log_history"]
         if not any("loss" in entry or "eval_loss" in entry for entry in log_history):
             continue
         drawn.append(path.with_name(CURVES_NAME))

@@ -5,18 +5,16 @@ The report is a value ([`~modeling_dclip.evaluation.reports.document.Report`]): 
 measurements of speed become tables, pictures and notes, and these are rendered once to each form.
 """
 
-import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_dclip.data.files import write_bytes, write_text
+from modeling_dclip.data.files import find_files, read_json, temporary_folder, write_bytes, write_text
 from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
-from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
     Block,
@@ -33,7 +31,14 @@ from modeling_dclip.evaluation.reports.document import (
     render_markdown,
 )
 from modeling_dclip.evaluation.reports.metric_names import METRICS, metric_of
-from modeling_dclip.evaluation.reports.plots import plot_bars, plot_growth, plot_suite, plot_tradeoff
+from modeling_dclip.evaluation.reports.plots import (
+    Bar,
+    TradeoffPoint,
+    plot_bars,
+    plot_growth,
+    plot_suite,
+    plot_tradeoff,
+)
 from modeling_dclip.evaluation.reports.tables import (
     ABSENT,
     BENCHMARK_TABLES,
@@ -49,7 +54,6 @@ from modeling_dclip.evaluation.reports.tables import (
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
 
 ALPHA = "alpha="
-Record = Mapping[str, Any]
 
 
 def _kind_of(record: Record) -> str:
@@ -69,6 +73,18 @@ def benchmark_heading(benchmark: str, most: int = 64) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[-most // 2 + 1 :]}"
 
 
+class Row(Record, total=False):
+    """A row of a table: a record, or the mean of the runs of an arm.
+
+    Attributes:
+        runs (`int`): Runs of the mean; a single record has no such key.
+        weights (`list[str]`): The `revision` of each run of the mean.
+    """
+
+    runs: int
+    weights: list[str]
+
+
 def order_metrics(records: Sequence[Record]) -> list[str]:
     """All metrics of the records: known ones in the order of `METRICS`, the others as they come."""
     names = dict.fromkeys(name for record in records for name in record["metrics"])
@@ -76,7 +92,7 @@ def order_metrics(records: Sequence[Record]) -> list[str]:
     return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
 
 
-def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]], int]:
+def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[Row], int]:
     """Make rows of one table: each with a label of its own, the same measurement once, runs of one arm as their mean.
 
     Runs belong to one arm if [`~modeling_dclip.evaluation.arms.arm_of`] names the same arm and they were measured on
@@ -87,7 +103,7 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]
         found (`Sequence[tuple[str, dict]]`): Name of the file, record.
 
     Returns:
-        `tuple[list[dict], int]`: Records with other labels; and how many records were left out because they repeat
+        `tuple[list[Row], int]`: Records with other labels; and how many records were left out because they repeat
             another one: the same weights, data and numbers.
     """
     unique: dict[str, tuple[Record, list[str]]] = {}
@@ -108,7 +124,7 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[dict[str, Any]
     return [_average(runs) if len(runs) > 1 else runs[0] for runs in arms.values()], len(found) - len(unique)
 
 
-def _average(runs: Sequence[Record]) -> dict[str, Any]:
+def _average(runs: Sequence[Record]) -> Row:
     """One row for the runs of an arm."""
     row = {name: value for name, value in runs[0].items() if name not in ("seed", "comparison", "draws")}
     names = [name for name in runs[0]["metrics"] if all(name in run["metrics"] for run in runs)]
@@ -131,14 +147,20 @@ def _average(runs: Sequence[Record]) -> dict[str, Any]:
     }
 
 
-def _interval(row: Record, metric: str) -> dict[str, Any]:
+def _interval(row: Row, metric: str) -> dict[str, Any]:
     bare = {"low": None, "high": None, "covers": "nothing"}
     return {**row.get("intervals", {}).get(metric, bare), "estimate": float(row["metrics"][metric])}
 
 
-def bars(rows: Sequence[Record], metrics: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Make the panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from the rows of [`merge_rows`]: one
-    for each of the metrics that a row has.
+def bars(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, list[Bar]]:
+    """Make the panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from the rows of [`merge_rows`].
+
+    Args:
+        rows (`Sequence[Row]`): Of one benchmark.
+        metrics (`Sequence[str]`): Names; a metric that no row has gets no panel.
+
+    Returns:
+        `dict[str, list[Bar]]`: By heading, in the unit of the metric.
     """
     panels = {}
     for name in (name for name in metrics if any(name in row["metrics"] for row in rows)):
@@ -157,21 +179,21 @@ def bars(rows: Sequence[Record], metrics: Sequence[str]) -> dict[str, list[dict[
 
 
 def pair_tradeoff(
-    rows: Sequence[Record], others: Sequence[Record]
-) -> tuple[list[dict[str, Any]], dict[str, list], list[str]]:
+    rows: Sequence[Row], others: Sequence[Row]
+) -> tuple[list[TradeoffPoint], dict[str, list[TradeoffPoint]], list[str]]:
     """Pair retrieval with zero-shot accuracy of the same weights.
 
-    Accuracy is the mean over the zero-shot benchmarks that all these models have; if there is none, the one that most
-    of them have.
+    Accuracy is the mean over the zero-shot benchmarks that all these models have. If there is no such benchmark, it is
+    the one that most of them have.
 
     Args:
-        rows (`Sequence[dict]`): Of one retrieval benchmark, from [`merge_rows`].
-        others (`Sequence[dict]`): Of zero-shot benchmarks, from [`merge_rows`].
+        rows (`Sequence[Row]`): Of one retrieval benchmark, from [`merge_rows`].
+        others (`Sequence[Row]`): Of zero-shot benchmarks, from [`merge_rows`].
 
     Returns:
-        `tuple`: Points (the anchor first, if records name one) and curves (by model, over the weights between it and
-            its anchor) of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], and the zero-shot benchmarks.
-            Without two points, all three are empty.
+        `tuple`: The points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], the anchor first if a record
+            names one; its curves by model, over the weights between the model and its anchor; and the zero-shot
+            benchmarks. With fewer than two models, all three are empty.
     """
     accuracy: dict[tuple, dict[str, dict[str, Any]]] = {}
     for other in others:
@@ -186,9 +208,8 @@ def pair_tradeoff(
     points, curves = [], {}
     for row in sorted(paired, key=lambda row: row["revision"] not in anchors or "condition" in row):
         found = [accuracy[weights_of(row)][name] for name in chosen]
-        alone = (
-            found[0] if len(found) == 1 else {"low": None, "high": None}
-        )  # a mean's interval is not the intervals' mean
+        # The interval of a mean is not the mean of the intervals.
+        alone = found[0] if len(found) == 1 else {"low": None, "high": None}
         retrieval = _interval(row, GAIN_METRIC)
         point = {
             "label": row["label"],
@@ -207,9 +228,9 @@ def pair_tradeoff(
     return (points, curves, chosen) if points and len(paired) > 1 else ([], {}, [])
 
 
-def weights_of(record: Record) -> tuple:
-    """What identifies a row's model: its weights, of a mean those of every run, and the point between two models."""
-    return tuple(record.get("weights", [record["revision"]])), record.get("condition")
+def weights_of(row: Row) -> tuple[tuple[str, ...], str | None]:
+    """Identify the model of a row: its weights (of a mean, those of every run) and the point between two models."""
+    return tuple(row.get("weights", [row["revision"]])), row.get("condition")
 
 
 def _tabulate_all_encoders(data: Mapping[str, Any]) -> list[Table | Text]:
@@ -264,11 +285,11 @@ def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
             raise FileNotFoundError(f"Expected results files or folders of them, got {path}, which does not exist.")
         files = [path]
         if path.is_dir():
-            files = sorted(
+            files = [
                 file
-                for file in path.rglob("*.json")
-                if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts)
-            )
+                for file in find_files(path, {".json"})[0]
+                if not any(part.startswith(".") for part in file.relative_to(path).parts)
+            ]
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
@@ -311,7 +332,7 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
 
 
 def _read_one(file: Path, sources: Sources) -> None:
-    content = json.loads(file.read_text(encoding="utf-8"))
+    content = read_json(file, "results file", advice="Make it again.")
     if isinstance(content, list):
         records = read_results(file)
         for index, record in enumerate(records):
@@ -462,7 +483,7 @@ def _add_benchmark(
     kind: str,
     where: str,
     found: Sequence[tuple[Path, Record]],
-    zero_shot: Sequence[Record],
+    zero_shot: Sequence[Row],
     drawn: Sequence[str],
 ) -> None:
     """The table of one benchmark, its warnings, its pictures and what it was measured on."""
@@ -490,7 +511,7 @@ def _add_benchmark(
     report.measured(terms, [path for path, _ in found])
 
 
-def _tabulate(rows: Sequence[Record]) -> list[Table | Text]:
+def _tabulate(rows: Sequence[Row]) -> list[Table | Text]:
     several = len({row["dataset_fingerprint"] for row in rows}) > 1
     columns = [
         "model",
@@ -660,8 +681,8 @@ def write_report(
     if output.exists() and not output.is_dir():
         raise NotADirectoryError(f"Expected a folder to write the report to, got the file {output}.")
     sources = read_sources(paths)
-    with tempfile.TemporaryDirectory() as folder:
-        builder = _Builder(sources, Path(folder))
+    with temporary_folder() as folder:
+        builder = _Builder(sources, folder)
         _add_summaries(builder)
         _add_records(builder)
         _add_speed(builder)

@@ -9,6 +9,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel, DMCLIPConfig, DMCLIPModel
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.reports import plots as diagnostic_plots
 from modeling_dclip.evaluation.reports.maps import attention_relevance, attention_rollout, draw_image_maps, image_maps
 from modeling_dclip.evaluation.reports.plots import plot_image_maps
@@ -151,7 +152,7 @@ def test_models_without_either_form_and_missing_texts_are_named(tiny_clip):
 def test_maps_are_drawn_on_what_the_encoder_sees(tmp_path, tiny_clip, tiny_scenes, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     model, processor = tiny_clip
-    draw_image_maps(model, processor, tiny_scenes, tmp_path / "new" / "maps.png", rows=(2, 5))
+    draw_image_maps(Encoder(model, processor), tiny_scenes, tmp_path / "new" / "maps.png", rows=(2, 5))
     assert is_not_blank(tmp_path / "new" / "maps.png")
     axes = np.array(figures[0].axes).reshape(2, 5)
     seen = processor.image_processor(tiny_scenes[5]["image"], do_normalize=False, return_tensors="np")["pixel_values"][
@@ -166,14 +167,14 @@ def test_maps_are_drawn_on_what_the_encoder_sees(tmp_path, tiny_clip, tiny_scene
 
 def test_other_texts_and_bad_rows(tmp_path, tiny_clip, tiny_scenes, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    draw_image_maps(*tiny_clip, tiny_scenes, tmp_path / "maps.png", rows=(0,), texts=["a red circle"])
+    draw_image_maps(Encoder(*tiny_clip), tiny_scenes, tmp_path / "maps.png", rows=(0,), texts=["a red circle"])
     assert figures[0].axes[0].get_xlabel() == "a red circle"
     with pytest.raises(ValueError, match=r"rows in \[0, 8\), got \[8\]"):
-        draw_image_maps(*tiny_clip, tiny_scenes, tmp_path / "no.png", rows=(8,))
+        draw_image_maps(Encoder(*tiny_clip), tiny_scenes, tmp_path / "no.png", rows=(8,))
     with pytest.raises(ValueError, match="got 2 texts and 1 rows"):
-        draw_image_maps(*tiny_clip, tiny_scenes, tmp_path / "no.png", rows=(0,), texts=["a", "b"])
+        draw_image_maps(Encoder(*tiny_clip), tiny_scenes, tmp_path / "no.png", rows=(0,), texts=["a", "b"])
     with pytest.raises(ValueError, match=r"a \.png file"):
-        draw_image_maps(*tiny_clip, tiny_scenes, tmp_path / "no.pdf", rows=(0,))
+        draw_image_maps(Encoder(*tiny_clip), tiny_scenes, tmp_path / "no.pdf", rows=(0,))
     assert [path.name for path in tmp_path.iterdir()] == ["maps.png"]
 
 
@@ -181,7 +182,7 @@ def test_the_mode_of_the_model_is_restored(tmp_path, tiny_clip_dir, tiny_scenes)
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     model = DCLIPModel.from_pretrained(tiny_clip_dir).train()
     processor = AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil")
-    draw_image_maps(model, processor, tiny_scenes, tmp_path / "maps.png", rows=(0,))
+    draw_image_maps(Encoder(model, processor), tiny_scenes, tmp_path / "maps.png", rows=(0,))
     assert model.training and not model.text_model.training
 
 
