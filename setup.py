@@ -59,6 +59,7 @@ setup(
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.0",
+        "fsspec[http]>=2024.2",  # shards at an address; datasets 5 brings fsspec without aiohttp
         "huggingface_hub>=1.0",
         "jinja2>=3.1",  # reports and galleries; torch needs it too
         "numpy>=1.26",

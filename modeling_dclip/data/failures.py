@@ -20,6 +20,11 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
+try:
+    from httpx2 import TransportError  # huggingface_hub 2
+except ImportError:
+    from httpx import TransportError
+
 logger = transformers_logging.get_logger(__name__)
 
 Parameters = ParamSpec("Parameters")
@@ -33,6 +38,7 @@ FAILURES = (
     FloatingPointError,  # a run that diverged
     MemoryError,  # an input too large for this machine
     torch.OutOfMemoryError,  # or for its GPU
+    TransportError,  # a connection to the Hub that broke off
     DatasetsError,
     SafetensorError,
     StrictDataclassError,  # a field of a configuration of transformers

@@ -15,7 +15,14 @@ from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers.utils import logging
 
-from modeling_dclip.data.failures import BENCHMARK_FAILURES, FAILURES, command, describe_failure, one_line
+from modeling_dclip.data.failures import (
+    BENCHMARK_FAILURES,
+    FAILURES,
+    TransportError,
+    command,
+    describe_failure,
+    one_line,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,6 +42,7 @@ def fail(error):
         FloatingPointError("Expected one, got two."),
         MemoryError("Expected one, got two."),
         torch.OutOfMemoryError("Expected one, got two."),
+        TransportError("Expected one, got two."),
         DatasetsError("Expected one, got two."),
         SafetensorError("Expected one, got two."),
         StrictDataclassError("Expected one, got two."),

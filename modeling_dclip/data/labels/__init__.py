@@ -23,7 +23,7 @@ from modeling_dclip.data.labels.prompts import (
     read_names,
     read_templates,
 )
-from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_images
+from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
 from modeling_dclip.data.specs import Source, parse_spec
 
 _ORIGIN = re.compile(r"^(\w+):(https?://[^/,@]+)")
@@ -163,7 +163,7 @@ def _read_webdataset(
         )
     class_names = read_names(names, description.class_names) if names else description.class_names
     return LabelledImages(
-        read_images(files, split, description), class_names, read_templates(templates, description.templates or ())
+        read_samples(files, split, description), class_names, read_templates(templates, description.templates or ())
     )
 
 

@@ -44,6 +44,7 @@ class DamagedSampleError(ValueError):
     shard: Path | None = None
     key: str | None = None
     member: str | None = None
+    problem: str = ""
 
     @classmethod
     def at(cls, shard: Path, problem: str, key: str | None = None, member: str | None = None) -> "DamagedSampleError":
@@ -53,7 +54,7 @@ class DamagedSampleError(ValueError):
         place += f", member {member!r}" if member is not None else ""
         remedy = "Download or write the shard again, or pass on_bad_sample='skip' to leave out what is damaged."
         error = cls(f"{place}: {problem}. {remedy}")
-        error.shard, error.key, error.member = shard, key, member
+        error.shard, error.key, error.member, error.problem = shard, key, member, problem
         return error
 
 

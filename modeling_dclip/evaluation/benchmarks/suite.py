@@ -140,10 +140,10 @@ def expand_suite(spec: str) -> SuiteMembers:
     root, split = match[1], match[2] or "test"
     if not is_url(root) and "{}" not in root and not Path(root).is_dir():
         raise FileNotFoundError(f"No folder '{root}' (of the spec {spec!r}). Check the path.")
-    specs, absent = {}, []
+    specs, absent, counted = {}, [], f"{split}/nshards.txt"
     for name in SUITE:
         places = [_below(root, folder) for folder in _folders(name)]
-        place = next((place for place in places if WebdatasetFiles(place).has(f"{split}/nshards.txt")), None)
+        place = next((place for place in places if WebdatasetFiles(place).find_text(counted) is not None), None)
         if place is None:
             absent.append(name)
         else:

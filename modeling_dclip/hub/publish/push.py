@@ -16,14 +16,10 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
+from modeling_dclip.data.failures import TransportError
 from modeling_dclip.encoders.fingerprints import hash_file, hash_git_blob
 from modeling_dclip.hub.publish.facts import check_repo_name
 from modeling_dclip.hub.publish.staging import StagedRepo, list_files
-
-try:
-    from httpx2 import TransportError  # huggingface_hub 2
-except ImportError:
-    from httpx import TransportError
 
 logger = logging.getLogger(__name__)
 

@@ -3,16 +3,23 @@ and every kind of damage named.
 """
 
 import re
+import socket
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 from datasets import ClassLabel, Image, Value
+from fixtures.loopback_hub import TOKEN, Repo, run_loopback_hub
 from fixtures.webdatasets import picture, sample, serve, write_set, write_tar
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError
 
 from modeling_dclip.data.columns import dataset_fingerprint
+from modeling_dclip.data.failures import TransportError, one_line
 from modeling_dclip.data.files import replacing
 from modeling_dclip.data.labels import webdataset as webdataset_images
-from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_images
+from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_samples
 from modeling_dclip.encoders import Encoder
 
 TWO_SHARDS = [
@@ -23,7 +30,7 @@ TWO_SHARDS = [
 
 def read(root, split="test", **options):
     files = WebdatasetFiles(str(root), **options)
-    return read_images(files, split, read_description(files, split))
+    return read_samples(files, split, read_description(files, split))
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,8 @@ def test_a_set_behind_http_is_the_set_and_its_shards_come_once(two_shards, serve
     assert sorted(path.name for path in kept) == ["0.tar", "1.tar"]
     read(address, cache_dir=tmp_path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.tar")} == kept
-    assert handler.requests.count("/wds_two/test/0.tar") == 2  # asked whether it changed
+    assert handler.requests.count("HEAD /wds_two/test/0.tar") == 2  # asked whether it changed
+    assert handler.requests.count("/wds_two/test/0.tar") == 1
 
 
 def test_a_shard_that_breaks_off_is_not_kept_and_the_ones_before_are(served, tmp_path):
@@ -119,11 +127,26 @@ def test_a_server_that_refuses_and_one_that_is_not_there_are_named(served, tmp_p
     address, handler = served
     with pytest.raises(FileNotFoundError, match=re.escape(f"{address}/train/nshards.txt")):
         read(address, "train", cache_dir=tmp_path)
+    with pytest.raises(FileNotFoundError, match=re.escape(f"{address}/test/7.tar")):
+        WebdatasetFiles(address, cache_dir=tmp_path).shard("test/7.tar")
     handler.status = 503
     with pytest.raises(ConnectionError, match=f"{re.escape(address)}.*503"):
         read(address, cache_dir=tmp_path)
+    with pytest.raises(ConnectionError, match=f"{re.escape(address)}/test/0.tar.*503"):
+        WebdatasetFiles(address, cache_dir=tmp_path).shard("test/0.tar")
     with pytest.raises(ConnectionError, match="Cannot reach 'http://127.0.0.1:9/x/test/nshards.txt'"):
         read("http://127.0.0.1:9/x", cache_dir=tmp_path)
+
+
+def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset_images, "_TIMEOUT_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
+        with pytest.raises(ConnectionError, match=f"Cannot reach '{address}/test/nshards.txt': .*[Tt]imeout"):
+            read(address, cache_dir=tmp_path)
+        with pytest.raises(ConnectionError, match=f"Cannot reach '{address}/test/0.tar': .*[Tt]imeout"):
+            WebdatasetFiles(address, cache_dir=tmp_path).shard("test/0.tar")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -137,6 +160,71 @@ def test_a_server_that_refuses_and_one_that_is_not_there_are_named(served, tmp_p
 def test_a_page_of_the_hub_stands_for_its_files(root, files, name):
     found = WebdatasetFiles(root)
     assert (found.root, found.name) == (files, name)
+
+
+@pytest.fixture
+def hub(two_shards, monkeypatch):
+    """A Hub on this machine with the set as a dataset, private too, and one whose second shard is missing."""
+    files = {path.relative_to(two_shards).as_posix(): path.read_bytes() for path in two_shards.rglob("*.t*")}
+    short = {name: content for name, content in files.items() if name != "test/1.tar"}
+    with run_loopback_hub() as loopback:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        for name, content in (("wds_two", files), ("wds_private", files), ("wds_short", short)):
+            loopback.repos[f"datasets/o/{name}"] = Repo(name == "wds_private")
+            loopback.repos[f"datasets/o/{name}"].commit(content)
+        yield loopback
+
+
+def test_a_dataset_of_the_hub_is_the_set_and_its_shards_come_once(two_shards, hub, tmp_path):
+    local = read(two_shards).cast_column("image", Image(decode=False))[:]
+    commit = hub.commits("datasets/o/wds_two")[-1]
+    for page in ("", "/tree/main", f"/tree/{commit}"):
+        dataset = read(f"{hub.url}/datasets/o/wds_two{page}", cache_dir=tmp_path)
+        assert dataset.cast_column("image", Image(decode=False))[:] == local
+    paths = {path.resolve() for path in tmp_path.rglob("*.tar")}
+    assert len(paths) == 2 and all(path.is_relative_to(tmp_path) for path in paths)
+    assert hub.requests.count(("GET", "/datasets/o/wds_two/resolve/main/test/0.tar")) == 1
+
+
+def test_what_a_hub_lacks_or_refuses_is_named(hub, tmp_path, monkeypatch):
+    address = f"{hub.url}/datasets/o"
+    for place, split in (("wds_none", "test"), ("wds_two", "train"), ("wds_two/tree/v9", "test")):
+        name, _, revision = place.partition("/tree/")
+        url = f"{address}/{name}/resolve/{revision or 'main'}/{split}/nshards.txt"
+        with pytest.raises(FileNotFoundError, match=f"No file at '{re.escape(url)}'.*Check the address") as error:
+            read(f"{address}/{place}", split, cache_dir=tmp_path)
+        assert one_line(error.value) == str(error.value)
+    with pytest.raises(FileNotFoundError, match="No file at '.*wds_short/resolve/main/test/1.tar'"):
+        read(f"{address}/wds_short", cache_dir=tmp_path)
+    hub.fail("HEAD", "nshards", 403)
+    with pytest.raises(ConnectionError, match="'.*/wds_two/resolve/main/test/nshards.txt': .*403"):
+        read(f"{address}/wds_two", cache_dir=tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConnectionError, match="Cannot reach '.*/wds_two/resolve/main/test/nshards.txt': .*offline"):
+        read(f"{address}/wds_two", cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (TransportError("peer closed\nconnection"), "got peer closed connection"),
+        (GatedRepoError("Restricted.", response=SimpleNamespace(headers={}, request=None)), "Restricted.*Ask"),
+    ],
+    ids=["broken off", "gated"],
+)
+def test_a_shard_of_the_hub_that_does_not_come_is_named(error, message, monkeypatch):
+    monkeypatch.setattr(webdataset_images, "hf_hub_download", Mock(side_effect=error))
+    with pytest.raises(ConnectionError, match=f"'https://huggingface.co/.*/wds_two/resolve/v1/test/0.tar'.*{message}"):
+        WebdatasetFiles("https://huggingface.co/datasets/o/wds_two/tree/v1").shard("test/0.tar")
+
+
+def test_only_the_hub_gets_the_users_token(hub, tmp_path, monkeypatch):
+    address = f"{hub.url}/datasets/o/wds_private"
+    with pytest.raises(FileNotFoundError, match="No file at '.*wds_private/resolve/main/test/nshards.txt'"):
+        read(address, cache_dir=tmp_path)
+    monkeypatch.setattr(webdataset_images, "_HUB", hub.url)
+    assert len(read(address, cache_dir=tmp_path)) == 5
 
 
 @pytest.mark.parametrize(
