@@ -67,6 +67,7 @@ setup(
         "pyarrow>=21",
         "pyyaml>=6",
         "safetensors>=0.5",
+        "scipy>=1.11",
         "torch>=2.8",
         "tqdm>=4.66",
         "transformers>=5.17,<6",

@@ -1,16 +1,24 @@
-"""Retrieval gained against zero-shot accuracy kept, in one picture of numbers.
+"""How sure a number is, and whether one model is better than another beyond chance.
 
-Every value comes as an [`~modeling_dclip.evaluation.statistics.Interval`] that says what it covers: test images, or
-training seeds.
+Every value comes as an [`Interval`] that says what it covers: test images, or training seeds. From top to bottom: the
+interval; training seeds (Student's t); test images (bootstrap); differences between two models; gain and retention
+against an anchor; the summary of an experiment's arms.
+
+Source: percentile bootstrap, Student's t, and the normal approximation of a difference of independent estimates, as in
+any textbook.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import NormalDist
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
+from scipy.special import stdtrit
+
+GAIN_METRIC = "text_to_image_recall@1"
+RETENTION_METRIC = "top1"
+_INDICES_AT_A_TIME = 2_000_000  # of bootstrap draws: 16 MB, and as much of weights
 
 
 class IntervalDict(TypedDict):
@@ -47,59 +55,116 @@ class Interval(NamedTuple):
         }
 
 
+class ArmSummary(TypedDict, total=False):
+    """One arm of a [`Summary`]. `gain` and `retention` are there where both the arm and the anchor have the metric."""
+
+    arm: str
+    seeds: list[int]
+    metrics: dict[str, IntervalDict]
+    gain: IntervalDict
+    retention: IntervalDict
+
+
+class ArmComparison(TypedDict):
+    """The differences `student - baseline` of two arms, by metric."""
+
+    student: str
+    baseline: str
+    metrics: dict[str, IntervalDict]
+
+
+class Summary(TypedDict, total=False):
+    """What [`summarise_arms`] gives; `benchmarks` and `anchor_model` are added by
+    [`~modeling_dclip.evaluation.arms.evaluate_arms`].
+    """
+
+    anchor: str
+    arms: list[ArmSummary]
+    comparisons: list[ArmComparison]
+    benchmarks: list[str]
+    anchor_model: str
+
+
 def _check_confidence(confidence: float) -> None:
     if not 0 < confidence < 1:
         raise ValueError(f"Expected a confidence in (0, 1), got {confidence}.")
 
 
-def bootstrap_ratio(
-    numerators: torch.Tensor,
-    denominators: torch.Tensor,
-    *,
-    resamples: int = 2000,
-    confidence: float = 0.95,
-    seed: int = 0,
-) -> Interval:
-    """Resample images; take the ratio of the sums every time.
-
-    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it
-    is, and other training runs are not covered. Both sums come from the same draw: this is the pairing.
+def t_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t distribution.
 
     Args:
-        numerators (`torch.Tensor` of shape `(I,)`): Per image, e.g. the student's hits.
-        denominators (`torch.Tensor` of shape `(I,)`): Per image, >= 0, e.g. the anchor's hits.
-        resamples (`int`, *optional*, defaults to 2000): Draws.
-        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        probability (`float`): In (0.5, 1).
+        degrees (`int`): Degrees of freedom, >= 1.
 
     Returns:
-        [`Interval`]: `covers="images"`. A draw with a denominator of 0 counts as infinite; `high` may be `inf`.
+        `float`: > 0.
 
     Raises:
-        ValueError: If the shapes differ, there are fewer than two images, or the denominators sum to 0.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> round(t_quantile(0.975, 2), 3)
+        4.303
     """
-    if numerators.ndim != 1 or numerators.shape != denominators.shape or len(numerators) < 2:
-        raise ValueError(
-            f"Expected two vectors of one length >= 2, one entry per image, got {tuple(numerators.shape)} and "
-            f"{tuple(denominators.shape)}. Were both models evaluated on the same images?"
-        )
-    outcomes = {"ratio": torch.stack([numerators, denominators], dim=1)}
-    return bootstrap_outcomes(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
+    if not 0.5 < probability < 1 or degrees < 1:
+        raise ValueError(f"Expected a probability in (0.5, 1) and degrees >= 1, got {probability} and {degrees}.")
+    return float(stdtrit(degrees, probability))  # as scipy.stats.t.ppf, whose import takes four times as long
+
+
+def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Mean over runs that differ in the seed, with Student's t-interval.
+
+    Covers training **seeds** on this test set; not other test images.
+
+    Args:
+        values (`Sequence[float]`): One for each run. A single one has no interval, and `covers` is `"nothing"`.
+        confidence (`float`, *optional*, defaults to 0.95): Of the interval, in (0, 1).
+
+    Returns:
+        [`Interval`]: Around the mean.
+
+    Raises:
+        ValueError: If there is no value or one is not finite, or the confidence is out of range.
+    """
+    _check_confidence(confidence)
+    if not values or not all(math.isfinite(value) for value in values):
+        raise ValueError(f"Expected one or more finite values, one per run, got {list(values)}.")
+    runs = len(values)
+    mean = math.fsum(values) / runs
+    if runs == 1:
+        return Interval(mean, None, None, confidence, "nothing")
+    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (runs - 1))
+    half = t_quantile((1 + confidence) / 2, runs - 1) * deviation / math.sqrt(runs)
+    return Interval(mean, mean - half, mean + half, confidence, "seeds")
+
+
+def _resampled_sums(values: torch.Tensor, resamples: int, seed: int) -> Iterator[torch.Tensor]:
+    """Draw images with replacement and sum their rows, some draws at a time: `(I, ...)` float64 -> `(draws, ...)`."""
+    images, generator = len(values), torch.Generator().manual_seed(seed)
+    per_chunk = max(1, _INDICES_AT_A_TIME // images)
+    for start in range(0, resamples, per_chunk):
+        draws = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
+        # Count how often each image was drawn: then one product sums all metrics, and no rows are gathered.
+        ones = torch.ones((), dtype=torch.double).expand(draws.shape)
+        times = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(1, draws, ones)
+        yield (times @ values.flatten(1)).unflatten(1, values.shape[1:])
 
 
 def bootstrap_outcomes(
     outcomes: Mapping[str, torch.Tensor], *, resamples: int = 2000, confidence: float = 0.95, seed: int = 0
 ) -> dict[str, Interval]:
-    """Intervals of several metrics of one evaluation at once, each a ratio of sums over images; all from the same
-    draws.
+    """Resample images, for intervals of several metrics of one evaluation at once.
+
+    Each metric is a ratio of sums over images. All come from the same draws.
 
     Args:
-        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, e.g. the
-            hits of its captions and their number. Counts are >= 0. All of one length.
+        outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: the sum and the count of every image, e.g. the
+            hits of its captions and their number. Counts are >= 0. All have one length.
         resamples, confidence, seed: As in [`bootstrap_ratio`].
 
     Returns:
-        `dict[str, Interval]`: By metric.
+        `dict[str, Interval]`: By metric; `covers="images"`.
 
     Raises:
         ValueError: If shapes differ, there are fewer than two images, or the counts of a metric sum to 0.
@@ -119,16 +184,10 @@ def bootstrap_outcomes(
             raise ValueError(
                 f"Expected a reference with at least one hit, got none ({name}): a ratio to it is not defined."
             )
-    images, generator, ratios = len(pairs), torch.Generator().manual_seed(seed), []
-    per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices at a time
-    for start in range(0, resamples, per_chunk):
-        draws = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
-        # How often each image was drawn: then all metrics are one product, and no metric's rows are gathered.
-        times = torch.zeros(draws.shape, dtype=torch.double).scatter_add_(
-            1, draws, torch.ones((), dtype=torch.double).expand(draws.shape)
-        )
-        sums = (times @ pairs.flatten(1)).view(len(draws), len(outcomes), 2)
-        ratios.append(torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf))
+    ratios = [
+        torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf)
+        for sums in _resampled_sums(pairs, resamples, seed)
+    ]
     ordered = torch.cat(ratios).sort(dim=0).values
     tail = (1 - confidence) / 2 * (resamples - 1)
     lows, highs = ordered[math.floor(tail)].tolist(), ordered[math.ceil(resamples - 1 - tail)].tolist()
@@ -139,73 +198,39 @@ def bootstrap_outcomes(
     }
 
 
-@lru_cache
-def t_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t by bisection over its distribution function (Simpson's rule); error below 1e-6 of the
-    quantile.
+def bootstrap_ratio(
+    numerators: torch.Tensor,
+    denominators: torch.Tensor,
+    *,
+    resamples: int = 2000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Interval:
+    """Resample images, and take the ratio of the two sums every time.
+
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery that is searched
+    stays as it is, and other training runs are not covered. Both sums come from the same draw: this is the pairing.
 
     Args:
-        probability (`float`): In (0.5, 1).
-        degrees (`int`): Degrees of freedom, >= 1.
+        numerators (`torch.Tensor` of shape `(I,)`): Per image, e.g. the student's hits.
+        denominators (`torch.Tensor` of shape `(I,)`): Per image, >= 0, e.g. the anchor's hits.
+        resamples (`int`, *optional*, defaults to 2000): Draws, >= 1.
+        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval, in (0, 1).
+        seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
-        `float`: > 0.
+        [`Interval`]: `covers="images"`. A draw with a denominator of 0 counts as infinite; `high` may be `inf`.
 
     Raises:
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> round(t_quantile(0.975, 2), 3)
-        4.303
+        ValueError: If the shapes differ, there are fewer than two images, or the denominators sum to 0.
     """
-    if not 0.5 < probability < 1 or degrees < 1:
-        raise ValueError(f"Expected a probability in (0.5, 1) and degrees >= 1, got {probability} and {degrees}.")
-    # With x = sqrt(degrees) * tan(angle) the density becomes c * cos(angle) ** (degrees - 1) on a finite range.
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(math.pi)
-
-    def mass(angle: float, steps: int = 400) -> float:
-        width = angle / steps
-        weights = (1 if i in (0, steps) else 4 if i % 2 else 2 for i in range(steps + 1))
-        return scale * width / 3 * sum(w * math.cos(i * width) ** (degrees - 1) for i, w in enumerate(weights))
-
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if mass(middle) < probability - 0.5 else (low, middle)
-    return math.sqrt(degrees) * math.tan((low + high) / 2)
-
-
-def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Mean over runs that differ in the seed, with Student's t-interval.
-
-    Covers training **seeds** on this test set; not other test images.
-
-    Args:
-        values (`Sequence[float]`): One per run. With one, the interval is empty and `covers` is `"nothing"`.
-        confidence (`float`, *optional*, defaults to 0.95): Of the interval.
-
-    Returns:
-        [`Interval`]: Around the mean.
-
-    Raises:
-        ValueError: If there is no value or one is not finite.
-    """
-    _check_confidence(confidence)
-    if not values or not all(math.isfinite(value) for value in values):
-        raise ValueError(f"Expected one or more finite values, one per run, got {list(values)}.")
-    runs = len(values)
-    mean = math.fsum(values) / runs
-    if runs == 1:
-        return Interval(mean, None, None, confidence, "nothing")
-    deviation = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (runs - 1))
-    half = t_quantile((1 + confidence) / 2, runs - 1) * deviation / math.sqrt(runs)
-    return Interval(mean, mean - half, mean + half, confidence, "seeds")
-
-
-# Is one model better than another, beyond the chance of the test images? Differences with intervals.
-#
-# Source: percentile bootstrap, and the normal approximation of a difference of independent estimates, as in any
-# textbook.
+    if numerators.ndim != 1 or numerators.shape != denominators.shape or len(numerators) < 2:
+        raise ValueError(
+            f"Expected two vectors of one length >= 2, one entry per image, got {tuple(numerators.shape)} and "
+            f"{tuple(denominators.shape)}. Were both models evaluated on the same images?"
+        )
+    outcomes = {"ratio": torch.stack([numerators, denominators], dim=1)}
+    return bootstrap_outcomes(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
 
 
 def bootstrap_differences(
@@ -216,23 +241,22 @@ def bootstrap_differences(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Resample images; take second - first of every metric every time, both models on the same draw: this is the
-    pairing.
+    """Resample images, and take second - first of every metric every time, both models on the same draw.
 
-    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery searched stays as it
-    is, and other training runs are not covered. What is hard for both models cancels, so it is narrower than the two
-    intervals apart from each other.
+    Covers the choice of test **images** (with their captions) for fixed checkpoints. The gallery that is searched
+    stays as it is, and other training runs are not covered. What is hard for both models cancels, so the interval of
+    the difference is narrower than the two models' own intervals suggest.
 
     Args:
-        first, second (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: of every image the sum and the count, of the
+        first, second (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: the sum and the count of every image, of the
             same images in the same order. Metrics that only one has are left out.
-        resamples (`int`, *optional*, defaults to 2000): Draws, the same ones for every metric.
-        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval.
+        resamples (`int`, *optional*, defaults to 2000): Draws, >= 1; the same for every metric.
+        confidence (`float`, *optional*, defaults to 0.95): Of the percentile interval, in (0, 1).
         seed (`int`, *optional*, defaults to 0): Of the draws.
 
     Returns:
-        `dict[str, Interval]`: By metric; `covers="images"`. A draw that holds nothing to count for a metric says
-            nothing of it and is left out of its interval.
+        `dict[str, Interval]`: By metric; `covers="images"`. A draw in which a metric counts nothing is left out of
+            that metric's interval.
 
     Raises:
         ValueError: If no metric is in both, shapes differ, there are fewer than two images, counts differ or sum to 0,
@@ -257,16 +281,11 @@ def bootstrap_differences(
     empty = [name for index, name in enumerate(names) if sums[:, index, 0, 1].sum() <= 0]
     if uneven or empty:
         raise ValueError(
-            f"Expected the same counts, above 0 in all, of both models, got others for {(uneven or empty)[0]!r}. Were "
-            "both evaluated on the same images and captions?"
+            "Expected the same counts, above 0 in all, of both models, got others for "
+            f"{(uneven or empty)[0]!r}. Were both evaluated on the same images and captions?"
         )
-    images, generator, drawn = len(sums), torch.Generator().manual_seed(seed), []
-    per_chunk = max(1, 2_000_000 // images)  # 16 MB of indices, and as much of weights, at a time
-    for start in range(0, resamples, per_chunk):
-        rows = torch.randint(images, (min(per_chunk, resamples - start), images), generator=generator)
-        times = torch.zeros(rows.shape, dtype=torch.double).scatter_add_(1, rows, torch.ones(rows.shape).double())
-        drawn.append(_difference((times @ sums.flatten(1)).unflatten(1, sums.shape[1:])))
-    estimates, draws = _difference(sums.sum(dim=0)[None])[0].tolist(), torch.cat(drawn)
+    estimates = _difference(sums.sum(dim=0)[None])[0].tolist()
+    draws = torch.cat([_difference(drawn) for drawn in _resampled_sums(sums, resamples, seed)])
     return {
         name: Interval(estimates[index], *_percentiles(draws[:, index], confidence), confidence, "images")
         for index, name in enumerate(names)
@@ -285,19 +304,19 @@ def _percentiles(draws: torch.Tensor, confidence: float) -> tuple[float, float]:
     return float(ordered[math.floor(tail)]), float(ordered[math.ceil(len(ordered) - 1 - tail)])
 
 
-def unpaired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Interval | None:
-    """Difference, second - first, of two estimates that know nothing of each other, from their intervals.
+def unpaired_difference(first: IntervalDict, second: IntervalDict) -> Interval | None:
+    """Difference, second - first, of two independent estimates, from their intervals.
 
-    Normal approximation: each standard error is the width of its interval over that of the standard normal's, and they
-    add in squares. Of two models on the same images it is too wide, as what both find hard does not cancel: prefer
-    [`bootstrap_differences`].
+    Normal approximation: each standard error is the width of its interval over that of the standard normal's, and the
+    errors add in squares. For two models on the same images the result is too wide, because what both find hard does
+    not cancel: prefer [`bootstrap_differences`].
 
     Args:
-        first, second (`dict`): [`~modeling_dclip.evaluation.statistics.Interval`]s as dicts.
+        first, second ([`IntervalDict`]): The two estimates.
 
     Returns:
-        [`~modeling_dclip.evaluation.statistics.Interval`] or `None`: `None` where an interval is open, or the two do
-            not cover the same kind of chance with the same confidence.
+        [`Interval`] or `None`: `None` where an interval is open, or the two do not cover the same kind of chance with
+            the same confidence.
 
     Example:
         >>> ends = {"confidence": 0.95, "covers": "images"}
@@ -317,23 +336,18 @@ def unpaired_difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> 
     return Interval(difference, difference - half, difference + half, confidence, covers)
 
 
-GAIN_METRIC = "text_to_image_recall@1"
-RETENTION_METRIC = "top1"
-
-
-def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: Any) -> Interval:
+def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, *, resamples: int = 2000, seed: int = 0) -> Interval:
     """A metric of the student over the anchor's: 0.94 is "94 % kept", 1.2 is "20 % gained".
 
-    Covers **images** for these two checkpoints, see [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`]; not
-    training seeds.
+    Covers **images** for these two checkpoints, as [`bootstrap_ratio`] says; not training seeds.
 
     Args:
-        student, anchor (`torch.Tensor` of shape `(I, 2)`): Of every image the sum and the count of the metric
-            (`outcomes` of an evaluation), on the same data.
-        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
+        student, anchor (`torch.Tensor` of shape `(I, 2)`): The sum and the count of every image (`outcomes` of an
+            evaluation), on the same data.
+        resamples, seed: As in [`bootstrap_ratio`].
 
     Returns:
-        [`Interval`]: Of the ratio.
+        [`Interval`]: Of the ratio, 95 %.
 
     Raises:
         ValueError: If the two were not measured on the same images and captions, or the anchor has no hit.
@@ -343,22 +357,27 @@ def ratio_to_anchor(student: torch.Tensor, anchor: torch.Tensor, **bootstrap: An
             f"Expected outcomes on the same images with the same captions, got {len(student)} and {len(anchor)} "
             "images or other numbers of captions. Evaluate both on one dataset."
         )
-    return bootstrap_ratio(student[:, 0], anchor[:, 0], **bootstrap)
+    return bootstrap_ratio(student[:, 0], anchor[:, 0], resamples=resamples, seed=seed)
 
 
-def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **bootstrap: Any) -> dict[str, Any]:
-    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot classification.
-
-    Covers **images**.
+def compare_to_anchor(
+    student: Mapping[str, torch.Tensor],
+    anchor: Mapping[str, torch.Tensor],
+    *,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, IntervalDict]:
+    """Compare two evaluations on the same data: gain for retrieval, retention for zero-shot. Covers **images**.
 
     Args:
-        student, anchor (`dict`): `outcomes` of two evaluations of one benchmark.
-        bootstrap: `resamples`, `confidence`, `seed` of [`~modeling_dclip.evaluation.statistics.bootstrap_ratio`].
+        student, anchor (`Mapping[str, torch.Tensor]`): `outcomes` of two evaluations of one benchmark: metric ->
+            `(I, 2)`.
+        resamples, seed: As in [`bootstrap_ratio`].
 
     Returns:
-        `dict[str, dict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student / anchor),
-            an [`Interval`] as a dict, JSON-ready; empty for a benchmark that has neither metric, on a single image, or
-            where the anchor has no hit: a ratio to it is not defined.
+        `dict[str, IntervalDict]`: `text_to_image_recall@1_gain` (student / anchor - 1) or `top1_retention` (student /
+            anchor). Empty for a benchmark that has neither metric, for a single image, and where the anchor has no
+            hit: a ratio to it is not defined.
 
     Raises:
         ValueError: If the two are on different data.
@@ -369,7 +388,7 @@ def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **b
             continue
         several = len(student[metric]) > 1 or len(anchor[metric]) > 1  # one image alone has no interval
         if several and anchor[metric][:, 0].sum() > 0:
-            ratio = ratio_to_anchor(student[metric], anchor[metric], **bootstrap)
+            ratio = ratio_to_anchor(student[metric], anchor[metric], resamples=resamples, seed=seed)
             ends = (value - offset for value in ratio[:3])
             compared[f"{metric}_{name}"] = Interval(*ends, *ratio[3:]).to_dict()
     return compared
@@ -378,11 +397,12 @@ def compare_to_anchor(student: Mapping[str, Any], anchor: Mapping[str, Any], **b
 def compare_arms(student: Mapping[int, float], baseline: Mapping[int, float], *, confidence: float = 0.95) -> Interval:
     """Difference of two arms, student - baseline, paired by seed: the same seed means the same data order and start.
 
-    Covers training **seeds** on this test set; an interval above 0 says the student wins beyond the seeds' noise.
+    Covers training **seeds** on this test set. An interval above 0 says that the student is better beyond the noise of
+    the seeds.
 
     Args:
         student, baseline (`Mapping[int, float]`): Metric by seed.
-        confidence (`float`, *optional*, defaults to 0.95): Of the t-interval.
+        confidence (`float`, *optional*, defaults to 0.95): Of the t-interval, in (0, 1).
 
     Returns:
         [`Interval`]: Of the mean difference, in the metric's own unit.
@@ -404,11 +424,11 @@ def summarise_arms(
     anchor: str = "anchor",
     pairs: Sequence[tuple[str, str]] = (),
     confidence: float = 0.95,
-) -> dict[str, Any]:
+) -> Summary:
     """Summarise several runs of several arms: means, gain and retention against the anchor, and paired comparisons.
 
-    All intervals cover **seeds**. The anchor is one checkpoint (one entry, under any seed), or as many as the other
-    arms have, by seed.
+    All intervals cover **seeds**. The anchor is one checkpoint (one entry, under any seed), or one for each seed of
+    the other arms.
 
     Args:
         arms (`Mapping`): Arm -> seed -> metric -> value, with the metrics of
@@ -416,12 +436,10 @@ def summarise_arms(
             metrics.
         anchor (`str`, *optional*, defaults to `"anchor"`): The arm that is the reference.
         pairs (`Sequence[tuple[str, str]]`, *optional*): Arms to compare, `(student, baseline)`.
-        confidence (`float`, *optional*, defaults to 0.95): Of the intervals.
+        confidence (`float`, *optional*, defaults to 0.95): Of the intervals, in (0, 1).
 
     Returns:
-        `dict[str, Any]`: JSON-ready. `anchor`; `arms`: a list, in the order given, of `arm`, `seeds`, `metrics`, and
-            but for the anchor `gain` and `retention`; `comparisons`: a list of `student`, `baseline`, `metrics`. Each
-            value is an [`Interval`] as a dict.
+        [`Summary`]: JSON-ready. Arms in the order given; all but the anchor have `gain` and `retention`.
 
     Raises:
         ValueError: If the anchor or an arm is missing, metrics or seeds differ, or the anchor is at 0.
@@ -436,27 +454,27 @@ def summarise_arms(
                     f"Expected the metrics {names} in every run, got {sorted(metrics)} for {arm!r}, seed {seed}."
                 )
 
-    def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    def over_seeds(values: Sequence[float]) -> IntervalDict:
         return seed_interval(values, confidence=confidence).to_dict()
 
-    rows = []
+    rows: list[ArmSummary] = []
     for arm, runs in arms.items():
-        row: dict[str, Any] = {"arm": arm, "seeds": sorted(runs)}
+        row: ArmSummary = {"arm": arm, "seeds": sorted(runs)}
         row["metrics"] = {name: over_seeds([metrics[name] for metrics in runs.values()]) for name in names}
         if arm != anchor and GAIN_METRIC in names:
             row["gain"] = over_seeds([ratio - 1 for ratio in _ratios(runs, arms[anchor], GAIN_METRIC)])
         if arm != anchor and RETENTION_METRIC in names:
             row["retention"] = over_seeds(_ratios(runs, arms[anchor], RETENTION_METRIC))
         rows.append(row)
-    comparisons = []
+    comparisons: list[ArmComparison] = []
     for pair in pairs:
         if not set(pair) <= set(arms):
             raise ValueError(f"Expected arms among {list(arms)} to compare, got {pair}.")
-        metrics = {}
+        differences = {}
         for name in names:
             student, baseline = ({seed: run[name] for seed, run in arms[arm].items()} for arm in pair)
-            metrics[name] = compare_arms(student, baseline, confidence=confidence).to_dict()
-        comparisons.append({"student": pair[0], "baseline": pair[1], "metrics": metrics})
+            differences[name] = compare_arms(student, baseline, confidence=confidence).to_dict()
+        comparisons.append({"student": pair[0], "baseline": pair[1], "metrics": differences})
     return {"anchor": anchor, "arms": rows, "comparisons": comparisons}
 
 
