@@ -26,7 +26,7 @@ from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
-from modeling_dclip.evaluation.leakage import evaluate_leakage
+from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
 from modeling_dclip.evaluation.reports.plots import draw_training_curves
@@ -92,9 +92,16 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
     if teachers and captions and "boxes" in (dataset := load_captions(captions[0])).column_names:
         for _, teacher in teachers:
             draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
-        cache = {"cache_dir": Run(runs[0].recipe).cache_dir, "max_regions": runs[0].recipe.regions.max_regions}
-        options = {"device": PartialState().device, "command": options["command"], **cache}
-        leakage = evaluate_leakage(teachers, dataset, captions[0], folder / "leakage.json", **options)
+        leakage = evaluate_leakage(
+            teachers,
+            dataset,
+            captions[0],
+            folder / "leakage.json",
+            cache_dir=Run(runs[0].recipe).cache_dir,
+            device=PartialState().device,
+            command=options["command"],
+            options=LeakageOptions(max_regions=runs[0].recipe.regions.max_regions),
+        )
         print(f"\n{render_leakage(leakage)}")
     if saved := [str(Path(name).resolve()) for name in (*folders, *(teacher for _, teacher in teachers[-1:]))]:
         subprocess.run([sys.executable, "-c", RELOAD, *saved], check=True, cwd=Path.home())

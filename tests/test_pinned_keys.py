@@ -73,7 +73,7 @@ from modeling_dclip.evaluation.benchmarks.fine_grained import questions_fingerpr
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions, load_benchmark
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
-from modeling_dclip.evaluation.leakage import evaluate_leakage
+from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
 from modeling_dclip.evaluation.records import (
     environment,
     make_record,
@@ -1001,8 +1001,9 @@ def test_fingerprint_of_a_captioner(tiny_clip_dir, tmp_path):
 
 
 def test_records_of_leakage(dclip_run, tmp_path):
-    options = {"output": tmp_path / "leakage.json", "cache_dir": tmp_path / "cache", "draws": 1}
-    records = evaluate_leakage([("ours", dclip_run / "teacher")], captioned(), "disk:data", **options)
+    places = {"output": tmp_path / "leakage.json", "cache_dir": tmp_path / "cache"}
+    teachers, options = [("ours", dclip_run / "teacher")], LeakageOptions(draws=1)
+    records = evaluate_leakage(teachers, captioned(), "disk:data", **places, options=options)
     assert [record["condition"] for record in records] == [
         "as_trained",
         "regions_shuffled",

@@ -1,21 +1,35 @@
-"""Evaluate the arms of an experiment against their anchor:
-records, one summary, a table and a picture of the trade-off.
+"""Evaluate the arms of an experiment against their anchor, and draw what is gained against what is kept.
+
+[`evaluate_arms`] gives records, one summary and a picture of the trade-off. [`plot_curve`] draws the same trade-off
+from any results records: retrieval against zero-shot accuracy over models, checkpoints, or points between two models.
 """
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
-from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.evaluator import ALPHA, Candidate, evaluate
+from modeling_dclip.evaluation.records import Metrics, Record
 from modeling_dclip.evaluation.reports.plots import plot_tradeoff
-from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, summarise_arms
+from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, Summary, summarise_arms
 
 ANCHOR = "anchor"
+
+
+class TradeoffPoint(TypedDict, total=False):
+    """A point of the trade-off. `alpha` is there for points on the line between two models."""
+
+    label: str
+    x: float
+    y: float
+    x_interval: tuple[float | None, float | None]
+    y_interval: tuple[float | None, float | None]
+    alpha: float
 
 
 def evaluate_arms(
@@ -27,26 +41,26 @@ def evaluate_arms(
     baseline: str | None = None,
     command: str = "",
     device: str | torch.device = "cpu",
-) -> dict[str, Any]:
+) -> Summary:
     """Evaluate every run of every arm, and the anchor, on the same data in one go.
 
     Args:
         arms (`Mapping[str, Mapping[int, str]]`): Arm -> seed -> folder of a dual encoder.
         anchor (`str`): Folder or Hub id of the untouched CLIP.
-        benchmarks (`Sequence[str]`): Of [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`]; one of each
-            kind at most.
-        output_dir (`str` or `Path`): Gets `records.json` (which a killed run goes on with), `summary.json` and, with
-            retrieval and zero-shot, `tradeoff.png`.
+        benchmarks (`Sequence[str]`): As [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`] takes them; at
+            most one of each kind.
+        output_dir (`str` or `Path`): Where `records.json` (a killed run resumes from it), `summary.json` and, with
+            retrieval and zero-shot, `tradeoff.png` are written.
         baseline (`str`, *optional*): The arm that the others are compared with, paired by seed.
         command (`str`, *optional*): What the user ran, for the records.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
 
     Returns:
-        `dict[str, Any]`: The summary, of [`~modeling_dclip.evaluation.statistics.summarise_arms`], with `benchmarks`
-            and `anchor_model`.
+        [`~modeling_dclip.evaluation.statistics.Summary`]: From
+            [`~modeling_dclip.evaluation.statistics.summarise_arms`], with `benchmarks` and `anchor_model`.
 
     Raises:
-        RuntimeError: If a benchmark is unknown or failed, or a model did; what had been measured stays in
+        RuntimeError: If a benchmark is unknown, or a benchmark or a model failed. What was measured before stays in
             `records.json`.
         ValueError: If two benchmarks are of one kind, or the anchor scores 0.
     """
@@ -60,20 +74,18 @@ def evaluate_arms(
         for arm, by_seed in arms.items()
         for seed, model in by_seed.items()
     ]
-    candidates, records_file = [candidate for *_, candidate in runs], output_dir / "records.json"
-    options = EvaluationOptions(device=device)
     done = evaluate(
-        candidates,
+        [candidate for *_, candidate in runs],
         benchmarks,
-        records_file,
+        output_dir / "records.json",
         anchor=str(anchor),
         command=command,
         keep_others=False,
-        options=options,
+        options=EvaluationOptions(device=device),
     )
     if done.failures:
         raise RuntimeError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
-    metrics: dict[str, dict[int, dict[str, float]]] = {}
+    metrics: dict[str, dict[int, Metrics]] = {}
     for index, (arm, seed, _) in enumerate(runs):
         own = done.records[index * len(benchmarks) : (index + 1) * len(benchmarks)]
         metrics.setdefault(arm, {})[seed] = {
@@ -99,7 +111,7 @@ def run_label(arm: str, seed: int) -> str:
     return f"{arm}, seed {seed}"
 
 
-def arm_of(record: Mapping[str, Any]) -> str | None:
+def arm_of(record: Record) -> str | None:
     """The arm whose run a record measured; `None` if the record's label is not a [`run_label`] of its `seed`.
 
     Example:
@@ -110,19 +122,20 @@ def arm_of(record: Mapping[str, Any]) -> str | None:
     return label.removesuffix(suffix) if label.endswith(suffix) else None
 
 
-def tradeoff_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`] from a summary: top-1 against
-    text-to-image R@1.
+def tradeoff_points(summary: Summary) -> list[TradeoffPoint]:
+    """Take the points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`] from a summary.
 
     Args:
-        summary (`dict`): From [`~modeling_dclip.evaluation.statistics.summarise_arms`].
+        summary ([`~modeling_dclip.evaluation.statistics.Summary`]): From
+            [`~modeling_dclip.evaluation.statistics.summarise_arms`].
 
     Returns:
-        `list[dict]`: One an arm, intervals over seeds included where there are several.
+        `list[TradeoffPoint]`: One for each arm: `x` is top-1, `y` text-to-image R@1; with intervals over seeds where
+            there are several.
     """
     points = []
     for row in summary["arms"]:
-        point = {"label": row["arm"]}
+        point: TradeoffPoint = {"label": row["arm"]}
         for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
             interval = row["metrics"][metric]
             point[axis] = interval["estimate"]
@@ -131,34 +144,27 @@ def tradeoff_points(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     return points
 
 
-# The trade-off curve from results records: retrieval against zero-shot accuracy over models, checkpoints or points
-# between two.
-
-
-_ALPHA = "alpha="
-
-
 def interpolation_points(
-    records: Sequence[Mapping[str, Any]], anchor: str | None = None
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    records: Sequence[Record], anchor: str | None = None
+) -> tuple[list[TradeoffPoint], list[TradeoffPoint]]:
     """Pair each model's retrieval with its zero-shot accuracy.
 
-    Of several benchmarks of a kind the first counts. Points on the line from an anchor to a model (`condition`
-    `alpha=...`) become the curve, with the anchor as its start and the model, where it was measured, as its end.
+    Where there are several benchmarks of a kind, the first counts. Points on the line from an anchor to a model
+    (`condition` is `alpha=...`) become the curve. It starts at the anchor and ends at the model, if that was measured.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`].
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`].
         anchor (`str`, *optional*): The model that is the reference; its point comes first.
 
     Returns:
-        `tuple[list[dict], list[dict]]`: Points and curve of
-            [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `label`, `x` (top-1), `y` (text-to-image R@1),
-            intervals over images where the records have them, and `alpha`.
+        `tuple[list[TradeoffPoint], list[TradeoffPoint]]`: Points and curve of
+            [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `x` is top-1, `y` text-to-image R@1; with
+            intervals over images where the records have them.
 
     Raises:
         ValueError: If no model has both, or points of several lines are in the records.
     """
-    pairs: dict[tuple[str, str | None], dict[str, Any]] = {}
+    pairs: dict[tuple[str, str | None], TradeoffPoint] = {}
     for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
         benchmark = next((record["benchmark"] for record in records if metric in record["metrics"]), None)
         for record in records:
@@ -174,26 +180,31 @@ def interpolation_points(
             f"Expected a model with retrieval ({GAIN_METRIC}) and zero-shot classification ({RETENTION_METRIC}), got "
             f"{len(records)} records without such a pair. Evaluate both benchmarks."
         )
-    lines = {model for model, condition in pairs if (condition or "").startswith(_ALPHA)}
+    lines = {model for model, condition in pairs if (condition or "").startswith(ALPHA)}
     if len(lines) > 1:
         raise ValueError(f"Expected points on one line, got lines to {sorted(lines)}. Plot one model at a time.")
     points = [pair for (model, condition), pair in pairs.items() if condition is None]
     points.sort(key=lambda point: point is not pairs.get((anchor, None)))
     curve = [
-        {**pair, "alpha": float(condition.removeprefix(_ALPHA))}
+        {**pair, "alpha": float(condition.removeprefix(ALPHA))}
         for (_, condition), pair in pairs.items()
-        if (condition or "").startswith(_ALPHA)
+        if (condition or "").startswith(ALPHA)
     ]
     ends = [(anchor, 0.0), (next(iter(lines), None), 1.0)] if curve else []
     curve += [{**pairs[model, None], "alpha": alpha} for model, alpha in ends if (model, None) in pairs]
     return points, sorted(curve, key=lambda point: point["alpha"])
 
 
-def plot_curve(records: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, anchor: str | None = None) -> None:
+def plot_curve(records: Sequence[Record], path: str | os.PathLike, *, anchor: str | None = None) -> None:
     """Draw [`interpolation_points`] of records, zero-shot top-1 to the right and text-to-image R@1 up.
 
+    Args:
+        records, anchor: As in [`interpolation_points`].
+        path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+
     Raises:
-        ValueError: As in [`interpolation_points`], or if the file is no `.png`.
+        ImportError: If matplotlib is not installed.
+        ValueError: As in [`interpolation_points`], or if the file is not a `.png`.
     """
     points, curve = interpolation_points(records, anchor)
     plot_tradeoff(points or curve, path, curve=curve, x_label="zero-shot top-1 (%)")

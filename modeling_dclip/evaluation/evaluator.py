@@ -28,6 +28,8 @@ from modeling_dclip.evaluation.statistics import compare_to_anchor
 
 logger = logging.get_logger(__name__)
 
+ALPHA = "alpha="  # how the condition of a point on the line between two models begins
+
 
 class Candidate(NamedTuple):
     """A model to evaluate.
@@ -48,7 +50,7 @@ class Candidate(NamedTuple):
     @property
     def condition(self) -> str | None:
         """What a record says of a point on the line; `None` for the model itself."""
-        return None if self.alpha is None else f"alpha={self.alpha:g}"
+        return None if self.alpha is None else f"{ALPHA}{self.alpha:g}"
 
 
 @dataclass

@@ -1,29 +1,29 @@
 """How much of a teacher's retrieval is its own caption read back: one measure, with parts of the input exchanged.
 
-A teacher embeds a *pair*, an image's regions and one of its captions, and is trained to come near the frozen CLIP's
-sentence embedding of that very caption. The measure is this task over a whole test set. A *draw* takes one caption of
-each of I images, so there are I pairs and I sentences, and pair i's right answer is sentence i whatever the pair has
-read:
+A teacher embeds a *pair*: an image's regions and one of its captions. It is trained to come near the frozen CLIP's
+sentence embedding of that very caption. The measure is the same task over a whole test set. A *draw* takes one caption
+of each of I images, which gives I pairs and I sentences. The right answer of pair i is sentence i, whatever the pair
+has read:
 
-- `text_to_teacher_*`: sentence i among the I pair embeddings (a sentence of text-to-image retrieval, with the teacher
-  as image encoder);
-- `teacher_to_text_*`: pair i among the I sentences.
+- `text_to_teacher_*`: the rank of pair i among the I pair embeddings, asked by sentence i (text-to-image retrieval
+  with the teacher as the image encoder);
+- `teacher_to_text_*`: the rank of sentence i among the I sentences, asked by pair i.
 
 Ties count against the teacher, as in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`]; equal
-captions of two images are ties. Draw d takes caption `(start_i + d) mod count_i`, start random, so that as many draws
-as captions use each caption once. The conditions of one draw share its captions and its shuffle, a random cycle
-through all images: no image keeps what is its own.
+captions of two images are ties. Draw d takes caption `(start_i + d) mod count_i` with a random start, so as many draws
+as captions use each caption once. All conditions of a draw share its captions and its shuffle. The shuffle is a random
+cycle through all images, so no image keeps its own:
 
 - `as_trained`: own regions, own caption.
-- `regions_shuffled`: another image's regions, boxes and whole-image embedding, own caption. What is left was read off
+- `regions_shuffled`: another image's regions, boxes and whole-image embedding; own caption. What is left was read from
   the caption.
-- `captions_shuffled`: own regions, another image's caption; the right answer stays the own one. What is left was read
-  off the image.
-- `text_share_0`: as trained, with the pooled tokens left out of the embedding. The regions have still attended to the
-  tokens, and their weights ask the caption; so also `text_share_0_regions_shuffled`.
-- `whole_image`: the frozen CLIP's embedding of the whole image, no teacher. With one draw a caption this is
-  text-to-image retrieval as [`~modeling_dclip.evaluation.benchmarks.retrieval.evaluate_retrieval`] measures it, but
-  for the rounding of features to float16.
+- `captions_shuffled`: own regions; another image's caption, while the right answer stays the own one. What is left was
+  read from the image.
+- `text_share_0`: as trained, without the pooled tokens in the embedding. The regions have still attended to the
+  tokens, and the regions' weights depend on the caption. `text_share_0_regions_shuffled` also exchanges the regions.
+- `whole_image`: the frozen CLIP's embedding of the whole image, no teacher. With as many draws as captions this is
+  text-to-image retrieval as [`~modeling_dclip.evaluation.benchmarks.retrieval.evaluate_retrieval`] measures it, except
+  that features are rounded to float16.
 - `chance`: the expectation of a random order.
 
     python -m modeling_dclip.evaluation.leakage --teacher [LABEL=]FOLDER ... --dataset SPEC --output FILE
@@ -37,7 +37,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 import torch
@@ -53,46 +53,86 @@ from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.benchmarks.kinds import split_of
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
-from modeling_dclip.evaluation.records import make_record, write_results
+from modeling_dclip.evaluation.records import Metrics, Record, environment, make_record, write_results
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES
 from modeling_dclip.evaluation.reports.tables import render_leakage
-from modeling_dclip.evaluation.statistics import bootstrap_ratio
+from modeling_dclip.evaluation.statistics import IntervalDict, bootstrap_ratio
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 CUT_OFFS = (1, 5, 10)
 KEPT = tuple(f"recall@{k}" for k in CUT_OFFS) + ("_mrr",)
-# (regions of another image, caption of another image, text share 0)
+
+
+class Exchange(NamedTuple):
+    """What a condition takes from another image, and whether the embedding leaves the text out."""
+
+    regions: bool = False
+    captions: bool = False
+    without_text: bool = False
+
+
 EXCHANGES = {
-    "as_trained": (False, False, False),
-    "regions_shuffled": (True, False, False),
-    "captions_shuffled": (False, True, False),
-    "text_share_0": (False, False, True),
-    "text_share_0_regions_shuffled": (True, False, True),
+    "as_trained": Exchange(),
+    "regions_shuffled": Exchange(regions=True),
+    "captions_shuffled": Exchange(captions=True),
+    "text_share_0": Exchange(without_text=True),
+    "text_share_0_regions_shuffled": Exchange(regions=True, without_text=True),
 }
 
 
 class Draw(NamedTuple):
-    """One caption of each image, and for each image another one; both `np.ndarray` of shape `(I,)`, int64."""
+    """One caption of each of I images, and another image for each.
+
+    Attributes:
+        captions (`np.ndarray` of shape `(I,)`): int64; the row of the drawn caption.
+        others (`np.ndarray` of shape `(I,)`): int64; the row of another image.
+    """
 
     captions: np.ndarray
     others: np.ndarray
+
+
+class ConditionResult(TypedDict, total=False):
+    """What a teacher scored under one condition.
+
+    Attributes:
+        metrics (`dict[str, float]`): Means over draws.
+        draws (`dict[str, list[float]]`): The value of each draw; `chance` has none.
+        intervals (`dict`): Of the two R@1. They cover **images** for this teacher, not trainings of it; `chance` has
+            none.
+    """
+
+    metrics: dict[str, float]
+    draws: dict[str, list[float]]
+    intervals: dict[str, IntervalDict]
+
+
+@dataclass(frozen=True)
+class LeakageOptions:
+    """How to measure, and how to compute the features of the frozen CLIP."""
+
+    draws: int = field(default=5, metadata={"help": "Draws of captions and shuffles."})
+    seed: int = field(default=0, metadata={"help": "Of the draws, the intervals, and where the spec ends in @COUNT."})
+    max_regions: int | None = field(default=None, metadata={"help": "Best-scored regions kept, as in training."})
+    batch_size: int = field(default=16, metadata={"help": "Images a forward pass, each with all its regions."})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and crop."})
 
 
 def make_draws(offsets: np.ndarray, count: int, seed: int = 0) -> list[Draw]:
     """Draw captions and shuffles.
 
     Args:
-        offsets (`np.ndarray` of shape `(I + 1,)`): Where each image's captions start; the last is the number of
+        offsets (`np.ndarray` of shape `(I + 1,)`): Where each image's captions start; the last entry is the number of
             captions.
         count (`int`): Draws, >= 1.
-        seed (`int`, *optional*, defaults to 0): Another seed is another set of draws.
+        seed (`int`, *optional*, defaults to 0): Another seed gives another set of draws.
 
     Returns:
-        `list[Draw]`
+        `list[Draw]`: `count` of them.
 
     Raises:
-        ValueError: If there are fewer than two images, one has no caption, or `count` is below 1.
+        ValueError: If there are fewer than two images, an image has no caption, or `count` is below 1.
     """
     lengths = np.diff(offsets)
     if len(lengths) < 2 or lengths.min() < 1 or count < 1:
@@ -112,40 +152,49 @@ def make_draws(offsets: np.ndarray, count: int, seed: int = 0) -> list[Draw]:
 
 
 @torch.no_grad()
-def pair_embeds(teacher: Any, features: TeacherFeatures, draw: Draw, condition: str) -> torch.Tensor:
-    """What stands for each image under a condition: `(I, D)`, float32.
+def pair_embeds(teacher: DCLIPTeacher, features: TeacherFeatures, draw: Draw, condition: str) -> torch.Tensor:
+    """Embed every image as a condition says.
 
     Args:
-        teacher ([`DCLIPTeacher`]): In eval mode, on the device to use; its config is as it was afterwards.
+        teacher ([`DCLIPTeacher`]): In eval mode, on the device to use. Its config is restored at the end.
         features ([`TeacherFeatures`]): Of I images.
         draw ([`Draw`]): Captions and shuffle.
-        condition (`str`): A key of `EXCHANGES`, or `whole_image`.
+        condition (`str`): A key of [`EXCHANGES`], or `"whole_image"`.
+
+    Returns:
+        `torch.Tensor` of shape `(I, D)`: float32, on the CPU.
     """
     if condition == "whole_image":
         return torch.from_numpy(features.image_embeds.astype(np.float32))
-    regions, captions, without_text = EXCHANGES[condition]
-    text_share = teacher.config.text_share
+    exchange, text_share = EXCHANGES[condition], teacher.config.text_share
     try:
-        teacher.config.text_share = 0.0 if without_text else text_share
+        teacher.config.text_share = 0.0 if exchange.without_text else text_share
         return embed_pairs(
             teacher,
             features,
-            draw.others if regions else np.arange(len(draw.others)),
-            draw.captions[draw.others] if captions else draw.captions,
+            draw.others if exchange.regions else np.arange(len(draw.others)),
+            draw.captions[draw.others] if exchange.captions else draw.captions,
         )
     finally:
         teacher.config.text_share = text_share
 
 
-def _named(metrics: dict[str, float]) -> dict[str, float]:
-    """Those that have a chance level; with one right answer each,
-    mean average precision would repeat the mean reciprocal rank.
+def _named(metrics: Metrics) -> Metrics:
+    """Name retrieval's metrics for the teacher, and leave out those without a chance level.
+
+    Mean average precision is left out too: with one right answer each, it equals the mean reciprocal rank.
     """
     return {name.replace("image", "teacher"): value for name, value in metrics.items() if name.endswith(KEPT)}
 
 
-def chance_metrics(images: int) -> dict[str, float]:
-    """The metrics' expectation under a random order of `images`, one of which is right.
+def chance_metrics(images: int) -> Metrics:
+    """The metrics' expectation under a random order.
+
+    Args:
+        images (`int`): How many are ordered, >= 1; one of them is right.
+
+    Returns:
+        `dict[str, float]`: In [0, 1], by metric.
 
     Example:
         >>> chance_metrics(4)["text_to_teacher_recall@1"]
@@ -158,8 +207,8 @@ def chance_metrics(images: int) -> dict[str, float]:
     }
 
 
-def _summarise(ranks: Sequence[RetrievalRanks], seed: int) -> dict[str, Any]:
-    """Means over draws, the draws themselves, and intervals over images of each image's mean hit over draws."""
+def _summarise(ranks: Sequence[RetrievalRanks], seed: int) -> ConditionResult:
+    """Average over draws; the intervals are over images, of each image's mean hit over draws."""
     drawn = [_named(metrics_from_ranks(one, CUT_OFFS)) for one in ranks]
     draws = {name: [metrics[name] for metrics in drawn] for name in drawn[0]}
     intervals = {}
@@ -171,9 +220,9 @@ def _summarise(ranks: Sequence[RetrievalRanks], seed: int) -> dict[str, Any]:
 
 
 def measure_leakage(
-    teacher: Any, features: TeacherFeatures, *, draws: int = 5, seed: int = 0
-) -> dict[str, dict[str, Any]]:
-    """A teacher's retrieval under every condition; see the module's text for what is measured.
+    teacher: DCLIPTeacher, features: TeacherFeatures, *, draws: int = 5, seed: int = 0
+) -> dict[str, ConditionResult]:
+    """Measure a teacher's retrieval under every condition; the module's text says what is measured.
 
     Args:
         teacher ([`DCLIPTeacher`]): On the device to use.
@@ -182,8 +231,7 @@ def measure_leakage(
         seed (`int`, *optional*, defaults to 0): Of the draws and of the intervals.
 
     Returns:
-        `dict[str, dict]`: By condition, `metrics` (means over draws), and but for `chance` `draws` (each metric's
-            values) and `intervals` of the two R@1, which cover **images** for this teacher, not trainings of it.
+        `dict[str, ConditionResult]`: By condition: the keys of [`EXCHANGES`], `whole_image` and `chance`.
 
     Raises:
         ValueError: As in [`make_draws`].
@@ -207,34 +255,31 @@ def evaluate_leakage(
     output: str | Path,
     *,
     cache_dir: str | Path,
-    draws: int = 5,
-    seed: int = 0,
     device: torch.device | str = "cpu",
     command: str = "",
-    **options: Any,
-) -> list[dict[str, Any]]:
+    options: LeakageOptions | None = None,
+) -> list[Record]:
     """Measure trained teachers and write a results file: one record for each teacher and condition.
 
     Args:
-        teachers (`Sequence[tuple[str, str or Path]]`): Label and folder. One label on several: trainings with several
-            seeds.
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
-            `box_scores`; without, the whole image is the one region.
+        teachers (`Sequence[tuple[str, str or Path]]`): Label and folder. Several trainings with different seeds share
+            one label.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and optionally `boxes` and `box_scores`.
+            Without boxes the whole image is the one region.
         spec (`str`): What the dataset was loaded from, for the records.
         output (`str` or `Path`): A `.json` file.
-        cache_dir (`str` or `Path`): Where the frozen CLIP's features are kept; teachers around one CLIP share them.
-        draws, seed: As in [`measure_leakage`].
+        cache_dir (`str` or `Path`): Where the frozen CLIP's features are kept. Teachers around one CLIP share them.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute.
         command (`str`, *optional*): What the user ran, for the records.
-        options: `max_regions`, `batch_size`, `num_workers` of
-            [`~modeling_dclip.data.teacher_targets.compute_features`].
+        options ([`LeakageOptions`], *optional*): By default its defaults.
 
     Returns:
-        `list[dict]`: The records, for [`~modeling_dclip.evaluation.reports.tables.render_leakage`].
+        `list[Record]`: The records, for [`~modeling_dclip.evaluation.reports.tables.render_leakage`].
 
     Raises:
-        ValueError: As in [`measure_leakage`], or if an image, a caption or a box is bad.
+        ValueError: As in [`measure_leakage`]; also if an image, a caption or a box is bad.
     """
+    options, measured_in = options or LeakageOptions(), environment()
     keys = row_keys(dataset)
     shared = {
         "benchmark": f"leakage={spec}",
@@ -242,7 +287,7 @@ def evaluate_leakage(
         "dataset_fingerprint": f"sha256:{combine_keys(keys)}",  # boxes decide too
         "n": len(dataset),
         "n_captions": sum(map(len, dataset["captions"][:])),
-        "seed": seed,
+        "seed": options.seed,
         "command": command,
     }
     records = []
@@ -250,18 +295,26 @@ def evaluate_leakage(
         teacher = load_checked(DCLIPTeacher, folder).to(device)
         processor = DCLIPTeacherProcessor.from_pretrained(folder)
         paths = compute_features(
-            dataset, teacher, processor, keys=keys, cache_dir=Path(cache_dir), alone=True, **options
+            dataset,
+            teacher,
+            processor,
+            keys=keys,
+            cache_dir=Path(cache_dir),
+            max_regions=options.max_regions,
+            batch_size=options.batch_size,
+            num_workers=options.num_workers,
+            alone=True,
         )
-        measured = measure_leakage(teacher, TeacherFeatures.load(paths), draws=draws, seed=seed)
-        about = {"model": str(folder), "label": label, "revision": model_revision(folder, teacher)}
-        records += [make_record(**shared, **about, condition=name, **result) for name, result in measured.items()]
+        measured = measure_leakage(teacher, TeacherFeatures.load(paths), draws=options.draws, seed=options.seed)
+        about = shared | {"model": str(folder), "label": label, "revision": model_revision(folder, teacher)}
+        records += [make_record(measured_in, **about, condition=name, **found) for name, found in measured.items()]
     write_results(output, records)
     return records
 
 
 @dataclass
 class LeakageArguments:
-    """One run of the command line."""
+    """What to measure, and where."""
 
     teacher: list[str] = field(
         metadata={"help": "Folders of teachers, each as [LABEL=]FOLDER; one label for trainings with several seeds."}
@@ -270,11 +323,6 @@ class LeakageArguments:
         default="scenes:test,n=1000", metadata={"help": "Spec of the captions; regions come from its boxes."}
     )
     output: str = field(default="leakage.json", metadata={"help": "Results file."})
-    draws: int = field(default=5, metadata={"help": "Draws of captions and shuffles."})
-    seed: int = field(default=0, metadata={"help": "Of the draws, the intervals, and where the spec ends in @COUNT."})
-    max_regions: int | None = field(default=None, metadata={"help": "Best-scored regions kept, as in training."})
-    batch_size: int = field(default=16, metadata={"help": "Images a forward pass, each with all its regions."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode and crop."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
     cache_dir: str | None = field(
         default=None, metadata={"help": "Where features are kept; by default nowhere after the run."}
@@ -282,7 +330,7 @@ class LeakageArguments:
 
 
 def _labelled(name: str) -> tuple[str, str]:
-    """Label and folder; a folder's own name may hold `=`, and a Hub id is its own label too."""
+    """Split `LABEL=FOLDER`. A folder's name may contain `=` itself; a name without a label is its own label."""
     return (name, name) if "=" not in name or Path(name).is_dir() else name.partition("=")[::2]
 
 
@@ -290,12 +338,9 @@ def _labelled(name: str) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     words = sys.argv[1:] if argv is None else list(argv)
-    (arguments,) = HfArgumentParser(LeakageArguments).parse_args_into_dataclasses(words)
+    arguments, options = HfArgumentParser((LeakageArguments, LeakageOptions)).parse_args_into_dataclasses(words)
     teachers = [_labelled(name) for name in arguments.teacher]
-    options = {
-        name: getattr(arguments, name) for name in ("draws", "seed", "max_regions", "batch_size", "num_workers")
-    }
-    dataset = load_captions(arguments.dataset, seed=arguments.seed)
+    dataset = load_captions(arguments.dataset, seed=options.seed)
     with tempfile.TemporaryDirectory() as temporary:
         records = evaluate_leakage(
             teachers,
@@ -305,7 +350,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             cache_dir=arguments.cache_dir or temporary,
             device=arguments.device,
             command=shlex.join(["python", "-m", "modeling_dclip.evaluation.leakage", *words]),
-            **options,
+            options=options,
         )
     tables = [render_leakage(records, metric=name) for name in METRIC_TITLES if "teacher" in name]
     sys.stdout.write("\n\n".join([*tables, f"Written to {arguments.output}\n"]))

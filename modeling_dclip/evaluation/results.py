@@ -5,8 +5,8 @@ In a page
     <!-- results:demo source=results/demo/summary.json table=demo -->
     <!-- /results:demo -->
 
-names its source and its kind of table. `python -m modeling_dclip.evaluation.results PAGE.md` renders all such blocks;
-with `--check` it says which are out of date, and changes nothing.
+names its source and its kind of table. `python -m modeling_dclip.evaluation.results README.md` renders all such
+blocks; with `--check` it says which are out of date, and changes nothing.
 """
 
 import argparse

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from modeling_dclip.data.files import find_files, read_json, temporary_folder, write_bytes, write_text
 from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
+from modeling_dclip.evaluation.evaluator import ALPHA
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
@@ -53,7 +54,6 @@ from modeling_dclip.evaluation.reports.tables import (
 )
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
 
-ALPHA = "alpha="
 
 
 def _kind_of(record: Record) -> str:
