@@ -55,7 +55,6 @@ from modeling_dclip.evaluation.reports.tables import (
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
 
 
-
 def _kind_of(record: Record) -> str:
     """`retrieval` of `retrieval=coco:...`."""
     return record["benchmark"].partition("=")[0]
