@@ -22,6 +22,7 @@ from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import FAILURES, command, one_line
+from modeling_dclip.data.files import entry_names
 from modeling_dclip.distillation.recipes import ArmRun, describe_fields, expand_arms, parse_recipe
 from modeling_dclip.distillation.run import Run, SharedData
 from modeling_dclip.distillation.stages import run_stages
@@ -105,7 +106,7 @@ def report(runs: Sequence[ArmRun], anchor: str, folder: Path) -> None:
         print(f"\n{render_leakage(leakage)}")
     if saved := [str(Path(name).resolve()) for name in (*folders, *(teacher for _, teacher in teachers[-1:]))]:
         subprocess.run([sys.executable, "-c", RELOAD, *saved], check=True, cwd=Path.home())
-    print(f"\nWritten to {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+    print(f"\nWritten to {folder}: {', '.join(sorted(entry_names(folder)))}")
 
 
 def plan_publication(runs: Sequence[ArmRun], results: Path) -> PublishArguments | None:
@@ -135,9 +136,10 @@ def run_recipe(words: list[str], path: Path) -> None:
     if runs[0].recipe.run.evaluate:
         report(runs, Run(runs[0].recipe).clip_path, results)
     if publication is not None:
-        made = [str(file.parent) for file in Path(publication.model).parent.glob("teacher/config.json")]
+        teacher = Path(publication.model).parent / "teacher"
+        made = str(teacher) if (teacher / "config.json").is_file() else None
         try:
-            print(describe_publication(publish(replace(publication, teacher=made[0] if made else None))))
+            print(describe_publication(publish(replace(publication, teacher=made))))
         except FAILURES as error:
             advice = "Then run `python -m modeling_dclip.hub.publish`."
             sys.exit(f"Failed: trained, but not published: {one_line(error)} {advice}")

@@ -125,7 +125,7 @@ def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -
 
     Args:
         text (`str` or `bytes`): UTF-8.
-        place (`str`): Where it is from, as the message calls it.
+        place (`str`): Where it is from, e.g. `"the index 'a.json'"`.
         advice (`str`, *optional*): What to do where it is damaged.
 
     Raises:
@@ -134,7 +134,7 @@ def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -
     try:
         return json.loads(text.removeprefix(_MARK).decode("utf-8") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{place} is no valid JSON ({error}). {advice}") from error
+        raise ValueError(f"Expected JSON in {place}, got what is no valid JSON ({error}). {advice}") from error
 
 
 def read_json(
@@ -152,7 +152,7 @@ def read_json(
         FileNotFoundError: If it is missing.
         ValueError: If it is empty, no JSON, no object, or lacks a key; the message names file and what is there.
     """
-    content = parse_json(read_bytes(require_file(path, what)), f"The {what} '{path}'", advice)
+    content = parse_json(read_bytes(require_file(path, what)), f"the {what} '{path}'", advice)
     if keys is None:
         return content
     if not isinstance(content, dict):
@@ -208,15 +208,23 @@ def require_field(
     return value
 
 
-def read_yaml(path: str | os.PathLike) -> Any:
+def read_yaml(path: str | os.PathLike, what: str = "file", advice: str = "Correct it.") -> Any:
     """What a YAML file says.
+
+    Args:
+        path (`str` or `os.PathLike`): The file.
+        what (`str`, *optional*, defaults to `"file"`): What it is, for messages.
+        advice (`str`, *optional*): What to do where it is damaged.
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no UTF-8.
-        yaml.YAMLError: If it is no YAML; the message names line and column, not the file.
+        ValueError: If it is no YAML in UTF-8; the message names file, line and column.
     """
-    return yaml.safe_load(read_text(path))
+    try:
+        return yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"Expected YAML in the {what} '{path}', got what is no YAML ({reason}). {advice}") from error
 
 
 # Tables.

@@ -14,6 +14,7 @@ from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.files import list_folder
 from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.shards import INDEX_NAME, find_shards
@@ -177,7 +178,7 @@ def _model_key(path: str, known: dict[str, str]) -> str:
     """A key of a folder's or a Hub id's weights, which are read once for all arms and seeds,
     and again if a file changes between them.
     """
-    files = sorted(file for file in Path(path).iterdir() if file.is_file()) if Path(path).is_dir() else []
+    files = [file for file in list_folder(path) if file.is_file()]
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     read = json.dumps(["weights", path, states])
     if read not in known:

@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import HfArgumentParser
 
+from modeling_dclip.data.files import read_yaml
 from modeling_dclip.distillation.arguments import (
     SECTIONS,
     TRAINING_SECTIONS,
@@ -177,10 +177,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No recipe at '{path}'.")
-    try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"The recipe '{path}' is no YAML: {error}") from error
+    recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe '{path}': expected a mapping of fields, got {type(recipe).__name__}.")
     base = recipe.pop("base", None)

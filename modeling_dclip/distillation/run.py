@@ -15,7 +15,7 @@ from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeache
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import read_json, write_json
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import STAGES
@@ -82,13 +82,11 @@ class StageRecord:
     def _read(self) -> dict[str, Any] | None:
         if not self.path.is_file():
             return None
-        return json.loads(self.path.read_text(encoding="utf-8"))
+        return read_json(self.path, "record")
 
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:
-            record = json.dumps({"finished": finished, "inputs": self.inputs}, indent=2) + "\n"
-            with replacing(self.path) as temporary:
-                temporary.write_text(record, encoding="utf-8")
+            write_json(self.path, {"finished": finished, "inputs": self.inputs}, indent=2)
         PartialState().wait_for_everyone()
 
 
@@ -102,7 +100,7 @@ def finished_inputs(folder: Path) -> dict[str, Any]:
     path = folder / RECORD_NAME
     if not path.is_file():
         raise FileNotFoundError(f"No {RECORD_NAME} in '{folder}': run the stage {folder.name!r} first.")
-    record = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path, "record")
     if not record["finished"]:
         raise ValueError(
             f"The stage in '{folder}' did not finish. Run the stage {folder.name!r} again; it goes on where it was."

@@ -4,7 +4,6 @@ gathered batches.
 Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
 """
 
-import json
 import logging
 import math
 from pathlib import Path
@@ -21,6 +20,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
+from modeling_dclip.data.files import list_folder, read_json
 from modeling_dclip.distillation.adapters import (
     load_adapters,
     plain_state,
@@ -470,7 +470,7 @@ def last_checkpoint(folder: Path) -> str | None:
     steps = sorted(
         (
             int(path.name.rpartition("-")[2])
-            for path in folder.glob("checkpoint-*")
+            for path in list_folder(folder, "checkpoint-*")
             if path.name.split("-")[1].isdigit()
         ),
         reverse=True,
@@ -478,9 +478,9 @@ def last_checkpoint(folder: Path) -> str | None:
     for step in steps:
         state = folder / f"checkpoint-{step}" / "trainer_state.json"
         try:
-            if json.loads(state.read_text(encoding="utf-8"))["global_step"] == step:
+            if read_json(state)["global_step"] == step:
                 return str(state.parent)
-        except (FileNotFoundError, json.JSONDecodeError):
+        except (FileNotFoundError, ValueError):
             logger.warning("%s is incomplete: resuming from an earlier checkpoint", state.parent)
     return None
 

@@ -33,7 +33,6 @@ Source: docs/papers.md, leakage.
 
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,6 +46,7 @@ from transformers import HfArgumentParser
 from modeling_dclip.data.captions import SOURCES, load_captions
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked
@@ -341,7 +341,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments, options = HfArgumentParser((LeakageArguments, LeakageOptions)).parse_args_into_dataclasses(words)
     teachers = [_labelled(name) for name in arguments.teacher]
     dataset = load_captions(arguments.dataset, seed=options.seed)
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         records = evaluate_leakage(
             teachers,
             dataset,

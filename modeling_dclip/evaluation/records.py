@@ -14,12 +14,10 @@ the count of one image. A record without outcomes is still a record.
 The module reads in this order: the environment, the format of a record, its key, results files, outcomes, the store.
 """
 
-import json
 import os
 import platform
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -31,7 +29,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from modeling_dclip.data.files import replacing, write_json
+from modeling_dclip.data.files import check_writable, list_folder, read_bytes, read_json, replacing, write_json
 from modeling_dclip.encoders.fingerprints import hash_json
 from modeling_dclip.evaluation.statistics import IntervalDict
 
@@ -102,7 +100,7 @@ def environment() -> Environment:
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_bytes(info).decode("utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -283,10 +281,7 @@ def read_results_json(path: str | os.PathLike) -> Any:
     Raises:
         ValueError: If the file is not JSON in UTF-8; the message names it.
     """
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"Expected JSON in {path}, got {error}. Make the file again.") from error
+    return read_json(path, "results file", advice="Make the file again.")
 
 
 def read_results(path: str | os.PathLike) -> list[Record]:
@@ -423,7 +418,7 @@ class RecordStore:
         """Remove the temporary folders of runs that were killed while writing. Under the lock nobody is writing."""
         names = "|".join(re.escape(path.name) for path in (self.path, outcomes_path(self.path)))
         with _alone_in(self.path.parent):
-            for entry in self.path.parent.iterdir():
+            for entry in list_folder(self.path.parent):
                 if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name) and entry.is_dir():
                     shutil.rmtree(entry)
 
@@ -445,7 +440,7 @@ def _check_writable(path: Path) -> None:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
         path.parent.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=path.parent).close()
+        check_writable(path.parent)
     except OSError as error:
         raise OSError(
             f"Expected a place to write the results file {path} to, got: {error}. Choose another."

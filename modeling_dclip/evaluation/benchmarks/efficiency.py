@@ -5,13 +5,10 @@ What measures takes calls without arguments, so that a model, a compiled one and
 [`evaluate_efficiency`] is the benchmark of one dual encoder.
 """
 
-import json
 import math
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import modeling_dclip.selective_scan  # noqa: F401  registers its operators
+from modeling_dclip.data.files import read_json, temporary_folder
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
@@ -171,10 +169,9 @@ def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
+    with temporary_folder() as folder:
+        profiler.export_chrome_trace(str(folder / "trace.json"))
+        events = read_json(folder / "trace.json")["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event["ts"]):

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, LargeList, List
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import list_folder, replacing
 from modeling_dclip.data.labels.prompts import check_prompts
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
@@ -233,7 +233,7 @@ class ClassifierCache:
         return len(files)
 
     def _files(self) -> list[Path]:
-        return [] if self.folder is None else list(self.folder.glob("*.safetensors"))
+        return [] if self.folder is None else list_folder(self.folder, "*.safetensors")
 
     def _read(self, key: str) -> torch.Tensor | None:
         if self.folder is None:

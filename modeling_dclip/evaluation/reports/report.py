@@ -12,7 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_dclip.data.files import find_files, read_json, temporary_folder, write_bytes, write_text
+from modeling_dclip.data.files import find_files, read_bytes, read_json, temporary_folder, write_bytes, write_text
 from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
 from modeling_dclip.evaluation.evaluator import ALPHA
 from modeling_dclip.evaluation.records import Record, read_results
@@ -411,7 +411,7 @@ class _Builder:
         """Draw a picture with a function of [`~modeling_dclip.evaluation.reports.plots`] and add it."""
         path = self.folder / f"{len(self.pictures) + 1:02d}_{plot.__name__.removeprefix('plot_')}.png"
         plot(content, path, **options)
-        self.blocks.append(Picture(path.name, alt, path.read_bytes()))
+        self.blocks.append(Picture(path.name, alt, read_bytes(path)))
 
     @property
     def pictures(self) -> list[Picture]:

@@ -1,9 +1,7 @@
 """Write a trained model for other programs; each export is checked against the model before it is kept."""
 
 import copy
-import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -12,7 +10,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
-from modeling_dclip.data.files import check_new_folder, replacing
+from modeling_dclip.data.files import check_new_folder, replacing, temporary_folder, write_json
 from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
 from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx, save_program
 from modeling_dclip.hub.export.winograd import use_winograd
@@ -166,15 +164,15 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     folder.mkdir(parents=True, exist_ok=True)
     config = (to_native_clip(model) if is_dual(model) and has_native_twin(model) else model).config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("auto_map", "_name_or_path")}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config, indent=2, default=str)
     if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
         return
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         processor = to_native_processor(load_processor(source), scratch)
     resize_images(processor.image_processor, model, source)
     processor.tokenizer.save_pretrained(folder)
     settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
-    (folder / PREPROCESSOR).write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+    write_json(folder / PREPROCESSOR, settings, indent=2, default=str)
 
 
 def resize_images(image_processor: object, model: PreTrainedModel, source: str | os.PathLike) -> None:

@@ -6,11 +6,12 @@ follows its end token changes nothing.
 """
 
 import copy
-import tempfile
 from pathlib import Path
 
 import torch
 from torch import nn
+
+from modeling_dclip.data.files import read_bytes, temporary_folder
 
 DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # to the suffixes that transformers.js reads
 RELATIVE_GATE = 1e-4  # of float32: orders of sums differ, and eager PyTorch itself is off by about 5e-7
@@ -131,8 +132,8 @@ def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None
         )
     if dtype == "int8":
         content = float32_content or _trace(tower)
-        with tempfile.TemporaryDirectory() as folder:
-            whole, small = Path(folder) / "fp32.onnx", Path(folder) / "int8.onnx"
+        with temporary_folder() as folder:
+            whole, small = folder / "fp32.onnx", folder / "int8.onnx"
             whole.write_bytes(content)
             onnxruntime.quantization.quantize_dynamic(
                 whole,
@@ -141,7 +142,7 @@ def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None
                 per_channel=True,
                 weight_type=onnxruntime.quantization.QuantType.QInt8,
             )
-            return small.read_bytes()
+            return read_bytes(small)
     return _trace(_to_half(tower) if dtype == "fp16" else tower)
 
 

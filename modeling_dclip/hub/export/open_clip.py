@@ -2,9 +2,7 @@
 no code of ours.
 """
 
-import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
+from modeling_dclip.data.files import temporary_folder, write_json
 from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import TOWERS, check_outputs
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
@@ -152,7 +151,7 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
             f"Expected open_clip to check with, got {error}. Install it with `pip install open_clip_torch`."
         ) from error
     folder.mkdir(parents=True)
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         processor = to_native_processor(load_processor(source), scratch)
     images = processor.image_processor
     crop, size = images.crop_size["height"], model.config.vision_config.image_size
@@ -170,7 +169,7 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
     processor.tokenizer.save_pretrained(folder)
     save_file(weights, folder / WEIGHTS)
     described = {"model_cfg": config, "preprocess_cfg": preprocessing}
-    (folder / CONFIG).write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, described, indent=2)
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     pairs = []
     with torch.no_grad():

@@ -4,9 +4,7 @@
 Pictures and texts in one list are encoded up to sentence-transformers 5.3; later ones want a call for each.
 """
 
-import json
 import os
-import tempfile
 from importlib import metadata
 from pathlib import Path
 
@@ -15,6 +13,7 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
+from modeling_dclip.data.files import temporary_folder, write_json
 from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import check_outputs
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
@@ -59,16 +58,16 @@ def write_sentence_transformers(
     inner = folder / MODULES[0]["path"]
     inner.mkdir(parents=True)
     ours = load_processor(source)
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         native = to_native_processor(ours, scratch)
     to_native_clip(model).save_pretrained(inner)
     native.save_pretrained(inner)
     native.image_processor.save_pretrained(inner)
-    (inner / "sentence_bert_config.json").write_text(json.dumps(MODULE_SETTINGS, indent=2) + "\n", encoding="utf-8")
-    (folder / "modules.json").write_text(json.dumps(MODULES, indent=2) + "\n", encoding="utf-8")
+    write_json(inner / "sentence_bert_config.json", MODULE_SETTINGS, indent=2)
+    write_json(folder / "modules.json", MODULES, indent=2)
     versions = {name: metadata.version(name) for name in ("sentence-transformers", "transformers", "torch")}
     settings = {"__version__": {name.replace("-", "_"): version for name, version in versions.items()}}
-    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config_sentence_transformers.json", settings, indent=2)
     encoder = SentenceTransformer(str(folder), device="cpu")
     size = model.config.vision_config.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (size + 17, size + 7, 3), dtype=np.uint8)

@@ -10,8 +10,6 @@
 [`~modeling_dclip.hub.index.build.build_index`] writes such a folder, and [`SearchIndex`] searches it.
 """
 
-import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -20,7 +18,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import list_folder, read_json, temporary_folder, write_json
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -107,10 +105,7 @@ def read_manifest(folder: str | Path) -> Manifest:
             f"modeling_dclip.hub.index --model MODEL --images FOLDER --output {folder}`. If a build was killed, start "
             "it again, and it continues."
         )
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"'{path}' is damaged ({error}). Delete it and build the index again.") from error
+    manifest = read_json(path, "manifest", advice="It is damaged: delete it and build the index again.")
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"Expected an index of format {MANIFEST_FORMAT} in '{path}', got {found!r}. Build it again.")
@@ -138,20 +133,20 @@ def write_index(folder: Path, vectors: Any, columns: dict[str, list[str | None]]
     faiss = find_faiss("faiss")
     schema = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
     files: dict[str, IndexedFile] = {}
-    with tempfile.TemporaryDirectory(prefix=".new.", dir=folder) as scratch, WeakFileLock(folder / LOCK):
-        written = {kind: Path(scratch) / f"{kind}.{suffix}" for kind, suffix in FILE_SUFFIXES.items()}
+    with temporary_folder(folder, prefix=".new.") as scratch, WeakFileLock(folder / LOCK):
+        written = {kind: scratch / f"{kind}.{suffix}" for kind, suffix in FILE_SUFFIXES.items()}
         faiss.write_index(vectors, str(written["vectors"]))
         pq.write_table(pa.table(columns, schema=schema), written["images"])
         for kind, path in written.items():
             digest = hash_file(path)
             files[kind] = IndexedFile(name=f"{kind}-{digest[:12]}{path.suffix}", sha256=digest)
             path.replace(folder / files[kind]["name"])
-        with replacing(folder / MANIFEST) as temporary:
-            temporary.write_text(json.dumps({**manifest, "files": files}, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / MANIFEST, {**manifest, "files": files}, indent=2)
         named = {entry["name"] for entry in files.values()}
-        for old in [path for kind, suffix in FILE_SUFFIXES.items() for path in folder.glob(f"{kind}-*.{suffix}")]:
-            if old.name not in named:
-                old.unlink()
+        for kind, suffix in FILE_SUFFIXES.items():
+            for old in list_folder(folder, f"{kind}-*.{suffix}"):
+                if old.name not in named:
+                    old.unlink()
 
 
 class SearchIndex:

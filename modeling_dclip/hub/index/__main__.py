@@ -20,6 +20,7 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.files import read_text
 from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
@@ -70,7 +71,7 @@ class SearchArguments:
 def _read_queries(path: str | None) -> list[str]:
     if path is None:
         return []
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
+    lines = read_text(path).splitlines()
     queries = [line.strip() for line in lines if line.strip()]
     if len(queries) < 2:
         raise ValueError(f"Expected at least two queries in '{path}', one in a line, got {len(queries)}.")

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
+from modeling_dclip.data.files import list_folder
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
@@ -158,7 +159,7 @@ class EmbeddingStore:
         self.folder, self.encoder = Path(folder) / encoder[:16], encoder
         self.place_of: dict[bytes, tuple[Path, int]] = {}
         self.unreadable: set[bytes] = set()
-        for path in sorted(self.folder.glob("*.safetensors")):
+        for path in list_folder(self.folder, "*.safetensors"):
             self._register(path)
 
     def _register(self, path: Path) -> None:

@@ -1,11 +1,10 @@
 """Publish a trained model on the Hub, in three passes: gather the facts, stage the repositories, push them."""
 
-import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi
 
-from modeling_dclip.data.files import check_new_folder
+from modeling_dclip.data.files import check_new_folder, temporary_folder
 from modeling_dclip.hub.publish.cards import load_jinja
 from modeling_dclip.hub.publish.facts import PublishArguments, check_repo_name, gather
 from modeling_dclip.hub.publish.licences import check_licence
@@ -50,7 +49,7 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
             was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
     """
-    with tempfile.TemporaryDirectory() as temporary:
+    with temporary_folder() as temporary:
         root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else f"{temporary}/repos"))
         check_new_folder(root)
         if not arguments.dry_run:

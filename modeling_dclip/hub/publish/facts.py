@@ -4,7 +4,6 @@ They come from the command line, from the models' folders, from what training wr
 files. A fact that is missing is an error.
 """
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoConfig, PreTrainedModel
 
+from modeling_dclip.data.files import list_folder, read_bytes, read_json
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
@@ -253,7 +253,7 @@ def _read_adapter(folder: Path) -> Adapter | None:
             f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{folder}', got none. Restore the file, or remove "
             "the folder to publish the whole weights alone."
         )
-    config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    config = read_json(folder / ADAPTER_CONFIG, "adapter's config", advice="Restore it.")
     try:
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except SafetensorError as error:
@@ -385,7 +385,7 @@ def _read_trainer_state(path: Path) -> tuple[int | None, float | None, float | N
     """Steps, epochs and minutes of a training, `None` where they were not recorded."""
     if not path.is_file():
         return None, None, None
-    state = json.loads(path.read_text(encoding="utf-8"))
+    state = read_json(path, "state of a training", advice="Restore the file that train.py wrote.")
     runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
     return state["global_step"], state["epoch"], runtimes[-1] / 60 if runtimes else None
 
@@ -414,9 +414,9 @@ def read_all_results(paths: Sequence[str]) -> list[Record]:
     for path in map(Path, paths):
         if not path.exists():
             raise FileNotFoundError(f"Expected a results file or a folder of them at '{path}', got nothing.")
-        files = sorted(path.glob("*.json")) if path.is_dir() else [path]
+        files = list_folder(path, "*.json") if path.is_dir() else [path]
         # A results file is a list; a summary beside it is an object.
-        files = [file for file in files if file == path or file.read_bytes().lstrip().startswith(b"[")]
+        files = [file for file in files if file == path or read_bytes(file).lstrip().startswith(b"[")]
         if not files:
             raise FileNotFoundError(f"Expected results files in '{path}', got none. Run eval.py with --output there.")
         for file in files:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from huggingface_hub import ModelCard
 
 from modeling_dclip.configuration_dclip import PRESETS
+from modeling_dclip.data.files import read_yaml
 
 # Ids that the Hub knows and that fit weights. `other` needs a name and a link.
 LICENCES = (
@@ -83,11 +83,7 @@ def read_arguments(folder: str | os.PathLike) -> dict[str, Any]:
             f"Expected arguments.yaml beside the weights in '{folder}', got none. train.py writes it, and the card's "
             "section on training is made from it."
         )
-    try:
-        arguments = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"Expected YAML in '{path}', got: {reason}. Restore the file that train.py wrote.") from error
+    arguments = read_yaml(path, "training's arguments", "Restore the file that train.py wrote.")
     if not isinstance(arguments, dict):
         raise ValueError(f"Expected fields in '{path}', got {arguments!r}. Restore the file that train.py wrote.")
     return arguments

@@ -17,6 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 from huggingface_hub.hf_api import RepoFile
 
 from modeling_dclip.data.failures import TransportError
+from modeling_dclip.data.files import read_text
 from modeling_dclip.encoders.fingerprints import hash_file, hash_git_blob
 from modeling_dclip.hub.publish.facts import check_repo_name
 from modeling_dclip.hub.publish.staging import StagedRepo, list_files
@@ -71,7 +72,7 @@ def push_repos(
             private is public. In the first two cases nothing was pushed.
     """
     api = HfApi()
-    cards = {repo.repo_id: (repo.folder / "README.md").read_text(encoding="utf-8") for repo in staged}
+    cards = {repo.repo_id: read_text(repo.folder / "README.md") for repo in staged}
     for repo_id, card in cards.items():
         validate_online(card, repo_id, delays)
     base_models = [name for card in cards.values() for name in ModelCard(card).data.get("base_model") or []]

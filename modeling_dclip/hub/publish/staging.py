@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from transformers import (
     ProcessorMixin,
 )
 
-from modeling_dclip.data.files import check_new_folder, replacing
+from modeling_dclip.data.files import check_new_folder, find_files, read_text, replacing, temporary_folder
 from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
 from modeling_dclip.hub.native_clip import check_twin, to_native_clip, to_native_processor
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, draw_pictures, render_card, save_pictures
@@ -99,7 +98,7 @@ def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:
 
 
 def _write_clip(facts: Facts, folder: Path, _: Path) -> None:
-    with tempfile.TemporaryDirectory() as scratch:
+    with temporary_folder() as scratch:
         native = to_native_processor(facts.processor, scratch)
     _save(to_native_clip(facts.model), native, folder)
     native.image_processor.save_pretrained(folder)
@@ -150,7 +149,7 @@ def write_card(facts: Facts, kind: str, folder: Path) -> None:
 
 def list_files(folder: Path) -> list[str]:
     """List the files below a folder, as sorted paths inside the repository."""
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in find_files(folder)[0])
 
 
 def check_folder(repo: StagedRepo) -> None:
@@ -170,13 +169,13 @@ def check_folder(repo: StagedRepo) -> None:
     if repo.kind != "clip":
         expected |= {f"{module}.py" for module in ("processing_dclip", *_auto_modules(repo.folder))}
     for name in code:
-        text = (repo.folder / name).read_text(encoding="utf-8")
+        text = read_text(repo.folder / name)
         expected |= {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE)}
     if missing := sorted(expected - set(files)):
         raise FileNotFoundError(
             f"Expected {missing[0]} in '{repo.folder}', the folder of {repo.repo_id}, got only {', '.join(files)}."
         )
-    check_card((repo.folder / "README.md").read_text(encoding="utf-8"), repo.folder, repo.repo_id)
+    check_card(read_text(repo.folder / "README.md"), repo.folder, repo.repo_id)
 
 
 def _auto_modules(folder: Path) -> set[str]:

@@ -247,7 +247,7 @@ def test_a_folder_written_from_something_else_is_refused(scenes, teachers, tmp_p
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('{"format": 1, "teach', r"The index '.*reinforced.json' is no valid JSON"),
+        ('{"format": 1, "teach', r"Expected JSON in the index '.*reinforced.json'"),
         ("[]", r"Expected a JSON object in the index '.*reinforced.json', got a list"),
     ],
 )
