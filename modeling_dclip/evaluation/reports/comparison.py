@@ -1,38 +1,108 @@
-"""Compare two results files: metric by metric, with the difference's interval, and what else differs.
+"""What numbers were measured on, whether two of them are comparable, and the comparison of two results files.
 
-On the same data with the outcomes of every image beside both files, the difference is bootstrapped in pairs; else it
-comes from the records' own intervals, as if the two had seen other images; else there is none.
+Files are compared metric by metric, with an interval of each difference, and with what else differs. Where both models
+were measured on the same data and the outcomes of every image lie beside both files, the difference is bootstrapped in
+pairs. Otherwise it comes from the intervals in the records, as if the two models had seen different images. Without
+intervals in the records, the difference has none.
 """
 
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
-from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, record_key
-from modeling_dclip.evaluation.reports.document import Table, render_markdown
+from modeling_dclip.evaluation.records import Outcomes, Record, outcomes_path, read_outcomes, read_results, record_key
+from modeling_dclip.evaluation.reports.document import Block, Code, Heading, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import interval_cell, name_of, short_hash
-from modeling_dclip.evaluation.statistics import bootstrap_differences, unpaired_difference
+from modeling_dclip.evaluation.statistics import IntervalDict, bootstrap_differences, unpaired_difference
 
-# Fields that say what was measured rather than on what; all others are compared, also those that a later version adds.
+# Fields that hold what was measured. All other fields say on what, and are compared; so are fields of later versions.
 _MEASURED = {"metrics", "intervals", "draws", "comparison", "label", "created", "format_version"}
 _HASHES = {"revision", "dataset_fingerprint"}
 _WORDS = {"dataset_fingerprint": "data", "n_captions": "captions", "revision": "weights"}
-# Rows that differ in one of these do not answer one question. Other weights are the question; commands differ with
-# them.
+# Rows that differ in one of these do not answer the same question. Weights, and commands with them, may differ.
 _DECISIVE = ("dataset_fingerprint", "split", "n", "n_captions", "settings")
 
 
+_VERDICTS = {
+    "seed": "Rows of single seeds may differ by chance:",
+    "versions": "Measured with different software:",
+    "hardware": "Measured on different hardware:",
+}
+METHODS = {
+    "paired": "paired bootstrap over images",
+    "unpaired": "from the two intervals, unpaired, normal approximation",
+    "none": "no interval",
+}
+
+
+class ComparedMetric(TypedDict):
+    """A metric of two models.
+
+    Attributes:
+        metric (`str`): Its name.
+        a (`float`), b (`float`): Its values.
+        difference (`IntervalDict`): b - a.
+        method (`str`): Where the interval is from: `"paired"`, `"unpaired"` or `"none"`.
+        beyond_noise (`bool`, *optional*): Whether the interval excludes 0; `None` without an interval.
+    """
+
+    metric: str
+    a: float
+    b: float
+    difference: IntervalDict
+    method: str
+    beyond_noise: bool | None
+
+
+class ComparedPair(TypedDict):
+    """Two records of one benchmark.
+
+    Attributes:
+        benchmark (`str`): As in the records.
+        a (`str`), b (`str`): Names of the two rows.
+        same_weights (`bool`): Whether the weights are the same.
+        differences (`list[list[str]]`): Field, value in A, value in B, of what else differs.
+        notes (`list[str]`): What to know about the intervals.
+        metrics (`list[ComparedMetric]`): The metrics that both have.
+    """
+
+    benchmark: str
+    a: str
+    b: str
+    same_weights: bool
+    differences: list[list[str]]
+    notes: list[str]
+    metrics: list[ComparedMetric]
+
+
+class Comparison(TypedDict):
+    """Two results files, JSON-ready.
+
+    Attributes:
+        a (`str`), b (`str`): The files.
+        confidence (`float`): Of the paired intervals, in (0, 1).
+        pairs (`list[ComparedPair]`): Records of one benchmark.
+        unmatched (`list[str]`): Records without a partner.
+    """
+
+    a: str
+    b: str
+    confidence: float
+    pairs: list[ComparedPair]
+    unmatched: list[str]
+
+
 def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
-    """What a record was measured on, one entry each: versions, hardware and settings become `versions.torch` and so
-    on.
+    """List what a record was measured on as flat entries: `versions.torch`, `hardware.cpu`, `settings.prompts`.
 
     Args:
-        record (`dict`): From [`~modeling_dclip.evaluation.records.read_results`], or any JSON of a benchmark.
+        record (`Mapping`): From [`~modeling_dclip.evaluation.records.read_results`], or what a script in `benchmarks/`
+            wrote.
 
     Returns:
-        `dict[str, Any]`: Without what was measured: metrics, their intervals, the time.
+        `dict[str, Any]`: Without what was measured: the metrics, their intervals, the time.
     """
     flat = {}
     for name, value in record.items():
@@ -56,15 +126,15 @@ def _show(name: str, value: Any) -> str:
 
 
 def word(name: str) -> str:
-    """A field as a reader calls it: `dataset_fingerprint` -> "data", `versions.torch` -> "torch"."""
+    """The reader's word for a field: "data" for `dataset_fingerprint`, "torch" for `versions.torch`."""
     return _WORDS.get(name, name.removeprefix("versions.").removeprefix("hardware.").removeprefix("settings."))
 
 
-def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """In what two records differ but for what was measured.
+def differences(first: Record, second: Record) -> list[tuple[str, str, str]]:
+    """List in what two records differ, without what was measured.
 
     Args:
-        first, second (`dict`): Records.
+        first, second (`Record`): The two.
 
     Returns:
         `list[tuple[str, str, str]]`: Field and the two values as text; "none" for a field that is missing.
@@ -78,11 +148,11 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tup
     ]
 
 
-def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False, seeds: bool = True) -> list[str]:
+def find_conflicts(records: Sequence[Record], *, timed: bool = False, seeds: bool = True) -> list[str]:
     """Say why records of one table are not comparable.
 
     Args:
-        records (`Sequence[dict]`): Rows of one table.
+        records (`Sequence[Record]`): Rows of one table.
         timed (`bool`, *optional*, defaults to `False`): Whether times or memory are compared, so that hardware matters
             too.
         seeds (`bool`, *optional*, defaults to `True`): Whether rows of different seeds are a conflict.
@@ -101,19 +171,12 @@ def find_conflicts(records: Sequence[Mapping[str, Any]], *, timed: bool = False,
             continue
         rows: dict[str, list[str]] = {}
         for record, fields in zip(records, flat, strict=True):
-            if name != "seed" or name in fields:  # the mean of several seeds has none
+            if name != "seed" or name in fields:  # a mean over several seeds has no seed
                 rows.setdefault(_show(name, fields.get(name)), []).append(name_of(record))
         if len(rows) > 1:
             parts = "; ".join(f"{value} ({_some(labels)})" for value, labels in rows.items())
             found.append(f"{_VERDICTS.get(group, 'Not comparable: different')} {word(name)}: {parts}.")
     return found
-
-
-_VERDICTS = {
-    "seed": "Rows of single seeds may differ by chance:",
-    "versions": "Measured with different software:",
-    "hardware": "Measured on different hardware:",
-}
 
 
 def _some(labels: Sequence[str], most: int = 3) -> str:
@@ -122,15 +185,17 @@ def _some(labels: Sequence[str], most: int = 3) -> str:
 
 
 def measured_on(records: Sequence[Mapping[str, Any]], *, weights: bool = True) -> list[tuple[str, str]]:
-    """What the rows of a table were measured on.
+    """Describe what the rows of a table were measured on.
 
     Args:
-        records (`Sequence[dict]`): Records, or JSON of a benchmark with `n`, `arguments`, `versions` and `hardware`.
-        weights (`bool`, *optional*, defaults to `True`): Name each row's weights; not needed where a column does.
+        records (`Sequence[Mapping]`): Records, or what a script in `benchmarks/` wrote: `n`, `arguments`, `versions`
+            and `hardware`.
+        weights (`bool`, *optional*, defaults to `True`): Name the weights of each row. Not needed if the table has a
+            column of weights.
 
     Returns:
-        `list[tuple[str, str]]`: Term and text: benchmark, n, split, seed, data, weights, settings, hardware, versions,
-            command, date. Several values are joined by " or "; terms of which nothing is known are left out.
+        `list[tuple[str, str]]`: Term and text: benchmark, n, split, seed, data, weights, settings, arguments,
+            hardware, versions, command, date. Several values are joined by " or ". A term without a value is left out.
     """
     flat = [flatten(record) for record in records]
 
@@ -165,13 +230,6 @@ def measured_on(records: Sequence[Mapping[str, Any]], *, weights: bool = True) -
     return [(term, text) for term, text in terms.items() if text]
 
 
-METHODS = {
-    "paired": "paired bootstrap over images",
-    "unpaired": "from the two intervals, unpaired, normal approximation",
-    "none": "no interval",
-}
-
-
 def compare_results(
     path_a: str | os.PathLike,
     path_b: str | os.PathLike,
@@ -179,11 +237,11 @@ def compare_results(
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> dict[str, Any]:
-    """Compare the records of two files that are of one benchmark.
+) -> Comparison:
+    """Compare the records of two files that are of the same benchmark and condition.
 
-    On a benchmark (and condition) of which each file holds one record, these are compared. Where there are several,
-    those of one label or model are; if then one is left in each file, these two are too.
+    If each file holds one record of a benchmark, these two are compared. If there are several, those with the same
+    label or model are compared; if then one record is left in each file, these two are compared too.
 
     Args:
         path_a, path_b (`str` or `os.PathLike`): Results files, of
@@ -191,16 +249,12 @@ def compare_results(
         resamples, confidence, seed: Of [`~modeling_dclip.evaluation.statistics.bootstrap_differences`].
 
     Returns:
-        `dict[str, Any]`: JSON-ready. `a`, `b`: the files; `confidence`; `unmatched`: what is in one file only;
-            `pairs`: a list of `benchmark`, `a`, `b` (names of the rows), `same_weights`, `differences` (field, value
-            in A, value in B), `notes`, and `metrics`: a list of `metric`, `a`, `b`, `difference` (B - A, an interval
-            as a dict), `method` (`"paired"`, `"unpaired"` or `"none"`) and `beyond_noise` (`None` without an
-            interval).
+        [`Comparison`]: Intervals of differences are those of B - A.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is no results file, the outcomes beside it are damaged or of other records, or the two
-            have nothing in common.
+        ValueError: If a file is not a results file, the outcomes beside it are damaged or belong to other records, or
+            the two files have nothing in common.
     """
     paths = (path_a, path_b)
     records = [read_results(path) for path in paths]
@@ -219,9 +273,8 @@ def compare_results(
     return {"a": str(path_a), "b": str(path_b), "confidence": confidence, "pairs": compared, "unmatched": unmatched}
 
 
-def _match(
-    first: Sequence[Mapping[str, Any]], second: Sequence[Mapping[str, Any]]
-) -> tuple[list[tuple[Mapping[str, Any], Mapping[str, Any]]], list[str]]:
+def _match(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple[Record, Record]], list[str]]:
+    """Pairs of records to compare, and the records without a partner as text."""
     groups: dict[tuple[str, Any], tuple[list, list]] = {}
     for side, records in enumerate((first, second)):
         for record in records:
@@ -249,10 +302,8 @@ def _match(
     return pairs, unmatched
 
 
-def _outcomes_of(record: Mapping[str, Any], known: Mapping[str, Any], path: str | os.PathLike) -> Mapping[str, Any]:
-    """The record's outcomes, checked against its metrics: those of an earlier
-    evaluation would be compared unnoticed.
-    """
+def _outcomes_of(record: Record, known: Mapping[str, Outcomes], path: str | os.PathLike) -> Outcomes:
+    """The outcomes of a record, checked against its metrics: those of an earlier evaluation would go unnoticed."""
     outcomes = known.get(record_key(record), {})
     for name, values in outcomes.items():
         total, count = values.double().sum(dim=0).tolist()
@@ -265,27 +316,25 @@ def _outcomes_of(record: Mapping[str, Any], known: Mapping[str, Any], path: str 
     return outcomes
 
 
-def _same_images(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
-    """Whether both have outcomes of a metric, and of every such metric as many images that count as much."""
+def _same_images(first: Outcomes, second: Outcomes) -> bool:
+    """Whether both have outcomes of a metric, and each such metric counts the same for every image."""
     counts = [(first[name][:, 1], second[name][:, 1]) for name in first if name in second]
     return bool(counts) and all(one.shape == other.shape and bool((one == other).all()) for one, other in counts)
 
 
-def _compare(
-    pair: tuple[Mapping[str, Any], Mapping[str, Any]], stored: Sequence[Mapping[str, Any]], **bootstrap: Any
-) -> dict[str, Any]:
+def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstrap: Any) -> ComparedPair:
     first, second = pair
     notes, paired = [], {}
     if first["dataset_fingerprint"] != second["dataset_fingerprint"]:
-        notes.append("Other data: the difference is not the models' alone, and images cannot be paired.")
+        notes.append("The data differ, so the difference is not due to the models alone, and images cannot be paired.")
     elif all(stored):
         if _same_images(*stored):
             paired = bootstrap_differences(*stored, **bootstrap)
         else:
-            notes.append("The outcomes are not of the same images with the same captions: they cannot be paired.")
+            notes.append("Not paired: the outcomes are not of the same images with the same captions.")
     else:
         sides = [side for side, outcomes in zip("AB", stored, strict=True) if not outcomes]
-        notes.append(f"No outcomes of every image beside {' and '.join(sides)}: not paired. `eval.py` writes them.")
+        notes.append(f"Not paired: no outcomes of the images beside {' and '.join(sides)}. `eval.py` writes them.")
     rows = []
     for name in (name for name in first["metrics"] if name in second["metrics"]):
         values = [float(record["metrics"][name]) for record in pair]
@@ -311,31 +360,26 @@ def _compare(
     }
 
 
-def render_comparison(comparison: Mapping[str, Any]) -> str:
+def render_comparison(comparison: Comparison) -> str:
     """Show a comparison.
 
     Args:
-        comparison (`dict`): From [`compare_results`].
+        comparison ([`Comparison`]): From [`compare_results`].
 
     Returns:
-        `str`: Markdown: for each pair a table, what else differs, and how far to trust many comparisons at once.
+        `str`: Markdown: for each pair a table and what else differs; at the end, how far to trust many comparisons at
+            once.
     """
-    lines = [f"A: `{comparison['a']}`  ", f"B: `{comparison['b']}`"]
-    for pair in comparison["pairs"]:
-        lines += ["", f"### {pair['benchmark']}", "", f"A is {pair['a']}, B is {pair['b']}.", "", _render_pair(pair)]
-        if pair["same_weights"]:
-            lines += ["", "The weights are the same."]
-        if pair["differences"]:
-            changed = (f"{word(name)} {a} → {b}" for name, a, b in pair["differences"])
-            lines += ["", f"Also different: {'; '.join(changed)}."]
-        for note in pair["notes"]:
-            lines += ["", note]
+    files = [render_markdown([Text(f"{side.upper()}: ", Code(comparison[side]))]) for side in ("a", "b")]
+    blocks = [block for pair in comparison["pairs"] for block in _tabulate_pair(pair)]
     if comparison["unmatched"]:
-        lines += ["", f"Not compared: {'; '.join(comparison['unmatched'])}."]
-    return "\n".join([*lines, "", _count(comparison)])
+        blocks.append(Text(f"Not compared: {'; '.join(comparison['unmatched'])}."))
+    blocks.append(Text(_count(comparison)))
+    return "  \n".join(files) + "\n\n" + render_markdown(blocks)
 
 
-def _render_pair(pair: Mapping[str, Any]) -> str:
+def _tabulate_pair(pair: ComparedPair) -> list[Block]:
+    """A heading, the table, and what else to know of two records."""
     rows = []
     for row in pair["metrics"]:
         metric, beyond = metric_of(row["metric"]), row["beyond_noise"]
@@ -348,19 +392,31 @@ def _render_pair(pair: Mapping[str, Any]) -> str:
         difference = interval_cell(row["difference"], signed=True, metric=metric)
         rows.append([metric.heading, verdict, metric.show(row["a"]), metric.show(row["b"]), difference])
     methods = dict.fromkeys(METHODS[row["method"]] for row in pair["metrics"] if row["method"] != "none")
-    table = render_markdown([Table(["Metric", "Verdict", "A", "B", "B − A"], rows, left=2)])
-    return f"{table}\n\nIntervals: {'; '.join(methods)}." if methods else table
+    blocks: list[Block] = [
+        Heading(pair["benchmark"], 3, ""),
+        Text(f"A is {pair['a']}, B is {pair['b']}."),
+        Table(["Metric", "Verdict", "A", "B", "B − A"], rows, left=2),
+    ]
+    if methods:
+        blocks.append(Text(f"Intervals: {'; '.join(methods)}."))
+    if pair["same_weights"]:
+        blocks.append(Text("The weights are the same."))
+    if pair["differences"]:
+        changed = (f"{word(name)} {a} → {b}" for name, a, b in pair["differences"])
+        blocks.append(Text(f"Also different: {'; '.join(changed)}."))
+    return blocks + [Text(note) for note in pair["notes"]]
 
 
-def _count(comparison: Mapping[str, Any]) -> str:
+def _count(comparison: Comparison) -> str:
+    """How many differences are beyond noise, and how many would be by chance."""
     rows = [row for pair in comparison["pairs"] if not pair["same_weights"] for row in pair["metrics"]]
     judged = [row for row in rows if row["beyond_noise"] is not None]
     if not judged:
-        return "No difference here has an interval: nothing is said of noise."
+        return "No difference has an interval, so nothing can be said about noise."
     chance = len(judged) * (1 - comparison["confidence"])
     beyond = sum(row["beyond_noise"] for row in judged)
     return (
         f"{len(judged)} metrics of different weights were compared with a {comparison['confidence']:.0%} interval, "
-        f"{beyond} differ beyond noise. Of models that are alike about {chance:.1f} would by chance, and metrics of "
-        "one benchmark mostly together."
+        f"{beyond} differ beyond noise. If the models were alike, about {chance:.1f} would differ by chance, and "
+        "metrics of one benchmark mostly together."
     )

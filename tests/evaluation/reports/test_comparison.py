@@ -63,13 +63,13 @@ def test_without_outcomes_the_records_intervals_serve(tmp_path):
     assert row["method"] == "unpaired" and row["beyond_noise"] is False
     text = render_comparison(compared)
     assert "unpaired, normal approximation" in text and "within noise" in text
-    assert "No outcomes of every image beside A and B" in text
+    assert "Not paired: no outcomes of the images beside A and B" in text
 
 
 def test_without_anything_there_is_only_the_difference(tmp_path):
     a, b = (write(tmp_path / f"{share}.json", measure(share), outcomes=False) for share in (0.5, 0.55))
     text = render_comparison(compare_results(a, b))
-    assert "no interval" in text and "nothing is said of noise" in text
+    assert "no interval" in text and "nothing can be said about noise" in text
 
 
 def test_other_data_are_never_paired(tmp_path):
@@ -80,7 +80,7 @@ def test_other_data_are_never_paired(tmp_path):
     fields = {name: values for name, *values in pair["differences"]}
     assert fields["n"] == ["400", "300"] and fields["split"] == ["test", "none"]
     assert fields["dataset_fingerprint"] == ["data", "other"]
-    assert "Other data" in pair["notes"][0]
+    assert "The data differ" in pair["notes"][0]
 
 
 def test_models_are_matched_by_name_and_the_last_two_left_are_too(tmp_path):
