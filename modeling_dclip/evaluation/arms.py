@@ -7,7 +7,6 @@ from any results records: retrieval against zero-shot accuracy over models, chec
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
 
 import torch
 
@@ -15,21 +14,10 @@ from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.evaluator import ALPHA, Candidate, evaluate
 from modeling_dclip.evaluation.records import Metrics, Record
-from modeling_dclip.evaluation.reports.plots import plot_tradeoff
+from modeling_dclip.evaluation.reports.plots import TradeoffPoint, plot_tradeoff
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, Summary, summarise_arms
 
 ANCHOR = "anchor"
-
-
-class TradeoffPoint(TypedDict, total=False):
-    """A point of the trade-off. `alpha` is there for points on the line between two models."""
-
-    label: str
-    x: float
-    y: float
-    x_interval: tuple[float | None, float | None]
-    y_interval: tuple[float | None, float | None]
-    alpha: float
 
 
 def evaluate_arms(

@@ -275,15 +275,6 @@ def write_results(path: str | os.PathLike, records: Record | Sequence[Record]) -
     write_json(path, records)
 
 
-def read_results_json(path: str | os.PathLike) -> Any:
-    """Read JSON of any form.
-
-    Raises:
-        ValueError: If the file is not JSON in UTF-8; the message names it.
-    """
-    return read_json(path, "results file", advice="Make the file again.")
-
-
 def read_results(path: str | os.PathLike) -> list[Record]:
     """Read and validate a results file.
 
@@ -297,7 +288,7 @@ def read_results(path: str | os.PathLike) -> list[Record]:
         FileNotFoundError: If it is missing.
         ValueError: If it is not a JSON list of valid records; the message names file and field.
     """
-    records = read_results_json(path)
+    records = read_json(path, "results file", advice="Evaluate again.")
     if not isinstance(records, list) or not records:
         raise ValueError(f"Expected a JSON list of one or more records in {path}, got {type(records).__name__}.")
     for index, record in enumerate(records):
@@ -386,7 +377,7 @@ class RecordStore:
         self.records: list[Record] = []
         self.outcomes: dict[str, Outcomes] = {}
         self.begins_anew = overwrite
-        _check_writable(self.path)
+        _check_place(self.path)
         self._remove_leftovers()
         self._read()
 
@@ -434,7 +425,7 @@ class RecordStore:
         self.begins_anew = False
 
 
-def _check_writable(path: Path) -> None:
+def _check_place(path: Path) -> None:
     """Fail before hours of work if the results could not be written."""
     try:
         if path.is_dir():

@@ -171,7 +171,7 @@ def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
         call()
     with temporary_folder() as folder:
         profiler.export_chrome_trace(str(folder / "trace.json"))
-        events = read_json(folder / "trace.json")["traceEvents"]
+        events = read_json(folder / "trace.json", "trace of the profiler", ["traceEvents"])["traceEvents"]
     changes = [event for event in events if event.get("name") == "[memory]"]
     held = peak = 0
     for event in sorted(changes, key=lambda event: event["ts"]):

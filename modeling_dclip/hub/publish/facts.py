@@ -29,7 +29,7 @@ from modeling_dclip.encoders.loading import (
     load_merged,
     load_processor,
 )
-from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import render_leakage, render_table
 from modeling_dclip.hub.native_clip import has_native_twin
@@ -46,8 +46,6 @@ from modeling_dclip.hub.publish.cards import (
 from modeling_dclip.hub.publish.licences import check_licence, describe_data, find_origins, read_arguments
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
-
-Record = Mapping[str, Any]  # of a results file, as [`~modeling_dclip.evaluation.records.read_results`] returns it
 
 
 def _help(text: str, default: Any = None, **options: Any) -> Any:
