@@ -1,9 +1,9 @@
-"""A student as the `CLIPModel` it is: readable by every CLIP program, without code of ours.
+"""The native twin of a student: a stock `CLIPModel` with its weights, which every CLIP program reads without our code.
 
-A ViT student differs from CLIP in its weights alone, so a stock `CLIPModel` holds it bit for bit.
+A ViT student differs from CLIP only in its weights, so the twin's outputs are the student's, bit for bit.
 """
 
-import os
+from typing import Any
 
 import torch
 from transformers import (
@@ -14,29 +14,31 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    PreTrainedConfig,
     PreTrainedModel,
 )
 
+from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 
 def has_native_twin(model: PreTrainedModel) -> bool:
-    """Whether a `CLIPModel` can hold it: a ViT student with CLIP's own positions."""
+    """Whether a model has a native twin: a dual ViT student with CLIP's own (absolute) positions."""
     return model.config.model_type == "dclip" and model.config.vision_config.position_embedding_type == "absolute"
 
 
 def to_native_clip(model: DCLIPModel) -> CLIPModel:
-    """Make the `CLIPModel` with a student's weights.
+    """Make a student's native twin.
 
     Args:
-        model ([`DCLIPModel`]): With CLIP's own positions.
+        model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
 
     Returns:
-        `CLIPModel`: In eval mode, float32; its outputs are the student's, bit for bit.
+        `CLIPModel`: Float32, in eval mode. Its outputs are the student's, bit for bit.
 
     Raises:
-        ValueError: If there is no such twin.
+        ValueError: If the model has no native twin.
     """
     if not has_native_twin(model):
         raise ValueError(
@@ -55,40 +57,40 @@ def to_native_clip(model: DCLIPModel) -> CLIPModel:
     return twin.eval()
 
 
-def _native_fields(config, config_class):
+def _native_fields(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The fields of a config that its stock class has too."""
     known = config_class().to_dict()
     return {name: value for name, value in config.to_dict().items() if name in known and name != "model_type"}
 
 
-def to_native_processor(processor: DCLIPProcessor, folder: str | os.PathLike) -> CLIPProcessor:
+def to_native_processor(processor: DCLIPProcessor) -> CLIPProcessor:
     """Make the stock processor with a student's settings.
 
     Args:
-        processor ([`DCLIPProcessor`]): The student's.
-        folder (`str` or `os.PathLike`): Where the tokenizer's files may be written and read back without what names
-            our code.
+        processor ([`DCLIPProcessor`]): The student's processor.
 
     Returns:
-        `CLIPProcessor`: The same pixels and token ids; it does not cut long texts unless told to.
+        `CLIPProcessor`: Makes the same pixels and token ids. It truncates long texts only if told to.
     """
     settings = processor.image_processor.to_dict()
     ours = ("image_processor_type", "processor_class", "auto_map")
     image_processor = CLIPImageProcessorPil(**{name: value for name, value in settings.items() if name not in ours})
-    processor.tokenizer.save_pretrained(folder)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    for name in ("auto_map", "processor_class", "is_local", "local_files_only"):  # ours, and where it was read
+    with temporary_folder() as folder:  # the tokenizer is read back without what names our code
+        processor.tokenizer.save_pretrained(folder)
+        tokenizer = CLIPTokenizer.from_pretrained(folder)
+    for name in ("auto_map", "processor_class", "is_local", "local_files_only"):  # our code, and where it was read
         tokenizer.init_kwargs.pop(name, None)
     return CLIPProcessor(image_processor, tokenizer)
 
 
 @torch.no_grad()
 def check_twin(model: DCLIPModel, twin: CLIPModel, batch: dict[str, torch.Tensor]) -> None:
-    """Prove that a twin computes what the student does.
+    """Check that a twin's outputs are the student's.
 
     Args:
         model ([`DCLIPModel`]): The student.
-        twin (`CLIPModel`): Its twin, as loaded from disk.
-        batch (`dict`): `input_ids`, `attention_mask`, `pixel_values`.
+        twin (`CLIPModel`): Its native twin, as loaded from disk.
+        batch (`dict[str, torch.Tensor]`): `input_ids`, `attention_mask` and `pixel_values`.
 
     Raises:
         ValueError: If an output is not the same, bit for bit.

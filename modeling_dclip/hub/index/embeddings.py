@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
-from modeling_dclip.data.files import list_folder
+from modeling_dclip.data.files import list_folder, read_bytes
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
@@ -65,7 +65,7 @@ def hash_images(dataset: Dataset) -> list[str | None]:
     for row in tqdm(share, desc="Hashing images", unit="image", disable=not state.is_local_main_process):
         stored = rows[row]["image"] or {"bytes": None, "path": None}
         try:
-            content = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"] or "").read_bytes()
+            content = stored["bytes"] if stored["bytes"] is not None else read_bytes(stored["path"] or "")
             keys.append(hash_bytes(content))
         except OSError:
             keys.append(None)

@@ -50,7 +50,7 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
         PermissionError: If the token is missing, unknown, or may not write there.
     """
     with temporary_folder() as temporary:
-        root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else f"{temporary}/repos"))
+        root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else temporary / "repos"))
         check_new_folder(root)
         if not arguments.dry_run:
             check_publication(arguments, delays)

@@ -251,15 +251,15 @@ def _read_adapter(folder: Path) -> Adapter | None:
             f"Expected {ADAPTER_WEIGHTS} beside {ADAPTER_CONFIG} in '{folder}', got none. Restore the file, or remove "
             "the folder to publish the whole weights alone."
         )
-    config = read_json(folder / ADAPTER_CONFIG, "adapter's config", advice="Restore it.")
+    config = read_json(folder / ADAPTER_CONFIG, "adapter's config", keys=("r",), advice="Restore it.")
     try:
         weights = load_file(folder / ADAPTER_WEIGHTS)
     except SafetensorError as error:
         raise ValueError(f"Expected whole weights in '{folder}', got a damaged file ({error}). Restore it.") from error
     ranks = {len(weight) for name, weight in weights.items() if ".lora_A." in name}
-    if ranks != {config.get("r")}:
+    if ranks != {config["r"]}:
         raise ValueError(
-            f"Expected an adapter of rank {config.get('r')}, as {ADAPTER_CONFIG} says, in '{folder}', got "
+            f"Expected an adapter of rank {config['r']}, as {ADAPTER_CONFIG} says, in '{folder}', got "
             f"{sorted(ranks)}. The two files are not of one training."
         )
     return Adapter(config, folder / ADAPTER_WEIGHTS)
@@ -383,7 +383,7 @@ def _read_trainer_state(path: Path) -> tuple[int | None, float | None, float | N
     """Steps, epochs and minutes of a training, `None` where they were not recorded."""
     if not path.is_file():
         return None, None, None
-    state = read_json(path, "state of a training", advice="Restore the file that train.py wrote.")
+    state = read_json(path, "trainer's state", keys=("global_step", "epoch", "log_history"), advice="Restore it.")
     runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
     return state["global_step"], state["epoch"], runtimes[-1] / 60 if runtimes else None
 

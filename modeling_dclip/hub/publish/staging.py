@@ -1,6 +1,5 @@
 """Write the repositories of a publication as folders and check them, before anything leaves the machine."""
 
-import json
 import re
 import shutil
 from collections.abc import Callable
@@ -16,7 +15,14 @@ from transformers import (
     ProcessorMixin,
 )
 
-from modeling_dclip.data.files import check_new_folder, find_files, read_text, replacing, temporary_folder
+from modeling_dclip.data.files import (
+    check_new_folder,
+    find_files,
+    read_text,
+    replacing,
+    write_json,
+    write_text,
+)
 from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
 from modeling_dclip.hub.native_clip import check_twin, to_native_clip, to_native_processor
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, draw_pictures, render_card, save_pictures
@@ -83,8 +89,8 @@ def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
     target.mkdir()
     # The base model's Hub id in place of the folder on this machine.
     base_model = next(iter(facts.card["base_models"]), None)
-    config = json.dumps({**facts.adapter.config, "base_model_name_or_path": base_model}, indent=2, sort_keys=True)
-    (target / ADAPTER_CONFIG).write_text(config + "\n", encoding="utf-8")
+    config = {**facts.adapter.config, "base_model_name_or_path": base_model}
+    write_json(target / ADAPTER_CONFIG, dict(sorted(config.items())), indent=2)
     shutil.copyfile(facts.adapter.weights, target / ADAPTER_WEIGHTS)
 
 
@@ -98,8 +104,7 @@ def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:
 
 
 def _write_clip(facts: Facts, folder: Path, _: Path) -> None:
-    with temporary_folder() as scratch:
-        native = to_native_processor(facts.processor, scratch)
+    native = to_native_processor(facts.processor)
     _save(to_native_clip(facts.model), native, folder)
     native.image_processor.save_pretrained(folder)
     batch = facts.processor(images=list(draw_pictures().values()), text=TWIN_TEXTS, return_tensors="pt")
@@ -144,12 +149,13 @@ def write_card(facts: Facts, kind: str, folder: Path) -> None:
     """
     if kind in WITH_EXAMPLES:
         save_pictures(folder, [example.path for example in facts.card["examples"]])
-    (folder / "README.md").write_text(render_card(kind, facts.card, facts.templates), encoding="utf-8")
+    write_text(folder / "README.md", render_card(kind, facts.card, facts.templates))
 
 
 def list_files(folder: Path) -> list[str]:
     """List the files below a folder, as sorted paths inside the repository."""
-    return sorted(path.relative_to(folder).as_posix() for path in find_files(folder)[0])
+    files, _ = find_files(folder)
+    return sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 def check_folder(repo: StagedRepo) -> None:
