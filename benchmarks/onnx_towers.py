@@ -23,7 +23,7 @@ from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import interleaved_times, spread
 from modeling_dclip.evaluation.records import environment
-from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx
+from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel
 
 TOWER_SIZES = {
@@ -42,8 +42,12 @@ TOWER_SIZES = {
 class BenchmarkArguments:
     """One run."""
 
-    towers: list[str] = field(default_factory=lambda: list(TOWERS), metadata={"help": f"Of {', '.join(TOWERS)}."})
-    dtypes: list[str] = field(default_factory=lambda: ["fp32", "int8"], metadata={"help": f"Of {', '.join(DTYPES)}."})
+    towers: list[str] = field(
+        default_factory=lambda: list(EXPORTED_TOWERS), metadata={"help": f"Of {', '.join(EXPORTED_TOWERS)}."}
+    )
+    dtypes: list[str] = field(
+        default_factory=lambda: ["fp32", "int8"], metadata={"help": f"Of {', '.join(ONNX_DTYPES)}."}
+    )
     batch_size: int = field(default=1, metadata={"help": "Images or texts at once; texts fill the tower's length."})
     rounds: int = field(default=9, metadata={"help": "Measured rounds."})
     tower_seconds: float = field(default=60.0, metadata={"help": "No further round of a tower starts after so long."})
@@ -54,7 +58,7 @@ class BenchmarkArguments:
 
 def measure(name: str, model: DCLIPModel, args: BenchmarkArguments) -> list[dict[str, Any]]:
     """One row for eager PyTorch and one for each dtype."""
-    tower = TOWERS[name](model).eval()
+    tower = EXPORTED_TOWERS[name](model).eval()
     inputs = tower.sample(args.batch_size)
     if name == "text":
         inputs = inputs.new_full((args.batch_size, tower.config.max_position_embeddings), 320)

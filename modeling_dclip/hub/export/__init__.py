@@ -1,4 +1,7 @@
-"""Write a trained model for other programs; each export is checked against the model before it is kept."""
+"""Export a trained model for other programs.
+
+Each export is checked against the model, and deleted if the outputs differ.
+"""
 
 import copy
 import os
@@ -7,34 +10,54 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
-from modeling_dclip.data.files import check_new_folder, replacing, temporary_folder, write_json
+from modeling_dclip.data.files import check_new_folder, replacing, write_bytes, write_json
 from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
-from modeling_dclip.hub.export.onnx import DTYPES, TOWERS, compare_onnx, make_onnx, save_program
+from modeling_dclip.hub.export.onnx import (
+    EXPORTED_TOWERS,
+    ONNX_DTYPES,
+    Deviation,
+    Tower,
+    compare_onnx,
+    make_onnx,
+    save_program,
+)
+from modeling_dclip.hub.export.open_clip import write_open_clip
+from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 from modeling_dclip.hub.export.winograd import use_winograd
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
+
+__all__ = [
+    "export_onnx",
+    "export_programs",
+    "load_model",
+    "write_export",
+    "write_open_clip",
+    "write_sentence_transformers",
+]
 
 IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
 PREPROCESSOR = "preprocessor_config.json"
 
 
 def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTrainedModel:
-    """Load a dual encoder, or an image encoder alone, in the fastest form that computes the same.
+    """Load a dual encoder or an image encoder in the fastest form that computes the same.
+
+    DM-CLIP's image encoder is fused: its norms and layer scales are folded into the weights.
 
     Args:
-        model (`str` or `os.PathLike`): A folder that training, `fuse()` or conversion wrote; adapters are merged.
-        image_size (`int`, *optional*): Pixels a side; for DM-CLIP with windows that divide the map, also if it is the
-            config's. By default the config's, with its own windows.
+        model (`str` or `os.PathLike`): A folder that training, `fuse()` or conversion wrote. Adapters are merged.
+        image_size (`int`, *optional*): Width and height of the images in pixels. By default the config's. If it is
+            given, also as the config's, DM-CLIP gets windows that divide its feature map.
 
     Returns:
         `PreTrainedModel`: Float32, in eval mode, on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds another model, weights are missing or damaged, or the size is not the config's and the
-            model takes no other.
+        ValueError: If it holds another model, weights are missing or damaged, or the model does not take the size.
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
@@ -65,55 +88,63 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
 
 
 def is_dual(model: nn.Module) -> bool:
-    """Whether it reads texts too."""
+    """Whether a model has a text tower too."""
     return hasattr(model, "text_model")
 
 
 def _for_image_size(encoder: DMCLIPVisionModel, image_size: int) -> DMCLIPVisionModel:
-    with torch.device("meta"):  # nothing is drawn: every weight comes from the other
+    with torch.device("meta"):  # no weight is initialised: all come from the other encoder
         resized = type(encoder)(encoder.config.for_image_size(image_size))
     resized.load_state_dict(encoder.state_dict(), assign=True)
     return resized.eval()
 
 
-def select_towers(model: PreTrainedModel, names: Sequence[str], folder: str | os.PathLike) -> list[nn.Module]:
-    """The towers of a model by name, `"image"` or `"text"`.
+def select_towers(model: PreTrainedModel, names: Sequence[str], folder: str | os.PathLike) -> list[Tower]:
+    """Take towers of a model.
+
+    Args:
+        model (`PreTrainedModel`): As [`load_model`] returns it.
+        names (`Sequence[str]`): Of `"image"` and `"text"`.
+        folder (`str` or `os.PathLike`): The model's folder, for messages.
+
+    Returns:
+        `list[Tower]`: In the order of the names.
 
     Raises:
         ValueError: If a name is unknown, or the model has no such tower.
     """
-    if unknown := [name for name in names if name not in TOWERS]:
-        raise ValueError(f"Expected towers of {', '.join(TOWERS)}, got {unknown[0]!r}.")
+    if unknown := [name for name in names if name not in EXPORTED_TOWERS]:
+        raise ValueError(f"Expected towers of {', '.join(EXPORTED_TOWERS)}, got {unknown[0]!r}.")
     if "text" in names and not is_dual(model):
         raise ValueError(f"Expected a dual encoder at '{folder}', got an image encoder alone. Give `--towers image`.")
-    return [TOWERS[name](model).eval() for name in names]
+    return [EXPORTED_TOWERS[name](model).eval() for name in names]
 
 
 def export_onnx(
     model: PreTrainedModel,
     source: str | os.PathLike,
     folder: Path,
-    towers: Sequence[str] = tuple(TOWERS),
-    dtypes: Sequence[str] = tuple(DTYPES),
+    towers: Sequence[str] = tuple(EXPORTED_TOWERS),
+    dtypes: Sequence[str] = tuple(ONNX_DTYPES),
     winograd: bool = False,
-) -> dict[str, dict[str, float]]:
-    """Write the towers of a model as ONNX graphs, with what transformers.js and optimum need beside them.
+) -> dict[str, Deviation]:
+    """Write the towers of a model as ONNX graphs, with the settings that transformers.js and optimum need.
 
     Args:
-        model (`PreTrainedModel`): From [`load_model`].
-        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing, if they are there.
-        folder (`Path`): New or empty.
-        towers (`Sequence[str]`, *optional*): `"image"`, `"text"`.
-        dtypes (`Sequence[str]`, *optional*): Of `"fp32"`, `"fp16"`, `"int8"`.
-        winograd (`bool`, *optional*, defaults to `False`): In float32, DM-CLIP's convolutions as [`use_winograd`]
-            makes them.
+        model (`PreTrainedModel`): As [`load_model`] returns it.
+        source (`str` or `os.PathLike`): The model's folder. Tokenizer and preprocessing may be missing.
+        folder (`Path`): A new or empty folder.
+        towers (`Sequence[str]`, *optional*): Of `"image"` and `"text"`.
+        dtypes (`Sequence[str]`, *optional*): Of `"fp32"`, `"fp16"` and `"int8"`.
+        winograd (`bool`, *optional*, defaults to `False`): In float32, compute DM-CLIP's convolutions as
+            [`~modeling_dclip.hub.export.winograd.use_winograd`] does.
 
     Returns:
-        `dict[str, dict[str, float]]`: By file, what `compare_onnx` found.
+        `dict[str, Deviation]`: The written files, and how far their outputs are from the model's.
 
     Raises:
         ImportError: If the extra `export` is not installed.
-        ValueError: If a tower or dtype is unknown, the preprocessing is for another size, or outputs differ.
+        ValueError: If a tower or dtype is unknown, the preprocessing is for another size, or the outputs differ.
     """
     found = {}
     selected = select_towers(model, towers, source)
@@ -127,13 +158,13 @@ def export_onnx(
             else:
                 content = make_onnx(tower, dtype, plain)
                 plain = content if dtype == "fp32" else plain
-            name = f"onnx/{tower.file_name}{DTYPES[dtype]}.onnx"
+            name = f"onnx/{tower.file_name}{ONNX_DTYPES[dtype]}.onnx"
             found[name] = compare_onnx(content, tower, dtype)
-            (folder / name).write_bytes(content)
+            write_bytes(folder / name, content)
     return found
 
 
-def _with_winograd(tower: nn.Module) -> nn.Module:
+def _with_winograd(tower: Tower) -> Tower:
     changed = copy.deepcopy(tower)
     encoder = changed.model.vision_model if is_dual(changed.model) else changed.model
     if not isinstance(encoder, DMCLIPVisionModel):
@@ -145,10 +176,11 @@ def _with_winograd(tower: nn.Module) -> nn.Module:
 
 
 def export_programs(
-    model: PreTrainedModel, source: str | os.PathLike, folder: Path, towers: Sequence[str] = tuple(TOWERS)
-) -> dict[str, dict[str, float]]:
-    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`;
-    otherwise as [`export_onnx`].
+    model: PreTrainedModel, source: str | os.PathLike, folder: Path, towers: Sequence[str] = tuple(EXPORTED_TOWERS)
+) -> dict[str, Deviation]:
+    """Write the towers of a model as `torch.export` programs, `vision_model.pt2` and `text_model.pt2`.
+
+    Arguments, results and errors are those of [`export_onnx`].
     """
     selected = select_towers(model, towers, source)
     write_settings(model, source, folder)
@@ -157,6 +189,11 @@ def export_programs(
 
 def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> None:
     """Write configuration, tokenizer and preprocessing without what names our code, so that any reader takes them.
+
+    Args:
+        model (`PreTrainedModel`): As [`load_model`] returns it.
+        source (`str` or `os.PathLike`): The model's folder.
+        folder (`Path`): Where to write.
 
     Raises:
         ValueError: If the preprocessing makes images of another size than the model reads.
@@ -167,16 +204,20 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     write_json(folder / "config.json", config, indent=2, default=str)
     if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
         return
-    with temporary_folder() as scratch:
-        processor = to_native_processor(load_processor(source), scratch)
+    processor = to_native_processor(load_processor(source))
     resize_images(processor.image_processor, model, source)
     processor.tokenizer.save_pretrained(folder)
     settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
     write_json(folder / PREPROCESSOR, settings, indent=2, default=str)
 
 
-def resize_images(image_processor: object, model: PreTrainedModel, source: str | os.PathLike) -> None:
-    """Hold preprocessing against the size a model reads; a DM-CLIP that was moved to another size takes it along.
+def resize_images(image_processor: CLIPImageProcessorPil, model: PreTrainedModel, source: str | os.PathLike) -> None:
+    """Set the preprocessing of a DM-CLIP to the size that the model reads; check the preprocessing of a ViT.
+
+    Args:
+        image_processor (`CLIPImageProcessorPil`): Changed in place.
+        model (`PreTrainedModel`): A dual encoder.
+        source (`str` or `os.PathLike`): The model's folder, for messages.
 
     Raises:
         ValueError: If a ViT's preprocessing is for another size.
@@ -193,10 +234,15 @@ def resize_images(image_processor: object, model: PreTrainedModel, source: str |
     image_processor.crop_size, image_processor.size = {"height": size, "width": size}, {"shortest_edge": size}
 
 
-def write_export(
-    output: str | os.PathLike, write: Callable[[Path], dict[str, dict[str, float]]]
-) -> dict[str, dict[str, float]]:
-    """Let `write` fill a folder that is there afterwards whole, or not at all.
+def write_export(output: str | os.PathLike, write: Callable[[Path], dict[str, Deviation]]) -> dict[str, Deviation]:
+    """Write a folder whole or not at all.
+
+    Args:
+        output (`str` or `os.PathLike`): A new or empty folder.
+        write (`Callable[[Path], dict[str, Deviation]]`): Fills a folder; what it raises leaves no folder behind.
+
+    Returns:
+        `dict[str, Deviation]`: What `write` returned.
 
     Raises:
         FileExistsError: If the output is in use.

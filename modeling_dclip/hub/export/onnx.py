@@ -1,33 +1,44 @@
-"""Towers of a dual encoder as graphs that run without PyTorch or without our code, each proven to compute the same.
+"""Towers of a dual encoder as ONNX graphs and `torch.export` programs, each compared with the model.
 
-An image tower reads `pixel_values (batch_size, channels, S, S)` and gives `image_embeds`, a text tower reads
-`input_ids (batch_size, sequence_length)` and gives `text_embeds`, neither normalised. A text needs no mask: what
-follows its end token changes nothing.
+An image tower maps `pixel_values (batch_size, channels, S, S)` to `image_embeds`, a text tower maps
+`input_ids (batch_size, sequence_length)` to `text_embeds`. Neither normalises them. A text needs no mask: the tokens
+after its end token change nothing.
 """
 
 import copy
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import nn
 
-from modeling_dclip.data.files import read_bytes, temporary_folder
+from modeling_dclip.data.files import read_bytes, temporary_folder, write_bytes
+from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
-DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # to the suffixes that transformers.js reads
-RELATIVE_GATE = 1e-4  # of float32: orders of sums differ, and eager PyTorch itself is off by about 5e-7
+ONNX_DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # with the file suffixes that transformers.js reads
+RELATIVE_GATE = 1e-4  # in float32: orders of sums differ, and eager PyTorch itself is off by about 5e-7
 COSINE_GATES = {"fp16": 0.999, "int8": 0.95}  # the least of any row
-BATCH_SIZES = (1, 3)  # checked: the traced one would not show a batch size that got stuck
+BATCH_SIZES = (1, 3)  # compared; not the traced size 2, which would hide a graph of a fixed batch size
 PROTOBUF_LIMIT = 2**31  # bytes of one file
-QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # convolutions stay: they lose the most and gain the least
-FLOAT32_PARAMETERS = ("A_log", "D")  # as the model keeps them
+QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # not convolutions: they lose the most and gain the least
+FLOAT32_PARAMETERS = ("A_log", "D")  # the model keeps them in float32
 
 NEEDS_EXTRA = (
     "Expected onnx, onnxruntime and onnxscript, got {}. Install them with `pip install modeling_dclip[export]`."
 )
 
 
+class Deviation(TypedDict):
+    """How far embeddings are from the model's: the largest difference over the largest value, and the least cosine of
+    any row.
+    """
+
+    max_relative_difference: float
+    min_cosine: float
+
+
 class ImageTower(nn.Module):
-    """Pixels in, embeddings out: one float32 tensor each, which is what exporters take.
+    """The image side of a model as exporters take it: pixels in, embeddings out, one float32 tensor each.
 
     Args:
         model (`PreTrainedModel`): A dual encoder, or an image encoder whose output has `image_embeds`.
@@ -48,17 +59,17 @@ class ImageTower(nn.Module):
         return self.model(pixel_values=pixel_values).image_embeds.float()
 
     def sample(self, batch_size: int) -> torch.Tensor:
-        """Random pixels, the same at each call."""
+        """Draw random pixels `(B, channels, S, S)`, the same ones at each call."""
         generator, size = torch.Generator().manual_seed(batch_size), self.config.image_size
         return torch.randn(batch_size, self.config.num_channels, size, size, generator=generator)
 
     def dynamic_axes(self) -> dict[int, torch.export.Dim]:
-        """Sizes of the input that are free."""
+        """The sizes of the input that may vary."""
         return {0: torch.export.Dim("batch_size", min=1, max=65_536)}
 
 
 class TextTower(nn.Module):
-    """Token ids in, embeddings out: one tensor each.
+    """The text side of a model as exporters take it: token ids in, embeddings out, one tensor each.
 
     Args:
         model (`PreTrainedModel`): A dual encoder.
@@ -71,17 +82,17 @@ class TextTower(nn.Module):
         self.model, self.config = model, model.config.text_config
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Embed `(B, T)` as `(B, D)`, `T` at most what the tower reads."""
+        """Embed `(B, T)` as `(B, D)`, with `T` at most the tower's number of positions."""
         return self.model.get_text_features(input_ids).pooler_output.float()
 
     def sample(self, batch_size: int) -> torch.Tensor:
-        """Random ids, each row ended at another place, the same at each call; longer where the batch is larger."""
+        """Draw random ids `(B, T)`, the same ones at each call. Each row ends at another place, and T grows with B."""
         generator, length = (
             torch.Generator().manual_seed(batch_size),
             min(8 * batch_size, self.config.max_position_embeddings),
         )
         end = self.config.eos_token_id
-        if end == 2:  # CLIP's old convention: the highest id of a row is its end
+        if end == LEGACY_EOS_TOKEN_ID:  # the highest id of a row is then its end
             end = self.config.vocab_size - 1
         ids = torch.randint(0, self.config.vocab_size, (batch_size, length), generator=generator)
         ids = torch.where(ids == end, (end + 1) % self.config.vocab_size if end == 0 else end - 1, ids)
@@ -90,7 +101,7 @@ class TextTower(nn.Module):
         return ids
 
     def dynamic_axes(self) -> dict[int, torch.export.Dim]:
-        """Sizes of the input that are free."""
+        """The sizes of the input that may vary."""
         longest = self.config.max_position_embeddings
         return {
             0: torch.export.Dim("batch_size", min=1, max=65_536),
@@ -98,43 +109,44 @@ class TextTower(nn.Module):
         }
 
 
-TOWERS = {"image": ImageTower, "text": TextTower}
+Tower = ImageTower | TextTower
+EXPORTED_TOWERS: dict[str, type[Tower]] = {"image": ImageTower, "text": TextTower}
 
 
-def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None) -> bytes:
+def make_onnx(tower: Tower, dtype: str, float32_content: bytes | None = None) -> bytes:
     """Trace a tower as an ONNX graph.
 
     Args:
-        tower ([`ImageTower`] or [`TextTower`]): Float32, in eval mode, on the CPU.
-        dtype (`str`): `"fp32"`; `"fp16"`, whose weights are half as large, inputs and outputs float32; or `"int8"`:
-            weights of matrix products and of embedding tables as 8-bit integers, activations quantised as they come.
-        float32_content (`bytes`, *optional*): The tower's graph of `"fp32"`, which `"int8"` starts from; traced if not
-            given.
+        tower ([`ImageTower`] or [`TextTower`]): In float32, in eval mode, on the CPU.
+        dtype (`str`): `"fp32"`; `"fp16"`: weights of half the size, inputs and outputs in float32; or `"int8"`:
+            weights of matrix products and embedding tables as 8-bit integers, activations quantised at run time.
+        float32_content (`bytes`, *optional*): The tower's `"fp32"` graph, which is quantised to `"int8"`. Traced if
+            not given.
 
     Returns:
-        `bytes`: Of a `.onnx` file.
+        `bytes`: The content of a `.onnx` file.
 
     Raises:
         ImportError: If the extra `export` is not installed.
         ValueError: If the dtype is unknown, or the weights exceed what one file holds.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"Expected a dtype of {', '.join(DTYPES)}, got {dtype!r}.")
+    if dtype not in ONNX_DTYPES:
+        raise ValueError(f"Expected a dtype of {', '.join(ONNX_DTYPES)}, got {dtype!r}.")
     try:
         import onnxruntime.quantization
-        import onnxscript  # noqa: F401  what torch.onnx writes with
+        import onnxscript  # noqa: F401  torch.onnx needs it
     except ImportError as error:
         raise ImportError(NEEDS_EXTRA.format(error)) from error
     weights = sum(tensor.numel() * 4 for tensor in part_of(tower).parameters())
     if weights >= PROTOBUF_LIMIT:
         raise ValueError(
-            f"Expected a tower of less than 2 GiB, which one .onnx file holds, got {weights / 2**30:.1f} GiB."
+            f"Expected a tower of less than 2 GiB, the limit of one .onnx file, got {weights / 2**30:.1f} GiB."
         )
     if dtype == "int8":
         content = float32_content or _trace(tower)
         with temporary_folder() as folder:
             whole, small = folder / "fp32.onnx", folder / "int8.onnx"
-            whole.write_bytes(content)
+            write_bytes(whole, content)
             onnxruntime.quantization.quantize_dynamic(
                 whole,
                 small,
@@ -146,8 +158,8 @@ def make_onnx(tower: nn.Module, dtype: str, float32_content: bytes | None = None
     return _trace(_to_half(tower) if dtype == "fp16" else tower)
 
 
-def part_of(tower: nn.Module) -> nn.Module:
-    """The modules of a dual encoder that a tower runs, without the other tower."""
+def part_of(tower: Tower) -> nn.Module:
+    """The modules that a tower runs, without the other tower of a dual encoder."""
     model = tower.model
     if not (hasattr(model, "text_model") and hasattr(model, "vision_model")):
         return model
@@ -157,7 +169,7 @@ def part_of(tower: nn.Module) -> nn.Module:
     return nn.ModuleList(getattr(model, part) for part in (name, projection) if hasattr(model, part))
 
 
-def _to_half(tower: nn.Module) -> nn.Module:
+def _to_half(tower: Tower) -> Tower:
     half = copy.deepcopy(tower)
     for name, parameter in half.named_parameters():
         if name.rpartition(".")[2] not in FLOAT32_PARAMETERS:
@@ -169,7 +181,7 @@ def _to_half(tower: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _trace(tower: nn.Module) -> bytes:
+def _trace(tower: Tower) -> bytes:
     program = torch.onnx.export(
         tower.eval(),
         (tower.sample(2),),
@@ -183,22 +195,21 @@ def _trace(tower: nn.Module) -> bytes:
 
 
 @torch.no_grad()
-def compare_onnx(content: bytes, tower: nn.Module, dtype: str = "fp32") -> dict[str, float]:
+def compare_onnx(content: bytes, tower: Tower, dtype: str = "fp32") -> Deviation:
     """Compare ONNX Runtime's outputs with the float32 tower's, on random inputs and batches of several sizes.
 
     Args:
-        content (`bytes`): Of a `.onnx` file.
-        tower ([`ImageTower`] or [`TextTower`]): What it was made from; float32, on the CPU.
-        dtype (`str`, *optional*, defaults to `"fp32"`): Whose gate the outputs have to pass.
+        content (`bytes`): The content of a `.onnx` file.
+        tower ([`ImageTower`] or [`TextTower`]): The tower that it was made from, in float32, on the CPU.
+        dtype (`str`, *optional*, defaults to `"fp32"`): The dtype of the graph, which decides the limit.
 
     Returns:
-        `dict[str, float]`: `max_relative_difference`, the largest difference over the largest value, and `min_cosine`
-            of any row.
+        [`Deviation`]
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
-        ValueError: If in float32 the first is more than 1e-4, or else the second less than 0.999 (float16) or 0.95
-            (8-bit integers).
+        ValueError: If a float32 graph differs by more than 1e-4 of the largest value, or the least cosine is below
+            0.999 (float16) or 0.95 (8-bit integers).
     """
     try:
         import onnxruntime
@@ -213,19 +224,19 @@ def compare_onnx(content: bytes, tower: nn.Module, dtype: str = "fp32") -> dict[
     return check_outputs(pairs, dtype, "ONNX Runtime")
 
 
-def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, runtime: str) -> dict[str, float]:
-    """Measure how far embeddings are from the model's, and hold them against the gate of their dtype.
+def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, runtime: str) -> Deviation:
+    """Measure how far embeddings are from the model's, and refuse them if they are too far for their dtype.
 
     Args:
-        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`): Found and expected `(B, D)`.
-        dtype (`str`): A key of `DTYPES`.
-        runtime (`str`): What found them, for messages.
+        pairs (`list[tuple[torch.Tensor, torch.Tensor]]`): Found and expected embeddings, both `(B, D)`.
+        dtype (`str`): A key of [`ONNX_DTYPES`].
+        runtime (`str`): The program that computed them, for messages.
 
     Returns:
-        `dict[str, float]`: As [`compare_onnx`].
+        [`Deviation`]
 
     Raises:
-        ValueError: If they are too far.
+        ValueError: If they are too far from the model's, or not finite.
     """
     found, expected = (torch.cat(side).double() for side in zip(*pairs, strict=True))
     difference = float((found - expected).abs().max() / expected.abs().max())
@@ -240,19 +251,19 @@ def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, ru
             f"Expected {runtime} in {dtype} to give embeddings with a cosine of at least {COSINE_GATES[dtype]} to "
             f"float32's, got {cosine:.4f}. Leave {dtype} out."
         )
-    return {"max_relative_difference": difference, "min_cosine": cosine}
+    return Deviation(max_relative_difference=difference, min_cosine=cosine)
 
 
 @torch.no_grad()
-def save_program(tower: nn.Module, path: str | Path) -> dict[str, float]:
-    """Write a tower as a `torch.export` program, after the program read back gave the tower's outputs.
+def save_program(tower: Tower, path: str | Path) -> Deviation:
+    """Write a tower as a `torch.export` program, read it back, and compare its outputs with the tower's.
 
     Args:
-        tower ([`ImageTower`] or [`TextTower`]): Float32, in eval mode, on the CPU.
+        tower ([`ImageTower`] or [`TextTower`]): In float32, in eval mode, on the CPU.
         path (`str` or `Path`): A `.pt2` file in a folder that exists.
 
     Returns:
-        `dict[str, float]`: As [`compare_onnx`].
+        [`Deviation`]
 
     Raises:
         ValueError: If the outputs differ.

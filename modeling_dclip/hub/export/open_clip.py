@@ -1,6 +1,4 @@
-"""A ViT student as open_clip reads it: `open_clip.create_model_and_transforms("local-dir:FOLDER")`,
-no code of ours.
-"""
+"""Export a ViT student for open_clip: `create_model_and_transforms("local-dir:FOLDER")` then needs no code of ours."""
 
 import os
 from pathlib import Path
@@ -11,14 +9,14 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 from transformers.image_utils import PILImageResampling
 
-from modeling_dclip.data.files import temporary_folder, write_json
+from modeling_dclip.data.files import write_json
 from modeling_dclip.encoders.loading import load_processor
-from modeling_dclip.hub.export.onnx import TOWERS, check_outputs
+from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, Deviation, check_outputs
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
+from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
-WEIGHTS, CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
-LEGACY_EOS_TOKEN_ID = 2  # the highest id of a row is its end
-NAMES = {  # of a layer, ours to open_clip's; the attention's inner projections are one there
+OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+NAMES = {  # of a layer's parts, ours to open_clip's, which has the projections of attention in one matrix
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
     "self_attn.out_proj": "attn.out_proj",
@@ -28,13 +26,13 @@ NAMES = {  # of a layer, ours to open_clip's; the attention's inner projections 
 
 
 def to_open_clip_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Name a student's weights as open_clip does.
+    """Rename a student's weights to open_clip's names.
 
     Args:
-        model ([`DCLIPModel`]): With CLIP's own positions.
+        model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
 
     Returns:
-        `dict[str, torch.Tensor]`: Contiguous, in the student's dtype.
+        `dict[str, torch.Tensor]`: Contiguous tensors of the student's dtype.
 
     Raises:
         ValueError: If open_clip has no such model.
@@ -74,10 +72,10 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
     """Describe a student's architecture as open_clip's `model_cfg`.
 
     Args:
-        model ([`DCLIPModel`]): With CLIP's own positions.
+        model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
 
     Returns:
-        `dict[str, Any]`
+        `dict[str, Any]`: JSON values.
 
     Raises:
         ValueError: If open_clip has no such model.
@@ -111,7 +109,7 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
             "layers": text.num_hidden_layers,
             "mlp_ratio": text.intermediate_size / text.hidden_size,
             "norm_kwargs": {"eps": text.layer_norm_eps},
-            "hf_tokenizer_name": ".",  # of a local folder: its own tokenizer
+            "hf_tokenizer_name": ".",  # the tokenizer in the same folder
             **({} if legacy else {"pool_type": "eos", "eos_id": text.eos_token_id}),
         },
     }
@@ -127,20 +125,19 @@ def _check_twin(model: PreTrainedModel) -> None:
         )
 
 
-def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> dict[str, dict[str, float]]:
-    """Write weights, architecture, preprocessing and tokenizer for open_clip, and compare its outputs where it is
-    installed.
+def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> dict[str, Deviation]:
+    """Write weights, architecture, preprocessing and tokenizer for open_clip, and compare its embeddings.
 
     Args:
-        model ([`DCLIPModel`]): With CLIP's own positions.
-        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing.
-        folder (`Path`): New.
+        model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
+        source (`str` or `os.PathLike`): The model's folder, with tokenizer and preprocessing.
+        folder (`Path`): A new folder.
 
     Returns:
-        `dict[str, dict[str, float]]`: The file of weights and how near open_clip's embeddings are.
+        `dict[str, Deviation]`: The file of weights, and how far its embeddings are from the model's.
 
     Raises:
-        ImportError: If open_clip is not installed: what cannot be checked is not written.
+        ImportError: If open_clip is not installed. An export that cannot be checked is not written.
         ValueError: If open_clip has no such model or no such preprocessing, or its outputs differ.
     """
     weights, config = to_open_clip_weights(model), to_open_clip_config(model)
@@ -148,16 +145,15 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
         import open_clip
     except ImportError as error:
         raise ImportError(
-            f"Expected open_clip to check with, got {error}. Install it with `pip install open_clip_torch`."
+            f"Expected open_clip, which checks the export, got {error}. Install it with `pip install open_clip_torch`."
         ) from error
     folder.mkdir(parents=True)
-    with temporary_folder() as scratch:
-        processor = to_native_processor(load_processor(source), scratch)
+    processor = to_native_processor(load_processor(source))
     images = processor.image_processor
     crop, size = images.crop_size["height"], model.config.vision_config.image_size
     if crop != size or images.size["shortest_edge"] != size or not images.do_center_crop:
         raise ValueError(
-            f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, which "
+            f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, as "
             f"open_clip's does, got {dict(images.size)} and {crop}."
         )
     preprocessing = {
@@ -167,17 +163,17 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
         "resize_mode": "shortest",
     }
     processor.tokenizer.save_pretrained(folder)
-    save_file(weights, folder / WEIGHTS)
+    save_file(weights, folder / OPEN_CLIP_WEIGHTS)
     described = {"model_cfg": config, "preprocess_cfg": preprocessing}
-    write_json(folder / CONFIG, described, indent=2)
+    write_json(folder / OPEN_CLIP_CONFIG, described, indent=2)
     theirs = open_clip.create_model(f"local-dir:{folder}").eval()
     pairs = []
     with torch.no_grad():
         for name, embed in (("image", theirs.encode_image), ("text", theirs.encode_text)):
-            tower = TOWERS[name](model)
+            tower = EXPORTED_TOWERS[name](model)
             inputs = tower.sample(3)
             if name == "text":  # open_clip reads whole rows
                 missing = model.config.text_config.max_position_embeddings - inputs.shape[1]
                 inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
             pairs.append((embed(inputs).float(), tower(inputs)))
-    return {WEIGHTS: check_outputs(pairs, "fp32", "open_clip")}
+    return {OPEN_CLIP_WEIGHTS: check_outputs(pairs, "fp32", "open_clip")}

@@ -1,7 +1,6 @@
-"""A ViT student as sentence-transformers reads it, no code of ours: `SentenceTransformer(FOLDER).encode(pictures)`, or
-`encode(texts)`.
+"""Export a ViT student for sentence-transformers, where `SentenceTransformer(FOLDER)` needs no code of ours.
 
-Pictures and texts in one list are encoded up to sentence-transformers 5.3; later ones want a call for each.
+Its `encode` takes pictures or texts. Up to version 5.3 one call takes both in one list; later versions need two calls.
 """
 
 import os
@@ -13,53 +12,52 @@ import torch
 from PIL import Image
 from transformers import PreTrainedModel
 
-from modeling_dclip.data.files import temporary_folder, write_json
+from modeling_dclip.data.files import write_json
 from modeling_dclip.encoders.loading import load_processor
-from modeling_dclip.hub.export.onnx import check_outputs
+from modeling_dclip.hub.export.onnx import Deviation, check_outputs
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
 
-# Since 5.4 `Transformer` reads CLIP itself; this older name is read by every version.
+# Since 5.4 `Transformer` reads CLIP itself; every version reads this older name.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
-# PIL's preprocessing, as ours is: torchvision's differs by 1 to 2 grey levels.
+# PIL's preprocessing, as ours: torchvision's pixels differ by 1 to 2 grey levels.
 MODULE_SETTINGS = {"processor_kwargs": {"backend": "pil"}}
 CHECKED_TEXTS = ("a red circle", "two blue squares on a table")
 
 
 def write_sentence_transformers(
     model: PreTrainedModel, source: str | os.PathLike, folder: Path
-) -> dict[str, dict[str, float]]:
-    """Write the native CLIP twin in the layout of sentence-transformers, and compare what that encodes.
+) -> dict[str, Deviation]:
+    """Write the native twin in the layout of sentence-transformers, and compare the embeddings that it computes.
 
     Args:
-        model ([`DCLIPModel`]): With CLIP's own positions.
-        source (`str` or `os.PathLike`): Its folder, for tokenizer and preprocessing.
-        folder (`Path`): New.
+        model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
+        source (`str` or `os.PathLike`): The model's folder, with tokenizer and preprocessing.
+        folder (`Path`): A new folder.
 
     Returns:
-        `dict[str, dict[str, float]]`: The file of weights and how near the embeddings are.
+        `dict[str, Deviation]`: The file of weights, and how far its embeddings are from the model's.
 
     Raises:
-        ImportError: If sentence-transformers is not installed: what cannot be checked is not written.
-        ValueError: If there is no native twin, or the embeddings differ.
+        ImportError: If sentence-transformers is not installed. An export that cannot be checked is not written.
+        ValueError: If the model has no native twin, or the embeddings differ.
     """
     if not has_native_twin(model):
         raise ValueError(
             f"Expected a dual ViT student with absolute positions, got {model.config.model_type!r}. "
-            "sentence-transformers builds models of transformers alone, so another one would need `trust_remote_code` "
-            "in every program that reads it. Publish it as a model of transformers, or export it as ONNX."
+            "sentence-transformers builds only models of transformers, so every program that reads another model "
+            "would need `trust_remote_code`. Publish this one on the Hub, or export it as ONNX."
         )
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
         raise ImportError(
-            f"Expected sentence-transformers to check with, got {error}. Install it with `pip install "
+            f"Expected sentence-transformers, which checks the export, got {error}. Install it with `pip install "
             "sentence-transformers`."
         ) from error
     inner = folder / MODULES[0]["path"]
     inner.mkdir(parents=True)
-    ours = load_processor(source)
-    with temporary_folder() as scratch:
-        native = to_native_processor(ours, scratch)
+    processor = load_processor(source)
+    native = to_native_processor(processor)
     to_native_clip(model).save_pretrained(inner)
     native.save_pretrained(inner)
     native.image_processor.save_pretrained(inner)
@@ -73,7 +71,7 @@ def write_sentence_transformers(
     pixels = np.random.default_rng(0).integers(0, 256, (size + 17, size + 7, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
     with torch.no_grad():
-        batch = ours(images=[picture], text=list(CHECKED_TEXTS), return_tensors="pt")
+        batch = processor(images=[picture], text=list(CHECKED_TEXTS), return_tensors="pt")
         expected = [
             model.get_image_features(batch["pixel_values"]).pooler_output,
             model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,

@@ -1,4 +1,4 @@
-"""3x3 convolutions in a quarter of their products, from operators that every runtime has.
+"""3x3 convolutions with a quarter of the multiplications, in operators that every runtime has.
 
 Source: F(4x4, 3x3) of Lavin and Gray, arXiv 1509.09308. A tile of 6x6 pixels and a kernel are
 transformed, multiplied element by element and summed over channels, and transformed back to 4x4 pixels: 36 products
@@ -33,11 +33,11 @@ OUTPUT_TRANSFORM = ((1, 1, 1, 1, 1, 0), (0, 1, -1, 2, -2, 0), (0, 1, 1, 4, 4, 0)
 
 
 class WinogradConv2d(nn.Module):
-    """A 3x3 convolution of stride 1 and padding 1, for maps of one size, channels last.
+    """A 3x3 convolution of stride 1 and padding 1, for feature maps of one size, channels last.
 
     Args:
-        conv (`nn.Conv2d`): What it computes; with a bias, in one group.
-        size (`int`): Places a side of the map.
+        conv (`nn.Conv2d`): The convolution to compute, with a bias and in one group.
+        size (`int`): Height and width of the feature map.
     """
 
     def __init__(self, conv: nn.Conv2d, size: int):
@@ -76,11 +76,11 @@ class WinogradConv2d(nn.Module):
 
 
 class WinogradBlock(nn.Module):
-    """A [`DMCLIPConvBlock`] for inference whose norms are folded.
+    """A [`DMCLIPConvBlock`] with folded norms, for inference.
 
     Args:
-        block (`DMCLIPConvBlock`): What it computes.
-        size (`int`): Places a side of the map.
+        block (`DMCLIPConvBlock`): The block to compute.
+        size (`int`): Height and width of the feature map.
     """
 
     def __init__(self, block: DMCLIPConvBlock, size: int):
@@ -95,16 +95,16 @@ class WinogradBlock(nn.Module):
 
 
 def use_winograd(encoder: DMCLIPVisionModel) -> None:
-    """Let an image encoder compute its convolutional stages so, for images of the config's size; in place.
+    """Replace the convolutional blocks of an image encoder by [`WinogradBlock`]s, in place.
 
-    For exporting in float32 to CPUs. Other devices have faster ways, and half precision loses too much in the
-    transforms.
+    The encoder then takes only images of the config's size. This is for float32 exports that run on CPUs: other
+    devices have faster kernels, and half precision loses too much in the transforms.
 
     Args:
-        encoder ([`DMCLIPVisionModel`]): Fused.
+        encoder ([`DMCLIPVisionModel`]): A fused encoder.
 
     Raises:
-        ValueError: If it is not fused.
+        ValueError: If the encoder is not fused.
     """
     if not encoder.config.batch_norm_folded:
         raise ValueError(

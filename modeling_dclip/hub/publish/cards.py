@@ -7,7 +7,7 @@ missing fact is an error.
 import os
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,6 +19,7 @@ from PIL import Image
 from transformers import PreTrainedModel, pipeline
 
 from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
+from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.hub.publish.licences import LICENCES, Origin
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -108,7 +109,7 @@ class EvaluationFacts(TypedDict):
     """Results of a model: `table` in Markdown, the `records`, and with what they were measured."""
 
     table: str
-    records: list[Mapping[str, Any]]
+    records: list[Record]
     benchmarks: list[str]
     hardware: str
     versions: str
@@ -191,7 +192,7 @@ def save_pictures(folder: str | Path, paths: Sequence[str]) -> None:
         pictures[path].save(target, format="PNG", optimize=True)
 
 
-TEMPLATES = Path(__file__).parents[3] / "hub_cards"
+CARD_TEMPLATES = Path(__file__).parents[3] / "hub_cards"
 REPO_SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher", "clip": "-clip"}
 WITH_EXAMPLES = ("dual", "clip")
 PIPELINES = {
@@ -248,7 +249,7 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         ValueError: If a fact that the template reads is missing.
     """
     jinja2 = load_jinja()
-    folder, name = Path(templates or TEMPLATES), template_name(facts["family"], kind)
+    folder, name = Path(templates or CARD_TEMPLATES), template_name(facts["family"], kind)
     if not (folder / name).is_file():
         raise FileNotFoundError(
             f"Expected the card's template {name} in '{folder}', got none. A checkout of the repository has the "
@@ -311,11 +312,11 @@ def _hub_datasets(specs: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(spec.split(":")[1] for spec in specs if spec.startswith("hub:")))
 
 
-def make_eval_results(records: Sequence[Mapping[str, Any]]) -> list[EvalResult]:
+def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
     """Turn results records into entries of a `model-index`, with the measured values.
 
     Args:
-        records (`Sequence[Mapping[str, Any]]`): Records of one model. Benchmarks whose kind is not a task of the Hub
+        records (`Sequence[Record]`): Records of one model. Benchmarks whose kind is not a task of the Hub
             (efficiency, ...) are left out.
 
     Returns:

@@ -25,7 +25,7 @@ from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
-from modeling_dclip.hub.publish.cards import LABELS, TEMPLATES, draw_pictures
+from modeling_dclip.hub.publish.cards import CARD_TEMPLATES, LABELS, draw_pictures
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder
 
@@ -543,7 +543,7 @@ def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp
 
 
 def test_a_publication_that_fails_half_way_leaves_no_folder(trained, tmp_path):
-    arguments = spoiled(trained, tmp_path, lambda folder: shutil.copytree(TEMPLATES, folder / "cards"))
+    arguments = spoiled(trained, tmp_path, lambda folder: shutil.copytree(CARD_TEMPLATES, folder / "cards"))
     (tmp_path / "cards" / "dclip-vision.md.jinja").unlink()  # asked for after the dual encoder is written
     arguments.cards = str(tmp_path / "cards")
     with pytest.raises(FileNotFoundError, match="card's template dclip-vision.md.jinja"):
