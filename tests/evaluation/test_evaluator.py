@@ -143,7 +143,7 @@ def test_points_on_the_line_are_measured_and_say_which(world, tmp_path):
 
 def test_a_file_that_is_no_results_file_is_not_touched(world, tmp_path):
     (tmp_path / "r.json").write_text("mine")
-    with pytest.raises(ValueError, match=r"The results file '.*r.json' is no valid JSON"):
+    with pytest.raises(ValueError, match=r"Expected JSON in the results file '.*r.json', got"):
         evaluate([Candidate("student")], BENCHMARKS, tmp_path / "r.json")
     assert (tmp_path / "r.json").read_text() == "mine" and world == []
 

@@ -60,7 +60,7 @@ def test_reading_names_file_and_field(tmp_path, change, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("{", r"results.json' is no valid JSON"), ("{}", "got dict"), ("[]", "one or more records"), ("[3]", "got int")],
+    [("{", "Expected JSON in .*results.json"), ("{}", "got dict"), ("[]", "one or more records"), ("[3]", "got int")],
 )
 def test_what_is_no_list_of_records_is_refused(tmp_path, text, message):
     (tmp_path / "results.json").write_text(text)
