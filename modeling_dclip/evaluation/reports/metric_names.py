@@ -1,6 +1,6 @@
-"""What is known of a metric by its name: the title to show, the unit, which direction is better.
+"""What is known about a metric by its name: the title to show, the unit, and which direction is better.
 
-The one place that knows.
+A new metric needs an entry here, and nothing else, to be shown with its title and unit everywhere.
 """
 
 import re
@@ -20,7 +20,7 @@ def _decimals(value: float, digits: int, signed: bool) -> str:
 
 
 def _digits(value: float, signed: bool) -> str:
-    """Three digits that count, or more before the point."""
+    """Three significant digits, or more before the point."""
     sign = "+" if signed else ""
     if value == 0:
         return "0"
@@ -49,10 +49,12 @@ _SHOW: dict[str, Callable[[float, bool], str]] = {
 
 
 class Metric(NamedTuple):
-    """What is known of one metric.
+    """What is known about one metric.
 
-    `unit` is `"%"` for a share in [0, 1], which is shown in percent, and `""` where nothing is known.
-    `higher_is_better` is `None` where neither direction is.
+    Attributes:
+        title (`str`): To show.
+        unit (`str`): `"%"` for a share in [0, 1], which is shown in percent; `""` if nothing is known.
+        higher_is_better (`bool`, *optional*): `None` if neither direction is better.
     """
 
     title: str
@@ -60,7 +62,7 @@ class Metric(NamedTuple):
     higher_is_better: bool | None
 
     def show(self, value: float, *, signed: bool = False) -> str:
-        """Format a value, or with `signed` a difference of two, for a table; the unit itself is not repeated."""
+        """Format a value for a table, without the unit; with `signed`, format a difference of two values."""
         return _SHOW[self.unit](value, signed)
 
     def in_unit(self, value: float) -> float:
@@ -69,7 +71,7 @@ class Metric(NamedTuple):
 
     @property
     def heading(self) -> str:
-        """The title with the unit, but for shares, whose table says percent once."""
+        """The title with the unit; without it for shares, because their table says percent once."""
         return self.title if self.unit in ("", "%", "of 600", "rank", "distance") else f"{self.title}, {self.unit}"
 
 
@@ -121,15 +123,15 @@ _PATTERN = re.compile(
 
 
 def metric_of(name: str) -> Metric:
-    """Look up what is known of a metric.
+    """Look up what is known about a metric.
 
     Args:
         name (`str`): As in a results record, e.g. `"text_to_image_recall@1"`, `"swapped_colours_accuracy"`,
             `"hessian_eigenvalue_1"`.
 
     Returns:
-        [`Metric`]: Of an unknown name, the name itself as the title, no unit and no direction: it is shown as a plain
-            number.
+        [`Metric`]: An unknown metric has its name as the title, no unit and no direction; it is shown as a plain
+        number.
 
     Example:
         >>> metric_of("text_to_image_recall@1").show(0.1234), metric_of("rsum").show(4.2)
@@ -159,8 +161,6 @@ def metric_of(name: str) -> Metric:
 
 
 def comparison_title(name: str) -> str | None:
-    """Title of a ratio to an anchor (`top1_retention`, `text_to_image_recall@1_gain`);
-    `None` if the name is of no such ratio.
-    """
+    """The title of a ratio to an anchor (`top1_retention`, `text_to_image_recall@1_gain`); `None` for other names."""
     base, _, kind = name.rpartition("_")
     return f"{metric_of(base).title} {_COMPARISONS[kind]}" if base and kind in _COMPARISONS else None

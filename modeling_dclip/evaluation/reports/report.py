@@ -43,6 +43,7 @@ from modeling_dclip.evaluation.reports.plots import (
 from modeling_dclip.evaluation.reports.tables import (
     ABSENT,
     BENCHMARK_TABLES,
+    interval_of,
     name_of,
     short_hash,
     shorten_benchmark,
@@ -52,7 +53,7 @@ from modeling_dclip.evaluation.reports.tables import (
     tabulate_rows,
     tabulate_summary,
 )
-from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, seed_interval
+from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, IntervalDict, Summary, seed_interval
 
 
 def _kind_of(record: Record) -> str:
@@ -146,11 +147,6 @@ def _average(runs: Sequence[Record]) -> Row:
     }
 
 
-def _interval(row: Row, metric: str) -> dict[str, Any]:
-    bare = {"low": None, "high": None, "covers": "nothing"}
-    return {**row.get("intervals", {}).get(metric, bare), "estimate": float(row["metrics"][metric])}
-
-
 def bars(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, list[Bar]]:
     """Make the panels of [`~modeling_dclip.evaluation.reports.plots.plot_bars`] from the rows of [`merge_rows`].
 
@@ -170,7 +166,7 @@ def bars(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, list[Bar]]:
             if name not in row["metrics"]:
                 panel.append({"label": label, "value": None})
                 continue
-            interval = _interval(row, name)
+            interval = interval_of(row, name)
             ends = {end: None if interval[end] is None else metric.in_unit(interval[end]) for end in ("low", "high")}
             value = interval["estimate"]
             panel.append({"label": label, "value": metric.in_unit(value), "text": metric.show(value), **ends})
@@ -194,10 +190,10 @@ def pair_tradeoff(
             names one; its curves by model, over the weights between the model and its anchor; and the zero-shot
             benchmarks. With fewer than two models, all three are empty.
     """
-    accuracy: dict[tuple, dict[str, dict[str, Any]]] = {}
+    accuracy: dict[tuple, dict[str, IntervalDict]] = {}
     for other in others:
         if "top1" in other["metrics"]:
-            accuracy.setdefault(weights_of(other), {})[other["benchmark"]] = _interval(other, "top1")
+            accuracy.setdefault(weights_of(other), {})[other["benchmark"]] = interval_of(other, "top1")
     paired = [row for row in rows if GAIN_METRIC in row["metrics"] and weights_of(row) in accuracy]
     counts = Counter(name for row in paired for name in accuracy[weights_of(row)])
     chosen = [name for name, count in counts.items() if count == len(paired)]
@@ -209,7 +205,7 @@ def pair_tradeoff(
         found = [accuracy[weights_of(row)][name] for name in chosen]
         # The interval of a mean is not the mean of the intervals.
         alone = found[0] if len(found) == 1 else {"low": None, "high": None}
-        retrieval = _interval(row, GAIN_METRIC)
+        retrieval = interval_of(row, GAIN_METRIC)
         point = {
             "label": row["label"],
             "x": sum(one["estimate"] for one in found) / len(found),
@@ -259,8 +255,8 @@ class Sources(NamedTuple):
         names (`dict[Path, str]`): A short name for each file.
     """
 
-    records: list[tuple[Path, dict[str, Any]]]
-    summaries: list[tuple[Path, dict[str, Any]]]
+    records: list[tuple[Path, Record]]
+    summaries: list[tuple[Path, Summary]]
     speed: list[tuple[Path, dict[str, Any], list[Table | Text]]]
     left_out: list[tuple[Path, str]]
     names: dict[Path, str]
@@ -347,7 +343,7 @@ def _read_one(file: Path, sources: Sources) -> None:
         raise ValueError(f"No list of records, no summary of arms, no benchmark of {list(SPEED_TABLES)}: {keys}.")
 
 
-def _check_intervals(record: Mapping[str, Any], where: str) -> None:
+def _check_intervals(record: Record, where: str) -> None:
     """Check that every interval has all parts that a table needs."""
     intervals = dict(record.get("intervals", {}))
     intervals |= {name: value for name, value in record.get("comparison", {}).items() if isinstance(value, Mapping)}

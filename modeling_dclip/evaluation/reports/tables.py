@@ -10,9 +10,10 @@ from pathlib import PurePath
 from typing import Any
 
 from modeling_dclip.evaluation.benchmarks.suite import averages_of_records, suite_name
+from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.document import Cell, Code, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES, Metric, comparison_title, metric_of, percent
-from modeling_dclip.evaluation.statistics import seed_interval
+from modeling_dclip.evaluation.statistics import IntervalDict, Summary, seed_interval
 
 LEAKAGE_TITLES = {
     "as_trained": "own regions, own caption",
@@ -31,17 +32,16 @@ INTERVAL_NOTES = {
 ABSENT = "–"  # in place of a number that was not measured
 
 
-def interval_cell(
-    interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE, unit: str = ""
-) -> Cell:
+def interval_cell(interval: IntervalDict, *, signed: bool = False, metric: Metric = SHARE, unit: str = "") -> Cell:
     """Show an estimate with its interval.
 
-    `12.3 ± 0.4` where the interval is symmetric, `12.3 [11.0, 14.1]` where it is not or covers images (there it is
-    symmetric by chance only, and the notes tell the two kinds by their form), and `12.3` where there is none.
+    It is `12.3 ± 0.4` if the interval is symmetric, `12.3 [11.0, 14.1]` if it is not, and `12.3` without an interval.
+    Intervals over images always have brackets, because they are symmetric only by chance and the notes below a table
+    tell the two kinds of interval by their form.
 
     Args:
-        interval (`dict`): `estimate`, `low`, `high` (`None`: unbounded, or both `None`: no interval), optionally
-            `covers`.
+        interval (`IntervalDict`): `estimate`, `low`, `high` (`None`: unbounded, or both `None`: no interval),
+            optionally `covers`.
         signed (`bool`, *optional*, defaults to `False`): Show the sign of positive numbers too.
         metric ([`Metric`], *optional*): What the numbers are of; a share in [0, 1], shown in percent, by default.
         unit (`str`, *optional*): Stands after the interval.
@@ -57,7 +57,7 @@ def interval_cell(
     return Cell(value, f"[{ends[0]}, {ends[1]}]", unit)
 
 
-def show_interval(interval: Mapping[str, Any], *, signed: bool = False, metric: Metric = SHARE) -> str:
+def show_interval(interval: IntervalDict, *, signed: bool = False, metric: Metric = SHARE) -> str:
     """The text of [`interval_cell`], for a sentence."""
     return interval_cell(interval, signed=signed, metric=metric).text
 
@@ -67,12 +67,12 @@ def _interval_notes(kinds: Iterable[tuple[str, float]]) -> list[str]:
     return [INTERVAL_NOTES[covers].format(level) for covers, level in sorted(kinds) if covers in INTERVAL_NOTES]
 
 
-def name_of(record: Mapping[str, Any]) -> str:
+def name_of(record: Record) -> str:
     """The name of a row: the record's label, or else the model."""
     return record.get("label", record["model"])
 
 
-def row_title(record: Mapping[str, Any]) -> str:
+def row_title(record: Record) -> str:
     """[`name_of`], and the record's condition where it has one (a point between two models, a changed input)."""
     return ", ".join([name_of(record), *([record["condition"]] if "condition" in record else [])])
 
@@ -98,7 +98,7 @@ def shorten_benchmark(benchmark: str) -> str:
     return re.sub(r"[^:=,]*/[^:=,]*", shorten, benchmark)
 
 
-def shorten_paths(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def shorten_paths(records: Sequence[Record]) -> list[Record]:
     """Show models and benchmarks without the folders of the machine that measured them.
 
     A local path in a benchmark's spec keeps its last two parts. A model that is a local path and has no label loses
@@ -106,10 +106,10 @@ def shorten_paths(records: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     equal, all stay as they are.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]; not changed.
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`]; not changed.
 
     Returns:
-        `list[dict[str, Any]]`: Copies with other values of `benchmark` and `label`.
+        `list[Record]`: Copies with other values of `benchmark` and `label`.
 
     Example:
         >>> [short] = shorten_paths([{"model": "/runs/student", "benchmark": "retrieval=disk:/data/flickr/test"}])
@@ -148,7 +148,7 @@ def short_hash(text: str) -> str:
 
 
 def render_table(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     *,
     metrics: Sequence[str] | None = None,
     best: bool = False,
@@ -162,7 +162,7 @@ def render_table(
     [`~modeling_dclip.evaluation.reports.comparison.compare_results`].
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`].
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`].
         metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of
             them are left out.
         best (`bool`, *optional*, defaults to `False`): Whether the best number is in bold.
@@ -178,7 +178,7 @@ def render_table(
     """
     if unknown := [name for name in columns if name not in RECORD_COLUMNS]:
         raise ValueError(f"Expected columns of {list(RECORD_COLUMNS)}, got {unknown[0]!r}.")
-    kinds: dict[tuple[str, ...], list[Mapping[str, Any]]] = {}
+    kinds: dict[tuple[str, ...], list[Record]] = {}
     for record in records:
         names = tuple(name for name in metrics or record["metrics"] if name in record["metrics"])
         if names:
@@ -192,12 +192,12 @@ def render_table(
 
 
 def tabulate_rows(
-    records: Sequence[Mapping[str, Any]], names: Sequence[str], *, best: bool, columns: Sequence[str]
+    records: Sequence[Record], names: Sequence[str], *, best: bool, columns: Sequence[str]
 ) -> list[Table | Text]:
     """Make one table of records, and a note on its intervals where it has any.
 
     Args:
-        records (`Sequence[dict]`): The rows.
+        records (`Sequence[Record]`): The rows.
         names (`Sequence[str]`): The metrics; one that a record lacks is a dash in its row.
         best (`bool`): As in [`render_table`].
         columns (`Sequence[str]`): The columns before the metrics, of `RECORD_COLUMNS`.
@@ -228,14 +228,19 @@ def tabulate_rows(
     return [table, Text(" ".join(notes))] if notes else [table]
 
 
-def _metric_cell(record: Mapping[str, Any], name: str) -> Cell:
-    if name not in record["metrics"]:
-        return Cell(ABSENT)
-    interval = record.get("intervals", {}).get(name, {"low": None, "high": None})
-    return interval_cell({**interval, "estimate": record["metrics"][name]}, metric=metric_of(name))
+def interval_of(record: Record, metric: str) -> IntervalDict:
+    """A metric of a record with its interval; both ends are `None` where the record holds none."""
+    bare: IntervalDict = {"estimate": None, "low": None, "high": None, "confidence": 0.95, "covers": "nothing"}
+    return {**bare, **record.get("intervals", {}).get(metric, {}), "estimate": float(record["metrics"][metric])}
 
 
-def _find_best(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> set[tuple[int, str]]:
+def _metric_cell(record: Record, name: str) -> Cell:
+    return (
+        interval_cell(interval_of(record, name), metric=metric_of(name)) if name in record["metrics"] else Cell(ABSENT)
+    )
+
+
+def _find_best(records: Sequence[Record], names: Sequence[str]) -> set[tuple[int, str]]:
     """`(row, metric)` of the cells to set in bold."""
     groups: dict[tuple[str, str], list[int]] = {}
     for index, record in enumerate(records):
@@ -253,11 +258,12 @@ def _find_best(records: Sequence[Mapping[str, Any]], names: Sequence[str]) -> se
     return winners
 
 
-def tabulate_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> list[Table | Text]:
+def tabulate_summary(summary: Summary, *, where: str = "the summary") -> list[Table | Text]:
     """Make the table of a summary of arms: retrieval both ways, zero-shot accuracy, gain and retention.
 
     Args:
-        summary (`dict`): From [`~modeling_dclip.evaluation.statistics.summarise_arms`]; other keys are not read.
+        summary ([`~modeling_dclip.evaluation.statistics.Summary`]): From
+        [`~modeling_dclip.evaluation.statistics.summarise_arms`]; other keys are not read.
         where (`str`, *optional*): File, for messages.
 
     Returns:
@@ -297,19 +303,17 @@ def tabulate_summary(summary: Mapping[str, Any], *, where: str = "the summary") 
     return blocks
 
 
-def render_summary(summary: Mapping[str, Any], *, where: str = "the summary") -> str:
+def render_summary(summary: Summary, *, where: str = "the summary") -> str:
     """[`tabulate_summary`] as Markdown."""
     return render_markdown(tabulate_summary(summary, where=where))
 
 
-def tabulate_leakage(
-    records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1"
-) -> list[Table | Text]:
+def tabulate_leakage(records: Sequence[Record], *, metric: str = "text_to_teacher_recall@1") -> list[Table | Text]:
     """Make the table of what teachers reach with parts of their input exchanged: a row for each condition, a column
     for each label.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark.
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.leakage.evaluate_leakage`], on one benchmark.
             Records with one label are trainings of one teacher with several seeds.
         metric (`str`, *optional*, defaults to `"text_to_teacher_recall@1"`): Which to show, in percent.
 
@@ -319,7 +323,7 @@ def tabulate_leakage(
     Raises:
         ValueError: If a record is of another kind or lacks the metric, a cell is missing, or the benchmarks differ.
     """
-    cells: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    cells: dict[tuple[str, str], list[Record]] = {}
     for record in records:
         if "condition" not in record or metric not in record["metrics"]:
             raise ValueError(
@@ -357,12 +361,12 @@ def tabulate_leakage(
     return [Table(["The teacher reads", *header], rows), note]
 
 
-def render_leakage(records: Sequence[Mapping[str, Any]], *, metric: str = "text_to_teacher_recall@1") -> str:
+def render_leakage(records: Sequence[Record], *, metric: str = "text_to_teacher_recall@1") -> str:
     """[`tabulate_leakage`] as Markdown."""
     return render_markdown(tabulate_leakage(records, metric=metric))
 
 
-def _pool_trainings(records: Sequence[Mapping[str, Any]], metric: str) -> Mapping[str, Any]:
+def _pool_trainings(records: Sequence[Record], metric: str) -> IntervalDict:
     """The interval over training seeds where there are several; else over images, where the record holds it."""
     values = [record["metrics"][metric] for record in records]
     if len(values) == 1 or len(set(values)) == 1:  # a number that no training changes has no spread over trainings
@@ -370,11 +374,11 @@ def _pool_trainings(records: Sequence[Mapping[str, Any]], metric: str) -> Mappin
     return seed_interval(values).to_dict()
 
 
-def render_averages(records: Sequence[Mapping[str, Any]]) -> str:
+def render_averages(records: Sequence[Record]) -> str:
     """Show the averages of the zero-shot suite for each model, and over how many of its sets each average is.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`]. Points between two
             models, and splits, have averages of their own.
 
     Returns:
@@ -383,7 +387,7 @@ def render_averages(records: Sequence[Mapping[str, Any]]) -> str:
     Raises:
         ValueError: If two records of one model and split are of one set.
     """
-    models: dict[tuple[str | None, ...], list[Mapping[str, Any]]] = {}
+    models: dict[tuple[str | None, ...], list[Record]] = {}
     for record in records:
         kind, _, spec = record["benchmark"].partition("=")
         if kind == "zero_shot" and suite_name(spec) is not None:
