@@ -58,8 +58,8 @@ setup(
     package_data={"modeling_dclip": ["py.typed", "evaluation/metrics/*/*.py", "evaluation/reports/templates/*.jinja"]},
     install_requires=[
         "accelerate>=1.10",
-        "datasets>=4.0",
-        "fsspec[http]>=2024.2",  # shards at an address; datasets 5 brings fsspec without aiohttp
+        "datasets>=4.1",
+        "fsspec[http]>=2025.9",  # shards at an address; before 2025.9 fsspec hid Last-Modified
         "huggingface_hub>=1.0",
         "jinja2>=3.1",  # reports and galleries; torch needs it too
         "numpy>=1.26",
