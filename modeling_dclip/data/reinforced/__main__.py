@@ -26,7 +26,7 @@ class ReinforcedWriterArguments:
     teachers: str = field(
         metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
     )
-    output: str = field(metadata={"help": "Folder to write; a run that was stopped goes on in it."})
+    output: str = field(metadata={"help": "Folder to write. A run that was stopped goes on where it stopped."})
     augmentations: int = field(default=30, metadata={"help": "Stored augmentations of each image."})
     synthetic_captions: str | None = field(
         default=None, metadata={"help": "Column of synthetic captions, e.g. coarse_caption of drawn scenes."}
@@ -39,13 +39,13 @@ class ReinforcedWriterArguments:
     min_crop_area: float = field(
         default=0.08, metadata={"help": "Smallest share of the image that a random resized crop keeps, in (0, 1]."}
     )
-    num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment."})
+    num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment per augmentation."})
     magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
-    samples_per_shard: int = field(default=1000, metadata={"help": "Images a file."})
+    samples_per_shard: int = field(default=1000, metadata={"help": "Images per file."})
     dtype: Literal["float16", "float32"] = field(default="float16", metadata={"help": "Of the stored embeddings."})
-    batch_size: int = field(default=64, metadata={"help": "Augmented images a forward pass."})
+    batch_size: int = field(default=64, metadata={"help": "Augmented images in one forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment."})
-    seed: int = field(default=0, metadata={"help": "Of augmentations, drawn captions, and the draw of @COUNT."})
+    seed: int = field(default=0, metadata={"help": "Seed of augmentations, sampled captions, and the draw of @COUNT."})
 
 
 @command

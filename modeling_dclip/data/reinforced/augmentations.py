@@ -1,8 +1,8 @@
 """Augmentations as numbers: drawn once, stored beside the image, replayed pixel for pixel.
 
-A reinforced dataset holds what its teachers said of an augmented image, not the augmented image: whoever trains on it
-makes the same pixels again from the stored numbers. One augmentation is a random resized crop and RandAugment, as
-torchvision has them for PIL images, with PIL alone.
+A reinforced dataset stores the teachers' embeddings of an augmented image, but not the augmented image itself:
+training makes the same pixels again from the stored numbers. One augmentation is a random resized crop and
+RandAugment. Both equal torchvision's for PIL images, and need only PIL.
 """
 
 import math
@@ -16,13 +16,13 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-MAGNITUDE_BINS = 31  # of RandAugment; a magnitude is a number of these
-CROP_ATTEMPTS = 10  # before the centre is taken, as in torchvision
+MAGNITUDE_BINS = 31  # of RandAugment; a magnitude is the number of a bin
+CROP_ATTEMPTS = 10  # then the crop is at the centre, as in torchvision
 
 
 @dataclass(frozen=True)
 class AugmentationSettings:
-    """What augmentations are drawn from. The defaults are torchvision's.
+    """The ranges that augmentations are drawn from. The defaults are torchvision's.
 
     Source: [MC] reinforced training; docs/papers.md, reinforced data. Deviation: none.
 
@@ -69,7 +69,7 @@ class StoredAugmentation(NamedTuple):
 
     @classmethod
     def decode(cls, stored: Any) -> "StoredAugmentation":
-        """From what JSON gives: `[[top, left, height, width], [[index, magnitude] or null, ...]]`.
+        """Read an augmentation from JSON: `[[top, left, height, width], [[index, magnitude] or null, ...]]`.
 
         Raises:
             ValueError: If it has another form, a crop without area, an unknown operation, or a magnitude the operation
@@ -94,7 +94,7 @@ class StoredAugmentation(NamedTuple):
         return cls(crop, tuple(None if one is None else (int(one[0]), float(one[1])) for one in operations))
 
     def encode(self) -> list:
-        """As JSON stores it; [`decode`] gives it back."""
+        """The JSON form, which [`decode`] reads."""
         return [list(self.crop), [None if one is None else list(one) for one in self.operations]]
 
 
@@ -121,7 +121,7 @@ def _affine(image: Image.Image, *inverse: float) -> Image.Image:
 
 
 def _shear_x(image: Image.Image, magnitude: float) -> Image.Image:
-    # Through degrees and back, as in torchvision: the last bit decides which of two pixels is nearest.
+    # To degrees and back, as torchvision does: the last bit decides which of two pixels is the nearest.
     angle = math.radians(math.degrees(math.atan(magnitude)))
     return _affine(image, 1.0, math.tan(angle), 0.0, 0.0, 1.0, 0.0)
 

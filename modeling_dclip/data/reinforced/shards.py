@@ -1,10 +1,10 @@
-"""One sample of a reinforced dataset: read, checked, and packed.
+"""Read, check and pack the samples of a reinforced dataset.
 
 | member | what |
 |---|---|
 | `jpg`, `jpeg`, `png` or `webp` | the stored image |
 | `txt` | one caption, or a JSON list of captions |
-| `json` | of the source; a list under `captions` stands in for a missing `txt` |
+| `json` | about the source; a list under `captions` is read where `txt` is missing |
 | `syn.json` | `{"syn_text": [synthetic captions]}`, maybe more such keys |
 | `paug.json` | `{"param_aug": [augmentations]}`, or a JSON string of that list; one is [`StoredAugmentation`] |
 | `npz` or `pth.gz` | `image_emb (augmentations, W)` and `text_emb (captions + synthetic captions, W)` |
@@ -40,7 +40,7 @@ _BLOCK = 512  # bytes of a tar header; members are padded to a multiple
 class DamagedSampleError(ValueError):
     """A shard, sample or member that cannot be used; the message names all three, what was expected and what came."""
 
-    # Not in the constructor: a data loader's worker hands its error over by the message alone.
+    # Set by `at`, not by the constructor: a data loader's worker rebuilds its error from the message alone.
     shard: Path | None = None
     key: str | None = None
     member: str | None = None
@@ -48,7 +48,7 @@ class DamagedSampleError(ValueError):
 
     @classmethod
     def at(cls, shard: Path, problem: str, key: str | None = None, member: str | None = None) -> "DamagedSampleError":
-        """The error of a place."""
+        """The error of a shard, a sample or a member."""
         place = f"Shard '{shard}'"
         place += f", sample {key!r}" if key is not None else ""
         place += f", member {member!r}" if member is not None else ""
@@ -64,7 +64,7 @@ class SamplePlace(NamedTuple):
     Args:
         shard (`Path`): The tar file.
         key (`str`): The sample's.
-        members (`dict[str, tuple[int, int]]`): Offset and size in bytes, by what follows the key.
+        members (`dict[str, tuple[int, int]]`): Offset and size in bytes of each member, by its name after the key.
     """
 
     shard: Path
@@ -73,10 +73,10 @@ class SamplePlace(NamedTuple):
 
 
 class ShardFiles:
-    """Open shards, to read members by their places. Not to be shared by processes.
+    """Open shards, to read members by their places. Each process needs its own.
 
     Args:
-        limit (`int`, *optional*, defaults to 32): Files kept open; the one opened first is closed for another.
+        limit (`int`, *optional*, defaults to 32): Files kept open. Beyond it, the file opened first is closed.
     """
 
     def __init__(self, limit: int = 32):
@@ -87,7 +87,7 @@ class ShardFiles:
         """The bytes of a member.
 
         Raises:
-            DamagedSampleError: If the sample lacks it, has it twice, or the file ends before it.
+            DamagedSampleError: If the sample lacks the member or has it twice, or the file ends before it.
         """
         if f"{member} (repeated)" in place.members:
             raise DamagedSampleError.at(place.shard, "expected it once, got it twice", place.key, member)
@@ -105,7 +105,7 @@ class ShardFiles:
         return content
 
     def close(self) -> None:
-        """Close all."""
+        """Close all files."""
         while self._open:
             self._open.popitem()[1].close()
 
@@ -175,9 +175,9 @@ def _expand_braces(pattern: str) -> list[str]:
 
 
 def _plain_member(header: bytes) -> tuple[str, int] | None:
-    """Name and size of an ordinary file, or of a header for the whole archive, for which the name is empty.
+    """Name and size of an ordinary file, or an empty name and the size of a header for the whole archive.
 
-    `None` for anything else: tarfile had better read that. It reads these too, at a quarter of the speed.
+    `None` for anything else, which tarfile reads. It would read these two as well, at a quarter of the speed.
     """
     if header[156:157] not in (b"0", b"\0", b"g") or header[345:346] != b"\0":
         return None
@@ -222,7 +222,7 @@ def _members(path: Path) -> Iterator[tuple[str, int, int]]:
 
 
 def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[str, int, int]]:
-    """The rest of a tar, from a header on that is not plain: the end of the archive, long names, or damage."""
+    """The rest of a tar from a header that is not plain: the end of the archive, a long name, or damage."""
     end = path.stat().st_size
     file.seek(offset)
     try:
@@ -235,7 +235,7 @@ def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[s
             offset = tar.offset
         problem = "no header of a member"
         file.seek(offset)
-        if not file.read(_BLOCK).strip(b"\0"):  # tarfile takes damage after the first member for the end
+        if not file.read(_BLOCK).strip(b"\0"):  # else tarfile took damage for the end
             return
     except tarfile.TarError as error:
         problem = str(error)
@@ -245,10 +245,10 @@ def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[s
 
 
 def scan_shard(path: Path) -> Iterator[SamplePlace]:
-    """The samples of a shard, in its order, without reading them.
+    """The places of a shard's samples, in its order; only the headers are read.
 
     Raises:
-        DamagedSampleError: If the tar is damaged or holds no sample; after the samples that come before the damage.
+        DamagedSampleError: If the tar is damaged, after the samples before the damage; or if it holds no sample.
     """
     current, members = None, {}
     try:
@@ -260,7 +260,7 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
                 if members:
                     yield SamplePlace(path, current, members)
                 current, members = key, {}
-            # A second member of a name would hide the first; no reader of a sample expects this one.
+            # A second member of the same name would hide the first one, so it gets a name that no reader expects.
             members[kind if kind not in members else f"{kind} (repeated)"] = (offset, size)
     except DamagedSampleError as error:
         if members and error.key != current:
@@ -281,17 +281,17 @@ _UNREADABLE_ARRAYS = (
 
 
 class Sample(NamedTuple):
-    """A sample as it is stored, its counts checked: A augmentations, C captions, S synthetic captions, width W, any
-    float type.
+    """A sample as stored, its counts checked.
 
     Args:
         image (`bytes`): Encoded.
-        image_member (`str`): What it is called, for messages.
-        captions (`list[str]`): At least one.
-        synthetic_captions (`list[str]`): None to many.
-        augmentations (`list`): As JSON holds them; at least one.
-        image_embeds (`torch.Tensor` of shape `(A, W)`): Finite.
-        text_embeds (`torch.Tensor` of shape `(C + S, W)`): Finite; the captions first.
+        image_member (`str`): The name of the image's member, for messages.
+        captions (`list[str]`): C >= 1 captions.
+        synthetic_captions (`list[str]`): S >= 0 synthetic captions.
+        augmentations (`list`): A >= 1 augmentations, as JSON holds them.
+        image_embeds (`torch.Tensor` of shape `(A, W)`): Of the augmented images; finite, any float type.
+        text_embeds (`torch.Tensor` of shape `(C + S, W)`): Of the captions, then of the synthetic captions; finite,
+            any float type.
     """
 
     image: bytes
@@ -312,17 +312,17 @@ def _present(place: SamplePlace, members: Sequence[str], what: str) -> str:
 
 
 def _texts(value: Any) -> list[str] | None:
-    """The stripped texts, or `None` if it is no list of texts with words."""
+    """The stripped texts, or `None` if the value is no list of texts with words."""
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         return None
     return [text.strip() for text in value]
 
 
 class SampleReader:
-    """Reads samples from their places.
+    """Read samples from their places.
 
     Args:
-        width (`int`): W, of all teachers together.
+        width (`int`): W, the width of all teachers together.
         synthetic_keys (`str`, *optional*, defaults to `"syn_text.*"`): Regular expression; the keys of `syn.json` that
             match whole are read.
     """
@@ -331,7 +331,7 @@ class SampleReader:
         self.width, self.synthetic_keys, self.files = width, re.compile(synthetic_keys), ShardFiles()
 
     def read(self, place: SamplePlace) -> Sample:
-        """One sample.
+        """Read and check one sample.
 
         Raises:
             DamagedSampleError: If a member is missing or malformed, counts disagree, an embedding has another width or
@@ -368,7 +368,7 @@ class SampleReader:
                 try:
                     found = json.loads(text)
                 except ValueError:
-                    pass  # a caption that happens to begin with a bracket
+                    pass  # a caption that begins with a bracket
         else:
             source = self._json(place, member)
             found = source.get("captions", [source.get("caption")]) if isinstance(source, dict) else None
@@ -415,7 +415,7 @@ class SampleReader:
         arrays = self._arrays(place, member)
         counts = {key: len(texts) for key, texts in synthetic.items()}
         beside = [f"{key}_emb" for key in counts if f"{key}_emb" in arrays]
-        if len(beside) < len(counts):  # all are behind the captions, in the order of the keys
+        if len(beside) < len(counts):  # all embeddings follow those of the captions, in the order of the keys
             expected = {"image_emb": augmentations, "text_emb": captions + sum(counts.values())}
         else:
             expected = {"image_emb": augmentations, "text_emb": captions}
@@ -459,15 +459,17 @@ class SampleReader:
 
 
 def storable_image(encoded: bytes) -> tuple[str, bytes]:
-    """Kind of member and bytes an image is stored as: its own, if it is a JPEG, PNG or WebP that lies upright; else
-    PNG in RGB.
+    """The form that an image is stored in: unchanged if it is an upright JPEG, PNG or WebP, else a PNG in RGB.
+
+    Returns:
+        `tuple[str, bytes]`: The kind of member (`jpg`, `png`, `webp`) and its bytes.
 
     Raises:
-        ValueError: If it cannot be decoded.
+        ValueError: If the image cannot be decoded.
     """
     try:
         image = Image.open(io.BytesIO(encoded))
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # readers of shards do not look at it
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # readers of shards ignore the orientation
     except UNREADABLE_IMAGE as error:
         raise ValueError(f"expected an image, got {error}") from error
     kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format)
@@ -488,24 +490,22 @@ def pack_sample(
     text_embeds: np.ndarray,
     source: Mapping[str, Any],
 ) -> dict[str, bytes]:
-    """The members of a sample, as [`SampleReader`] and readers of DataCompDR read them.
+    """Pack a sample into members that [`SampleReader`] and readers of DataCompDR read.
 
-    Equal arguments give equal bytes.
-
-    Where there are several captions the synthetic captions' embeddings stand in `syn_text_emb`, else behind the
-    caption's in `text_emb`.
+    Equal arguments give equal bytes. With several captions, the synthetic captions' embeddings are in `syn_text_emb`;
+    with one, they follow the caption's in `text_emb`.
 
     Args:
         image (`tuple[str, bytes]`): See [`storable_image`].
-        captions (`Sequence[str]`): C, at least one.
-        synthetic_captions (`Sequence[str]`): S, or none.
-        augmentations (`Sequence`): A, encoded.
+        captions (`Sequence[str]`): C >= 1 captions.
+        synthetic_captions (`Sequence[str]`): S >= 0 synthetic captions.
+        augmentations (`Sequence`): A augmentations, encoded.
         image_embeds (`np.ndarray` of shape `(A, W)`): Any float type.
         text_embeds (`np.ndarray` of shape `(C + S, W)`): The captions first.
-        source (`Mapping`): What `json` holds.
+        source (`Mapping`): The content of `json`.
 
     Returns:
-        `dict[str, bytes]`: By what follows the key.
+        `dict[str, bytes]`: The members, by what follows the key in their names.
     """
     arrays = {"image_emb": image_embeds, "text_emb": text_embeds}
     if len(captions) > 1 and synthetic_captions:

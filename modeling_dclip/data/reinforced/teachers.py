@@ -1,5 +1,4 @@
-"""Who speaks in a reinforced dataset: CLIPs that embed augmented images and captions, and captioners that describe
-images.
+"""The models behind a reinforced dataset: teachers that embed augmented images and captions, and captioners.
 
 | spec of a teacher | what |
 |---|---|
@@ -35,8 +34,8 @@ class ReinforcementTeacher(Protocol):
         fingerprint (`str`): Equal ones mean equal embeddings.
         width (`int`): D.
         logit_scale (`float`): As trained; a logarithm.
-        preprocess (`Callable`): From RGB images to what it reads, `(B, 3, H, W)`: its own size, cut and normalisation.
-            Goes to the data loader's workers, so it holds no model.
+        preprocess (`Callable`): From RGB images to the model's input, `(B, 3, H, W)`, with its own size, crop and
+            normalisation. It is sent to the data loader's workers, so it holds no model.
     """
 
     name: str
@@ -49,7 +48,7 @@ class ReinforcementTeacher(Protocol):
         """`(B, D)` float32, L2-normalised."""
 
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised; a text too long is cut."""
+        """`(B, D)` float32, L2-normalised; a text that is too long is cut."""
 
 
 def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
@@ -57,7 +56,7 @@ def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tenso
 
 
 class _DualEncoderTeacher:
-    """What the teachers share: a pair of model and processor that embeds."""
+    """A model with its processor: what both kinds of teacher share."""
 
     def __init__(self, name: str, device: str | torch.device):
         self.name, self.device = name, device
@@ -81,7 +80,7 @@ class _DualEncoderTeacher:
 
     @torch.no_grad()
     def encode_texts(self, texts: Sequence[str]) -> np.ndarray:
-        """`(B, D)` float32, L2-normalised; a text too long is cut, keeping EOS."""
+        """`(B, D)` float32, L2-normalised; a text that is too long is cut, keeping EOS."""
         tokens = tokenize_texts(self.model, self.processor, texts)
         return self._unit(self.model.get_text_features(**{name: ids.to(self.device) for name, ids in tokens.items()}))
 
@@ -95,7 +94,8 @@ class TransformersTeacher(_DualEncoderTeacher):
 
     Raises:
         TypeError: If the model is no dual encoder.
-        ValueError: If it reads more of an image than its pixels, or as [`~modeling_dclip.encoders.loading.load_pair`].
+        ValueError: If the model reads more of an image than its pixels, or as in
+            [`~modeling_dclip.encoders.loading.load_pair`].
     """
 
     def __init__(self, name: str, device: str | torch.device = "cpu"):
@@ -117,7 +117,7 @@ class OpenClipTeacher(_DualEncoderTeacher):
 
     Raises:
         ImportError: If the package is not installed.
-        ValueError: If the spec has another form, or names what open_clip does not know.
+        ValueError: If the spec has another form, or open_clip does not know the name or the tag.
     """
 
     def __init__(self, spec: str, device: str | torch.device = "cpu"):
@@ -126,22 +126,22 @@ class OpenClipTeacher(_DualEncoderTeacher):
 
 
 def build_teacher(spec: str, device: str | torch.device = "cpu") -> ReinforcementTeacher:
-    """The teacher a spec names: see the table above."""
+    """Load the teacher that a spec names; see the table at the top of this module."""
     if spec.startswith(OPEN_CLIP_PREFIX):
         return OpenClipTeacher(spec.removeprefix(OPEN_CLIP_PREFIX), device)
     return TransformersTeacher(spec, device)
 
 
 class TransformersCaptioner:
-    """A captioner that writes from pixels alone: BLIP, GIT, or a vision encoder with a text decoder (ViT-GPT2).
+    """A captioner that reads only pixels: BLIP, GIT, or a vision encoder with a text decoder (ViT-GPT2).
 
-    One caption an image is the likeliest, word by word; several are drawn, equal ones kept once.
+    A single caption is decoded greedily. Several captions are sampled, and equal ones are kept once.
 
     Args:
         name (`str`): Folder or Hub id, with tokenizer and image processor.
-        captions (`int`, *optional*, defaults to 1): Of an image.
-        max_new_tokens (`int`, *optional*, defaults to 40): Of a caption.
-        seed (`int`, *optional*, defaults to 0): Of the draws.
+        captions (`int`, *optional*, defaults to 1): Captions per image.
+        max_new_tokens (`int`, *optional*, defaults to 40): Tokens per caption.
+        seed (`int`, *optional*, defaults to 0): Seed of the sampling.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where it runs.
 
     Raises:
@@ -175,14 +175,14 @@ class TransformersCaptioner:
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image], lot: int = 0) -> list[list[str]]:
-        """Captions of each image.
+        """Write captions of images.
 
         Args:
             images (`Sequence[PIL.Image]`): RGB.
-            lot (`int`, *optional*, defaults to 0): With the seed it decides the draws.
+            lot (`int`, *optional*, defaults to 0): The sampling depends on the seed and the lot.
 
         Returns:
-            `list[list[str]]`: With words, of each image none to `captions`.
+            `list[list[str]]`: For each image 0 to `captions` texts, none of them blank.
         """
         pixel_values = _process(self.image_processor, images).to(self.device)
         how = {"do_sample": False, "num_beams": 1}

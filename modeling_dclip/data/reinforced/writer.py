@@ -1,8 +1,7 @@
-"""Write a reinforced dataset: let teachers speak once about augmented images and captions, for every student to come.
+"""Write a reinforced dataset: compute the teachers' embeddings of augmented images and captions once.
 
-Shards are written one by one, each atomically and under a key of what made it: a run that was killed goes on at the
-next shard, and several processes share the shards among them. `reinforced.json` beside them says all that is needed to
-read.
+Each shard is written atomically, and holds a key of everything that made it. A run that was killed goes on at the next
+shard. Several processes share the shards. `reinforced.json` beside the shards holds what a reader needs.
 """
 
 import io
@@ -40,12 +39,12 @@ from modeling_dclip.data.rows import require_rows
 from modeling_dclip.encoders.fingerprints import combine_keys
 
 TEXTS_PER_PASS = 256
-IMAGES_PER_LOT = 16  # captioned together, whatever batch_size is: a lot decides the captioner's draws
-DTYPES = ("float16", "float32")
+IMAGES_PER_LOT = 16  # captioned together, whatever batch_size is, because the captioner's draws depend on the lot
+_DTYPES = ("float16", "float32")
 
 
 class _AugmentedImages(TorchDataset):
-    """Every augmentation of every image as each teacher reads it, made in the data loader's workers."""
+    """Every augmentation of every image, preprocessed for each teacher in the data loader's workers."""
 
     def __init__(
         self, images: Sequence[bytes], augmentations: list[list[StoredAugmentation]], size: int, preprocess: list
@@ -68,16 +67,16 @@ class _AugmentedImages(TorchDataset):
 
 
 class ReinforcedRow(NamedTuple):
-    """A row with all that its sample holds.
+    """A row with everything that its sample stores.
 
     Args:
-        image_id (`str`): The row's.
+        image_id (`str`): Id of the row.
         image (`tuple[str, bytes]`): Kind and content, as stored.
-        captions (`list[str]`): C.
-        synthetic_captions (`list[str]`): S, or none.
-        augmentations (`list[StoredAugmentation]`): A.
+        captions (`list[str]`): C captions.
+        synthetic_captions (`list[str]`): S synthetic captions, maybe 0.
+        augmentations (`list[StoredAugmentation]`): A augmentations.
         image_embeds (`np.ndarray` of shape `(A, W)`): Of the augmented images.
-        text_embeds (`np.ndarray` of shape `(C + S, W)`): The captions first.
+        text_embeds (`np.ndarray` of shape `(C + S, W)`): Of the captions, then of the synthetic captions.
     """
 
     image_id: str
@@ -101,10 +100,10 @@ class ReinforcedRow(NamedTuple):
         )
 
     def require_finite(self) -> None:
-        """Refuse embeddings that hold NaN or infinity.
+        """Refuse NaN and infinity in the embeddings.
 
         Raises:
-            ValueError: If one does.
+            ValueError: If there is one; the message names the image.
         """
         for name in ("image_embeds", "text_embeds"):
             if not np.isfinite(getattr(self, name)).all():
@@ -116,21 +115,21 @@ class ReinforcedRow(NamedTuple):
 
 @dataclass
 class Reinforcer:
-    """Turns rows of a dataset into samples.
+    """Turn rows of a dataset into samples.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id` and `image`.
         captions (`list[list[str]]`): Of each row.
-        synthetic_captions (`list[list[str]]` or None): Of each row, if they are known.
-        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`] or None): Writes them otherwise;
-            without, there are none.
+        synthetic_captions (`list[list[str]]` or None): Of each row; `None` to let the captioner write them.
+        captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`] or None): Writes synthetic
+            captions where none are given; `None` for no synthetic captions.
         teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.ReinforcementTeacher`].
-        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn
-            from.
-        augmentations (`int`, *optional*, defaults to 30): Of each image.
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): The ranges that
+            augmentations are drawn from.
+        augmentations (`int`, *optional*, defaults to 30): Per image.
         seed (`int`, *optional*, defaults to 0): Of the draws.
-        dtype (`str`, *optional*, defaults to `"float16"`): Of the embeddings, or `"float32"`.
-        batch_size (`int`, *optional*, defaults to 64): Augmented images a forward pass.
+        dtype (`str`, *optional*, defaults to `"float16"`): Of the embeddings; or `"float32"`.
+        batch_size (`int`, *optional*, defaults to 64): Augmented images in one forward pass.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and augment.
 
     Raises:
@@ -150,21 +149,21 @@ class Reinforcer:
     num_workers: int = 0
 
     def __post_init__(self):
-        if not self.teachers or min(self.augmentations, self.batch_size) < 1 or self.dtype not in DTYPES:
+        if not self.teachers or min(self.augmentations, self.batch_size) < 1 or self.dtype not in _DTYPES:
             raise ValueError(
                 "Expected one or more teachers, augmentations and a batch_size of at least 1, and a dtype of "
-                f"{DTYPES}, got {len(self.teachers)}, {self.augmentations}, {self.batch_size} and {self.dtype!r}."
+                f"{_DTYPES}, got {len(self.teachers)}, {self.augmentations}, {self.batch_size} and {self.dtype!r}."
             )
 
     def samples(self, rows: range, progress: tqdm) -> list[ReinforcedRow]:
-        """The samples of rows.
+        """Compute the samples of some rows.
 
         Args:
-            rows (`range`): Of the dataset.
-            progress (`tqdm`): Counts augmented images.
+            rows (`range`): Rows of the dataset.
+            progress (`tqdm`): Advances by each augmented image.
 
         Raises:
-            ValueError: If an image cannot be read, the captioner has nothing to say of it, or an embedding is not
+            ValueError: If an image cannot be read, the captioner writes nothing about it, or an embedding is not
                 finite; the message names the image.
         """
         part = self.dataset.select(rows)
@@ -238,12 +237,12 @@ def _storable(row: int, image_id: str, encoded: bytes) -> tuple[str, bytes]:
 
 
 FORMAT = 1  # of the index
-# Of a shard, in its tar's global header, which readers of samples pass over.
+# Fields in the global header of a shard's tar; readers of samples ignore them.
 KEY_HEADER, SYNTHETIC_HEADER = "MODELING_DCLIP.key", "MODELING_DCLIP.synthetic_captions"
 
 
 def _texts_of(dataset: Dataset, column: str) -> list[list[str]]:
-    """The texts of a column of texts or of lists of texts, stripped."""
+    """Read a column of texts, or of lists of texts, stripped."""
     rows = [[row] if isinstance(row, str) else row or [] for row in arrow_column(dataset, column).to_pylist()]
     texts = [[text.strip() for text in row if isinstance(text, str) and text.strip()] for row in rows]
     bad = [number for number, row in enumerate(texts) if not row]
@@ -256,7 +255,7 @@ def _texts_of(dataset: Dataset, column: str) -> list[list[str]]:
 
 
 def _sample_keys(dataset: Dataset, captions: list[list[str]], synthetic: list[list[str]] | None) -> list[str]:
-    """A key of all that rows hold of their samples. The id is in it, for it decides the augmentations."""
+    """A key of each row's content. It includes the id, because the augmentations depend on it."""
     texts = [[*row, "\0", *(synthetic[number] if synthetic else [])] for number, row in enumerate(captions)]
     parts = zip(dataset["image_id"][:], row_keys(dataset), texts, strict=True)
     return [combine_keys([image_id, key, *row]) for image_id, key, row in parts]
@@ -267,13 +266,13 @@ def _write_shard(path: Path, headers: Mapping[str, str], samples: Mapping[int, M
         with tarfile.open(temporary, "w", format=tarfile.PAX_FORMAT, pax_headers=dict(headers)) as tar:
             for row, members in samples.items():
                 for kind, content in members.items():
-                    info = tarfile.TarInfo(f"{row:09d}.{kind}")  # no time, no owner: equal samples, equal bytes
+                    info = tarfile.TarInfo(f"{row:09d}.{kind}")  # no time and no owner: equal samples give equal bytes
                     info.size = len(content)
                     tar.addfile(info, io.BytesIO(content))
 
 
 def _read_headers(path: Path) -> dict[str, str]:
-    """The global headers of a shard; none if it is not there or cannot be read."""
+    """The global headers of a shard; none if the shard is missing or cannot be read."""
     if not path.is_file():
         return {}
     try:
@@ -294,10 +293,10 @@ def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
 
 
 def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
-    """Claim the folder for what is to be written, or see that it was begun with the same.
+    """Begin a folder with its index, or check that it was begun with the same rows, teachers and settings.
 
     Raises:
-        FileExistsError: If it holds something else.
+        FileExistsError: If the folder holds something else.
         ValueError: If it was begun with other rows, teachers or settings, or its index cannot be read.
     """
     path = output / INDEX_NAME
@@ -318,8 +317,10 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
 def _write_shards(
     reinforcer: Reinforcer, output: Path, keys: Sequence[str], made_by: str, samples_per_shard: int
 ) -> tuple[list[dict[str, Any]], int]:
-    """Write the shards that are not there: of each its file, number of samples and key;
-    and how many synthetic captions all hold.
+    """Write the missing shards.
+
+    Returns:
+        `tuple[list[dict], int]`: File, number of samples and key of each shard; synthetic captions in all of them.
     """
     state, shards, each = PartialState(), [], reinforcer.augmentations
     starts = range(0, len(keys), samples_per_shard)
@@ -341,7 +342,7 @@ def _write_shards(
 
 
 def _made_from(reinforcer: Reinforcer, keys: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """All that decides what is written; no name or folder does."""
+    """Everything that the content of the shards depends on; names and folders are not part of it."""
     captioner = reinforcer.captioner
     made_from = {
         "format": FORMAT,
@@ -376,13 +377,13 @@ def write_reinforced(
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
         teachers (`Sequence`): See [`~modeling_dclip.data.reinforced.teachers.build_teacher`]. Their embeddings are
             stored one after the other, each L2-normalised.
-        output (`str` or `Path`): Folder; new, or begun by the same call.
-        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): What augmentations are drawn
-            from.
+        output (`str` or `Path`): A new folder, or one that the same call began.
+        settings ([`~modeling_dclip.data.reinforced.augmentations.AugmentationSettings`]): The ranges that
+            augmentations are drawn from.
         synthetic_captions (`str`, *optional*): Column of texts or of lists of texts.
         captioner ([`~modeling_dclip.data.reinforced.teachers.TransformersCaptioner`], *optional*): Writes synthetic
-            captions of the images as they are stored. Without column and captioner there are none.
-        samples_per_shard (`int`, *optional*, defaults to 1000): Images a file.
+            captions of the stored images. Without a column and a captioner there are none.
+        samples_per_shard (`int`, *optional*, defaults to 1000): Images per file.
         options: `augmentations`, `seed`, `dtype`, `batch_size`, `num_workers` of
             [`~modeling_dclip.data.reinforced.writer.Reinforcer`].
 
