@@ -1,8 +1,8 @@
-"""The Space: search pictures in words, and see what the models see. Runs on a CPU, without a network.
+"""The page of the Space: search pictures by text, and see what the models see. It runs on a CPU, without a network.
 
     python hub_cards/space/app.py --model FOLDER_OR_HUB_ID [--teacher FOLDER_OR_HUB_ID] [--gallery FOLDER_OR_DATASET]
 
-On the Hub the variables MODEL, TEACHER, GALLERY and DETECTOR say the same.
+On the Hub, set the variables MODEL, TEACHER, GALLERY and DETECTOR instead.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from modeling_dclip.data.failures import command
 from modeling_dclip.hub.space import DETECTOR, GALLERY, SpaceAnswers, UserMistake, suggest_labels, suggest_queries
 
 ROOT = Path(__file__).resolve().parents[2]
-# What `make demo` leaves, best first; the small CLIP of the repository is always there.
+# Folders that `make demo` writes, best first. The small CLIP of the repository is always there.
 DEMO_MODELS = ("outputs/demo/leak_free/seed-0", "outputs/demo/paper/seed-0")
 FALLBACK_MODEL = "recipes/demo_anchor"
 EXAMPLES = 5
@@ -28,16 +28,15 @@ CSS = ".gradio-container {width: 100% !important; max-width: 1100px !important; 
 
 
 class BrokenUpload(NamedTuple):
-    """What stands for a picture that is none: its name."""
+    """An uploaded file that is not a picture, by its name."""
 
     name: str
 
 
 def make_upload(**options: Any) -> gr.Image:
-    """An upload of which a file that is no picture comes through as [`BrokenUpload`], to be spoken of where the answer
-    goes.
+    """Make an upload that passes a file that is not a picture on as [`BrokenUpload`], so that the answer can say so.
 
-    The component is not subclassed, for which gradio would write a `.pyi` file beside this one.
+    The component is not subclassed, because gradio would write a `.pyi` file beside this one.
     """
     upload = gr.Image(type="pil", **options)
     decode = upload.preprocess
@@ -53,7 +52,7 @@ def make_upload(**options: Any) -> gr.Image:
 
 
 def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tuple[Any, str]]:
-    """Say a visitor's mistake where the remark goes, and answer nothing."""
+    """Show a visitor's mistake in place of the remark, with an empty answer."""
 
     def answer(*inputs: Any) -> tuple[Any, str]:
         try:
@@ -70,7 +69,7 @@ def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tupl
 
 
 def save_examples(answers: SpaceAnswers) -> list[str]:
-    """Some pictures of the gallery as files, spread over it."""
+    """Save some pictures of the gallery, spread over it, as files."""
     folder = Path(tempfile.mkdtemp(prefix="space-"))
     rows = range(0, len(answers.gallery), max(1, len(answers.gallery) // EXAMPLES))
     paths = [folder / f"{number}.png" for number, _ in enumerate(rows)]
@@ -89,7 +88,7 @@ def _search_tab(answers: SpaceAnswers) -> None:
     with gr.Row(equal_height=True):
         text = gr.Textbox(label="What should the picture show?", placeholder="a red circle left of a star", scale=5)
         count = gr.Slider(
-            1, min(30, len(answers.gallery)), value=min(10, len(answers.gallery)), step=1, label="Answers", scale=2
+            1, min(30, len(answers.gallery)), value=min(10, len(answers.gallery)), step=1, label="Pictures", scale=2
         )
         button = gr.Button("Search", variant="primary", scale=1, min_width=100)
     if queries := suggest_queries(answers.captions, answers.is_drawn):
@@ -113,7 +112,7 @@ def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     with gr.Row():
         with gr.Column():
             picture = _picture_input(examples)
-            own = gr.Textbox(label="Your own texts, one a line (else the gallery's captions)", lines=3)
+            own = gr.Textbox(label="Your own texts, one in each line (by default the gallery's captions)", lines=3)
             button = gr.Button("Find texts", variant="primary")
         with gr.Column():
             remark = gr.Markdown()
@@ -127,26 +126,27 @@ def _classes_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     with gr.Row():
         with gr.Column():
             picture = _picture_input(examples)
-            names = gr.Textbox(value=labels, label="Labels, separated by commas or one a line", lines=2)
-            phrase = gr.Textbox(value=prompt, label="Prompt; {} is the label")
+            names = gr.Textbox(value=labels, label="Labels, separated by commas or one in each line", lines=2)
+            phrase = gr.Textbox(value=prompt, label="Prompt ({} stands for the label)")
             button = gr.Button("Classify", variant="primary")
         with gr.Column():
             remark = gr.Markdown()
-            shares = gr.Label(num_top_classes=8, label="Share of each label")
+            shares = gr.Label(num_top_classes=8, label="Probability of each label")
     button.click(said_plainly(answers.classify), [picture, names, phrase], [shares, remark], api_name="classify")
 
 
 def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     if answers.teacher is None:
         gr.Markdown(
-            "No teacher was named. Start the page with `--teacher FOLDER`, or set the Space's variable `TEACHER`."
+            "This page was started without a teacher. To add one, start it with `--teacher FOLDER`, or set the "
+            "variable `TEACHER` of the Space."
         )
         return
     with gr.Row():
         with gr.Column():
             picture = _picture_input(examples)
             caption = gr.Textbox(
-                label="What does it show?", placeholder="read by teachers that read text; else only written above"
+                label="What does it show?", placeholder="needed by teachers that read text; else a title"
             )
             button = gr.Button("Show attention", variant="primary")
         with gr.Column():
@@ -162,12 +162,12 @@ def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
 
 
 def short_name(model: str) -> str:
-    """A Hub id as it is, the end of a folder's path."""
+    """The name of a model to show: a Hub id, or the end of a folder's path."""
     return "/".join(Path(model).resolve().parts[-3:]) if os.path.isdir(model) else model
 
 
 def build_app(answers: SpaceAnswers) -> gr.Blocks:
-    """The page over loaded models."""
+    """Build the page."""
     examples = save_examples(answers)
     with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
         gr.Markdown(
@@ -187,7 +187,7 @@ def build_app(answers: SpaceAnswers) -> gr.Blocks:
 
 
 def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
-    """Student and teacher of the demo if they are there, else the repository's small CLIP."""
+    """Student and teacher of the demo if they exist, else the small CLIP of the repository."""
     for folder in (root / name for name in DEMO_MODELS):
         if (folder / "student").is_dir():
             teacher = folder / "teacher"
@@ -197,28 +197,28 @@ def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Command line over variables over what `make demo` left."""
+    """Read the command line, then the variables, then what `make demo` wrote."""
     model, teacher = default_models()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=os.environ.get("MODEL"), help="Folder or Hub id of a dual encoder.")
     parser.add_argument("--teacher", default=os.environ.get("TEACHER"), help="Folder or Hub id of a trained teacher.")
     parser.add_argument(
-        "--gallery", default=os.environ.get("GALLERY", GALLERY), help="Folder of pictures, or a dataset."
+        "--gallery", default=os.environ.get("GALLERY", GALLERY), help="Folder of pictures to search, or a dataset."
     )
-    parser.add_argument("--detector", default=os.environ.get("DETECTOR", DETECTOR), help="Of regions in uploads.")
+    parser.add_argument("--detector", default=os.environ.get("DETECTOR", DETECTOR), help="Finds regions in uploads.")
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help="Address to listen on.")
-    parser.add_argument("--port", type=int, default=None, help="By default the first free one from 7860.")
+    parser.add_argument("--port", type=int, default=None, help="Port; by default the first free one from 7860.")
     arguments = parser.parse_args(argv)
     if arguments.model is None:
         arguments.model, arguments.teacher = model, arguments.teacher or teacher
     if arguments.model is None:
-        parser.error("Expected a model: give --model, or set the variable MODEL.")
+        parser.error("Expected a model, got none. Give --model, or set the variable MODEL.")
     return arguments
 
 
 def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
-    """Start the server with the page's look."""
+    """Start the server with the page's theme."""
     theme = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"])
     return app.launch(theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], **options)
 

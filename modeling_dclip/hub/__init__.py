@@ -1,1 +1,1 @@
-"""What meets other projects' formats: conversion of their checkpoints, export to ONNX."""
+"""What meets the outside: publishing, export, conversion of checkpoints, a search index, and the Space."""

@@ -1,12 +1,11 @@
-"""What the Space answers, without its page: pictures for a text, texts for a picture, classes,
-and where a teacher looks.
+"""The answers of the Space, without its page.
+
+It finds pictures for a text and texts for a picture, classifies a picture, and maps where a teacher looks.
 """
 
 import logging
 import os
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,8 @@ from PIL import Image
 from modeling_dclip.configuration_dclip import DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
-from modeling_dclip.data.images import decode_image
+from modeling_dclip.data.files import read_bytes, temporary_folder
+from modeling_dclip.data.images import decode_image, open_image
 from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
@@ -32,38 +32,43 @@ logger = logging.getLogger(__name__)
 
 GALLERY = "scenes:validation,n=60,image_size=224,max_siblings=2"
 DETECTOR = "grid:3x3"
-LONGEST_INPUT = 2000  # characters of a text; tokens are counted after that
+LONGEST_INPUT = 2000  # characters of a text, before it is tokenized
 MOST_LABELS = 200
 MOST_PIXELS = 50_000_000
 
 
 class UserMistake(ValueError):
-    """Something the visitor can put right; the message is shown as it is."""
+    """A mistake that the visitor can correct. The page shows the message."""
 
 
 def load_gallery(spec: str) -> Dataset:
-    """The gallery's rows: a folder, `images:FOLDER`, or a dataset with captions, such as the drawn scenes."""
+    """Load the pictures of a folder, of `images:FOLDER`, or of a dataset with captions such as the drawn scenes."""
     if os.path.isdir(spec):
         return read_images(spec)
     return load_uncaptioned([spec], seed=0) if spec.startswith("images:") else load_captions(spec)
 
 
 def load_teacher(spec: str) -> tuple[DCLIPTeacher, DCLIPTeacherProcessor]:
-    """A trained teacher, its processor, ready to be asked.
+    """Load a trained teacher and its processor.
 
     Raises:
-        ValueError: If it is another model, or weights are missing, so that it would look at random.
+        ValueError: If it is another model, or weights are missing, so that its attention would be random.
     """
     kind = DCLIPTeacherConfig.get_config_dict(spec)[0].get("model_type")
     if kind != DCLIPTeacherConfig.model_type:
         raise ValueError(
-            f"Expected a trained teacher at '{spec}', got a model of type {kind!r}. Name the teacher's own folder."
+            f"Expected a trained teacher at '{spec}', got a model of type {kind!r}. Give the teacher's own folder."
         )
     return load_checked(DCLIPTeacher, spec), DCLIPTeacherProcessor.from_pretrained(spec)
 
 
 def split_lines(text: str | None) -> list[str]:
-    """What was written one a line or separated by commas, stripped, without repetitions."""
+    """Split what is separated by commas or lines, without repetitions.
+
+    Example:
+        >>> split_lines("dog, cat\\ndog")
+        ['dog', 'cat']
+    """
     pieces = (text or "").replace("\n", ",").split(",")
     return list(dict.fromkeys(piece.strip() for piece in pieces if piece.strip()))
 
@@ -73,15 +78,15 @@ def _key(picture: Image.Image) -> str:
 
 
 class SpaceAnswers:
-    """A dual encoder with a gallery, and if there is one a teacher.
+    """A dual encoder with a gallery of pictures, and optionally a teacher.
 
     Args:
         model (`str`): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`].
         teacher (`str`, *optional*): Folder or Hub id of a trained teacher.
-        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. It is embedded here, so some
-            thousand pictures are fine and more belong in an index.
-        detector (`str`, *optional*, defaults to `"grid:3x3"`): Where a teacher may look in pictures without boxes; any
-            of [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
+        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. All pictures are embedded when
+            the page starts, which is fine for some thousands. For more, build an index.
+        detector (`str`, *optional*, defaults to `"grid:3x3"`): Finds the regions of pictures that come without boxes;
+            any of [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
     """
 
@@ -110,11 +115,11 @@ class SpaceAnswers:
         return {_key(self.picture(row)): row for row in range(len(self.gallery))}
 
     def picture(self, row: int) -> Image.Image:
-        """A picture of the gallery, RGB."""
+        """A picture of the gallery, in RGB."""
         return decode_image(self.gallery, row)
 
     def find_pictures(self, text: str | None, top_k: int = 10) -> tuple[list[tuple[Image.Image, str]], str]:
-        """The gallery's pictures for a text, best first, each with its rank and cosine; and a remark."""
+        """Find the gallery's pictures for a text, best first, each with its rank and cosine; and a remark."""
         text, remark = self._checked_text(
             text, "Type what the picture should show, for example one of the examples below."
         )
@@ -124,22 +129,21 @@ class SpaceAnswers:
             (self.picture(row), f"{rank} · {score:.3f}")
             for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1)
         ]
-        return (
-            found,
-            f"The {len(found)} nearest of {len(scores)} pictures, with their cosine to the text. {remark}".strip(),
-        )
+        said = f"The {len(found)} nearest of {len(scores)} pictures, each with its rank and its cosine to the text."
+        return found, f"{said} {remark}".strip()
 
     def find_texts(
         self, picture: Image.Image | None, own: str | None = None, top_k: int = 5
     ) -> tuple[list[list[Any]], str]:
-        """Texts for a picture, best first, as rows of text and cosine:
-        the gallery's captions, or the visitor's own, one a line.
+        """Find texts for a picture, best first, as rows of text and cosine; and a remark.
+
+        The texts are the gallery's captions, or the visitor's own, one in each line.
         """
         picture = self._checked_picture(picture)
         texts = [line.strip() for line in (own or "").splitlines() if line.strip()]
         texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
         if not texts and self.caption_embeds is None:
-            raise UserMistake("This gallery has no captions to choose from: write some texts, one a line.")
+            raise UserMistake("This gallery has no captions. Write some texts, one in each line.")
         embeds = embed_texts(Encoder(self.model, self.processor), texts) if texts else self.caption_embeds
         scores = (embed_query(self.model, self.processor, picture) @ embeds.T)[0]
         best = scores.topk(min(top_k, len(scores)))
@@ -148,19 +152,19 @@ class SpaceAnswers:
             [names[row], round(score, 3)]
             for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        whose = "your texts" if texts else f"the {len(names)} captions of the gallery"
-        return rows, f"Nearest of {whose}, with their cosine to the picture."
+        whose = f"your {len(names)} texts" if texts else f"the {len(names)} captions of the gallery"
+        return rows, f"The {len(rows)} nearest of {whose}, each with its cosine to the picture."
 
     def classify(
         self, picture: Image.Image | None, labels: str | None, prompt: str | None
     ) -> tuple[dict[str, float], str]:
-        """The probability of each label among all that were given."""
+        """Compute the probability of each label among all that are given; and a remark."""
         picture = self._checked_picture(picture)
         names = split_lines(labels)
         if not 2 <= len(names) <= MOST_LABELS:
             raise UserMistake(
-                f"Give between 2 and {MOST_LABELS} different labels, separated by commas or one a line; there are "
-                f"{len(names)}."
+                f"Give between 2 and {MOST_LABELS} different labels, separated by commas or one in each line; "
+                f"there are {len(names)}."
             )
         prompt = (prompt or "").strip() or "{}"
         if prompt.count("{}") != 1:
@@ -178,31 +182,29 @@ class SpaceAnswers:
         ), f"Most like {prompt.replace('{}', names[int(scores.argmax())])!r}."
 
     def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, str]:
-        """The teacher's attention drawn over the picture's regions."""
+        """Draw the teacher's attention over the picture's regions; and a remark."""
         if self.teacher is None:
             raise UserMistake(
-                "There is no teacher here. Whoever runs this page names one with --teacher or the variable TEACHER."
+                "This page was started without a teacher. Its owner can add one with --teacher or the variable "
+                "TEACHER."
             )
         picture = self._checked_picture(picture)
         model, processor = self.teacher
         reads_text = model.config.cross_attention != "regions"
         if reads_text or (caption or "").strip():
             caption, remark = self._checked_text(
-                caption, "This teacher reads picture and text together: describe the picture."
+                caption, "This teacher reads the picture and a text together: describe the picture."
             )
         else:
             caption, remark = "Where the teacher looks", ""
         boxes, scores, source = self._regions(picture)
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "attention.png"
+        with temporary_folder() as folder:
+            path = folder / "attention.png"
             draw_attention(model, processor, picture, (boxes, scores), caption, path)
-            with Image.open(path) as drawn:
-                drawing = drawn.convert("RGB")
-        read = "It reads the text too." if reads_text else "It reads no text: the picture alone decides."
-        return (
-            drawing,
-            f"{len(boxes)} regions, {source}; percentages are shares of the attention. {read} {remark}".strip(),
-        )
+            drawing = open_image(read_bytes(path))
+        read = "It reads the text too." if reads_text else "It reads no text: only the picture matters."
+        shares = "The percentages are their shares of the teacher's attention."
+        return drawing, f"{len(boxes)} regions, {source}. {shares} {read} {remark}".strip()
 
     def _regions(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, str]:
         row = self.row_of.get(_key(picture))
@@ -215,13 +217,13 @@ class SpaceAnswers:
         return boxes, scores, f"by {self.detector_name}"
 
     def _checked_text(self, text: str | None, if_empty: str) -> tuple[str, str]:
-        """The text, stripped, and a remark where it is too long."""
+        """The stripped text, and a remark if it is too long."""
         text = (text or "").strip()
         if not text:
             raise UserMistake(f"The text is empty. {if_empty}")
         if len(text) > LONGEST_INPUT:
             raise UserMistake(
-                f"The text has {len(text)} characters; {LONGEST_INPUT} are the most. Describe it in a sentence or two."
+                f"The text has {len(text)} characters, more than {LONGEST_INPUT}. Describe it in one or two sentences."
             )
         dropped = count_dropped_tokens(self.model, self.processor, text)
         return text, f"**The text is too long: its last {dropped} tokens were not read.**" if dropped else ""
@@ -229,9 +231,9 @@ class SpaceAnswers:
     @staticmethod
     def _checked_picture(picture: Image.Image | None) -> Image.Image:
         if picture is None:
-            raise UserMistake("There is no picture. Upload one, or take one of the examples.")
+            raise UserMistake("There is no picture. Upload one, or choose one of the examples.")
         if min(picture.size) < 8:
-            raise UserMistake(f"The picture has {picture.width}x{picture.height} pixels; 8 each way are the least.")
+            raise UserMistake(f"The picture has {picture.width}x{picture.height} pixels. At least 8x8 are needed.")
         if picture.width * picture.height > MOST_PIXELS:
             raise UserMistake(
                 f"The picture has {picture.width}x{picture.height} pixels, more than {MOST_PIXELS:,}. Make it smaller."
@@ -240,14 +242,14 @@ class SpaceAnswers:
 
 
 def suggest_labels(drawn: bool) -> tuple[str, str]:
-    """Labels and a prompt to begin with."""
+    """Suggest labels and a prompt, for drawn pictures or for photographs."""
     if drawn:
         return "red circle, blue circle, green star, yellow square, black cross, pink heart", "a {}"
     return "dog, cat, person, car, food, landscape", "a photo of a {}"
 
 
 def suggest_queries(captions: Sequence[str], drawn: bool) -> list[str]:
-    """Texts to begin with."""
+    """Suggest texts to search for, for drawn pictures or from the captions."""
     if drawn:
         return [
             "a large green star",

@@ -82,7 +82,7 @@ def test_texts_come_in_the_order_of_their_cosines(answers):
     assert [text for text, _ in rows] == [answers.captions[row] for row in scores.argsort(descending=True)[:5]]
     assert "captions of the gallery" in remark
     own, remark = answers.find_texts(picture, "a red dog\n\n a blue circle\na red dog")
-    assert sorted(text for text, _ in own) == ["a blue circle", "a red dog"] and "your texts" in remark
+    assert sorted(text for text, _ in own) == ["a blue circle", "a red dog"] and "your 2 texts" in remark
 
 
 def test_shares_are_the_models_own_probabilities(answers, upload):
@@ -283,7 +283,7 @@ def test_a_visitor_uses_every_tab_in_a_browser(server, taught, browser_page, tmp
     page.screenshot(path=shots / "empty.png")
     reads_text = taught.teacher[0].config.cross_attention != "regions"
     for tab, button, answer in (
-        ("Picture to text", "Find texts", "captions of the gallery, with"),
+        ("Picture to text", "Find texts", "captions of the gallery, each with"),
         ("Classify", "Classify", "Most like"),
         ("Teacher's attention", "Show attention", "9 regions, by grid:3x3"),
     ):

@@ -1,13 +1,17 @@
-"""Publish a trained model: the dual encoder, its image encoder alone, its teacher, and the CLIP it is, each with a
-card.
+"""Publish a trained model on the Hub: each part of it as a repository with a model card.
 
     python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher \\
         --results outputs/mine/results --repo_id me/dclip-vitb16 --license mit
 
-makes `me/dclip-vitb16`, `me/dclip-vitb16-vision`, `me/dclip-vitb16-teacher` and, for a plain ViT student,
-`me/dclip-vitb16-clip`, a stock `CLIPModel`. With `--dry_run` nothing leaves the machine. Everything is written and
-checked in a folder first; each repository then changes in one commit, or not at all where it already is as it should
-be.
+| repository | content |
+|---|---|
+| `me/dclip-vitb16` | the dual encoder |
+| `me/dclip-vitb16-vision` | its image encoder alone |
+| `me/dclip-vitb16-teacher` | its teacher, if given |
+| `me/dclip-vitb16-clip` | for a plain ViT student: the same weights as a stock `CLIPModel` |
+
+All repositories are first written to a folder and checked. Then each is pushed in one commit, or in none if nothing
+differs. With `--dry_run` they are written and listed, and nothing leaves the machine.
 """
 
 import argparse
@@ -23,7 +27,7 @@ from modeling_dclip.hub.publish.facts import PublishArguments
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
-    """Publish, and print the links."""
+    """Publish, and print the addresses of the repositories."""
     parser = HfArgumentParser(
         PublishArguments,
         prog="python -m modeling_dclip.hub.publish",
