@@ -5,7 +5,6 @@ from pathlib import Path
 from huggingface_hub import HfApi
 
 from modeling_dclip.data.files import check_new_folder, temporary_folder
-from modeling_dclip.hub.publish.cards import load_jinja
 from modeling_dclip.hub.publish.facts import PublishArguments, check_repo_name, gather
 from modeling_dclip.hub.publish.licences import check_licence
 from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
@@ -15,7 +14,7 @@ DRY_RUN_FOLDER = "outputs/publish"
 
 
 def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> None:
-    """Check what can be checked before there is a model: the name, the licence, jinja2 and the token.
+    """Check what can be checked before there is a model: the name, the licence and the token.
 
     Args:
         arguments ([`PublishArguments`]): The arguments of the publication.
@@ -23,13 +22,11 @@ def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = D
 
     Raises:
         ConnectionError: If the Hub cannot be reached or stays busy.
-        ImportError: If jinja2 is not installed.
         PermissionError: If the token is missing, unknown, or may not write there.
         ValueError: If the name or the licence is not valid.
     """
     check_repo_name(arguments.repo_id)
     check_licence(arguments.license, arguments.license_name, arguments.license_link, [])
-    load_jinja()
     check_access(arguments.repo_id, HfApi(), delays)
 
 
@@ -45,7 +42,7 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
 
     Raises:
         ConnectionError: If the Hub cannot be reached or stays busy.
-        FileExistsError, FileNotFoundError, ImportError, ValueError: If the publication is not complete. Then nothing
+        FileExistsError, FileNotFoundError, ValueError: If the publication is not complete. Then nothing
             was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
     """

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from types import ModuleType
 from typing import Any, TypedDict
 
+import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from PIL import Image
 from transformers import PreTrainedModel, pipeline
@@ -215,22 +215,6 @@ def template_name(family: str, kind: str) -> str:
     return f"{family}{REPO_SUFFIXES[kind]}.md.jinja"
 
 
-def load_jinja() -> ModuleType:
-    """Import jinja2, which the extra `hub` installs.
-
-    Raises:
-        ImportError: If it is not installed.
-    """
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(
-            f"Expected jinja2, which renders the cards, got {error}. Install it with `pip install "
-            "modeling_dclip[hub]`."
-        ) from error
-    return jinja2
-
-
 def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None = None) -> str:
     """Render one card.
 
@@ -245,10 +229,8 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
 
     Raises:
         FileNotFoundError: If the template is missing.
-        ImportError: If jinja2 is not installed.
         ValueError: If a fact that the template reads is missing.
     """
-    jinja2 = load_jinja()
     folder, name = Path(templates or CARD_TEMPLATES), template_name(facts["family"], kind)
     if not (folder / name).is_file():
         raise FileNotFoundError(

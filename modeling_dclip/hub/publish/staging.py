@@ -63,7 +63,6 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
     Raises:
         FileExistsError: If `root` is in use.
         FileNotFoundError: If a template or a written file is missing.
-        ImportError: If jinja2 is not installed.
         ValueError: If a card is not valid, or the stock `CLIPModel` gives other outputs than the model.
     """
     check_new_folder(root)
@@ -145,7 +144,7 @@ def write_card(facts: Facts, kind: str, folder: Path) -> None:
         folder (`Path`): The repository's folder.
 
     Raises:
-        FileNotFoundError, ImportError, ValueError: As [`render_card`].
+        FileNotFoundError, ValueError: As [`render_card`].
     """
     if kind in WITH_EXAMPLES:
         save_pictures(folder, [example.path for example in facts.card["examples"]])
