@@ -1,8 +1,12 @@
 """Values of a report have one meaning in both forms, and what a file says never becomes markup."""
 
+import ast
+from pathlib import Path
+
 import jinja2
 import pytest
 
+from modeling_dclip.evaluation.reports import document
 from modeling_dclip.evaluation.reports.document import (
     Cell,
     Code,
@@ -88,3 +92,12 @@ def test_the_contents_list_parts_with_their_sections():
 def test_a_value_that_a_template_lacks_is_an_error():
     with pytest.raises(jinja2.UndefinedError, match="report"):
         render_page("report.html.jinja")
+
+
+def test_every_template_is_part_of_the_package():
+    root = Path(document.__file__).parents[3]
+    calls = [node for node in ast.walk(ast.parse((root / "setup.py").read_text())) if isinstance(node, ast.keyword)]
+    (data,) = [ast.literal_eval(node.value) for node in calls if node.arg == "package_data"]
+    packaged = {path for pattern in data["modeling_dclip"] for path in (root / "modeling_dclip").glob(pattern)}
+    templates = set(Path(document.__file__).with_name("templates").iterdir())
+    assert templates and templates <= packaged
