@@ -1,11 +1,11 @@
-"""Rows to batches, a whole batch at a time, for the three things that train: anchor, teacher, student.
+"""Turn rows into batches for the three models that train: anchor, teacher, student.
 
-Each class is a map-style dataset whose `__getitems__` answers a list of rows with one collated batch, so a
-`DataLoader` needs no more than [`pass_batch`] as its `collate_fn`. Columns are held as arrays; images, while they fit
-into a bound, as uint8 pixels that are already resized.
+Each class is a map-style dataset whose `__getitems__` returns one collated batch for a list of rows, so a `DataLoader`
+needs only [`pass_batch`] as its `collate_fn`. Columns are held as arrays. Images are held as resized uint8 pixels, as
+long as they fit into a bound.
 
-Which caption a row shows is a pure function of seed, epoch and row ([`choose_captions`]): a resumed run and one of
-several processes see what an uninterrupted one on one process sees.
+The caption of a row is a pure function of seed, epoch and row ([`choose_captions`]). A resumed run, and a run of
+several processes, see the captions that an uninterrupted run of one process sees.
 """
 
 import logging
@@ -17,6 +17,8 @@ import numpy as np
 import torch
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
+from transformers import PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
 
 from modeling_dclip.data.columns import (
     Ragged,
@@ -28,12 +30,13 @@ from modeling_dclip.data.columns import (
     ragged_column,
 )
 from modeling_dclip.data.images import PixelReader, random_resized_crop
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
 
 def pass_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A `collate_fn` that does nothing: the datasets here answer with whole batches."""
+    """A `collate_fn` that changes nothing, because the datasets here return whole batches."""
     return batch
 
 
@@ -45,7 +48,7 @@ def _mix(numbers: np.ndarray) -> np.ndarray:
 
 
 def random_numbers(seed: int, epoch: int, rows: np.ndarray, stream: int = 0) -> np.ndarray:
-    """A number in [0, 1) for each row, a pure function of seed, epoch, row and stream.
+    """Draw a number in [0, 1) for each row: a pure function of seed, epoch, row and stream.
 
     Example:
         >>> bool((random_numbers(0, 1, np.arange(3)) == random_numbers(0, 1, np.arange(3))).all())
@@ -61,13 +64,13 @@ def random_numbers(seed: int, epoch: int, rows: np.ndarray, stream: int = 0) -> 
 
 
 def choose_captions(seed: int, epoch: int, rows: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """One caption of each row for this epoch.
+    """Choose one caption of each row for this epoch.
 
     Args:
-        seed (`int`): Another seed is another draw.
+        seed (`int`): Another seed gives another choice.
         epoch (`int`): From 0.
         rows (`np.ndarray` of shape `(B,)`): Rows of the dataset.
-        counts (`np.ndarray` of shape `(B,)`): Captions of each, >= 1.
+        counts (`np.ndarray` of shape `(B,)`): Captions of each row, >= 1.
 
     Returns:
         `np.ndarray` of shape `(B,)`: Indices, `0 <= index < count`.
@@ -76,7 +79,7 @@ def choose_captions(seed: int, epoch: int, rows: np.ndarray, counts: np.ndarray)
 
 
 def read_captions(dataset: Dataset) -> Ragged:
-    """The captions of all rows, checked.
+    """Read and check the captions of all rows.
 
     Raises:
         ValueError: If a row has no caption or a blank one; the message names the first such image and counts them.
@@ -92,8 +95,10 @@ def read_captions(dataset: Dataset) -> Ragged:
     return Ragged.from_lengths(np.array([text for texts in captions for text in texts], dtype=object), lengths)
 
 
-def tokenize_captions(tokenizer: Any, captions: Sequence[str], max_length: int | None = None) -> Ragged:
-    """Token ids of each caption, BOS and EOS included. One too long is cut, keeping EOS, and counted in a warning.
+def tokenize_captions(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int | None = None
+) -> Ragged:
+    """Tokenize captions, with BOS and EOS. A caption that is too long is cut, keeping EOS; a warning counts them.
 
     Args:
         tokenizer (`CLIPTokenizer`): Any fast tokenizer that puts EOS last.
@@ -118,7 +123,7 @@ def tokenize_captions(tokenizer: Any, captions: Sequence[str], max_length: int |
 
 
 class Batches(TorchDataset):
-    """What the three share: rows in, one collated batch out, and an epoch that decides about captions.
+    """What the three classes share: one collated batch for a list of rows, and the choice of captions by epoch.
 
     Args:
         captions_per_row (`np.ndarray` of shape `(N,)`): Captions of each row, >= 1.
@@ -148,7 +153,7 @@ class Batches(TorchDataset):
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of these rows; `captions` indexes the captions of all rows, one after the other."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what a batch is.")
+        raise NotImplementedError(f"{type(self).__name__} does not define `collate`.")
 
 
 class AnchorBatches(Batches):
@@ -164,7 +169,7 @@ class AnchorBatches(Batches):
         ValueError: If a row has no caption.
     """
 
-    def __init__(self, dataset: Dataset, processor: Any, *, seed: int = 0, cache_mib: int = 2048):
+    def __init__(self, dataset: Dataset, processor: DCLIPProcessor, *, seed: int = 0, cache_mib: int = 2048):
         captions = read_captions(dataset)
         super().__init__(captions.lengths, seed)
         self.tokens = tokenize_captions(processor.tokenizer, captions.values)
@@ -200,22 +205,22 @@ class TeacherBatches(Batches):
 
 
 class StudentBatches(Batches):
-    """Images with the targets stored beside them, to train an image encoder: no text, no boxes, no teacher.
+    """Images with their stored targets, to train an image encoder without text, boxes or teacher.
 
-    A row without captions has one teacher's target and no text's. Where a dataset has such rows, every batch says
-    which they are not, in `caption_mask`, and holds zeros for their text.
+    A row without captions has one teacher's target and no text embedding. If a dataset has such rows, each batch has a
+    `caption_mask`, which is `False` for them, and zeros as their text embeddings.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `text_embeds` and those of `teacher_embeds`,
-            `anchor_embeds` that are asked for.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions` and the embedding columns asked for.
         image_processor (`CLIPImageProcessorPil`): Of the student.
-        columns (`Sequence[str]`): Which of the three embedding columns a batch holds.
+        columns (`Sequence[str]`): The embedding columns of a batch: any of `teacher_embeds`, `text_embeds`,
+            `anchor_embeds`.
         width (`int`): Of the student's embeddings.
         seed (`int`, *optional*, defaults to 0): Of the draw of captions.
         cache_mib (`int`, *optional*, defaults to 2048): Bound of [`PixelReader`].
-        pixels ([`PixelReader`], *optional*): One made before for the same rows, to be shared by several runs.
-        min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cut to a random square of at least
-            this share.
+        pixels ([`PixelReader`], *optional*): A reader of the same rows, to share its cache between runs.
+        min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cropped to a random square of at
+            least this share of the area.
 
     Raises:
         ValueError: If a column is missing, holds NaN, is of another width, or counts captions differently.
@@ -224,7 +229,7 @@ class StudentBatches(Batches):
     def __init__(
         self,
         dataset: Dataset,
-        image_processor: Any,
+        image_processor: BaseImageProcessor,
         columns: Sequence[str],
         *,
         width: int,
@@ -267,12 +272,12 @@ class StudentBatches(Batches):
 
 
 def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
-    """An embedding column, checked before anything trains on it.
+    """Read an embedding column and check it before training.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id` and the column.
-        name (`str`): `teacher_embeds`, `text_embeds` (a list a row) or `anchor_embeds` (one a row).
-        width (`int`): What the student's embeddings have.
+        name (`str`): `teacher_embeds` or `text_embeds` (a list per row), or `anchor_embeds` (one per row).
+        width (`int`): Of the student's embeddings.
 
     Returns:
         [`Ragged`]: float16 `(entries, D)`.
@@ -295,24 +300,24 @@ def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
 
 
 class TokenizedStudentBatches(StudentBatches):
-    """What [`StudentBatches`] gives, with the tokens of the chosen captions: for a text tower that is adapted.
+    """The batches of [`StudentBatches`] with the tokens of the chosen captions, to adapt the text tower too.
 
     Args:
-        dataset (`datasets.Dataset`): As there, every row with a caption.
+        dataset (`datasets.Dataset`): As in [`StudentBatches`]; every row has a caption.
         processor ([`DCLIPProcessor`]): Image processor and tokenizer.
-        columns, options: As there.
+        columns, options: As in [`StudentBatches`].
 
     Raises:
-        ValueError: As there, or if a row has no caption.
+        ValueError: As in [`StudentBatches`], or if a row has no caption.
     """
 
-    def __init__(self, dataset: Dataset, processor: Any, columns: Sequence[str], **options: Any):
+    def __init__(self, dataset: Dataset, processor: DCLIPProcessor, columns: Sequence[str], **options: Any):
         super().__init__(dataset, processor.image_processor, columns, **options)
         self.tokens = tokenize_captions(processor.tokenizer, read_captions(dataset).values)
         self.pad_token_id = processor.tokenizer.pad_token_id
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """As there, and `input_ids (B, T)`, `attention_mask (B, T)`."""
+        """The batch of [`StudentBatches`] with `input_ids (B, T)` and `attention_mask (B, T)`."""
         input_ids, mask = self.tokens.pad(captions, self.pad_token_id)
         tokens = {"input_ids": torch.from_numpy(input_ids).long(), "attention_mask": torch.from_numpy(mask).long()}
         return super().collate(rows, captions) | tokens

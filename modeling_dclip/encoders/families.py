@@ -19,10 +19,10 @@ class WrongModelError(TypeError, ValueError):
     """
 
 
-# Trained on texts padded to one length, with the padding attended to: less of it, or a mask, would change the
+# Trained on texts padded to one length, with attention to the padding: less padding, or a mask, would change the
 # embedding.
 READ_PADDING = ("siglip", "siglip2")
-# Count positions from the padding token's id on, so that as many of them are no places of a text.
+# Count positions from the padding token's id on, so the first `pad_token_id + 1` positions hold no token.
 COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
 # Weights of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass.
 _IMAGE_SIDE = re.compile(r"(model\.)?(vision_model\.|visual_projection\.|visual\.|logit_scale$|logit_bias$)")
@@ -38,13 +38,13 @@ def is_image_side(name: str) -> bool:
 
 
 def projected(output: Any) -> torch.Tensor:
-    """The shared-space vectors in what `get_*_features` returned: a tensor, or an output object of transformers.
+    """The shared-space embeddings in the result of `get_*_features`: a tensor or an output object of transformers.
 
     Returns:
-        `torch.Tensor` of shape `(B, D)`: As they are, not normalised.
+        `torch.Tensor` of shape `(B, D)`: Unchanged, not normalised.
 
     Raises:
-        WrongModelError: If there is not one vector a row, as of models that embed every token.
+        WrongModelError: If there is not one embedding per row, as with models that embed every token.
     """
     embeds = output if isinstance(output, torch.Tensor) else output.pooler_output
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2:
@@ -56,7 +56,7 @@ def projected(output: Any) -> torch.Tensor:
 
 
 def longest_text(model: DualEncoder, tokenizer: Any) -> int:
-    """Tokens of the longest text that model and tokenizer take, BOS and EOS included."""
+    """The largest number of tokens that both model and tokenizer accept, BOS and EOS included."""
     config = getattr(model.config, "text_config", None)
     positions = getattr(config, "max_position_embeddings", 1 << 30)
     if getattr(config, "model_type", None) in COUNT_FROM_PADDING:
@@ -67,21 +67,22 @@ def longest_text(model: DualEncoder, tokenizer: Any) -> int:
 def tokenize_texts(
     model: DualEncoder, processor: Any, texts: Sequence[str], *, max_length: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """Texts as the model reads them; one too long is cut, its end token kept, and counted in a warning.
+    """Tokenize texts as the model's family reads them.
 
-    SigLIP and SigLIP 2 read texts padded to their full length, without a mask, as in training; open_clip pads by
-    itself; every other model gets a batch padded to its longest text, and a mask.
+    SigLIP and SigLIP 2 read texts padded to their full length, without a mask, as in training. open_clip pads by
+    itself. Every other model gets a batch padded to its longest text, and a mask. A text that is too long is cut, its
+    end token kept; a warning counts such texts.
 
     Args:
         model ([`DualEncoder`]): Any; its `config` says the family.
         processor: The model's processor, or its tokenizer alone.
         texts (`Sequence[str]`): B texts.
-        max_length (`int`, *optional*): Cut here, if the model takes more, and silently; without effect on models that
-            read one length only.
+        max_length (`int`, *optional*): A smaller limit, applied without a warning. Models that read one length only
+            ignore it.
 
     Returns:
-        `dict[str, torch.Tensor]`: What to call `get_text_features` with: `input_ids` `(B, T)` and, where it is read,
-            `attention_mask`; on the CPU.
+        `dict[str, torch.Tensor]`: Arguments of `get_text_features`, on the CPU: `input_ids` `(B, T)` and, where the
+            family reads it, `attention_mask`.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     longest, texts = longest_text(model, tokenizer), list(texts)

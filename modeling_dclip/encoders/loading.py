@@ -86,8 +86,9 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
 
 
 def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[DualEncoder, Any]:
-    """Load a dual encoder in float32 on the CPU, in eval mode, with its processor, of the PIL backend where there is
-    one.
+    """Load a dual encoder in float32 on the CPU, in eval mode, with its processor.
+
+    The image processor has the PIL backend where there is one.
 
     Args:
         spec (`str` or `Path`): A folder, a Hub id, or one of open_clip's.
@@ -99,9 +100,9 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
     Raises:
         FileNotFoundError: If a folder is missing or holds no safetensors.
         ImportError: If open_clip is named and not installed.
-        TypeError: If the model is no dual encoder.
-        ValueError: If weights are damaged, or missing, so that they would be random; if the processor lacks files or a
-            half; as [`load_open_clip`].
+        WrongModelError: If the model is no dual encoder.
+        ValueError: If weights are damaged or missing, if the processor lacks files or one half, or as in
+            [`load_open_clip`].
     """
     name = str(spec)
     if name.startswith(OPEN_CLIP_PREFIX):
@@ -143,15 +144,14 @@ def _load_processor(name: str, options: dict[str, Any]) -> Any:
 
 
 def check_processor(processor: Any, name: str) -> None:
-    """Refuse a processor with a half missing, or with a tokenizer that transformers made up because its files were not
-    there.
+    """Refuse a processor that lacks one half, or whose tokenizer transformers made up because its files are missing.
 
     Args:
         processor: With `image_processor` and `tokenizer`.
         name (`str`): Where it came from, for the message.
 
     Raises:
-        ValueError: Saying what is missing.
+        ValueError: If something is missing; the message says what.
     """
     lacking = [half for half in ("image_processor", "tokenizer") if getattr(processor, half, None) is None]
     if lacking:
@@ -159,7 +159,7 @@ def check_processor(processor: Any, name: str) -> None:
             f"Expected a processor with image_processor and tokenizer in {name!r}, got {type(processor).__name__} "
             f"without {lacking}. Save both beside the weights."
         )
-    # Where its files are missing, transformers makes up a tokenizer without a vocabulary, and says nothing.
+    # Where the files are missing, transformers makes a tokenizer without a vocabulary, without a warning.
     read = processor.tokenizer(list(string.ascii_lowercase))["input_ids"]
     if len({tuple(ids) for ids in read}) == 1:
         raise ValueError(
@@ -194,10 +194,10 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
 
 
 def load_merged(model: str | os.PathLike) -> PreTrainedModel:
-    """Load a dual encoder with whole weights, in float32: who loads what is published chooses a precision.
+    """Load a dual encoder of this package in float32, with PEFT adapters merged.
 
-    PEFT adapters, in the folder or in `adapter/` of one without whole weights, are loaded over the model they name and
-    merged into it.
+    Adapters in the folder, or in `adapter/` of a folder without whole weights, are loaded over the model that they
+    name and merged into it.
 
     Args:
         model (`str` or `os.PathLike`): Folder or Hub id.
@@ -237,8 +237,9 @@ def _merge_adapters(folder: Path) -> PreTrainedModel:
 
 
 def find_adapter(model: str | os.PathLike) -> Path | None:
-    """The folder of an adapter that stands in place of whole weights:
-    the model's own, or where training with `merge_adapter: false` put it.
+    """The folder of an adapter that replaces whole weights, if there is one.
+
+    It is the model's own folder, or `adapter/` in it, where training with `merge_adapter: false` writes.
     """
     folder, inner = Path(model), Path(model) / ADAPTER_FOLDER
     if (folder / ADAPTER_CONFIG).is_file():
@@ -257,7 +258,7 @@ def load_processor(model: str | os.PathLike) -> DCLIPProcessor:
 
     Raises:
         OSError: If the image processor's file is missing.
-        ValueError: If the tokenizer's are.
+        ValueError: If the tokenizer's files are missing.
     """
     processor = DCLIPProcessor.from_pretrained(model)
     check_processor(processor, str(model))

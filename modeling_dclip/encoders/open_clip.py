@@ -1,14 +1,13 @@
-"""Models of the package open_clip_torch behind the interface of a dual encoder of transformers, with their own
-preprocessing.
+"""Models of the package open_clip_torch with the interface of a dual encoder of transformers.
 
-Nothing is done a second way: images go through open_clip's own transform for inference, texts through its own
-tokenizer, padded to the length the model was trained with.
+Preprocessing is open_clip's own: images go through its transform for inference, texts through its tokenizer, padded to
+the length that the model was trained with.
 
 | spec | what |
 |---|---|
 | `open_clip:NAME:PRETRAINED` | a built-in architecture; `PRETRAINED` is a tag of open_clip or a file of weights |
-| `open_clip:hf-hub:ORGANISATION/REPOSITORY` | architecture and weights of a repository of the Hub |
-| `open_clip:local-dir:FOLDER` | the same, of a folder with `open_clip_config.json` |
+| `open_clip:hf-hub:ORGANISATION/REPOSITORY` | architecture and weights of a repository on the Hub |
+| `open_clip:local-dir:FOLDER` | the same of a folder with `open_clip_config.json` |
 """
 
 import difflib
@@ -25,12 +24,12 @@ from transformers import BatchEncoding, BatchFeature
 from modeling_dclip.encoders.fingerprints import fingerprint_weights
 
 OPEN_CLIP_PREFIX = "open_clip:"
-HOLD_BOTH = ("hf-hub", "local-dir")  # names of places that hold architecture and weights
+HOLD_BOTH = ("hf-hub", "local-dir")  # schemes whose place holds both architecture and weights
 _SUGGESTED = 5  # architectures near one that does not exist
 
 
 class OpenClipImageProcessor:
-    """A transform of open_clip, called as an image processor.
+    """A transform of open_clip with the interface of an image processor.
 
     Args:
         transform (`Callable`): From one image to `(3, H, W)`; it converts to RGB itself.
@@ -52,10 +51,10 @@ class OpenClipImageProcessor:
 
 
 class OpenClipTokenizer:
-    """A tokenizer of open_clip, called as one of transformers.
+    """A tokenizer of open_clip with the interface of one of transformers.
 
     Args:
-        tokenizer (`Callable`): From texts to `(B, T)`, each cut or padded to the T it was trained with.
+        tokenizer (`Callable`): From texts to `(B, T)`, each cut or padded to the model's T.
     """
 
     def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor]):
@@ -71,7 +70,7 @@ class OpenClipTokenizer:
 
 
 class OpenClipProcessor:
-    """Both of them, as one processor.
+    """Image processor and tokenizer as one processor.
 
     Args:
         image_processor ([`OpenClipImageProcessor`]): For images.
@@ -97,7 +96,7 @@ class OpenClipDualEncoder(nn.Module):
     Args:
         model (`nn.Module`): With `encode_image` and `encode_text`.
         name (`str`): Of the architecture.
-        context_length (`int`): Tokens it reads.
+        context_length (`int`): Tokens of a text.
     """
 
     def __init__(self, model: nn.Module, name: str, context_length: int):
@@ -108,25 +107,25 @@ class OpenClipDualEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its weights."""
+        """The type of the weights."""
         return next(self.parameters()).dtype
 
     @property
     def logit_scale(self) -> torch.Tensor:
-        """As trained; a logarithm."""
+        """The trained scale, a logarithm."""
         return self.model.logit_scale
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """`(B, D)`; whether normalised is the model's affair."""
+        """`(B, D)`; some models return normalised embeddings, some do not."""
         return self.model.encode_image(pixel_values)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """`(B, D)` as above; the mask is ignored, as open_clip reads every place."""
+        """`(B, D)` as above; the mask is ignored, because open_clip reads every place."""
         return self.model.encode_text(input_ids)
 
 
@@ -134,7 +133,7 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
     """Load a model with its weights, in float32 on the CPU, in eval mode.
 
     Args:
-        spec (`str`): See the table above.
+        spec (`str`): See the table at the top of this module.
 
     Returns:
         `tuple`: The model and its processor.

@@ -1,4 +1,4 @@
-"""The straight line between two models of one architecture, weight by weight.
+"""Interpolate between the weights of two models of one architecture.
 
 Source: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903; docs/papers.md.
 """
@@ -11,9 +11,9 @@ import torch
 def interpolate_weights(
     anchor: Mapping[str, torch.Tensor], student: Mapping[str, torch.Tensor], alpha: float
 ) -> dict[str, torch.Tensor]:
-    """Walk the straight line from the anchor to the student (WiSE-FT): (1 - alpha) * anchor + alpha * student.
+    """Interpolate linearly from the anchor to the student (WiSE-FT): (1 - alpha) * anchor + alpha * student.
 
-    Computed in float32 or wider and cast back; both ends are exact. Integers and booleans must agree.
+    Computed in float32 or wider and cast back. `alpha` 0 and 1 give exact copies. Integers and booleans must be equal.
 
     Args:
         anchor, student (`Mapping[str, torch.Tensor]`): States of the untouched and the trained model: same names,
@@ -21,11 +21,11 @@ def interpolate_weights(
         alpha (`float`): In [0, 1]; 0 is the anchor.
 
     Returns:
-        `dict[str, torch.Tensor]`: New tensors, where the student's are.
+        `dict[str, torch.Tensor]`: New tensors, on the student's devices.
 
     Raises:
-        ValueError: If `alpha` is out of range, or names, shapes, types or integer values differ; the first name is
-            told.
+        ValueError: If `alpha` is out of range, or names, shapes, types or integer values differ; the message names the
+            first.
 
     Example:
         >>> interpolate_weights({"w": torch.zeros(1)}, {"w": torch.ones(1)}, 0.25)["w"].tolist()
