@@ -16,6 +16,7 @@ from fixtures.tiny_dual_encoders import (
     make_word_tokenizer,
     save_dual_encoder,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
     AutoModel,
@@ -39,6 +40,9 @@ from modeling_dclip.encoders.families import tokenize_texts
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.hub.index import SearchIndex
+from modeling_dclip.hub.index.build import build_index
+from modeling_dclip.hub.index.embeddings import fingerprint_encoder
 
 TEXTS = ["a red dog", "the small blue circle and a large square", "dog", "a photo of the red square and of the dog"]
 # How each family was trained to read one text.
@@ -262,6 +266,23 @@ def test_names_and_weights_that_open_clip_lacks_are_refused(tiny_open_clip, tmp_
     torch.save(state, tmp_path / "part.pt")
     with pytest.raises(ValueError, match=r"Expected whole weights of the architecture .*part.pt: (.|\n)*logit_scale"):
         load_dual_encoder(f"open_clip:{name}:{tmp_path / 'part.pt'}")
+
+
+@pytest.mark.parametrize("tiny_open_clip", ["clip"], indirect=True)
+def test_an_index_can_be_built_with_an_open_clip_model(tiny_open_clip, tmp_path):
+    name, weights = tiny_open_clip
+    for color in ("red", "blue", "green"):
+        (tmp_path / "pictures").mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), color).save(tmp_path / "pictures" / f"{color}.png")
+    spec = f"open_clip:{name}:{weights}"
+    build_index(spec, str(tmp_path / "pictures"), tmp_path / "index")
+    found = SearchIndex.load(tmp_path / "index").search(tmp_path / "pictures" / "red.png", 1)[0]
+    assert found.path == str(tmp_path / "pictures" / "red.png") and found.score == pytest.approx(1, abs=1e-5)
+    model, processor, _ = load_dual_encoder(spec)
+    key = fingerprint_encoder(model, processor)
+    assert key == fingerprint_encoder(*load_dual_encoder(spec)[:2])
+    model.config.name = "other"  # an architecture that reads the same weights
+    assert fingerprint_encoder(model, processor) != key
 
 
 def test_a_checked_model_has_every_weight_stored_and_the_type_asked_for(tiny_clip_dir, tmp_path):

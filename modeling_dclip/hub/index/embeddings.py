@@ -27,6 +27,7 @@ from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
+from modeling_dclip.encoders.open_clip import OpenClipDualEncoder, fingerprint_open_clip
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
     Returns:
         `str`: A hexadecimal SHA-256.
     """
+    if isinstance(model, OpenClipDualEncoder):  # its config has no `to_dict`
+        return fingerprint_open_clip(model, processor)
     images = processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else re.sub(r" at 0x\w+", "", repr(vars(images)))
     return combine_keys([fingerprint_model(model), canonical_json(settings)])
