@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modeling_dclip.distillation.recipes import expand_arms
+from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.evaluation.records import read_results
 
 ROOT = Path(__file__).parents[1]
@@ -38,7 +38,7 @@ def recipe(tmp_path):
 
 
 def test_arms_differ_in_their_own_fields_and_folders_and_share_the_rest(recipe, tmp_path):
-    runs = expand_arms(["--student.learning_rate", "3e-4"], recipe)
+    runs = expand_arms(parse_recipe(["--student.learning_rate", "3e-4"], recipe))
     assert [(run.arm, run.seed) for run in runs] == [
         ("no_teacher", 0),
         ("no_teacher", 1),
@@ -55,12 +55,12 @@ def test_arms_differ_in_their_own_fields_and_folders_and_share_the_rest(recipe, 
 
 def test_an_unknown_baseline_and_a_wrong_field_of_an_arm_are_named(recipe):
     with pytest.raises(ValueError, match="baseline to be one of the arms"):
-        expand_arms(["--baseline", "nobody"], recipe)
+        expand_arms(parse_recipe(["--baseline", "nobody"], recipe))
     fields = yaml.safe_load(recipe.read_text())
     fields["arms"]["leak_free"] = {"teacher": {"cross_atention": "regions"}}
     recipe.write_text(yaml.safe_dump(fields, sort_keys=False))
     with pytest.raises(ValueError, match="Did you mean 'teacher.cross_attention'"):
-        expand_arms([], recipe)
+        expand_arms(parse_recipe([], recipe))
 
 
 def test_one_command_trains_evaluates_draws_and_reloads_and_a_second_skips(recipe, tmp_path):

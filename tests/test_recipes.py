@@ -9,8 +9,8 @@ import pytest
 from modeling_dclip import PRESETS
 from modeling_dclip.data.captions import SOURCES
 from modeling_dclip.data.specs import parse_spec
-from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file
-from modeling_dclip.distillation.run import Run
+from modeling_dclip.distillation import recipes
+from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file, shared_anchor
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 FOLDER = RECIPES[0].parent
@@ -89,12 +89,12 @@ def test_the_posters_recipe_has_the_posters_values():
     assert (args.learning_rate, args.adam_beta2, args.weight_decay, args.max_grad_norm) == (1e-4, 0.95, 0.2, 1.0)
     assert (args.warmup_steps, args.per_device_train_batch_size, args.train_samples) == (1000, 256, 6_000_000)
     assert args.max_steps == 6_000_000 // 256
-    assert Run(recipe).stages == ["dmclip"]
+    assert recipe.stages == ["dmclip"]
 
 
 @pytest.mark.parametrize("name", ["b_datacompdr_weights", "demo", "flickr8k"])
 def test_the_posters_question_is_asked_with_its_four_weightings(name):
-    runs = expand_arms([], FOLDER / f"dmclip_{name}.yaml")
+    runs = expand_arms(parse_recipe([], FOLDER / f"dmclip_{name}.yaml"))
     weights = {
         run.arm: (run.recipe.dmclip.contrastive_loss_weight, run.recipe.dmclip.distillation_loss_weight)
         for run in runs
@@ -106,7 +106,7 @@ def test_the_posters_question_is_asked_with_its_four_weightings(name):
     budgets = {(run.recipe.dmclip.max_steps, run.recipe.dmclip.num_train_epochs) for run in runs}
     assert len(budgets) == 1
     wanted = {"b_datacompdr_weights": [], "demo": ["reinforce"], "flickr8k": ["reinforce"]}[name]
-    assert Run(runs[0].recipe).stages[:-1] == wanted
+    assert runs[0].recipe.stages[:-1] == wanted
     kinds = {one.partition("=")[0] for one in runs[0].recipe.run.evaluate}
     assert kinds == {"retrieval", "zero_shot"}  # its answer is a table
 
@@ -116,9 +116,9 @@ def test_a_table_without_a_reference_is_refused_before_training(tmp_path, arms):
     path = tmp_path / "recipe.yaml"
     path.write_text("evaluate: [zero_shot=scenes]\ndmclip: {max_steps: 1, train_shards: x, tokenizer: y}\n" + arms)
     with pytest.raises(ValueError, match="evaluate: name clip_model, the reference of the table"):
-        expand_arms([], path)
+        expand_arms(parse_recipe([], path))
     for words in (["--clip_model", "z"], ["--anchor.projection_dim", "8"], ["--evaluate", "none"]):
-        assert len(expand_arms(words, path)) == 1
+        assert len(expand_arms(parse_recipe(words, path))) == 1
 
 
 def test_the_demos_teachers_are_two_committed_clips():
@@ -151,7 +151,62 @@ def test_the_command_line_goes_before_the_file_and_numbers_are_numbers(tmp_path)
     assert recipe.run.stages == ["targets", "student"] and recipe.student.freeze == []
 
 
-def test_none_takes_back_a_fields_value_only_where_nothing_is_its_default(tmp_path):
+@pytest.fixture
+def arms(tmp_path):
+    """A recipe with two arms, of which the first changes nothing."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        "regions: {detector: 'grid:2x2'}\n"
+        "student: {temperature: 0.1, freeze: [a]}\n"
+        "arms:\n"
+        "  plain: null\n"
+        "  other: {seed: 9, student: {temperature: 0.2, freeze: none}, regions: {detector: none}}\n"
+    )
+    return path
+
+
+def test_an_arm_overrides_the_file_and_the_command_line_overrides_the_arm(arms):
+    plain, other = (run.recipe for run in expand_arms(parse_recipe([], arms)))
+    assert (plain.student.temperature, plain.student.freeze, plain.regions.detector) == (0.1, ["a"], "grid:2x2")
+    assert (other.student.temperature, other.student.freeze, other.regions.detector) == (0.2, [], None)
+    assert plain.run.seed == other.run.seed == 0  # the recipe's seeds decide
+    words = ["--student.temperature", "0.3", "--student.freeze", "b", "--regions.detector", "none"]
+    plain, other = (run.recipe for run in expand_arms(parse_recipe(words, arms)))
+    for one in (plain, other):
+        assert (one.student.temperature, one.student.freeze, one.regions.detector) == (0.3, ["b"], None)
+
+
+def test_the_file_is_read_once_for_all_arms(arms, monkeypatch):
+    read = []
+    monkeypatch.setattr(recipes, "read_recipe_file", lambda path: read.append(path) or read_recipe_file(path))
+    assert len(expand_arms(parse_recipe(["--seeds", "1", "2"], arms))) == 4 and read == [arms]
+
+
+def test_arms_share_no_value_that_one_of_them_could_change(arms):
+    runs = expand_arms(parse_recipe(["--seeds", "1", "2", "--student.freeze", "a"], arms))
+    runs[0].recipe.student.freeze.append("b")
+    assert [run.recipe.student.freeze for run in runs[1:]] == [["a"]] * 3
+
+
+def test_arms_without_a_clip_share_one_anchor(arms):
+    anchor = shared_anchor(parse_recipe([], arms))
+    assert anchor.stages == ["anchor"] and anchor.run.output_dir == "outputs/run"
+    assert {run.recipe.run.clip_model for run in expand_arms(parse_recipe([], arms))} == {"outputs/run/anchor"}
+    assert shared_anchor(parse_recipe(["--clip_model", "x"], arms)) is None
+    assert shared_anchor(parse_recipe([])) is None  # a single run makes its own
+
+
+def test_no_before_a_switch_turns_it_off():
+    words = ["--dmclip.no_ignore_data_skip"]
+    with pytest.raises(ValueError, match="ignore_data_skip: expected true, got false"):
+        parse_recipe(words)
+    with pytest.raises(ValueError, match="expected no value for 'no_ignore_data_skip', got '3'"):
+        parse_recipe([*words, "3"])
+    with pytest.raises(ValueError, match="'student.no_bf16'. Did you mean 'student.bf16'"):
+        parse_recipe(["--student.no_bf16"])
+
+
+def test_none_unsets_a_field_only_if_nothing_is_its_default(tmp_path):
     words = ["--regions.detector", "none", "--exclude_karpathy", "none", "--teacher.cross_attention", "none"]
     recipe = parse_recipe(words, FOLDER / "dclip_vitb16.yaml")
     assert recipe.regions.detector is None and recipe.run.exclude_karpathy == []
@@ -190,6 +245,9 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
             "nothing to learn",
         ),
         (["stray"], "--FIELD before 'stray'"),
+        (["--seed", "1", "2"], "global fields: unrecognized arguments: 2"),
+        (["--arms", "{"], "arms: expected a mapping as JSON, got '{'"),
+        (["--anchor.vision_config", "none"], "vision_config: expected a mapping as JSON, got 'none'"),
     ],
 )
 def test_a_wrong_word_is_an_error_that_helps(words, message):
@@ -205,6 +263,8 @@ def test_a_wrong_word_is_an_error_that_helps(words, message):
         ("student: 3", "expected a mapping of fields, got 3"),
         ("- a\n- b", "expected a mapping of fields, got list"),
         ("a: [", "is no YAML"),
+        ("arms: 3", "arms: expected a mapping, got 3"),
+        ("arms: {a: 3}", "expected a mapping of fields for the arm 'a', got 3"),
     ],
 )
 def test_a_wrong_file_is_an_error_that_helps(tmp_path, text, message):

@@ -1,14 +1,16 @@
-"""Low-rank adapters in a dual encoder: put in, saved, merged, and taken back from a checkpoint, every other weight
-left as it is.
+"""Which parameters of a dual encoder train: freezing by name, and low-rank adapters beside frozen weights.
 
 Source: "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685; "DoRA: Weight-Decomposed Low-Rank
 Adaptation", arXiv 2402.09353; docs/papers.md. The peft package does both; it is imported when an adapter is asked for.
 """
 
 import copy
+import fnmatch
 import logging
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +25,77 @@ from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
-# Last names of the linear layers of attention, Mamba mixers and MLPs, in CLIP's towers and in MambaVision.
+REGEX_PREFIX = "re:"  # of a freeze pattern that is a regular expression
+# Names of the linear layers of attention, Mamba mixers and MLPs, in CLIP's towers and in MambaVision: the last parts.
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj", "in_proj", "x_proj", "fc1", "fc2")
 
 
-def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequence[str] = ("vision_model",)) -> Any:
-    """Put low-rank adapters into a dual encoder, as the identity, and freeze every weight that it has.
+@dataclass(frozen=True)
+class FreezeReport:
+    """What [`freeze_parameters`] did.
 
     Args:
-        model (`PreTrainedModel`): Changed in place: each adapted layer is wrapped. [`plain_state`] has its weights
-            under their own names.
-        args ([`AdapterArguments`]): With a `lora_rank`. The draw of weights is torch's: seed before.
+        matched (`dict[str, int]`): Number of parameter tensors that each pattern matched.
+        frozen_parameters (`int`): Number of parameters without a gradient, whatever froze them.
+        trainable_parameters (`int`): Number of parameters that train.
+    """
+
+    matched: dict[str, int]
+    frozen_parameters: int
+    trainable_parameters: int
+
+    def __str__(self) -> str:
+        patterns = "".join(f"; {pattern!r} froze {count} tensors" for pattern, count in self.matched.items())
+        return f"{self.trainable_parameters:,} parameters train, {self.frozen_parameters:,} are frozen{patterns}"
+
+
+def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> FreezeReport:
+    """Turn off the gradient of every parameter whose whole name matches a pattern.
+
+    Args:
+        model (`nn.Module`): Changed in place.
+        patterns (`Sequence[str]`): Globs over parameter names, such as `vision_model.encoder.layers.[0-5].*`, or
+            regular expressions after `re:`, such as `re:.*layer_norm\\d.*`.
+
+    Returns:
+        [`FreezeReport`]
+
+    Raises:
+        ValueError: If a pattern matches nothing, is no regular expression, or nothing is left to train.
+
+    Example:
+        >>> print(freeze_parameters(nn.Linear(2, 3), ["bias"]))
+        6 parameters train, 3 are frozen; 'bias' froze 1 tensors
+    """
+    parameters = dict(model.named_parameters())
+    matched = {}
+    for pattern in patterns:
+        regex = pattern.removeprefix(REGEX_PREFIX) if pattern.startswith(REGEX_PREFIX) else fnmatch.translate(pattern)
+        try:
+            names = [name for name in parameters if re.fullmatch(regex, name)]
+        except re.error as error:
+            raise ValueError(
+                f"Freeze pattern {pattern!r}: expected a regular expression after 're:' ({error})."
+            ) from error
+        if not names:
+            raise ValueError(f"Freeze pattern {pattern!r} matches no parameter. There are: {', '.join(parameters)}.")
+        for name in names:
+            parameters[name].requires_grad_(False)
+        matched[pattern] = len(names)
+    trainable = sum(parameter.numel() for parameter in parameters.values() if parameter.requires_grad)
+    if trainable == 0:
+        raise ValueError(f"Freeze patterns {list(patterns)} leave nothing to train. Freeze less.")
+    frozen = sum(parameter.numel() for parameter in parameters.values()) - trainable
+    return FreezeReport(matched, frozen, trainable)
+
+
+def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequence[str] = ("vision_model",)) -> Any:
+    """Add low-rank adapters to a dual encoder and freeze its weights. Untrained adapters change no output.
+
+    Args:
+        model (`PreTrainedModel`): Changed in place: each adapted layer is wrapped. [`plain_state`] returns its
+            weights under their own names.
+        args ([`AdapterArguments`]): With a `lora_rank`. The adapters are drawn from torch's generator: seed it before.
         towers (`Sequence[str]`, *optional*, defaults to the image encoder): Submodules of the model whose layers are
             adapted.
 
@@ -64,7 +126,7 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequenc
     found = {name.rpartition(".")[2] for name in linear}
     if unknown := sorted(set(args.lora_target_modules) - found) or not found & set(names):
         raise ValueError(
-            f"lora_target_modules: expected last names of linear layers in {' and '.join(towers)} "
+            f"lora_target_modules: expected names of linear layers in {' and '.join(towers)} "
             f"({', '.join(sorted(found))}), got {unknown if isinstance(unknown, list) else list(names)}."
         )
     config = LoraConfig(
@@ -78,20 +140,20 @@ def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequenc
 
 
 def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The wrapped layers of a model, by name; none where nothing is adapted."""
-    # By what they have, so that a model without adapters needs no peft.
+    """The wrapped layers of a model by name; empty if nothing is adapted."""
+    # Recognised by an attribute, so that a model without adapters does not need peft.
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
 
 
 def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
-    """The state of an adapted model under the names it has without adapters; the live layers are not touched.
+    """The weights of an adapted model under their names without adapters. The model is not changed.
 
     Args:
         model (`nn.Module`): With or without adapters.
-        merged (`bool`): Whether the adapted weights hold what the adapter adds, or are as they were.
+        merged (`bool`): Whether to add the adapters to the weights that they adapt.
 
     Returns:
-        `dict[str, torch.Tensor]`: Not copied, but for the merged ones.
+        `dict[str, torch.Tensor]`: The model's own tensors; only merged ones are copies.
     """
     layers = adapted_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
@@ -106,14 +168,13 @@ def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def scale_adapters(model: nn.Module, alpha: float) -> None:
-    """Walk back from the adapted model to the one without: what the adapters add is multiplied, so the weights lie on
-    the straight line.
+    """Scale what the adapters add: interpolate the weights between the model without adapters and with them.
 
-    That is WiSE-FT, kept in the adapter itself: what is published as adapter and as whole weights is one model.
+    This is WiSE-FT on the adapter itself, so that the published adapter and the published whole weights are one model.
 
     Args:
-        model (`nn.Module`): With LoRA, not DoRA, in place.
-        alpha (`float`): In [0, 1]; 0 is the untouched model.
+        model (`nn.Module`): With LoRA adapters, not DoRA; changed in place.
+        alpha (`float`): In [0, 1]; 0 is the model without adapters.
     """
     for layer in adapted_layers(model).values():
         for weights in layer.lora_B.values():
@@ -121,31 +182,30 @@ def scale_adapters(model: nn.Module, alpha: float) -> None:
 
 
 def save_adapters(adapters: Any, folder: Path) -> None:
-    """Write `adapter/` into a folder: the weights and the config that `PeftModel.from_pretrained(model, folder)`
-    reads.
+    """Save adapters in the folder `adapter/`, as `PeftModel.from_pretrained(model, folder)` reads them.
 
     Args:
         adapters (`peft.PeftModel`): From [`add_adapters`].
-        folder (`Path`): Of the model or the checkpoint.
+        folder (`Path`): Of the model or the checkpoint; gets the folder `adapter`.
     """
     target = folder / ADAPTER_FOLDER
     if target.exists():
         shutil.rmtree(target)
     with replacing(target) as temporary:
         adapters.save_pretrained(temporary, save_embedding_layers=False)
-        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty form of a model card
+        (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
 
 
 def load_adapters(adapters: Any, folder: Path) -> None:
-    """Take an adapter's weights from a checkpoint, all of them.
+    """Load the weights of all adapters from a checkpoint.
 
     Args:
         adapters (`peft.PeftModel`): From [`add_adapters`], with the same arguments; changed in place.
         folder (`Path`): Of the checkpoint.
 
     Raises:
-        FileNotFoundError: If there is no adapter in it.
-        ValueError: If it is another one.
+        FileNotFoundError: If there is no adapter in the checkpoint.
+        ValueError: If its tensors have other names or shapes.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -156,5 +216,5 @@ def load_adapters(adapters: Any, folder: Path) -> None:
     shapes = [{name: tuple(tensor.shape) for name, tensor in state.items()} for state in (own, weights)]
     if shapes[0] != shapes[1]:
         odd = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
-        raise ValueError(f"'{path}' holds another adapter: {len(odd)} tensors differ, the first {odd[0]!r}.")
+        raise ValueError(f"'{path}' holds another adapter: {len(odd)} tensors differ, the first is {odd[0]!r}.")
     set_peft_model_state_dict(adapters, weights)

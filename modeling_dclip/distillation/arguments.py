@@ -1,11 +1,9 @@
-"""What one run may set: a recipe's global fields and one section a stage, each a dataclass with typed,
-documented fields.
-"""
+"""What a recipe may set: its global fields and one section per stage, as dataclasses with typed, documented fields."""
 
 import importlib.util
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
@@ -13,323 +11,29 @@ from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-# What an adapter is made from. Records that were written before these fields were know nothing of them: at their
-# defaults they decide nothing.
+logger = logging.get_logger(__name__)
+
+# The fields of adapters. Records written before adapters existed lack them, so at their defaults they decide nothing.
 ADAPTER_FIELDS = (
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_target_modules", "lora_text", "merge_adapter",
 )  # fmt: skip
 
-# Optimisers of TrainingArguments with their state in 8 bits, and the package that each needs.
+# The optimisers of TrainingArguments that keep their state in 8 bits, and the package that each needs.
 EIGHT_BIT_PACKAGES = {
     "adamw_torch_8bit": "torchao",
     **dict.fromkeys(
         ("adamw_bnb_8bit", "adamw_8bit", "paged_adamw_8bit", "ademamix_8bit", "paged_ademamix_8bit", "lion_8bit",
-         "paged_lion_8bit",
-         "rmsprop_bnb_8bit"),
+         "paged_lion_8bit", "rmsprop_bnb_8bit"),
         "bitsandbytes",
     ),
 }  # fmt: skip
 
 
 def _help(text: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its default and its one documentation, which `--help` shows."""
+    """A field with its default and its documentation, which `--help` shows."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
     return field(default=default, metadata={"help": text, **metadata})
-
-
-@dataclass
-class StageTrainingArguments(TrainingArguments):
-    """Defaults of every stage that trains."""
-
-    report_to: list[str] = _help(
-        "Where to log besides the console and trainer_state.json: auto (tensorboard where it is installed), none, or "
-        "trackers by name, such as tensorboard, wandb, trackio.",
-        ["auto"],
-    )
-    remove_unused_columns: bool = _help("Must stay false: batches hold columns that no forward names.", False)
-    dataloader_drop_last: bool = _help("Drop the last, smaller batch of an epoch: its negatives would be fewer.", True)
-    logging_nan_inf_filter: bool = _help("Hide NaN in the log. Off: a NaN stops the run at the next log.", False)
-    logging_steps: float = _help("Log every so many steps; below 1 a share of all steps.", 50)
-    save_strategy: str = _help("When to save checkpoints: no, steps or epoch.", "epoch")
-    save_total_limit: int | None = _help("Checkpoints to keep.", 1)
-    lr_scheduler_type: str = _help("Schedule of the learning rate.", "constant")
-    ddp_find_unused_parameters: bool | None = _help("Look for unused parameters; every trained one is used.", False)
-    image_cache_mib: int = _help(
-        "Bound in MiB a process for decoded pixels held in memory; 0 decodes every time.", 2048
-    )
-
-    def __post_init__(self):
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns: expected false, got true. Batches hold columns that no forward names."
-            )
-        self.report_to = _find_trackers(self.report_to)
-        package = EIGHT_BIT_PACKAGES.get(str(self.optim))
-        if package is not None and not is_installed(package):
-            raise ImportError(
-                f"optim: expected the package {package} for {str(self.optim)!r}, got none. Install it with `pip "
-                f"install {package}`, or take adamw_torch."
-            )
-        self.dataloader_pin_memory &= torch.accelerator.is_available()  # else a warning an epoch
-        super().__post_init__()
-
-
-@dataclass
-class AdapterArguments(StageTrainingArguments):
-    """Low-rank adapters in place of whole weights. They decide nothing where `lora_rank` is left out."""
-
-    lora_rank: int | None = _help("Train low-rank adapters (LoRA) of this rank, every other weight frozen.")
-    lora_alpha: int | None = _help("Their scale is this over the rank; by default the rank, a scale of 1.")
-    lora_dropout: float = _help("Dropout in front of them, in [0, 1).", 0.0)
-    use_dora: bool = _help("DoRA: a trained magnitude beside the low-rank direction.", False)
-    lora_target_modules: list[str] = _help(
-        "Last names of the linear layers to adapt. By default the projections of attention, of Mamba mixers and of "
-        "MLPs.",
-        [],
-    )
-    merge_adapter: bool = _help(
-        "Save whole weights, the adapter merged in, beside the adapter. Off: the adapter alone.", True
-    )
-
-    def __post_init__(self):
-        defaults = {f.name: default_of(f) for f in fields(self) if f.name in ADAPTER_FIELDS}
-        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
-        if self.lora_rank is None and changed:
-            raise ValueError(f"{changed[0]}: expected lora_rank beside it, got none. Set the rank, for example 16.")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank: expected 1 or more, got {self.lora_rank}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: expected a share in [0, 1), got {self.lora_dropout}.")
-        if self.lora_rank is not None and not is_installed("peft"):
-            raise ImportError(
-                'lora_rank: expected the package peft, got none. Install it with `pip install "modeling_dclip[peft]"`.'
-            )
-        super().__post_init__()
-
-
-def is_installed(package: str) -> bool:
-    """Whether a package can be imported; it is not."""
-    return importlib.util.find_spec(package) is not None
-
-
-def default_of(one: Any) -> Any:
-    """The default of a field."""
-    return one.default_factory() if callable(one.default_factory) else one.default
-
-
-def _find_trackers(names: str | list[str]) -> list[str]:
-    """The trackers that a run reports to, all of them there."""
-    names = [names] if isinstance(names, str) else list(names)
-    if names == ["auto"]:
-        return ["tensorboard"] if is_installed("tensorboard") else []
-    if names in (["none"], ["all"], []):
-        return names if names == ["all"] else []
-    available = get_available_reporting_integrations()
-    if missing := [name for name in names if name not in available]:
-        raise ImportError(
-            f"report_to: expected a tracker that is installed ({', '.join(available) or 'there is none'}), got "
-            f"{missing[0]!r}. Install it with `pip install {missing[0]}`, or write report_to none: losses also go to "
-            "trainer_state.json."
-        )
-    return names
-
-
-# What the stages of reinforced training may set: the sections `reinforce` and `dmclip`.
-
-
-logger = logging.get_logger(__name__)
-
-
-@dataclass
-class ReinforceArguments:
-    """Section `reinforce`: shards that hold each image's augmentations,
-    captions and the teachers' embeddings of both.
-    """
-
-    folder: str | None = _help(
-        "Where the shards lie. Defaults to OUTPUT_DIR/reinforce, which all arms and seeds of a recipe share."
-    )
-    teachers: list[str] = _help(
-        "CLIPs whose embeddings are stored, side by side in this order: folders, Hub ids, or open_clip:NAME:TAG. By "
-        "default clip_model.",
-        [],
-    )
-    augmentations: int = _help("Stored augmentations of an image; a training sample draws one of them.", 30)
-    image_size: int | None = _help("Pixels a side of an augmented image. Defaults to dmclip.image_size.")
-    min_crop_area: float = _help("Smallest share of the image that a random resized crop keeps, in (0, 1].", 0.08)
-    num_operations: int = _help("Operations of RandAugment after the crop; 0 leaves it as it is.", 2)
-    magnitude: int = _help("Of RandAugment, 0 to 30.", 9)
-    synthetic_captions: str | None = _help(
-        "Column of the datasets that holds synthetic captions, one or a list an image."
-    )
-    captioner: str | None = _help(
-        "An image-to-text model that writes synthetic captions, in place of a column: folder or Hub id."
-    )
-    captions_per_image: int = _help("Synthetic captions that the captioner writes.", 5)
-    samples_per_shard: int = _help("Images a tar file: what a killed run loses at most.", 1000)
-    dtype: Literal["float16", "float32"] = _help("Of the stored embeddings.", "float16")
-    batch_size: int = _help("Augmented images a forward pass of a teacher.", 64)
-    num_workers: int = _help("Processes that decode and augment.", 0)
-    seed: int = _help("Of the drawn augmentations, and of what @COUNT draws.", 0)
-
-    def __post_init__(self):
-        if self.synthetic_captions is not None and self.captioner is not None:
-            raise ValueError("reinforce: expected synthetic_captions (a column) or captioner, got both.")
-
-
-@dataclass
-class DMCLIPArguments(StageTrainingArguments):
-    """Section `dmclip`: a MambaVision CLIP trained on reinforced shards."""
-
-    train_shards: str | None = _help(
-        "Shards to train on: a folder, a tar file or a pattern ({0000..0999}, *). By default those of the stage "
-        "reinforce."
-    )
-    train_samples: int | None = _help("Samples to see, over all processes, in place of max_steps.")
-    teacher_widths: list[int] = _help(
-        "Widths of the teachers' embeddings in the shards, in order. By default as the index beside the shards says.",
-        [],
-    )
-    model: str | None = _help(
-        "A DM-CLIP checkpoint to go on from, folder or Hub id. By default one is made from scratch."
-    )
-    preset: Literal["T", "T2", "S", "B", "L"] | None = _help(
-        "Size of the image encoder; T unless model or vision_model is named."
-    )
-    vision_config: dict[str, Any] | str | None = _help("Fields of DMCLIPVisionConfig, over the preset's.", "{}")
-    text_config: dict[str, Any] | str | None = _help(
-        "Fields of DMCLIPTextConfig; vocabulary, special tokens and length come from the tokenizer.", "{}"
-    )
-    projection_dim: int | None = _help(
-        "Width of the shared space; that of model, text_model or a whole DM-CLIP in vision_model, else 512."
-    )
-    image_size: int | None = _help(
-        "Pixels a side; that of model or vision_model, else 256. Windows are chosen to divide the maps unless "
-        "vision_config names them."
-    )
-    tokenizer: str | None = _help("Folder or Hub id. By default that of clip_model.")
-    vision_model: str | None = _help(
-        "A pretrained image encoder to start from, with its preprocessing: folder or Hub id of a DM-CLIP or of its "
-        "image encoder, such as hub.convert makes of MambaVision. A projection of another width is drawn anew."
-    )
-    text_model: str | None = _help(
-        "A pretrained text tower to start from: folder or Hub id of a DM-CLIP or of its text tower."
-    )
-    freeze_text: bool = _help("Keep the text tower as it is.", False)
-    contrastive_loss_weight: float = _help("Weight of InfoNCE between images and texts.", 0.25)
-    distillation_loss_weight: float = _help(
-        "Weight of the cross-entropy from the teachers' in-batch similarities.", 0.75
-    )
-    synthetic_captions: bool | None = _help(
-        "Add both losses once more over one synthetic caption of each image. By default where the shards have them."
-    )
-    teacher_logit_scale: float | None = _help(
-        "What multiplies every teacher's cosines. By default each one's own, as trained, if the index beside the "
-        "shards knows it, else 100."
-    )
-    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5)
-    synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
-    samples_per_epoch: int | None = _help(
-        "Samples an epoch, over all processes; by default all, which without an index are counted first."
-    )
-    shuffle_buffer: int = _help("Places of samples held to draw from; more is a better shuffle.", 10000)
-    on_bad_sample: Literal["raise", "skip"] = _help(
-        "skip: leave out damaged shards and samples, and report them.", "raise"
-    )
-    learning_rate: float = _help("Peak learning rate.", 1e-4)
-    adam_beta2: float = _help("Of AdamW.", 0.95)
-    weight_decay: float = _help("Weight decay of matrices.", 0.2)
-    max_grad_norm: float = _help("Clip gradients to this norm.", 1.0)
-    warmup_steps: float = _help("Steps of linear warm-up; below 1 a share of all steps.", 1000)
-    lr_scheduler_type: str = _help("Schedule of the learning rate.", "cosine")
-    per_device_train_batch_size: int = _help("Images a step and process.", 256)
-    save_strategy: str = _help("When to save checkpoints: no or steps; a stream of shards has no epochs.", "steps")
-    save_steps: float = _help("Save every so many steps; below 1 a share of all steps.", 1000)
-
-    ignore_data_skip: bool = _help(
-        "Must stay true: a resumed stream goes on by itself, without reading what was seen.", True
-    )
-
-    @property
-    def reads_teachers(self) -> bool:
-        """Whether the loss looks at the teachers' embeddings."""
-        return self.distillation_loss_weight > 0
-
-    def __post_init__(self):
-        for name in ("vision_config", "text_config"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, json.loads(value))
-        weights = (self.contrastive_loss_weight, self.distillation_loss_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(
-                f"Expected loss weights >= 0 and one above 0, got contrastive and distillation {weights}."
-            )
-        self._resolve_architecture()
-        if self.teacher_logit_scale is not None and not 0 < self.teacher_logit_scale < math.inf:
-            raise ValueError(
-                "Expected teacher_logit_scale > 0, which multiplies the teachers' cosines, got "
-                f"{self.teacher_logit_scale}."
-            )
-        if not self.ignore_data_skip:
-            raise ValueError(
-                "ignore_data_skip: expected true, got false. A resumed stream goes on by itself; more would be "
-                "skipped."
-            )
-        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
-            logger.warning_once(  # a recipe is parsed for every arm and seed
-                "dmclip.bf16: no device with bfloat16 here, training will be in float32. With use_cpu it would be the "
-                "CPU's."
-            )
-            self.bf16 = False
-        super().__post_init__()
-        self._count_steps()
-
-    def _resolve_architecture(self) -> None:
-        """Defaults of what is made; what is pretrained knows its own."""
-        if self.vision_model is not None and (self.preset or self.vision_config):
-            raise ValueError(
-                f"vision_model: expected no preset and no vision_config beside {self.vision_model!r}, which has its "
-                "own architecture."
-            )
-        if self.model is None:
-            if self.vision_model is None:
-                self.preset, self.image_size = self.preset or "T", self.image_size or 256
-                if self.text_model is None:
-                    self.projection_dim = self.projection_dim or 512
-        elif self.vision_model or self.text_model or self.preset or self.vision_config or self.text_config:
-            raise ValueError(
-                f"Expected a checkpoint to go on from ({self.model!r}) or what to make one of, got both: drop model, "
-                "or vision_model, text_model, preset, vision_config and text_config."
-            )
-
-    def _count_steps(self) -> None:
-        if self.train_samples is not None:
-            if self.max_steps > 0:
-                raise ValueError(
-                    f"Expected train_samples or max_steps, got both ({self.train_samples} and {self.max_steps})."
-                )
-            self.max_steps = max(
-                1, self.train_samples // (self.train_batch_size * self.world_size * self.gradient_accumulation_steps)
-            )
-
-
-def check_reference(recipe: Any) -> None:
-    """Refuse a recipe that asks for a table of DM-CLIPs, which start from no CLIP, but has no CLIP to set beside them.
-
-    Args:
-        recipe ([`~modeling_dclip.distillation.recipes.Recipe`]): Parsed.
-
-    Raises:
-        ValueError: If it is one; before training, not after.
-    """
-    run, named = recipe.run, recipe.named
-    if run.evaluate and "dmclip" in named and "anchor" not in named and run.clip_model is None:
-        raise ValueError(
-            "evaluate: name clip_model, the reference of the table. This recipe trains a DM-CLIP, and has neither a "
-            "clip_model nor a section anchor that makes one."
-        )
 
 
 STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dmclip")
@@ -351,43 +55,49 @@ class RunArguments:
 
     output_dir: str = _help("Folder of the run; each stage writes into its own folder there.", "outputs/run")
     stages: list[str] = _help(
-        f"Stages to run, of {', '.join(STAGES)}; also comma separated. By default all that the recipe needs.", []
+        f"Stages to run, of {', '.join(STAGES)}, also comma-separated. By default all that the recipe needs.", []
     )
     clip_model: str | None = _help(
         "The pretrained CLIP to start from: a preset (dclip-vitb32, dclip-vitb16, dclip-vitl14), a folder or a Hub "
         "id. Without it the stage anchor makes one."
     )
     teacher_model: str | None = _help(
-        "Folder or Hub id of a trained teacher around the same CLIP, in place of the stage teacher."
+        "A trained teacher around the same CLIP, in place of the stage teacher: folder or Hub id."
     )
-    train_datasets: list[str] = _help("Captioned images to train on: specs, @COUNT at the end (see docs/data.md).", [])
+    train_datasets: list[str] = _help(
+        "Captioned images to train on: specs, with @COUNT at the end to draw that many (see docs/data.md).",
+        [],
+    )
     uncaptioned_datasets: list[str] = _help(
-        "Images that the student learns from the teacher alone, which must read no caption: the same specs, whose "
-        "captions are dropped, and images:FOLDER. Those that are among train_datasets are left out.",
+        "Images on which the student learns from the teacher alone. The teacher must read no caption. Specs as for "
+        "train_datasets, whose captions are dropped, and images:FOLDER. Images of train_datasets are left out.",
         [],
     )
     train_fraction: float = _help(
-        "Share of the images to train on, by image id; the rest validates (see eval_strategy).", 1.0
+        "Share of the images to train on, split by image id. The rest is for validation (see eval_strategy).", 1.0
     )
-    exclude_karpathy: list[str] = _help("Karpathy JSON files whose test images are left out of training.", [])
+    exclude_karpathy: list[str] = _help("Karpathy JSON files. Their test images are left out of training.", [])
     cache_dir: str | None = _help(
-        "Where regions, features and targets are cached by content. Defaults to OUTPUT_DIR/cache."
+        "Folder where regions, features and targets are cached by content. Defaults to OUTPUT_DIR/cache."
     )
-    seed: int = _help("Of everything that is drawn; a section's own seed goes before.", 0)
-    seeds: list[int] = _help("Run once with each, into OUTPUT_DIR/ARM/seed-N; by default once, with seed.", [])
+    seed: int = _help("Seed of every random draw. A section's own seed overrides it.", 0)
+    seeds: list[int] = _help(
+        "Run once with each of these seeds, in OUTPUT_DIR/ARM/seed-N. By default once, with seed.", []
+    )
     arms: dict[str, Any] | str | None = _help(
-        "Variants of this recipe to compare: name -> fields and sections over this recipe's. They share one anchor.",
+        "Variants of this recipe to compare: name -> fields and sections that override this recipe's. They share one "
+        "anchor.",
         "{}",
     )
     baseline: str | None = _help("The arm that the others are compared with, paired by seed.")
-    overwrite: bool = _help("Make stages again whose inputs have changed, instead of stopping with an error.", False)
-    evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, as NAME=SPEC.", [])
+    overwrite: bool = _help("Repeat stages whose inputs have changed, instead of stopping with an error.", False)
+    evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, each NAME=SPEC.", [])
     push_to_hub: str | None = _help(
         "namespace/name on the Hub: publish the trained model there at the end, as modeling_dclip.hub.publish does. "
         "Needs evaluate and push_license."
     )
     push_license: str | None = _help("Licence of the published weights, as the Hub writes it.")
-    push_arm: str | None = _help("The arm to publish, its first seed; needed where there are several.")
+    push_arm: str | None = _help("The arm to publish, with its first seed. Required if there are several arms.")
     push_private: bool = _help("Make the published repositories private.", False)
 
     def __post_init__(self):
@@ -395,8 +105,10 @@ class RunArguments:
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
             raise ValueError(f"Unknown stage {unknown[0]!r} in stages. Known stages: {', '.join(STAGES)}.")
-        if isinstance(self.arms, str):
-            self.arms = json.loads(self.arms)
+        _parse_json(self, "arms")
+        for arm, overrides in self.arms.items():
+            if not isinstance(overrides, dict | None):
+                raise ValueError(f"arms: expected a mapping of fields for the arm {arm!r}, got {overrides!r}.")
         if self.baseline is not None and self.baseline not in self.arms:
             raise ValueError(f"Expected baseline to be one of the arms {list(self.arms)}, got {self.baseline!r}.")
         if not 0 < self.train_fraction <= 1:
@@ -407,46 +119,161 @@ class RunArguments:
     def _check_push(self):
         for name in ("push_license", "evaluate"):
             if not getattr(self, name):
-                raise ValueError(f"push_to_hub: expected {name} too, which the model's card needs, got none.")
-        arms = list(self.arms or {})
+                raise ValueError(f"push_to_hub: expected {name} beside it, which the model's card needs, got none.")
+        arms = list(self.arms)
         if self.push_arm is None and len(arms) > 1:
-            raise ValueError(f"push_to_hub: expected push_arm, which of {arms} to publish, got none.")
+            raise ValueError(f"push_to_hub: expected push_arm, one of the arms {arms} to publish, got none.")
         if self.push_arm is not None and self.push_arm not in arms:
             raise ValueError(f"push_arm: expected one of the arms {arms}, got {self.push_arm!r}.")
+
+
+@dataclass
+class StageTrainingArguments(TrainingArguments):
+    """Defaults of every stage that trains."""
+
+    report_to: list[str] = _help(
+        "Where to log besides the console and trainer_state.json: auto (tensorboard if it is installed), none, or "
+        "trackers by name, such as tensorboard, wandb, trackio.",
+        ["auto"],
+    )
+    remove_unused_columns: bool = _help("Must stay false: batches hold columns that no forward method names.", False)
+    dataloader_drop_last: bool = _help(
+        "Drop the last, smaller batch of an epoch: it would have fewer negatives.", True
+    )
+    logging_nan_inf_filter: bool = _help("Hide NaN in the log. If false, a NaN stops the run at the next log.", False)
+    logging_steps: float = _help("Log every n steps; a value below 1 is a share of all steps.", 50)
+    save_strategy: str = _help("When to save checkpoints: no, steps or epoch.", "epoch")
+    save_total_limit: int | None = _help("Number of checkpoints to keep.", 1)
+    lr_scheduler_type: str = _help("Learning-rate schedule.", "constant")
+    ddp_find_unused_parameters: bool | None = _help(
+        "Search for unused parameters; every trained parameter is used.", False
+    )
+    image_cache_mib: int = _help(
+        "Memory for decoded pixels in MiB per process; 0 decodes each image every time.", 2048
+    )
+
+    def __post_init__(self):
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: expected false, got true. Batches hold columns that no forward method names."
+            )
+        self.report_to = _find_trackers(self.report_to)
+        package = EIGHT_BIT_PACKAGES.get(str(self.optim))
+        if package is not None and not is_installed(package):
+            raise ImportError(
+                f"optim: expected the package {package} for {str(self.optim)!r}, got none. Install it with `pip "
+                f"install {package}`, or set optim to adamw_torch."
+            )
+        self.dataloader_pin_memory &= torch.accelerator.is_available()  # otherwise PyTorch warns once per epoch
+        super().__post_init__()
+
+
+@dataclass
+class AdapterArguments(StageTrainingArguments):
+    """Low-rank adapters in place of whole weights. Without `lora_rank` there are none."""
+
+    lora_rank: int | None = _help("Train low-rank adapters (LoRA) of this rank and freeze every other weight.")
+    lora_alpha: int | None = _help(
+        "The adapters are scaled by lora_alpha / lora_rank. Defaults to lora_rank, a scale of 1."
+    )
+    lora_dropout: float = _help("Dropout in front of the adapters, in [0, 1).", 0.0)
+    use_dora: bool = _help("Use DoRA: train a magnitude beside the low-rank direction.", False)
+    lora_target_modules: list[str] = _help(
+        "Names of the linear layers to adapt, the last part of each. By default the projections of attention, Mamba "
+        "mixers and MLPs.",
+        [],
+    )
+    merge_adapter: bool = _help(
+        "Save whole weights with the adapter merged in, beside the adapter. If false, save the adapter alone.", True
+    )
+
+    def __post_init__(self):
+        defaults = {f.name: default_of(f) for f in fields(self) if f.name in ADAPTER_FIELDS}
+        changed = [name for name, default in defaults.items() if getattr(self, name) != default]
+        if self.lora_rank is None and changed:
+            raise ValueError(f"{changed[0]}: expected lora_rank beside it, got none. Set the rank, for example 16.")
+        if self.lora_rank is not None and self.lora_rank < 1:
+            raise ValueError(f"lora_rank: expected 1 or more, got {self.lora_rank}.")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout: expected a share in [0, 1), got {self.lora_dropout}.")
+        if self.lora_rank is not None and not is_installed("peft"):
+            raise ImportError(
+                'lora_rank: expected the package peft, got none. Install it with `pip install "modeling_dclip[peft]"`.'
+            )
+        super().__post_init__()
+
+
+def is_installed(package: str) -> bool:
+    """Whether a package is installed. It is not imported."""
+    return importlib.util.find_spec(package) is not None
+
+
+def default_of(one: Field) -> Any:
+    """The default of a dataclass field."""
+    return one.default_factory() if callable(one.default_factory) else one.default
+
+
+def _parse_json(arguments: Any, *names: str) -> None:
+    """Replace fields that hold JSON text, as the command line gives them, by the mapping they spell."""
+    for name in names:
+        value = getattr(arguments, name)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except json.JSONDecodeError as error:
+                raise ValueError(f"{name}: expected a mapping as JSON, got {value!r} ({error}).") from error
+        if not isinstance(value, dict):
+            raise ValueError(f"{name}: expected a mapping, got {value!r}.")
+        setattr(arguments, name, value)
+
+
+def _find_trackers(names: str | list[str]) -> list[str]:
+    """The trackers that a run reports to, all of them installed."""
+    names = [names] if isinstance(names, str) else list(names)
+    if names == ["auto"]:
+        return ["tensorboard"] if is_installed("tensorboard") else []
+    if names in (["none"], ["all"], []):
+        return names if names == ["all"] else []
+    available = get_available_reporting_integrations()
+    if missing := [name for name in names if name not in available]:
+        raise ImportError(
+            f"report_to: expected an installed tracker ({', '.join(available) or 'none is installed'}), got "
+            f"{missing[0]!r}. Install it with `pip install {missing[0]}`, or set report_to to none: losses also go to "
+            "trainer_state.json."
+        )
+    return names
 
 
 @dataclass
 class AnchorArguments(StageTrainingArguments):
     """Section `anchor`: contrastive pretraining of a small CLIP."""
 
-    train_datasets: list[str] = _help("Captioned images to pretrain on; by default the recipe's train_datasets.", [])
+    train_datasets: list[str] = _help("Captioned images to pretrain on. Defaults to the recipe's train_datasets.", [])
     vision_config: dict[str, Any] | str | None = _help("Fields of DCLIPVisionConfig.", "{}")
     text_config: dict[str, Any] | str | None = _help(
         "Fields of CLIPTextConfig; vocabulary and special tokens come from the tokenizer.", "{}"
     )
     projection_dim: int = _help("Width of the shared space.", 128)
     tokenizer: str = _help(
-        "scenes: trained on the drawn scenes' sentences; captions: on the training captions; else a folder or Hub id.",
+        "scenes: train one on the sentences of drawn scenes; captions: train one on the training captions; else a "
+        "folder or Hub id.",
         "scenes",
     )
-    vocab_size: int = _help("Tokens of a tokenizer that is trained.", 512)
-    max_length: int = _help("Longest text in tokens, for a tokenizer that is trained.", 48)
+    vocab_size: int = _help("Vocabulary size of a tokenizer that is trained.", 512)
+    max_length: int = _help("Longest text in tokens, of a tokenizer that is trained.", 48)
     image_to_text_weight: float = _help(
-        "Share of the image-to-text direction in the loss; the rest is text-to-image's.", 0.5
+        "Share of the image-to-text direction in the loss; the rest is the text-to-image direction.", 0.5
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = _help(
-        "Of the saved weights; training is float32.", "float32"
+        "Type of the saved weights; training is float32.", "float32"
     )
     learning_rate: float = _help("Peak learning rate.", 1e-3)
     weight_decay: float = _help("Weight decay of matrices.", 0.1)
-    lr_scheduler_type: str = _help("Schedule of the learning rate.", "cosine")
-    warmup_steps: float = _help("Steps of linear warm-up; below 1 a share of all steps.", 0.1)
+    lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
+    warmup_steps: float = _help("Steps of linear warm-up; a value below 1 is a share of all steps.", 0.1)
 
     def __post_init__(self):
-        for name in ("vision_config", "text_config"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                setattr(self, name, json.loads(value))
+        _parse_json(self, "vision_config", "text_config")
         super().__post_init__()
 
 
@@ -455,14 +282,14 @@ class RegionsArguments:
     """Section `regions`: where to look in each image."""
 
     detector: str | None = _help(
-        "Spec of a detector, e.g. ultralytics:yolov8x.pt (see docs/data.md). Without one the dataset's "
-        "own boxes are taken, else the whole image."
+        "Spec of a detector, e.g. ultralytics:yolov8x.pt (see docs/data.md). Without one the dataset's own boxes are "
+        "used, or the whole image if it has none."
     )
-    ignore_boxes: bool = _help("Drop the dataset's own boxes: the whole image is the one region.", False)
-    max_regions: int | None = _help("Keep so many of the highest scores an image.")
-    batch_size: int = _help("Images a call of the detector.", 16)
+    ignore_boxes: bool = _help("Drop the dataset's own boxes, so that the whole image is the only region.", False)
+    max_regions: int | None = _help("Keep this many regions per image, those with the highest scores.")
+    batch_size: int = _help("Images per call of the detector.", 16)
     on_bad_image: Literal["raise", "skip"] = _help(
-        "skip: leave out images that cannot be read and list them in the report.", "raise"
+        "What to do with an image that cannot be read. skip: leave it out and list it in the report.", "raise"
     )
 
 
@@ -471,21 +298,23 @@ class TeacherArguments(StageTrainingArguments):
     """Section `teacher`: the cross-modal block, its training, and how it reads regions."""
 
     cross_attention: Literal["bidirectional", "text_to_image", "image_to_text", "none", "regions"] = _help(
-        "Who attends to whom; none trains nothing; regions is the leak-free teacher.", "bidirectional"
+        "Which stream attends to which. none has nothing to train. regions is the leak-free teacher, which reads no "
+        "caption.",
+        "bidirectional",
     )
-    num_attention_heads: int = _help("Heads of every attention of the block.", 8)
-    attention_temperature: float = _help("Of the pooling's softmax.", 2.0)
+    num_attention_heads: int = _help("Heads of each attention layer of the block.", 8)
+    attention_temperature: float = _help("Temperature of the softmax that pools regions.", 2.0)
     text_share: float = _help("Share of the text stream in the embedding, in [0, 1].", 0.5)
-    region_weighting: bool = _help("Weigh regions by area, score and similarity to the caption.", True)
-    aggregation: Literal["mean", "multi_cluster"] = _help("How the streams become one embedding.", "mean")
-    num_clusters: int = _help("Clusters of multi_cluster.", 3)
-    num_cluster_steps: int = _help("k-means steps of multi_cluster.", 5)
-    num_region_layers: int = _help("Self-attention layers of regions.", 2)
-    region_feedforward_ratio: int = _help("Width of their MLPs over the embedding's.", 2)
-    loss_temperature: float = _help("Of the teacher's InfoNCE.", 0.05)
+    region_weighting: bool = _help("Weight regions by area, score and similarity to the caption.", True)
+    aggregation: Literal["mean", "multi_cluster"] = _help("How the streams are combined into one embedding.", "mean")
+    num_clusters: int = _help("Clusters of the aggregation multi_cluster.", 3)
+    num_cluster_steps: int = _help("k-means steps of the aggregation multi_cluster.", 5)
+    num_region_layers: int = _help("Self-attention layers over regions.", 2)
+    region_feedforward_ratio: int = _help("Width of their MLPs, as a multiple of the embedding's.", 2)
+    loss_temperature: float = _help("Temperature of the teacher's InfoNCE.", 0.05)
     learning_rate: float = _help("Peak learning rate.", 1e-5)
     num_train_epochs: float = _help("Passes over the images.", 3.0)
-    per_device_train_batch_size: int = _help("Pairs a step and process.", 64)
+    per_device_train_batch_size: int = _help("Pairs per step and process.", 64)
 
     def architecture(self) -> dict[str, Any]:
         """The fields of `DCLIPTeacherConfig`."""
@@ -499,17 +328,17 @@ class TeacherArguments(StageTrainingArguments):
 
 @dataclass
 class TargetsArguments:
-    """Section `targets`: the frozen models' one pass over the data."""
+    """Section `targets`: one pass of the frozen models over the data."""
 
-    batch_size: int = _help("Images a forward pass, each with its regions.", 16)
-    text_batch_size: int = _help("Captions a forward pass.", 256)
-    chunk_rows: int = _help("Images a cache file: what a killed run loses at most.", 512)
+    batch_size: int = _help("Images per forward pass, each with its regions.", 16)
+    text_batch_size: int = _help("Captions per forward pass.", 256)
+    chunk_rows: int = _help("Images per cache file: the most that a killed run loses.", 512)
     num_workers: int = _help("Processes that decode and crop images.", 0)
 
 
 @dataclass
 class StudentArguments(AdapterArguments):
-    """Section `student`: the image encoder's fine-tuning."""
+    """Section `student`: fine-tuning of the image encoder."""
 
     cosine_distillation_loss_weight: float = _help("Weight of 1 - cosine to the teacher's embedding.", 1.0)
     contrastive_loss_weight: float = _help("Weight of InfoNCE against the frozen text embeddings.", 1.0)
@@ -517,30 +346,36 @@ class StudentArguments(AdapterArguments):
     similarity_distillation_loss_weight: float = _help(
         "Weight of the KL from the teacher's in-batch similarities.", 0.0
     )
-    temperature: float = _help("Of the contrastive loss.", 0.05)
-    similarity_temperature: float = _help("Of the student's softmax in the similarity loss.", 0.05)
-    similarity_teacher_temperature: float | None = _help("Of the teacher's; by default the student's.")
+    temperature: float = _help("Temperature of the contrastive loss.", 0.05)
+    similarity_temperature: float = _help("Temperature of the student's softmax in the similarity loss.", 0.05)
+    similarity_teacher_temperature: float | None = _help(
+        "Temperature of the teacher's softmax in the similarity loss. Defaults to the student's."
+    )
     image_to_text_weight: float = _help("Share of the image-to-text direction in both in-batch losses.", 0.5)
     freeze: list[str] = _help(
-        "Parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
+        "Names of parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
     )
     position_embedding_type: Literal["absolute", "rope"] = _help(
-        "rope: rotary positions in place of CLIP's table.", "absolute"
+        "rope: rotary positions in place of CLIP's learned table.", "absolute"
     )
     lora_text: bool = _help(
-        "Adapt the text tower too: text embeddings then move, and stored ones no longer fit.", False
+        "Adapt the text tower too. Text embeddings then change, so stored ones no longer fit.", False
     )
-    wise_ft_alpha: float = _help("Weights saved at the end: this share of student, the rest anchor. 1 is off.", 1.0)
-    min_crop_area: float = _help("Below 1: random square crops of at least this share of the image's area.", 1.0)
+    wise_ft_alpha: float = _help(
+        "Interpolate the saved weights: this share of the student, the rest of the anchor. 1 saves the student.", 1.0
+    )
+    min_crop_area: float = _help(
+        "If below 1, train on random square crops of at least this share of the image's area.", 1.0
+    )
     learning_rate: float = _help("Peak learning rate.", 1e-6)
     weight_decay: float = _help("Weight decay of matrices.", 0.01)
     num_train_epochs: float = _help("Passes over the images.", 2.0)
-    per_device_train_batch_size: int = _help("Images a step and process.", 32)
+    per_device_train_batch_size: int = _help("Images per step and process.", 32)
     max_grad_norm: float = _help("Clip gradients to this norm.", 0.5)
 
     @property
     def reads_teacher(self) -> bool:
-        """Whether any loss term looks at the teacher's embeddings."""
+        """Whether any loss term reads the teacher's embeddings."""
         return bool(self.cosine_distillation_loss_weight or self.similarity_distillation_loss_weight)
 
     @property
@@ -561,17 +396,201 @@ class StudentArguments(AdapterArguments):
             raise ValueError("Expected at least one loss weight above 0, got none: there is nothing to learn.")
         if self.use_dora and self.wise_ft_alpha < 1:
             raise ValueError(
-                "wise_ft_alpha: expected 1 with use_dora, whose adapter cannot hold a point between, got "
-                f"{self.wise_ft_alpha}. Leave use_dora out, or interpolate the saved weights when you evaluate them."
+                "wise_ft_alpha: expected 1 with use_dora, whose adapter cannot be scaled between anchor and "
+                f"student, got {self.wise_ft_alpha}. Leave use_dora out, or interpolate the saved weights when you "
+                "evaluate them."
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
-            raise ValueError("lora_text: expected a loss that looks at texts, got none. Set contrastive_loss_weight.")
+            raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")
         super().__post_init__()
 
 
+@dataclass
+class ReinforceArguments:
+    """Section `reinforce`: shards that hold each image's augmentations, its captions and the teachers' embeddings of
+    both.
+    """
+
+    folder: str | None = _help(
+        "Folder of the shards. Defaults to OUTPUT_DIR/reinforce, which all arms and seeds of a recipe share."
+    )
+    teachers: list[str] = _help(
+        "CLIPs whose embeddings are stored side by side, in this order: folders, Hub ids, or open_clip:NAME:TAG. "
+        "Defaults to clip_model.",
+        [],
+    )
+    augmentations: int = _help("Stored augmentations per image. A training sample draws one of them.", 30)
+    image_size: int | None = _help("Side of an augmented image in pixels. Defaults to dmclip.image_size.")
+    min_crop_area: float = _help("Smallest share of the image that a random resized crop keeps, in (0, 1].", 0.08)
+    num_operations: int = _help("Operations of RandAugment after the crop; 0 keeps the crop as it is.", 2)
+    magnitude: int = _help("Magnitude of RandAugment, 0 to 30.", 9)
+    synthetic_captions: str | None = _help("Column of the datasets with synthetic captions, one or a list per image.")
+    captioner: str | None = _help(
+        "An image-to-text model that writes synthetic captions, in place of a column: folder or Hub id."
+    )
+    captions_per_image: int = _help("Synthetic captions per image that the captioner writes.", 5)
+    samples_per_shard: int = _help("Images per tar file: the most that a killed run loses.", 1000)
+    dtype: Literal["float16", "float32"] = _help("Type of the stored embeddings.", "float16")
+    batch_size: int = _help("Augmented images per forward pass of a teacher.", 64)
+    num_workers: int = _help("Processes that decode and augment images.", 0)
+    seed: int = _help("Seed of the augmentations, and of the images that @COUNT draws.", 0)
+
+    def __post_init__(self):
+        if self.synthetic_captions is not None and self.captioner is not None:
+            raise ValueError("reinforce: expected synthetic_captions (a column) or captioner, got both.")
+
+
+@dataclass
+class DMCLIPArguments(StageTrainingArguments):
+    """Section `dmclip`: a MambaVision CLIP trained on reinforced shards."""
+
+    train_shards: str | None = _help(
+        "Shards to train on: a folder, a tar file or a pattern ({0000..0999}, *). Defaults to those of the stage "
+        "reinforce."
+    )
+    train_samples: int | None = _help("Samples to train on, over all processes, in place of max_steps.")
+    teacher_widths: list[int] = _help(
+        "Widths of the teachers' embeddings in the shards, in order. By default read from the index beside the "
+        "shards.",
+        [],
+    )
+    model: str | None = _help(
+        "A DM-CLIP checkpoint to continue from: folder or Hub id. By default a model is made from scratch."
+    )
+    preset: Literal["T", "T2", "S", "B", "L"] | None = _help(
+        "Size of the image encoder. Defaults to T, unless model or vision_model is set."
+    )
+    vision_config: dict[str, Any] | str | None = _help(
+        "Fields of DMCLIPVisionConfig that override the preset's.", "{}"
+    )
+    text_config: dict[str, Any] | str | None = _help(
+        "Fields of DMCLIPTextConfig; vocabulary, special tokens and length come from the tokenizer.", "{}"
+    )
+    projection_dim: int | None = _help(
+        "Width of the shared space. Defaults to that of model, text_model or a whole DM-CLIP in vision_model, else "
+        "512."
+    )
+    image_size: int | None = _help(
+        "Side of the images in pixels. Defaults to that of model or vision_model, else 256. The attention windows are "
+        "chosen to divide the feature maps, unless vision_config sets window_sizes."
+    )
+    tokenizer: str | None = _help("Folder or Hub id of a tokenizer. Defaults to that of clip_model.")
+    vision_model: str | None = _help(
+        "A pretrained image encoder to start from, with its preprocessing: folder or Hub id of a DM-CLIP or of its "
+        "image encoder, for example one that modeling_dclip.hub.convert made of MambaVision. A projection of another "
+        "width is initialised anew."
+    )
+    text_model: str | None = _help(
+        "A pretrained text tower to start from: folder or Hub id of a DM-CLIP or of its text tower."
+    )
+    freeze_text: bool = _help("Freeze the text tower.", False)
+    contrastive_loss_weight: float = _help("Weight of InfoNCE between images and texts.", 0.25)
+    distillation_loss_weight: float = _help(
+        "Weight of the cross-entropy from the teachers' in-batch similarities.", 0.75
+    )
+    synthetic_captions: bool | None = _help(
+        "Compute both losses also over one synthetic caption per image, and add them. By default if the shards have "
+        "synthetic captions."
+    )
+    teacher_logit_scale: float | None = _help(
+        "Multiplies every teacher's cosines. By default each teacher's own trained scale if the index beside the "
+        "shards has it, else 100."
+    )
+    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5)
+    synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
+    samples_per_epoch: int | None = _help(
+        "Samples per epoch, over all processes. By default all; without an index they are counted first."
+    )
+    shuffle_buffer: int = _help("Size of the shuffle buffer in samples; a larger one shuffles better.", 10000)
+    on_bad_sample: Literal["raise", "skip"] = _help(
+        "What to do with a damaged shard or sample. skip: leave it out and report it.", "raise"
+    )
+    learning_rate: float = _help("Peak learning rate.", 1e-4)
+    adam_beta2: float = _help("Second beta of AdamW.", 0.95)
+    weight_decay: float = _help("Weight decay of matrices.", 0.2)
+    max_grad_norm: float = _help("Clip gradients to this norm.", 1.0)
+    warmup_steps: float = _help("Steps of linear warm-up; a value below 1 is a share of all steps.", 1000)
+    lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
+    per_device_train_batch_size: int = _help("Images per step and process.", 256)
+    save_strategy: str = _help("When to save checkpoints: no or steps. A stream of shards has no epochs.", "steps")
+    save_steps: float = _help("Save every n steps; a value below 1 is a share of all steps.", 1000)
+
+    ignore_data_skip: bool = _help(
+        "Must stay true: a resumed stream continues by itself, without reading the samples before.", True
+    )
+
+    @property
+    def reads_teachers(self) -> bool:
+        """Whether the loss reads the teachers' embeddings."""
+        return self.distillation_loss_weight > 0
+
+    def __post_init__(self):
+        _parse_json(self, "vision_config", "text_config")
+        weights = (self.contrastive_loss_weight, self.distillation_loss_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise ValueError(
+                f"Expected loss weights >= 0 and one above 0, got contrastive and distillation {weights}."
+            )
+        self._resolve_architecture()
+        if self.teacher_logit_scale is not None and not 0 < self.teacher_logit_scale < math.inf:
+            raise ValueError(
+                "Expected teacher_logit_scale > 0, because it multiplies the teachers' cosines, got "
+                f"{self.teacher_logit_scale}."
+            )
+        if not self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip: expected true, got false. A resumed stream continues by itself, so the trainer "
+                "must not skip batches."
+            )
+        if self.bf16 and not self.use_cpu and not is_torch_bf16_gpu_available():
+            logger.warning_once(  # once, not for every arm and seed
+                "dmclip.bf16: no device with bfloat16 here, so training is in float32. Set dmclip.use_cpu for "
+                "bfloat16 on the CPU."
+            )
+            self.bf16 = False
+        super().__post_init__()
+        self._count_steps()
+
+    def _resolve_architecture(self) -> None:
+        """Fill in the defaults of a model that is made; a pretrained one has its own."""
+        if self.vision_model is not None and (self.preset or self.vision_config):
+            raise ValueError(
+                f"vision_model: expected no preset and no vision_config beside {self.vision_model!r}, which has its "
+                "own architecture."
+            )
+        if self.model is None:
+            if self.vision_model is None:
+                self.preset, self.image_size = self.preset or "T", self.image_size or 256
+                if self.text_model is None:
+                    self.projection_dim = self.projection_dim or 512
+        elif self.vision_model or self.text_model or self.preset or self.vision_config or self.text_config:
+            raise ValueError(
+                f"Expected a checkpoint to go on from ({self.model!r}) or the parts of a new model, got both. Leave "
+                "out model, or vision_model, text_model, preset, vision_config and text_config."
+            )
+
+    def _count_steps(self) -> None:
+        if self.train_samples is not None:
+            if self.max_steps > 0:
+                raise ValueError(
+                    f"Expected train_samples or max_steps, got both ({self.train_samples} and {self.max_steps})."
+                )
+            self.max_steps = max(
+                1, self.train_samples // (self.train_batch_size * self.world_size * self.gradient_accumulation_steps)
+            )
+
+
 def deciding_fields(arguments: Any) -> dict[str, Any]:
-    """What of a section decides the stage's result, JSON-able: all fields that are ours, and changed ones of
-    `TrainingArguments` and of what older records do not know.
+    """The fields of a section that decide the stage's result, as JSON values.
+
+    These are all fields of this package, and those of `TrainingArguments` and of adapters that differ from their
+    defaults. Fields that decide only where and how loudly a stage runs are left out.
+
+    Args:
+        arguments: A section.
+
+    Returns:
+        `dict[str, Any]`: Value by field name.
 
     Example:
         >>> deciding_fields(RegionsArguments(max_regions=3))
@@ -589,15 +608,13 @@ def deciding_fields(arguments: Any) -> dict[str, Any]:
 
 
 def as_plain(arguments: Any) -> dict[str, Any]:
-    """A section as plain values, for YAML and JSON."""
+    """The global fields or a section as plain values, for YAML and JSON."""
     if isinstance(arguments, TrainingArguments):
         return json.loads(json.dumps(arguments.to_dict(), default=str))
     return {f.name: getattr(arguments, f.name) for f in fields(arguments)}
 
 
-# The sections of a recipe by name, in the order of their stages.
-
-
+# In the order of their stages.
 SECTIONS = {
     "anchor": AnchorArguments,
     "regions": RegionsArguments,

@@ -1,18 +1,16 @@
-"""The stages of reinforced training: reinforce writes shards, dmclip trains a DM-CLIP on them."""
+"""The stages of reinforced training: `reinforce` writes shards, `dmclip` trains a DM-CLIP on them."""
 
 import json
 import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
-from transformers import AutoModel, AutoTokenizer, set_seed
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
 
 from modeling_dclip.configuration_dclip import PRESETS
-from modeling_dclip.data.captions import load_mix
-from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.files import list_folder
 from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
@@ -20,33 +18,87 @@ from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.shards import INDEX_NAME, find_shards
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
-from modeling_dclip.distillation.arguments import DMCLIPArguments, deciding_fields
+from modeling_dclip.distillation.arguments import (
+    DMCLIPArguments,
+    ReinforceArguments,
+    RunArguments,
+    deciding_fields,
+)
 from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_image_processor, find_image_size
-from modeling_dclip.distillation.run import Run
+from modeling_dclip.distillation.recipes import Recipe
+from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, load_captioned
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-SHARDS_NAME = "shards"  # inside the stage's folder, whose record must not lie among them
+SHARDS_NAME = "shards"  # in the stage's folder, so that its record is not among them
 
 
-def reinforce(run: Run) -> None:
-    """Let the teachers speak once about augmented images and captions, and write it down beside them."""
-    recipe, args = run.recipe, run.recipe.reinforce
-    check_starts(recipe.dmclip)  # whose size it may take
-    names = args.teachers or [run.clip_path]
-    device = PartialState().device
-    specs = [PRESETS.get(name, name) for name in names]
-    loaded = {
-        spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in run.shared.fingerprints
-    }
-    run.shared.fingerprints |= {spec: teacher.fingerprint for spec, teacher in loaded.items()}
-    dataset, keys = _captioned_images(run)
-    size = args.image_size or find_image_size(recipe.dmclip)
-    inputs = {"arguments": deciding_fields(args), "image_size": size, "dataset": combine_keys(keys)}
-    inputs["teachers"] = [run.shared.fingerprints[spec] for spec in specs]
-    record = run.record("reinforce", inputs, run.reinforce_folder)
+def run_dmclip_stages(recipe: Recipe, stages: Collection[str], places: Places, shared: SharedData) -> None:
+    """Write reinforced shards and train a DM-CLIP on them: those of the two stages that are asked for.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
+        stages (`Collection[str]`): May hold `reinforce` and `dmclip`.
+        places ([`Places`]): Of the run.
+        shared ([`SharedData`]): Of the runs of this process.
+
+    Raises:
+        FileNotFoundError: If a stage needs one that was not run.
+        ValueError: If a stage's folder was made from other inputs, or an input is wrong.
+    """
+    args = recipe.dmclip
+    if "reinforce" in stages:
+        check_starts(args)  # their image size may become that of the shards
+        teachers = recipe.reinforce.teachers or [find_clip(recipe, places)]
+        size = recipe.reinforce.image_size or find_image_size(args)
+        reinforce(recipe.reinforce, recipe.run, teachers, size, places, shared)
+    if "dmclip" in stages:
+        shards = args.train_shards or str(places.reinforced / SHARDS_NAME)
+        if args.train_shards is None and not (Path(shards) / INDEX_NAME).exists():
+            raise FileNotFoundError(
+                f"No {INDEX_NAME} in '{shards}': run the stage 'reinforce' first, or name dmclip.train_shards."
+            )
+        tokenizer = args.tokenizer or args.model or find_clip(recipe, places)
+        train_dmclip(args, shards, tokenizer, places, recipe.resolved("reinforce", "dmclip"), shared)
+
+
+def reinforce(
+    args: ReinforceArguments,
+    run: RunArguments,
+    teachers: Sequence[str],
+    image_size: int,
+    places: Places,
+    shared: SharedData,
+) -> None:
+    """Compute the teachers' embeddings of augmented images and captions once, and store them in shards.
+
+    The shards are in `shards` in the folder of the stage.
+
+    Args:
+        args ([`ReinforceArguments`]): Augmentations, captions and how they are stored.
+        run ([`RunArguments`]): Names the datasets and the test images to leave out.
+        teachers (`Sequence[str]`): CLIPs: presets, folders, Hub ids or `open_clip:NAME:TAG`.
+        image_size (`int`): Side of an augmented image in pixels.
+        places ([`Places`]): Of the run.
+        shared ([`SharedData`]): Holds images and fingerprints of teachers that an earlier run read.
+
+    Raises:
+        FileNotFoundError: If a file of the datasets is missing.
+        ValueError: If a dataset or a teacher is wrong, or the folder was made from other inputs.
+    """
+    specs = [PRESETS.get(name, name) for name in teachers]
+    device, loaded = PartialState().device, {}
+    for spec in dict.fromkeys(specs):
+        if spec not in shared.fingerprints:
+            loaded[spec] = build_teacher(spec, device)
+            shared.fingerprints[spec] = loaded[spec].fingerprint
+    dataset, keys = _captioned_images(run, args.seed, shared)
+    inputs = {"arguments": deciding_fields(args), "image_size": image_size, "dataset": combine_keys(keys)}
+    inputs["teachers"] = [shared.fingerprints[spec] for spec in specs]
+    record = places.record("reinforce", inputs, places.reinforced)
     if record.finished:
         return
     loaded |= {spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in loaded}
@@ -59,7 +111,7 @@ def reinforce(run: Run) -> None:
         [loaded[spec] for spec in specs],
         output=record.folder / SHARDS_NAME,
         settings=AugmentationSettings(
-            size, scale=(args.min_crop_area, 1.0), num_operations=args.num_operations, magnitude=args.magnitude
+            image_size, scale=(args.min_crop_area, 1.0), num_operations=args.num_operations, magnitude=args.magnitude
         ),
         augmentations=args.augmentations,
         synthetic_captions=args.synthetic_captions,
@@ -73,39 +125,48 @@ def reinforce(run: Run) -> None:
     record.finish()
 
 
-def _captioned_images(run: Run) -> tuple[Dataset, list[str]]:
-    """What is reinforced, the same for every arm and seed, with keys of its rows."""
-    recipe = run.recipe.run
-    selection = [recipe.train_datasets, recipe.exclude_karpathy, run.recipe.reinforce.seed]
-    key = json.dumps(["reinforce", *selection])
-    if key not in run.shared.sources:
-        if not recipe.train_datasets:
-            raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
-        excluded = set().union(*(karpathy_test_ids(path) for path in recipe.exclude_karpathy))
-        dataset = load_mix(recipe.train_datasets, seed=run.recipe.reinforce.seed, exclude_ids=excluded)
-        run.shared.sources[key] = {"train": (dataset, row_keys(dataset))}
-    return run.shared.sources[key]["train"]
+def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> KeyedRows:
+    """The images to reinforce, the same for every arm and seed, with keys of their rows."""
+    key = json.dumps(["reinforce", run.train_datasets, run.exclude_karpathy, seed])
+    if key not in shared.sources:
+        dataset = load_captioned(run.train_datasets, run.exclude_karpathy, seed, shared)
+        shared.sources[key] = {"train": KeyedRows(dataset, row_keys(dataset))}
+    return shared.sources[key]["train"]
 
 
-def train_dmclip(run: Run) -> None:
-    """Train a DM-CLIP on reinforced shards."""
-    recipe, args = run.recipe, run.recipe.dmclip
-    shards = args.train_shards or str(run.reinforce_folder / SHARDS_NAME)
-    if args.train_shards is None and not (Path(shards) / INDEX_NAME).exists():
-        raise FileNotFoundError(
-            f"No {INDEX_NAME} in '{shards}': run the stage 'reinforce' first, or name dmclip.train_shards."
-        )
+def train_dmclip(
+    args: DMCLIPArguments,
+    shards: str,
+    tokenizer_path: str,
+    places: Places,
+    resolved_arguments: dict[str, Any],
+    shared: SharedData,
+) -> None:
+    """Train a DM-CLIP on reinforced shards, and save it in the run's folder `dmclip`.
+
+    Args:
+        args ([`DMCLIPArguments`]): Architecture, losses, optimiser.
+        shards (`str`): Folder, tar file or pattern.
+        tokenizer_path (`str`): Folder or Hub id.
+        places ([`Places`]): Of the run.
+        resolved_arguments (`dict`): Saved beside the weights.
+        shared ([`SharedData`]): Holds fingerprints of pretrained weights that an earlier run read.
+
+    Raises:
+        FileNotFoundError: If there are no shards.
+        ValueError: If the shards or the pretrained parts do not fit, or the folder was made from other inputs.
+    """
     check_shards(args, shards)
     check_starts(args)
-    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model or run.clip_path)
-    keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **_model_keys(run)}
-    record = run.record("dmclip", {"arguments": deciding_fields(args), **keys})
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **_model_keys(args, shared)}
+    record = places.record("dmclip", {"arguments": deciding_fields(args), **keys})
     if record.finished:
         return
     set_seed(args.seed)
     model, processor = build_dmclip(args, tokenizer)
     batches = _open_batches(args, shards, processor)
-    trainer = DMCLIPTrainer(model, args, batches, processor, recipe.resolved("reinforce", "dmclip"))
+    trainer = DMCLIPTrainer(model, args, batches, processor, resolved_arguments)
     train_or_resume(trainer, record.folder)
     if batches.skipped:
         logger.warning("dmclip: left out %d damaged samples or shards", sum(batches.skipped.values()))
@@ -114,10 +175,10 @@ def train_dmclip(run: Run) -> None:
 
 
 def check_shards(args: DMCLIPArguments, shards: str) -> None:
-    """See whether shards can be what a recipe takes them for, as far as an index beside them tells.
+    """Check that shards hold what the recipe expects, as far as an index beside them says.
 
     Args:
-        args ([`DMCLIPArguments`]): What is asked of them.
+        args ([`DMCLIPArguments`]): What the recipe expects of them.
         shards (`str`): Folder, tar file or pattern.
 
     Raises:
@@ -141,7 +202,7 @@ def check_shards(args: DMCLIPArguments, shards: str) -> None:
         )
 
 
-def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> ReinforcedBatches:
+def _open_batches(args: DMCLIPArguments, shards: str, processor: DCLIPProcessor) -> ReinforcedBatches:
     view = SampleView(
         find_image_size(args),
         args.teacher_widths or None,
@@ -162,12 +223,12 @@ def _open_batches(args: DMCLIPArguments, shards: str, processor: Any) -> Reinfor
     )
 
 
-def _model_keys(run: Run) -> dict[str, Any]:
-    """Keys of the pretrained weights that are named, and how images are normalised for them."""
-    args, keys = run.recipe.dmclip, {}
+def _model_keys(args: DMCLIPArguments, shared: SharedData) -> dict[str, Any]:
+    """Keys of the pretrained weights that the section names, and how images are normalised for them."""
+    keys: dict[str, Any] = {}
     for name in ("model", "vision_model", "text_model"):
         if (path := getattr(args, name)) is not None:
-            keys[name] = _model_key(path, run.shared.fingerprints)
+            keys[name] = _model_key(path, shared.fingerprints)
     if args.model or args.vision_model:
         image_processor = find_image_processor(args)
         keys["normalisation"] = [list(image_processor.image_mean), list(image_processor.image_std)]
@@ -175,28 +236,27 @@ def _model_keys(run: Run) -> dict[str, Any]:
 
 
 def _model_key(path: str, known: dict[str, str]) -> str:
-    """A key of a folder's or a Hub id's weights, which are read once for all arms and seeds,
-    and again if a file changes between them.
+    """A key of the weights in a folder or under a Hub id.
+
+    They are read once for all arms and seeds, and again if a file changes in between.
     """
     files = [file for file in list_folder(path) if file.is_file()]
     states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     read = json.dumps(["weights", path, states])
     if read not in known:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # an encoder without a head gets one here: the same one, or the key would never recur
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # an encoder without a head gets one here: always the same, so that the key recurs
             known[read] = fingerprint_model(AutoModel.from_pretrained(path))
     return known[read]
 
 
 def _shards_key(shards: str) -> str:
-    """A key of what will be read: the index where there is one, else names and sizes (shards may be terabytes)."""
+    """A key of the shards: of their index if there is one, else of names and sizes, for shards may be terabytes."""
     paths, index = find_shards(shards)
     if index is not None:
         return combine_keys([json.dumps(index, sort_keys=True)])
     return combine_keys([f"{path.name}/{path.stat().st_size}" for path in paths])
 
 
-def _tokenizer_key(tokenizer: Any) -> str:
+def _tokenizer_key(tokenizer: PreTrainedTokenizerFast) -> str:
     return combine_keys([tokenizer.backend_tokenizer.to_str(), str(tokenizer.model_max_length)])

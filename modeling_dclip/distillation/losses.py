@@ -1,10 +1,11 @@
 """Losses of contrastive training and of distillation: pure functions of a batch of embeddings.
 
-The in-batch losses need every pair of the *global* batch. [`gather_across_processes`] brings it to each process with
-gradient; the losses themselves know nothing of processes. Each process then computes the same global loss, and the
+The in-batch losses need every pair of the *global* batch. [`gather_across_processes`] brings all rows to each process,
+with gradient; the losses themselves know nothing of processes. Each process then computes the same global loss. The
 mean that `DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
 
-Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; docs/papers.md.
+Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from
+Transformer to Mamba for an efficient CLIP" [M]; docs/papers.md.
 Letters in shape comments: B batch, D embedding.
 """
 
@@ -16,13 +17,13 @@ import torch.nn.functional as F
 
 
 class _GatherWithGradient(torch.autograd.Function):
-    """Concatenate a tensor over processes along dimension 0; what flows back is summed over processes."""
+    """Concatenate a tensor over processes along dimension 0. Its gradient is summed over processes."""
 
     @staticmethod
     def forward(ctx, tensor, sizes):
         ctx.start = sum(sizes[: torch.distributed.get_rank()])
         ctx.size = len(tensor)
-        # Collectives want equal shapes: pad to the longest, gather, cut.
+        # all_gather needs equal shapes: pad to the longest, gather, cut.
         padded = tensor.new_zeros(max(sizes), *tensor.shape[1:])
         padded[: len(tensor)] = tensor
         parts = [torch.empty_like(padded) for _ in sizes]
@@ -88,7 +89,7 @@ def _check_same_width(**embeds: torch.Tensor) -> None:
 
 def _check_temperature(**temperatures: float | torch.Tensor) -> None:
     for name, temperature in temperatures.items():
-        # A tensor is learned, positive by construction; looking into it would wait for the device.
+        # A tensor is learned and positive by construction. Reading it would wait for the device.
         if not isinstance(temperature, torch.Tensor) and not temperature > 0:
             raise ValueError(f"Expected {name} > 0, got {temperature}.")
 
@@ -280,19 +281,11 @@ def similarity_distillation_loss(
         return image_to_text_weight * image_to_text_loss + (1 - image_to_text_weight) * text_to_image_loss
 
 
-# The loss of reinforced training: several teachers' stored embeddings, averaged as probabilities.
-#
-# Pure functions of a batch, as those of [`~modeling_dclip.distillation.losses`]; gather over processes first.
-#
-# Source: "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"
-# [M]; docs/papers.md. Letters in shape comments: B batch, D embedding.
-
-
 def _teacher_slices(embeds: torch.Tensor, widths: Sequence[int]) -> list[torch.Tensor]:
     if not widths or min(widths) < 1 or sum(widths) != embeds.shape[1]:
         raise ValueError(
             f"Expected embeddings as wide as the teachers {list(widths)} together ({sum(widths)}), got "
-            f"{embeds.shape[1]}. Name the teachers that made them, in their order."
+            f"{embeds.shape[1]}. Give the widths of the teachers that made them, in their order."
         )
     return [_normalise(part) for part in embeds.split(list(widths), dim=1)]
 
@@ -304,10 +297,9 @@ def teacher_probabilities(
     teacher_widths: Sequence[int],
     teacher_logit_scales: Sequence[float],
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What several teachers think together of who belongs to whom in a batch: the mean of their softmaxes.
+    """The mean of several teachers' softmaxes over which image and text of a batch belong together.
 
-    A mean of probabilities, not of similarities: each teacher may be sure in its own way, and none outvotes the others
-    by a larger scale.
+    Probabilities are averaged, not similarities, so that no teacher outvotes the others by a larger scale.
 
     Source: [MC] eq. 2; [M]; docs/papers.md. Deviation: none.
 
@@ -315,7 +307,7 @@ def teacher_probabilities(
         teacher_image_embeds, teacher_text_embeds (`torch.Tensor` of shape `(B, sum of widths)`): The teachers'
             embeddings side by side; each teacher's slice is normalised here. Constant.
         teacher_widths (`Sequence[int]`): Width of each slice, in order.
-        teacher_logit_scales (`Sequence[float]`): What multiplies each teacher's cosines, > 0.
+        teacher_logit_scales (`Sequence[float]`): Multiplies each teacher's cosines, > 0.
 
     Returns:
         `tuple[torch.Tensor, torch.Tensor]`: Image-to-text and text-to-image, each `(B, B)` float32, rows summing to 1.
@@ -355,7 +347,7 @@ def distillation_loss(
     temperature: float | torch.Tensor = 0.01,
     image_to_text_weight: float = 0.5,
 ) -> torch.Tensor:
-    """Make the student believe of the batch what several teachers believe together.
+    """Make the student match images and texts of the batch as several teachers do on average.
 
     Cross-entropy from the teachers' mean softmax to the student's. Its gradient is that of the KL divergence, from
     which it differs by the teachers' entropy, so it ends above 0. Unlike

@@ -1,4 +1,4 @@
-"""Recipes: a YAML file, flattened into an argument list before the real command line, parsed by one parser a section.
+"""Recipes: a YAML file and a command line, parsed once into a [`Recipe`]. Those of arms and seeds are derived from it.
 
     output_dir: outputs/mine
     clip_model: dclip-vitb16
@@ -6,24 +6,27 @@
     student:
       learning_rate: 1e-6
 
-`--output_dir other --student.learning_rate 2e-6` on the command line goes before the file; a value is typed the same
-in both. `base: other.yaml` reads another recipe first. A key that is no field is an error that names the nearest one.
-`null` and an empty list in a file leave the default; where that is nothing, the word `none` on the command line gives
-it back.
+The command line (`--output_dir other --student.learning_rate 2e-6`) overrides an arm's fields, which override the
+file's, which override those of its `base: other.yaml`. A value has the same form in all of them. An unknown key is an
+error that names the nearest known one. `null` and an empty list in a file leave a field as it is. The word `none`
+unsets a field whose default is nothing.
 """
 
+import copy
 import difflib
+import functools
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.files import read_yaml
 from modeling_dclip.distillation.arguments import (
     SECTIONS,
+    STAGES,
     TRAINING_SECTIONS,
     AnchorArguments,
     DMCLIPArguments,
@@ -35,96 +38,33 @@ from modeling_dclip.distillation.arguments import (
     TargetsArguments,
     TeacherArguments,
     as_plain,
-    check_reference,
+    default_of,
 )
 
-UNCAPTIONED = "uncaptioned"  # their split, which only the student sees
-_UNCAPTIONED_STAGES = {
-    "regions",
-    "teacher",
-    "targets",
-    "student",
-}  # that see them or decide what the student learns from them
-
-
-def check_uncaptioned_fields(recipe: Any) -> None:
-    """Refuse a recipe whose fields say that nothing can be learned from the images of `uncaptioned_datasets`.
-
-    Args:
-        recipe ([`~modeling_dclip.distillation.recipes.Recipe`]): Parsed; of one arm.
-
-    Raises:
-        ValueError: If no loss term can use such images, the recipe's teacher reads captions, or there is no student;
-            the message names the field.
-    """
-    run, student = recipe.run, recipe.student
-    if not run.uncaptioned_datasets or (run.stages and not _UNCAPTIONED_STAGES & set(run.stages)):
-        return
-    if "dmclip" in recipe.named:
-        raise ValueError(
-            "uncaptioned_datasets: only the stage student learns from them, and this recipe trains a DM-CLIP."
-        )
-    if not (student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight):
-        raise ValueError(
-            "uncaptioned_datasets: no term of the loss can use an image without a caption. Set "
-            "student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight above 0."
-        )
-    if student.reads_teacher and run.teacher_model is None:
-        require_leak_free("teacher.cross_attention", recipe.teacher.cross_attention)
-
-
-def require_leak_free(field: str, cross_attention: str) -> None:
-    """Refuse a teacher that reads captions where images without captions are to be learned from.
-
-    Raises:
-        ValueError: If `cross_attention` is not `regions`; `field` says where that was set.
-    """
-    if cross_attention != "regions":
-        raise ValueError(
-            f"uncaptioned_datasets: expected {field} to be 'regions', a teacher that reads no caption, got "
-            f"{cross_attention!r}. Set it so, or leave uncaptioned_datasets out."
-        )
-
-
-def check_adapters(recipe: Any) -> None:
-    """See that what a recipe evaluates or publishes will be whole weights.
-
-    Raises:
-        ValueError: If the student is saved as an adapter alone.
-    """
-    wanted = [name for name in ("evaluate", "push_to_hub") if getattr(recipe.run, name)]
-    if wanted and recipe.student.lora_rank is not None and not recipe.student.merge_adapter:
-        raise ValueError(
-            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The "
-            "adapter is written either way."
-        )
-
-
 GLOBAL = "global fields"
-# What the run decides for every stage that trains.
+_KINDS = {GLOBAL: RunArguments, **SECTIONS}
+# A training section's fields that the run sets for all stages at once.
 _SET_BY_RUN = ("output_dir",)
+_UNSET = object()  # in place of a value: the field goes back to its default
+# The stages that see images without captions, or decide what the student learns from them.
+_UNCAPTIONED_STAGES = {"regions", "teacher", "targets", "student"}
+
+Words = dict[str, dict[str, list[str]]]  # by section and field: a value as text, one word or several
+Values = dict[str, dict[str, Any]]  # by section and field: a typed value
 
 
-class _Parser(HfArgumentParser):
-    """Raises instead of ending the process, and names the section."""
-
-    def __init__(self, section: str, dataclass_type: type):
-        self.section = section
-        super().__init__(dataclass_type, allow_abbrev=False, add_help=False, prog=section, usage=section)
-
-    def error(self, message):
-        raise ValueError(f"Recipe, {self.section}: {message}.")
-
-
-@dataclass
+@dataclass(frozen=True)
 class Recipe:
     """A parsed recipe.
 
     Args:
         run ([`RunArguments`]): The global fields.
         anchor, regions, teacher, targets, student, reinforce, dmclip: The sections.
-        named (`frozenset[str]`): Sections that the file or the command line sets anything in.
-        path (`str` or None): The file it came from.
+        path (`str` or `None`): The file it came from.
+        values (`dict[str, dict[str, Any]]`): What the file and the command line set: section -> field -> typed value.
+            The global fields are the section `"global fields"`.
+        on_line (`frozenset[tuple[str, str]]`): Section and field of each value on the command line. No arm overrides
+            them.
     """
 
     run: RunArguments
@@ -135,8 +75,46 @@ class Recipe:
     student: StudentArguments
     reinforce: ReinforceArguments
     dmclip: DMCLIPArguments
-    named: frozenset[str]
     path: str | None
+    values: Values
+    on_line: frozenset[tuple[str, str]] = frozenset()
+
+    @property
+    def named(self) -> frozenset[str]:
+        """The sections that the file, the arm or the command line sets a field of."""
+        return frozenset(name for name in SECTIONS if self.values[name])
+
+    @property
+    def trains_dmclip(self) -> bool:
+        """Whether the recipe trains a DM-CLIP, in place of a teacher and a student."""
+        return "dmclip" in self.named
+
+    @property
+    def makes_anchor(self) -> bool:
+        """Whether the run pretrains the CLIP that it starts from."""
+        return self.run.clip_model is None and (not self.trains_dmclip or "anchor" in self.named)
+
+    @property
+    def uses_detector(self) -> bool:
+        """Whether a detector looks at the images: for the teacher, or to leave out images that cannot be read."""
+        return self.regions.detector is not None and (
+            self.student.reads_teacher or self.regions.on_bad_image == "skip"
+        )
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages to run, in order: those that `run.stages` asks for, else all that the recipe needs."""
+        distils = not self.trains_dmclip
+        needed = {
+            "anchor": self.makes_anchor,
+            "regions": distils and self.uses_detector,
+            "teacher": distils and self.student.reads_teacher and self.run.teacher_model is None,
+            "targets": distils,
+            "student": distils,
+            "reinforce": self.trains_dmclip and self.dmclip.train_shards is None,
+            "dmclip": self.trains_dmclip,
+        }
+        return [name for name in STAGES if (name in self.run.stages if self.run.stages else needed[name])]
 
     def resolved(self, *sections: str) -> dict[str, Any]:
         """The global fields and these sections as plain values, to be saved beside weights."""
@@ -147,32 +125,110 @@ class Recipe:
         }
 
 
-def _field_names(dataclass_type: type) -> list[str]:
-    return [f.name for f in fields(dataclass_type) if f.init]
+@dataclass(frozen=True)
+class ArmRun:
+    """One run of an experiment.
+
+    Args:
+        arm (`str`): The arm's name.
+        seed (`int`): The run's seed.
+        recipe ([`Recipe`]): Complete, with an output folder of its own.
+    """
+
+    arm: str
+    seed: int
+    recipe: Recipe
 
 
-def _check_name(section: str, name: str) -> None:
-    known = _field_names(SECTIONS.get(section, RunArguments))
-    if section in TRAINING_SECTIONS and name in _SET_BY_RUN:
-        raise ValueError(
-            f"Recipe, {section}: {name!r} is set for all stages at once; set the global {name!r} instead."
-        )
-    if name in known or (name.removeprefix("no_") in known and name.startswith("no_")):
-        return
-    where = "" if section == GLOBAL else f"{section}."
-    homes = [other for other, kind in SECTIONS.items() if name in _field_names(kind)]
-    nearest = difflib.get_close_matches(name, [*known, *(SECTIONS if section == GLOBAL else ())], n=1)
-    hint = f" Did you mean {where + nearest[0]!r}?" if nearest else ""
-    hint = f" It is a field of {', '.join(homes)}: write {homes[0]}.{name}." if homes else hint
-    raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
+def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe:
+    """Parse a recipe file and the command line that overrides it.
+
+    Args:
+        words (`Sequence[str]`): `--FIELD VALUE ...` and `--SECTION.FIELD VALUE ...`.
+        path (`str` or `Path`, *optional*): The recipe file.
+
+    Returns:
+        [`Recipe`]
+
+    Raises:
+        FileNotFoundError: If the file or its base is missing.
+        ValueError: If a key is unknown (the message names the nearest) or a value is not of its type or range.
+
+    Example:
+        >>> parse_recipe(["--seed", "3", "--student.learning_rate", "2e-6"]).student.learning_rate
+        2e-06
+    """
+    from_file = _by_section([] if path is None else _read_mapping(read_recipe_file(path)))
+    from_line = _by_section(_read_line(words))
+    given = {name: _type_values(name, {**from_file[name], **from_line[name]}) for name in _KINDS}
+    on_line = frozenset((name, field) for name in _KINDS for field in from_line[name])
+    return _build(_merge(given), None if path is None else str(path), on_line)
+
+
+def expand_arms(recipe: Recipe) -> list[ArmRun]:
+    """Every run that a recipe with `arms` or `seeds` asks for, in order; one run if it has neither.
+
+    An arm's fields override the file's, the command line overrides both. The runs share the cache, the shards of
+    `reinforce` and, without a `clip_model`, the anchor in `OUTPUT_DIR/anchor` (see [`shared_anchor`]).
+
+    Args:
+        recipe ([`Recipe`]): From [`parse_recipe`].
+
+    Returns:
+        `list[ArmRun]`
+
+    Raises:
+        ValueError: If an arm has an unknown key or a wrong value, or [`check_reference`], [`check_adapters`] or
+            [`check_uncaptioned_fields`] refuses a recipe.
+    """
+    check_reference(recipe)
+    check_adapters(recipe)
+    run = recipe.run
+    if not run.arms and not run.seeds:
+        return [ArmRun("student", run.seed, recipe)]
+    shards = {"reinforce": {"folder": recipe.reinforce.folder or f"{run.output_dir}/reinforce"}}
+    shared = {
+        "clip_model": run.clip_model or f"{run.output_dir}/anchor",
+        "cache_dir": run.cache_dir or f"{run.output_dir}/cache",
+    }
+    runs = []
+    for arm, overrides in (run.arms or {"student": {}}).items():
+        given = _arm_values(recipe, overrides or {})
+        for seed in run.seeds or [run.seed]:
+            own = {GLOBAL: {**shared, "seed": seed, "output_dir": f"{run.output_dir}/{arm}/seed-{seed}"}}
+            one = _build(_merge(recipe.values, shards, given, own), recipe.path, recipe.on_line)
+            check_uncaptioned_fields(one)
+            check_adapters(one)
+            runs.append(ArmRun(arm, seed, one))
+    return runs
+
+
+def shared_anchor(recipe: Recipe) -> Recipe | None:
+    """The recipe of the one stage that all runs of [`expand_arms`] share: the anchor. `None` if they need none.
+
+    Args:
+        recipe ([`Recipe`]): From [`parse_recipe`].
+
+    Returns:
+        [`Recipe`] or `None`: With the stage `anchor` alone.
+    """
+    if not recipe.makes_anchor or not (recipe.run.arms or recipe.run.seeds):
+        return None
+    return replace(recipe, run=replace(recipe.run, stages=["anchor"]))
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
-    """A recipe file as a mapping, its `base` recipes merged in.
+    """Read a recipe file as a mapping, over its `base` recipes.
+
+    Args:
+        path (`str` or `Path`): A YAML file. Its `base` is a path relative to it.
+
+    Returns:
+        `dict[str, Any]`: Fields, and sections as mappings of fields.
 
     Raises:
-        FileNotFoundError: If it or its base is missing.
-        ValueError: If it is no YAML mapping.
+        FileNotFoundError: If the file or a base is missing.
+        ValueError: If a file is no YAML mapping.
     """
     path = Path(path)
     if not path.is_file():
@@ -190,173 +246,225 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     return merged
 
 
-def _flatten(recipe: dict[str, Any]) -> Iterator[str]:
-    """A recipe as command-line words."""
+def _read_mapping(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
+    """Each key of a recipe's mapping, `FIELD` or `SECTION.FIELD`, with its value as words."""
     for name, value in recipe.items():
-        if name in SECTIONS:
-            if not isinstance(value, dict):
-                raise ValueError(f"Recipe section {name!r}: expected a mapping of fields, got {value!r}.")
-            yield from _flatten_fields(value, f"--{name}.")
-        else:
-            yield from _flatten_fields({name: value}, "--")
+        if name in SECTIONS and not isinstance(value, dict):
+            raise ValueError(f"Recipe section {name!r}: expected a mapping of fields, got {value!r}.")
+        entries = {f"{name}.{field}": one for field, one in value.items()} if name in SECTIONS else {name: value}
+        for key, entry in entries.items():
+            items = entry if isinstance(entry, list) else [entry]
+            if entry is not None and items:
+                yield str(key), [json.dumps(one) if isinstance(one, (dict, bool)) else str(one) for one in items]
 
 
-def _flatten_fields(values: dict[str, Any], prefix: str) -> Iterator[str]:
-    for name, value in values.items():
-        words = value if isinstance(value, list) else [value]
-        if value is None or not words:
-            continue
-        yield f"{prefix}{name}"
-        for word in words:
-            yield json.dumps(word) if isinstance(word, (dict, bool)) else str(word)
-
-
-def _split(words: Sequence[str]) -> dict[str, list[str]]:
-    """Words by the section they speak to, names checked and without their prefix."""
-    sections: dict[str, list[str]] = {name: [] for name in (GLOBAL, *SECTIONS)}
-    section = GLOBAL
+def _read_line(words: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each key of a command line, `FIELD` or `SECTION.FIELD`, with the words of its value."""
+    given: list[tuple[str, list[str]]] = []
     for word in words:
         if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            name = name.replace("-", "_")
-            prefix, dot, rest = name.partition(".")
-            section, name = (prefix, rest) if dot else (GLOBAL, name)
-            if section != GLOBAL and section not in SECTIONS:
-                raise ValueError(f"Unknown recipe section {section!r} in {word!r}. Sections: {', '.join(SECTIONS)}.")
-            _check_name(section, name)
-            word = f"--{name}{equals}{value}"
-        elif not sections[section]:
+            key, equals, value = word[2:].partition("=")
+            given.append((key, [value] if equals else []))
+        elif not given:
             raise ValueError(f"Expected --FIELD before {word!r}.")
-        sections[section].append(word)
-    return sections
-
-
-def _take_back_none(kind: type, words: list[str]) -> list[str]:
-    """Words without the fields whose last value is the one word `none` and whose default is nothing."""
-    nothing = {f.name for f in fields(kind) if f.default is None or _is_empty(f)}
-    values: dict[str, list[str]] = {}
-    for word in words:
-        if word.startswith("--"):
-            name, equals, value = word[2:].partition("=")
-            values.pop(name, None)  # the last one counts
-            values[name] = [value] if equals else []
         else:
-            values[list(values)[-1]].append(word)
-    kept = {name: given for name, given in values.items() if not (name in nothing and given == ["none"])}
-    return [word for name, given in kept.items() for word in (f"--{name}", *given)]
+            given[-1][1].append(word)
+    return given
 
 
-def _is_empty(one: Any) -> bool:
-    return callable(one.default_factory) and one.default_factory() == []
+def _by_section(given: Iterable[tuple[str, list[str]]]) -> Words:
+    """Values by section and field, names checked. `no_FIELD` is FIELD with the value false. The last value counts."""
+    words: Words = {name: {} for name in _KINDS}
+    for key, value in given:
+        prefix, dot, rest = key.replace("-", "_").partition(".")
+        section, field = (prefix, rest) if dot else (GLOBAL, prefix)
+        if section not in _KINDS:
+            raise ValueError(f"Unknown recipe section {section!r} in '--{key}'. Sections: {', '.join(SECTIONS)}.")
+        switch = field.removeprefix("no_")
+        if switch != field and any(f.name == switch and f.default is True for f in fields(_KINDS[section])):
+            if value:
+                raise ValueError(f"Recipe, {section}: expected no value for {field!r}, got {' '.join(value)!r}.")
+            field, value = switch, ["false"]
+        _check_name(section, field)
+        words[section][field] = value
+    return words
 
 
-def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe:
-    """Parse a recipe file, then a command line over it.
+def _field_names(kind: type) -> list[str]:
+    return [f.name for f in fields(kind) if f.init]
 
-    Args:
-        words (`Sequence[str]`): `--FIELD VALUE ...` and `--SECTION.FIELD VALUE ...`.
-        path (`str` or `Path`, *optional*): The recipe file.
 
-    Returns:
-        [`Recipe`]
+def _check_name(section: str, name: str) -> None:
+    if section in TRAINING_SECTIONS and name in _SET_BY_RUN:
+        raise ValueError(
+            f"Recipe, {section}: {name!r} is set for all stages at once; set the global {name!r} instead."
+        )
+    known = _field_names(_KINDS[section])
+    if name in known:
+        return
+    where = "" if section == GLOBAL else f"{section}."
+    homes = [other for other, kind in SECTIONS.items() if name in _field_names(kind)]
+    nearest = difflib.get_close_matches(name, [*known, *(SECTIONS if section == GLOBAL else ())], n=1)
+    hint = f" Did you mean {where + nearest[0]!r}?" if nearest else ""
+    hint = f" It is a field of {', '.join(homes)}: write {homes[0]}.{name}." if homes else hint
+    raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
 
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If a key is unknown (the message names the nearest) or a value is not of its type or range.
+
+class _Parser(HfArgumentParser):
+    """Turns the words of one section into typed values. An error is raised, and names the section."""
+
+    def __init__(self, section: str):
+        self.section = section
+        super().__init__(_KINDS[section], allow_abbrev=False, add_help=False, prog=section, usage=section)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"Recipe, {self.section}: {message}.")
+
+
+_parser_of = functools.cache(_Parser)
+
+
+def _type_values(section: str, words: Mapping[str, list[str]]) -> dict[str, Any]:
+    """The words of a section's fields as values of the fields' types.
+
+    The one word `none` unsets a field whose default is `None` or an empty list.
     """
-    from_file = [] if path is None else list(_flatten(read_recipe_file(path)))
-    split_file, split_line = _split(from_file), _split(list(words))
-    kinds = {GLOBAL: RunArguments, **SECTIONS}
-    given = {name: _take_back_none(kinds[name], [*split_file[name], *split_line[name]]) for name in kinds}
-    (run,) = _Parser(GLOBAL, RunArguments).parse_args_into_dataclasses(given[GLOBAL], look_for_args_file=False)
+    nothing = {f.name for f in fields(_KINDS[section]) if default_of(f) in (None, [])}
+    values = {field: _UNSET for field, value in words.items() if field in nothing and value == ["none"]}
+    typed = [word for field, value in words.items() if field not in values for word in (f"--{field}", *value)]
+    parsed = _parser_of(section).parse_args(typed)
+    return {field: values.get(field, getattr(parsed, field)) for field in words}
+
+
+def _arm_values(recipe: Recipe, overrides: Mapping[str, Any]) -> Values:
+    """An arm's fields, without those that the command line sets."""
+    words = _by_section(_read_mapping(overrides))
+    return {
+        name: _type_values(
+            name, {field: value for field, value in words[name].items() if (name, field) not in recipe.on_line}
+        )
+        for name in _KINDS
+    }
+
+
+def _merge(*layers: Mapping[str, Mapping[str, Any]]) -> Values:
+    """Values of several layers, later ones over earlier ones, without the fields that are unset."""
+    merged: Values = {name: {} for name in _KINDS}
+    for layer in layers:
+        for name, given in layer.items():
+            merged[name] |= given
+    return {name: {f: value for f, value in given.items() if value is not _UNSET} for name, given in merged.items()}
+
+
+def _build(values: Values, path: str | None, on_line: frozenset[tuple[str, str]]) -> Recipe:
+    """The recipe of some values: defaults filled in, every section checked."""
+    own = copy.deepcopy(values)  # the runs of an experiment share `values`
+    run = RunArguments(**own[GLOBAL])
     sections = {}
     for name, kind in SECTIONS.items():
-        forced = []
-        if name in TRAINING_SECTIONS:
-            forced = ["--output_dir", f"{run.output_dir}/{name}", "--seed", str(run.seed)]
-        (sections[name],) = _Parser(name, kind).parse_args_into_dataclasses(
-            [*forced, *given[name]], look_for_args_file=False
-        )
-    named = frozenset(name for name in SECTIONS if given[name])
-    return Recipe(run=run, **sections, named=named, path=None if path is None else str(path))
+        shared = {"output_dir": f"{run.output_dir}/{name}", "seed": run.seed} if name in TRAINING_SECTIONS else {}
+        sections[name] = kind(**{**shared, **own[name]})
+    return Recipe(run=run, **sections, path=path, values=values, on_line=on_line)
 
 
-@dataclass
-class ArmRun:
-    """One run of an experiment.
+def check_reference(recipe: Recipe) -> None:
+    """Refuse a recipe that evaluates DM-CLIPs, which start from no CLIP, but names no CLIP to compare them with.
 
     Args:
-        arm (`str`): Its variant's name.
-        seed (`int`): Its seed.
-        recipe ([`Recipe`]): Complete, with an output folder of its own.
-    """
-
-    arm: str
-    seed: int
-    recipe: Recipe
-
-
-def expand_arms(words: Sequence[str], path: str | Path | None = None) -> list[ArmRun]:
-    """Every run that a recipe with `arms` or `seeds` asks for, in order; one run where it has neither.
-
-    An arm's fields go before the file's, the command line before both. Runs share the cache, the shards of
-    `reinforce`, and the anchor in `OUTPUT_DIR/anchor` where no `clip_model` is named.
-
-    Args:
-        words, path: As for [`parse_recipe`].
-
-    Returns:
-        `list[ArmRun]`
+        recipe ([`Recipe`]): Parsed.
 
     Raises:
-        FileNotFoundError, ValueError: As [`parse_recipe`], [`check_reference`] and, of any arm,
-            [`check_uncaptioned_fields`], [`check_adapters`].
+        ValueError: If `evaluate` is set and there is neither a `clip_model` nor a section `anchor`.
     """
-    recipe = parse_recipe(words, path)
-    check_reference(recipe)
-    check_adapters(recipe)
-    run = recipe.run
-    if not run.arms and not run.seeds:
-        return [ArmRun("student", run.seed, recipe)]
-    clip_model = run.clip_model or f"{run.output_dir}/anchor"
-    cache_dir = run.cache_dir or f"{run.output_dir}/cache"
-    shards = {"reinforce": {"folder": recipe.reinforce.folder or f"{run.output_dir}/reinforce"}}
-    runs = []
-    for arm, overrides in (run.arms or {"student": {}}).items():
-        for seed in run.seeds or [run.seed]:
-            folder = f"{run.output_dir}/{arm}/seed-{seed}"
-            forced = {"seed": seed, "output_dir": folder, "cache_dir": cache_dir, "clip_model": clip_model}
-            given = [*_flatten(shards), *_flatten(overrides or {}), *words, *_flatten(forced)]
-            runs.append(ArmRun(arm, seed, parse_recipe(given, path)))
-            check_uncaptioned_fields(runs[-1].recipe)
-            check_adapters(runs[-1].recipe)
-    return runs
+    if recipe.run.evaluate and recipe.run.clip_model is None and not recipe.makes_anchor:
+        raise ValueError(
+            "evaluate: name clip_model, the reference of the table. This recipe trains a DM-CLIP, and has neither a "
+            "clip_model nor a section anchor that makes one."
+        )
+
+
+def check_uncaptioned_fields(recipe: Recipe) -> None:
+    """Refuse a recipe that can learn nothing from the images of `uncaptioned_datasets`.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
+
+    Raises:
+        ValueError: If no loss term can use such images, the recipe's teacher reads captions, or there is no student;
+            the message names the field.
+    """
+    run, student = recipe.run, recipe.student
+    if not run.uncaptioned_datasets or (run.stages and not _UNCAPTIONED_STAGES & set(run.stages)):
+        return
+    if recipe.trains_dmclip:
+        raise ValueError(
+            "uncaptioned_datasets: only the stage student learns from them, and this recipe trains a DM-CLIP."
+        )
+    if not (student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight):
+        raise ValueError(
+            "uncaptioned_datasets: no term of the loss can use an image without a caption. Set "
+            "student.cosine_distillation_loss_weight or student.cosine_preservation_loss_weight above 0."
+        )
+    if student.reads_teacher and run.teacher_model is None:
+        require_leak_free("teacher.cross_attention", recipe.teacher.cross_attention)
+
+
+def require_leak_free(field: str, cross_attention: str) -> None:
+    """Refuse a teacher that reads captions if the student is to learn from images without captions.
+
+    Args:
+        field (`str`): Where `cross_attention` was set, for the message.
+        cross_attention (`str`): The teacher's.
+
+    Raises:
+        ValueError: If `cross_attention` is not `regions`.
+    """
+    if cross_attention != "regions":
+        raise ValueError(
+            f"uncaptioned_datasets: expected {field} to be 'regions', a teacher that reads no caption, got "
+            f"{cross_attention!r}. Set it to 'regions', or leave uncaptioned_datasets out."
+        )
+
+
+def check_adapters(recipe: Recipe) -> None:
+    """Refuse a recipe that saves its student as an adapter alone, but evaluates or publishes it.
+
+    Args:
+        recipe ([`Recipe`]): Parsed.
+
+    Raises:
+        ValueError: If `student.merge_adapter` is off and whole weights are needed.
+    """
+    wanted = [name for name in ("evaluate", "push_to_hub") if getattr(recipe.run, name)]
+    if wanted and recipe.student.lora_rank is not None and not recipe.student.merge_adapter:
+        raise ValueError(
+            f"student.merge_adapter: expected true beside {wanted[0]}, which reads whole weights, got false. The "
+            "adapter is written either way."
+        )
 
 
 def describe_fields() -> str:
     """Every field of every section with its default, for `--help`."""
-    own = {name: set(_field_names(kind)) for name, kind in SECTIONS.items()}
-    lines = ["Global fields:"]
-    lines += _describe(RunArguments, "--", set(_field_names(RunArguments)))
+    lines = ["Global fields:", *_describe(RunArguments, "--", set(_field_names(RunArguments)))]
     for name, kind in SECTIONS.items():
+        own = set(_field_names(kind))
         lines += ["", f"Section {name}: {' '.join(kind.__doc__.split()).split(': ', 1)[1]}"]
         if name in TRAINING_SECTIONS:
             lines.append("  Every field of transformers.TrainingArguments, and:")
-            own[name] = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}
-        lines += _describe(kind, f"--{name}.", own[name])
+            own = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}
+        lines += _describe(kind, f"--{name}.", own)
     return "\n".join(lines)
 
 
-def _declared(kind: type) -> list[Any]:
+def _declared(kind: type) -> list[Field]:
     if not issubclass(kind, StageTrainingArguments):
         return []
     return [f for f in fields(kind) if f.name in kind.__dict__.get("__annotations__", {})]
 
 
 def _describe(kind: type, prefix: str, names: set[str]) -> list[str]:
-    lines = []
-    for f in fields(kind):
-        if f.name in names:
-            default = f.default_factory() if callable(f.default_factory) else f.default
-            lines.append(f"  {prefix}{f.name} (default {default!r})\n      {f.metadata['help']}")
-    return lines
+    return [
+        f"  {prefix}{f.name} (default {default_of(f)!r})\n      {f.metadata['help']}"
+        for f in fields(kind)
+        if f.name in names
+    ]

@@ -1,15 +1,16 @@
-"""A recipe at work: what its stages share, read when first asked for."""
+"""One run: where it reads and writes, the record of each stage, and the images and models that its stages read."""
 
 import json
 import logging
 import shutil
-from collections.abc import Collection, Mapping
-from functools import cached_property
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
+from transformers import BaseImageProcessor
 
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
@@ -18,8 +19,7 @@ from modeling_dclip.data.columns import attach_columns, concatenate_shared, imag
 from modeling_dclip.data.files import read_json, write_json
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
-from modeling_dclip.distillation.arguments import STAGES
-from modeling_dclip.distillation.recipes import UNCAPTIONED, Recipe, check_uncaptioned_fields, require_leak_free
+from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.modeling_dclip import DCLIPModel
@@ -28,6 +28,7 @@ from modeling_dclip.processing_dclip import DCLIPProcessor
 logger = logging.getLogger(__name__)
 
 RECORD_NAME = "stage.json"
+UNCAPTIONED = "uncaptioned"  # the split of images without captions, which only the student learns from
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
@@ -40,15 +41,15 @@ def _differences(old: Any, new: Any, path: str = "") -> list[str]:
 
 
 class StageRecord:
-    """The record of one stage.
+    """The record of one stage, in `stage.json`: what decided its result, and whether it finished.
 
     Args:
-        folder (`Path`): The stage's own.
-        inputs (`dict`): All that decides the result, as plain values: arguments, keys of data and of models.
-        overwrite (`bool`): Delete what other inputs made instead of raising.
+        folder (`Path`): The stage's own folder.
+        inputs (`dict`): Everything that decides the result, as plain values: arguments, keys of data and of models.
+        overwrite (`bool`): Delete a result of other inputs instead of raising.
 
     Raises:
-        ValueError: If the folder was made from other inputs; the message says which and what to do.
+        ValueError: If the folder was made from other inputs; the message names them and says what to do.
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any], overwrite: bool = False):
@@ -56,7 +57,7 @@ class StageRecord:
         self.path = folder / RECORD_NAME
         self.finished = False
         stored = self._read()
-        PartialState().wait_for_everyone()  # all have read before the first one writes
+        PartialState().wait_for_everyone()  # every process reads before the first one writes
         if stored is not None and stored["inputs"] != self.inputs:
             changes = "; ".join(_differences(stored["inputs"], self.inputs))
             if not overwrite:
@@ -74,7 +75,7 @@ class StageRecord:
             self._write(finished=False)
 
     def finish(self) -> None:
-        """Note that the stage is done."""
+        """Note that the stage has finished."""
         self.finished = True
         self._write(finished=True)
         logger.info("%s: wrote %s", self.folder.name, self.folder)
@@ -93,6 +94,12 @@ class StageRecord:
 def finished_inputs(folder: Path) -> dict[str, Any]:
     """What a finished stage was made from.
 
+    Args:
+        folder (`Path`): The stage's own folder.
+
+    Returns:
+        `dict[str, Any]`: The inputs of its [`StageRecord`].
+
     Raises:
         FileNotFoundError: If the stage was not run.
         ValueError: If it did not finish.
@@ -103,84 +110,52 @@ def finished_inputs(folder: Path) -> dict[str, Any]:
     record = read_json(path, "record")
     if not record["finished"]:
         raise ValueError(
-            f"The stage in '{folder}' did not finish. Run the stage {folder.name!r} again; it goes on where it was."
+            f"The stage in '{folder}' did not finish. Run the stage {folder.name!r} again; it continues where it "
+            "stopped."
         )
     return record["inputs"]
 
 
-class SharedData:
-    """What several runs of one process need not read twice:
-    images and their pixels, by what selects them, and teachers' fingerprints.
-    """
-
-    def __init__(self):
-        self.sources: dict[str, dict[str, tuple[Dataset, list[str]]]] = {}
-        self.captioned_ids: dict[str, set[str]] = {}
-        self.pixels: dict[tuple, PixelReader] = {}
-        self.fingerprints: dict[str, str] = {}  # of the teachers of reinforced data, by their specs
-
-
-class Run:
-    """A recipe with what its stages share, read when first asked for.
+@dataclass(frozen=True)
+class Places:
+    """Where a run reads and writes.
 
     Args:
-        recipe ([`Recipe`]): Parsed.
-        shared ([`SharedData`], *optional*): Of runs before it in this process.
+        folder (`Path`): The run's own folder. Each stage has a folder of its own name in it.
+        cache_dir (`Path`): Of what is cached by content; runs may share it.
+        reinforced (`Path`): Folder of the stage reinforce; runs may share it.
+        overwrite (`bool`): Whether a stage replaces a result of other inputs.
     """
 
-    def __init__(self, recipe: Recipe, shared: SharedData | None = None):
-        self.recipe = recipe
-        self.shared = SharedData() if shared is None else shared
-        self.folder = Path(recipe.run.output_dir)
-        self.cache_dir = Path(recipe.run.cache_dir or self.folder / "cache")
+    folder: Path
+    cache_dir: Path
+    reinforced: Path
+    overwrite: bool = False
 
-    @property
-    def stages(self) -> list[str]:
-        """The stages to run, in order: those asked for, else those the recipe needs."""
-        recipe = self.recipe
-        reinforced = "dmclip" in recipe.named
-        needed = {
-            "anchor": recipe.run.clip_model is None and (not reinforced or "anchor" in recipe.named),
-            "regions": not reinforced and self.uses_detector,
-            "teacher": not reinforced and recipe.student.reads_teacher and recipe.run.teacher_model is None,
-            "targets": not reinforced,
-            "student": not reinforced,
-            "reinforce": reinforced and recipe.dmclip.train_shards is None,
-            "dmclip": reinforced,
-        }
-        return [name for name in STAGES if (name in recipe.run.stages if recipe.run.stages else needed[name])]
+    @classmethod
+    def of(cls, recipe: Recipe) -> Self:
+        """The places that a recipe names."""
+        folder = Path(recipe.run.output_dir)
+        return cls(
+            folder=folder,
+            cache_dir=Path(recipe.run.cache_dir or folder / "cache"),
+            reinforced=Path(recipe.reinforce.folder or folder / "reinforce"),
+            overwrite=recipe.run.overwrite,
+        )
 
-    @property
-    def uses_detector(self) -> bool:
-        """Whether rows go through the detector: for the teacher, or because it leaves bad images out."""
-        regions = self.recipe.regions
-        return regions.detector is not None and (self.recipe.student.reads_teacher or regions.on_bad_image == "skip")
-
-    @property
-    def clip_path(self) -> str:
-        """Folder or Hub id of the CLIP that teacher and student start from.
-
-        Raises:
-            FileNotFoundError: If it is the run's own anchor and not there yet.
-        """
-        named = self.recipe.run.clip_model
-        return str(self.made("anchor", "config.json", "clip_model")) if named is None else PRESETS.get(named, named)
-
-    @property
-    def teacher_path(self) -> str:
-        """Folder or Hub id of the trained teacher."""
-        return self.recipe.run.teacher_model or str(self.made("teacher", "config.json", "teacher_model"))
-
-    @property
-    def reinforce_folder(self) -> Path:
-        """Where the stage reinforce writes, its shards in `shards`."""
-        return Path(self.recipe.reinforce.folder or self.folder / "reinforce")
-
-    def made(self, stage: str, file: str, instead: str) -> Path:
+    def made(self, stage: str, file: str, instead: str = "") -> Path:
         """The folder of a stage that `file` shows to be done.
 
+        Args:
+            stage (`str`): Its name.
+            file (`str`): Name of a file or folder in the stage's folder.
+            instead (`str`, *optional*): The field that replaces the stage, for the message.
+
+        Returns:
+            `Path`
+
         Raises:
-            FileNotFoundError: If it is not there; the message says which stage to run, or which field to set instead.
+            FileNotFoundError: If `file` is missing; the message says which stage to run, or which field to set.
         """
         if not (self.folder / stage / file).exists():
             raise FileNotFoundError(
@@ -189,141 +164,324 @@ class Run:
             )
         return self.folder / stage
 
-    @cached_property
-    def clip_key(self) -> str:
-        """A key of the CLIP and its processor."""
-        processor = DCLIPProcessor.from_pretrained(self.clip_path)
-        return combine_keys([fingerprint_model(load_student(self.clip_path)), fingerprint_processor(processor)])
+    def record(self, stage: str, inputs: dict[str, Any], folder: Path | None = None) -> StageRecord:
+        """Open the record of a stage.
 
-    @cached_property
-    def sources(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """The images as loaded, by split, with the keys of their images;
-        those without captions are the split `uncaptioned`.
-        """
-        run = self.recipe.run
-        validates = any(args.eval_strategy.value != "no" for args in (self.recipe.teacher, self.recipe.student))
-        if not run.train_datasets:
-            raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
-        if validates and run.train_fraction == 1:
-            raise ValueError(
-                "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or "
-                "eval_strategy to no."
-            )
-        selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
-        key = json.dumps([*selection, self.recipe.regions.ignore_boxes, validates])
-        if key not in self.shared.sources:
-            dataset = self._without_boxes(load_mix(run.train_datasets, seed=run.seed, exclude_ids=self._excluded_ids))
-            self.shared.captioned_ids[key] = set(dataset["image_id"][:])
-            splits = self._split(dataset, validates)
-            self.shared.sources[key] = {split: (rows, image_keys(rows)) for split, rows in splits.items()}
-        return self.shared.sources[key] | self._uncaptioned(key)
+        Args:
+            stage (`str`): Its name.
+            inputs (`dict`): As for [`StageRecord`].
+            folder (`Path`, *optional*): The stage's folder. Defaults to the one of its name in the run's folder.
 
-    @cached_property
-    def _excluded_ids(self) -> set[str]:
-        return set().union(*(karpathy_test_ids(path) for path in self.recipe.run.exclude_karpathy))
-
-    def _without_boxes(self, dataset: Dataset) -> Dataset:
-        """The rows without boxes of their own where the recipe ignores them."""
-        own = [name for name in ("boxes", "box_scores") if name in dataset.column_names]
-        return dataset.remove_columns(own) if self.recipe.regions.ignore_boxes else dataset
-
-    def _split(self, dataset: Dataset, validates: bool) -> dict[str, Dataset]:
-        run = self.recipe.run
-        if run.train_fraction == 1:
-            return {"train": dataset}
-        train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
-        return {"train": train, **({"validation": validation} if validates else {})}
-
-    def check_batches(self) -> None:
-        """See that the captioned images fill a batch, before anything looks at them; what is skipped later, the
-        trainers notice.
+        Returns:
+            [`StageRecord`]: Finished if an earlier run made the same.
 
         Raises:
-            ValueError: If they do not, of a stage that will run; the message names the field to lower.
+            ValueError: As [`StageRecord`].
         """
-        rows = len(self.sources["train"][0])
-        for name in ("teacher", "student"):
-            args = getattr(self.recipe, name)
-            needed = args.train_batch_size * args.world_size
-            alone = name == "teacher" or not self.recipe.run.uncaptioned_datasets
-            if name in self.stages and alone and args.dataloader_drop_last and rows < needed:
-                raise ValueError(
-                    f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got "
-                    f"{rows}. Lower {name}.per_device_train_batch_size, or give more images."
-                )
-
-    def _uncaptioned(self, captioned: str) -> dict[str, tuple[Dataset, list[str]]]:
-        """The new images beside the captioned ones of a key, validation's and those held out included."""
-        run, shared = self.recipe.run, self.shared
-        if not run.uncaptioned_datasets:
-            return {}
-        key = json.dumps([UNCAPTIONED, captioned, run.uncaptioned_datasets])
-        if key not in shared.sources:
-            options = {"seed": run.seed, "captioned": shared.sources[captioned]}
-            excluded = self._excluded_ids | shared.captioned_ids[captioned]
-            rows, images = load_new_images(run.uncaptioned_datasets, exclude_ids=excluded, **options)
-            shared.sources[key] = {UNCAPTIONED: (self._without_boxes(rows), images)}
-            has_boxes = ["boxes" in dataset.column_names for dataset in (options["captioned"]["train"][0], rows)]
-            if has_boxes == [True, False] and not self.uses_detector and self.recipe.student.reads_teacher:
-                logger.warning(
-                    "The captioned images have boxes of their own, those without captions none: there the teacher "
-                    "sees the whole image alone. Name regions.detector to give both the same regions."
-                )
-        return shared.sources[key]
-
-    @cached_property
-    def data(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """The images with their regions, by split, and the keys of their rows."""
-        data = {}
-        for split, (dataset, images) in self.sources.items():
-            if self.uses_detector:
-                key_of = dict(zip(dataset["image_id"][:], images, strict=True))
-                dataset = attach_columns(dataset, load_from_disk(self.made("regions", split, "") / split))
-                images = [key_of[image_id] for image_id in dataset["image_id"][:]]
-            data[split] = dataset, row_keys(dataset, images)
-        return data
-
-    @property
-    def captioned_data(self) -> dict[str, tuple[Dataset, list[str]]]:
-        """Of [`Run.data`] what a teacher trains and validates on."""
-        return {split: data for split, data in self.data.items() if split != UNCAPTIONED}
-
-    @property
-    def data_keys(self) -> dict[str, str]:
-        """One key of all rows, by split."""
-        return {split: combine_keys(keys) for split, (_, keys) in self.data.items()}
-
-    @property
-    def student_splits(self) -> list[str]:
-        """The splits whose rows, one after the other, the student trains on."""
-        return [split for split in ("train", UNCAPTIONED) if split in self.data]
-
-    def pixels(self, image_processor: Any, cache_mib: int) -> PixelReader:
-        """Reads the pixels of the student's training rows."""
-        settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
-        key = (*(self.data_keys[split] for split in self.student_splits), settings, cache_mib)
-        if key not in self.shared.pixels:
-            images = [self.data[split][0].select_columns(["image_id", "image"]) for split in self.student_splits]
-            self.shared.pixels[key] = PixelReader(concatenate_shared(images), image_processor, cache_mib)
-        return self.shared.pixels[key]
-
-    def record(self, stage: str, inputs: dict[str, Any], folder: Path | None = None) -> StageRecord:
-        """The record of a stage of this run, in the stage's own folder if no other is given."""
-        record = StageRecord(folder or self.folder / stage, inputs, self.recipe.run.overwrite)
+        record = StageRecord(folder or self.folder / stage, inputs, self.overwrite)
         if record.finished:
             logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
         return record
 
 
-# Images that the student learns from the teacher alone: whether a recipe can use them, and which of them are new.
+class KeyedRows(NamedTuple):
+    """Rows with a key of each one's content.
+
+    Args:
+        rows (`datasets.Dataset`): N rows.
+        keys (`list[str]`): N keys: of the images alone, or of all columns that a model reads.
+    """
+
+    rows: Dataset
+    keys: list[str]
+
+    @property
+    def key(self) -> str:
+        """One key of all rows."""
+        return combine_keys(self.keys)
 
 
-def check_uncaptioned(recipe: Any) -> None:
-    """As [`check_uncaptioned_fields`], and look into the config of the `teacher_model` that a recipe names.
+Splits = dict[str, KeyedRows]  # "train", "validation" and, without captions, "uncaptioned"
+
+
+@dataclass
+class SharedData:
+    """What the runs of one process need not read twice, each by a key of what selects it.
+
+    Args:
+        sources (`dict[str, Splits]`): Images by split.
+        captioned_ids (`dict[str, set[str]]`): Ids of all captioned images, those held out included.
+        excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
+        pixels (`dict[tuple, PixelReader]`): Decoded images.
+        fingerprints (`dict[str, str]`): Of models, by spec or path.
+    """
+
+    sources: dict[str, Splits] = field(default_factory=dict)
+    captioned_ids: dict[str, set[str]] = field(default_factory=dict)
+    excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
+    pixels: dict[tuple, PixelReader] = field(default_factory=dict)
+    fingerprints: dict[str, str] = field(default_factory=dict)
+
+
+def load_images(recipe: Recipe, shared: SharedData) -> Splits:
+    """Load the images that teacher and student learn from.
+
+    Args:
+        recipe ([`Recipe`]): Names the datasets, the split and the test images to leave out.
+        shared ([`SharedData`]): Images that an earlier run loaded are taken from it; new ones are added.
+
+    Returns:
+        `dict[str, KeyedRows]`: By split, with keys of the images: `train`, `validation` if a stage evaluates, and
+        `uncaptioned` if the recipe names such datasets.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If no dataset is named, there are no rows to validate on, or a dataset is wrong.
+    """
+    run, ignores_boxes = recipe.run, recipe.regions.ignore_boxes
+    validates = any(args.eval_strategy.value != "no" for args in (recipe.teacher, recipe.student))
+    if validates and run.train_fraction == 1:
+        raise ValueError(
+            "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or set "
+            "eval_strategy to no."
+        )
+    selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
+    key = json.dumps([*selection, ignores_boxes, validates])
+    if key not in shared.sources:
+        dataset = load_captioned(run.train_datasets, run.exclude_karpathy, run.seed, shared)
+        dataset = _without_boxes(dataset) if ignores_boxes else dataset
+        shared.captioned_ids[key] = set(dataset["image_id"][:])
+        splits = {"train": dataset}
+        if run.train_fraction < 1:
+            train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
+            splits = {"train": train, **({"validation": validation} if validates else {})}
+        shared.sources[key] = {split: KeyedRows(rows, image_keys(rows)) for split, rows in splits.items()}
+    captioned = shared.sources[key]
+    if not run.uncaptioned_datasets:
+        return captioned
+    new = json.dumps([UNCAPTIONED, key, run.uncaptioned_datasets])
+    if new not in shared.sources:
+        excluded = _excluded_ids(run.exclude_karpathy, shared) | shared.captioned_ids[key]
+        found = load_new_images(run.uncaptioned_datasets, seed=run.seed, exclude_ids=excluded, captioned=captioned)
+        rows = _without_boxes(found.rows) if ignores_boxes else found.rows
+        shared.sources[new] = {UNCAPTIONED: KeyedRows(rows, found.keys)}
+        _warn_of_boxes(recipe, captioned["train"].rows, found.rows)
+    return captioned | shared.sources[new]
+
+
+def load_captioned(specs: Sequence[str], exclude_karpathy: Sequence[str], seed: int, shared: SharedData) -> Dataset:
+    """Load the captioned images of a recipe, without the test images of Karpathy's files.
+
+    Args:
+        specs (`Sequence[str]`): The recipe's `train_datasets`.
+        exclude_karpathy (`Sequence[str]`): Karpathy JSON files.
+        seed (`int`): Seed of the draws.
+        shared ([`SharedData`]): Remembers the ids in those files.
+
+    Returns:
+        `datasets.Dataset`: With `image_id`, `image`, `captions`.
+
+    Raises:
+        FileNotFoundError: If a file or folder is missing.
+        ValueError: If no dataset is named, or one is wrong.
+    """
+    if not specs:
+        raise ValueError("train_datasets: expected one or more specs of captioned images, got none.")
+    return load_mix(specs, seed=seed, exclude_ids=_excluded_ids(exclude_karpathy, shared))
+
+
+def _excluded_ids(paths: Sequence[str], shared: SharedData) -> set[str]:
+    if (key := tuple(paths)) not in shared.excluded_ids:
+        shared.excluded_ids[key] = set().union(*(karpathy_test_ids(path) for path in paths))
+    return shared.excluded_ids[key]
+
+
+def _without_boxes(dataset: Dataset) -> Dataset:
+    return dataset.remove_columns([name for name in ("boxes", "box_scores") if name in dataset.column_names])
+
+
+def _warn_of_boxes(recipe: Recipe, captioned: Dataset, uncaptioned: Dataset) -> None:
+    """Warn if the teacher sees regions in captioned images alone."""
+    if "boxes" not in captioned.column_names or "boxes" in uncaptioned.column_names:
+        return
+    if not recipe.regions.ignore_boxes and recipe.student.reads_teacher and not recipe.uses_detector:
+        logger.warning(
+            "The captioned images have boxes of their own, the images without captions have none, so the teacher sees "
+            "only the whole of these. Set regions.detector to give both the same regions."
+        )
+
+
+def load_new_images(
+    specs: list[str], *, seed: int, exclude_ids: Collection[str], captioned: Mapping[str, KeyedRows]
+) -> KeyedRows:
+    """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
+
+    Args:
+        specs (`list[str]`): Of [`load_uncaptioned`].
+        seed (`int`): Seed of the draws.
+        exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
+        captioned (`Mapping[str, KeyedRows]`): Captioned rows by split. The same file under another id is left out too.
+
+    Returns:
+        [`KeyedRows`]: The rows, without captions, and the keys of their images.
+
+    Raises:
+        FileNotFoundError: As [`load_uncaptioned`].
+        ValueError: As [`load_uncaptioned`]; also if no image is left.
+    """
+    dataset = load_uncaptioned(specs, seed=seed, exclude_ids=exclude_ids)
+    keys = image_keys(dataset)
+    known = set().union(*(split.keys for split in captioned.values()))
+    new = [row for row, key in enumerate(keys) if key not in known]
+    if len(new) < len(keys):
+        left_out = len(keys) - len(new)
+        logger.info("uncaptioned_datasets: left out %d images that are captioned ones under another id", left_out)
+        require_rows(len(new), f"{specs} after leaving out {left_out} captioned images", "an image")
+        dataset, keys = dataset.select(new), [keys[row] for row in new]
+    logger.info("uncaptioned_datasets: %d images for the student alone", len(new))
+    return KeyedRows(dataset, keys)
+
+
+def check_batches(recipe: Recipe, rows: int) -> None:
+    """Check that the captioned images fill a batch, before a model reads them.
+
+    Images that are skipped later may still leave too few; the trainers check that.
+
+    Args:
+        recipe ([`Recipe`]): Its stages `teacher` and `student` are checked if they will run.
+        rows (`int`): Number of captioned images to train on.
+
+    Raises:
+        ValueError: If they are fewer than a batch; the message names the field to lower.
+    """
+    for name in ("teacher", "student"):
+        args = getattr(recipe, name)
+        needed = args.train_batch_size * args.world_size
+        alone = name == "teacher" or not recipe.run.uncaptioned_datasets
+        if name in recipe.stages and alone and args.dataloader_drop_last and rows < needed:
+            raise ValueError(
+                f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got "
+                f"{rows}. Lower {name}.per_device_train_batch_size, or give more images."
+            )
+
+
+def attach_regions(images: Splits, places: Places | None) -> Splits:
+    """Add the regions of the stage `regions` to images.
+
+    Args:
+        images (`dict[str, KeyedRows]`): From [`load_images`].
+        places ([`Places`] or `None`): Of a run with that stage. `None` keeps the images' own boxes.
+
+    Returns:
+        `dict[str, KeyedRows]`: Images that the detector skipped are left out. The keys are those of whole rows.
+
+    Raises:
+        FileNotFoundError: If the stage was not run.
+    """
+    data = {}
+    for split, (rows, keys) in images.items():
+        if places is not None:
+            key_of = dict(zip(rows["image_id"][:], keys, strict=True))
+            rows = attach_columns(rows, load_from_disk(places.made("regions", split) / split))
+            keys = [key_of[image_id] for image_id in rows["image_id"][:]]
+        data[split] = KeyedRows(rows, row_keys(rows, keys))
+    return data
+
+
+def student_splits(data: Splits) -> list[KeyedRows]:
+    """The splits that the student trains on, in order: the captioned images, then those without captions."""
+    return [data[split] for split in ("train", UNCAPTIONED) if split in data]
+
+
+def share_pixels(data: Splits, image_processor: BaseImageProcessor, cache_mib: int, shared: SharedData) -> PixelReader:
+    """A reader of the pixels of the student's training rows, one for all runs with the same rows and processor.
+
+    Args:
+        data (`dict[str, KeyedRows]`): From [`attach_regions`].
+        image_processor (`BaseImageProcessor`): The student's.
+        cache_mib (`int`): Memory for decoded pixels in MiB.
+        shared ([`SharedData`]): Holds the readers.
+
+    Returns:
+        [`PixelReader`]
+    """
+    splits = student_splits(data)
+    settings = json.dumps(image_processor.to_dict(), sort_keys=True, default=str)
+    key = (*(split.key for split in splits), settings, cache_mib)
+    if key not in shared.pixels:
+        images = concatenate_shared([split.rows.select_columns(["image_id", "image"]) for split in splits])
+        shared.pixels[key] = PixelReader(images, image_processor, cache_mib)
+    return shared.pixels[key]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """The CLIP that teacher and student start from.
+
+    Args:
+        path (`str`): Folder or Hub id.
+        key (`str`): Key of its weights and its processor.
+    """
+
+    path: str
+    key: str
+
+
+def find_clip(recipe: Recipe, places: Places) -> str:
+    """Folder or Hub id of the CLIP that a run starts from.
+
+    Args:
+        recipe ([`Recipe`]): Names it in `clip_model`, or has it made by the stage `anchor`.
+        places ([`Places`]): Of the run.
+
+    Returns:
+        `str`
+
+    Raises:
+        FileNotFoundError: If it is the run's own anchor, and the stage was not run.
+    """
+    named = recipe.run.clip_model
+    return str(places.made("anchor", "config.json", "clip_model")) if named is None else PRESETS.get(named, named)
+
+
+def read_clip(path: str) -> Clip:
+    """Compute the key of a CLIP.
+
+    Args:
+        path (`str`): Folder or Hub id.
+
+    Returns:
+        [`Clip`]
+    """
+    processor = DCLIPProcessor.from_pretrained(path)
+    return Clip(path, combine_keys([fingerprint_model(load_student(path)), fingerprint_processor(processor)]))
+
+
+def find_teacher(recipe: Recipe, places: Places) -> str:
+    """Folder or Hub id of the trained teacher.
+
+    Args:
+        recipe ([`Recipe`]): Names it in `teacher_model`, or has it made by the stage `teacher`.
+        places ([`Places`]): Of the run.
+
+    Returns:
+        `str`
+
+    Raises:
+        FileNotFoundError: If it is the run's own teacher, and the stage was not run.
+    """
+    return recipe.run.teacher_model or str(places.made("teacher", "config.json", "teacher_model"))
+
+
+def check_uncaptioned(recipe: Recipe) -> None:
+    """As [`check_uncaptioned_fields`], and check the config of the recipe's `teacher_model`.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
 
     Raises:
         OSError: If there is no such teacher.
-        ValueError: As there.
+        ValueError: As [`check_uncaptioned_fields`]; also if that teacher reads captions.
     """
     check_uncaptioned_fields(recipe)
     run = recipe.run
@@ -332,43 +490,15 @@ def check_uncaptioned(recipe: Any) -> None:
         require_leak_free(f"cross_attention of teacher_model '{run.teacher_model}'", config.cross_attention)
 
 
-def load_new_images(
-    specs: list[str], *, seed: int, exclude_ids: Collection[str], captioned: Mapping[str, tuple[Dataset, list[str]]]
-) -> tuple[Dataset, list[str]]:
-    """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
-
-    Args:
-        specs (`list[str]`): Of [`load_uncaptioned`].
-        seed (`int`): Of the draws.
-        exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
-        captioned (`Mapping`): Captioned rows and the keys of their images, by split. The same file under another id is
-            left out too.
-
-    Returns:
-        `tuple[Dataset, list[str]]`: The rows, without captions, and the keys of their images.
-
-    Raises:
-        FileNotFoundError, ValueError: As [`load_uncaptioned`]; also if none is left.
-    """
-    dataset = load_uncaptioned(specs, seed=seed, exclude_ids=exclude_ids)
-    keys = image_keys(dataset)
-    known = set().union(*(images for _, images in captioned.values()))
-    new = [row for row, key in enumerate(keys) if key not in known]
-    if len(new) < len(keys):
-        left_out = len(keys) - len(new)
-        logger.info("uncaptioned_datasets: left out %d images that are captioned ones under another id", left_out)
-        require_rows(len(new), f"{specs} after leaving out {left_out} captioned images", "an image")
-        dataset, keys = dataset.select(new), [keys[row] for row in new]
-    logger.info("uncaptioned_datasets: %d images for the student alone", len(new))
-    return dataset, keys
-
-
 def load_student(clip_path: str, position_embedding_type: str = "absolute") -> DCLIPModel:
-    """Load the dual encoder that becomes a student: pretrained weights in float32, text tower frozen.
+    """Load a CLIP that will become a student.
 
     Args:
         clip_path (`str`): Folder or Hub id of a CLIP or of a model of this package.
-        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): Of the student's image encoder.
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): `rope` gives rotary positions.
+
+    Returns:
+        [`DCLIPModel`]: Pretrained weights in float32, the text tower frozen.
 
     Raises:
         ValueError: If a weight is missing, as in a teacher's folder or one tower's.

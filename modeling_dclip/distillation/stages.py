@@ -1,9 +1,12 @@
-"""The stages of a run, in order.
+"""The stages of a run, in order: each adds columns or makes a model, in a folder of its own.
 
-Each adds columns or makes a model, in its own folder; those of reinforced training are in dmclip_stages.py.
+A stage is a function of its section, of what earlier stages made, and of the places where it may write. [`run_stages`]
+reads the recipe and hands each stage its part. The stages of reinforced training are in `dmclip_stages.py`.
 """
 
 import logging
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,28 +26,42 @@ from modeling_dclip.data.scenes import train_tokenizer
 from modeling_dclip.data.teacher_targets import TeacherFeatures, add_teacher_targets, compute_features
 from modeling_dclip.distillation.adapters import (
     add_adapters,
+    freeze_parameters,
     plain_state,
     save_adapters,
     scale_adapters,
 )
-from modeling_dclip.distillation.arguments import StudentArguments, deciding_fields
-from modeling_dclip.distillation.dmclip_stages import reinforce, train_dmclip
-from modeling_dclip.distillation.freezing import freeze_parameters
-from modeling_dclip.distillation.recipes import UNCAPTIONED, Recipe
+from modeling_dclip.distillation.arguments import (
+    AnchorArguments,
+    RegionsArguments,
+    StudentArguments,
+    TargetsArguments,
+    TeacherArguments,
+    deciding_fields,
+)
+from modeling_dclip.distillation.dmclip_stages import run_dmclip_stages
+from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     RECORD_NAME,
-    Run,
+    UNCAPTIONED,
+    Clip,
+    KeyedRows,
+    Places,
     SharedData,
+    Splits,
+    attach_regions,
+    check_batches,
     check_uncaptioned,
+    find_clip,
+    find_teacher,
     finished_inputs,
+    load_images,
     load_student,
+    read_clip,
+    share_pixels,
+    student_splits,
 )
-from modeling_dclip.distillation.trainer import (
-    AnchorTrainer,
-    StudentTrainer,
-    TeacherTrainer,
-    train_or_resume,
-)
+from modeling_dclip.distillation.trainer import AnchorTrainer, StudentTrainer, TeacherTrainer, train_or_resume
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
@@ -53,6 +70,342 @@ from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
 
 logger = logging.getLogger(__name__)
+
+TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds")
+
+
+def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
+    """Run a recipe's stages. Finished ones are skipped, interrupted ones continue.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
+        shared ([`SharedData`], *optional*): One for several runs in a process, so that images are read once.
+
+    Returns:
+        `Path`: The run's folder.
+
+    Raises:
+        FileNotFoundError: If a stage needs one that was not run.
+        ValueError: If a stage's folder was made from other inputs, or an input is wrong.
+    """
+    check_uncaptioned(recipe)
+    shared = SharedData() if shared is None else shared
+    places, stages = Places.of(recipe), recipe.stages
+    logger.info("Stages: %s, in %s", ", ".join(stages), places.folder)
+    if "anchor" in stages:
+        if recipe.run.clip_model is None:
+            specs = recipe.anchor.train_datasets or recipe.run.train_datasets
+            make_anchor(recipe.anchor, specs, places, recipe.resolved("anchor"))
+        else:
+            logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
+    if {"regions", "teacher", "targets", "student"} & set(stages):
+        _run_dclip_stages(recipe, stages, places, shared)
+    if {"reinforce", "dmclip"} & set(stages):
+        run_dmclip_stages(recipe, stages, places, shared)
+    return places.folder
+
+
+def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, shared: SharedData) -> None:
+    """Find regions, train a teacher, store its targets, train a student: those of the stages that are asked for."""
+    if "student" in stages and "targets" not in stages:
+        places.made("targets", RECORD_NAME)  # an error now rather than after the images are read
+    images = load_images(recipe, shared)
+    if {"regions", "teacher", "targets"} & set(stages):
+        check_batches(recipe, len(images["train"].rows))
+    if "regions" in stages:
+        find_regions(recipe.regions, images, places)
+    if not {"teacher", "targets", "student"} & set(stages):
+        return
+    data = attach_regions(images, places if recipe.uses_detector else None)
+    clip = read_clip(find_clip(recipe, places))
+    features = FeatureSettings(recipe.targets, places.cache_dir / "features", recipe.regions.max_regions)
+    if "teacher" in stages:
+        if recipe.run.teacher_model is None:
+            train_teacher(recipe.teacher, data, clip, features, places, recipe.resolved("regions", "teacher"))
+        else:
+            logger.info("teacher: nothing to do, the recipe takes %s", recipe.run.teacher_model)
+    if "targets" in stages:
+        teacher_path = find_teacher(recipe, places) if recipe.student.reads_teacher else None
+        write_targets(teacher_path, data, clip, features, places)
+    if "student" in stages:
+        resolved = recipe.resolved("regions", "teacher", "targets", "student")
+        train_student(recipe.student, data, clip, places, resolved, shared)
+
+
+def make_anchor(
+    args: AnchorArguments, train_datasets: list[str], places: Places, resolved_arguments: dict[str, Any]
+) -> None:
+    """Pretrain a small CLIP from scratch on captioned images, and save it in the run's folder `anchor`.
+
+    Args:
+        args ([`AnchorArguments`]): Architecture, tokenizer, optimiser.
+        train_datasets (`list[str]`): Specs of captioned images.
+        places ([`Places`]): Of the run.
+        resolved_arguments (`dict`): Saved beside the weights.
+
+    Raises:
+        FileNotFoundError: If a file of the datasets is missing.
+        ValueError: If there are too few images, a config is wrong, or the folder was made from other inputs.
+    """
+    dataset = load_mix(train_datasets, seed=args.seed)
+    inputs = {"arguments": deciding_fields(args), "dataset": combine_keys(row_keys(dataset))}
+    record = places.record("anchor", inputs)
+    if record.finished:
+        return
+    set_seed(args.seed)
+    processor = _anchor_processor(args, dataset)
+    model = DCLIPModel(_anchor_config(args, processor.tokenizer))
+    batches = AnchorBatches(dataset, processor, seed=args.seed, cache_mib=args.image_cache_mib)
+    trainer = AnchorTrainer(model, args, batches, processor, resolved_arguments)
+    train_or_resume(trainer, record.folder)
+    model.config.freeze_text = True  # fine-tuning keeps the text tower
+    logit_scale = model.logit_scale.data
+    model.to(getattr(torch, args.save_dtype)).logit_scale.data = logit_scale  # float32 in every model
+    trainer.save_model()
+    record.finish()
+
+
+def _anchor_config(args: AnchorArguments, tokenizer: Any) -> DCLIPConfig:
+    text_config = {
+        **args.text_config,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": tokenizer.model_max_length,
+        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
+    }
+    return DCLIPConfig(
+        text_config=text_config,
+        vision_config=args.vision_config,
+        projection_dim=args.projection_dim,
+        freeze_text=False,
+    )
+
+
+def _anchor_processor(args: AnchorArguments, dataset: Dataset) -> DCLIPProcessor:
+    if args.tokenizer in ("scenes", "captions"):
+        sentences = None
+        if args.tokenizer == "captions":
+            sentences = [text for captions in dataset["captions"] for text in captions]
+        tokenizer = train_tokenizer(sentences, vocab_size=args.vocab_size, model_max_length=args.max_length)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    side = args.vision_config.get("image_size", 224)
+    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    return DCLIPProcessor(CLIPImageProcessorPil(**size), tokenizer)
+
+
+def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None:
+    """Run a detector on every image, and save its boxes and scores in the run's folder `regions`, one dataset a split.
+
+    Args:
+        args ([`RegionsArguments`]): The detector and what to keep.
+        images (`dict[str, KeyedRows]`): From [`load_images`].
+        places ([`Places`]): Of the run.
+
+    Raises:
+        ValueError: If the detector is unknown, an image cannot be read, or the folder was made from other inputs.
+    """
+    if args.detector is None:
+        logger.info("regions: nothing to do, no detector is named: the dataset's own boxes, else the whole image")
+        return
+    detector = build_detector(args.detector)
+    keys = {split: combine_keys(row_keys(*source)) for split, source in images.items()}
+    inputs = {"arguments": deciding_fields(args), "detector": detector.fingerprint, "dataset": keys}
+    record = places.record("regions", inputs)
+    if record.finished:
+        return
+    options = {
+        "batch_size": args.batch_size,
+        "cache_dir": places.cache_dir / "regions",
+        "on_bad_image": args.on_bad_image,
+    }
+    state = PartialState()
+    for split, (dataset, _) in images.items():
+        if state.num_processes > 1 and not getattr(detector, "reads_rows", False):
+            share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
+            add_regions(share, detector, **options)  # fills the cache that all processes share
+            state.wait_for_everyone()
+        if state.is_main_process:
+            report = record.folder / f"{split}_report.json"
+            found = add_regions(dataset, detector, max_regions=args.max_regions, report_file=report, **options)
+            found.select_columns(["image_id", "boxes", "box_scores"]).save_to_disk(record.folder / split)
+    record.finish()
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """How the frozen CLIP's features are computed and cached.
+
+    Args:
+        args ([`TargetsArguments`]): Batch sizes and workers.
+        cache_dir (`Path`): Where features are kept, by content.
+        max_regions (`int` or `None`): Regions per image, those with the highest scores. `None` keeps all.
+    """
+
+    args: TargetsArguments
+    cache_dir: Path
+    max_regions: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of [`compute_features`] and [`add_teacher_targets`]."""
+        names = ("batch_size", "text_batch_size", "chunk_rows", "num_workers")
+        return {
+            "cache_dir": self.cache_dir,
+            "max_regions": self.max_regions,
+            **{name: getattr(self.args, name) for name in names},
+        }
+
+
+def _teacher_processor(path: str) -> DCLIPTeacherProcessor:
+    processor = DCLIPProcessor.from_pretrained(path)
+    return DCLIPTeacherProcessor(processor.image_processor, processor.tokenizer)
+
+
+def train_teacher(
+    args: TeacherArguments,
+    data: Splits,
+    clip: Clip,
+    features: FeatureSettings,
+    places: Places,
+    resolved_arguments: dict[str, Any],
+) -> None:
+    """Train the teacher's block on features that its frozen CLIP computes once; save it in the run's folder `teacher`.
+
+    Args:
+        args ([`TeacherArguments`]): Architecture and optimiser.
+        data (`dict[str, KeyedRows]`): From [`attach_regions`]. Images without captions are not used.
+        clip ([`Clip`]): The CLIP around which the teacher is made.
+        features ([`FeatureSettings`]): How its features are computed.
+        places ([`Places`]): Of the run.
+        resolved_arguments (`dict`): Saved beside the weights.
+
+    Raises:
+        ValueError: If there are too few images, or the folder was made from other inputs.
+    """
+    captioned = {split: part for split, part in data.items() if split != UNCAPTIONED}
+    keys = {split: part.key for split, part in captioned.items()}
+    inputs = {"arguments": deciding_fields(args), "clip": clip.key, "dataset": keys}
+    record = places.record("teacher", inputs | {"max_regions": features.max_regions})
+    if record.finished:
+        return
+    set_seed(args.seed)
+    teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture())
+    processor = _teacher_processor(clip.path)
+    if not any(parameter.requires_grad for parameter in teacher.parameters()):
+        logger.info("teacher: cross_attention=%r has nothing to train", args.cross_attention)
+        if PartialState().is_main_process:
+            teacher.save_pretrained(record.folder)
+            processor.save_pretrained(record.folder)
+        record.finish()
+        return
+    teacher.to(PartialState().device)
+    batches = {}
+    for split, (rows, keys_of_rows) in captioned.items():
+        paths = compute_features(rows, teacher, processor, keys=keys_of_rows, **features.options())
+        batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed)
+    train, validation = batches["train"], batches.get("validation")
+    trainer = TeacherTrainer(teacher, args, train, processor, resolved_arguments, validation)
+    train_or_resume(trainer, record.folder)
+    trainer.save_model()
+    record.finish()
+
+
+def write_targets(
+    teacher_path: str | None, data: Splits, clip: Clip, features: FeatureSettings, places: Places
+) -> None:
+    """Compute the columns that the student learns from with the frozen teacher and the frozen CLIP.
+
+    They are saved in the run's folder `targets`, one dataset a split.
+
+    Args:
+        teacher_path (`str` or `None`): Folder or Hub id of the trained teacher; `None` computes the CLIP's columns.
+        data (`dict[str, KeyedRows]`): From [`attach_regions`].
+        clip ([`Clip`]): The CLIP that the student starts from.
+        features ([`FeatureSettings`]): How its features are computed.
+        places ([`Places`]): Of the run.
+
+    Raises:
+        ValueError: If the teacher is around another CLIP, or the folder was made from other inputs.
+    """
+    with_teacher = teacher_path is not None
+    if with_teacher:
+        teacher = load_checked(DCLIPTeacher, teacher_path, dtype="auto")
+        _check_same_clip(teacher, teacher_path, clip.path)
+    else:
+        teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
+    keys = {split: part.key for split, part in data.items()}
+    inputs = {"teacher": fingerprint_model(teacher), "clip": clip.key, "dataset": keys}
+    record = places.record("targets", inputs | {"max_regions": features.max_regions, "with_teacher": with_teacher})
+    if record.finished:
+        return
+    teacher.to(PartialState().device)
+    processor = _teacher_processor(teacher_path or clip.path)
+    for split, (rows, keys_of_rows) in data.items():
+        options = features.options() | {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
+        targets = add_teacher_targets(rows, teacher, processor, keys=keys_of_rows, **options)
+        names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
+        if PartialState().is_main_process:
+            targets.select_columns(names).save_to_disk(record.folder / split)
+    record.finish()
+
+
+def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -> None:
+    student = load_student(clip_path)
+    expected, got = student.config.projection_dim, teacher.config.projection_dim
+    if expected != got:
+        raise ValueError(
+            f"Expected a teacher of the student's width {expected} ({clip_path}), got {got} ({teacher_path}). Distil "
+            "from a teacher around the same CLIP."
+        )
+    theirs, ours = teacher.clip.state_dict(), student.state_dict()
+    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name]) for name in ours):
+        raise ValueError(
+            f"The teacher '{teacher_path}' holds another CLIP than the student starts from ('{clip_path}'), so their "
+            "embeddings are in different spaces. Train the teacher around this CLIP, or set clip_model to the "
+            "teacher's."
+        )
+
+
+def train_student(
+    args: StudentArguments,
+    data: Splits,
+    clip: Clip,
+    places: Places,
+    resolved_arguments: dict[str, Any],
+    shared: SharedData,
+) -> None:
+    """Fine-tune the image encoder on the targets in the run's folder `targets`; save the student in `student`.
+
+    Args:
+        args ([`StudentArguments`]): Losses, freezing, optimiser.
+        data (`dict[str, KeyedRows]`): From [`attach_regions`].
+        clip ([`Clip`]): The CLIP that the student starts from.
+        places ([`Places`]): Of the run.
+        resolved_arguments (`dict`): Saved beside the weights.
+        shared ([`SharedData`]): Holds pixels that an earlier run decoded.
+
+    Raises:
+        FileNotFoundError: If the stage targets was not run.
+        ValueError: If that stage did not finish, or the folder was made from other inputs; and as [`fit_student`].
+    """
+    targets = places.made("targets", RECORD_NAME)
+    keys = {split: part.key for split, part in data.items()}
+    inputs = {"arguments": deciding_fields(args), "clip": clip.key, "dataset": keys}
+    record = places.record("student", inputs | {"targets": finished_inputs(targets)})
+    if record.finished:
+        return
+    columns = ["image_id", "image", "captions", *args.columns]
+    taught = {
+        split: KeyedRows(attach_columns(rows, load_from_disk(targets / split)), keys_of_rows)
+        for split, (rows, keys_of_rows) in data.items()
+    }
+    train = concatenate_shared([part.rows.select_columns(columns) for part in student_splits(taught)])
+    validation = taught["validation"].rows if "validation" in taught else None
+    set_seed(args.seed)
+    model = load_student(clip.path, args.position_embedding_type)
+    processor = DCLIPProcessor.from_pretrained(clip.path)
+    pixels = share_pixels(data, processor.image_processor, args.image_cache_mib, shared)
+    fit_student(model, args, train, processor, resolved_arguments, validation=validation, pixels=pixels)
+    record.finish()
 
 
 def fit_student(
@@ -65,9 +418,9 @@ def fit_student(
     validation: Dataset | None = None,
     pixels: PixelReader | None = None,
 ) -> StudentTrainer:
-    """Fine-tune the image encoder of a dual encoder on stored targets and save it in `args.output_dir`.
+    """Fine-tune the image encoder of a dual encoder on stored targets, and save it in `args.output_dir`.
 
-    With `args.lora_rank` every weight stays as it is and adapters train; they are saved in `adapter/` too.
+    With `args.lora_rank` the weights stay as they are and adapters train; these are saved in `adapter/` too.
 
     Args:
         model ([`DCLIPModel`]): From [`load_student`]; changed in place.
@@ -79,7 +432,7 @@ def fit_student(
         pixels ([`PixelReader`], *optional*): Of the same rows, shared by several runs in one process.
 
     Returns:
-        [`StudentTrainer`]: Done; its `dual_encoder` is the student.
+        [`StudentTrainer`]: After training; its `dual_encoder` is the student.
 
     Raises:
         ImportError: If adapters are asked for and peft is not installed.
@@ -89,7 +442,7 @@ def fit_student(
     anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = None
     if args.lora_rank is not None:
-        model.config.freeze_text = not args.lora_text  # else each call of train() would freeze its adapter
+        model.config.freeze_text = not args.lora_text  # otherwise each call of train() would freeze its adapter
         adapters = add_adapters(model, args, ("vision_model", "text_model") if args.lora_text else ("vision_model",))
     batches, eval_batches = _make_batches(model, args, dataset, processor, validation, pixels)
     trainer = StudentTrainer(model, args, batches, processor, resolved_arguments, eval_batches, adapters=adapters)
@@ -100,7 +453,7 @@ def fit_student(
     )
     train_or_resume(trainer, Path(args.output_dir))
     trained = {name: tensor.cpu() for name, tensor in plain_state(model, merged=False).items()}
-    _check_frozen(anchor, trained, all_of_it=adapters is not None)
+    _check_frozen(anchor, trained, whole_model=adapters is not None)
     if adapters is not None:
         _finish_adapters(trainer, args)
         return trainer
@@ -129,18 +482,18 @@ def _make_batches(
     return train, None if validation is None else make(validation)
 
 
-def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], all_of_it: bool) -> None:
-    """See that what should not train did not: the text tower, and beside adapters every weight."""
-    frozen = [name for name in anchor if all_of_it or not name.startswith(("vision_model.", "visual_projection."))]
+def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], whole_model: bool) -> None:
+    """Check that frozen weights did not change: the text tower's, or with adapters every weight of the model."""
+    frozen = [name for name in anchor if whole_model or not name.startswith(("vision_model.", "visual_projection."))]
     moved = [name for name in frozen if name not in trained or not torch.equal(anchor[name].cpu(), trained[name])]
     if moved:
         raise RuntimeError(
-            f"Frozen weights have changed: {moved[:3]} and {len(moved)} in all. This is a bug; please report it."
+            f"Frozen weights have changed: {moved[:3]}, {len(moved)} in all. This is a bug; please report it."
         )
 
 
 def _finish_adapters(trainer: StudentTrainer, args: StudentArguments) -> None:
-    """Walk back to `wise_ft_alpha`, save the adapter, and the student with it merged in where that is asked for."""
+    """Scale the adapter by `wise_ft_alpha` and save it, and with `merge_adapter` the student with it merged in."""
     model, folder = trainer.dual_encoder, Path(args.output_dir)
     if args.wise_ft_alpha < 1:
         scale_adapters(model, args.wise_ft_alpha)
@@ -152,234 +505,3 @@ def _finish_adapters(trainer: StudentTrainer, args: StudentArguments) -> None:
         save_adapters(trainer.adapters, folder)
         trainer.save_beside(folder)
     logger.info("student: the adapter is in %s", folder / ADAPTER_FOLDER)
-
-
-TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds")
-
-
-def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
-    """Run a recipe's stages; finished ones are skipped, interrupted ones go on.
-
-    Args:
-        recipe ([`Recipe`]): Parsed.
-        shared ([`SharedData`], *optional*): One for several runs in a process, so that images are read once.
-
-    Returns:
-        `Path`: The run's folder.
-
-    Raises:
-        FileNotFoundError: If a stage needs one that was not run.
-        ValueError: If a stage's folder was made from other inputs, or an input is wrong.
-    """
-    check_uncaptioned(recipe)
-    run = Run(recipe, shared)
-    logger.info("Stages: %s, in %s", ", ".join(run.stages), run.folder)
-    for name in run.stages:
-        if name in ("regions", "teacher", "targets"):
-            run.check_batches()
-        _STAGES[name](run)
-    return run.folder
-
-
-def make_anchor(run: Run) -> None:
-    """Pretrain a small CLIP from scratch on captioned images."""
-    recipe, args = run.recipe, run.recipe.anchor
-    if recipe.run.clip_model is not None:
-        logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
-        return
-    dataset = load_mix(args.train_datasets or recipe.run.train_datasets, seed=args.seed)
-    inputs = {"arguments": deciding_fields(args), "dataset": combine_keys(row_keys(dataset))}
-    record = run.record("anchor", inputs)
-    if record.finished:
-        return
-    set_seed(args.seed)
-    processor = _anchor_processor(args, dataset)
-    tokenizer = processor.tokenizer
-    text_config = {
-        **args.text_config,
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": tokenizer.model_max_length,
-        **{f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")},
-    }
-    config = DCLIPConfig(
-        text_config=text_config,
-        vision_config=args.vision_config,
-        projection_dim=args.projection_dim,
-        freeze_text=False,
-    )
-    model = DCLIPModel(config)
-    batches = AnchorBatches(dataset, processor, seed=args.seed, cache_mib=args.image_cache_mib)
-    trainer = AnchorTrainer(model, args, batches, processor, recipe.resolved("anchor"))
-    train_or_resume(trainer, record.folder)
-    model.config.freeze_text = True  # what fine-tunes it keeps its text tower
-    logit_scale = model.logit_scale.data
-    model.to(getattr(torch, args.save_dtype)).logit_scale.data = logit_scale  # float32 in every model
-    trainer.save_model()
-    record.finish()
-
-
-def _anchor_processor(args: Any, dataset: Dataset) -> DCLIPProcessor:
-    if args.tokenizer in ("scenes", "captions"):
-        sentences = None
-        if args.tokenizer == "captions":
-            sentences = [text for captions in dataset["captions"] for text in captions]
-        tokenizer = train_tokenizer(sentences, vocab_size=args.vocab_size, model_max_length=args.max_length)
-    else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    side = args.vision_config.get("image_size", 224)
-    size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
-    return DCLIPProcessor(CLIPImageProcessorPil(**size), tokenizer)
-
-
-def find_regions(run: Run) -> None:
-    """Let a detector look at every image."""
-    args = run.recipe.regions
-    if args.detector is None:
-        logger.info("regions: nothing to do, no detector is named: the dataset's own boxes, else the whole image")
-        return
-    detector = build_detector(args.detector)
-    dataset_keys = {split: combine_keys(row_keys(*source)) for split, source in run.sources.items()}
-    inputs = {"arguments": deciding_fields(args), "detector": detector.fingerprint, "dataset": dataset_keys}
-    record = run.record("regions", inputs)
-    if record.finished:
-        return
-    options = {
-        "batch_size": args.batch_size,
-        "cache_dir": run.cache_dir / "regions",
-        "on_bad_image": args.on_bad_image,
-    }
-    state = PartialState()
-    for split, (dataset, _) in run.sources.items():
-        if state.num_processes > 1 and not getattr(detector, "reads_rows", False):
-            share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
-            add_regions(share, detector, **options)  # fills the cache, which all share
-            state.wait_for_everyone()
-        if state.is_main_process:
-            report = record.folder / f"{split}_report.json"
-            found = add_regions(dataset, detector, max_regions=args.max_regions, report_file=report, **options)
-            found.select_columns(["image_id", "boxes", "box_scores"]).save_to_disk(record.folder / split)
-    record.finish()
-
-
-def _feature_options(run: Run) -> dict[str, Any]:
-    args = run.recipe.targets
-    names = ("batch_size", "text_batch_size", "chunk_rows", "num_workers")
-    return {
-        "cache_dir": run.cache_dir / "features",
-        "max_regions": run.recipe.regions.max_regions,
-        **{name: getattr(args, name) for name in names},
-    }
-
-
-def _teacher_processor(run: Run, path: str) -> DCLIPTeacherProcessor:
-    processor = DCLIPProcessor.from_pretrained(path)
-    return DCLIPTeacherProcessor(processor.image_processor, processor.tokenizer)
-
-
-def train_teacher(run: Run) -> None:
-    """Train the teacher's block on features that its frozen CLIP computes once."""
-    recipe, args = run.recipe, run.recipe.teacher
-    if recipe.run.teacher_model is not None:
-        logger.info("teacher: nothing to do, the recipe takes %s", recipe.run.teacher_model)
-        return
-    keys = {split: run.data_keys[split] for split in run.captioned_data}
-    inputs = {"arguments": deciding_fields(args), "clip": run.clip_key, "dataset": keys}
-    record = run.record("teacher", inputs | {"max_regions": recipe.regions.max_regions})
-    if record.finished:
-        return
-    set_seed(args.seed)
-    teacher = DCLIPTeacher.from_clip(run.clip_path, **args.architecture())
-    processor = _teacher_processor(run, run.clip_path)
-    if not any(parameter.requires_grad for parameter in teacher.parameters()):
-        logger.info("teacher: cross_attention=%r has nothing to train", args.cross_attention)
-        if PartialState().is_main_process:
-            teacher.save_pretrained(record.folder)
-            processor.save_pretrained(record.folder)
-        record.finish()
-        return
-    teacher.to(PartialState().device)
-    batches = {}
-    for split, (dataset, keys) in run.captioned_data.items():
-        paths = compute_features(dataset, teacher, processor, keys=keys, **_feature_options(run))
-        batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed)
-    trainer = TeacherTrainer(
-        teacher, args, batches["train"], processor, recipe.resolved("regions", "teacher"), batches.get("validation")
-    )
-    train_or_resume(trainer, record.folder)
-    trainer.save_model()
-    record.finish()
-
-
-def write_targets(run: Run) -> None:
-    """Let the frozen teacher and the frozen CLIP write the columns the student learns from."""
-    recipe = run.recipe
-    with_teacher = recipe.student.reads_teacher
-    if with_teacher:
-        path = run.teacher_path
-        teacher = load_checked(DCLIPTeacher, path, dtype="auto")
-        _check_same_clip(teacher, run)
-    else:  # the frozen CLIP alone; `none` adds nothing to it
-        path = run.clip_path
-        teacher = DCLIPTeacher.from_clip(path, cross_attention="none")
-    inputs = {"teacher": fingerprint_model(teacher), "clip": run.clip_key, "dataset": run.data_keys}
-    record = run.record("targets", inputs | {"max_regions": recipe.regions.max_regions, "with_teacher": with_teacher})
-    if record.finished:
-        return
-    teacher.to(PartialState().device)
-    processor = _teacher_processor(run, path)
-    for split, (dataset, keys) in run.data.items():
-        options = _feature_options(run) | {"captioned": split != UNCAPTIONED}
-        targets = add_teacher_targets(dataset, teacher, processor, keys=keys, with_teacher=with_teacher, **options)
-        names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
-        if PartialState().is_main_process:
-            targets.select_columns(names).save_to_disk(record.folder / split)
-    record.finish()
-
-
-def _check_same_clip(teacher: DCLIPTeacher, run: Run) -> None:
-    student = load_student(run.clip_path)
-    expected, got = student.config.projection_dim, teacher.config.projection_dim
-    if expected != got:
-        raise ValueError(
-            f"Expected a teacher of the student's width {expected} ({run.clip_path}), got {got} ({run.teacher_path}). "
-            "Distil from a teacher around the same CLIP."
-        )
-    theirs, ours = teacher.clip.state_dict(), student.state_dict()
-    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name]) for name in ours):
-        raise ValueError(
-            f"The teacher '{run.teacher_path}' holds another CLIP than the student starts from ('{run.clip_path}'): "
-            "their embeddings live in different spaces. Train the teacher around this CLIP, or set clip_model to the "
-            "teacher's."
-        )
-
-
-def train_student(run: Run) -> None:
-    """Fine-tune the image encoder on the stored targets."""
-    recipe, args = run.recipe, run.recipe.student
-    targets = run.made("targets", RECORD_NAME, "")
-    inputs = {"arguments": deciding_fields(args), "clip": run.clip_key, "dataset": run.data_keys}
-    record = run.record("student", inputs | {"targets": finished_inputs(targets)})
-    if record.finished:
-        return
-    data = {split: attach_columns(rows, load_from_disk(targets / split)) for split, (rows, _) in run.data.items()}
-    columns = ["image_id", "image", "captions", *args.columns]
-    train = concatenate_shared([data[split].select_columns(columns) for split in run.student_splits])
-    set_seed(args.seed)
-    model = load_student(run.clip_path, args.position_embedding_type)
-    processor = DCLIPProcessor.from_pretrained(run.clip_path)
-    fit_student(
-        model, args, train, processor, recipe.resolved("regions", "teacher", "targets", "student"),
-        validation=data.get("validation"), pixels=run.pixels(processor.image_processor, args.image_cache_mib),
-    )  # fmt: skip
-    record.finish()
-
-
-_STAGES = {
-    "anchor": make_anchor,
-    "regions": find_regions,
-    "teacher": train_teacher,
-    "targets": write_targets,
-    "student": train_student,
-    "reinforce": reinforce,
-    "dmclip": train_dmclip,
-}

@@ -1,7 +1,7 @@
-"""Trainers of teacher and student, and what all trainers share: `transformers.Trainer` with named loss terms over
-gathered batches.
+"""The trainers of anchor, teacher, student and DM-CLIP: `transformers.Trainer` with named loss terms.
 
-Gradient accumulation averages the loss of micro-batches; negatives are those of one micro-batch over all processes.
+A loss is computed over the global batch: each process gathers the rows of all. With gradient accumulation the losses
+of micro-batches are averaged; the negatives are those of one micro-batch over all processes.
 """
 
 import logging
@@ -16,16 +16,14 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import Trainer, TrainerCallback
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
 from modeling_dclip.data.files import list_folder, read_json
-from modeling_dclip.distillation.adapters import (
-    load_adapters,
-    plain_state,
-    save_adapters,
-)
+from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
+from modeling_dclip.distillation.arguments import DMCLIPArguments, StageTrainingArguments, StudentArguments
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
@@ -35,6 +33,8 @@ from modeling_dclip.distillation.losses import (
     similarity_distillation_loss,
 )
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
+from modeling_dclip.modeling_dmclip import DMCLIPModel
+from modeling_dclip.processing_dclip import DCLIPProcessor
 
 ARGUMENTS_NAME = "arguments.yaml"
 
@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells the training batches which epoch begins; the prepared data loader does so on one process only."""
+    """Tells the training batches which epoch begins; the prepared data loader tells it on one process only."""
 
-    def __init__(self, batches: Batches):
+    def __init__(self, batches: Batches | ReinforcedBatches):
         self.batches = batches
 
     def on_epoch_begin(self, args, state, control, **kwargs):
@@ -54,15 +54,15 @@ class _TellEpoch(TrainerCallback):
 
 
 class BatchesTrainer(Trainer):
-    """What all share: whole batches in, a dict of named, weighted loss terms out, each logged under its name.
+    """The base of all trainers: takes whole batches, and logs each term of the loss under its name.
 
     Args:
         model (`nn.Module`): What trains.
-        args ([`TrainingArguments`]): Of the stage.
-        train_batches ([`Batches`]): Training rows.
-        eval_batches ([`Batches`], *optional*): Validation rows.
+        args ([`StageTrainingArguments`]): The stage's section.
+        train_batches ([`Batches`] or [`ReinforcedBatches`]): Training rows, or a stream of batches.
         processor ([`DCLIPProcessor`]): Saved beside the weights.
         resolved_arguments (`dict`): Saved beside the weights, in `arguments.yaml`.
+        eval_batches ([`Batches`], *optional*): Validation rows.
 
     Raises:
         ValueError: If the rows do not fill one batch.
@@ -71,14 +71,14 @@ class BatchesTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        args: Any,
-        train_batches: Batches,
-        processor: Any,
+        args: StageTrainingArguments,
+        train_batches: Batches | ReinforcedBatches,
+        processor: DCLIPProcessor,
         resolved_arguments: dict[str, Any],
         eval_batches: Batches | None = None,
     ):
         rows_per_step = args.train_batch_size * args.world_size
-        counts_rows = isinstance(train_batches, Batches)  # a stream counts batches, and has checked its samples itself
+        counts_rows = isinstance(train_batches, Batches)  # a stream counts batches, and checks its samples
         if counts_rows and args.dataloader_drop_last and len(train_batches) < rows_per_step:
             raise ValueError(
                 f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got "
@@ -87,12 +87,12 @@ class BatchesTrainer(Trainer):
         rows_per_check = args.eval_batch_size * args.world_size
         if eval_batches is not None and args.dataloader_drop_last and len(eval_batches) < rows_per_check:
             logger.warning(
-                "%s: %d images to validate on fill no batch of %d, so no validation loss is logged. Lower "
+                "%s: %d validation images do not fill a batch of %d, so no validation loss is logged. Lower "
                 "per_device_eval_batch_size.",
                 *(Path(args.output_dir).name, len(eval_batches), rows_per_check),
             )
         self.processor, self.resolved_arguments = processor, resolved_arguments
-        # One process trains several stages, and each may have another precision; accelerate keeps the first one's.
+        # One process trains several stages, each maybe in another precision; accelerate would keep the first one's.
         AcceleratorState._reset_state()
         self._sums: dict[str, dict[str, torch.Tensor]] = {"": {}, "eval_": {}}
         self._counts = {"": 0, "eval_": 0}
@@ -104,21 +104,29 @@ class BatchesTrainer(Trainer):
             data_collator=pass_batch,
             callbacks=[_TellEpoch(train_batches)],
         )
-        # The base class is not given the processor: it would write the tokenizer's special tokens into the model's
+        # The base class does not get the processor: it would write the tokenizer's special tokens into the model's
         # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
         # accepts.
         self.model_accepts_loss_kwargs = False
 
     def loss_terms(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossTerms:
-        """The terms of a batch by name, each `(loss, weight)`: the same numbers on every process."""
-        raise NotImplementedError(f"{type(self).__name__} does not say what its loss is.")
+        """The terms of a batch's loss.
 
-    def model_to_save(self) -> Any:
-        """The model a checkpoint holds."""
+        Args:
+            model (`nn.Module`): What trains, wrapped for the device and the processes.
+            batch (`dict[str, torch.Tensor]`): One process's rows; the method may change the dictionary.
+
+        Returns:
+            `dict[str, tuple[torch.Tensor, float]]`: Loss `()` and weight by name; the same numbers on every process.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define its loss.")
+
+    def model_to_save(self) -> PreTrainedModel:
+        """The model that a checkpoint holds."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """The weighted sum of the terms; notes each for the log."""
+        """The weighted sum of the terms. Each term is added up for the log."""
         terms = self.loss_terms(model, dict(inputs))
         prefix = "" if model.training else "eval_"
         sums = self._sums[prefix]
@@ -129,13 +137,13 @@ class BatchesTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Loss only: there are no labels, and predictions are evaluation's business."""
+        """The loss only: there are no labels, and predictions are left to evaluation."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             return self.compute_loss(model, inputs).detach(), None, None
 
     def log(self, logs, start_time=None):
-        """Add the mean of each term since the last log.
+        """Log the mean of each term since the last log, too.
 
         Raises:
             FloatingPointError: If a term is NaN or infinite.
@@ -154,13 +162,11 @@ class BatchesTrainer(Trainer):
         super().log(logs, start_time)
 
     def floating_point_ops(self, inputs):
-        """Not counted: the base class walks every parameter for it in every step."""
+        """0: they are not counted. The base class would visit every parameter in every step."""
         return 0
 
     def get_decay_parameter_names(self, model):
-        """Matrices only: no decay of gains, biases and the logit scale, as CLIP,
-        nor of what a module asks to spare.
-        """
+        """Matrices only, as for CLIP: no decay of gains, biases, the logit scale and a module's `no_weight_decay`."""
         spared = {
             f"{prefix}.{name}" if prefix else name
             for prefix, module in model.named_modules()
@@ -177,18 +183,23 @@ class BatchesTrainer(Trainer):
         self.save_beside(folder)
 
     def save_beside(self, folder: Path) -> None:
-        """Write what stands beside weights: the processor and the resolved arguments."""
+        """Save what belongs beside the weights: the processor and the resolved arguments.
+
+        Args:
+            folder (`Path`): Of the model or the checkpoint.
+        """
         self.processor.save_pretrained(folder)
         (folder / ARGUMENTS_NAME).write_text(
             yaml.safe_dump(self.resolved_arguments, sort_keys=False), encoding="utf-8"
         )
 
     def _complete(self, state_dict):
+        """The weights to save: by default those that the base class hands over."""
         return state_dict
 
 
 class TeacherTrainer(BatchesTrainer):
-    """Trains the teacher's block against the frozen CLIP's sentence embedding, from precomputed features.
+    """Trains the teacher's block towards the frozen CLIP's sentence embedding, from precomputed features.
 
     Source: [D] teacher loss; docs/papers.md. Deviation: none.
     """
@@ -205,7 +216,14 @@ class TeacherTrainer(BatchesTrainer):
 
 
 def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
-    """The image encoder of a dual encoder as a model of its own: the very same parameters, under the same names."""
+    """The image encoder of a dual encoder as a model of its own.
+
+    Args:
+        model ([`DCLIPModel`]): The dual encoder.
+
+    Returns:
+        [`DCLIPVisionModel`]: With the same parameters, not copies, under the same names.
+    """
     vision = DCLIPVisionModel(model.config.vision_config)
     vision.vision_model, vision.visual_projection = model.vision_model, model.visual_projection
     return vision.train(model.training)
@@ -214,29 +232,33 @@ def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
 class StudentTrainer(BatchesTrainer):
     """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
 
-    The dual encoder is what checkpoints hold; its text tower never meets the optimiser, but for an adapter in it. With
-    adapters, a checkpoint holds the merged weights, and beside them the adapter, which a resumed run goes on from.
+    Checkpoints hold the whole dual encoder. The optimiser gets nothing of its text tower, except an adapter in it.
+    With adapters a checkpoint holds the merged weights, and beside them the adapter. A resumed run loads the latter.
 
     Source: [D] student loss; docs/papers.md. Deviation: relational term and direction weights, off by default.
 
     Args:
-        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` what is adapted of both
+        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` the adapters of both
             towers.
         adapters (`peft.PeftModel`, *optional*): Around it, from
             [`~modeling_dclip.distillation.adapters.add_adapters`].
-        kwargs: As for [`BatchesTrainer`].
+        args ([`StudentArguments`]): Losses and optimiser.
+        others, kwargs: As for [`BatchesTrainer`].
+
+    Raises:
+        ValueError: If adapters are trained with FSDP, or the rows do not fill one batch.
     """
 
-    def __init__(self, model: DCLIPModel, args: Any, *others: Any, adapters: Any = None, **kwargs: Any):
+    def __init__(self, model: DCLIPModel, args: StudentArguments, *others: Any, adapters: Any = None, **kwargs: Any):
         self.dual_encoder, self.adapters = model, adapters
         super().__init__(model if args.lora_text else share_image_encoder(model), args, *others, **kwargs)
         if adapters is not None and self.is_fsdp_enabled:
             raise ValueError(
-                "lora_rank: expected data-parallel training, got FSDP. Adapters are small: launch without FSDP."
+                "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."
             )
 
     def model_to_save(self) -> DCLIPModel:
-        """The dual encoder around what trains."""
+        """The dual encoder that holds the image encoder."""
         return self.dual_encoder
 
     def loss_terms(self, model, batch):
@@ -260,8 +282,8 @@ class StudentTrainer(BatchesTrainer):
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
 
     def _in_batch_terms(self, image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The terms that compare each image with every text of these rows:
-        0, with a gradient, where there are fewer than two.
+        """The terms that compare each image with every text of these rows. They are 0, with a gradient, if there are
+        fewer than two rows.
         """
         args, stored = self.args, columns.get("text_embeds")
         texts = columns.get("student_text_embeds", stored)
@@ -283,8 +305,8 @@ class StudentTrainer(BatchesTrainer):
         return terms
 
     def _save(self, output_dir=None, state_dict=None):
-        """As the base class, and the adapter; the text tower is frozen for who loads it,
-        whether or not an adapter trained it.
+        """Save as the base class, and the adapter. In the saved config the text tower is frozen, even if an adapter
+        trained it.
         """
         freeze_text, self.dual_encoder.config.freeze_text = self.dual_encoder.config.freeze_text, True
         super()._save(output_dir, state_dict)
@@ -293,17 +315,13 @@ class StudentTrainer(BatchesTrainer):
             save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
 
     def _complete(self, state_dict):
-        """The dual encoder's state with what trained put in: sharded training hands over its own copy,
-        adapters are merged.
-        """
+        """The dual encoder's weights, with those that sharded training hands over, or with adapters merged in."""
         if self.adapters is not None:
             return plain_state(self.dual_encoder, merged=True)
         return self.dual_encoder.state_dict() | (state_dict or {})
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Take the adapter, or the image encoder out of the checkpoint's dual encoder;
-        every key of it has to be there.
-        """
+        """Load the adapter, or all of the image encoder's weights from the checkpoint's dual encoder."""
         if self.adapters is not None:
             return load_adapters(self.adapters, Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
@@ -313,24 +331,21 @@ class StudentTrainer(BatchesTrainer):
         model.load_state_dict({name: weights[name] for name in model.state_dict()})
 
     def _load_best_model(self):
-        """As for resuming: the names in a checkpoint are those without adapters."""
+        """As for resuming: a checkpoint has the names without adapters."""
         if self.adapters is None:
             return super()._load_best_model()
         return self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
-# Trainers of whole dual encoders, logit scale included: the anchor's, and DM-CLIP's from reinforced batches.
-
-
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
-PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, where trained CLIPs end
+PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, which trained CLIPs reach
 
 
 class _BoundLogitScale(TrainerCallback):
     """Keeps the learned scale at CLIP's bound or below, before the first step and after each one.
 
-    The parameter itself is clamped, as CLIP does: where only the forward is, there is no gradient above the bound, and
-    no way back.
+    The parameter itself is clamped, as CLIP does. With a clamp in the forward pass alone there would be no gradient
+    above the bound, and the scale could not return.
     """
 
     @torch.no_grad()
@@ -341,7 +356,7 @@ class _BoundLogitScale(TrainerCallback):
 
 
 class AnchorTrainer(BatchesTrainer):
-    """Contrastive pretraining of a small dual encoder, logit scale included.
+    """Pretrains a small dual encoder contrastively, with its logit scale.
 
     Source: CLIP; docs/papers.md. Deviation: none.
     """
@@ -365,15 +380,15 @@ class AnchorTrainer(BatchesTrainer):
 
 
 def _stack_padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
-    """Token rows of several lengths `(B, T)` as one tensor, the shorter ones filled up."""
+    """Token tensors `(B, T)` of several lengths T as one tensor, the shorter ones padded with `value`."""
     longest = max(tokens.shape[1] for tokens in rows)
     return torch.cat([F.pad(tokens, (0, longest - tokens.shape[1]), value=value) for tokens in rows])
 
 
 class _FollowStream(TrainerCallback):
-    """Lets a stream of batches go on where a checkpoint was made, unread, and counts epochs by steps for it."""
+    """Starts a stream of batches where a checkpoint was saved, without reading those before, and counts its epochs."""
 
-    def __init__(self, batches: Any):
+    def __init__(self, batches: ReinforcedBatches):
         self.batches = batches
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -387,24 +402,31 @@ class _FollowStream(TrainerCallback):
 
 
 class DMCLIPTrainer(BatchesTrainer):
-    """Trains a dual encoder from what several teachers said of the same augmented images and captions.
+    """Trains a dual encoder from several teachers' stored embeddings of the same augmented images and captions.
 
-    The loss of a pair is `contrastive_loss_weight` * InfoNCE + `distillation_loss_weight` * cross-entropy to the
-    teachers' mean softmax; it is computed over the images with one real caption each and, where there are any, again
-    with one synthetic caption each, and the two are added. The student's scale is learned and bounded as CLIP's.
-    BatchNorm sees a process's own images.
+    The loss is `contrastive_loss_weight` * InfoNCE + `distillation_loss_weight` * cross-entropy to the teachers' mean
+    softmax. It is computed over the images with one real caption each. If there are synthetic captions, it is computed
+    again with one of these per image, and both are added. The student's scale is learned and bounded as in CLIP.
+    BatchNorm sees the images of its own process.
 
     Source: [MC] eq. 1 to 3; [M]; docs/papers.md. Deviation: teachers whose trained scale is known are scaled by it.
 
     Args:
         model ([`DMCLIPModel`]): Trains, in place.
         args ([`DMCLIPArguments`]): Losses, optimiser.
-        train_batches ([`~modeling_dclip.data.reinforced.ReinforcedBatches`]): A stream; a resumed run goes on with the
-            very batches.
+        train_batches ([`~modeling_dclip.data.reinforced.ReinforcedBatches`]): A stream. A resumed run continues with
+            the same batches as an uninterrupted one.
         processor, resolved_arguments: As for [`BatchesTrainer`].
     """
 
-    def __init__(self, model: Any, args: Any, train_batches: Any, processor: Any, resolved_arguments: dict[str, Any]):
+    def __init__(
+        self,
+        model: DMCLIPModel,
+        args: DMCLIPArguments,
+        train_batches: ReinforcedBatches,
+        processor: DCLIPProcessor,
+        resolved_arguments: dict[str, Any],
+    ):
         super().__init__(model, args, train_batches, processor, resolved_arguments)
         self.teacher_widths = list(train_batches.teacher_widths)
         given = PUBLISHED_LOGIT_SCALE if args.teacher_logit_scale is None else args.teacher_logit_scale
@@ -415,27 +437,26 @@ class DMCLIPTrainer(BatchesTrainer):
         self.add_callback(_BoundLogitScale())
 
     def get_train_dataloader(self):
-        """The stream itself, which knows its process and worker: accelerate would split it once more."""
+        """The stream itself, not prepared by accelerate: it is already split between processes and workers."""
         args = self.args
         return DataLoader(
             self.train_dataset,
             batch_size=None,
-            num_workers=args.dataloader_num_workers,  # started anew each epoch: they learn of it by being copied
+            num_workers=args.dataloader_num_workers,  # started again in each epoch, with a copy of the stream
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
-            # the loader's draw must not move the global one: a resumed run draws once more
+            # The loader draws a seed. From the global generator, a resumed run would draw once more than others.
             generator=torch.Generator(),
         )
 
     def loss_terms(self, model, batch):
-        """Both losses over real captions, and over synthetic ones where the batch holds them."""
+        """Both losses over real captions, and over synthetic ones if the batch has them."""
         args = self.args
         texts = [name.removesuffix("input_ids") for name in ("input_ids", "synthetic_input_ids") if name in batch]
         pad_token_id = self.processor.tokenizer.pad_token_id
         outputs = model(
-            pixel_values=batch["pixel_values"].contiguous(
-                memory_format=torch.channels_last
-            ),  # a step is a sixth faster
+            # channels_last makes a step a sixth faster
+            pixel_values=batch["pixel_values"].contiguous(memory_format=torch.channels_last),
             input_ids=_stack_padded([batch[f"{text}input_ids"] for text in texts], pad_token_id),
             attention_mask=_stack_padded([batch[f"{text}attention_mask"] for text in texts], 0),
         )
@@ -455,17 +476,22 @@ class DMCLIPTrainer(BatchesTrainer):
             if args.reads_teachers:
                 loss = distillation_loss(
                     image_embeds, text_embeds[index], teachers[0], teachers[1 + index], self.teacher_widths,
-                    self.teacher_logit_scales,
-                    temperature, args.image_to_text_weight,
+                    self.teacher_logit_scales, temperature, args.image_to_text_weight,
                 )  # fmt: skip
                 terms[f"{text}distillation_loss"] = (loss, args.distillation_loss_weight)
         return terms
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in a stage's folder; one whose writing was interrupted is passed over.
+    """The newest complete checkpoint in a stage's folder. One whose writing was interrupted is skipped.
 
-    `transformers` writes a checkpoint's `trainer_state.json` last.
+    `transformers` writes a checkpoint's `trainer_state.json` last, so a checkpoint with it is complete.
+
+    Args:
+        folder (`Path`): The stage's own folder.
+
+    Returns:
+        `str` or `None`: The checkpoint's folder; `None` if there is no complete one.
     """
     steps = sorted(
         (
@@ -486,8 +512,14 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
-    """Train from the last complete checkpoint in a stage's folder, or from the start,
-    and write `trainer_state.json`.
+    """Train from the last complete checkpoint in a stage's folder, or from the start; save `trainer_state.json`.
+
+    Args:
+        trainer ([`BatchesTrainer`]): Ready to train.
+        folder (`Path`): The stage's own folder.
+
+    Raises:
+        FloatingPointError: If a term of the loss is NaN or infinite.
     """
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:

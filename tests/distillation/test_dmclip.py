@@ -158,7 +158,7 @@ def test_without_preprocessing_beside_the_weights_it_is_clips_and_that_is_said(e
     [
         ({"preset": "T"}, "no preset and no vision_config beside"),
         ({"vision_config": {"hidden_size": 4}}, "no preset and no vision_config beside"),
-        ({"model": "y"}, "a checkpoint to go on from .* drop model, or vision_model"),
+        ({"model": "y"}, "a checkpoint to go on from .* Leave out model, or vision_model"),
     ],
 )
 def test_an_architecture_beside_an_encoder_is_refused(changes, message):
@@ -284,10 +284,10 @@ def test_named_weights_are_read_once_for_all_arms_and_again_when_they_change(
     read, fingerprint = [], reinforced_stages.fingerprint_model
     monkeypatch.setattr(reinforced_stages, "fingerprint_model", lambda model: read.append(model) or fingerprint(model))
     shared = SharedData()
-    for one in expand_arms([], path):
+    for one in expand_arms(parse_recipe([], path)):
         run_stages(one.recipe, shared)
     assert len(read) == 1
-    for one in expand_arms([], path):
+    for one in expand_arms(parse_recipe([], path)):
         run_stages(one.recipe, shared)  # all finished
     assert len(read) == 1
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
@@ -297,5 +297,5 @@ def test_named_weights_are_read_once_for_all_arms_and_again_when_they_change(
         {"format": "pt"},
     )
     with pytest.raises(ValueError, match="made from other inputs .vision_model: "):
-        run_stages(expand_arms([], path)[0].recipe, shared)
+        run_stages(expand_arms(parse_recipe([], path))[0].recipe, shared)
     assert len(read) == 2

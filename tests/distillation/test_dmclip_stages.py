@@ -126,7 +126,7 @@ def test_arms_and_seeds_share_one_set_of_shards(tiny_clip_dir, tmp_path, caplog,
     arms = {"contrastive": {"dmclip": {"contrastive_loss_weight": 1, "distillation_loss_weight": 0}}}
     arms["distilled"] = {"dmclip": {"contrastive_loss_weight": 0, "distillation_loss_weight": 1}}
     path = write_recipe(tmp_path, tiny_clip_dir, {"max_steps": 1}, arms=arms, seeds=[0, 1])
-    runs, shared, loaded = expand_arms([], path), SharedData(), []
+    runs, shared, loaded = expand_arms(parse_recipe([], path)), SharedData(), []
     build = reinforced_stages.build_teacher
     monkeypatch.setattr(
         reinforced_stages, "build_teacher", lambda spec, device: loaded.append(spec) or build(spec, device)

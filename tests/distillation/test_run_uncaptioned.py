@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
-from modeling_dclip.distillation.run import Run, SharedData
+from modeling_dclip.distillation.run import Places, SharedData, attach_regions, load_images
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1}
 SCENES = "scenes:train,n={},image_size=32,captions_per_image=2"
@@ -35,6 +35,12 @@ def write_recipe(folder, clip_dir, **changes):
     recipe = {**RECIPE, "clip_model": str(clip_dir), "output_dir": str(folder / "run"), **changes}
     path.write_text(yaml.safe_dump({name: value for name, value in recipe.items() if value is not None}))
     return path
+
+
+def read_data(recipe, shared=None):
+    return attach_regions(
+        load_images(recipe, shared or SharedData()), Places.of(recipe) if recipe.uses_detector else None
+    )
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +181,7 @@ def test_test_images_and_held_out_ones_are_left_out(tiny_clip_dir, tmp_path):
         exclude_karpathy=[str(tmp_path / "karpathy.json")],
         uncaptioned_datasets=[f"images:{tmp_path}/coco,source=coco", SCENES.format(10)],
     )
-    rows = Run(parse_recipe([], path)).data["uncaptioned"][0]
+    rows = read_data(parse_recipe([], path))["uncaptioned"].rows
     expected = load_captions(SCENES.format(10))["image_id"][8:]  # the first 8 are captioned, half of them held out
     assert rows["image_id"][:] == ["coco-7", "coco-8", *expected]
 
@@ -188,7 +194,7 @@ def test_arms_with_and_without_them_share_what_they_read(tiny_clip_dir, tmp_path
     }
     path = write_recipe(tmp_path, tiny_clip_dir, arms=arms)
     shared = SharedData()
-    rows = {one.arm: Run(one.recipe, shared).data for one in expand_arms([], path)}
+    rows = {one.arm: read_data(one.recipe, shared) for one in expand_arms(parse_recipe([], path))}
     assert {arm: {split: len(data) for split, (data, _) in splits.items()} for arm, splits in rows.items()} == {
         "with": {"train": 8, "uncaptioned": 16},
         "without": {"train": 8},
@@ -200,11 +206,11 @@ def test_arms_with_and_without_them_share_what_they_read(tiny_clip_dir, tmp_path
 def test_boxes_that_only_captioned_images_have_are_told(tiny_clip_dir, tmp_path, draw_scenes, caplog):
     folder = draw_scenes(tmp_path / "album", 3)
     path = write_recipe(tmp_path, tiny_clip_dir, uncaptioned_datasets=[f"images:{folder}"])
-    assert "boxes" not in Run(parse_recipe([], path)).sources["uncaptioned"][0].column_names
-    assert "have boxes of their own, those without captions none" in caplog.text
+    assert "boxes" not in load_images(parse_recipe([], path), SharedData())["uncaptioned"].rows.column_names
+    assert "have boxes of their own, the images without captions have none" in caplog.text
     caplog.clear()
-    assert Run(parse_recipe(["--regions.ignore_boxes", "true"], path)).sources
-    assert Run(parse_recipe(["--regions.detector", "grid:1x2"], path)).sources
+    assert load_images(parse_recipe(["--regions.ignore_boxes", "true"], path), SharedData())
+    assert load_images(parse_recipe(["--regions.detector", "grid:1x2"], path), SharedData())
     assert "boxes of their own" not in caplog.text
 
 
@@ -214,8 +220,8 @@ def test_every_arm_is_refused_before_the_first_one_runs(tiny_clip_dir, tmp_path)
     with pytest.raises(
         ValueError, match="uncaptioned_datasets: expected teacher.cross_attention to be 'regions'.*got 'bidi"
     ):
-        expand_arms([], path)
-    assert len(expand_arms(["--teacher.cross_attention", "regions"], path)) == 2
+        expand_arms(parse_recipe([], path))
+    assert len(expand_arms(parse_recipe(["--teacher.cross_attention", "regions"], path))) == 2
 
 
 def test_a_recipe_that_cannot_use_them_is_refused_by_field(tiny_clip_dir, tmp_path):

@@ -236,7 +236,7 @@ def test_validation_rows_that_fill_no_batch_are_said(
     args = student_arguments(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=batch_size)
     validation = StudentBatches(data, processor.image_processor, args.columns, width=16)
     make_trainer(tiny_clip_dir, data, processor, args, eval_batches=validation)
-    assert (f"{len(validation)} images to validate on fill no batch of {batch_size}" in caplog.text) is said
+    assert (f"{len(validation)} validation images do not fill a batch of {batch_size}" in caplog.text) is said
 
 
 @pytest.mark.parametrize("cross_attention", ["bidirectional", "regions"])

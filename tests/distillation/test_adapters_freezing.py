@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from modeling_dclip.distillation.freezing import freeze_parameters
+from modeling_dclip.distillation.adapters import freeze_parameters
 
 
 def make_model():
