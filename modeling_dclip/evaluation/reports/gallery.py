@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
-from modeling_dclip.evaluation.records import record_key
+from modeling_dclip.evaluation.records import Record, record_key
 from modeling_dclip.evaluation.reports.document import render_page
 from modeling_dclip.evaluation.reports.maps import draw_image_maps
 from modeling_dclip.evaluation.reports.metric_names import percent
@@ -335,18 +335,18 @@ def write_gallery(
     write_text(path, render_gallery(dataset, answered, metrics_from_ranks(ranks), options))
 
 
-def page_name(record: Mapping[str, Any]) -> str:
+def page_name(record: Record) -> str:
     """The stem of a page's file: it says model and benchmark, and differs for different weights or data.
 
     Args:
-        record (`dict`): From [`~modeling_dclip.evaluation.evaluator.evaluate`].
+        record (`Record`): From [`~modeling_dclip.evaluation.evaluator.evaluate`].
     """
     words = f"{name_of(record)} {record['benchmark'].partition('=')[2]}"
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', words).strip('-')[-80:]}-{record_key(record)[:6]}"
 
 
 def write_pages(
-    records: Sequence[Mapping[str, Any]],
+    records: Sequence[Record],
     *,
     gallery: str | os.PathLike | None = None,
     maps: str | os.PathLike | None = None,
@@ -359,7 +359,7 @@ def write_pages(
     """Write the pages of every record of retrieval. Each model is loaded again, and the data is embedded again.
 
     Args:
-        records (`Sequence[dict]`): From [`~modeling_dclip.evaluation.evaluator.evaluate`]. Other benchmarks, and
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.evaluator.evaluate`]. Other benchmarks, and
             points between two models, have no page.
         gallery (`str` or `os.PathLike`, *optional*): Folder of HTML pages, see [`write_gallery`].
         maps (`str` or `os.PathLike`, *optional*): Folder of pictures, see
@@ -372,7 +372,7 @@ def write_pages(
         `list[Path]`: The files written.
 
     Raises:
-        TypeError: If maps are asked of a model that is neither a CLIP or DCLIP with a ViT nor a DM-CLIP.
+        WrongModelError: If maps are asked of a model that is neither a CLIP or DCLIP with a ViT nor a DM-CLIP.
         ValueError: If the data or a model cannot be read; the message names it.
     """
     pages = []
