@@ -9,7 +9,7 @@ import torch
 from modeling_dclip.data.labels.prompts import read_lines
 from modeling_dclip.evaluation.benchmarks.kinds import describe_kinds, kind_of
 
-# What these are for: the kind of benchmark that has to be asked for.
+# Each of these arguments needs a benchmark of this kind.
 _OWNERS = {
     "class_names": "zero_shot",
     "templates": "zero_shot",
@@ -23,14 +23,17 @@ _FOLDERS = ("gallery", "maps", "classifier_cache")
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Namespace:
-    """Parse what comes after `eval.py`. Exits with status 2 and one line where an argument is wrong.
+    """Parse the words after `eval.py`.
 
     Args:
-        argv (`Sequence[str]`, *optional*): Of the process if not given.
-        description (`str`): Above the help.
+        argv (`Sequence[str]`, *optional*): The words; by default those of the process.
+        description (`str`): The text above the help.
 
     Returns:
         `argparse.Namespace`: `class_names` and `templates` are the lines of their files, `None` where not given.
+
+    Raises:
+        SystemExit: With status 2 and one line if an argument is wrong.
     """
     parser = argparse.ArgumentParser(
         prog="eval.py",

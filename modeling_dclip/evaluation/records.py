@@ -58,8 +58,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
 OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
 
-Metrics = dict[str, float]
-Outcomes = dict[str, torch.Tensor]
+Metrics = dict[str, float]  # by name
+Outcomes = dict[str, torch.Tensor]  # by metric, each (I, 2): the sum and the count of every image
+# What a benchmark measured of one model. Every float is a metric. Further keys: `n` (int), and where they apply
+# `n_captions` (int), `outcomes` (Outcomes), `chance` (Metrics), `spread` and `measured_with` (dicts).
+BenchmarkResult = dict[str, Any]
 
 
 class Environment(NamedTuple):

@@ -1,13 +1,12 @@
-"""How a dual encoder fills the shared space: the gap between images and texts, how near pairs lie, how evenly the
-rest.
+"""How a dual encoder fills the shared space: modality gap, alignment and uniformity.
 
-All on L2-normalised embeddings, so on the unit sphere. With several captions an image:
+All measures are of L2-normalised embeddings, so of points on the unit sphere. With several captions an image:
 
-- the centroid of texts, and so the gap, is over captions; that of images over images;
-- alignment is over pairs of an image and a caption of its own, each pair once;
-- text uniformity is over pairs of captions of **different** images: two captions of one image are one draw, not two.
+- the centroid of texts, and so the gap, is over captions; the centroid of images is over images;
+- alignment is over pairs of an image and one of its own captions, each pair once;
+- text uniformity is over pairs of captions of **different** images, because two captions of one image are one draw.
 
-None says by itself that a model is good: a gap may close, and alignment fall, while retrieval gets worse. They say
+No measure alone says that a model is good: a gap may close, and alignment fall, while retrieval gets worse. They say
 where two models differ.
 
 Sources: modality gap, "Mind the Gap", arXiv 2203.02053, section 2; alignment and uniformity, "Understanding
@@ -15,14 +14,13 @@ Contrastive Representation Learning through Alignment and Uniformity on the Hype
 4.1.
 """
 
-from typing import Any
-
 import torch
 from datasets import Dataset
 
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import check_rows, unit_rows
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 
 def _unit_rows(embeds: torch.Tensor, name: str) -> torch.Tensor:
@@ -44,7 +42,7 @@ def modality_gap(image_embeds: torch.Tensor, text_embeds: torch.Tensor) -> float
         `float`: In [0, 2]; 0 where both centroids agree.
 
     Raises:
-        ValueError: If something is empty, zero or not finite, or widths differ.
+        ValueError: If an input is empty, an embedding is zero or not finite, or widths differ.
 
     Example:
         >>> round(modality_gap(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 5.0]])), 6)
@@ -79,7 +77,8 @@ def alignment_by_image(
         `torch.Tensor` of shape `(I, 2)`: float64, on the CPU. Each distance is in [0, 4].
 
     Raises:
-        ValueError: As in [`modality_gap`], or if the owners are no rows of `image_embeds`, one a caption.
+        ValueError: As in [`modality_gap`]; also if `image_of_caption` does not hold one row of `image_embeds` for each
+            caption.
 
     Example:
         >>> alignment_by_image(torch.eye(2), torch.eye(2), torch.tensor([0, 0])).tolist()
@@ -114,18 +113,17 @@ def uniformity(
 
     Args:
         embeds (`torch.Tensor` of shape `(N, D)`): Any scale; normalised here.
-        groups (`torch.Tensor` of shape `(N,)`, *optional*): Integers; pairs of one group do not count. Each row is its
-            own if not given.
+        groups (`torch.Tensor` of shape `(N,)`, *optional*): Integers; pairs inside a group do not count. By default
+            each row is a group of its own.
         t (`float`, *optional*, defaults to 2.0): Sharpness of the Gaussian, > 0.
         tile_size (`int`, *optional*, defaults to 2048): Rows of a tile. Does not change the result but for rounding.
 
     Returns:
-        `float` or `None`: In [-4 t, 0]; lower is more even, 0 is collapsed. `None` where no two rows are of different
-            groups.
+        `float` or `None`: In [-4 t, 0]; lower is more even, 0 is collapsed. `None` if all rows are of one group.
 
     Raises:
-        ValueError: If something is empty, zero or not finite, a size does not fit, or `t` or `tile_size` is not
-            positive.
+        ValueError: If there is no row, a row is zero or not finite, `groups` does not fit, or `t` or `tile_size` is
+            not positive.
 
     Example:
         >>> round(uniformity(torch.tensor([[1.0, 0.0], [-1.0, 0.0]])), 6)
@@ -140,13 +138,13 @@ def uniformity(
         raise ValueError(
             f"Expected groups as {len(rows)} integers, got {groups.dtype} of shape {tuple(groups.shape)}."
         )
-    groups, order = groups.to(rows.device).sort(stable=True)  # own pairs now lie in tiles along the diagonal
+    groups, order = groups.to(rows.device).sort(stable=True)  # pairs inside a group now lie near the diagonal
     rows = rows[order]
     counts = torch.unique_consecutive(groups, return_counts=True)[1].double()
     pairs = float(len(rows) ** 2 - counts.square().sum())
     if not pairs:
         return None
-    # About its largest value, exp(0), nothing overflows; far pairs weigh exp(-4 t) and more.
+    # Nothing overflows: every term is between exp(-4 t) and exp(0).
     total = torch.zeros((), dtype=torch.float64, device=rows.device)
     for top in range(0, len(rows), tile_size):
         above, own = rows[top : top + tile_size], groups[top : top + tile_size]
@@ -159,16 +157,16 @@ def uniformity(
     return min(float((total / pairs).log()), 0.0)
 
 
-def embedding_diagnostics(embeddings: DatasetEmbeddings, *, t: float = 2.0) -> dict[str, Any]:
-    """All measures of a dataset's embeddings; see the module's text for several captions an image.
+def embedding_diagnostics(embeddings: DatasetEmbeddings, *, t: float = 2.0) -> BenchmarkResult:
+    """Measure a dataset's embeddings; the module's text says how several captions of one image count.
 
     Args:
         embeddings ([`~modeling_dclip.evaluation.embedding.DatasetEmbeddings`]): On the device to compute on.
         t (`float`, *optional*, defaults to 2.0): As in [`uniformity`].
 
     Returns:
-        `dict[str, Any]`: `modality_gap`, `alignment`, and `image_uniformity` and `text_uniformity` where there are two
-            images or more; `n` images, `n_captions`; under `outcomes`, each image's sum and count of `alignment`,
+        `BenchmarkResult`: `modality_gap`, `alignment`, and `image_uniformity` and `text_uniformity` where there are
+            two images or more; `n` images, `n_captions`; under `outcomes`, each image's sum and count of `alignment`,
             `(I, 2)` float64.
 
     Raises:
@@ -187,7 +185,7 @@ def embedding_diagnostics(embeddings: DatasetEmbeddings, *, t: float = 2.0) -> d
     return {**metrics, "n": len(images), "n_captions": len(texts), "outcomes": {"alignment": outcomes}}
 
 
-def evaluate_diagnostics(encoder: Encoder, dataset: Dataset, *, t: float = 2.0) -> dict[str, Any]:
+def evaluate_diagnostics(encoder: Encoder, dataset: Dataset, *, t: float = 2.0) -> BenchmarkResult:
     """Embed a dataset and measure its modality gap, alignment and uniformity.
 
     Source: docs/papers.md, evaluation. Deviation: the module's text says how several captions of one image count.
@@ -199,7 +197,7 @@ def evaluate_diagnostics(encoder: Encoder, dataset: Dataset, *, t: float = 2.0) 
         t (`float`, *optional*, defaults to 2.0): As in [`uniformity`].
 
     Returns:
-        `dict[str, Any]`: As [`embedding_diagnostics`].
+        `BenchmarkResult`: As [`embedding_diagnostics`].
 
     Raises:
         TypeError: If the model is not a dual encoder.

@@ -1,7 +1,6 @@
-"""What a call costs: time beside its rivals on the same machine, operations, memory, and how that grows with the
-input.
+"""What a call costs: time next to its rivals on one machine, operations, memory, and how they grow with the input.
 
-What measures takes calls without arguments, so that a model, a compiled one and an ONNX session are measured alike.
+The functions take calls without arguments, so a model, a compiled model and an ONNX session are measured in one way.
 [`evaluate_efficiency`] is the benchmark of one dual encoder.
 """
 
@@ -23,15 +22,22 @@ from modeling_dclip.data.files import read_json, temporary_folder
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 Call = Callable[[], Any]
 MIB = 2**20
 SCAN_FLOPS = 9  # for each position, channel and state: the usual count
-MIN_MS = 20.0  # a shorter call is repeated to fill it, beside which the clock's own cost is nothing
+MIN_MS = 20.0  # a shorter call is repeated to fill it, so that the clock's own cost does not count
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and range.
+    """Median and range of one or more values.
+
+    Args:
+        values (`Sequence[float]`): In any unit.
+
+    Returns:
+        `dict[str, float]`: `median`, `min` and `max`.
 
     Example:
         >>> spread([9.0, 1.0, 2.0])
@@ -49,23 +55,23 @@ def interleaved_times(
     min_ms: float = 0.0,
     device: str | torch.device = "cpu",
 ) -> dict[str, list[dict[str, float]]]:
-    """Time several calls in turns, so that all see the same machine; a ratio within a round cancels its load.
+    """Time several calls in turns, so that all see the same machine; a ratio within a round cancels the load.
 
-    Each round starts one call further on, so that none always follows the same one.
+    Each round starts with another call, so that no call always follows the same one.
 
     Args:
         calls (`Mapping[str, Callable]`): By name.
-        rounds (`int`): Measured, at least 1.
-        warmups (`int`, *optional*, defaults to 1): Rounds before that are not kept.
-        max_seconds (`float`, *optional*): No further round starts after so long; three are always measured, if asked
-            for.
-        min_ms (`float`, *optional*, defaults to 0): Calls shorter than this are repeated to fill it, and averaged.
+        rounds (`int`): Measured rounds, at least 1.
+        warmups (`int`, *optional*, defaults to 1): Rounds before them that are not kept.
+        max_seconds (`float`, *optional*): No further round starts after this many seconds. Three rounds are always
+            measured, if `rounds` allows.
+        min_ms (`float`, *optional*, defaults to 0): Shorter calls are repeated to fill this time, and averaged.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): On CUDA the clock waits for the device after
             each call.
 
     Returns:
         `dict[str, list[dict]]`: For each name and round `latency_ms`, by the wall clock, and `cpu_ms`, of all threads
-            of the process: on a busy machine the second moves less.
+            of the process. On a busy machine the second one moves less.
 
     Raises:
         ValueError: If there is no call or no round.
@@ -107,19 +113,18 @@ def _wait(device: torch.device) -> None:
 
 
 def count_flops(call: Call, formulas: Mapping[Any, Callable[..., int]] | None = None) -> int:
-    """Count the floating-point operations of matrix products and convolutions, a multiplication and an addition as
-    two.
+    """Count the floating-point operations of matrix products and convolutions.
 
-    Attention is counted through its plain form, `nn.MultiheadAttention` of eval mode too. Operators that PyTorch has
-    no formula for (the selective scan is one) count as nothing: give their formulas, or add them.
+    A multiplication with an addition counts as two. Attention is counted through its plain form, also that of
+    `nn.MultiheadAttention` in eval mode. Operators without a formula in PyTorch, such as the selective scan, count as
+    nothing: give their formulas.
 
     Args:
         call (`Callable`): Runs eager PyTorch.
-        formulas (`Mapping`, *optional*): Operations of further operators of `torch.ops`, from the shapes of their
-            arguments.
+        formulas (`Mapping`, *optional*): Operator of `torch.ops` -> function of its arguments' shapes.
 
     Returns:
-        `int`
+        `int`: Operations, >= 0.
 
     Example:
         >>> count_flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))
@@ -142,22 +147,21 @@ def _scan_flops(x: Sequence[int], delta: Sequence[int], A: Sequence[int], *args:
 
 
 def scan_formulas() -> dict[Any, Callable[..., int]]:
-    """Formulas for [`count_flops`] of this package's selective scans, wherever they run."""
+    """Give [`count_flops`] the formulas of this package's selective scans, on every device."""
     operators = torch.ops.modeling_dclip_selective_scan
     names = ("chunked", "triton")  # the second only where Triton is
     return {getattr(operators, name): _scan_flops for name in names if hasattr(operators, name)}
 
 
 def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
-    """Measure how much memory of tensors a call needs at once beyond what was there before: its activations and
-    buffers.
+    """Measure the most memory that a call holds at once for activations and buffers, beyond what was there before.
 
     Args:
-        call (`Callable`): Runs eager PyTorch; it ran before, so that nothing is set up for the first time.
-        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where its tensors live.
+        call (`Callable`): Runs eager PyTorch. Run it once before, so that nothing is set up for the first time.
+        device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where its tensors are.
 
     Returns:
-        `float`: Of PyTorch's allocator, not of the process. Exact, and the same at each call.
+        `float`: In MiB, of PyTorch's allocator, not of the process. Exact, and the same at each call.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -184,14 +188,15 @@ def growth_exponent(sizes: Sequence[float], costs: Sequence[float]) -> float:
     """Fit `cost = a * size ** exponent` by least squares between the logarithms.
 
     Args:
-        sizes (`Sequence[float]`): For images their pixels, width times height. Two or more different ones, > 0.
-        costs (`Sequence[float]`): One for each, > 0.
+        sizes (`Sequence[float]`): Two or more different ones, > 0; for images the pixels, width times height.
+        costs (`Sequence[float]`): One for each size, > 0.
 
     Returns:
         `float`: 1 is linear growth.
 
     Raises:
-        ValueError: If counts differ, there are fewer than two sizes, or a number is not positive.
+        ValueError: If the numbers of sizes and costs differ, there are fewer than two different sizes, or a number is
+            not positive.
 
     Example:
         >>> round(growth_exponent([1, 2, 4], [3, 12, 48]), 6)
@@ -215,7 +220,7 @@ def evaluate_efficiency(
     rounds: int = 10,
     max_seconds: float = 60.0,
     text_tokens: int = 77,
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Measure what embedding costs, from tensors on the device to embeddings.
 
     Reading, resizing and tokenizing are not part of it. Image and text take turns, each warmed up. The text fills
@@ -233,7 +238,7 @@ def evaluate_efficiency(
         text_tokens (`int`, *optional*, defaults to 77): Or as many as the model reads, where that is fewer.
 
     Returns:
-        `dict[str, Any]`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`,
+        `BenchmarkResult`: Medians `image_latency_ms`, `text_latency_ms`, `image_throughput_per_s`,
             `text_throughput_per_s`; `parameters_millions` of both towers; `image_gflop` of one image, as
             [`count_flops`] counts; `peak_memory_mib` of weights and activations while the largest batch of images is
             embedded; `n` rounds; `spread`: the median, min and max of each time; `measured_with`: device, dtype, batch

@@ -1,9 +1,9 @@
 """Fine-grained questions: does the picture's true caption come before captions that are false in one respect?
 
-A question counts as right where the true caption's cosine to the picture is above that of **every** false one. Ties,
-within [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. With one false
-caption chance is 1/2, with k it is 1/(k + 1). Winoground's pairs of two pictures and two captions have its paper's
-three scores, with chance 1/4, 1/4 and 1/6.
+An answer is right if the cosine of the true caption to the picture is above that of **every** false caption. Ties,
+within [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. Guessing is
+right with a chance of 1/2 for one false caption, and of 1/(k + 1) for k. Winoground's pairs of two pictures and two
+captions have the three scores of its paper, with a chance of 1/4, 1/4 and 1/6.
 
 Source: Winoground (arXiv 2204.03162), SugarCrepe (arXiv 2306.14610), ARO (arXiv 2210.01936); docs/papers.md,
 Evaluation. Deviation: ties are wrong in all of them.
@@ -25,6 +25,7 @@ from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 PAIR_CHANCE = {"text_score": 1 / 4, "image_score": 1 / 4, "group_score": 1 / 6}
 _PAIRS_AT_A_TIME = 8192
@@ -33,7 +34,7 @@ _PAIRS_AT_A_TIME = 8192
 def paired_cosines(
     image_embeds: torch.Tensor, text_embeds: torch.Tensor, images: torch.Tensor, texts: torch.Tensor
 ) -> torch.Tensor:
-    """Cosines of chosen pairs only.
+    """Compute the cosines of chosen pairs, in bounded memory.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
@@ -41,26 +42,26 @@ def paired_cosines(
         images, texts (`torch.Tensor` of shape `(P,)`): Rows to pair.
 
     Returns:
-        `torch.Tensor` of shape `(P,)`: float32, computed in bounded memory.
+        `torch.Tensor` of shape `(P,)`: float32, in [-1, 1].
     """
     parts = zip(images.split(_PAIRS_AT_A_TIME), texts.split(_PAIRS_AT_A_TIME), strict=True)
     return torch.cat([(image_embeds[i].float() * text_embeds[t].float()).sum(dim=1) for i, t in parts])
 
 
 def question_hits(true: torch.Tensor, false: torch.Tensor, question_of_false: torch.Tensor) -> torch.Tensor:
-    """Which questions are answered right.
+    """Say which questions are answered right.
 
     Args:
         true (`torch.Tensor` of shape `(Q,)`): The picture's cosine to the true caption.
         false (`torch.Tensor` of shape `(F,)`): Its cosines to false captions.
-        question_of_false (`torch.Tensor` of shape `(F,)`): Each one's question, in [0, Q); every question at least
-            once.
+        question_of_false (`torch.Tensor` of shape `(F,)`): The question of each false caption, in [0, Q); every
+            question at least once.
 
     Returns:
         `torch.Tensor` of shape `(Q,)`: bool.
 
     Raises:
-        ValueError: If shapes do not fit or a question has no false caption, naming it.
+        ValueError: If shapes do not fit, or a question has no false caption; the message names it.
 
     Example:
         >>> question_hits(torch.tensor([0.5, 0.5]), torch.tensor([0.1, 0.4, 0.5]), torch.tensor([0, 0, 1])).tolist()
@@ -81,10 +82,10 @@ def question_hits(true: torch.Tensor, false: torch.Tensor, question_of_false: to
 
 
 def pair_hits(cosines: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Winoground's three scores, pair by pair.
+    """Compute Winoground's three scores of each pair.
 
-    Text: for each picture its own caption is above the other. Image: for each caption its own picture is above the
-    other. Group: both.
+    Text: for each picture, its own caption is above the other one. Image: for each caption, its own picture is above
+    the other one. Group: both.
 
     Args:
         cosines (`torch.Tensor` of shape `(U, 2, 2)`): Of pair u, picture i and caption j; i = j belong together.
@@ -142,7 +143,7 @@ def _check_columns(dataset: Dataset) -> None:
 
 
 def _cut_out(dataset: Dataset, rows: range) -> Dataset:
-    """The parts inside `crop_box` of some rows, as pictures in memory."""
+    """Cut the part inside `crop_box` out of some rows' pictures, in memory."""
     columns: dict[str, list[Any]] = {"image_id": dataset[rows.start : rows.stop]["image_id"], "image": []}
     for row in rows:
         image, box = decode_image(dataset, row), dataset.select_columns("crop_box")[row]["crop_box"]
@@ -171,8 +172,8 @@ def _metric_name(category: str) -> str:
     return re.sub(r"\W+", "_", category.strip().lower()).strip("_")
 
 
-def _summary(hits: Mapping[str, torch.Tensor], units: Mapping[str, torch.Tensor], n_units: int) -> dict[str, Any]:
-    """Means and `outcomes` (U, 2) of metrics, each over its own questions; `units` says whose each question is."""
+def _summary(hits: Mapping[str, torch.Tensor], units: Mapping[str, torch.Tensor], n_units: int) -> BenchmarkResult:
+    """Average hits by metric, and sum them by unit as `outcomes` (U, 2); `units` holds the unit of each question."""
     outcomes = {
         name: torch.zeros(n_units, 2, dtype=torch.double).index_add(
             0, units[name], torch.stack([hit.double(), torch.ones_like(hit, dtype=torch.double)], dim=1)
@@ -184,7 +185,7 @@ def _summary(hits: Mapping[str, torch.Tensor], units: Mapping[str, torch.Tensor]
 
 
 def _by_category(names: list[str]) -> dict[str, torch.Tensor]:
-    """Positions of each category that has a name, in order of name."""
+    """Find the positions of each category that has a name, ordered by name."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(map(_metric_name, names)):
         if name:
@@ -193,8 +194,8 @@ def _by_category(names: list[str]) -> dict[str, torch.Tensor]:
 
 
 def _question_result(
-    dataset: Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, rows: dict
-) -> dict[str, Any]:
+    dataset: Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, rows: Mapping[str, int]
+) -> BenchmarkResult:
     columns = (dataset[name][:] for name in ("captions", "negative_captions", "categories"))
     questions = [
         (row, *question) for row, own in enumerate(zip(*columns, strict=True)) for question in zip(*own, strict=True)
@@ -215,19 +216,16 @@ def _question_result(
         {m: hit[at] for m, at in places.items()}, {m: owner[at] for m, at in places.items()}, len(dataset)
     )
     chance = {metric: float((1 / (1 + numbers[at].double())).mean()) for metric, at in places.items()}
-    if len(places) > 2:
-        result["mean_category_accuracy"] = sum(result[name] for name in places if name != "accuracy") / (
-            len(places) - 1
-        )
-        chance["mean_category_accuracy"] = sum(chance[name] for name in places if name != "accuracy") / (
-            len(places) - 1
-        )
+    categories = [name for name in places if name != "accuracy"]
+    if len(categories) > 1:
+        for values in (result, chance):
+            values["mean_category_accuracy"] = sum(values[name] for name in categories) / len(categories)
     return {**result, "n": len(questions), "chance": chance}
 
 
 def _pair_result(
-    dataset: Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, rows: dict
-) -> dict[str, Any]:
+    dataset: Dataset, image_embeds: torch.Tensor, text_embeds: torch.Tensor, rows: Mapping[str, int]
+) -> BenchmarkResult:
     captions, categories = dataset["captions"][:], dataset["categories"][:]
     members: dict[str, list[int]] = {}
     for row, pair in enumerate(dataset["pair_id"][:]):
@@ -248,7 +246,7 @@ def _pair_result(
     return {**result, "n": len(images), "chance": chance}
 
 
-def evaluate_fine_grained(encoder: Encoder, dataset: Dataset) -> dict[str, Any]:
+def evaluate_fine_grained(encoder: Encoder, dataset: Dataset) -> BenchmarkResult:
     """Ask every question of a dataset. Each picture and each text is embedded once, however many questions use it.
 
     Args:
@@ -256,10 +254,10 @@ def evaluate_fine_grained(encoder: Encoder, dataset: Dataset) -> dict[str, Any]:
         dataset (`datasets.Dataset`): From [`~modeling_dclip.data.questions.load_fine_grained`].
 
     Returns:
-        `dict[str, Any]`: `accuracy` over all questions; `<category>_accuracy`; with two categories or more their mean,
-            `mean_category_accuracy`. For pairs instead `text_score`, `image_score`, `group_score`, and the same by
-            category (`<category>_text_score`...). Further `n` questions or pairs; `chance` by metric; and `outcomes`
-            by metric, float64 of shape `(U, 2)`, one row for each picture or pair.
+        `BenchmarkResult`: `accuracy` over all questions; `<category>_accuracy`; with two categories or more their
+            mean, `mean_category_accuracy`. For pairs instead `text_score`, `image_score`, `group_score`, and the same
+            by category (`<category>_text_score`...). Further `n` questions or pairs; `chance` by metric; and
+            `outcomes` by metric, float64 of shape `(U, 2)`, one row for each picture or pair.
 
     Raises:
         TypeError: If the model is not a dual encoder.

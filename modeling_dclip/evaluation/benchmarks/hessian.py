@@ -39,6 +39,7 @@ from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 Product = Callable[[torch.Tensor], torch.Tensor]
 HESSIAN_TOWERS = ("image", "text", "all")  # what the Hessian may be of
@@ -344,7 +345,7 @@ class HessianOptions:
 
 def evaluate_hessian(
     encoder: Encoder, dataset: Dataset, options: HessianOptions | None = None, *, seed: int = 0
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Measure the ends of the Hessian's spectrum; the module's text says what the numbers depend on.
 
     Args:
@@ -356,7 +357,7 @@ def evaluate_hessian(
         seed (`int`, *optional*, defaults to 0): Of images, captions and the start vector.
 
     Returns:
-        `dict[str, Any]`: `hessian_eigenvalue_1` (the largest) to `hessian_eigenvalue_<k>`; `hessian_eigenvalue_min`,
+        `BenchmarkResult`: `hessian_eigenvalue_1` (the largest) to `hessian_eigenvalue_<k>`; `hessian_eigenvalue_min`,
             negative where the loss is not convex; `contrastive_loss` of these batches, in nats; `n` images and
             `n_captions`. Further `residuals`, in the order of the eigenvalues (an eigenvalue lies within this distance
             of each); `parameters` (`int`); and `steps` (`int`), the number made. `outcomes` is empty: no metric is a

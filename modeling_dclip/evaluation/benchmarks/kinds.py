@@ -1,4 +1,4 @@
-"""Benchmarks by name: load the data once, evaluate any number of models on it, keep what a results record needs."""
+"""Benchmarks by name: load the data once, evaluate any number of models on it, and make the records."""
 
 import inspect
 import textwrap
@@ -27,7 +27,7 @@ from modeling_dclip.evaluation.benchmarks.hessian import HessianOptions, evaluat
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.evaluation.benchmarks.suite import expand_suite
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, evaluate_zero_shot
-from modeling_dclip.evaluation.records import Environment, Record, environment, make_record
+from modeling_dclip.evaluation.records import BenchmarkResult, Environment, Record, environment, make_record
 from modeling_dclip.evaluation.statistics import bootstrap_outcomes
 
 logger = logging.get_logger(__name__)
@@ -40,7 +40,7 @@ class EvaluationOptions:
     """How to evaluate.
 
     Attributes:
-        seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`, and of what an evaluation draws.
+        seed (`int`, *optional*, defaults to 0): Of the draw of `@COUNT`, and of everything an evaluation draws.
         batch_size, device, num_workers: As in [`~modeling_dclip.encoders.Encoder`]. No metric depends on them.
         class_names, templates (`Sequence[str]`, *optional*): For `zero_shot`, in place of the data's own.
         classifiers ([`ClassifierCache`], *optional*): For `zero_shot`; by default one in memory.
@@ -74,27 +74,38 @@ class Benchmark(NamedTuple):
         name (`str`): `KIND=SPEC`.
         split (`str`, *optional*): `None` where the source has no splits.
         fingerprint (`str`): Of the data; [`NO_DATA`] for a benchmark that reads none.
-        evaluate (`Callable`): Takes an encoder and gives the result: floats are metrics; `n`, and optionally
-            `n_captions`, `outcomes`, `chance`, `spread`, `measured_with`.
+        evaluate (`Callable`): Takes an encoder and gives the
+            [`~modeling_dclip.evaluation.records.BenchmarkResult`].
         settings (`dict`): What else the metrics depend on.
     """
 
     name: str
     split: str | None
     fingerprint: str
-    evaluate: Callable[[Encoder], dict[str, Any]]
+    evaluate: Callable[[Encoder], BenchmarkResult]
     settings: dict[str, Any]
 
 
 def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
-    """The split a spec names, or the default; `None` where the source has no splits."""
+    """Find the split of a spec.
+
+    Args:
+        spec (`str`): Of one of the sources.
+        sources (`Mapping[str, Source]`): The known sources by name.
+
+    Returns:
+        `str` or `None`: The split that the spec names, or the source's default; `None` if the source has no splits.
+
+    Raises:
+        ValueError: If the spec is wrong.
+    """
     source, fields, *_ = parse_spec(spec, sources, counted=True)
     bound = inspect.signature(source.build).bind(*fields)
     bound.apply_defaults()
     return bound.arguments.get("split")
 
 
-def _short_hash(content: Any) -> str:
+def _short_hash(content: object) -> str:
     return hash_bytes(repr(content))[:16]
 
 
@@ -142,13 +153,18 @@ def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark
 def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
     if spec:
         raise ValueError(f"Expected 'efficiency' without a spec, as it reads no data, got {spec!r}.")
-    machine = {"machine": _short_hash(options.measured_in.hardware)}  # times of another one are not kept
+    machine = {"machine": _short_hash(options.measured_in.hardware)}  # times of another machine are not kept
     return Benchmark(kind_of(name), None, NO_DATA, evaluate_efficiency, machine)
 
 
 class Kind(NamedTuple):
-    """A kind of benchmark: the spec it takes by default, what loads one, the forms of its specs,
-    and what it measures.
+    """A kind of benchmark.
+
+    Attributes:
+        default_spec (`str`): Its data by default.
+        load (`Callable`): Loads a benchmark from its name, its spec and the options.
+        forms (`str`): The forms of its specs; empty if it reads no data.
+        help (`str`): What it measures.
     """
 
     default_spec: str
@@ -161,7 +177,8 @@ def _forms(sources: Mapping[str, Source]) -> str:
     return ", ".join(source.form for source in sources.values())
 
 
-_CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})  # these have none
+# The source `images` has no captions.
+_CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})
 KINDS = {
     "retrieval": Kind("scenes:test", _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"),
     "diagnostics": Kind("scenes:test", _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"),
@@ -180,7 +197,7 @@ KINDS = {
 
 
 def describe_kinds() -> str:
-    """Say of every kind what it measures and which specs it takes, for a command's help."""
+    """Describe every kind for a command's help: what it measures and which specs it takes."""
     lines, last = [], None
     for name, kind in KINDS.items():
         lines.append(f"  {name}{'[=SPEC]' * bool(kind.forms)}: {kind.help}.")
@@ -194,10 +211,16 @@ def describe_kinds() -> str:
 
 
 def kind_of(benchmark: str) -> str:
-    """The kind in `KIND[=SPEC]`.
+    """Read the kind in `KIND[=SPEC]`.
+
+    Args:
+        benchmark (`str`): `KIND[=SPEC]`.
+
+    Returns:
+        `str`: A key of [`KINDS`].
 
     Raises:
-        ValueError: If there is no such kind; the known ones are listed.
+        ValueError: If there is no such kind; the message lists the known ones.
     """
     kind = benchmark.partition("=")[0]
     if kind not in KINDS:
@@ -207,12 +230,17 @@ def kind_of(benchmark: str) -> str:
 
 
 def expand_benchmark(benchmark: str) -> list[str]:
-    """Take `zero_shot=suite:ROOT` apart into its sets; any other benchmark is alone.
+    """Expand `zero_shot=suite:ROOT` to its sets. A warning names the sets that are not there.
 
-    Sets that are not there are named in a warning.
+    Args:
+        benchmark (`str`): `KIND[=SPEC]`.
+
+    Returns:
+        `list[str]`: One benchmark for each set; any other benchmark alone.
 
     Raises:
-        FileNotFoundError, ValueError: As in [`~modeling_dclip.evaluation.benchmarks.suite.expand_suite`].
+        ConnectionError, FileNotFoundError, ValueError: As in
+            [`~modeling_dclip.evaluation.benchmarks.suite.expand_suite`].
     """
     kind, _, spec = benchmark.partition("=")
     if kind != "zero_shot" or not spec.startswith("suite:"):
@@ -243,13 +271,14 @@ def load_benchmark(benchmark: str, options: EvaluationOptions | None = None) -> 
 
 
 def benchmark_record(
-    benchmark: Benchmark, result: Mapping[str, Any], measured_in: Environment | None = None, **fields: Any
+    benchmark: Benchmark, result: BenchmarkResult, measured_in: Environment | None = None, **fields: Any
 ) -> Record:
     """Make the results record of one model on one benchmark.
 
     Args:
         benchmark ([`Benchmark`]): What was measured.
-        result (`dict`): From its `evaluate`: the floats are the metrics; `outcomes` become intervals over images.
+        result (`BenchmarkResult`): From its `evaluate`. The floats become the metrics, and `outcomes` become intervals
+            over images.
         measured_in ([`~modeling_dclip.evaluation.records.Environment`], *optional*): Of the run; read now if not
             given.
         fields: The fields of [`~modeling_dclip.evaluation.records.make_record`] that the two do not know.
@@ -264,7 +293,7 @@ def benchmark_record(
     measured_in = measured_in or environment()
     intervals = None
     outcomes = result.get("outcomes")
-    if outcomes and len(next(iter(outcomes.values()))) > 1:  # one image, whatever is asked of it, has no interval
+    if outcomes and len(next(iter(outcomes.values()))) > 1:  # a single image has no interval
         found = bootstrap_outcomes(outcomes, seed=fields.get("seed", 0))
         intervals = {name: interval.to_dict() for name, interval in found.items()}
     return make_record(

@@ -1,18 +1,21 @@
 """Retrieval in both directions with any number of captions per image: ranks first, every metric from them.
 
-Definitions, those of the CLIP papers. Text to image asks one question per **caption**: where does its one image come
-among all images? Image to text asks one question per **image**: where do its captions come among all captions of the
-set? Recall@k is the share of questions with **any** right answer among the first k, so an image with five captions
-needs one of them (not the share of the five). MRR is the mean of 1 / rank of the first right answer. mAP is the mean
-over questions of the average precision over **all** right answers, without a cut-off; with one right image per
-caption, `text_to_image_map` equals `text_to_image_mrr`. The median rank is that of the first right answer, the middle
-of the two middle ones where their number is even. R-sum is the sum of the six recalls at 1, 5 and 10.
+The definitions are those of the CLIP papers:
+
+- Text to image asks one question per **caption**: at which rank is its one image among all images?
+- Image to text asks one question per **image**: at which ranks are its captions among all captions of the set?
+- Recall@k is the share of questions with **any** right answer among the first k. An image with five captions needs one
+  of them, not a share of the five.
+- MRR is the mean of 1 / rank of the first right answer.
+- mAP is the mean over questions of the average precision over **all** right answers, without a cut-off. With one right
+  image per caption, `text_to_image_map` equals `text_to_image_mrr`.
+- The median rank is of the first right answer; for an even number of questions it is the mean of the two middle ranks.
+- R-sum is the sum of the six recalls at 1, 5 and 10.
 
 Ties count against the model: [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from datasets import Dataset
@@ -25,6 +28,7 @@ from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
     retrieval_ranks,
 )
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 RSUM_AT = (1, 5, 10)
 
@@ -50,20 +54,20 @@ def _reciprocal(ranks: torch.Tensor) -> torch.Tensor:
 def outcomes_from_ranks(
     ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10), *, depth: int | None = None
 ) -> dict[str, torch.Tensor]:
-    """What every image with its captions adds to each metric: a sum and a count.
+    """Sum and count of every image, with its captions, for each metric.
 
     Args:
         ranks ([`RetrievalRanks`]): From [`retrieval_ranks`], or from an index.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall, >= 1.
-        depth (`int`, *optional*): Where only so many answers were searched: MRR and mAP then are `mrr@depth` and
-            `map@depth`, in which right answers that were not found add nothing.
+        depth (`int`, *optional*): How many answers were searched, where not all were. MRR and mAP are then `mrr@depth`
+            and `map@depth`: right answers that were not found add nothing.
 
     Returns:
         `dict[str, torch.Tensor]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, each float64 of shape `(I, 2)`.
-            The metric is the sum of column 0 over the sum of column 1; an image is what to resample.
+            The metric is the sum of column 0 over the sum of column 1. Resample by image for intervals.
 
     Raises:
-        ValueError: If a cut-off is below 1 or above the depth, or there is none.
+        ValueError: If there is no cut-off, or one is below 1 or above the depth.
     """
     _check_cut_offs(ks, depth)
     owners, first = ranks.image_of_caption, _first_ranks(ranks)
@@ -174,14 +178,14 @@ def retrieval_metrics(
 
 
 def embeddings_of_pairs(
-    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_ids: Sequence[Any]
+    image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_ids: Sequence[Hashable]
 ) -> DatasetEmbeddings:
-    """Take pairs, one for each caption with its image's embedding, apart into images and captions.
+    """Separate pairs, one for each caption with its image's embedding, into images and captions.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(C, D)`): The image of each caption; the same for captions of one image.
         text_embeds (`torch.Tensor` of shape `(C, D)`): The captions.
-        image_ids (`Sequence` of length C): Equal for captions of one image; anything hashable.
+        image_ids (`Sequence[Hashable]` of length C): Equal for captions of one image.
 
     Returns:
         [`DatasetEmbeddings`]: Images in the order of their first captions. Not normalised.
@@ -198,7 +202,7 @@ def embeddings_of_pairs(
             f"Expected as many image embeddings as text embeddings and ids, got {len(image_embeds)}, "
             f"{len(text_embeds)} and {len(image_ids)}."
         )
-    rows: dict[Any, int] = {}
+    rows: dict[Hashable, int] = {}
     owners = torch.tensor([rows.setdefault(image_id, len(rows)) for image_id in image_ids], dtype=torch.long)
     first = torch.full((len(rows),), len(owners)).scatter_reduce(0, owners, torch.arange(len(owners)), "amin")
     images = image_embeds[first]
@@ -216,7 +220,7 @@ def embeddings_of_pairs(
 
 def evaluate_retrieval(
     encoder: Encoder, dataset: Dataset, *, ks: Sequence[int] = (1, 5, 10), index: str | None = None, depth: int = 100
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Embed a dataset and measure retrieval on it, both on the encoder's device.
 
     Args:
@@ -225,7 +229,7 @@ def evaluate_retrieval(
         ks, index, depth: As in [`retrieval_metrics`].
 
     Returns:
-        `dict[str, Any]`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `outcomes` for intervals
+        `BenchmarkResult`: The floats of [`retrieval_metrics`], `n` images, `n_captions`, and `outcomes` for intervals
             ([`outcomes_from_ranks`]).
 
     Raises:

@@ -1,17 +1,18 @@
 """Approximate ranks for sets too large to compare everything with everything: a FAISS index, and what it misses.
 
-Unless another is named, the index is an inverted file (IVF) with exact vectors: images or captions are sorted into
-cells by k-means, and a query looks into the cells nearest to it. It is chosen over a graph (HNSW) because it is built
-in a fraction of the time, and because the number of cells, set after building, goes all the way to exact search:
-queries of one kind lie far from the answers of the other (the modality gap), so how many cells are needed has to be
-measured. It is, on queries that the report then does not use.
+By default the index is an inverted file (IVF) with exact vectors: k-means sorts images or captions into cells, and a
+query looks into the cells nearest to it. It is chosen over a graph (HNSW) for two reasons. It is built in a fraction
+of the time. And the number of cells to look into can be set after building, up to all of them, which is exact search.
+How many are needed has to be measured, because queries lie far from answers of the other modality (the modality gap).
+They are measured on one part of the queries, and the share that is found is reported on another part.
 """
 
 import math
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
@@ -25,20 +26,39 @@ from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
 
 NOT_FOUND = torch.iinfo(torch.long).max  # rank of what the index did not return
 _QUERIES, _ROWS = 4096, 65536  # at a time
-_TRAINING_ROWS = 1 << 20  # for k-means, of which FAISS takes 256 a cell
-_LEAST_CELLS, _POINTS_PER_CELL = (
-    16,
-    39,
-)  # FAISS warns of fewer points for k-means; with fewer cells a scan of all is as fast
+_TRAINING_ROWS = 1 << 20  # for k-means; FAISS takes 256 of them for each cell
+_POINTS_PER_CELL = 39  # with fewer, FAISS warns that k-means is not reliable
+_LEAST_CELLS = 16  # with fewer, a scan of all is as fast
+
+
+class FaissIndex(Protocol):
+    """What is used of an index of FAISS, which has no types of its own.
+
+    Attributes:
+        ntotal (`int`): How many vectors it holds.
+        is_trained (`bool`): Whether vectors can be added.
+    """
+
+    ntotal: int
+    is_trained: bool
+
+    def train(self, vectors: np.ndarray) -> None:
+        """Learn cells or codes from float32 `(N, D)`."""
+
+    def add(self, vectors: np.ndarray) -> None:
+        """Add float32 `(N, D)`."""
+
+    def search(self, queries: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """Similarities float32 and rows int64 of the answers to float32 `(Q, D)`, best first, both `(Q, count)`."""
 
 
 class _Search(NamedTuple):
-    """Unit vectors to ask with and to find, and whom each belongs to."""
+    """Vectors to ask with, vectors to find, and the image that each belongs to."""
 
-    queries: torch.Tensor
-    items: torch.Tensor
-    owner_of_query: torch.Tensor
-    owner_of_item: torch.Tensor
+    queries: torch.Tensor  # (Q, D)
+    items: torch.Tensor  # (N, D)
+    owner_of_query: torch.Tensor  # (Q,)
+    owner_of_item: torch.Tensor  # (N,)
 
 
 def find_faiss(index: str) -> ModuleType:
@@ -46,6 +66,9 @@ def find_faiss(index: str) -> ModuleType:
 
     Args:
         index (`str`): `"faiss"` or `"faiss:FACTORY"`.
+
+    Returns:
+        `ModuleType`: The module `faiss`.
 
     Raises:
         ImportError: If `faiss-cpu` is not installed.
@@ -79,29 +102,29 @@ def approximate_ranks(
 ) -> tuple[RetrievalRanks, dict[str, float]]:
     """Rank relevant pairs among the answers of an index, and measure the index against exact search.
 
-    What the index does not return is not found, whatever its similarity; ties among what it returns count against the
-    model.
+    An item that the index does not return counts as not found, whatever its similarity. Ties among the returned items
+    count against the model.
 
     Args:
         image_embeds, text_embeds, image_of_caption: As in
             [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
-        index (`str`, *optional*, defaults to `"faiss"`): That is an inverted file of about 4 * sqrt(n) cells, or a
-            scan of all where there are too few vectors for one. `"faiss:FACTORY"` takes an index of FAISS's
-            `index_factory`, e.g. `"faiss:HNSW32"`.
+        index (`str`, *optional*, defaults to `"faiss"`): `"faiss"` is an inverted file of about 4 * sqrt(n) cells, or
+            a scan of all if there are too few vectors. `"faiss:FACTORY"` is an index of FAISS's `index_factory`, e.g.
+            `"faiss:HNSW32"`.
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Where to measure the index.
         depth (`int`, *optional*, defaults to 100): Answers to ask for, at least the largest cut-off.
         target_recall (`float`, *optional*, defaults to 0.99): Share of the exact first `max(ks)` answers that is
-            enough, in (0, 1]: the effort of an inverted file or a graph is doubled until it is reached on a sample of
-            queries.
-        sample (`int`, *optional*, defaults to 1000): Queries to tune with, and as many others to report on (or half of
-            them each).
-        seed (`int`, *optional*, defaults to 0): Of the sample, and of what cells are made from.
+            enough, in (0, 1]. The effort of an inverted file or a graph is doubled until a sample of queries reaches
+            it.
+        sample (`int`, *optional*, defaults to 1000): Queries to tune with, and as many others to report on; at most
+            half of all queries each.
+        seed (`int`, *optional*, defaults to 0): Of the sample, and of the vectors that cells are learned from.
 
     Returns:
-        `tuple`: [`RetrievalRanks`] in which [`NOT_FOUND`] stands for what was not returned, and
-        `{text_to_image,image_to_text}_index_recall@k`: the share of the exact first k answers that is among the
-            index's first k, by the queries that the effort was not tuned on. An answer as similar as the exact k-th
-            counts.
+        `tuple`: [`RetrievalRanks`] with [`NOT_FOUND`] for items that were not returned; and
+            `{text_to_image,image_to_text}_index_recall@k`: the share of the exact first k answers that is among the
+            index's first k, measured on queries that the effort was not tuned on. An answer as similar as the exact
+            k-th counts.
 
     Raises:
         ImportError: If `faiss-cpu` is not installed.
@@ -135,18 +158,18 @@ def approximate_ranks(
     return RetrievalRanks(**ranks, image_of_caption=owners), recalls
 
 
-def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "", seed: int = 0) -> Any:
-    """Build an index of inner products over vectors, which are brought to length 1.
+def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "", seed: int = 0) -> FaissIndex:
+    """Build an index of inner products over vectors, which are normalised to length 1.
 
     Args:
-        faiss (`ModuleType`): Of [`find_faiss`].
-        items (`torch.Tensor` of shape `(N, D)`): What is to be found.
-        factory (`str`, *optional*, defaults to `""`): Of FAISS's `index_factory`; without one an inverted file of
-            about 4 * sqrt(N) cells, or a scan of all where there are too few vectors for one.
-        seed (`int`, *optional*, defaults to 0): Of what cells are made from.
+        faiss (`ModuleType`): From [`find_faiss`].
+        items (`torch.Tensor` of shape `(N, D)`): What is to be found; any scale.
+        factory (`str`, *optional*, defaults to `""`): For FAISS's `index_factory`. Without one, an inverted file of
+            about 4 * sqrt(N) cells, or a scan of all if there are too few vectors.
+        seed (`int`, *optional*, defaults to 0): Of the vectors that cells are learned from.
 
     Returns:
-        An index of FAISS.
+        [`FaissIndex`]: With all items.
 
     Raises:
         ValueError: If FAISS refuses the factory.
@@ -169,14 +192,14 @@ def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "",
     return index
 
 
-def _ask(index: Any, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Similarities, best first, and rows of answers, -1 for none; both `(queries, min(count, items))`."""
+def _ask(index: FaissIndex, queries: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ask for similarities, best first, and rows of answers, -1 for none; both `(queries, min(count, items))`."""
     scores, rows = index.search(unit_rows(queries).numpy(), min(count, index.ntotal))
     return torch.from_numpy(scores), torch.from_numpy(rows)
 
 
 def _exact_scores(search: _Search, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """The highest similarities of each query to any item, best first, by looking at all."""
+    """Find the highest similarities of each query, best first, by looking at all items."""
     queries = unit_rows(search.queries[rows])
     best = queries.new_empty(len(queries), 0)
     with full_float32(queries.device):
@@ -187,9 +210,9 @@ def _exact_scores(search: _Search, rows: torch.Tensor, count: int) -> torch.Tens
 
 
 def _shares_found(
-    index: Any, search: _Search, rows: torch.Tensor, ks: Sequence[int], exact: torch.Tensor | None = None
+    index: FaissIndex, search: _Search, rows: torch.Tensor, ks: Sequence[int], exact: torch.Tensor | None = None
 ) -> list[float]:
-    """For each k, how much of the exact first k is among the first k answers of the index to these queries."""
+    """For each k, measure how much of the exact first k is among the first k answers of the index."""
     exact = _exact_scores(search, rows, max(ks)) if exact is None else exact
     _, answers = _ask(index, search.queries[rows], max(ks))
     # The index's own similarities may be those of compressed vectors.
@@ -201,33 +224,60 @@ def _shares_found(
     return [float((scores[:, :k] >= exact[:, k - 1 : k] - TIE_TOLERANCE).double().mean()) for k in cut]
 
 
-def effort_of(faiss: ModuleType, index: Any) -> tuple[Any, str, int] | None:
-    """Where an index's effort is set: the object, the name of its attribute (`nprobe` of an inverted file, `efSearch`
-    of a graph) and its highest value; None if it has none."""
+class Effort(NamedTuple):
+    """Where the effort of an index is set.
+
+    Attributes:
+        holder (`object`): An object of FAISS.
+        name (`str`): Its attribute: `nprobe` of an inverted file, `efSearch` of a graph.
+        most (`int`): The highest value.
+    """
+
+    holder: object
+    name: str
+    most: int
+
+
+def effort_of(faiss: ModuleType, index: FaissIndex) -> Effort | None:
+    """Find where the effort of an index is set.
+
+    Args:
+        faiss (`ModuleType`): From [`find_faiss`].
+        index ([`FaissIndex`]): From [`build_faiss_index`].
+
+    Returns:
+        [`Effort`] or `None`: `None` for an index without such a setting.
+    """
     bare = faiss.downcast_index(index)
     if isinstance(bare, faiss.IndexIVF):
-        return bare, "nprobe", bare.nlist
+        return Effort(bare, "nprobe", bare.nlist)
     if isinstance(bare, faiss.IndexHNSW):
-        return bare.hnsw, "efSearch", index.ntotal
+        return Effort(bare.hnsw, "efSearch", index.ntotal)
     return None
 
 
 def tune_faiss_index(
-    faiss: ModuleType, index: Any, items: torch.Tensor, queries: torch.Tensor, *, k: int = 10, target: float = 0.99
+    faiss: ModuleType,
+    index: FaissIndex,
+    items: torch.Tensor,
+    queries: torch.Tensor,
+    *,
+    k: int = 10,
+    target: float = 0.99,
 ) -> float:
     """Double an index's effort until it finds enough on one half of the queries, and measure it on the other.
 
     Args:
-        faiss (`ModuleType`): Of [`find_faiss`].
-        index: Of [`build_faiss_index`]; its effort is left where it was found to be enough.
+        faiss (`ModuleType`): From [`find_faiss`].
+        index ([`FaissIndex`]): From [`build_faiss_index`]. Its effort is set to the value that was enough.
         items (`torch.Tensor` of shape `(N, D)`): What the index holds.
         queries (`torch.Tensor` of shape `(Q, D)`): Q >= 2, of the kind that will be asked.
         k (`int`, *optional*, defaults to 10): Answers that count.
         target (`float`, *optional*, defaults to 0.99): Share of the exact first k that is enough.
 
     Returns:
-        `float`: The share of the exact first k answers that is among the index's first k, by the second half of the
-            queries.
+        `float`: The share of the exact first k answers that is among the index's first k, measured on the second half
+            of the queries.
 
     Raises:
         ValueError: If there are fewer than two queries.
@@ -240,8 +290,8 @@ def tune_faiss_index(
     return _shares_found(index, search, rows[1::2], [k])[0]
 
 
-def _tune(faiss: ModuleType, index: Any, search: _Search, rows: torch.Tensor, k: int, target: float) -> None:
-    """Double an index's effort until it finds enough, or looks at everything."""
+def _tune(faiss: ModuleType, index: FaissIndex, search: _Search, rows: torch.Tensor, k: int, target: float) -> None:
+    """Double an index's effort until it finds enough or looks at everything."""
     knob = effort_of(faiss, index)
     if knob is None:
         return
@@ -255,9 +305,9 @@ def _tune(faiss: ModuleType, index: Any, search: _Search, rows: torch.Tensor, k:
 
 
 def _ranked_pairs(
-    index: Any, search: _Search, depth: int
+    index: FaissIndex, search: _Search, depth: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Query, item and rank of every relevant pair that is among the answers; ties against the model."""
+    """Give query, item and rank of every relevant pair among the answers; ties count against the model."""
     for top in range(0, len(search.queries), _QUERIES):
         scores, items = _ask(index, search.queries[top : top + _QUERIES], depth)
         is_own = search.owner_of_item[items.clamp(min=0)] == search.owner_of_query[top : top + _QUERIES, None]

@@ -1,10 +1,12 @@
 """Exact ranks of every relevant pair in both directions, for any number of captions per image and sets of any size.
 
-The similarity matrix exists one tile at a time, computed in float32 whatever the embeddings are, and nothing else
-grows faster than the number of images or captions. Ties count **against** the model: another image or caption whose
-cosine is equal to, or less than [`TIE_TOLERANCE`] below, the relevant one's ranks before it, so a collapsed model
-scores at the floor and equal embeddings do not depend on rounding, tiling or order. Relevant captions of one image
-that tie rank by index among themselves.
+The similarity matrix exists one tile at a time, in float32 whatever the type of the embeddings. Nothing else grows
+faster than the number of images or captions.
+
+Ties count **against** the model: another image or caption ranks before the relevant one if its cosine is higher,
+equal, or lower by at most [`TIE_TOLERANCE`]. So a collapsed model gets the worst score, and the ranks of equal
+embeddings do not depend on rounding, tiling or order. Relevant captions of one image that tie with each other rank by
+index.
 """
 
 from collections.abc import Iterator
@@ -13,25 +15,25 @@ from typing import NamedTuple
 
 import torch
 
-# Four units in the last place of 1.0 in float32: what a dot product of unit vectors may move by when it is summed in
-# another order.
+# Four units in the last place of 1.0 in float32: a dot product of unit vectors may move by this much if it is summed
+# in another order.
 TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
-# Captions in a tile; it has four times as many images. On a CPU a tile stays in its cache, on a GPU a call has to be
-# worth its launch.
+# Captions in a tile; it has four times as many images. A tile fits into the cache of a CPU; on a GPU it is large
+# enough to make up for the launch of a kernel.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 512, 4096
-_ROWS = 4096  # of embeddings that are looked at together outside the tiles
-_WIDE = 64  # images that have to share a slot for a call of its own
-_LEAST_NORM = 1e-12  # below it `normalize` gives no unit vector
+_ROWS = 4096  # embeddings at a time outside the tiles
+_WIDE = 64  # from so many images on, a slot is compared in a call of its own
+_LEAST_NORM = 1e-12  # below it, `normalize` does not give a unit vector
 
 
 class RetrievalRanks(NamedTuple):
-    """Where the relevant items came, one entry per caption; 1 is first.
+    """The ranks of the relevant items, one entry per caption; 1 is first.
 
     Attributes:
         text_to_image (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption's image among all images.
         image_to_text (`torch.Tensor` of shape `(C,)`): int64; the rank of the caption among all captions for its own
             image. The best of an image's ranks is the rank of its first hit.
-        image_of_caption (`torch.Tensor` of shape `(C,)`): int64.
+        image_of_caption (`torch.Tensor` of shape `(C,)`): int64; the row of each caption's image.
     """
 
     text_to_image: torch.Tensor
@@ -45,14 +47,14 @@ def unit_rows(embeds: torch.Tensor) -> torch.Tensor:
 
 
 def check_rows(embeds: torch.Tensor, name: str) -> None:
-    """Refuse what has no direction.
+    """Refuse embeddings without a direction.
 
     Args:
         embeds (`torch.Tensor`): Expected of shape `(rows, D)`, not empty, each row finite and not zero.
         name (`str`): For messages.
 
     Raises:
-        ValueError: If it is otherwise; the first rows are named.
+        ValueError: If it is something else; the message names the first bad rows.
     """
     if embeds.ndim != 2 or not embeds.numel():
         raise ValueError(f"Expected {name} of shape (rows, width), not empty, got {tuple(embeds.shape)}.")
@@ -67,14 +69,14 @@ def check_rows(embeds: torch.Tensor, name: str) -> None:
 
 
 def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, image_of_caption: torch.Tensor) -> None:
-    """Refuse what can't be ranked.
+    """Refuse embeddings that cannot be ranked.
 
     Args:
         image_embeds, text_embeds, image_of_caption: As in [`retrieval_ranks`].
 
     Raises:
-        ValueError: If widths or devices differ, something is empty, zero or not finite, an index is out of range, or
-            an image has no caption.
+        ValueError: If widths or devices differ, an input is empty, an embedding is zero or not finite, an index is out
+            of range, or an image has no caption.
     """
     if image_embeds.device != text_embeds.device:
         raise ValueError(
@@ -110,8 +112,10 @@ def check_embeddings(image_embeds: torch.Tensor, text_embeds: torch.Tensor, imag
 
 @contextmanager
 def full_float32(device: torch.device) -> Iterator[None]:
-    """Multiply matrices in float32 proper: neither autocast nor the shorter formats that a user may allow for
-    training.
+    """Multiply matrices in full float32: without autocast, and without the shorter formats that training may allow.
+
+    Args:
+        device (`torch.device`): Where the matrices are.
     """
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
@@ -182,7 +186,7 @@ def retrieval_ranks(
 
 
 def _position_in_group(groups: torch.Tensor) -> torch.Tensor:
-    """0, 1, 2... within each group, in the order given: [4, 7, 4, 4] -> [0, 0, 1, 2]."""
+    """Number the members of each group 0, 1, 2... in the order given: [4, 7, 4, 4] -> [0, 0, 1, 2]."""
     order = torch.argsort(groups, stable=True)
     ordered = groups[order]
     index = torch.arange(len(groups), device=groups.device)
@@ -195,7 +199,15 @@ def _position_in_group(groups: torch.Tensor) -> torch.Tensor:
 
 
 def rank_within_group(groups: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-    """1 for the highest score of a group, 2 for the next...; ties by index."""
+    """Rank scores within each group; 1 is the highest, ties rank by index.
+
+    Args:
+        groups (`torch.Tensor` of shape `(N,)`): int64; the group of each entry.
+        scores (`torch.Tensor` of shape `(N,)`): Of any float type.
+
+    Returns:
+        `torch.Tensor` of shape `(N,)`: int64, >= 1.
+    """
     order = torch.argsort(scores, descending=True, stable=True)
     rank = torch.empty_like(groups)
     rank[order] = _position_in_group(groups[order]) + 1

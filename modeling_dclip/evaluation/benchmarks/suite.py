@@ -1,12 +1,12 @@
-"""The suite of `clip-benchmark/wds_*` classification sets, the metric each reports, and the averages that papers make
-of them.
+"""The suite of `clip-benchmark/wds_*` classification sets, the metric of each, and the averages that papers report.
 
-The 38 sets are those that DM-CLIP's result files list. The metric is the set's usual one, as DataComp's evaluation
-defines it: accuracy, mean per class where classes are uneven, mean average precision where an image has several
-labels. (DataComp's own 38 are others: 29 of these, Food-101, and eight of retrieval, WinoGAViL, WILDS and fairness,
-most of which take other metrics.)
+The 38 sets are those in DM-CLIP's result files. The metric is the set's usual one, as DataComp's evaluation defines
+it: accuracy; mean per class where classes are uneven; mean average precision where an image has several labels.
+(DataComp's own 38 sets differ: 29 of these, Food-101, and eight of retrieval, WinoGAViL, WILDS and fairness, most of
+which take other metrics.)
 
-Averages are of the sets that were measured, and say how many those are: an average over fewer is another number.
+Averages are over the sets that were measured, and say how many those are: an average over fewer sets is another
+number.
 
 Source: [Mcode] result files and its plot, for the 38 and the 23; DataComp's task list, for the metrics and the two
 groups; docs/papers.md.
@@ -15,10 +15,11 @@ groups; docs/papers.md.
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modeling_dclip.data.labels import spec_root
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, is_url
+from modeling_dclip.evaluation.records import Metrics, Record
 
 # Name and metric; a set's folder is wds_<name>.
 SUITE = {
@@ -64,7 +65,7 @@ SUITE = {
 
 
 class Average(NamedTuple):
-    """An average: its sets, and the metric taken of each; `None` for the set's own."""
+    """An average: the names of its sets, and the metric that is taken of each (`None`: the set's own)."""
 
     names: tuple[str, ...]
     metric: str | None
@@ -79,7 +80,7 @@ vtab-kitti_closest_vehicle_distance vtab-flowers vtab-pets vtab-pcam vtab-resisc
 
 AVERAGES = {
     "suite_38": Average(tuple(SUITE), None),
-    # What DM-CLIP averages over: top-5, on the sets of its plot.
+    # DM-CLIP's average: top-5, on the sets of its plot.
     "dmclip_23": Average(tuple(_DM_CLIP.split()), "top5"),
     "dmclip_23_top1": Average(tuple(_DM_CLIP.split()), "top1"),
     # DataComp's groups.
@@ -89,16 +90,24 @@ AVERAGES = {
 
 
 class SuiteMembers(NamedTuple):
-    """What of the suite is there: a spec for each set by name, and the names of those that are `absent`."""
+    """Which sets of the suite were found.
+
+    Attributes:
+        specs (`dict[str, str]`): A spec for each set that is there, by name.
+        absent (`list[str]`): The names of the others.
+    """
 
     specs: dict[str, str]
     absent: list[str]
 
 
 class SuiteAverage(NamedTuple):
-    """A mean over `n_measured` of `n_defined` sets; the others are `missing`.
+    """A mean over the sets that were measured.
 
-    `value` is `None` where none was measured.
+    Attributes:
+        value (`float`, *optional*): The mean; `None` if no set was measured.
+        n_measured (`int`), n_defined (`int`): How many sets were measured, of how many.
+        missing (`list[str]`): The names of the others.
     """
 
     value: float | None
@@ -108,8 +117,7 @@ class SuiteAverage(NamedTuple):
 
 
 def _folders(name: str) -> list[str]:
-    # clip-benchmark's and DataComp's ways to call one set: with or without vtab- (CIFAR-10), with or without the
-    # split.
+    # clip-benchmark and DataComp name one set differently: with or without vtab- (CIFAR-10) and the split.
     stems = [name, name.removeprefix("vtab-")] if name.startswith("vtab-") else [name]
     return [f"wds_{stem}{end}" for stem in dict.fromkeys(stems) for end in ("", "_test")]
 
@@ -122,16 +130,16 @@ def expand_suite(spec: str) -> SuiteMembers:
     """Find the sets of the suite.
 
     Args:
-        spec (`str`): `suite:ROOT[:SPLIT]`, split `test` by default. ROOT holds the folders `wds_<name>` (also
-            `wds_<name>_test`, as DataComp calls them), or is an address under which they are; `{}` in it stands for
-            `wds_<name>`. The Hub's are at `https://huggingface.co/datasets/clip-benchmark`.
+        spec (`str`): `suite:ROOT[:SPLIT]`, with the split `test` by default. ROOT is a folder or an address that holds
+            the folders `wds_<name>` (or `wds_<name>_test`, DataComp's names); `{}` in it stands for `wds_<name>`. The
+            Hub's are at `https://huggingface.co/datasets/clip-benchmark`.
 
     Returns:
         [`SuiteMembers`]: Specs for [`~modeling_dclip.data.labels.load_classification`], in the suite's order.
 
     Raises:
         ConnectionError: If a server cannot be reached or refuses.
-        FileNotFoundError: If ROOT is no folder, or has none of the sets.
+        FileNotFoundError: If ROOT is not a folder, or has none of the sets.
         ValueError: If the spec is wrong.
     """
     match = re.fullmatch(r"suite:((?:https?://[^/:]+(?::[0-9]+)?)?[^:]*)(?::([^:]+))?", spec)
@@ -157,7 +165,13 @@ def expand_suite(spec: str) -> SuiteMembers:
 
 
 def suite_name(spec: str) -> str | None:
-    """The suite's name of the set that a `wds:` spec reads, or `None`.
+    """Find which set of the suite a spec reads.
+
+    Args:
+        spec (`str`): Such as `wds:ROOT[:SPLIT]`.
+
+    Returns:
+        `str` or `None`: The suite's name of the set; `None` for other data.
 
     Example:
         >>> suite_name("wds:data/wds_vtab-pets_test:test")
@@ -170,29 +184,30 @@ def suite_name(spec: str) -> str | None:
     return next((name for name in SUITE if folder in _folders(name)), None)
 
 
-def main_metric(name: str, metrics: Mapping[str, Any], metric: str | None = None) -> float | None:
-    """The number a set contributes to an average; `None` where it was not measured.
+def main_metric(name: str, metrics: Metrics, metric: str | None = None) -> float | None:
+    """Take the number that a set contributes to an average.
 
     Args:
         name (`str`): Of the suite.
-        metrics (`Mapping[str, Any]`): Of [`~modeling_dclip.evaluation.benchmarks.zero_shot.evaluate_zero_shot`].
-        metric (`str`, *optional*): Instead of the set's own.
+        metrics (`dict[str, float]`): From
+            [`~modeling_dclip.evaluation.benchmarks.zero_shot.evaluate_zero_shot`].
+        metric (`str`, *optional*): In place of the set's own.
 
     Returns:
-        `float` or `None`: In [0, 1].
+        `float` or `None`: In [0, 1]; `None` if it was not measured.
     """
     return metrics.get(metric or SUITE[name])
 
 
-def suite_averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, SuiteAverage]:
-    """The averages of one model.
+def suite_averages(results: Mapping[str, Metrics]) -> dict[str, SuiteAverage]:
+    """Average the metrics of one model.
 
     Args:
-        results (`Mapping[str, Mapping[str, Any]]`): Metrics by name of the suite.
+        results (`Mapping[str, Metrics]`): Metrics by name of the suite.
 
     Returns:
-        `dict[str, SuiteAverage]`: All of [`AVERAGES`], each over the sets among `results` that have its metric, all
-            alike in weight.
+        `dict[str, SuiteAverage]`: All of [`AVERAGES`], each over the sets among `results` that have its metric, with
+            equal weights.
 
     Raises:
         ValueError: If a name is not of the suite.
@@ -210,12 +225,11 @@ def suite_averages(results: Mapping[str, Mapping[str, Any]]) -> dict[str, SuiteA
     return averages
 
 
-def averages_of_records(records: Sequence[Mapping[str, Any]]) -> dict[str, SuiteAverage]:
-    """The averages of one model's results records.
+def averages_of_records(records: Sequence[Record]) -> dict[str, SuiteAverage]:
+    """Average the results records of one model.
 
     Args:
-        records (`Sequence[Mapping[str, Any]]`): With `benchmark` (`zero_shot=wds:...`) and `metrics`; others are
-            passed over.
+        records (`Sequence[Record]`): Records of benchmarks that are not sets of the suite are ignored.
 
     Returns:
         `dict[str, SuiteAverage]`: As [`suite_averages`].
@@ -223,7 +237,7 @@ def averages_of_records(records: Sequence[Mapping[str, Any]]) -> dict[str, Suite
     Raises:
         ValueError: If two records are of one set.
     """
-    results: dict[str, Mapping[str, Any]] = {}
+    results: dict[str, Metrics] = {}
     for record in records:
         kind, _, spec = record["benchmark"].partition("=")
         name = suite_name(spec) if kind == "zero_shot" else None

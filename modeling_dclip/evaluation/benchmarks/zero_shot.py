@@ -3,6 +3,11 @@
 Every template is filled with the class name, embedded and normalised; the mean over templates is normalised again.
 Ties count against the model, as in retrieval.
 
+[`ClassifierCache`] keeps classifiers on disk and in memory: 1,000 classes of 80 prompts are embedded once for each
+text encoder, not once for each evaluation. The key of a classifier is the content of what made it: the weights and
+settings of the text side, names, templates, and the token ids that the tokenizer makes of them. Checkpoints with the
+same frozen text encoder share their classifiers, whatever their image encoders.
+
 Source: CLIP's published prompt-ensembling procedure.
 """
 
@@ -20,12 +25,14 @@ from safetensors.torch import load_file, save_file
 
 from modeling_dclip.data.files import list_folder, replacing
 from modeling_dclip.data.labels.prompts import check_prompts
-from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.evaluation.records import BenchmarkResult
 
 _ROWS_AT_A_TIME = 4096  # of scores against all classes: 16 MiB for 1,000
+_HELD = 64  # classifiers in memory; one of ImageNet takes 2 to 3 MiB
 
 
 def label_ranks(
@@ -38,16 +45,15 @@ def label_ranks(
 
     Args:
         image_embeds (`torch.Tensor` of shape `(I, D)`): L2-normalised.
-        classifier (`torch.Tensor` of shape `(K, D)`): Of
-            [`~modeling_dclip.evaluation.benchmarks.zero_shot.build_classifier`].
+        classifier (`torch.Tensor` of shape `(K, D)`): From [`build_classifier`].
         labels (`torch.Tensor` of shape `(I,)`): Integers in [0, K).
-        class_names (`Sequence[str]`, *optional*): K names. A class does not rank before an earlier one of its name.
+        class_names (`Sequence[str]`, *optional*): K names. A class never ranks before an earlier class of its name.
 
     Returns:
-        `torch.Tensor` of shape `(I,)`: int64.
+        `torch.Tensor` of shape `(I,)`: int64, in [1, K].
 
     Raises:
-        ValueError: If shapes do not fit or a label is out of range, naming its row.
+        ValueError: If shapes do not fit, or a label is out of range; the message names its row.
     """
     if image_embeds.shape[-1] != classifier.shape[-1] or labels.shape != image_embeds.shape[:1]:
         raise ValueError(
@@ -71,7 +77,7 @@ def label_ranks(
 
 
 def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -> dict[str, torch.Tensor]:
-    """Per image what the accuracies are made of: a metric is the sum of its first column over the sum of its second.
+    """Sum and count of every image for each accuracy: a metric is the sum of column 0 over the sum of column 1.
 
     Args:
         ranks (`torch.Tensor` of shape `(I,)`): Of [`label_ranks`].
@@ -79,9 +85,9 @@ def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -
         classes (`int`): K.
 
     Returns:
-        `dict[str, torch.Tensor]`: float64 `(I, 2)` under `top1`, with five classes or more `top5`, and
-            `mean_per_class`, the mean of the accuracies of the classes that have an image: there an image weighs one
-            over the number of images of its class.
+        `dict[str, torch.Tensor]`: float64 of shape `(I, 2)` for `top1`, with five classes or more `top5`, and
+            `mean_per_class`: the mean of the accuracies of the classes that have an image, in which an image weighs
+            one over the number of images of its class.
     """
     ones = torch.ones(len(ranks), dtype=torch.float64)
     hits = {"top1": (ranks <= 1).double()}
@@ -95,8 +101,8 @@ def accuracy_outcomes(ranks: torch.Tensor, labels: torch.Tensor, classes: int) -
 def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
     """Area under precision over recall, as a sum over the thresholds, without interpolation.
 
-    Ties: images of one score are found together, so the order among them does not matter; each counts the precision
-    after the last of them, as in scikit-learn.
+    Images with equal scores are found together, so the order among them does not matter. Each of them counts the
+    precision after the last one, as in scikit-learn.
 
     Args:
         scores (`torch.Tensor` of shape `(I,)`): Higher is more relevant.
@@ -106,7 +112,7 @@ def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
         `float`: In (0, 1].
 
     Raises:
-        ValueError: If the shapes differ or nothing is relevant.
+        ValueError: If the shapes differ, or nothing is relevant.
 
     Example:
         >>> average_precision(torch.tensor([0.9, 0.8, 0.7]), torch.tensor([1, 0, 1]))
@@ -119,7 +125,7 @@ def average_precision(scores: torch.Tensor, relevant: torch.Tensor) -> float:
         )
     ordered, order = scores.sort(descending=True, stable=True)
     found = relevant[order].double().cumsum(dim=0)
-    last = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])  # of its score
+    last = torch.cat([ordered[1:] != ordered[:-1], torch.tensor([True])])  # the last image of its score
     found, seen = found[last], (last.nonzero()[:, 0] + 1).double()
     new = torch.diff(found, prepend=found.new_zeros(1))
     return float((new * found / seen).sum() / found[-1])
@@ -156,26 +162,15 @@ def mean_average_precision(image_embeds: torch.Tensor, classifier: torch.Tensor,
     return sum(found) / len(found)
 
 
-# Zero-shot classifiers kept on disk and in memory: 1,000 classes of 80 prompts are read once a text encoder, not once
-# an evaluation.
-#
-# An entry's key is the content of what made it: the text side's weights and settings, names, templates, and the token
-# ids that the tokenizer makes of them. Checkpoints that a frozen text encoder have its classifiers in common, whatever
-# became of their image encoders.
-
-
-_HELD = 64  # classifiers in memory; one of ImageNet takes 2 to 3 MiB
-
-
 class ClassifierCache:
     """Classifiers by content, on disk and in memory.
 
-    Files are written whole or not at all, so a killed run leaves no half of one, and several processes may share a
-    folder. Those used longest ago are deleted when the folder grows beyond its bound.
+    Files are written whole or not at all, so a killed run leaves no half-written file, and several processes may share
+    a folder. When the folder grows beyond its bound, the least recently used files are deleted.
 
     Args:
-        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g.
-            `user_cache_dir("classifiers")`. Without one, classifiers are kept in memory alone.
+        folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. `user_cache_dir("classifiers")`. Without a
+            folder, classifiers are kept in memory alone.
         limit_mib (`int`, *optional*, defaults to 1024): Bound of the folder in MiB, >= 1.
 
     Raises:
@@ -191,21 +186,24 @@ class ClassifierCache:
 
     def get(
         self,
-        model: torch.nn.Module,
+        model: DualEncoder,
         processor: Any,
         class_names: Sequence[str],
         templates: Sequence[str],
         build: Callable[[], torch.Tensor],
     ) -> torch.Tensor:
-        """The classifier of a model for some classes, built if there is none.
+        """Take the classifier of a model for some classes, or build it.
 
         Args:
-            model, processor: As in [`fingerprint_text_encoder`] and [`fingerprint_tokens`].
-            class_names, templates (`Sequence[str]`): What it is for; templates with `{}`.
-            build (`Callable`): Called without arguments where there is none; gives float32 `(K, D)` on the CPU.
+            model, processor: As in [`~modeling_dclip.encoders.fingerprints.fingerprint_text_encoder`] and
+                [`~modeling_dclip.encoders.fingerprints.fingerprint_tokens`].
+            class_names (`Sequence[str]`): The classes.
+            templates (`Sequence[str]`): Each with `{}` for the name.
+            build (`Callable`): Called without arguments if there is no classifier yet; gives float32 of shape `(K, D)`
+                on the CPU.
 
         Returns:
-            `torch.Tensor` of shape `(K, D)`: float32, on the CPU. Not to be changed in place.
+            `torch.Tensor` of shape `(K, D)`: float32, on the CPU. Do not change it in place.
 
         Raises:
             ValueError: If a file is damaged.
@@ -219,13 +217,17 @@ class ClassifierCache:
         if classifier is None:
             classifier = build()
             self._write(key, classifier)
-        self._held[key] = classifier  # last in the order, so the first to go is the one used longest ago
+        self._held[key] = classifier  # last in the order: the first one is the least recently used
         while len(self._held) > _HELD:
             del self._held[next(iter(self._held))]
         return classifier
 
     def clear(self) -> int:
-        """Delete all files of the folder and forget what is in memory; returns how many files there were."""
+        """Delete all files of the folder and forget what is in memory.
+
+        Returns:
+            `int`: How many files were deleted.
+        """
         self._held.clear()
         files = self._files()
         for path in files:
@@ -241,7 +243,7 @@ class ClassifierCache:
         path = self.folder / f"{key}.safetensors"
         try:
             classifier = load_file(path)["classifier"]
-            os.utime(path)  # used just now, for the choice of what to delete
+            os.utime(path)  # mark it as used now, for the choice of what to delete
         except FileNotFoundError:  # never there, or deleted by another process
             return None
         except (SafetensorError, KeyError) as error:
@@ -319,7 +321,7 @@ def build_classifier(
 
 
 def _read_labels(dataset: Dataset, classes: int) -> torch.Tensor:
-    """The column `label`: `(I,)` class numbers, or `(I, K)` zeros and ones."""
+    """Read the column `label`: `(I,)` class numbers, or `(I, K)` zeros and ones."""
     if "label" not in dataset.column_names:
         raise ValueError(f"Expected a column 'label', got {dataset.column_names}.")
     feature = dataset.features["label"]
@@ -353,7 +355,7 @@ def evaluate_zero_shot(
     templates: Sequence[str],
     *,
     classifiers: ClassifierCache | None = None,
-) -> dict[str, Any]:
+) -> BenchmarkResult:
     """Classify every image by its nearest class embedding.
 
     Args:
@@ -363,7 +365,7 @@ def evaluate_zero_shot(
         class_names, templates, classifiers: As in [`build_classifier`].
 
     Returns:
-        `dict[str, Any]`: `n` images and the metrics, in [0, 1]. With one label an image: `top1`; `top5` with five
+        `BenchmarkResult`: `n` images and the metrics, in [0, 1]. With one label an image: `top1`; `top5` with five
             classes or more; `mean_per_class`, the mean accuracy of the classes that have images; and `outcomes` of
             each ([`accuracy_outcomes`]). With several labels an image: `map` ([`mean_average_precision`]).
 
