@@ -112,7 +112,9 @@ def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     with gr.Row():
         with gr.Column():
             picture = _picture_input(examples)
-            own = gr.Textbox(label="Your own texts, one in each line (by default the gallery's captions)", lines=3)
+            own = gr.Textbox(
+                label="Your own texts, one in each line", placeholder="empty: the gallery's captions", lines=3
+            )
             button = gr.Button("Find texts", variant="primary")
         with gr.Column():
             remark = gr.Markdown()
@@ -142,11 +144,14 @@ def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
             "variable `TEACHER` of the Space."
         )
         return
+    reads_text = answers.teacher[0].config.cross_attention != "regions"
+    hint = "this teacher reads the text" if reads_text else "optional: the title of the drawing"
     with gr.Row():
         with gr.Column():
             picture = _picture_input(examples)
             caption = gr.Textbox(
-                label="What does it show?", placeholder="needed by teachers that read text; else a title"
+                label="What does it show?",
+                placeholder=hint,
             )
             button = gr.Button("Show attention", variant="primary")
         with gr.Column():
@@ -171,8 +176,8 @@ def build_app(answers: SpaceAnswers) -> gr.Blocks:
     examples = save_examples(answers)
     with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
         gr.Markdown(
-            f"# Picture search\nModel **{short_name(answers.name)}** over {len(answers.gallery)} "
-            f"pictures{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. "
+            f"# Picture search\n{len(answers.gallery)} pictures, model **{short_name(answers.name)}**"
+            f"{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. "
             "Everything is computed on this machine."
         )
         with gr.Tab("Text to picture"):

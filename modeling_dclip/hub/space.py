@@ -179,7 +179,7 @@ class SpaceAnswers:
         scores = torch.softmax(cosines * (100.0 if scale is None else float(scale.detach().exp())), dim=0)
         return dict(
             zip(names, scores.tolist(), strict=True)
-        ), f"Most like {prompt.replace('{}', names[int(scores.argmax())])!r}."
+        ), f"Most likely: {prompt.replace('{}', names[int(scores.argmax())])!r}."
 
     def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, str]:
         """Draw the teacher's attention over the picture's regions; and a remark."""
@@ -202,7 +202,7 @@ class SpaceAnswers:
             path = folder / "attention.png"
             draw_attention(model, processor, picture, (boxes, scores), caption, path)
             drawing = open_image(read_bytes(path))
-        read = "It reads the text too." if reads_text else "It reads no text: only the picture matters."
+        read = "It reads the text too." if reads_text else "It reads no text."
         shares = "The percentages are their shares of the teacher's attention."
         return drawing, f"{len(boxes)} regions, {source}. {shares} {read} {remark}".strip()
 
