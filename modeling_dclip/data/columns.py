@@ -105,7 +105,7 @@ def arrow_column(dataset: Dataset, name: str) -> pa.Array:
 
 
 def _flatten(values: pa.Array) -> np.ndarray:
-    width = ()
+    width: tuple[int, ...] = ()
     while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
         if not isinstance(values, pa.FixedSizeListArray):
             raise ValueError(f"Expected entries of one shape, got {values.type}.")

@@ -201,7 +201,7 @@ def require_field(
     if key not in entry:
         raise ValueError(f"{where} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
     value = entry[key]
-    kinds = kind if isinstance(kind, tuple) else (kind,) * (kind is not None)
+    kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
     if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
         expected = " or ".join(_KINDS[one] for one in kinds)
         raise ValueError(f"{where} of '{path}': expected {expected} under {key!r}, got {value!r:.80}.")
@@ -321,7 +321,7 @@ def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = Non
         `tuple[list[Path], list[Path]]`: The files with such an ending in any case, and those passed over, each in
             order of paths.
     """
-    found = sorted(Path(parent, name) for parent, _, names in os.walk(folder) for name in names)
+    found = sorted(Path(parent, name) for parent, _, names in os.walk(Path(folder)) for name in names)
     if suffixes is None:
         return found, []
     taken = [path for path in found if path.suffix.lower() in suffixes]
@@ -356,7 +356,7 @@ def check_writable(folder: str | os.PathLike) -> None:
     Raises:
         OSError: If a file cannot be made there.
     """
-    tempfile.TemporaryFile(dir=folder).close()
+    tempfile.TemporaryFile(dir=Path(folder)).close()
 
 
 def user_cache_dir(name: str) -> Path:

@@ -112,7 +112,7 @@ class PixelReader:
             images=images, return_tensors="pt", do_rescale=False, do_normalize=False, **kwargs
         )["pixel_values"]
 
-    def decode(self, rows: Sequence[int]) -> torch.Tensor:
+    def decode(self, rows: Sequence[int] | np.ndarray) -> torch.Tensor:
         """Read rows from the dataset; collate function of a `DataLoader` over row numbers.
 
         Returns:
@@ -125,7 +125,7 @@ class PixelReader:
             return self.decode_inputs(rows)["pixel_values"]
         return self._bytes_of(self._images(rows))
 
-    def decode_inputs(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
+    def decode_inputs(self, rows: Sequence[int] | np.ndarray) -> dict[str, torch.Tensor]:
         """Read rows as all that the image processor makes of them, by `input_names`; a collate function too.
 
         Raises:
@@ -134,7 +134,7 @@ class PixelReader:
         inputs = self.image_processor(images=self._images(rows), return_tensors="pt")
         return {name: inputs[name] for name in self.input_names}
 
-    def _images(self, rows: Sequence[int]) -> list[Image.Image]:
+    def _images(self, rows: Sequence[int] | np.ndarray) -> list[Image.Image]:
         # Left to the processor where it converts: transformers lays transparent pixels over white.
         rgb = not getattr(self.image_processor, "do_convert_rgb", False)
         return [decode_image(self.images, int(row), rgb=rgb) for row in rows]

@@ -69,7 +69,11 @@ def require_unique(image_ids: Sequence[str], source: str) -> None:
     if len(set(image_ids)) == len(image_ids):
         return
     seen: set[str] = set()
-    repeated = list(dict.fromkeys(i for i in image_ids if i in seen or seen.add(i)))
+    repeated: dict[str, None] = {}
+    for image_id in image_ids:
+        if image_id in seen:
+            repeated[image_id] = None
+        seen.add(image_id)
     raise ValueError(
         f"{len(repeated)} image ids come more than once in {source}: {first(repeated)}. "
         "Expected one row an image with all its captions; remove the repeated rows or the overlapping source."
@@ -140,7 +144,7 @@ def build_rows(
     """
     require_unique(image_ids, source)
     cleaned, keep = clean_captions(image_ids, captions, source)
-    image_ids, paths, captions = ([column[i] for i in keep] for column in (image_ids, paths, cleaned))
+    image_ids, paths, captions = [image_ids[i] for i in keep], [paths[i] for i in keep], [cleaned[i] for i in keep]
     there = existing_images(image_ids, paths, source, missing)
     require_rows(len(there), source)
     return Dataset.from_dict(

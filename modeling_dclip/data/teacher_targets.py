@@ -6,7 +6,7 @@ one to an image without a caption.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ class TeacherFeatures:
         """Join chunks."""
         chunks = [read_chunk(path) for path in paths]
         joined = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
-        columns = {
+        columns: dict[str, Any] = {
             name: Ragged.from_lengths(joined[name], joined[lengths])
             for name, lengths in (
                 ("region_embeds", "regions_per_image"),
@@ -68,8 +68,7 @@ class TeacherFeatures:
             )
             if name in joined
         }
-        columns.setdefault("token_embeds", None)
-        return cls(image_embeds=joined["image_embeds"], **columns)
+        return cls(image_embeds=joined["image_embeds"], **({"token_embeds": None} | columns))
 
     def batch(self, rows: np.ndarray, captions: np.ndarray | None) -> dict[str, torch.Tensor]:
         """Inputs of [`DCLIPTeacher`] for pairs of images and captions, padded and masked, on the CPU;
@@ -112,7 +111,7 @@ class _RegionRows(TorchDataset):
         if not self.regions:
             return {"pixel_values": self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]}
         regions = {}
-        if self.boxes is not None:
+        if self.boxes is not None and self.scores is not None:
             entries = [slice(self.boxes.offsets[row], self.boxes.offsets[row + 1]) for row in rows]
             regions["boxes"] = [self.boxes.values[entry] for entry in entries]
             regions["box_scores"] = [self.scores.values[entry] for entry in entries]
@@ -142,12 +141,13 @@ def _encode_images(rows: range, images: _RegionRows, teacher: Any, batch_size: i
 
 
 def _encode_captions(
-    captions: Sequence[str], processor: Any, teacher: Any, batch_size: int, reads_text: bool
+    captions: Iterable[str], processor: Any, teacher: Any, batch_size: int, reads_text: bool
 ) -> Chunk:
     tokens = tokenize_captions(processor.tokenizer, captions)
     by_length = np.argsort(-tokens.lengths, kind="stable")  # captions of a batch alike in length: little padding
-    text_embeds, token_embeds = [None] * len(captions), [None] * len(captions)
-    for start in range(0, len(captions), batch_size):
+    count = len(tokens.lengths)
+    text_embeds, token_embeds = ([torch.empty(0)] * count for _ in range(2))
+    for start in range(0, count, batch_size):
         rows = by_length[start : start + batch_size]
         input_ids, mask = tokens.pad(rows, processor.tokenizer.pad_token_id)
         texts, token_states, token_mask = teacher.encode_text(
@@ -239,7 +239,7 @@ def compute_features(
     made_by = combine_keys(
         [fingerprint_model(teacher.clip), fingerprint_processor(processor), json.dumps(settings, sort_keys=True)]
     )
-    options = {
+    options: dict[str, Any] = {
         "cache_dir": cache_dir,
         "chunk_rows": chunk_rows,
         "desc": "Encoding regions and captions",
@@ -337,7 +337,7 @@ def add_teacher_targets(
             message names the row.
     """
     teacher.eval()
-    cache = {"cache_dir": Path(cache_dir), "chunk_rows": chunk_rows}
+    cache: dict[str, Any] = {"cache_dir": Path(cache_dir), "chunk_rows": chunk_rows}
     paths = compute_features(dataset, teacher, processor, keys=keys, regions=with_teacher, **cache, **options)
     text_embeds = Ragged.from_lengths(_read(paths, "text_embeds"), _read(paths, "captions_per_image"))
     columns = {"text_embeds": text_embeds}

@@ -67,7 +67,7 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
     paths = [folder / require_field(image, "file_name", "An image", annotations, str) for image in images]
     image_ids = [coco_id(number) for number in numbers]
     require_unique(image_ids, f"'{annotations}'")
-    captions: dict[int | str, list[str | None]] = {number: [] for number in numbers}
+    captions: dict[int | str, list[Any]] = {number: [] for number in numbers}
     for annotation in require_field(content, "annotations", "The object", annotations, list):
         name = name_annotation(annotation)
         number = require_field(annotation, "image_id", name, annotations, (int, str))

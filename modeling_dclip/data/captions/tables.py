@@ -1,6 +1,7 @@
 """Any `datasets` dataset with pictures and captions in the one schema: parquet files, the Hub, a saved folder."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -166,10 +167,10 @@ def read_parquet(
     names = [f"{path.resolve().parent.name}/{path.stem}-{row}" for path, rows in files for row in range(rows)]
     require_rows(len(names), f"'{pattern}'")
     dataset = load_parquet([path for path, _ in files], pattern)
-    options = {"image": image, "captions": captions, "source": source, "missing": missing, "name": f"'{pattern}'"}
+    options: dict[str, Any] = {"image": image, "captions": captions, "source": source, "missing": missing}
     if image_id is None and "image_id" not in dataset.column_names:
         dataset, image_id = put_columns(dataset, {"image_id": (names, FEATURES["image_id"])}), "image_id"
-    return standardise_columns(dataset, image_id=image_id, **options)
+    return standardise_columns(dataset, image_id=image_id, name=f"'{pattern}'", **options)
 
 
 def read_hub(

@@ -136,9 +136,10 @@ def read_names(source: str | None, default: Sequence[str]) -> list[str]:
         return list(default)
     lines = _open_clip_list("IMAGENET_CLASSNAMES") if source == OPEN_CLIP else read_lines(source)
     keyed = [_KEYED.fullmatch(line) for line in lines]
-    if synsets and all(keyed):
+    found = [match for match in keyed if match]
+    if synsets and len(found) == len(lines):
         names: dict[str, str] = {}
-        for match in keyed:
+        for match in found:
             if names.setdefault(match[1], match[2]) != match[2]:
                 raise ValueError(f"Expected each synset once in '{source}', got {match[1]!r} with two names.")
         missing = [synset for synset in default if synset not in names]

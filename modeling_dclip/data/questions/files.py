@@ -213,7 +213,7 @@ def read_aro(questions: str, image_folder: str, *, min_items: int = 25, missing:
         ValueError: If an entry is malformed, or only some have a box; file, entry and field are named.
     """
     folder = require_folder(image_folder, "image folder")
-    items = []
+    items: list[Item] = []
     for where, entry in read_entries(questions, "ARO file"):
         name = _text(entry, _either(entry, ("image_path", "image"), where, questions), where, questions)
         if _either(entry, ("true_caption", "caption_options"), where, questions) == "true_caption":

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
 
@@ -51,7 +52,8 @@ def _picture_keys(images: Dataset, name: str) -> list[str]:
     """A key of each row's encoded picture, so that one that comes in many rows is embedded once."""
     keys = []
     for row, stored in enumerate(images.cast_column("image", Image(decode=False))["image"]):
-        content, path = (stored or {}).get("bytes"), (stored or {}).get("path")
+        picture: dict[str, Any] = stored or {}
+        content, path = picture.get("bytes"), picture.get("path")
         if content is None and path is None:
             raise ValueError(f"{name}, row {row}: the picture has neither bytes nor a path. Remove the row.")
         if content is None and not Path(path).is_file():
@@ -177,7 +179,7 @@ def read_item_tables(
         ValueError: If a file is not readable as parquet, or as [`standardise_items`] says.
     """
     dataset = load_parquet([path for path, _ in match_parquet(pattern)], pattern)
-    columns = {"image": image, "caption": caption, "negatives": negatives, "category": category}
+    columns: dict[str, Any] = {"image": image, "caption": caption, "negatives": negatives, "category": category}
     return standardise_items(dataset, **columns, name=f"'{pattern}'")
 
 
@@ -206,5 +208,5 @@ def read_item_hub(
         FileNotFoundError: If there is no such dataset.
         ValueError: If there is no such split, or as [`standardise_items`] says.
     """
-    columns = {"image": image, "caption": caption, "negatives": negatives, "category": category}
+    columns: dict[str, Any] = {"image": image, "caption": caption, "negatives": negatives, "category": category}
     return standardise_items(load_dataset(name, config, split=split), **columns, name=f"{name}-{split}")

@@ -186,7 +186,7 @@ def _find_regions(
             pending[key] = _Pending(image, row, [index])
         elif key in pending:
             pending[key].indices.append(index)
-        else:
+        elif cache is not None:
             progress.regions[index] = cache.load(key)
             progress.from_cache += 1
         if len(pending) == batch_size:

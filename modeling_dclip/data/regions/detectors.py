@@ -151,23 +151,23 @@ class UltralyticsDetector(RegionDetector):
                 f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
             )
         with process_left_alone():
-            self.model = YOLO(weights)
+            self.model: Any = YOLO(weights)
         if self.model.task not in ("detect", "segment", "pose"):
             raise ValueError(f"Expected weights that find boxes, got '{weights}' for the task {self.model.task!r}.")
-        self.settings = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}
+        self.settings: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}
         self.device = device
-        weights_hash = hash_file(self.model.ckpt_path)
+        weights_hash = hash_file(str(self.model.ckpt_path))
         self.fingerprint = fingerprint("ultralytics", weights_hash, self.settings)
 
     def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
-        regions: list[Regions] = [None] * len(images)
+        regions: dict[int, Regions] = {}
         for group in _groups_by_size(images):
             batch = [images[i] for i in group]
             with process_left_alone():
                 results = self.model.predict(batch, device=self.device, verbose=False, save=False, **self.settings)
             for i, result in zip(group, results, strict=True):
                 regions[i] = _as_regions(result.boxes.xyxy, result.boxes.conf)
-        return regions
+        return [regions[i] for i in range(len(images))]
 
 
 class TransformersDetector(RegionDetector):
@@ -219,7 +219,7 @@ class TransformersDetector(RegionDetector):
 
     @torch.no_grad()
     def __call__(self, images: list[Image.Image], rows: list[dict[str, Any]]) -> list[Regions]:
-        regions: list[Regions] = [None] * len(images)
+        regions: dict[int, Regions] = {}
         for group in _groups_by_size(images):
             batch = [images[i] for i in group]
             sizes = torch.tensor([[image.height, image.width] for image in batch])
@@ -235,7 +235,7 @@ class TransformersDetector(RegionDetector):
                 results = self.processor.post_process_object_detection(self.model(**inputs), **options)
             for i, result in zip(group, results, strict=True):
                 regions[i] = _as_regions(result["boxes"], result["scores"])
-        return regions
+        return [regions[i] for i in range(len(images))]
 
 
 # Regions that no network finds: boxes that somebody drew, and a grid.

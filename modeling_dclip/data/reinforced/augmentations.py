@@ -77,8 +77,9 @@ class StoredAugmentation(NamedTuple):
         """
         if not isinstance(stored, Sequence) or len(stored) != 2 or not _numbers(stored[0], 4):
             raise ValueError(f"expected [[top, left, height, width], operations], got {stored!r}")
-        crop = tuple(int(number) for number in stored[0])
-        if list(crop) != list(stored[0]) or min(crop[:2]) < 0 or min(crop[2:]) < 1:
+        top, left, height, width = (int(number) for number in stored[0])
+        crop = (top, left, height, width)
+        if list(crop) != list(stored[0]) or min(top, left) < 0 or min(height, width) < 1:
             raise ValueError(
                 f"expected a crop [top, left, height, width] in whole pixels with an area, got {stored[0]!r}"
             )
@@ -185,7 +186,7 @@ OPERATIONS = (
     ),
     Operation(
         "Solarize",
-        lambda image, threshold: ImageOps.solarize(image, threshold),
+        lambda image, threshold: ImageOps.solarize(image, threshold),  # type: ignore[arg-type]  # a share of 255
         lambda strength, side: 255.0 * (1 - strength),
         False,
     ),

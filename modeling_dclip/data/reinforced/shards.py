@@ -126,12 +126,12 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
         ValueError: If the index is malformed or its dataset is not finished.
     """
     folder = Path(spec)
+    names: list[Path] = []
     if folder.is_dir():
         index = read_index(folder / INDEX_NAME) if (folder / INDEX_NAME).is_file() else None
         names = list_folder(folder, "*.tar") if index is None else [folder / one["file"] for one in index["shards"]]
     else:
         index = None
-        names = []
         for pattern in _expand_braces(str(spec)):
             found = match_files(pattern)
             if not found:
@@ -250,7 +250,8 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
     Raises:
         DamagedSampleError: If the tar is damaged, after the samples before the damage; or if it holds no sample.
     """
-    current, members = None, {}
+    current = ""
+    members: dict[str, tuple[int, int]] = {}
     try:
         for name, offset, size in _members(path):
             key, kind = _split_name(name)
@@ -363,7 +364,7 @@ class SampleReader:
         member = "txt" if "txt" in place.members else _present(place, ("txt", "json"), "captions")
         if member == "txt":
             text = self.files.read(place, member).decode("utf-8", errors="replace").strip()
-            found = [text]
+            found: Any = [text]
             if text.startswith("["):
                 try:
                     found = json.loads(text)
@@ -383,8 +384,9 @@ class SampleReader:
             return {}
         stored = self._json(place, "syn.json")
         keys = [key for key in stored if self.synthetic_keys.fullmatch(key)] if isinstance(stored, dict) else []
-        synthetic = {key: _texts(stored[key]) for key in keys}
-        wrong = next((key for key, texts in synthetic.items() if texts is None), None)
+        texts_of = {key: _texts(stored[key]) for key in keys}
+        synthetic = {key: texts for key, texts in texts_of.items() if texts is not None}
+        wrong = next((key for key in keys if key not in synthetic), None)
         if not keys or wrong is not None:
             problem = f"expected lists of captions with words under keys like {self.synthetic_keys.pattern!r}, got "
             problem += (
@@ -472,7 +474,7 @@ def storable_image(encoded: bytes) -> tuple[str, bytes]:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # readers of shards ignore the orientation
     except UNREADABLE_IMAGE as error:
         raise ValueError(f"expected an image, got {error}") from error
-    kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format)
+    kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
     if kind is not None and not turned:
         return kind, encoded
     open_image(encoded)
@@ -507,7 +509,7 @@ def pack_sample(
     Returns:
         `dict[str, bytes]`: The members, by what follows the key in their names.
     """
-    arrays = {"image_emb": image_embeds, "text_emb": text_embeds}
+    arrays: dict[str, Any] = {"image_emb": image_embeds, "text_emb": text_embeds}
     if len(captions) > 1 and synthetic_captions:
         arrays |= {"text_emb": text_embeds[: len(captions)], "syn_text_emb": text_embeds[len(captions) :]}
     buffer = io.BytesIO()

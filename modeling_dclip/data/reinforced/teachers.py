@@ -58,6 +58,8 @@ def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tenso
 class _DualEncoderTeacher:
     """A model with its processor: what both kinds of teacher share."""
 
+    fingerprint: str
+
     def __init__(self, name: str, device: str | torch.device):
         self.name, self.device = name, device
         model, self.processor = load_pair(name)
@@ -66,7 +68,9 @@ class _DualEncoderTeacher:
                 f"Expected a dual encoder with a trained logit_scale at {name!r}, got {type(model).__name__}."
             )
         self.model = model.to(device)
-        self.preprocess = functools.partial(_process, self.processor.image_processor)
+        self.preprocess: Callable[[Sequence[Image.Image]], torch.Tensor] = functools.partial(
+            _process, self.processor.image_processor
+        )
         self.logit_scale = self.model.logit_scale.item()
         self.width = self.encode_texts(["a"]).shape[1]
 
@@ -185,7 +189,7 @@ class TransformersCaptioner:
             `list[list[str]]`: For each image 0 to `captions` texts, none of them blank.
         """
         pixel_values = _process(self.image_processor, images).to(self.device)
-        how = {"do_sample": False, "num_beams": 1}
+        how: dict[str, Any] = {"do_sample": False, "num_beams": 1}
         if self.captions > 1:
             how = {"do_sample": True, "top_p": SAMPLED_TOP_P, "top_k": 0, "num_return_sequences": self.captions}
         with torch.random.fork_rng():

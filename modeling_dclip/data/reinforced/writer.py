@@ -322,7 +322,8 @@ def _write_shards(
     Returns:
         `tuple[list[dict], int]`: File, number of samples and key of each shard; synthetic captions in all of them.
     """
-    state, shards, each = PartialState(), [], reinforcer.augmentations
+    state, each = PartialState(), reinforcer.augmentations
+    shards: list[dict[str, Any]] = []
     starts = range(0, len(keys), samples_per_shard)
     rows_of = [range(start, min(start + samples_per_shard, len(keys))) for start in starts]
     hidden = not state.is_local_main_process

@@ -222,5 +222,5 @@ def train_tokenizer(
     )
     backend.train_from_iterator(sentences, trainer)
     learned = json.loads(backend.to_str())["model"]
-    merges = [tuple(merge) for merge in learned["merges"]]
+    merges: Any = [tuple(merge) for merge in learned["merges"]]
     return CLIPTokenizer(vocab=learned["vocab"], merges=merges, model_max_length=model_max_length)
