@@ -16,6 +16,7 @@ import gradio as gr
 from PIL import Image
 
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.images import UNREADABLE
 from modeling_dclip.hub.space import DETECTOR, GALLERY, SpaceAnswers, UserMistake, suggest_labels, suggest_queries
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,7 +45,7 @@ def make_upload(**options: Any) -> gr.Image:
     def preprocess(payload: Any) -> Image.Image | BrokenUpload | None:
         try:
             return decode(payload)
-        except (OSError, SyntaxError, ValueError, gr.Error, Image.DecompressionBombError):
+        except (*UNREADABLE, gr.Error):
             return BrokenUpload(getattr(payload, "orig_name", None) or "The file")
 
     upload.preprocess = preprocess

@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Image, List, Value, concatenate_datasets
-from datasets import Image as ImageFeature
 from tqdm.auto import tqdm
 
+from modeling_dclip.data.images import read_encoded, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_parts
 
 
@@ -170,23 +170,18 @@ def encoded_images(dataset: Dataset) -> Iterator[bytes]:
     """The encoded images, row by row, undecoded.
 
     Raises:
-        FileNotFoundError: If an image file is missing.
-        ValueError: If a row has neither bytes nor a path; the message names its id.
+        UnreadableImageError: If an image file is missing or a row has neither bytes nor a path; the message names its
+            id.
     """
-    undecoded = dataset.select_columns(["image_id", "image"]).with_format(None)
-    for row in undecoded.cast_column("image", ImageFeature(decode=False)):
-        stored = row["image"] or {"bytes": None, "path": None}
-        if stored["bytes"] is None and stored["path"] is None:
-            raise ValueError(f"Image {row['image_id']!r}: expected bytes or a path, got neither.")
-        yield stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
+    for row in undecoded_images(dataset):
+        yield read_encoded(row["image"], f"Image {row['image_id']!r}", "Replace the file or drop the row.")
 
 
 def image_keys(dataset: Dataset) -> list[str]:
     """A key of each row's encoded image: hexadecimal SHA-256, with a progress bar. Never of a file's name.
 
     Raises:
-        FileNotFoundError: If an image file is missing.
-        ValueError: If a row has neither bytes nor a path.
+        UnreadableImageError: If an image file is missing or a row has neither bytes nor a path.
     """
     images = tqdm(encoded_images(dataset), total=len(dataset), desc="Hashing images", unit="image")
     return [hash_bytes(image) for image in images]
@@ -204,8 +199,7 @@ def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]
         `list[str]`: Hexadecimal SHA-256, one a row.
 
     Raises:
-        FileNotFoundError: If an image file is missing.
-        ValueError: If an image has neither bytes nor a path.
+        UnreadableImageError: If an image file is missing or a row has neither bytes nor a path.
     """
     images = image_keys(dataset) if images is None else images
     captions = arrow_column(dataset, "captions").to_pylist()

@@ -1,25 +1,35 @@
-"""Images as an encoder sees them, a batch at a time: read, resized and cropped once, normalised when asked for.
+"""The door for pictures: the one place of this package that opens an image, and images as an encoder sees them.
 
-Pixels are those of the image processor given, bit for bit. transformers rescales and normalises image by image in
-numpy: 1.1 of the 1.8 ms that a 224 px JPEG takes on one quiet core, several times as much on a busy one. An 8-bit
-value has only 256 results per channel, so [`PixelReader`] takes a table of them from the processor itself and looks a
-batch up at once, on the device it is on: a quarter of the bytes travel.
+[`open_image`] turns a picture upright, lays transparent pixels over white, and answers whatever is wrong with one
+error, [`UnreadableImageError`].
+
+[`PixelReader`] reads a batch at a time: resized and cropped once, normalised when asked for. Pixels are those of the
+image processor given, bit for bit. transformers rescales and normalises image by image in numpy: 1.1 of the 1.8 ms
+that a 224 px JPEG takes on one quiet core, several times as much on a busy one. An 8-bit value has only 256 results
+per channel, so the reader takes a table of them from the processor itself and looks a batch up at once, on the device
+it is on: a quarter of the bytes travel.
 """
 
 import io
 import os
-from collections.abc import Sequence
+import stat
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from datasets import Dataset
-from PIL import Image
+from datasets import Image as ImageFeature
+from PIL import ExifTags, Image
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.files import find_files
+from modeling_dclip.data.files import find_files, read_bytes
 from modeling_dclip.processing_dclip import lay_over_white
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -35,21 +45,222 @@ def find_images(folder: str | os.PathLike) -> tuple[list[Path], list[Path]]:
     return find_files(folder, IMAGE_SUFFIXES)
 
 
-def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image:
-    """One image of a dataset with `image_id` and `image`, in RGB or with `rgb=False` in the mode it is stored in.
+class UnreadableImageError(ValueError):
+    """A picture that cannot be read. It is the only error of this door, whatever PIL raised.
+
+    Args:
+        message (`str`): Which picture, why it cannot be read, and what to do.
+        reason (`str`, *optional*): Only why; by default the whole message.
+    """
+
+    # One argument is enough: the worker of a data loader hands an error over by its message alone.
+    def __init__(self, message: str, reason: str | None = None):
+        super().__init__(message)
+        self.reason = message if reason is None else reason
+
+
+class MissingImageError(UnreadableImageError, FileNotFoundError):
+    """A picture whose file is missing."""
+
+
+# What PIL raises for damaged pictures. Its readers trust what a file says, so that nearly any error can come out of
+# them. Only calls of PIL stand inside the `try` with this list: an error in our code is not hidden by it.
+UNREADABLE = (
+    OSError,  # no file, a truncated or unknown one
+    SyntaxError,  # a bad chunk of a PNG
+    ValueError,
+    TypeError,
+    AttributeError,
+    LookupError,  # a number of the header that a table of the reader lacks
+    ArithmeticError,  # a header with zeros or absurd sizes
+    struct.error,  # odd EXIF values, a header that ends too early
+    RuntimeError,  # AVIF; also NotImplementedError of DDS
+    MemoryError,  # a size that this machine cannot hold
+    ImportError,  # an optional library of PIL that is missing
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_NEITHER = "the row has neither bytes nor a path"
+_TRANSPOSE = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # what turns a picture of this EXIF orientation upright
+
+ImageSource = bytes | str | os.PathLike | Mapping[str, Any]
+
+
+def _stored(source: ImageSource | None) -> bytes | str | None:
+    """The bytes, or the path, of a source."""
+    if isinstance(source, Mapping):
+        return source["bytes"] if source["bytes"] is not None else source["path"]
+    return source if source is None or isinstance(source, bytes) else os.fspath(source)
+
+
+def _unreadable(name: str, error: BaseException | str, advice: str) -> UnreadableImageError:
+    reason = error if isinstance(error, str) else str(error) or type(error).__name__
+    kind = MissingImageError if isinstance(error, FileNotFoundError) else UnreadableImageError
+    return kind(f"{name} cannot be read: {reason}. {advice}", reason)
+
+
+def _require_regular(path: str) -> None:
+    """Refuse what would never end or is no file: a pipe, a device, a folder."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(f"expected a file at '{path}', got a folder, a pipe or a device")
+
+
+def read_encoded(source: ImageSource | None, name: str = "The image", advice: str = "Replace the file.") -> bytes:
+    """The bytes of a picture as they are stored, undecoded.
+
+    Args:
+        source: The bytes themselves, a path, or a value of an image column that is not decoded.
+        name (`str`, *optional*): What messages call it, e.g. `"Image 'a'"`.
+        advice (`str`, *optional*): What to do where it cannot be read.
 
     Raises:
-        ValueError: If it cannot be read or decoded; the message names id and row.
+        UnreadableImageError: If the row has none, or the file cannot be read. [`MissingImageError`] if it is missing.
+    """
+    stored = _stored(source)
+    if stored is None:
+        raise _unreadable(name, _NEITHER, advice)
+    if isinstance(stored, bytes):
+        return stored
+    try:
+        _require_regular(stored)
+        return read_bytes(stored)
+    except OSError as error:
+        raise _unreadable(name, error, advice) from error
+
+
+def _load(stored: bytes | str) -> Image.Image:
+    if isinstance(stored, bytes):
+        image = Image.open(io.BytesIO(stored))
+    elif "://" in stored:  # in a saved dataset: `datasets` fetches it
+        return ImageFeature().decode_example({"bytes": None, "path": stored})
+    else:
+        _require_regular(stored)
+        image = Image.open(stored)
+    image.load()  # whole, and the file is closed
+    return image
+
+
+@contextmanager
+def _refusing_large() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        yield
+
+
+def _orientation(image: Image.Image) -> int:
+    """As EXIF says it; 1, upright, where EXIF cannot be read: metadata that nobody needs stops no picture."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except UNREADABLE:
+        return 1
+
+
+def open_image(
+    source: ImageSource | None,
+    name: str = "The image",
+    *,
+    rgb: bool = True,
+    upright: bool = True,
+    refuse_large: bool = False,
+    advice: str = "Replace the file.",
+) -> Image.Image:
+    """Decode a picture whole.
+
+    Args:
+        source: Its bytes, a path, or a value of an image column that is not decoded.
+        name (`str`, *optional*): What messages call it, e.g. `"Image 'a' (row 1)"`.
+        rgb (`bool`, *optional*, defaults to `True`): In RGB, transparent pixels over white; else in the stored mode.
+        upright (`bool`, *optional*, defaults to `True`): Turn it as its EXIF orientation says.
+        refuse_large (`bool`, *optional*, defaults to `False`): Refuse more than `PIL.Image.MAX_IMAGE_PIXELS`, instead
+            of twice as many.
+        advice (`str`, *optional*): What to do where it cannot be read.
+
+    Raises:
+        UnreadableImageError: If it cannot be read or decoded. [`MissingImageError`] if the file is missing.
+    """
+    stored = _stored(source)
+    if stored is None:
+        raise _unreadable(name, _NEITHER, advice)
+    try:
+        with _refusing_large() if refuse_large else nullcontext():
+            image = _load(stored)
+        method = _TRANSPOSE.get(_orientation(image)) if upright else None
+        image = image if method is None else image.transpose(method)
+        return lay_over_white(image) if rgb else image
+    except (*UNREADABLE, Image.DecompressionBombWarning) as error:
+        raise _unreadable(name, error, advice) from error
+
+
+class ImageHeader(NamedTuple):
+    """What a picture says of itself, read without decoding it.
+
+    Attributes:
+        format (`str`): As PIL calls it: `JPEG`, `PNG`, ...
+        size (`tuple[int, int]`): Width and height in pixels, as stored.
+        is_upright (`bool`): Whether EXIF asks for no turning.
+    """
+
+    format: str | None
+    size: tuple[int, int]
+    is_upright: bool
+
+
+def read_header(encoded: bytes, name: str = "The image") -> ImageHeader:
+    """Read format, size and orientation of a picture.
+
+    Raises:
+        UnreadableImageError: If it is no picture.
     """
     try:
-        image = dataset[row]["image"]  # decoded whole
-        return lay_over_white(image) if rgb else image
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for missing, truncated and malformed files
-        image_id = dataset.select_columns("image_id")[row]["image_id"]
-        raise ValueError(
-            f"Image {image_id!r} (row {row}) cannot be read: {error}. Replace the file or drop the row; the regions "
-            "stage does so with on_bad_image: skip."
-        ) from error
+        image = Image.open(io.BytesIO(encoded))
+        return ImageHeader(image.format, image.size, _orientation(image) == 1)
+    except UNREADABLE as error:
+        raise _unreadable(name, error, "Replace it.") from error
+
+
+def undecoded_images(dataset: Dataset) -> Dataset:
+    """`image_id` and `image` of a dataset, the image as `{"bytes", "path"}` instead of a picture.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image` of type `Image`, and if it has them `image_id`.
+    """
+    names = [name for name in ("image_id", "image") if name in dataset.column_names]
+    images = dataset.select_columns(names).with_format(None)
+    mode = getattr(images.features["image"], "mode", None)
+    return images.cast_column("image", ImageFeature(mode=mode, decode=False))
+
+
+def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image:
+    """One image of a dataset, upright.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id` and `image`. Where many rows are read, give [`undecoded_images`].
+        row (`int`): Which.
+        rgb (`bool`, *optional*, defaults to `True`): In RGB, transparent pixels over white; else in the stored mode.
+
+    Raises:
+        UnreadableImageError: If it cannot be read or decoded; the message names id and row.
+    """
+    images = undecoded_images(dataset) if dataset.features["image"].decode else dataset
+    stored, mode = images[row], images.features["image"].mode
+    image = open_image(
+        stored["image"],
+        f"Image {stored['image_id']!r} (row {row})",
+        rgb=rgb and mode is None,
+        advice="Replace the file or drop the row; the regions stage does so with on_bad_image: skip.",
+    )
+    if mode is None:
+        return image
+    image = image if mode == image.mode else image.convert(mode)
+    return lay_over_white(image) if rgb else image
 
 
 def look_up(raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -74,7 +285,7 @@ class PixelReader:
     """
 
     def __init__(self, dataset: Dataset, image_processor: Any, cache_mib: int = 2048):
-        self.images = dataset.select_columns(["image_id", "image"]).with_format(None)
+        self.images = undecoded_images(dataset)
         self.image_processor = image_processor
         # More than one where images differ in shape: SigLIP 2's NaFlex has masks and grids beside its patches.
         self.input_names = tuple(getattr(image_processor, "model_input_names", ("pixel_values",)))
@@ -167,19 +378,3 @@ def random_resized_crop(pixel_values: torch.Tensor, areas: np.ndarray, places: n
     theta[:, :, 2] = ((2 * places - 1) * (1 - sides)).T
     grid = F.affine_grid(torch.from_numpy(theta), list(pixel_values.shape), align_corners=False)
     return F.grid_sample(pixel_values, grid, mode="bilinear", padding_mode="border", align_corners=False)
-
-
-# What PIL raises for broken files, besides OSError: bad PNG chunks, a missing plugin, absurd sizes.
-UNREADABLE_IMAGE = (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError)
-
-
-def open_image(encoded: bytes) -> Image.Image:
-    """Decode to RGB, transparent pixels over white.
-
-    Raises:
-        ValueError: If that cannot be done.
-    """
-    try:
-        return lay_over_white(Image.open(io.BytesIO(encoded)))
-    except UNREADABLE_IMAGE as error:
-        raise ValueError(f"expected an image, got {error}") from error

@@ -27,7 +27,7 @@ from modeling_dclip.data.columns import (
     with_flat_embeds,
     with_ragged_embeds,
 )
-from modeling_dclip.data.images import decode_image
+from modeling_dclip.data.images import decode_image, undecoded_images
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 
 
@@ -97,7 +97,7 @@ class _RegionRows(TorchDataset):
     """Images with their crops, preprocessed in the data loader's workers."""
 
     def __init__(self, dataset: Dataset, processor: Any, max_regions: int | None, regions: bool):
-        self.images = dataset.select_columns(["image_id", "image"]).with_format(None)
+        self.images = undecoded_images(dataset)
         self.processor, self.max_regions, self.regions = processor, max_regions, regions
         self.boxes = self.scores = None
         if "boxes" in dataset.column_names:

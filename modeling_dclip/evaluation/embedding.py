@@ -4,7 +4,6 @@ Pixels are those of the given processor, bit for bit ([`~modeling_dclip.data.ima
 `backend="pil"` for numbers to publish: PIL and torchvision differ by 1 to 2 grey levels.
 """
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.images import PixelReader
+from modeling_dclip.data.images import PixelReader, open_image
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import longest_text, projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
@@ -166,20 +165,12 @@ def open_picture(path: str | Path) -> Image.Image:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no picture, or a damaged one.
+        UnreadableImageError: If it is no picture, or a damaged one.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a picture at '{path}', got no such file. Check the path.")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return lay_over_white(ImageOps.exif_transpose(image))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"'{Path(path).name}' cannot be read as a picture: {error}. Give an undamaged JPEG, PNG or WebP file."
-        ) from error
+    name, advice = f"'{Path(path).name}'", "Give an undamaged JPEG, PNG or WebP file."
+    return open_image(path, name, refuse_large=True, advice=advice)
 
 
 def count_dropped_tokens(model: DualEncoder, processor: Any, text: str) -> int:

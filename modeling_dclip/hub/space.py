@@ -16,7 +16,7 @@ from PIL import Image
 from modeling_dclip.configuration_dclip import DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
-from modeling_dclip.data.files import read_bytes, temporary_folder
+from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.data.images import decode_image, open_image
 from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.encoders import Encoder
@@ -199,9 +199,8 @@ class SpaceAnswers:
             caption, remark = "Where the teacher looks", ""
         boxes, scores, source = self._regions(picture)
         with temporary_folder() as folder:
-            path = folder / "attention.png"
-            draw_attention(model, processor, picture, (boxes, scores), caption, path)
-            drawing = open_image(read_bytes(path))
+            draw_attention(model, processor, picture, (boxes, scores), caption, folder / "attention.png")
+            drawing = open_image(folder / "attention.png")
         read = "It reads the text too." if reads_text else "It reads no text."
         shares = "The percentages are their shares of the teacher's attention."
         return drawing, f"{len(boxes)} regions, {source}. {shares} {read} {remark}".strip()

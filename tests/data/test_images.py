@@ -1,14 +1,33 @@
-"""Pixels: a batch at a time gives the image processor's own values bit for bit, cached or not."""
+"""Pictures: one door opens them all, and a batch has the image processor's own values bit for bit, cached or not."""
+
+import io
+import os
+import pickle
+import struct
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from PIL import Image as PILImage
+from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-from modeling_dclip.data.images import PixelReader, random_resized_crop
+from modeling_dclip.data.images import (
+    MissingImageError,
+    PixelReader,
+    UnreadableImageError,
+    decode_image,
+    find_images,
+    open_image,
+    random_resized_crop,
+    read_encoded,
+    read_header,
+    undecoded_images,
+)
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.processing_dclip import lay_over_white
 
 SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
@@ -114,3 +133,151 @@ def test_a_crop_of_the_whole_area_changes_nothing_and_a_smaller_one_zooms():
     quarter = random_resized_crop(images, np.full(2, 0.25), np.zeros((2, 2)))  # the upper left quarter
     halved = torch.nn.functional.interpolate(images[..., :8, :8], size=16, mode="bilinear")
     torch.testing.assert_close(quarter[..., 2:-2, 2:-2], halved[..., 2:-2, 2:-2], rtol=0, atol=1e-5)
+
+
+# --- the door ---
+
+FORMATS = {"PNG": ("RGB", "RGBA", "LA", "L", "P", "1", "I;16"), "JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA"),
+           "TIFF": ("RGB", "L"), "BMP": ("RGB",), "GIF": ("P",)}  # fmt: skip
+
+
+def encode(format, mode="RGB", orientation=None, size=(11, 7)):
+    pixels = np.random.default_rng(3).integers(0, 256, (size[1], size[0], 4), dtype=np.uint8)
+    image = PILImage.fromarray(pixels, "RGBA")
+    image = image.convert("RGB").convert("L").convert("I;16") if mode == "I;16" else image.convert(mode)
+    buffer, exif = io.BytesIO(), PILImage.Exif()
+    if orientation is not None:
+        exif[0x0112] = orientation
+    options = {} if orientation is None else {"exif": exif}
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def encoded_pictures():
+    pictures = []
+    for format, modes in FORMATS.items():
+        for mode in modes:
+            pictures.append((f"{format} {mode}", encode(format, mode)))
+    for format in ("PNG", "JPEG", "WEBP", "TIFF"):
+        for orientation in range(10):
+            pictures.append((f"{format} turned {orientation}", encode(format, "RGB", orientation)))
+    return pictures
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("name", "encoded"), encoded_pictures(), ids=lambda value: value if isinstance(value, str) else ""
+)
+def test_pixels_are_those_that_datasets_decodes(tmp_path, name, encoded):
+    (tmp_path / "a").write_bytes(encoded)
+    stored = Image().decode_example({"bytes": encoded, "path": None})
+    rgb = np.asarray(lay_over_white(stored))
+    for source in (encoded, tmp_path / "a", str(tmp_path / "a"), {"bytes": encoded, "path": None}):
+        assert np.array_equal(np.asarray(open_image(source)), rgb)
+    kept = open_image(encoded, rgb=False)
+    assert kept.mode == stored.mode and np.array_equal(np.asarray(kept), np.asarray(stored))
+    dataset = Dataset.from_dict({"image_id": ["a"], "image": [str(tmp_path / "a")]}).cast_column("image", Image())
+    for rows in (dataset, undecoded_images(dataset)):
+        assert np.array_equal(np.asarray(decode_image(rows, 0)), rgb)
+    with PILImage.open(tmp_path / "a") as image:
+        as_stored = np.asarray(lay_over_white(image))
+        assert np.array_equal(np.asarray(open_image(encoded, upright=False)), as_stored)
+        header = read_header(encoded)
+        assert header.format == image.format
+        assert header.is_upright == ("turned" not in name or name.endswith(" 1"))
+
+
+def test_a_column_with_a_mode_of_its_own_keeps_it(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode("PNG", "RGB"))
+    dataset = Dataset.from_dict({"image_id": ["a"], "image": [str(tmp_path / "a.png")]})
+    grey = dataset.cast_column("image", Image(mode="L"))
+    assert decode_image(grey, 0, rgb=False).mode == "L"
+    assert np.array_equal(np.asarray(decode_image(grey, 0)), np.asarray(grey[0]["image"].convert("RGB")))
+
+
+def with_exif(*entries, extra=b""):
+    """A JPEG whose EXIF holds these entries: tag, type, count, four bytes of a value."""
+    body = b"".join(struct.pack("<HHI", tag, kind, count) + value for tag, kind, count, value in entries)
+    payload = b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + body + struct.pack("<I", 0) + extra
+    jpeg = encode("JPEG", size=(12, 8))
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(payload) + 2) + payload + jpeg[2:]
+
+
+TURNED = (0x0112, 3, 1, struct.pack("<HH", 6, 0))
+
+
+@pytest.mark.parametrize(
+    ("encoded", "size"),
+    [
+        (with_exif(TURNED), (8, 12)),
+        (with_exif(TURNED, (0x011A, 10, 1, struct.pack("<I", 38)), extra=struct.pack("<ii", -1, 0)), (8, 12)),
+        (with_exif(TURNED, (0x0128, 2, 4, b"cm\0\0")), (8, 12)),
+        (with_exif((0x0112, 2, 4, b"top\0")), (12, 8)),
+        (with_exif((0x0112, 3, 1, struct.pack("<HH", 9, 0))), (12, 8)),
+        (with_exif((0x0112, 3, 2, struct.pack("<HH", 6, 6))), (8, 12)),
+    ],
+)
+def test_odd_metadata_stop_no_picture(encoded, size):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert open_image(encoded).size == size
+
+
+def test_whatever_is_wrong_is_one_error_that_names_the_picture(tmp_path, monkeypatch):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "loop.jpg").symlink_to(tmp_path / "loop.jpg")
+    (tmp_path / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    for path in sorted(tmp_path.iterdir()):
+        with pytest.raises(UnreadableImageError, match=r"^Image 'a' cannot be read: .+\. Buy a new one\.$") as raised:
+            open_image(path, "Image 'a'", advice="Buy a new one.")
+        assert "Image 'a'" not in raised.value.reason and isinstance(raised.value, ValueError)
+        if path.name != "text.jpg":
+            with pytest.raises(UnreadableImageError, match="^Image 'a' cannot be read: .+"):
+                read_encoded(path, "Image 'a'")
+    with pytest.raises(UnreadableImageError, match="neither bytes nor a path"):
+        open_image({"bytes": None, "path": None})
+    with pytest.raises(UnreadableImageError, match="neither bytes nor a path"):
+        read_encoded(None)
+    with pytest.raises(UnreadableImageError, match="cannot identify"):
+        read_header(b"no picture")
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 30)
+    encoded = encode("PNG")  # 77 pixels: more than twice the limit
+    with pytest.raises(UnreadableImageError, match="77 pixels"):
+        open_image(encoded)
+    monkeypatch.setattr(PILImage, "MAX_IMAGE_PIXELS", 50)
+    with pytest.raises(UnreadableImageError, match="77 pixels"):
+        open_image(encoded, refuse_large=True)
+    with pytest.warns(PILImage.DecompressionBombWarning):
+        assert open_image(encoded).size == (11, 7)
+
+
+def test_a_missing_file_is_told_apart(tmp_path):
+    for read in (open_image, read_encoded):
+        with pytest.raises(MissingImageError, match="gone.jpg") as raised:
+            read(tmp_path / "gone.jpg", "Image 'a'")
+        assert isinstance(raised.value, (FileNotFoundError, ValueError)) and "Image 'a'" not in raised.value.reason
+        assert str(pickle.loads(pickle.dumps(raised.value))) == str(raised.value)
+
+
+def test_errors_of_our_own_code_are_not_taken_for_damage():
+    with pytest.raises(TypeError, match="PathLike"):
+        open_image(3)
+
+
+def test_a_workers_error_keeps_its_type(tmp_path):
+    dataset = Dataset.from_dict({"image_id": ["a"], "image": [{"bytes": b"no", "path": None}]})
+    rows = undecoded_images(dataset.cast_column("image", Image()))
+    loader = DataLoader([0], num_workers=1, collate_fn=lambda batch: decode_image(rows, batch[0]))
+    with pytest.raises(UnreadableImageError, match=r"Image 'a' \(row 0\) cannot be read"):
+        list(loader)
+
+
+def test_pictures_of_a_folder_are_found_and_others_counted(tmp_path):
+    for name in ("b.PNG", "a/c.jpeg", "d.heic", ".e.webp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    pictures, others = find_images(tmp_path)
+    assert [path.name for path in pictures] == [".e.webp", "c.jpeg", "b.PNG"]
+    assert [path.name for path in others] == ["d.heic"]

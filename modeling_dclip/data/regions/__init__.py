@@ -20,10 +20,10 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import replacing, write_json
+from modeling_dclip.data.images import UnreadableImageError, open_image, read_encoded
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes
-from modeling_dclip.processing_dclip import lay_over_white
 
 # A crop narrower than a pixel shows nothing.
 MIN_SIDE_PIXELS = 1.0
@@ -103,9 +103,6 @@ logger = logging.getLogger(__name__)
 
 BOXES_FEATURE = List(List(Value("float32"), length=4))
 SCORES_FEATURE = List(Value("float32"))
-# What PIL raises for broken files, besides OSError (truncated, unknown format, missing file): bad PNG chunks, a
-# missing plugin where a package asks for one, absurd sizes.
-_UNREADABLE = (OSError, SyntaxError, ValueError, ImportError, Image.DecompressionBombError)
 
 
 @dataclass
@@ -126,19 +123,6 @@ class _Progress:
     from_cache: int = 0
     dropped_boxes: int = 0
     skipped: list[dict[str, str]] = field(default_factory=list)
-
-
-def _read_image(stored: dict[str, Any]) -> bytes:
-    if stored["bytes"] is not None:
-        return stored["bytes"]
-    if stored["path"] is None:
-        raise ValueError("the row has neither bytes nor a path")
-    return Path(stored["path"]).read_bytes()
-
-
-def _decode(data: bytes, stored: dict[str, Any]) -> Image.Image:
-    """As the column decodes it (turned by its EXIF orientation), so that boxes fit what later stages see."""
-    return lay_over_white(ImageFeature().decode_example({"bytes": data, "path": stored["path"]}))
 
 
 def _detect(
@@ -166,21 +150,20 @@ def _find_regions(
     progress = _Progress(regions=[None] * len(dataset))
     pending: dict[str, _Pending] = {}
     rows = dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
+    advice = "Replace the file, or leave such images out with on_bad_image='skip'."
     for index, row in enumerate(tqdm(rows, desc="Finding regions", unit="image")):
         stored = row.pop("image")
+        file = (stored or {}).get("path") or "stored bytes"
+        name = f"Image {row['image_id']!r} ('{file}')"
         try:
-            data = _read_image(stored)
+            data = read_encoded(stored, name, advice)
             key = str(index) if cache is None else hash_bytes(data)
             seen = key in pending or (cache is not None and cache.has(key))
-            image = None if seen else _decode(data, stored)
-        except _UNREADABLE as error:
-            file = stored["path"] or "stored bytes"
+            image = None if seen else open_image(data, name, advice=advice)
+        except UnreadableImageError as error:
             if on_bad_image == "raise":
-                raise ValueError(
-                    f"Image {row['image_id']!r} ('{file}') cannot be read: {error}. Replace the file, or leave "
-                    "such images out with on_bad_image='skip'."
-                ) from error
-            progress.skipped.append({"image_id": row["image_id"], "file": file, "reason": str(error)})
+                raise
+            progress.skipped.append({"image_id": row["image_id"], "file": file, "reason": error.reason})
             continue
         if image is not None:
             pending[key] = _Pending(image, row, [index])

@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-from modeling_dclip.data.images import open_image
+from modeling_dclip.data.images import UnreadableImageError, open_image
 from modeling_dclip.data.reinforced.augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
 from modeling_dclip.data.reinforced.shards import (
     SYNTHETIC_KEYS,
@@ -294,11 +294,14 @@ class SampleDraw:
         try:
             augmentation = StoredAugmentation.decode(sample.augmentations[number])
             member = sample.image_member
-            image = open_image(sample.image)
+            image = open_image(sample.image, upright=False)
             member = "paug.json"
             image = replay_augmentation(image, augmentation, self.view.image_size)
         except ValueError as error:
-            raise DamagedSampleError.at(place.shard, f"augmentation {number}: {error}", place.key, member) from error
+            problem = str(error)
+            if isinstance(error, UnreadableImageError):
+                problem = f"expected an image, got {error.reason}"
+            raise DamagedSampleError.at(place.shard, f"augmentation {number}: {problem}", place.key, member) from error
         return normalise_pixels(image, self.mean, self.deviation)
 
     def _normalise(self, embeds: torch.Tensor, place: SamplePlace) -> torch.Tensor:

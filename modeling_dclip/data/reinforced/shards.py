@@ -27,11 +27,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
 
 from modeling_dclip.data.files import list_folder, match_files, read_json
-from modeling_dclip.data.images import UNREADABLE_IMAGE, open_image
-from modeling_dclip.processing_dclip import lay_over_white
+from modeling_dclip.data.images import open_image, read_header
 
 INDEX_NAME = "reinforced.json"
 _BLOCK = 512  # bytes of a tar header; members are padded to a multiple
@@ -467,19 +465,14 @@ def storable_image(encoded: bytes) -> tuple[str, bytes]:
         `tuple[str, bytes]`: The kind of member (`jpg`, `png`, `webp`) and its bytes.
 
     Raises:
-        ValueError: If the image cannot be decoded.
+        UnreadableImageError: If it cannot be decoded.
     """
-    try:
-        image = Image.open(io.BytesIO(encoded))
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # readers of shards ignore the orientation
-    except UNREADABLE_IMAGE as error:
-        raise ValueError(f"expected an image, got {error}") from error
-    kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(image.format or "")
-    if kind is not None and not turned:
+    header = read_header(encoded)
+    kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(header.format or "")
+    if kind is not None and header.is_upright:  # readers of shards do not look at the orientation
         return kind, encoded
-    open_image(encoded)
     buffer = io.BytesIO()
-    lay_over_white(ImageOps.exif_transpose(image)).save(buffer, format="PNG")
+    open_image(encoded).save(buffer, format="PNG")
     return "png", buffer.getvalue()
 
 

@@ -18,7 +18,6 @@ import torch
 import transformers
 from accelerate import PartialState
 from datasets import Dataset
-from PIL import Image
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from tqdm.auto import tqdm
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
 from modeling_dclip.data.files import entry_names, read_json, replacing, write_json
-from modeling_dclip.data.images import open_image
+from modeling_dclip.data.images import UnreadableImageError, open_image, read_header
 from modeling_dclip.data.reinforced.augmentations import (
     AugmentationSettings,
     StoredAugmentation,
@@ -56,7 +55,7 @@ class _AugmentedImages(TorchDataset):
         return len(self.images) * self.each
 
     def __getitems__(self, items: list[int]) -> list[torch.Tensor]:
-        decoded = {row: open_image(self.images[row]) for row in {item // self.each for item in items}}
+        decoded = {row: open_image(self.images[row], upright=False) for row in {item // self.each for item in items}}
         augmented = [
             replay_augmentation(
                 decoded[item // self.each], self.augmentations[item // self.each][item % self.each], self.size
@@ -188,7 +187,7 @@ class Reinforcer:
         return samples
 
     def _draw(self, image_id: str, encoded: bytes) -> list[StoredAugmentation]:
-        size = Image.open(io.BytesIO(encoded)).size
+        size = read_header(encoded).size
         numbers = range(self.augmentations)
         return [draw_augmentation(self.seed, image_id, number, size, self.settings) for number in numbers]
 
@@ -197,7 +196,7 @@ class Reinforcer:
             return [[] for _ in rows]
         found: list[list[str]] = []
         for start in range(0, len(rows), IMAGES_PER_LOT):
-            batch = [open_image(image) for image in images[start : start + IMAGES_PER_LOT]]
+            batch = [open_image(image, upright=False) for image in images[start : start + IMAGES_PER_LOT]]
             found += self.captioner(batch, lot=rows[start])
         silent = [image_id for image_id, texts in zip(image_ids, found, strict=True) if not texts]
         if silent:
@@ -230,9 +229,11 @@ class Reinforcer:
 def _storable(row: int, image_id: str, encoded: bytes) -> tuple[str, bytes]:
     try:
         kind, encoded = storable_image(encoded)
-        open_image(encoded)
-    except ValueError as error:
-        raise ValueError(f"Image {image_id!r} (row {row}): {error}. Replace the file or drop the row.") from error
+        open_image(encoded, upright=False)
+    except UnreadableImageError as error:
+        raise ValueError(
+            f"Image {image_id!r} (row {row}): expected an image, got {error.reason}. Replace the file or drop the row."
+        ) from error
     return kind, encoded
 
 

@@ -14,12 +14,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
-from datasets import Image as ImageFeature
-from PIL import Image
 
 from modeling_dclip.data.captions import SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
-from modeling_dclip.data.images import PixelReader, decode_image
+from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
 from modeling_dclip.data.rows import first
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -179,8 +177,7 @@ def load_images(images: str) -> Dataset:
 
 def image_paths(dataset: Dataset, rows: Sequence[int]) -> list[str | None]:
     """The absolute paths of images, `None` for those whose bytes the dataset holds."""
-    undecoded = dataset.select_columns("image").with_format(None).cast_column("image", ImageFeature(decode=False))
-    stored = (row["image"] for row in undecoded.select(list(rows)))
+    stored = (row["image"] for row in undecoded_images(dataset).select(list(rows)))
     return [os.path.abspath(image["path"]) if image["bytes"] is None else None for image in stored]
 
 
@@ -189,10 +186,8 @@ def describe_fault(dataset: Dataset, row: int) -> UnreadableImage:
     try:
         decode_image(dataset, row)
         reason = "it was not readable when it was embedded"
-    except ValueError as error:
-        reason = str(error.__cause__)
-    except Image.DecompressionBombError as error:
-        reason = str(error)
+    except UnreadableImageError as error:
+        reason = error.reason
     image_id = dataset.select_columns("image_id")[row]["image_id"]
     return UnreadableImage(image_id=image_id, file=image_paths(dataset, [row])[0], reason=reason)
 

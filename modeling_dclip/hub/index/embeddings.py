@@ -16,14 +16,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
-from datasets import Image as ImageFeature
-from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
-from modeling_dclip.data.files import list_folder, read_bytes
-from modeling_dclip.data.images import PixelReader
+from modeling_dclip.data.files import list_folder
+from modeling_dclip.data.images import PixelReader, UnreadableImageError, read_encoded, undecoded_images
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
@@ -32,7 +30,6 @@ from modeling_dclip.encoders.open_clip import OpenClipDualEncoder, fingerprint_o
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 32  # of a SHA-256
-_UNREADABLE = (ValueError, OSError, Image.DecompressionBombError)
 
 
 def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
@@ -63,14 +60,12 @@ def hash_images(dataset: Dataset) -> list[str | None]:
     """
     state = PartialState()
     share = range(state.process_index, len(dataset), state.num_processes)
-    rows = dataset.select_columns("image").with_format(None).cast_column("image", ImageFeature(decode=False))
+    rows = undecoded_images(dataset)
     keys: list[str | None] = []
     for row in tqdm(share, desc="Hashing images", unit="image", disable=not state.is_local_main_process):
-        stored = rows[row]["image"] or {"bytes": None, "path": None}
         try:
-            content = stored["bytes"] if stored["bytes"] is not None else read_bytes(stored["path"] or "")
-            keys.append(hash_bytes(content))
-        except OSError:
+            keys.append(hash_bytes(read_encoded(rows[row]["image"])))
+        except UnreadableImageError:
             keys.append(None)
     if state.num_processes == 1:
         return keys
@@ -128,7 +123,7 @@ def _collate(reader: PixelReader, rows: list[int]) -> tuple[dict[str, torch.Tens
     """The model's inputs for the rows whose image can be read, and for each row whether it can."""
     try:
         return _decode(reader, rows), [True] * len(rows)
-    except _UNREADABLE:  # find the damaged images one by one
+    except ValueError:  # also of the image processor; find the damaged images one by one
         parts = [_decode_or_none(reader, row) for row in rows]
     there = [part for part in parts if part is not None]
     merged = {name: torch.cat([part[name] for part in there]) for name in there[0]} if there else None
@@ -143,7 +138,7 @@ def _decode(reader: PixelReader, rows: list[int]) -> dict[str, torch.Tensor]:
 def _decode_or_none(reader: PixelReader, row: int) -> dict[str, torch.Tensor] | None:
     try:
         return _decode(reader, [row])
-    except _UNREADABLE:
+    except ValueError:
         return None
 
 
