@@ -26,8 +26,9 @@ from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
 from modeling_dclip.hub.publish.cards import CARD_TEMPLATES, LABELS, draw_pictures
+from modeling_dclip.hub.publish.facts import gather
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
-from modeling_dclip.hub.publish.staging import StagedRepo, check_folder
+from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
 
 DELAYS = (0.0, 0.0)
 REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny-clip", "me/tiny")
@@ -341,6 +342,22 @@ def test_a_commit_of_somebody_else_in_between_is_kept_and_compared_again(hub, tm
     assert {"theirs.md", "mine.md"} < set(hub.files("me/shared")) and len(hub.commits("me/shared")) == 3
 
 
+def test_a_name_with_brackets_is_a_name_and_not_a_pattern(hub, tmp_path):
+    for name in ("a1.md", "a[1].md", "examples/1.png", "examples/[1].png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    push_folder("me/brackets", tmp_path, HfApi(), delays=DELAYS)
+    assert hub.files("me/brackets")["a[1].md"] == b"a[1].md"
+    (tmp_path / "a[1].md").write_text("changed")
+    (tmp_path / "examples/[1].png").unlink()
+    done = push_folder("me/brackets", tmp_path, HfApi(), delays=DELAYS)
+    assert done.changed == ("a[1].md",) and done.deleted == ("examples/[1].png",)
+    files = hub.files("me/brackets")
+    assert files["a[1].md"] == b"changed" and files["a1.md"] == b"a1.md"
+    assert "examples/1.png" in files and "examples/[1].png" not in files
+    assert len(hub.commits("me/brackets")) == 3  # the Hub's own first one, and ours
+
+
 def test_a_large_file_is_compared_by_its_own_hash(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / "config.json").write_bytes(b"{}")
@@ -540,6 +557,15 @@ def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp
     with pytest.raises(kind, match=message):
         publish(spoiled(trained, tmp_path, change))
     assert not (tmp_path / "staged").exists()
+
+
+def test_staging_writes_from_the_facts_alone(trained, tmp_path):
+    facts = gather(spoiled(trained, tmp_path, lambda folder: None))
+    for name in ("student", "results", "teacher"):
+        shutil.rmtree(tmp_path / name)
+    staged = stage(facts, tmp_path / "staged")
+    assert [repo.kind for repo in staged] == ["vision", "teacher", "clip", "dual"]
+    assert all((repo.folder / "README.md").is_file() for repo in staged)
 
 
 def test_a_publication_that_fails_half_way_leaves_no_folder(trained, tmp_path):

@@ -70,9 +70,9 @@ def test_a_recipe_publishes_its_student_its_teacher_and_what_leaked(train, hub, 
         (("--push_to_hub", "you/first"), TOKEN, "Expected a repository of me or lab"),
         (("--push_to_hub", "first"), TOKEN, "expected namespace/name"),
         (("--push_license", "mine"), TOKEN, "license: expected one of"),
-        (("--push_license", "none"), TOKEN, "push_to_hub: expected push_license too"),
+        (("--push_license", "none"), TOKEN, "push_to_hub: expected push_license beside it"),
         (("--push_arm", "best"), TOKEN, "push_arm: expected one of the arms"),
-        (("--arms", '{"a": {}, "b": {}}'), TOKEN, "push_to_hub: expected push_arm, which of"),
+        (("--arms", '{"a": {}, "b": {}}'), TOKEN, "push_to_hub: expected push_arm, one of"),
     ],
 )
 def test_what_could_not_be_published_ends_before_training(train, hub, recipe, monkeypatch, words, token, message):
