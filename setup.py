@@ -26,6 +26,7 @@ EXTRAS = {
     "dev": [
         "jinja2>=3.1",
         "matplotlib>=3.8",
+        "mypy>=2.0",
         "pytest>=8",
         "pytest-cov>=5",
         "pytest-timeout>=2.3",
@@ -33,6 +34,8 @@ EXTRAS = {
         "ruff>=0.9",
         "scikit-learn>=1.3",
         "torchmetrics>=1.4",
+        "types-PyYAML>=6",
+        "types-tqdm>=4.66",
     ],
     # What the benchmarks compare with.
     "benchmarks": ["timm>=1.0"],
