@@ -22,7 +22,7 @@ from typing import Any
 
 from accelerate import PartialState
 
-from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.failures import FAILURES, command, one_line
 from modeling_dclip.data.files import entry_names
 from modeling_dclip.distillation.recipes import (
@@ -109,14 +109,15 @@ def report_teachers(
     recipe: Recipe, teachers: Sequence[tuple[str, str]], captions: str, folder: Path, options: dict[str, Any]
 ) -> None:
     """Draw each teacher's attention and measure how much it reads from captions, if the images have boxes."""
-    dataset = load_captions(captions)
+    spec = parse_caption_spec(captions)
+    dataset = load_captions(spec)
     if "boxes" not in dataset.column_names:
         return
     for _, teacher in teachers:
         draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
     leakage_options = LeakageOptions(max_regions=recipe.regions.max_regions)
     options = {**options, "cache_dir": Places.of(recipe).cache_dir, "options": leakage_options}
-    leakage = evaluate_leakage(teachers, dataset, captions, folder / "leakage.json", **options)
+    leakage = evaluate_leakage(teachers, dataset, spec, folder / "leakage.json", **options)
     print(f"\n{render_leakage(leakage)}")
 
 

@@ -18,9 +18,9 @@ import yaml
 from PIL import Image
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DMCLIPVisionConfig, DMCLIPVisionModel
-from modeling_dclip.data.captions import SOURCES
-from modeling_dclip.data.labels import SOURCES as CLASSIFICATION_SOURCES
-from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.captions import CAPTION_SOURCES
+from modeling_dclip.data.labels import LABEL_SOURCES
+from modeling_dclip.data.questions import QUESTION_SOURCES
 from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
@@ -127,7 +127,7 @@ def test_every_training_command_is_one_the_parser_takes(words):
     given, path = recipe_words(arguments(words))
     recipe = parse_recipe(given, None if path is None else ROOT / path)
     for spec in [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets]:
-        parse_spec(spec, SOURCES, counted=True)
+        parse_spec(spec, CAPTION_SOURCES, counted=True)
 
 
 @pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "eval.py" and "--model" in w], ids=" ".join)
@@ -153,14 +153,14 @@ def test_every_flag_shown_inline_is_one_that_a_command_of_its_page_knows_or_a_fi
 
 def specs_shown():
     """Every spec on the page with the kinds it is of; one of `zero_shot=` is a classification set."""
-    every = (SOURCES, DETECTORS, CLASSIFICATION_SOURCES, QUESTION_SOURCES)
+    every = (CAPTION_SOURCES, DETECTORS, LABEL_SOURCES, QUESTION_SOURCES)
     forms = {source.form for kinds in every for source in kinds.values()}
     for word in [word for command in COMMANDS for word in command] + spans(FOR_USERS):
         benchmark, _, spec = (
             word.partition("=") if re.match(r"(retrieval|zero_shot|fine_grained)=", word) else ("", "", word)
         )
-        kinds = {"zero_shot": CLASSIFICATION_SOURCES, "fine_grained": QUESTION_SOURCES}.get(
-            benchmark, DETECTORS | SOURCES
+        kinds = {"zero_shot": LABEL_SOURCES, "fine_grained": QUESTION_SOURCES}.get(
+            benchmark, DETECTORS | CAPTION_SOURCES
         )
         if spec not in forms and re.match(rf"({'|'.join(kinds)}):", spec):
             yield spec, kinds
@@ -176,9 +176,9 @@ def test_every_spec_shown_is_one_the_parser_takes():
 @pytest.mark.parametrize(
     "page, heading, kinds",
     [
-        ("docs/data.md", "## Caption datasets", SOURCES),
+        ("docs/data.md", "## Caption datasets", CAPTION_SOURCES),
         ("docs/data.md", "## Regions", DETECTORS),
-        ("docs/evaluating.md", "## Zero-shot classification", CLASSIFICATION_SOURCES),
+        ("docs/evaluating.md", "## Zero-shot classification", LABEL_SOURCES),
         ("docs/evaluating.md", "## Fine-grained retrieval", QUESTION_SOURCES),
     ],
 )

@@ -15,10 +15,9 @@ import pytest
 import modeling_dclip
 from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS
-from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
-from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.labels import SOURCES as LABELLED_SOURCES
-from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
+from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions
+from modeling_dclip.data.labels import LABEL_SOURCES
+from modeling_dclip.data.questions import QUESTION_SOURCES
 from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.specs import Source, parse_spec
 from modeling_dclip.distillation.arguments import SECTIONS, STAGES, TRAINING_SECTIONS, RunArguments
@@ -435,7 +434,7 @@ def test_defaults_of_an_evaluation():
             id="questions",
         ),
         pytest.param(
-            LABELLED_SOURCES,
+            LABEL_SOURCES,
             {
                 "scenes[:SPLIT]": "n, seed, image_size",
                 "parquet:GLOB": "image, label, names, templates",
@@ -594,7 +593,8 @@ def read_rows(
 )
 def test_grammar_of_specs(spec, parts):
     sources = {"rows": Source("rows:FOLDER[:SPLIT]", read_rows), "none": Source("none", dict)}
-    assert parse_spec(spec, sources, counted=True)[1:] == parts
+    parsed = parse_spec(spec, sources, counted=True)
+    assert (parsed.fields, parsed.options, parsed.count) == parts
 
 
 @pytest.mark.parametrize(
@@ -617,7 +617,8 @@ def test_wrong_specs_are_refused(spec):
 
 
 def test_a_count_is_part_of_a_field_where_none_is_allowed():
-    assert parse_spec("rows:a@3", {"rows": Source("rows:FOLDER", read_rows)})[1:] == (["a@3"], {}, None)
+    parsed = parse_spec("rows:a@3", {"rows": Source("rows:FOLDER", read_rows)})
+    assert (parsed.fields, parsed.options, parsed.count) == (["a@3"], {}, None)
 
 
 def own_fields(kind):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from modeling_dclip import PRESETS
-from modeling_dclip.data.captions import SOURCES
+from modeling_dclip.data.captions import CAPTION_SOURCES
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation import recipes
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file, shared_anchor
@@ -22,7 +22,7 @@ def test_every_recipe_parses_and_its_specs_are_known(path):
     specs = [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets, *recipe.anchor.train_datasets]
     assert specs or recipe.dmclip.train_shards
     for spec in specs:
-        parse_spec(spec, SOURCES, counted=True)
+        parse_spec(spec, CAPTION_SOURCES, counted=True)
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
@@ -40,7 +40,7 @@ def test_every_path_among_the_recipes_that_a_recipe_names_exists(path):
 @pytest.mark.parametrize("name", ["dclip_vitb16", "dclip_vitb32", "dclip_vitl14"])
 def test_the_papers_recipes_have_the_papers_values(name):
     recipe = parse_recipe([], FOLDER / f"{name}.yaml")
-    counts = [parse_spec(spec, SOURCES, counted=True)[3] for spec in recipe.run.train_datasets]
+    counts = [parse_spec(spec, CAPTION_SOURCES, counted=True).count for spec in recipe.run.train_datasets]
     assert counts == [50_000, 15_000, 10_000] and recipe.run.train_fraction == 0.9
     assert len(recipe.run.exclude_karpathy) == 2
     assert recipe.run.clip_model in PRESETS and recipe.run.clip_model == name.replace("_", "-")

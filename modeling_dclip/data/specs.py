@@ -1,12 +1,15 @@
 """Spec strings: one line names a source and its options, in a recipe and on the command line alike.
 
-The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds; a kind's fields
+The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds. A kind's fields
 are the positional parameters of its function, and its options are the keyword-only ones.
+
+A spec is parsed once, into a [`Spec`]. What takes a spec takes the text or the parsed value.
 """
 
 import inspect
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 _COUNT = re.compile(r"@(\d+)$")
@@ -19,6 +22,46 @@ class Source(NamedTuple):
 
     form: str
     build: Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A spec that is taken apart. As text (`str(spec)`) it is what the user wrote.
+
+    Attributes:
+        text (`str`): As the user wrote it.
+        source ([`Source`]): Its kind.
+        fields (`list[str]`): What the source takes as positional arguments.
+        options (`dict[str, Any]`): What the source takes as keyword arguments, as [`bind_options`] gives them.
+        count (`int`, *optional*): The number after `@`.
+    """
+
+    text: str
+    source: Source
+    fields: list[str]
+    options: dict[str, Any]
+    count: int | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def split(self) -> str | None:
+        """The split it names, or its source's default; `None` where the source has no splits."""
+        bound = inspect.signature(self.source.build).bind(*self.fields)
+        bound.apply_defaults()
+        return bound.arguments.get("split")
+
+    def build(self, **options: Any) -> Any:
+        """Call its source with its fields and options.
+
+        Args:
+            **options: More options, over those of the spec.
+
+        Raises:
+            FileNotFoundError, ImportError, ValueError: As the source says.
+        """
+        return self.source.build(*self.fields, **{**self.options, **options})
 
 
 def _value(text: str) -> bool | int | float | str:
@@ -73,27 +116,27 @@ def _is_of_another_type(value: bool | int | float | str, annotation: Any) -> boo
     return isinstance(value, bool) or not isinstance(value, allowed)
 
 
-def parse_spec(
-    spec: str, sources: Mapping[str, Source], *, counted: bool = False
-) -> tuple[Source, list[str], dict[str, Any], int | None]:
-    """Take a spec string apart.
+def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool = False) -> Spec:
+    """Take a spec apart.
 
     Args:
-        spec (`str`): `KIND[:FIELD...][,key=value...][@COUNT]`.
+        spec (`str` or [`Spec`]): `KIND[:FIELD...][,key=value...][@COUNT]`. A parsed one comes back as it is.
         sources (`Mapping[str, Source]`): The kinds by name.
         counted (`bool`, *optional*, defaults to `False`): Whether `@COUNT` is allowed.
 
     Returns:
-        `tuple`: The source, its fields, its options as [`bind_options`] gives them, and the count or `None`.
+        [`Spec`]: The parsed value.
 
     Raises:
         ValueError: If the kind, the number of fields, an option or the count is wrong; the message lists the known
             forms.
 
     Example:
-        >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)})[1]
+        >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)}).fields
         ['2x3']
     """
+    if isinstance(spec, Spec):
+        return spec
     body, count = spec, None
     if counted and (match := _COUNT.search(spec)):
         body, count = spec[: match.start()], int(match[1])
@@ -114,4 +157,4 @@ def parse_spec(
         )
     if count == 0:
         raise ValueError(f"Expected a count of at least 1 in {spec!r}, got @0.")
-    return source, fields, bind_options(source.build, options, spec), count
+    return Spec(spec, source, fields, bind_options(source.build, options, spec), count)

@@ -43,14 +43,14 @@ import torch
 from datasets import Dataset
 from transformers import HfArgumentParser
 
-from modeling_dclip.data.captions import SOURCES, load_captions
+from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import temporary_folder
+from modeling_dclip.data.specs import Spec
 from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked
-from modeling_dclip.evaluation.benchmarks.kinds import split_of
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
 from modeling_dclip.evaluation.records import Metrics, Record, environment, make_record, write_results
@@ -251,7 +251,7 @@ def measure_leakage(
 def evaluate_leakage(
     teachers: Sequence[tuple[str, str | Path]],
     dataset: Dataset,
-    spec: str,
+    spec: str | Spec,
     output: str | Path,
     *,
     cache_dir: str | Path,
@@ -266,7 +266,7 @@ def evaluate_leakage(
             one label.
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and optionally `boxes` and `box_scores`.
             Without boxes the whole image is the one region.
-        spec (`str`): What the dataset was loaded from, for the records.
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): What the dataset was loaded from, for the records.
         output (`str` or `Path`): A `.json` file.
         cache_dir (`str` or `Path`): Where the frozen CLIP's features are kept. Teachers around one CLIP share them.
         device (`torch.device` or `str`, *optional*, defaults to `"cpu"`): Where to compute.
@@ -280,10 +280,11 @@ def evaluate_leakage(
         ValueError: As in [`measure_leakage`]; also if an image, a caption or a box is bad.
     """
     options, measured_in = options or LeakageOptions(), environment()
+    spec = parse_caption_spec(spec)
     keys = row_keys(dataset)
     shared = {
         "benchmark": f"leakage={spec}",
-        "split": split_of(spec, SOURCES),
+        "split": spec.split,
         "dataset_fingerprint": f"sha256:{combine_keys(keys)}",  # boxes decide too
         "n": len(dataset),
         "n_captions": sum(map(len, dataset["captions"][:])),
@@ -340,12 +341,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     arguments, options = HfArgumentParser((LeakageArguments, LeakageOptions)).parse_args_into_dataclasses(words)
     teachers = [_labelled(name) for name in arguments.teacher]
-    dataset = load_captions(arguments.dataset, seed=options.seed)
+    spec = parse_caption_spec(arguments.dataset)
+    dataset = load_captions(spec, seed=options.seed)
     with temporary_folder() as temporary:
         records = evaluate_leakage(
             teachers,
             dataset,
-            arguments.dataset,
+            spec,
             arguments.output,
             cache_dir=arguments.cache_dir or temporary,
             device=arguments.device,

@@ -352,9 +352,7 @@ def test_trackers_are_tensorboard_where_it_is_there_and_else_by_name(monkeypatch
     monkeypatch.setattr(stage_arguments, "get_available_reporting_integrations", lambda: ["wandb", "trackio"])
     recipe = parse_recipe(["--train_datasets", "scenes:train", "--student.report_to", "wandb", "trackio"])
     assert recipe.student.report_to == ["wandb", "trackio"]
-    with pytest.raises(
-        ImportError, match=r"expected an installed tracker \(wandb, trackio\), got 'tensorbored'"
-    ):
+    with pytest.raises(ImportError, match=r"expected an installed tracker \(wandb, trackio\), got 'tensorbored'"):
         TeacherArguments(output_dir="x", report_to=["tensorbored"])
 
 

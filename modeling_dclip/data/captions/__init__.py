@@ -1,4 +1,4 @@
-"""Caption datasets from a spec string, in one schema, alone or mixed.
+"""Caption datasets from a spec, in one schema, alone or mixed.
 
 | spec | what |
 |---|---|
@@ -37,7 +37,7 @@ from modeling_dclip.data.captions.files import (
 from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
 from modeling_dclip.data.columns import concatenate_shared
 from modeling_dclip.data.rows import require_rows, require_unique
-from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_bytes
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ __all__ = [
     "load_captions",
     "load_mix",
     "load_uncaptioned",
+    "parse_caption_spec",
     "split_train_validation",
     "standardise_columns",
 ]
@@ -58,7 +59,7 @@ def _read_scenes(split: str, **options: str) -> Dataset:
     return load_scenes(split, **bind_options(load_scenes, options, f"scenes:{split}"))
 
 
-SOURCES = {
+CAPTION_SOURCES = {
     "scenes": Source("scenes:SPLIT", _read_scenes),
     "coco": Source("coco:ANNOTATIONS.json:IMAGE_FOLDER", read_coco),
     "karpathy": Source("karpathy:DATASET.json:IMAGE_FOLDER:SPLIT", read_karpathy),
@@ -78,12 +79,21 @@ def _rows_by_lot(image_ids: Sequence[str], seed: int, purpose: str) -> list[int]
     return sorted(range(len(lots)), key=lots.__getitem__)
 
 
-def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()) -> Dataset:
+def parse_caption_spec(spec: str | Spec) -> Spec:
+    """Take a spec of captioned or uncaptioned images apart.
+
+    Raises:
+        ValueError: If it is wrong; the message lists the known forms.
+    """
+    return parse_spec(spec, CAPTION_SOURCES, counted=True)
+
+
+def load_captions(spec: str | Spec, *, seed: int = 0, exclude_ids: Collection[str] = ()) -> Dataset:
     """Load one source.
 
     Args:
-        spec (`str`): See the table above. `@COUNT` at the end draws that many images; a smaller count draws a subset
-            of them.
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): See the table above. `@COUNT` at the end draws that many
+            images; a smaller count draws a subset of them.
         seed (`int`, *optional*, defaults to 0): Seed of the draw.
         exclude_ids (`Collection[str]`, *optional*): Image ids to leave out, before the draw (see
             [`karpathy_test_ids`]).
@@ -96,40 +106,40 @@ def load_captions(spec: str, *, seed: int = 0, exclude_ids: Collection[str] = ()
         ValueError: If the spec is wrong (the message lists the known forms) or of a source without captions, a file is
             malformed, no row is left, or the count is larger than what is there.
     """
-    if parse_spec(spec, SOURCES, counted=True)[0] is SOURCES["images"]:
+    spec = parse_caption_spec(spec)
+    if spec.source is CAPTION_SOURCES["images"]:
         raise ValueError(
-            f"{spec!r} has images and no captions. Expected a source of captioned images here; this one may be named "
-            "in uncaptioned_datasets."
+            f"{spec.text!r} has images and no captions. Expected a source of captioned images here; this one may be "
+            "named in uncaptioned_datasets."
         )
     return _draw(spec, seed, exclude_ids, "an image and a caption")
 
 
-def _draw(spec: str, seed: int, exclude_ids: Collection[str], what: str) -> Dataset:
+def _draw(spec: Spec, seed: int, exclude_ids: Collection[str], what: str) -> Dataset:
     if isinstance(exclude_ids, str):
         raise ValueError(f"Expected exclude_ids to be a collection of image ids, got the one string {exclude_ids!r}.")
-    source, fields, options, count = parse_spec(spec, SOURCES, counted=True)
-    dataset = source.build(*fields, **options)
+    dataset = spec.build()
     image_ids = dataset["image_id"][:]
     excluded = set(exclude_ids)
     rows = [row for row, image_id in enumerate(image_ids) if image_id not in excluded]
     if len(rows) < len(image_ids):
         logger.info("%s: left out %d images by id", spec, len(image_ids) - len(rows))
-        require_rows(len(rows), f"{spec!r} after leaving out {len(image_ids)} images by id", what)
-    if count is not None:
-        if count > len(rows):
+        require_rows(len(rows), f"{spec.text!r} after leaving out {len(image_ids)} images by id", what)
+    if spec.count is not None:
+        if spec.count > len(rows):
             raise ValueError(
-                f"Expected at least {count} images in {spec!r}, got {len(rows)} "
+                f"Expected at least {spec.count} images in {spec.text!r}, got {len(rows)} "
                 f"({len(image_ids) - len(rows)} left out by id). Lower the count or give more data."
             )
-        rows = sorted(rows[i] for i in _rows_by_lot([image_ids[row] for row in rows], seed, "draw")[:count])
+        rows = sorted(rows[i] for i in _rows_by_lot([image_ids[row] for row in rows], seed, "draw")[: spec.count])
     return dataset if len(rows) == len(image_ids) else dataset.select(rows)
 
 
-def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
+def load_mix(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
     """Load several sources one after the other, e.g. 50,000 + 15,000 + 10,000 images by `@COUNT`.
 
     Args:
-        specs (`Sequence[str]`): As in [`load_captions`].
+        specs (`Sequence[str or Spec]`): As in [`load_captions`].
         seed (`int`): Seed of the draws.
         exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source.
 
@@ -145,12 +155,12 @@ def load_mix(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = 
     return _join([load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs], specs)
 
 
-def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
+def load_uncaptioned(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
     """Load images to be looked at without their captions: those of any source, and of folders that hold nothing but
     images.
 
     Args:
-        specs (`Sequence[str]`): As in [`load_captions`], and `images:FOLDER`.
+        specs (`Sequence[str or Spec]`): As in [`load_captions`], and `images:FOLDER`.
         seed (`int`): Seed of the draws.
         exclude_ids (`Collection[str]`, *optional*): Image ids to leave out of every source, counted and logged.
 
@@ -163,13 +173,15 @@ def load_uncaptioned(specs: Sequence[str], *, seed: int, exclude_ids: Collection
     """
     if isinstance(specs, str) or not specs:
         raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
-    dataset = _join([_draw(spec, seed, exclude_ids, "an image") for spec in specs], specs)
+    dataset = _join([_draw(parse_caption_spec(spec), seed, exclude_ids, "an image") for spec in specs], specs)
     kept = [name for name in ("image_id", "image", *REGION_COLUMNS) if name in dataset.column_names]
     return drop_captions(dataset.select_columns(kept))
 
 
-def _join(parts: Sequence[Dataset], specs: Sequence[str]) -> Dataset:
-    require_unique([image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(specs)}")
+def _join(parts: Sequence[Dataset], specs: Sequence[str | Spec]) -> Dataset:
+    require_unique(
+        [image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(map(str, specs))}"
+    )
     return concatenate_shared(parts)
 
 

@@ -5,10 +5,10 @@ Each source knows its classes' names and, where the data brings them, its prompt
 take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
-import inspect
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
@@ -24,7 +24,7 @@ from modeling_dclip.data.labels.prompts import (
     read_templates,
 )
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
-from modeling_dclip.data.specs import Source, parse_spec
+from modeling_dclip.data.specs import Source, Spec, parse_spec
 
 _ORIGIN = re.compile(r"^(\w+):(https?://[^/,@]+)")
 # Where several columns hold class numbers: CIFAR-100's finer ones.
@@ -167,7 +167,7 @@ def _read_webdataset(
     )
 
 
-SOURCES = {
+LABEL_SOURCES = {
     "scenes": Source("scenes[:SPLIT]", _read_scenes),
     "parquet": Source("parquet:GLOB", _read_parquet),
     "imagefolder": Source("imagefolder:DIR[:SPLIT]", _read_image_folder),
@@ -176,42 +176,39 @@ SOURCES = {
 }
 
 
-def _parse(spec: str) -> tuple[Source, list[str], dict[str, Any], int | None]:
-    # The colons of an address are no separators: host and port are put aside while the rest is taken apart.
-    origin = _ORIGIN.match(spec)
-    source, fields, options, count = parse_spec(
-        f"{origin[1]}:{spec[origin.end() :]}" if origin else spec, SOURCES, counted=True
-    )
-    return source, [origin[2] + fields[0], *fields[1:]] if origin else fields, options, count
-
-
-def classification_split(spec: str) -> str | None:
-    """The split a spec names, or its source's default; `None` where the source has none.
+def parse_label_spec(spec: str | Spec) -> Spec:
+    """Take a spec of labelled images apart.
 
     Raises:
-        ValueError: If the spec is wrong.
+        ValueError: If it is wrong; the message lists the known forms.
 
     Example:
-        >>> classification_split("wds:https://example.org:8000/wds_mnist:train")
+        >>> parse_label_spec("wds:https://example.org:8000/wds_mnist:train").split
         'train'
     """
-    source, fields, *_ = _parse(spec)
-    bound = inspect.signature(source.build).bind(*fields)
-    bound.apply_defaults()
-    return bound.arguments.get("split")
+    # The colons of an address do not separate fields: host and port are put aside while the rest is taken apart.
+    origin = _ORIGIN.match(spec) if isinstance(spec, str) else None
+    if origin is None:
+        return parse_spec(spec, LABEL_SOURCES, counted=True)
+    parsed = parse_spec(f"{origin[1]}:{origin.string[origin.end() :]}", LABEL_SOURCES, counted=True)
+    return replace(parsed, text=origin.string, fields=[origin[2] + parsed.fields[0], *parsed.fields[1:]])
 
 
-def spec_root(spec: str) -> str | None:
-    """Folder or address of a `wds:` spec; `None` of another."""
-    return _parse(spec)[1][0] if spec.startswith("wds:") else None
+def spec_root(spec: str | Spec) -> str | None:
+    """Folder or address of a `wds:` spec; `None` of another.
+
+    Raises:
+        ValueError: If a `wds:` spec is wrong.
+    """
+    return parse_label_spec(spec).fields[0] if str(spec).startswith("wds:") else None
 
 
-def load_classification(spec: str) -> LabelledImages:
+def load_classification(spec: str | Spec) -> LabelledImages:
     """Load a classification set with its class names and templates.
 
     Args:
-        spec (`str`): One of these; `@COUNT` at the end takes the first so many rows. All but the scenes take `names=`
-            and `templates=`.
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): One of these. `@COUNT` at the end takes the first so many
+            rows. All but the scenes take `names=` and `templates=`.
 
             - `scenes[:SPLIT][,n=...,seed=...]`: drawn single objects; `test` by default.
             - `parquet:GLOB[,image=COLUMN,label=COLUMN]`: the columns are found by their types; class names become
@@ -235,10 +232,12 @@ def load_classification(spec: str) -> LabelledImages:
         ValueError: If the spec is wrong, data are damaged or not of their form, or there are fewer rows than the
             count.
     """
-    source, fields, options, count = _parse(spec)
-    loaded = source.build(*fields, **options)
-    if count is None:
+    spec = parse_label_spec(spec)
+    loaded = spec.build()
+    if spec.count is None:
         return loaded
-    if count > len(loaded.dataset):
-        raise ValueError(f"Expected at least {count} rows in {spec!r}, got {len(loaded.dataset)}. Lower the count.")
-    return loaded._replace(dataset=loaded.dataset.select(range(count)))
+    if spec.count > len(loaded.dataset):
+        raise ValueError(
+            f"Expected at least {spec.count} rows in {spec.text!r}, got {len(loaded.dataset)}. Lower the count."
+        )
+    return loaded._replace(dataset=loaded.dataset.select(range(spec.count)))

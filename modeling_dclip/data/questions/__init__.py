@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.questions.files import read_aro, read_questions, read_sugarcrepe, read_winoground
 from modeling_dclip.data.questions.tables import read_item_hub, read_item_tables
-from modeling_dclip.data.specs import Source, parse_spec
+from modeling_dclip.data.specs import Source, Spec, parse_spec
 
 
 def _read_scenes(split: str = "test", *, n: int = 1000, seed: int = 0, image_size: int = 128) -> Dataset:
@@ -28,7 +28,7 @@ def _read_scenes(split: str = "test", *, n: int = 1000, seed: int = 0, image_siz
     return load_hard_negatives(split, n=n, seed=seed, image_size=image_size)
 
 
-SOURCES = {
+QUESTION_SOURCES = {
     "scenes": Source("scenes[:SPLIT]", _read_scenes),
     "sugarcrepe": Source("sugarcrepe:JSON_OR_FOLDER:IMAGE_FOLDER", read_sugarcrepe),
     "winoground": Source("winoground:EXAMPLES.jsonl:IMAGE_FOLDER", read_winoground),
@@ -39,11 +39,20 @@ SOURCES = {
 }
 
 
-def load_fine_grained(spec: str) -> Dataset:
+def parse_question_spec(spec: str | Spec) -> Spec:
+    """Take a spec of fine-grained questions apart.
+
+    Raises:
+        ValueError: If it is wrong; the message lists the known forms.
+    """
+    return parse_spec(spec, QUESTION_SOURCES)
+
+
+def load_fine_grained(spec: str | Spec) -> Dataset:
     """Load fine-grained questions.
 
     Args:
-        spec (`str`): See the table above.
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): See the table above.
 
     Returns:
         `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], one row a picture.
@@ -57,5 +66,4 @@ def load_fine_grained(spec: str) -> Dataset:
         >>> load_fine_grained("scenes:test,n=2")["categories"][0][:1]
         ['swapped_colour']
     """
-    source, fields, options, _ = parse_spec(spec, SOURCES)
-    return source.build(*fields, **options)
+    return parse_question_spec(spec).build()

@@ -33,7 +33,7 @@ from transformers import (
 
 from modeling_dclip.data.captions.files import name_annotation
 from modeling_dclip.data.files import read_json, require_field
-from modeling_dclip.data.specs import Source, parse_spec
+from modeling_dclip.data.specs import Source, Spec, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
 Regions = tuple[np.ndarray, np.ndarray]
@@ -403,11 +403,11 @@ DETECTORS = {
 }
 
 
-def build_detector(spec: str, **options: Any) -> RegionDetector:
-    """Build a detector from a spec string.
+def build_detector(spec: str | Spec, **options: Any) -> RegionDetector:
+    """Build a detector from a spec.
 
     Args:
-        spec (`str`): See the table above.
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): See the table above.
         **options: More options, over those in the spec.
 
     Returns:
@@ -418,5 +418,4 @@ def build_detector(spec: str, **options: Any) -> RegionDetector:
         ImportError: If ultralytics is asked for and not installed.
         FileNotFoundError: If a file is missing.
     """
-    source, fields, spec_options, _ = parse_spec(spec, DETECTORS)
-    return source.build(*fields, **{**spec_options, **options})
+    return parse_spec(spec, DETECTORS).build(**options)

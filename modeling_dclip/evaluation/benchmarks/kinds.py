@@ -1,6 +1,5 @@
 """Benchmarks by name: load the data once, evaluate any number of models on it, and make the records."""
 
-import inspect
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,14 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from transformers.utils import logging
 
-from modeling_dclip.data.captions import SOURCES as CAPTION_SOURCES
-from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, parse_caption_spec
 from modeling_dclip.data.columns import dataset_fingerprint
-from modeling_dclip.data.labels import SOURCES as LABELLED_SOURCES
-from modeling_dclip.data.labels import classification_split, load_classification
-from modeling_dclip.data.questions import SOURCES as QUESTION_SOURCES
-from modeling_dclip.data.questions import load_fine_grained
-from modeling_dclip.data.specs import Source, bind_options, parse_spec
+from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
+from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
+from modeling_dclip.data.specs import Source, Spec, bind_options
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation.benchmarks.diagnostics import evaluate_diagnostics
@@ -86,60 +82,41 @@ class Benchmark(NamedTuple):
     settings: dict[str, Any]
 
 
-def split_of(spec: str, sources: Mapping[str, Source]) -> str | None:
-    """Find the split of a spec.
-
-    Args:
-        spec (`str`): Of one of the sources.
-        sources (`Mapping[str, Source]`): The known sources by name.
-
-    Returns:
-        `str` or `None`: The split that the spec names, or the source's default; `None` if the source has no splits.
-
-    Raises:
-        ValueError: If the spec is wrong.
-    """
-    source, fields, *_ = parse_spec(spec, sources, counted=True)
-    bound = inspect.signature(source.build).bind(*fields)
-    bound.apply_defaults()
-    return bound.arguments.get("split")
-
-
 def _short_hash(content: object) -> str:
     return hash_bytes(repr(content))[:16]
 
 
-def _load_retrieval(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_retrieval(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
     evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index)
     settings = {"index": options.index} if options.index else {}
-    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, settings)
+    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, settings)
 
 
-def _load_zero_shot(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     loaded = load_classification(spec)
     names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
     prompts = {"class_names": list(names), "templates": list(templates), "classifiers": options.classifiers}
     evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts)
     settings = {"prompts": _short_hash([list(names), list(templates)])}
-    return Benchmark(name, classification_split(spec), dataset_fingerprint(loaded.dataset), evaluate, settings)
+    return Benchmark(name, spec.split, dataset_fingerprint(loaded.dataset), evaluate, settings)
 
 
-def _load_fine_grained(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_fine_grained(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_fine_grained(spec)
     fingerprint = dataset_fingerprint(dataset)
     settings = {"questions": questions_fingerprint(dataset)}
     evaluate = partial(evaluate_fine_grained, dataset=dataset)
-    return Benchmark(name, split_of(spec, QUESTION_SOURCES), fingerprint, evaluate, settings)
+    return Benchmark(name, spec.split, fingerprint, evaluate, settings)
 
 
-def _load_diagnostics(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_diagnostics(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
     evaluate = partial(evaluate_diagnostics, dataset=dataset)
-    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, {})
+    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, {})
 
 
-def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_hessian(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     if given := sorted({"seed", "batch_size", "device", "num_workers"} & set(options.hessian)):
         raise ValueError(
             f"Expected options of the Hessian alone, got {given[0]!r}. Every benchmark has it: use --{given[0]}."
@@ -147,28 +124,33 @@ def _load_hessian(name: str, spec: str, options: EvaluationOptions) -> Benchmark
     chosen = bind_options(HessianOptions, options.hessian, "the Hessian's options")
     dataset = load_captions(spec, seed=options.seed)
     evaluate = partial(evaluate_hessian, dataset=dataset, options=HessianOptions(**chosen), seed=options.seed)
-    return Benchmark(name, split_of(spec, CAPTION_SOURCES), dataset_fingerprint(dataset), evaluate, chosen)
+    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, chosen)
 
 
-def _load_efficiency(name: str, spec: str, options: EvaluationOptions) -> Benchmark:
+def _load_efficiency(name: str, spec: None, options: EvaluationOptions) -> Benchmark:
+    machine = {"machine": _short_hash(options.measured_in.hardware)}  # times of another machine are not kept
+    return Benchmark(name, None, NO_DATA, evaluate_efficiency, machine)
+
+
+def _parse_no_spec(spec: str) -> None:
     if spec:
         raise ValueError(f"Expected 'efficiency' without a spec, as it reads no data, got {spec!r}.")
-    machine = {"machine": _short_hash(options.measured_in.hardware)}  # times of another machine are not kept
-    return Benchmark(kind_of(name), None, NO_DATA, evaluate_efficiency, machine)
 
 
 class Kind(NamedTuple):
     """A kind of benchmark.
 
     Attributes:
-        default_spec (`str`): Its data by default.
+        default_spec (`str`): Its data by default; empty if it reads no data.
+        parse (`Callable`): Takes a spec apart; `None` if it reads no data.
         load (`Callable`): Loads a benchmark from its name, its spec and the options.
         forms (`str`): The forms of its specs; empty if it reads no data.
         help (`str`): What it measures.
     """
 
     default_spec: str
-    load: Callable[[str, str, EvaluationOptions], Benchmark]
+    parse: Callable[[str], Spec | None]
+    load: Callable[[str, Any, EvaluationOptions], Benchmark]
     forms: str
     help: str
 
@@ -180,19 +162,36 @@ def _forms(sources: Mapping[str, Source]) -> str:
 # The source `images` has no captions.
 _CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})
 KINDS = {
-    "retrieval": Kind("scenes:test", _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"),
-    "diagnostics": Kind("scenes:test", _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"),
-    "hessian": Kind("scenes:test", _load_hessian, _CAPTIONED, "largest Hessian eigenvalues of the contrastive loss"),
+    "retrieval": Kind(
+        "scenes:test", parse_caption_spec, _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"
+    ),
+    "diagnostics": Kind(
+        "scenes:test", parse_caption_spec, _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"
+    ),
+    "hessian": Kind(
+        "scenes:test",
+        parse_caption_spec,
+        _load_hessian,
+        _CAPTIONED,
+        "largest Hessian eigenvalues of the contrastive loss",
+    ),
     "zero_shot": Kind(
         "scenes:test",
+        parse_label_spec,
         _load_zero_shot,
-        f"{_forms(LABELLED_SOURCES)}, suite:ROOT[:SPLIT]",
+        f"{_forms(LABEL_SOURCES)}, suite:ROOT[:SPLIT]",
         "top-1, top-5, mean per class; mean average precision where images have several labels",
     ),
     "fine_grained": Kind(
-        "scenes:test", _load_fine_grained, _forms(QUESTION_SOURCES), "the true caption before false ones, by category"
+        "scenes:test",
+        parse_question_spec,
+        _load_fine_grained,
+        _forms(QUESTION_SOURCES),
+        "the true caption before false ones, by category",
     ),
-    "efficiency": Kind("", _load_efficiency, "", "latency, throughput, parameters, operations, memory"),
+    "efficiency": Kind(
+        "", _parse_no_spec, _load_efficiency, "", "latency, throughput, parameters, operations, memory"
+    ),
 }
 
 
@@ -266,8 +265,9 @@ def load_benchmark(benchmark: str, options: EvaluationOptions | None = None) -> 
         ValueError: If the kind, the spec or an option is unknown.
     """
     kind = kind_of(benchmark)
-    spec = benchmark.partition("=")[2] or KINDS[kind].default_spec
-    return KINDS[kind].load(f"{kind}={spec}", spec, options or EvaluationOptions())
+    text = benchmark.partition("=")[2] or KINDS[kind].default_spec
+    spec = KINDS[kind].parse(text)
+    return KINDS[kind].load(f"{kind}={spec}" if spec else kind, spec, options or EvaluationOptions())
 
 
 def benchmark_record(

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from datasets import Dataset
 
-from modeling_dclip.data.captions import SOURCES, load_uncaptioned
+from modeling_dclip.data.captions import CAPTION_SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
 from modeling_dclip.data.rows import first
@@ -167,8 +167,8 @@ def load_images(images: str) -> Dataset:
     """
     if os.path.isdir(images):
         return read_images(images)
-    if images.partition(":")[0] not in SOURCES or ":" not in images:
-        forms = ", ".join(source.form for source in SOURCES.values())
+    if images.partition(":")[0] not in CAPTION_SOURCES or ":" not in images:
+        forms = ", ".join(source.form for source in CAPTION_SOURCES.values())
         raise FileNotFoundError(
             f"Expected a folder of pictures, or a dataset ({forms}), got {images!r}. Check the path."
         )

@@ -13,7 +13,6 @@ from modeling_dclip.data.captions import load_captions, load_mix, split_train_va
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.captions.tables import standardise_columns
 from modeling_dclip.data.rows import coco_id, flickr_id
-from modeling_dclip.data.specs import Source, parse_spec
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
 
@@ -53,16 +52,6 @@ def write_parquet(path, columns, features=None):
 
 
 # --- spec strings ----------------------------------------------------------------------------------------------------
-
-
-def test_a_spec_falls_apart_into_fields_options_and_count():
-    def build(first, second=None, *, name: str = "", size: float = 1.0):
-        raise AssertionError("parsing builds nothing")
-
-    sources = {"one": Source("one:FIRST[:SECOND]", build)}
-    source, fields, options, count = parse_spec("one:/a/b.json:c,name=7,size=0.5@12", sources, counted=True)
-    assert (source.build, fields, options, count) == (build, ["/a/b.json", "c"], {"name": "7", "size": 0.5}, 12)
-    assert parse_spec("one:a", sources)[1:] == (["a"], {}, None)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from fixtures.webdatasets import picture, sample, write_set
 
-from modeling_dclip.data.labels import classification_split, load_classification
+from modeling_dclip.data.labels import load_classification, parse_label_spec
 from modeling_dclip.data.labels.prompts import PHOTO_TEMPLATES
 from modeling_dclip.data.scenes import CLASS_NAMES, load_single_objects
 from modeling_dclip.encoders import Encoder
@@ -86,7 +86,7 @@ def test_a_split_is_a_folder_and_files_beside_it_name_classes_and_prompts(tmp_pa
     dataset, names, templates = load_classification(f"imagefolder:{tmp_path}/set:val")
     assert (names, templates) == (["tabby_cat", "red fox"], ["a drawing of a {c}."])
     assert dataset["image_id"][0] == "set/val/a/0.JPEG"
-    assert classification_split("imagefolder:x:val") == "val" and classification_split("imagefolder:x") is None
+    assert parse_label_spec("imagefolder:x:val").split == "val" and parse_label_spec("imagefolder:x").split is None
 
 
 @pytest.mark.parametrize("source", ["list", "mapping", "given"])
@@ -202,8 +202,8 @@ def test_prompts_of_a_webdataset_can_be_replaced_and_must_be_somewhere(tmp_path)
 
 
 def test_an_address_is_one_field():
-    assert classification_split("wds:http://127.0.0.1:8000/a/wds_x") == "test"
-    assert classification_split("wds:https://hub.example/wds_x:train@5") == "train"
+    assert parse_label_spec("wds:http://127.0.0.1:8000/a/wds_x").split == "test"
+    assert parse_label_spec("wds:https://hub.example/wds_x:train@5").split == "train"
     with pytest.raises(ConnectionError, match="Cannot reach 'http://127.0.0.1:9/wds_x/val/nshards.txt'"):
         load_classification("wds:http://127.0.0.1:9/wds_x:val")
 

@@ -9,7 +9,7 @@ import pytest
 from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
-from modeling_dclip.data.questions import SOURCES, load_fine_grained
+from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained
 from modeling_dclip.data.questions.rows import FEATURES
 from modeling_dclip.data.questions.tables import standardise_items
 
@@ -342,7 +342,7 @@ def test_damaged_parquet_is_named(tmp_path):
 def test_every_source_is_in_the_table_of_the_module():
     from modeling_dclip.data import questions as fine_grained_sources
 
-    assert all(f"`{source.form}`" in fine_grained_sources.__doc__ for source in SOURCES.values())
+    assert all(f"`{source.form}`" in fine_grained_sources.__doc__ for source in QUESTION_SOURCES.values())
     assert load_fine_grained("scenes,n=2,image_size=48")["image_id"][:] == ["scenes-test-0-0", "scenes-test-0-1"]
 
 

@@ -1,25 +1,10 @@
-"""Benchmarks by name: known ones load, their split is read off the spec, unknown ones are named."""
+"""Benchmarks by name: known ones load, unknown ones are named."""
 
 import pytest
 import torch
 
 from modeling_dclip.evaluation.benchmarks import kinds as benchmarks
 from modeling_dclip.evaluation.records import Environment
-
-
-@pytest.mark.parametrize(
-    ("spec", "kind", "split"),
-    [
-        ("scenes:validation,n=3@2", "CAPTION_SOURCES", "validation"),
-        ("karpathy:a.json:images:test", "CAPTION_SOURCES", "test"),
-        ("coco:a.json:images", "CAPTION_SOURCES", None),
-        ("scenes", "QUESTION_SOURCES", "test"),
-        ("hub:x:train", "QUESTION_SOURCES", "train"),
-        ("parquet:x.parquet", "QUESTION_SOURCES", None),
-    ],
-)
-def test_the_split_is_read_off_the_source(spec, kind, split):
-    assert benchmarks.split_of(spec, getattr(benchmarks, kind)) == split
 
 
 def test_an_unknown_benchmark_is_named_with_the_known_ones():

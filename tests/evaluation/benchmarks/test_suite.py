@@ -3,7 +3,7 @@
 import pytest
 from fixtures.webdatasets import sample, serve, write_set
 
-from modeling_dclip.data.labels import classification_split, load_classification
+from modeling_dclip.data.labels import load_classification, parse_label_spec
 from modeling_dclip.evaluation.benchmarks.suite import (
     AVERAGES,
     SUITE,
@@ -40,7 +40,7 @@ def test_sets_that_are_there_become_specs_and_the_others_are_named(root):
     assert len(members.absent) == 35 and "imagenet1k" in members.absent
     for name, spec in members.specs.items():
         assert len(load_classification(spec).dataset) == 1
-        assert suite_name(spec) == name and classification_split(spec) == "test"
+        assert suite_name(spec) == name and parse_label_spec(spec).split == "test"
     assert expand_suite(f"suite:{root}/{{}}").specs == members.specs
 
 

@@ -1,0 +1,73 @@
+"""Specs: taken apart once, into a value that knows its text, its split and how to build what it names."""
+
+import pytest
+
+from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, load_mix, parse_caption_spec
+from modeling_dclip.data.labels import load_classification, parse_label_spec
+from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
+from modeling_dclip.data.regions.detectors import DETECTORS, build_detector
+from modeling_dclip.data.specs import Source, Spec, parse_spec
+
+
+def test_a_spec_falls_apart_into_fields_options_and_count():
+    def build(first, second=None, *, name: str = "", size: float = 1.0):
+        raise AssertionError("parsing builds nothing")
+
+    sources = {"one": Source("one:FIRST[:SECOND]", build)}
+    text = "one:/a/b.json:c,name=7,size=0.5@12"
+    spec = parse_spec(text, sources, counted=True)
+    assert spec == Spec(text, sources["one"], ["/a/b.json", "c"], {"name": "7", "size": 0.5}, 12)
+    assert parse_spec("one:a", sources) == Spec("one:a", sources["one"], ["a"], {}, None)
+
+
+def test_a_parsed_spec_comes_back_as_it_is_and_reads_as_its_text():
+    spec = parse_spec("grid:2x3", DETECTORS)
+    assert parse_spec(spec, {}) is spec and f"{spec}" == "grid:2x3"
+
+
+def test_a_spec_builds_what_it_names_and_options_of_a_call_come_first():
+    sources = {"one": Source("one:FIRST", lambda first, *, size=0, name="": (first, size, name))}
+    spec = Spec("one:a,size=1", sources["one"], ["a"], {"size": 1})
+    assert spec.build() == ("a", 1, "") and spec.build(size=2, name="b") == ("a", 2, "b")
+
+
+@pytest.mark.parametrize(
+    ("load", "parse", "text"),
+    [
+        (load_captions, parse_caption_spec, "scenes:train,n=4,image_size=32@2"),
+        (lambda spec: load_mix([spec], seed=0), parse_caption_spec, "scenes:train,n=4,image_size=32@2"),
+        (lambda spec: load_classification(spec).dataset, parse_label_spec, "scenes:train,n=4,image_size=32@2"),
+        (load_fine_grained, parse_question_spec, "scenes:train,n=2,image_size=32"),
+    ],
+)
+def test_what_takes_a_spec_takes_the_text_and_the_parsed_value(load, parse, text):
+    from_text, from_spec = load(text), load(parse(text))
+    assert len(from_text) == 2 and from_text["image_id"][:] == from_spec["image_id"][:]
+
+
+def test_a_detector_is_built_from_the_text_and_the_parsed_value():
+    detectors = [build_detector(spec) for spec in ("grid:2x3", parse_spec("grid:2x3", DETECTORS))]
+    assert detectors[0].fingerprint == detectors[1].fingerprint
+
+
+def test_a_parsed_spec_is_named_by_its_text_where_it_is_refused():
+    spec = parse_caption_spec("scenes:train,n=4,image_size=32@9")
+    with pytest.raises(ValueError, match="at least 9 images in 'scenes:train,n=4,image_size=32@9', got 4"):
+        load_captions(spec)
+    with pytest.raises(ValueError, match=r"the mix of \['scenes:train,n=4,image_size=32'"):
+        load_mix([parse_caption_spec("scenes:train,n=4,image_size=32")] * 2, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "sources", "split"),
+    [
+        ("scenes:validation,n=3@2", CAPTION_SOURCES, "validation"),
+        ("karpathy:a.json:images:test", CAPTION_SOURCES, "test"),
+        ("coco:a.json:images", CAPTION_SOURCES, None),
+        ("scenes", QUESTION_SOURCES, "test"),
+        ("hub:x:train", QUESTION_SOURCES, "train"),
+        ("parquet:x.parquet", QUESTION_SOURCES, None),
+    ],
+)
+def test_the_split_is_read_off_the_source(spec, sources, split):
+    assert parse_spec(spec, sources, counted=True).split == split
