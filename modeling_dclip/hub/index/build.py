@@ -117,7 +117,7 @@ def build_index(
     options = options or EmbeddingOptions()
     faiss, output = find_faiss("faiss"), Path(output)
     state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))  # PartialState alone ignores the variable
-    dataset = load_images(images)
+    dataset = load_pictures(images)
     dual_encoder, processor, revision = load_dual_encoder(model, trust_remote_code=trust_remote_code)
     made_by = fingerprint_encoder(dual_encoder, processor)
     images = os.path.abspath(images) if os.path.isdir(images) else images
@@ -152,7 +152,7 @@ def build_index(
     return SearchIndex.load(output, model=str(model), verify=False, trust_remote_code=trust_remote_code)
 
 
-def load_images(images: str) -> Dataset:
+def load_pictures(images: str) -> Dataset:
     """Load the pictures of a folder, or of a dataset without its captions.
 
     Args:
