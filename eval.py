@@ -7,8 +7,9 @@
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
 
-The results file grows by one record a model and benchmark; run again, it goes on where it was. What fails is reported
-at the end and does not lose the rest. Numbers are for the PIL image processor, in float32. Benchmarks:
+Each model and benchmark adds one record to the results file. Run again, it keeps the records that are there. What
+fails is reported at the end and does not lose the rest. Numbers are for the PIL image processor, in float32.
+Benchmarks:
 """
 
 import argparse
@@ -32,7 +33,7 @@ from modeling_dclip.evaluation.reports.tables import render_averages, render_tab
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
-    """Each model, after the points between the anchor and it."""
+    """List each model, after the points between the anchor and it."""
     labels = arguments.label or [None] * len(arguments.model)
     return [
         Candidate(name, label, alpha)
@@ -42,7 +43,7 @@ def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
 
 
 def show(done: Evaluation, arguments: argparse.Namespace) -> None:
-    """Print what was measured, and draw it where that was asked for."""
+    """Print what was measured, and draw the pictures that were asked for."""
     print(render_table(done.records))
     kept = f"; {done.kept} of these records were there already" * bool(done.kept)
     print(f"\nWritten to {arguments.output}{kept}")
@@ -57,6 +58,7 @@ def show(done: Evaluation, arguments: argparse.Namespace) -> None:
 
 
 def run(argv: Sequence[str]) -> int:
+    """Evaluate; the exit status is 1 if something failed."""
     arguments = parse_arguments(argv, __doc__)
     set_seed(arguments.seed)
     options = EvaluationOptions(
@@ -91,6 +93,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def report(argv: Sequence[str]) -> int:
+    """Run `eval.py report`."""
     parser = argparse.ArgumentParser(prog="eval.py report", description="Render results files as Markdown and HTML.")
     parser.add_argument("results", nargs="+", help="results files, or folders of them")
     parser.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
@@ -101,6 +104,7 @@ def report(argv: Sequence[str]) -> int:
 
 
 def compare(argv: Sequence[str]) -> int:
+    """Run `eval.py compare`."""
     parser = argparse.ArgumentParser(
         prog="eval.py compare", description="Say what differs between two results files, and whether beyond noise."
     )
@@ -116,6 +120,7 @@ COMMANDS = {"report": report, "compare": compare}
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that the first word names, or evaluate."""
     argv = sys.argv[1:] if argv is None else list(argv)
     return COMMANDS[argv[0]](argv[1:]) if argv and argv[0] in COMMANDS else run(argv)
 

@@ -1,24 +1,23 @@
-"""What an image encoder costs: ours against MobileCLIP-S1's and CLIP's, in one run.
+"""What an image encoder costs: ours, MobileCLIP-S1's and CLIP's, in one run.
 
     PYTHONPATH=/tmp/timm_bench python benchmarks/image_encoders.py
     python benchmarks/image_encoders.py --encoders dmclip_t clip_vitb16 --cells 224@1 384@1
 
 MobileCLIP-S1's encoder (FastViT MCi1) comes from timm: `pip install --no-deps --target /tmp/timm_bench timm`. It is
-measured as it trains and reparameterised, as it is meant to run; the second is the honest rival. Ours has windows that
-divide its map unless a form says `published_windows`. The published MambaVision's own code is measured as
-`published_mambavision_*`, from a folder given as `--published_package`, with the weights of ours (see
+measured in its training form and reparameterised. The reparameterised form is the fair rival, because that is how it
+is meant to run. Our windows divide the map, unless a form says `published_windows`. The published MambaVision's own
+code is measured as `published_mambavision_*`, with the weights of ours, from the folder `--published_package` (see
 published_mambavision.py).
 
-A form is an encoder's name, a colon and changes joined by plus: `fused` (norms folded in), `published_windows`,
+A form is an encoder's name, a colon, and changes joined by plus: `fused` (norms folded in), `published_windows`,
 `bf16`, `compiled`, `onnx`, `winograd` (convolutions in fewer products, after `fused`), and for published code
-`our_scan`. Each is compared with the eager one in output.
+`our_scan`. The output of each form is compared with that of the eager form.
 
-Weights are random, statistics and gains made uneven so that a form that lost one would be seen. A cell is an image
-size (or `native`: each encoder's own) and a batch size. Within a cell encoders take turns; ratios are medians over
-rounds. With one thread on the CPU they are of CPU time, which is what latency is on an idle machine; the wall clock
-stands beside it. On CUDA everything runs compiled with CUDA graphs in bfloat16 unless told otherwise, and ratios are
-of latency. Parameters, operations and memory (`eager_*`) are those of the eager float32 model in every row, whatever
-the form.
+Weights are random. Statistics and gains are uneven, so that a form that lost one of them would show. A cell is an
+image size (or `native`: each encoder's own) and a batch size. Encoders take turns within a cell; ratios are medians
+over rounds. With one thread on the CPU they are ratios of CPU time, which equals the latency of an idle machine; the
+wall clock stands next to it. On CUDA everything runs compiled with CUDA graphs in bfloat16 unless told otherwise, and
+ratios are of latency. Parameters, operations and memory (`eager_*`) are those of the eager float32 model in every row.
 """
 
 import copy
@@ -39,6 +38,7 @@ from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, NUM_CONV_STAGES,
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import (
+    SCAN_FLOPS,
     count_flops,
     growth_exponent,
     interleaved_times,
@@ -71,7 +71,6 @@ DEFAULT_ENCODERS = (
     "dmclip_t:published_windows@256@1",
     "dmclip_b:published_windows@256@1",
 )
-SCAN_FLOPS = 9  # for each position, channel and state: the usual count
 TARGETS = {  # by device and encoder: the largest ratio to a rival
     "cpu": {"dmclip_t": {S1_FORMS[1]: 0.9}, "dmclip_b": {"published_mambavision_b": 1.0}},
     "cuda": {
@@ -115,7 +114,7 @@ class BenchmarkArguments:
 
 
 def build(name: str, image_size: int, changes: Sequence[str], args: BenchmarkArguments) -> nn.Module:
-    """An encoder in eval mode, from pixels to embeddings of width 512; equal names give equal weights."""
+    """Build an encoder in eval mode, from pixels to embeddings of width 512. Equal names give equal weights."""
     torch.manual_seed(0)
     if name in PUBLISHED:
         scan = None if args.device.startswith("cuda") else "torch" if "our_scan" in changes else "reference"
@@ -140,20 +139,20 @@ def build(name: str, image_size: int, changes: Sequence[str], args: BenchmarkArg
 
 
 def twin_of(name: str) -> str:
-    """Of ours and of the published MambaVision the other one, the same architecture."""
+    """Name the encoder of the same architecture: the published MambaVision for ours, and ours for a published one."""
     preset = PUBLISHED.get(name)
     return f"dmclip_{preset.lower()}" if preset else name.replace("dmclip_", "published_mambavision_")
 
 
 def function_of(name: str, model: nn.Module) -> tuple:
-    """What an encoder computes: equal for those whose outputs must be."""
+    """Identify what an encoder computes. Encoders with equal values must give equal outputs."""
     if isinstance(model, (DMCLIPVisionModel, PublishedEncoder)):
         return model.config.hidden_size, model.config.depths, model.config.window_sizes
     return ("mobileclip_s1" if name in S1_FORMS else name,)  # reparameterised, it is still the same function
 
 
 def import_timm() -> Any:
-    """timm, or a message that says how to get it."""
+    """Import timm, or exit with a message that says how to install it."""
     try:
         import timm
         import timm.utils
@@ -168,8 +167,9 @@ def import_timm() -> Any:
 
 @torch.no_grad()
 def make_uneven(model: nn.Module) -> None:
-    """Statistics away from 0 and 1 and layer scales of order 1:
-    at their initial values a form could lose them unseen.
+    """Move statistics away from 0 and 1, and layer scales to order 1.
+
+    At the initial values a form could lose them without a difference in the output.
     """
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -181,7 +181,7 @@ def make_uneven(model: nn.Module) -> None:
 
 
 def apply_changes(model: nn.Module, changes: Sequence[str], pixels: torch.Tensor, threads: int) -> Callable[[], Any]:
-    """A call that embeds the pixels in the wanted form."""
+    """Make a call that embeds the pixels in the wanted form."""
     if "fused" in changes:
         model = model.fuse()
     if "winograd" in changes:
@@ -196,12 +196,12 @@ def apply_changes(model: nn.Module, changes: Sequence[str], pixels: torch.Tensor
 
 
 def embeddings(outputs: Any) -> torch.Tensor:
-    """The embeddings in what a model of timm or of transformers returns."""
+    """Take the embeddings from the output of a model of timm or of transformers."""
     return outputs if isinstance(outputs, torch.Tensor) else outputs.image_embeds
 
 
 class EmbeddingsOnly(nn.Module):
-    """For export: tensors in, one tensor out."""
+    """A model for export: pixels in, one tensor out."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -213,7 +213,7 @@ class EmbeddingsOnly(nn.Module):
 
 
 def onnx_call(model: nn.Module, pixels: torch.Tensor, threads: int) -> Callable[[], Any]:
-    """Export, and run with ONNX Runtime on as many threads."""
+    """Export the model, and make a call that runs it with ONNX Runtime on this many threads."""
     import onnxruntime
 
     program = torch.onnx.export(EmbeddingsOnly(model).eval(), (pixels,), dynamo=True, verbose=False)
@@ -227,7 +227,7 @@ def onnx_call(model: nn.Module, pixels: torch.Tensor, threads: int) -> Callable[
 
 
 def scan_flops(model: nn.Module, image_size: int, batch_size: int) -> int:
-    """Of the selective scans, which no counter knows."""
+    """Count the operations of the selective scans, which no counter knows."""
     if not isinstance(model, (DMCLIPVisionModel, PublishedEncoder)):
         return 0
     config, total = model.config, 0
@@ -240,7 +240,7 @@ def scan_flops(model: nn.Module, image_size: int, batch_size: int) -> int:
 
 
 def parse_encoder(entry: str) -> tuple[str, list[str], str]:
-    """`"dmclip_t:fused+bf16@native"` in its parts; `ValueError` names what is not known."""
+    """Split `"dmclip_t:fused+bf16@native"` into name, changes and cell; `ValueError` names what is unknown."""
     form, _, pinned = entry.partition("@")
     name, _, joined = form.partition(":")
     changes = joined.split("+") if joined else []
@@ -258,7 +258,7 @@ def parse_encoder(entry: str) -> tuple[str, list[str], str]:
 
 
 def parse_cell(cell: str) -> tuple[int | None, int]:
-    """`"224@8"` as image size (`None` for native) and batch size."""
+    """Split `"224@8"` into image size (`None` for native) and batch size."""
     size, _, batch = cell.partition("@")
     if not batch.isdigit() or not (size.isdigit() or size == "native"):
         raise ValueError(f"Expected IMAGE_SIZE@BATCH_SIZE or native@BATCH_SIZE, got {cell!r}.")
@@ -266,7 +266,7 @@ def parse_cell(cell: str) -> tuple[int | None, int]:
 
 
 def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Largest difference over largest value, and the least cosine of a row."""
+    """Compare outputs: the largest difference over the largest value, and the lowest cosine of a row."""
     found, expected = found.float().cpu(), expected.float().cpu()
     return {
         "difference_to_eager": float((found - expected).abs().max() / expected.abs().max()),
@@ -275,10 +275,10 @@ def compare(found: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
 
 
 def describe(model: nn.Module, pixels: torch.Tensor) -> dict[str, Any]:
-    """What does not depend on the machine's load, of the eager float32 model: parameters, operations, memory of a call
-    beside the weights.
+    """Measure what does not depend on the machine's load: parameters, operations, and the memory of a call.
 
-    Whatever the form that is timed: no counter sees into ONNX Runtime or a compiled graph.
+    All of it is of the eager float32 model, whatever form is timed: no counter sees into ONNX Runtime or a compiled
+    graph. The memory does not include the weights.
     """
     with torch.device("meta"):
         twin, shapes = copy.deepcopy(model).to("meta"), torch.empty_like(pixels, device="meta")
@@ -328,12 +328,12 @@ def run_cell(cell: str, args: BenchmarkArguments) -> list[dict[str, Any]]:
 
 
 def ratio_clock(args: BenchmarkArguments) -> str:
-    """Which of the two clocks ratios, growth and plot are of."""
+    """Choose the clock of ratios, growth and plot."""
     return "cpu_ms" if args.device == "cpu" and args.threads == 1 else "latency_ms"
 
 
 def finish_row(row: dict[str, Any], times: dict[str, list[dict[str, float]]], clock: str) -> dict[str, Any]:
-    """A row with its times, its throughput, and its ratios to MobileCLIP-S1 and published code within each round."""
+    """Add to a row its times, its throughput, and its ratios to MobileCLIP-S1 and published code in each round."""
     own = times[row["encoder"]]
     for name in ("latency_ms", "cpu_ms"):
         row[name] = spread([taken[name] for taken in own])
@@ -353,7 +353,7 @@ def finish_row(row: dict[str, Any], times: dict[str, list[dict[str, float]]], cl
 
 
 def growth(rows: Sequence[dict[str, Any]], clock: str) -> dict[str, float]:
-    """Exponent of time in pixels, for each encoder that was measured at two or more sizes with the smallest batch."""
+    """Fit the exponent of time in pixels, for each encoder with two or more sizes at the smallest batch."""
     batch_size = min(row["batch_size"] for row in rows)
     fitted = {}
     for encoder in dict.fromkeys(row["encoder"] for row in rows):
@@ -366,7 +366,7 @@ def growth(rows: Sequence[dict[str, Any]], clock: str) -> dict[str, float]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows as aligned text."""
+    """Render the rows as aligned text."""
     lines = [
         f"{'cell':10} {'encoder':38} {'px':>4} {'ms median (range)':>26} {'CPU ms':>8} {'img/s':>8} {'M par.':>7} "
         f"{'GFLOP':>8} {'MiB':>7} {'diff.':>8} {'/ S1 rep.':>9} {'/ S1 train':>10}"
@@ -385,7 +385,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
-    """One line for each target of a native cell: reached or missed."""
+    """Say for each target of a native cell whether it was reached or missed."""
     lines = []
     for row in rows:
         for rival, target in TARGETS.get(device, {}).get(row["encoder"], {}).items():
@@ -397,7 +397,7 @@ def judge(rows: Sequence[dict[str, Any]], device: str) -> list[str]:
 
 
 def summarise(rows: Sequence[dict[str, Any]], args: BenchmarkArguments) -> dict[str, Any]:
-    """The results file's content."""
+    """Make the content of the results file."""
     versions, hardware = environment()
     for package in ("timm", "onnxruntime", "mambavision", "mamba_ssm"):
         try:
@@ -418,7 +418,7 @@ def summarise(rows: Sequence[dict[str, Any]], args: BenchmarkArguments) -> dict[
 
 
 def draw(rows: Sequence[dict[str, Any]], exponents: dict[str, float], clock: str, path: Path) -> None:
-    """Time against resolution, a line for each encoder."""
+    """Draw time against resolution, a line for each encoder."""
     batch_size = min(row["batch_size"] for row in rows)
     series = {}
     for encoder, exponent in exponents.items():

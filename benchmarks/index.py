@@ -1,13 +1,13 @@
-"""What an index costs: building over random unit vectors, a query's time, and what an index that is not exact misses.
+"""What a search index costs: building over random unit vectors, the time of a query, and what an inexact index misses.
 
     python benchmarks/index.py
 
-No model and no image takes part: vectors are drawn. Embedding is what takes long with images; it is extrapolated in
-the report from the images a second that are given, and said to be. Two kinds of vectors: `uniform` on the sphere, the
-worst case, without neighbourhoods an index could use, and `clustered`, a mixture around centres, the best case at a
-small spread. Encoders lie between, and texts that ask for images lie apart from them, so an index over one's own
-images is tuned and measured on one's own queries. Every index gets the same vectors in the same process; rounds of
-queries alternate between the indexes.
+Vectors are drawn; no model and no image is used. The time to embed images, which takes longest, is extrapolated from
+the images a second that are given, and the report says so. There are two kinds of vectors. `uniform` on the sphere is
+the worst case: there are no neighbourhoods that an index could use. `clustered`, a mixture around centres, is the best
+case if the spread is small. Real encoders lie between the two, and texts lie apart from the images they ask for, so an
+index over one's own images is tuned and measured on one's own queries. Every index gets the same vectors in the same
+process; rounds of queries alternate between the indexes.
 """
 
 import json
@@ -58,7 +58,7 @@ class BenchmarkArguments:
 
 
 def draw(kind: str, count: int, args: BenchmarkArguments, centres: torch.Tensor) -> torch.Tensor:
-    """Unit vectors `(count, dim)`."""
+    """Draw unit vectors `(count, dim)`."""
     vectors = torch.randn(count, args.dim)
     if kind == "clustered":
         vectors = centres[torch.randint(len(centres), (count,))] + args.spread * vectors / args.dim**0.5
@@ -66,7 +66,7 @@ def draw(kind: str, count: int, args: BenchmarkArguments, centres: torch.Tensor)
 
 
 def time_queries(index: Any, queries: torch.Tensor, top_k: int) -> list[float]:
-    """Milliseconds of each query, alone."""
+    """Time each query alone, in milliseconds."""
     times = []
     for query in queries.numpy():
         start = time.perf_counter()
@@ -76,7 +76,7 @@ def time_queries(index: Any, queries: torch.Tensor, top_k: int) -> list[float]:
 
 
 def measure(kind: str, args: BenchmarkArguments) -> dict[str, Any]:
-    """All indexes over vectors of one kind."""
+    """Measure all indexes over vectors of one kind."""
     faiss = find_faiss("faiss")
     centres = torch.nn.functional.normalize(torch.randn(args.clusters, args.dim), dim=1)
     items, queries, tuning = (draw(kind, count, args, centres) for count in (args.n, args.queries, args.queries))

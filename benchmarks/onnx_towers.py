@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python benchmarks/onnx_towers.py
 
-A DCLIP of the size of CLIP ViT-B/16, random weights. Towers take turns on one CPU thread; ratios are medians over
-rounds, of CPU time. Pixels and token ids are random, so the cosine of 8-bit weights is that of weights and inputs
-without structure.
+The model is a DCLIP of the size of CLIP ViT-B/16 with random weights. Towers take turns on one CPU thread; ratios are
+medians over rounds, of CPU time. Pixels and token ids are random, so the cosine of 8-bit weights is that of weights
+and inputs without structure.
 """
 
 import gc
@@ -57,7 +57,7 @@ class BenchmarkArguments:
 
 
 def measure(name: str, model: DCLIPModel, args: BenchmarkArguments) -> list[dict[str, Any]]:
-    """One row for eager PyTorch and one for each dtype."""
+    """Measure one tower: a row for eager PyTorch and one for each dtype."""
     tower = EXPORTED_TOWERS[name](model).eval()
     inputs = tower.sample(args.batch_size)
     if name == "text":

@@ -1,10 +1,10 @@
-"""The published MambaVision as a contender of `image_encoders.py`, from a folder that the user fetched.
+"""The published MambaVision as a rival in `image_encoders.py`, from a folder that the user fetched.
 
     pip install --no-deps --target /tmp/published mambavision==1.2.0 timm==1.0.15 einops==0.8.1
 
-Its code is under a non-commercial licence: it is run as it is, outside the repository, and nothing of it stays. Its
-scan is mamba-ssm's CUDA kernel. On a CPU, where that package does not even import, one of our paths runs in its place:
-the plain loop, or in the form `our_scan` the fast one, so that what is left of a difference is not the scan's.
+Its code has a non-commercial licence. It runs unchanged, outside the repository, and nothing of it is copied. Its scan
+is mamba-ssm's CUDA kernel. That package does not import on a CPU, so one of our paths runs in its place: the plain
+loop, or the fast path in the form `our_scan`, which leaves only differences that are not the scan's.
 """
 
 import functools
@@ -31,7 +31,7 @@ INSTALL = "pip install --no-deps --target /tmp/published mambavision==1.2.0 timm
 def _scan(
     u, delta, A, B, C, D=None, z=None, delta_bias=None, delta_softplus=False, return_last_state=None, *, backend
 ):
-    """mamba-ssm's function as MambaVision calls it, by one of our paths."""
+    """Answer MambaVision's call of mamba-ssm's function by one of our paths."""
     if z is not None or return_last_state:
         raise ValueError("Expected a call without gate and without state.")
     return selective_scan(u, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, backend=backend)
@@ -45,7 +45,10 @@ STAND_INS = {
 
 
 def import_published(package: str | None, device: str) -> Any:
-    """Its module, or a message that says how to get it. On CUDA with mamba-ssm, on a CPU with a stand-in for it."""
+    """Import the published module, or exit with a message that says how to fetch it.
+
+    On CUDA it runs with mamba-ssm, on a CPU with a stand-in for it.
+    """
     if package is None or not (Path(package) / "mambavision").is_dir():
         raise SystemExit(
             f"--published_package: expected a folder that holds the package mambavision, got {package!r}. Fetch it, "
@@ -97,7 +100,7 @@ class PublishedEncoder(nn.Module):
 
     @property
     def scan_name(self) -> str:
-        """What computes the scan, for the results file."""
+        """The name of what computes the scan, for the results file."""
         if self.scan is None:
             return "mamba-ssm's CUDA kernel"
         return f"{STAND_INS[self.scan][1]}, in place of mamba-ssm's CUDA kernel, which cannot run on a CPU"

@@ -4,12 +4,11 @@
     python benchmarks/retrieval.py --packages /tmp/clip_benchmark
 
 Both sides get the same embeddings from the same loader, batch after batch as a model would give them, and end with
-their metrics: clip_benchmark's own `evaluate` with recall at 1, 5 and 10, ours with those and MRR, mAP and median
-ranks. Every measurement is a process of its own. Memory is the highest resident size minus that before the first
-batch: embeddings collected, similarities, everything. The two take turns; a ratio is of one round. The clock is the
-process's CPU time with one thread: on a busy machine a long call is interrupted more often than a short one, which
-would flatter the short. What would not fit into the memory that is free is not run, and what takes too long is
-stopped.
+their metrics: clip_benchmark's own `evaluate` with recall at 1, 5 and 10; ours with those, MRR, mAP and median ranks.
+Every measurement runs in a process of its own. Memory is the highest resident size minus that before the first batch,
+so it includes the collected embeddings and the similarities. The two sides take turns; a ratio is within a round. The
+clock is the CPU time of the process with one thread, because a busy machine interrupts a long call more often than a
+short one. A measurement that does not fit into free memory is not run, and one that takes too long is stopped.
 """
 
 import gc
@@ -58,8 +57,9 @@ class BenchmarkArguments:
 
 
 class Embeddings:
-    """A model, a tokenizer and a loader in clip_benchmark's sense over random embeddings that resemble a trained
-    model's.
+    """A model, a tokenizer and a loader as clip_benchmark expects them, over random embeddings.
+
+    The embeddings resemble those of a trained model.
     """
 
     def __init__(self, args: BenchmarkArguments, images: int):
@@ -76,12 +76,12 @@ class Embeddings:
         self.model = SimpleNamespace(encode_image=self.images.__getitem__, encode_text=self.texts.__getitem__)
 
     def tokenize(self, texts: list[str]) -> torch.Tensor:
-        """The row that a caption is written as."""
+        """Read the caption's row, which is its text."""
         return torch.tensor([int(text) for text in texts])
 
 
 def measure_ours(data: Embeddings) -> dict[str, float]:
-    """Collect as clip_benchmark does, then this package's metrics."""
+    """Collect embeddings as clip_benchmark does, then compute this package's metrics."""
     images, texts = [], []
     for rows, captions in data.batches:
         images.append(data.model.encode_image(rows))
@@ -90,7 +90,7 @@ def measure_ours(data: Embeddings) -> dict[str, float]:
 
 
 def measure_clip_benchmark(data: Embeddings) -> dict[str, float]:
-    """Its `evaluate`, and its metrics by our names."""
+    """Run clip_benchmark's `evaluate`, and give its metrics our names."""
     from clip_benchmark.metrics import zeroshot_retrieval
 
     options = {"amp": False, "recall_k_list": [1, 5, 10]}
@@ -100,7 +100,7 @@ def measure_clip_benchmark(data: Embeddings) -> dict[str, float]:
 
 
 def resident_mib(field_name: str) -> float:
-    """`VmRSS` is what the process holds, `VmHWM` the most it held."""
+    """Read how much memory the process holds (`VmRSS`), or the most it held (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field_name)).split()[1]) / 1024
 
@@ -123,7 +123,7 @@ def work(args: BenchmarkArguments) -> None:
 
 
 def run(args: BenchmarkArguments, side: str, images: int) -> dict:
-    """One measurement in a process of its own."""
+    """Measure one side in a process of its own."""
     options = {name: getattr(args, name) for name in ("packages", "captions", "width", "batch_size")}
     command = [sys.executable, __file__, "--work", f"{side}:{images}"]
     command += [text for name, value in options.items() for text in (f"--{name}", str(value))]
@@ -136,13 +136,13 @@ def run(args: BenchmarkArguments, side: str, images: int) -> dict:
 
 
 def free_mib() -> float:
-    """Memory that can be had now."""
+    """Read how much memory is free."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     return int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]) / 1024
 
 
 def compare(args: BenchmarkArguments, images: int, rounds: int) -> dict:
-    """One row: both sides in turns, or ours alone where the other one would not fit."""
+    """Measure both sides in turns, or say why one of them cannot run."""
     row = {"images": images, "captions": images * args.captions, "rounds": rounds}
     matrix_mib = images * images * args.captions * 5 / 2**20  # its similarities, and which of them are right
     if 1.5 * matrix_mib > free_mib():

@@ -1,18 +1,17 @@
-"""Every path of the selective scan that runs here, against the reference loop and against mamba-ssm's reference
-algorithm.
+"""Time every path of the selective scan that runs on this machine, against two references.
 
     python benchmarks/selective_scan.py
 
-mamba-ssm's own reference does not import without CUDA. `materialised_scan` is its algorithm in our words: all decays
-and inflows of all positions by `einsum`, then a loop that indexes them, whose gradient costs a whole tensor a
-position. Every path gets the same numbers. The paths take turns in one process; a ratio is the median over rounds of
-one round's ratio. On the CPU with one thread the clock is the process's CPU time: on a busy machine a long call is
-interrupted more often than a short one, which would flatter the short.
+The references are our plain loop and the algorithm of mamba-ssm's own reference, which does not import without CUDA.
+`materialised_scan` is that algorithm, written anew: it computes the decays and inflows of all positions by `einsum`,
+then indexes them in a loop, whose gradient costs a whole tensor for each position. Every path gets the same numbers.
+The paths take turns in one process; a ratio is the median over rounds of the ratio within a round. On the CPU with one
+thread the clock is the CPU time of the process, because a busy machine interrupts a long call more often than a short
+one.
 """
 
 import gc
 import json
-import statistics
 import time
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -23,8 +22,9 @@ from transformers import HfArgumentParser, set_seed
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
+from modeling_dclip.evaluation.benchmarks.efficiency import spread
 from modeling_dclip.evaluation.records import environment
-from modeling_dclip.selective_scan import _scan_two_level, selective_scan
+from modeling_dclip.selective_scan import scan_two_level, selective_scan
 
 STATE = 8
 BASELINE = "mamba_ssm_reference_algorithm"
@@ -47,7 +47,7 @@ class BenchmarkArguments:
 
 
 def materialised_scan(x, delta, A, B, C, D, *, delta_bias):
-    """mamba-ssm's reference algorithm, written anew."""
+    """The algorithm of mamba-ssm's reference, written anew."""
     steps = F.softplus(delta.float() + delta_bias[:, None])
     inputs, B, C = x.float(), B.float(), C.float()
     decays = torch.exp(torch.einsum("bdl,dn->bdln", steps, A))
@@ -61,12 +61,12 @@ def materialised_scan(x, delta, A, B, C, D, *, delta_bias):
 
 
 def scan_in_two_levels(*tensors, delta_bias):
-    """What "torch" does while exporting, and on devices without a kernel."""
-    return _scan_two_level(*tensors, delta_bias, True)
+    """The path of the backend "torch" while exporting, and on devices without a kernel."""
+    return scan_two_level(*tensors, delta_bias, True)
 
 
 def find_paths(args: BenchmarkArguments, length: int):
-    """Name and function of everything that runs here."""
+    """Find the paths that run on this machine, by name."""
     paths = {BASELINE: materialised_scan} if length <= BASELINE_UP_TO else {}
     for backend in ("reference", "torch", "triton", "mamba_ssm"):
         path = partial(selective_scan, delta_softplus=True, backend=backend)
@@ -80,7 +80,7 @@ def find_paths(args: BenchmarkArguments, length: int):
 
 
 def make_tensors(args: BenchmarkArguments, batch: int, channels: int, length: int) -> list[torch.Tensor]:
-    """x, delta, A, B, C, D, delta_bias as in a mixer at initialisation; the rates are 1 to 8 in every channel."""
+    """Make x, delta, A, B, C, D and delta_bias as in a new mixer: the rates are 1 to 8 in every channel."""
     set_seed(0)
     sizes = [(batch, channels, length)] * 2 + [(batch, STATE, length)] * 2
     dtype = getattr(torch, args.dtype)
@@ -91,7 +91,7 @@ def make_tensors(args: BenchmarkArguments, batch: int, channels: int, length: in
 
 
 def time_ms(path, tensors, grad=None) -> float:
-    """Milliseconds of a forward, and a backward if there is a gradient."""
+    """Time a forward, and a backward if there is a gradient, in milliseconds."""
     clock = (
         time.process_time if tensors[0].device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
     )
@@ -105,12 +105,8 @@ def time_ms(path, tensors, grad=None) -> float:
     return 1000 * (clock() - start)
 
 
-def spread(values) -> dict[str, float]:
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
 def measure(args: BenchmarkArguments, shape: str) -> dict:
-    """One row: times of each path, and how many times faster it is than the two references."""
+    """Measure one shape: the times of each path, and how many times faster it is than the two references."""
     batch, channels, length = (int(size) for size in shape.split(","))
     tensors = make_tensors(args, batch, channels, length)
     paths = find_paths(args, length)

@@ -2,10 +2,11 @@
 
     python benchmarks/student_step.py
 
-Both do the same forward, losses, backward and optimiser step of the image encoder; online the frozen CLIP also encodes
-every region and the caption, and the teacher's block reads them, all without gradient. Weights are random: time does
-not depend on them. Steps of the two kinds alternate in one process, so that both see the same machine; the ratio is
-the median over pairs. Preprocessing and reading are left out on both sides (online would also crop and tokenize).
+Both steps have the same forward, losses, backward and optimiser step of the image encoder. In the online step the
+frozen CLIP also encodes every region and the caption, and the teacher's block reads them, without gradients. Weights
+are random, because time does not depend on them. Steps of the two kinds alternate in one process, so that both see the
+same machine; the ratio is the median over pairs. Preprocessing and reading are left out on both sides, although an
+online step would also crop and tokenize.
 """
 
 import gc
@@ -23,6 +24,7 @@ from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.trainer import share_image_encoder
+from modeling_dclip.evaluation.benchmarks.efficiency import spread
 from modeling_dclip.evaluation.records import environment
 from modeling_dclip.modeling_dclip import DCLIPModel
 
@@ -48,7 +50,7 @@ class BenchmarkArguments:
 
 
 def make_batch(args: BenchmarkArguments, config: DCLIPTeacherConfig) -> dict[str, torch.Tensor]:
-    """Random inputs of ViT-B/16's shapes: what both steps read, and what only the online one does."""
+    """Make random inputs in the shapes of ViT-B/16: those of both steps, and those of the online step alone."""
     batch, regions, width = args.batch_size, args.regions, config.projection_dim
     text_config = config.clip_config.text_config
     input_ids = torch.randint(1000, 40_000, (batch, args.tokens))
@@ -86,11 +88,11 @@ class Steps:
         self.optimizer.zero_grad()
 
     def cached(self) -> None:
-        """Teacher and text come from columns."""
+        """Learn from teacher and text embeddings that are stored as columns."""
         self._learn(self.batch["teacher_embeds"], self.batch["text_embeds"])
 
     def online(self) -> None:
-        """Teacher and text tower run."""
+        """Run the teacher and the text tower, and learn from their embeddings."""
         names = ("region_pixel_values", "region_boxes", "region_scores", "input_ids")
         if self.teacher.config.cross_attention == "regions":
             names += ("pixel_values",)
@@ -99,17 +101,12 @@ class Steps:
         self._learn(outputs.teacher_embeds, outputs.text_embeds)
 
     def time_ms(self, step) -> float:
-        """Milliseconds of one step."""
+        """Time one step, in milliseconds."""
         start = time.perf_counter()
         step()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return 1000 * (time.perf_counter() - start)
-
-
-def spread(values: list[float]) -> dict[str, float]:
-    """Median and range."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
 
 
 @command

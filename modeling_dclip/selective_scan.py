@@ -68,7 +68,7 @@ def selective_scan(x, delta, A, B, C, D=None, *, delta_bias=None, delta_softplus
     if backend == "reference":
         return _scan_reference(*arguments)
     if backend == "two_level":
-        return _scan_two_level(*arguments)
+        return scan_two_level(*arguments)
     needs_grad = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in arguments[:-1]
     )
@@ -160,7 +160,7 @@ def _scan_reference(x, delta, A, B, C, D, delta_bias, delta_softplus):
     return outputs.to(x.dtype)
 
 
-def _scan_two_level(x, delta, A, B, C, D, delta_bias, delta_softplus):
+def scan_two_level(x, delta, A, B, C, D, delta_bias, delta_softplus):
     """The square root of L steps, twice: along all rows of S positions at once, then from row to row.
 
     The fewest launches that plain operators need without dividing by a decay, at the price of all states in memory.
@@ -280,7 +280,7 @@ def _differentiate_twice(ctx, *grads_of_grads):
     if all(weight is None for weight in weights):
         return (None,) * 10
     with torch.enable_grad():
-        outputs = _scan_two_level(*tensors, ctx.delta_softplus)
+        outputs = scan_two_level(*tensors, ctx.delta_softplus)
         grads = torch.autograd.grad(outputs, given, grad, create_graph=True)
         pairs = [(first, weight) for first, weight in zip(grads, weights, strict=True) if weight is not None]
         firsts, weights = zip(*pairs, strict=True)

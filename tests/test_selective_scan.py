@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from modeling_dclip import selective_scan as scan_module
-from modeling_dclip.selective_scan import _chunked_scan, _scan_two_level, selective_scan
+from modeling_dclip.selective_scan import _chunked_scan, scan_two_level, selective_scan
 from modeling_dclip.selective_scan_chunked import CHUNK, chunked_forward
 
 NAMES = ("x", "delta", "A", "B", "C", "D", "delta_bias")
@@ -64,7 +64,7 @@ def make_inputs(shape, dtype=torch.float64, device="cpu", parameter_dtype=None, 
 def scan(tensors, delta_softplus=True, backend="reference"):
     x, delta, A, B, C, D, delta_bias = tensors
     if backend == "two_level":  # what "torch" takes where operators are launched, and while exporting
-        return _scan_two_level(*tensors, delta_softplus)
+        return scan_two_level(*tensors, delta_softplus)
     return selective_scan(x, delta, A, B, C, D, delta_bias=delta_bias, delta_softplus=delta_softplus, backend=backend)
 
 
