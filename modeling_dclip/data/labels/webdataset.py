@@ -206,14 +206,14 @@ def _http_files() -> "HTTPFileSystem":
 
 @contextmanager
 def _naming(url: str) -> Iterator[None]:
-    """Say in one line what became of a request over http, with its address."""
+    """Turn the error of a request over http into one line that names its address."""
     import aiohttp
     from fsspec.exceptions import FSTimeoutError
 
     try:
         yield
     except (aiohttp.ClientError, FSTimeoutError, FileNotFoundError) as error:
-        # fsspec calls every question about a file that fails a missing file; the cause tells them apart.
+        # `info` of fsspec raises FileNotFoundError for every failure; the cause says which one it was.
         reason = (error.__cause__ or error) if isinstance(error, FileNotFoundError) else error
         status = reason.status if isinstance(reason, aiohttp.ClientResponseError) else None
         if isinstance(reason, FileNotFoundError) or status in _NO_FILE:
@@ -319,7 +319,7 @@ def read_samples(files: WebdatasetFiles, split: str, description: WebdatasetDesc
             tables.append(_table(content, samples[part], ids[part], features))
             rows.append(np.arange(start, start + len(tables[-1]), 2))
             start += len(tables[-1])
-    # A fingerprint of our own: the one by default would read all that the table points at.
+    # The default fingerprint would read all that the table points at, so this one is made from the files' states.
     info, fingerprint = DatasetInfo(features=features), combine_keys(identity)
     return Dataset(pa.concat_tables(tables), info=info, fingerprint=fingerprint).select(np.concatenate(rows))
 

@@ -1,6 +1,4 @@
-"""`clip-benchmark/wds_*` sets: rows that point into tars, in a folder or behind http,
-and every kind of damage named.
-"""
+"""`clip-benchmark/wds_*` sets: rows point into tars, in a folder, on a Hub or behind http; every damage is named."""
 
 import re
 import socket
@@ -18,7 +16,7 @@ from huggingface_hub.errors import GatedRepoError
 from modeling_dclip.data.columns import dataset_fingerprint
 from modeling_dclip.data.failures import TransportError, one_line
 from modeling_dclip.data.files import replacing
-from modeling_dclip.data.labels import webdataset as webdataset_images
+from modeling_dclip.data.labels import webdataset
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_samples
 from modeling_dclip.encoders import Encoder
 
@@ -66,9 +64,9 @@ def test_rows_are_the_samples_of_all_shards_in_their_order(two_shards):
 def test_pictures_beyond_the_reach_of_an_offset_go_into_another_part(two_shards, monkeypatch):
     whole = read(two_shards).cast_column("image", Image(decode=False))[:]
     longest = max(len(one["bytes"]) for one in whole["image"])
-    monkeypatch.setattr(webdataset_images, "_REACH", longest + 600)
+    monkeypatch.setattr(webdataset, "_REACH", longest + 600)
     assert read(two_shards).cast_column("image", Image(decode=False))[:] == whole
-    monkeypatch.setattr(webdataset_images, "_REACH", longest - 1)
+    monkeypatch.setattr(webdataset, "_REACH", longest - 1)
     with pytest.raises(ValueError, match=r"member 's\d+.png': expected a picture below"):
         read(two_shards)
 
@@ -77,10 +75,9 @@ def test_a_row_points_into_the_mapped_shard(tmp_path):
     root = write_set(tmp_path / "wds_mapped", [[member for n in range(9) for member in sample(n, n % 3)]])
     content = read(root).data.column("image").chunk(0).field("bytes").buffers()[2]
     end = (root / "test" / "0.tar").stat().st_size
-    assert (
-        content.size > sum(len(picture(n)) for n in range(9)) and content.size < end
-    )  # all of the tar after a header,
-    assert not content.is_mutable and content.parent.size == end  # as a view of the mapping
+    # all of the tar after a header, as a view of the mapping
+    assert sum(len(picture(n)) for n in range(9)) < content.size < end
+    assert not content.is_mutable and content.parent.size == end
 
 
 def test_classes_of_one_name_are_numbers(tmp_path):
@@ -139,7 +136,7 @@ def test_a_server_that_refuses_and_one_that_is_not_there_are_named(served, tmp_p
 
 
 def test_a_server_that_does_not_answer_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(webdataset_images, "_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(webdataset, "_TIMEOUT_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         address = f"http://127.0.0.1:{silent.getsockname()[1]}/x"
         with pytest.raises(ConnectionError, match=f"Cannot reach '{address}/test/nshards.txt': .*[Tt]imeout"):
@@ -214,7 +211,7 @@ def test_what_a_hub_lacks_or_refuses_is_named(hub, tmp_path, monkeypatch):
     ids=["broken off", "gated"],
 )
 def test_a_shard_of_the_hub_that_does_not_come_is_named(error, message, monkeypatch):
-    monkeypatch.setattr(webdataset_images, "hf_hub_download", Mock(side_effect=error))
+    monkeypatch.setattr(webdataset, "hf_hub_download", Mock(side_effect=error))
     with pytest.raises(ConnectionError, match=f"'https://huggingface.co/.*/wds_two/resolve/v1/test/0.tar'.*{message}"):
         WebdatasetFiles("https://huggingface.co/datasets/o/wds_two/tree/v1").shard("test/0.tar")
 
@@ -223,7 +220,7 @@ def test_only_the_hub_gets_the_users_token(hub, tmp_path, monkeypatch):
     address = f"{hub.url}/datasets/o/wds_private"
     with pytest.raises(FileNotFoundError, match="No file at '.*wds_private/resolve/main/test/nshards.txt'"):
         read(address, cache_dir=tmp_path)
-    monkeypatch.setattr(webdataset_images, "_HUB", hub.url)
+    monkeypatch.setattr(webdataset, "_HUB", hub.url)
     assert len(read(address, cache_dir=tmp_path)) == 5
 
 
