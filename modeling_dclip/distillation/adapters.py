@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -22,6 +22,9 @@ from transformers import PreTrainedModel
 from modeling_dclip.data.files import replacing
 from modeling_dclip.distillation.arguments import AdapterArguments
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +92,9 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> FreezeReport
     return FreezeReport(matched, frozen, trainable)
 
 
-def add_adapters(model: PreTrainedModel, args: AdapterArguments, towers: Sequence[str] = ("vision_model",)) -> Any:
+def add_adapters(
+    model: PreTrainedModel, args: AdapterArguments, towers: Sequence[str] = ("vision_model",)
+) -> "PeftModel":
     """Add low-rank adapters to a dual encoder and freeze its weights. Untrained adapters change no output.
 
     Args:
@@ -181,7 +186,7 @@ def scale_adapters(model: nn.Module, alpha: float) -> None:
             weights.weight.mul_(alpha)
 
 
-def save_adapters(adapters: Any, folder: Path) -> None:
+def save_adapters(adapters: "PeftModel", folder: Path) -> None:
     """Save adapters in the folder `adapter/`, as `PeftModel.from_pretrained(model, folder)` reads them.
 
     Args:
@@ -196,7 +201,7 @@ def save_adapters(adapters: Any, folder: Path) -> None:
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
 
 
-def load_adapters(adapters: Any, folder: Path) -> None:
+def load_adapters(adapters: "PeftModel", folder: Path) -> None:
     """Load the weights of all adapters from a checkpoint.
 
     Args:

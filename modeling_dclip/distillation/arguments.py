@@ -213,7 +213,7 @@ def default_of(one: Field) -> Any:
     return one.default_factory() if callable(one.default_factory) else one.default
 
 
-def _parse_json(arguments: Any, *names: str) -> None:
+def _parse_json(arguments: "RunArguments | AnchorArguments | DMCLIPArguments", *names: str) -> None:
     """Replace fields that hold JSON text, as the command line gives them, by the mapping they spell."""
     for name in names:
         value = getattr(arguments, name)
@@ -580,14 +580,37 @@ class DMCLIPArguments(StageTrainingArguments):
             )
 
 
-def deciding_fields(arguments: Any) -> dict[str, Any]:
+# In the order of their stages.
+SECTIONS = {
+    "anchor": AnchorArguments,
+    "regions": RegionsArguments,
+    "teacher": TeacherArguments,
+    "targets": TargetsArguments,
+    "student": StudentArguments,
+    "reinforce": ReinforceArguments,
+    "dmclip": DMCLIPArguments,
+}
+TRAINING_SECTIONS = ("anchor", "teacher", "student", "dmclip")
+
+Section = (
+    AnchorArguments
+    | RegionsArguments
+    | TeacherArguments
+    | TargetsArguments
+    | StudentArguments
+    | ReinforceArguments
+    | DMCLIPArguments
+)
+
+
+def deciding_fields(arguments: Section) -> dict[str, Any]:
     """The fields of a section that decide the stage's result, as JSON values.
 
     These are all fields of this package, and those of `TrainingArguments` and of adapters that differ from their
     defaults. Fields that decide only where and how loudly a stage runs are left out.
 
     Args:
-        arguments: A section.
+        arguments ([`Section`]): A section.
 
     Returns:
         `dict[str, Any]`: Value by field name.
@@ -607,21 +630,8 @@ def deciding_fields(arguments: Any) -> dict[str, Any]:
     }
 
 
-def as_plain(arguments: Any) -> dict[str, Any]:
+def as_plain(arguments: RunArguments | Section) -> dict[str, Any]:
     """The global fields or a section as plain values, for YAML and JSON."""
     if isinstance(arguments, TrainingArguments):
         return json.loads(json.dumps(arguments.to_dict(), default=str))
     return {f.name: getattr(arguments, f.name) for f in fields(arguments)}
-
-
-# In the order of their stages.
-SECTIONS = {
-    "anchor": AnchorArguments,
-    "regions": RegionsArguments,
-    "teacher": TeacherArguments,
-    "targets": TargetsArguments,
-    "student": StudentArguments,
-    "reinforce": ReinforceArguments,
-    "dmclip": DMCLIPArguments,
-}
-TRAINING_SECTIONS = ("anchor", "teacher", "student", "dmclip")

@@ -1,4 +1,4 @@
-"""Make a DM-CLIP about to train: from scratch, around pretrained towers, or from a checkpoint.
+"""Build the DM-CLIP that will train: from scratch, around pretrained towers, or from a checkpoint.
 
 Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP" [M]; "MobileCLIP", arXiv 2311.17049
 [MC]; docs/papers.md.
@@ -6,10 +6,10 @@ Source: "Knowledge Distillation from Transformer to Mamba for an efficient CLIP"
 
 import logging
 from dataclasses import fields
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from transformers import CLIPImageProcessorPil, PreTrainedConfig
+from transformers import CLIPImageProcessorPil, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import has_file
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
@@ -20,16 +20,18 @@ from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-# What a field of the section may name, by the model_type in its config.
+Loaded = TypeVar("Loaded", bound=PreTrainedModel)
+
+# The models that a field of the section may name, told by the model_type in their config.
 _STARTS = {
     "model": (DMCLIPConfig,),
     "vision_model": (DMCLIPConfig, DMCLIPVisionConfig),
     "text_model": (DMCLIPConfig, DMCLIPTextConfig),
 }
 _PREPROCESSING = ("preprocessor_config.json", "processor_config.json")
-_HEAD = "projection."  # of the image encoder; the rest of its keys are its backbone
+_HEAD = "projection."  # of the image encoder; its other keys are those of its backbone
 
-# What the section has a field of its own for, or the tokenizer decides.
+# Fields of a config that the section has a field of its own for, or that the tokenizer decides.
 _SET_ELSEWHERE = {
     "image_size",
     "projection_dim",
@@ -41,7 +43,7 @@ _SET_ELSEWHERE = {
 
 
 def _check_fields(name: str, given: dict[str, Any], config_class: type) -> None:
-    """Configs swallow unknown names, so a typo in a recipe would go unnoticed."""
+    """Refuse unknown fields. A config accepts any name, so a typo in a recipe would go unnoticed."""
     known = {f.name for f in fields(config_class)} - _SET_ELSEWHERE
     unknown = sorted(set(given) - known)
     if unknown:
@@ -52,14 +54,14 @@ def _check_fields(name: str, given: dict[str, Any], config_class: type) -> None:
 
 
 def check_starts(args: DMCLIPArguments) -> None:
-    """See by their configs alone whether `model`, `vision_model` and `text_model` are what their fields may name.
+    """Check that `model`, `vision_model` and `text_model` name models of the right kind. Only their configs are read.
 
     Args:
-        args ([`DMCLIPArguments`]): What is named.
+        args ([`DMCLIPArguments`]): The section.
 
     Raises:
         OSError: If there is no config in a folder or under a Hub id.
-        ValueError: If it is another model's, or that of an image encoder whose norms are folded away.
+        ValueError: If a model is of another kind, or an image encoder's BatchNorms are folded into its weights.
     """
     for name, kinds in _STARTS.items():
         if (path := getattr(args, name)) is None:
@@ -68,13 +70,13 @@ def check_starts(args: DMCLIPArguments) -> None:
         if stored.get("model_type") not in (expected := [kind.model_type for kind in kinds]):
             raise ValueError(
                 f"dmclip.{name}: expected the model_type {' or '.join(expected)} in the config of {path!r}, got "
-                f"{stored.get('model_type')!r}. Published MambaVision and MobileCLIP checkpoints are made ready by "
+                f"{stored.get('model_type')!r}. Convert published MambaVision and MobileCLIP checkpoints with "
                 "`python -m modeling_dclip.hub.convert`."
             )
         if name != "text_model" and DMCLIPVisionConfig.from_pretrained(path).batch_norm_folded:
             raise ValueError(
                 f"dmclip.{name}: expected an image encoder with its BatchNorms, got {path!r}, where fuse() folded "
-                "them into the weights for inference. Name what it was made from."
+                "them into the weights for inference. Name the model it was made from."
             )
 
 
@@ -87,11 +89,11 @@ def _vision_config(args: DMCLIPArguments) -> DMCLIPVisionConfig:
     return config if "window_sizes" in args.vision_config else config.for_image_size(args.image_size)
 
 
-def _text_config(args: DMCLIPArguments, tokenizer: Any) -> dict[str, Any]:
+def _text_config(args: DMCLIPArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     _check_fields("text_config", args.text_config, DMCLIPTextConfig)
     if args.text_model is not None and args.text_config:
         raise ValueError(
-            f"dmclip.text_config: expected nothing beside text_model {args.text_model!r}, which has its own."
+            f"dmclip.text_config: expected no text_config beside text_model {args.text_model!r}, which has its own."
         )
     return {
         **args.text_config,
@@ -102,22 +104,22 @@ def _text_config(args: DMCLIPArguments, tokenizer: Any) -> dict[str, Any]:
     }
 
 
-def build_dmclip(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DCLIPProcessor]:
-    """A DM-CLIP about to train, in float32, and its processor.
+def build_dmclip(args: DMCLIPArguments, tokenizer: PreTrainedTokenizerBase) -> tuple[DMCLIPModel, DCLIPProcessor]:
+    """Build the DM-CLIP that will train, in float32, and its processor.
 
     Args:
         args ([`DMCLIPArguments`]): From scratch by `preset`, `vision_config`, `text_config`; with `vision_model` or
-            `text_model` around a pretrained tower, or both; with `model` a whole checkpoint. The draw of weights is
-            torch's: seed before. A pretrained image encoder keeps its projection where it has the wanted width, else a
-            new one is drawn, and that is logged.
-        tokenizer (`CLIPTokenizer`): Decides vocabulary, special tokens and length of a text tower that is made.
+            `text_model` around a pretrained tower, or both; with `model` a whole checkpoint. New weights are drawn
+            from torch's generator: seed it before. A pretrained image encoder keeps its projection if it has the
+            wanted width. Otherwise a new one is drawn, and that is logged.
+        tokenizer (`CLIPTokenizer`): Decides vocabulary, special tokens and length of a new text tower.
 
     Returns:
         `tuple[DMCLIPModel, DCLIPProcessor]`: The processor of [`find_image_processor`] with this tokenizer.
 
     Raises:
         ValueError: If a field of a config is unknown, `projection_dim` is not the checkpoint's or the text tower's,
-            what is named is another model's or lacks weights, or the tokenizer does not fit the text tower.
+            a named model is of another kind or lacks weights, or the tokenizer does not fit the text tower.
     """
     check_starts(args)
     model = _make_model(args, tokenizer) if args.model is None else _load_checkpoint(args)
@@ -126,24 +128,31 @@ def build_dmclip(args: DMCLIPArguments, tokenizer: Any) -> tuple[DMCLIPModel, DC
 
 
 def find_image_size(args: DMCLIPArguments) -> int:
-    """Pixels a side that a DM-CLIP will train at: those given, else those of the checkpoint or the image encoder."""
+    """The side in pixels of the images that a DM-CLIP will train on.
+
+    Args:
+        args ([`DMCLIPArguments`]): The section.
+
+    Returns:
+        `int`: `args.image_size` if it is set, else the size of the checkpoint or the image encoder.
+    """
     return args.image_size or DMCLIPVisionConfig.from_pretrained(args.model or args.vision_model).image_size
 
 
 def find_image_processor(args: DMCLIPArguments) -> CLIPImageProcessorPil:
-    """How images become pixels: as for the checkpoint or the image encoder where its folder says so, else as for CLIP.
+    """The image processor of a DM-CLIP: that of the checkpoint or the image encoder if it has one, else CLIP's.
 
     Args:
-        args ([`DMCLIPArguments`]): What is named.
+        args ([`DMCLIPArguments`]): The section.
 
     Returns:
-        `CLIPImageProcessorPil`: At the size the model trains at.
+        `CLIPImageProcessorPil`: For the size of [`find_image_size`].
     """
     source, side = args.model or args.vision_model, find_image_size(args)
     if source is None:
         return CLIPImageProcessorPil(**_sizes(side))
     if not any(has_file(source, name) for name in _PREPROCESSING):
-        logger.warning("dmclip: no %s in %r, images are normalised as CLIP's", _PREPROCESSING[0], source)
+        logger.warning("dmclip: no %s in %r, so images are normalised as for CLIP", _PREPROCESSING[0], source)
         return CLIPImageProcessorPil(**_sizes(side))
     if args.model is not None:
         image_processor = DCLIPProcessor.from_pretrained(args.model).image_processor
@@ -163,7 +172,7 @@ def _load_checkpoint(args: DMCLIPArguments) -> DMCLIPModel:
     return _load(DMCLIPModel, args.model, "model", config=config)[0]
 
 
-def _make_model(args: DMCLIPArguments, tokenizer: Any) -> DMCLIPModel:
+def _make_model(args: DMCLIPArguments, tokenizer: PreTrainedTokenizerBase) -> DMCLIPModel:
     text, text_config, vision_config = None, _text_config(args, tokenizer), _vision_config(args)
     projection_dim = args.projection_dim or (vision_config.projection_dim if _is_dual(args.vision_model) else 512)
     if args.text_model is not None:
@@ -185,22 +194,20 @@ def _make_model(args: DMCLIPArguments, tokenizer: Any) -> DMCLIPModel:
 
 
 def _is_dual(path: str | None) -> bool:
-    """Whether its projection leads into a space that texts share, unlike that of an image encoder alone,
-    often a classifier.
+    """Whether a model's image projection leads into a space shared with texts. That of an image encoder alone is often
+    a classifier.
     """
     return path is not None and PreTrainedConfig.get_config_dict(path)[0]["model_type"] == DMCLIPConfig.model_type
 
 
 def _take_vision_weights(vision_model: DMCLIPVisionModel, path: str) -> None:
-    """All weights of a pretrained image encoder, but for a projection of another width,
-    which stays as it was drawn.
-    """
+    """Load the weights of a pretrained image encoder, but keep the drawn projection if the stored one is no match."""
     loaded, lacking = _load(DMCLIPVisionModel, path, "vision_model", may_lack=_HEAD)
     weights, width, stored = loaded.state_dict(), vision_model.config.projection_dim, loaded.config.projection_dim
     if lacking or stored != width:
         found = "none" if lacking else f"one to {stored}"
         logger.info(
-            "dmclip: drew a new projection to %d, for %r has %s; every other weight is its", width, path, found
+            "dmclip: drew a new projection to %d, because %r has %s; all other weights are its", width, path, found
         )
         own = vision_model.state_dict()
         weights |= {name: tensor for name, tensor in own.items() if name.startswith(_HEAD)}
@@ -208,9 +215,12 @@ def _take_vision_weights(vision_model: DMCLIPVisionModel, path: str) -> None:
 
 
 def _load(
-    model_class: type, path: str, name: str, may_lack: str | None = None, config: Any = None
-) -> tuple[Any, list[str]]:
-    """A model in float32 with every weight from its folder, and those of the layer that it may lack which it does."""
+    model_class: type[Loaded], path: str, name: str, may_lack: str | None = None, config: DMCLIPConfig | None = None
+) -> tuple[Loaded, list[str]]:
+    """Load a model in float32, with every weight from its folder.
+
+    Only weights whose names start with `may_lack` may be missing; their names are returned beside the model.
+    """
     options = {} if config is None else {"config": config}
     model, found = model_class.from_pretrained(
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
@@ -223,8 +233,8 @@ def _load(
     }
     if told := [f"{len(keys)} {kind}, such as {keys[0]}" for kind, keys in wrong.items() if keys]:
         raise ValueError(
-            f"dmclip.{name}: expected in {path!r} the weights that its config tells of, got {'; '.join(told)}. It is "
-            "damaged, or the config is another model's."
+            f"dmclip.{name}: expected in {path!r} the weights that its config describes, got {'; '.join(told)}. The "
+            "file is damaged, or the config is another model's."
         )
     return model, lacking
 
@@ -240,10 +250,10 @@ def _check_projection(args: DMCLIPArguments, width: int, whose: str) -> None:
         )
 
 
-def _check_tokenizer(tokenizer: Any, config: DMCLIPTextConfig) -> None:
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DMCLIPTextConfig) -> None:
     if len(tokenizer) != config.vocab_size or tokenizer.eos_token_id != config.eos_token_id:
         raise ValueError(
             f"Expected a tokenizer of the text tower's {config.vocab_size} tokens that ends with "
             f"{config.eos_token_id}, got {len(tokenizer)} tokens ending with {tokenizer.eos_token_id} "
-            f"('{tokenizer.name_or_path}'). Name the tower's in dmclip.tokenizer."
+            f"('{tokenizer.name_or_path}'). Set dmclip.tokenizer to the tower's."
         )

@@ -31,7 +31,7 @@ RECORD_NAME = "stage.json"
 UNCAPTIONED = "uncaptioned"  # the split of images without captions, which only the student learns from
 
 
-def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+def _differences(old: object, new: object, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
         return [
@@ -223,7 +223,7 @@ class SharedData:
     fingerprints: dict[str, str] = field(default_factory=dict)
 
 
-def load_images(recipe: Recipe, shared: SharedData) -> Splits:
+def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
     """Load the images that teacher and student learn from.
 
     Args:
@@ -369,7 +369,7 @@ def attach_regions(images: Splits, places: Places | None) -> Splits:
     """Add the regions of the stage `regions` to images.
 
     Args:
-        images (`dict[str, KeyedRows]`): From [`load_images`].
+        images (`dict[str, KeyedRows]`): From [`load_training_images`].
         places ([`Places`] or `None`): Of a run with that stage. `None` keeps the images' own boxes.
 
     Returns:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, CLIPImageProcessorPil, set_seed
+from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
 
 from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
@@ -55,8 +55,8 @@ from modeling_dclip.distillation.run import (
     find_clip,
     find_teacher,
     finished_inputs,
-    load_images,
     load_student,
+    load_training_images,
     read_clip,
     share_pixels,
     student_splits,
@@ -109,7 +109,7 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
     """Find regions, train a teacher, store its targets, train a student: those of the stages that are asked for."""
     if "student" in stages and "targets" not in stages:
         places.made("targets", RECORD_NAME)  # an error now rather than after the images are read
-    images = load_images(recipe, shared)
+    images = load_training_images(recipe, shared)
     if {"regions", "teacher", "targets"} & set(stages):
         check_batches(recipe, len(images["train"].rows))
     if "regions" in stages:
@@ -165,7 +165,7 @@ def make_anchor(
     record.finish()
 
 
-def _anchor_config(args: AnchorArguments, tokenizer: Any) -> DCLIPConfig:
+def _anchor_config(args: AnchorArguments, tokenizer: PreTrainedTokenizerBase) -> DCLIPConfig:
     text_config = {
         **args.text_config,
         "vocab_size": len(tokenizer),
@@ -198,7 +198,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
 
     Args:
         args ([`RegionsArguments`]): The detector and what to keep.
-        images (`dict[str, KeyedRows]`): From [`load_images`].
+        images (`dict[str, KeyedRows]`): From [`load_training_images`].
         places ([`Places`]): Of the run.
 
     Raises:
@@ -213,7 +213,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
     record = places.record("regions", inputs)
     if record.finished:
         return
-    options = {
+    options: dict[str, Any] = {
         "batch_size": args.batch_size,
         "cache_dir": places.cache_dir / "regions",
         "on_bad_image": args.on_bad_image,
@@ -327,7 +327,7 @@ def write_targets(
         ValueError: If the teacher is around another CLIP, or the folder was made from other inputs.
     """
     with_teacher = teacher_path is not None
-    if with_teacher:
+    if teacher_path is not None:
         teacher = load_checked(DCLIPTeacher, teacher_path, dtype="auto")
         _check_same_clip(teacher, teacher_path, clip.path)
     else:
@@ -471,7 +471,8 @@ def _make_batches(
     validation: Dataset | None,
     pixels: PixelReader | None,
 ) -> tuple[StudentBatches, StudentBatches | None]:
-    options = {"width": model.config.projection_dim, "seed": args.seed, "cache_mib": args.image_cache_mib}
+    width = model.config.projection_dim
+    options: dict[str, Any] = {"width": width, "seed": args.seed, "cache_mib": args.image_cache_mib}
 
     def make(rows: Dataset, **more: Any) -> StudentBatches:
         if args.lora_text:

@@ -7,7 +7,7 @@ of micro-batches are averaged; the negatives are those of one micro-batch over a
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +35,9 @@ from modeling_dclip.distillation.losses import (
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 ARGUMENTS_NAME = "arguments.yaml"
 
@@ -243,15 +246,25 @@ class StudentTrainer(BatchesTrainer):
         adapters (`peft.PeftModel`, *optional*): Around it, from
             [`~modeling_dclip.distillation.adapters.add_adapters`].
         args ([`StudentArguments`]): Losses and optimiser.
-        others, kwargs: As for [`BatchesTrainer`].
+        train_batches, processor, resolved_arguments, eval_batches: As for [`BatchesTrainer`].
 
     Raises:
         ValueError: If adapters are trained with FSDP, or the rows do not fill one batch.
     """
 
-    def __init__(self, model: DCLIPModel, args: StudentArguments, *others: Any, adapters: Any = None, **kwargs: Any):
+    def __init__(
+        self,
+        model: DCLIPModel,
+        args: StudentArguments,
+        train_batches: Batches,
+        processor: DCLIPProcessor,
+        resolved_arguments: dict[str, Any],
+        eval_batches: Batches | None = None,
+        adapters: "PeftModel | None" = None,
+    ):
         self.dual_encoder, self.adapters = model, adapters
-        super().__init__(model if args.lora_text else share_image_encoder(model), args, *others, **kwargs)
+        trained = model if args.lora_text else share_image_encoder(model)
+        super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
         if adapters is not None and self.is_fsdp_enabled:
             raise ValueError(
                 "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."

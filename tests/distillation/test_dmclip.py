@@ -101,7 +101,7 @@ def test_every_weight_of_the_backbone_is_the_pretrained_ones_and_a_classifier_gi
     assert equal(backbone, split(load_file(f"{encoder}/model.safetensors"))[0]) and len(backbone) > 50
     assert head["projection.weight"].shape == (WIDTH, 32) and not head["projection.bias"].any()
     assert 0.01 < float(head["projection.weight"].std()) < 0.03  # drawn as any Linear, not left as memory was
-    assert f"drew a new projection to {WIDTH}, for '{encoder}' has one to {CLASSES}" in caplog.text
+    assert f"drew a new projection to {WIDTH}, because '{encoder}' has one to {CLASSES}" in caplog.text
 
 
 @pytest.mark.parametrize("source", ["encoder", "dual"])
@@ -150,7 +150,7 @@ def test_without_preprocessing_beside_the_weights_it_is_clips_and_that_is_said(e
     (tmp_path / "bare" / "preprocessor_config.json").unlink()
     _, processor = build_dmclip(arguments(vision_model=str(tmp_path / "bare"), text_config=TEXT), tokenizer)
     assert tuple(processor.image_processor.image_mean) == tuple(OPENAI_CLIP_MEAN)
-    assert processor.image_processor.crop_size["height"] == 64 and "normalised as CLIP's" in caplog.text
+    assert processor.image_processor.crop_size["height"] == 64 and "normalised as for CLIP" in caplog.text
 
 
 @pytest.mark.parametrize(

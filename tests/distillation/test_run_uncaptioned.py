@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
-from modeling_dclip.distillation.run import Places, SharedData, attach_regions, load_images
+from modeling_dclip.distillation.run import Places, SharedData, attach_regions, load_training_images
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "per_device_train_batch_size": 8, "logging_steps": 1}
 SCENES = "scenes:train,n={},image_size=32,captions_per_image=2"
@@ -39,7 +39,7 @@ def write_recipe(folder, clip_dir, **changes):
 
 def read_data(recipe, shared=None):
     return attach_regions(
-        load_images(recipe, shared or SharedData()), Places.of(recipe) if recipe.uses_detector else None
+        load_training_images(recipe, shared or SharedData()), Places.of(recipe) if recipe.uses_detector else None
     )
 
 
@@ -206,11 +206,11 @@ def test_arms_with_and_without_them_share_what_they_read(tiny_clip_dir, tmp_path
 def test_boxes_that_only_captioned_images_have_are_told(tiny_clip_dir, tmp_path, draw_scenes, caplog):
     folder = draw_scenes(tmp_path / "album", 3)
     path = write_recipe(tmp_path, tiny_clip_dir, uncaptioned_datasets=[f"images:{folder}"])
-    assert "boxes" not in load_images(parse_recipe([], path), SharedData())["uncaptioned"].rows.column_names
+    assert "boxes" not in load_training_images(parse_recipe([], path), SharedData())["uncaptioned"].rows.column_names
     assert "have boxes of their own, the images without captions have none" in caplog.text
     caplog.clear()
-    assert load_images(parse_recipe(["--regions.ignore_boxes", "true"], path), SharedData())
-    assert load_images(parse_recipe(["--regions.detector", "grid:1x2"], path), SharedData())
+    assert load_training_images(parse_recipe(["--regions.ignore_boxes", "true"], path), SharedData())
+    assert load_training_images(parse_recipe(["--regions.detector", "grid:1x2"], path), SharedData())
     assert "boxes of their own" not in caplog.text
 
 
