@@ -133,50 +133,6 @@ def test_every_command_ends_through_one_door():
         assert "command" in map(ast.unparse, main.decorator_list), f"{path}: decorate main with failures.command"
 
 
-# Calls that open or list what a user gave. They belong to data/files.py (text, tables, folders) and data/images.py
-# (pictures).
-READS = {"read_text", "read_bytes", "open", "glob", "iglob", "rglob", "iterdir", "scandir", "listdir", "walk"}
-READERS = {"json.load", "csv.reader", "csv.DictReader", "yaml.safe_load", "yaml.load"}
-OTHER_READS = {
-    "data/images.py": {"Image.open"},  # the door for pictures
-    "data/reinforced/shards.py": {"open", "tarfile.open"},  # members of tar files, by their offsets
-    "data/reinforced/writer.py": {"tarfile.open"},
-    "data/labels/webdataset.py": {"path.open"},  # tar files, mapped into memory
-    "encoders/fingerprints.py": {"path.open", "folder.glob"},  # below the door: hashes files of any kind
-    "encoders/loading.py": {"folder.glob"},  # below the door: whether a folder has weights
-    "evaluation/records.py": {"os.open"},  # a lock
-}
-
-
-def reads(tree):
-    """The calls of a module that open or list files, e.g. `path.read_text`."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    found = {ast.unparse(call.func) for call in calls}
-    found = {
-        name
-        for name in found
-        if (name.split(".")[-1] in READS and name not in ("read_bytes", "read_text", "ast.walk", "files.walk"))
-        or name in READERS
-        or name.startswith("tempfile.")
-    }
-    nested = [call for call in calls if ast.unparse(call.func) == "json.loads" and call.args]
-    return found | {"json.loads" for call in nested if "read_text(" in ast.unparse(call.args[0])}
-
-
-@pytest.mark.parametrize("path", [path for path in FILES if name(path) != "data/files.py"], ids=name)
-def test_files_are_opened_through_one_door(path):
-    wrong = reads(tree(path)) - OTHER_READS.get(name(path), set())
-    assert not wrong, f"{name(path)} calls {sorted(wrong)}; use data/files.py, or data/images.py for pictures"
-
-
-def test_the_walk_sees_what_opens_a_file():
-    code = "open(a); path.read_text(); json.load(f); tempfile.mkdtemp(); json.loads(read_text(a)); os.walk(b)"
-    assert reads(ast.parse(f"{code}; PIL.Image.open(c)")) == {
-        "open", "path.read_text", "json.load", "tempfile.mkdtemp", "json.loads", "os.walk", "PIL.Image.open",
-    }  # fmt: skip
-    assert not reads(ast.parse("read_text(a)\nread_json(b)\njson.loads(word)"))
-
-
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_no_file_has_a_name_that_says_nothing(path):
     assert path.stem not in FORBIDDEN_STEMS and not FORBIDDEN_STEMS & set(path.stem.split("_"))

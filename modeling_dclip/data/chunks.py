@@ -1,6 +1,6 @@
-"""Rows computed in chunks, each kept in a file keyed by what made it: the rows' content, the weights, the settings.
+"""Rows that are computed in chunks, each kept in a file keyed by its rows' content, the weights and the settings.
 
-A run that was killed goes on at the next chunk, and several processes share the chunks among them.
+A run that was killed continues at the next chunk. Several processes share the chunks.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Chunk = dict[str, np.ndarray]
 
 
 def write_chunk(path: Path, chunk: Chunk) -> None:
-    """Write a chunk atomically: whoever looks sees all of it or nothing."""
+    """Write a chunk atomically: a reader sees the whole file or none."""
     with replacing(path) as temporary:
         save_file({name: np.ascontiguousarray(array) for name, array in chunk.items()}, temporary)
 
@@ -46,19 +46,20 @@ def compute_chunks(
     desc: str,
     alone: bool = False,
 ) -> list[Path]:
-    """Compute rows in chunks, each kept in a file named by its content; those there already are not computed again.
+    """Compute rows in chunks and keep each in a file that is named by its content. Existing files are not computed
+    again.
 
-    Under several processes each computes every so-manieth chunk and all wait for each other at the end.
+    Each of n processes computes every n-th chunk, and all wait for each other at the end.
 
     Args:
-        keys (`Sequence[str]`): Of each row's content.
+        keys (`Sequence[str]`): A key of each row's content.
         compute (`Callable`): From a range of rows to arrays.
-        made_by (`str`): A key of all else that decides the result: weights, settings.
-        cache_dir (`Path`): Where the files are; shared by all datasets and models.
-        chunk_rows (`int`): Rows a file.
-        desc (`str`): Of the progress bar.
-        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls: it computes all and
-            waits for nobody.
+        made_by (`str`): A key of what else decides the result: weights and settings.
+        cache_dir (`Path`): The folder of the files. All datasets and models share it.
+        chunk_rows (`int`): Rows in one file, at least 1.
+        desc (`str`): The title of the progress bar.
+        alone (`bool`, *optional*, defaults to `False`): Only one process of the run calls this function. It computes
+            all chunks and does not wait for the others.
 
     Returns:
         `list[Path]`: The files, in order of rows.

@@ -1,4 +1,4 @@
-"""Dataset columns as flat arrays and back, and keys of their content.
+"""Dataset columns as flat arrays, flat arrays as columns, and keys of their content.
 
 A ragged column of N rows is a pair: `values`, the rows' entries one after the other, and `offsets` int64 (N + 1,), row
 i being `values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow: no Python number per entry.
@@ -141,12 +141,12 @@ def column_lengths(dataset: Dataset, name: str) -> np.ndarray:
 
 
 def flat_column(dataset: Dataset, name: str) -> np.ndarray:
-    """Read a column with one entry a row, such as `anchor_embeds`: an array `(N, ...)`."""
+    """Read a column with one entry in each row, such as `anchor_embeds`, as an array `(N, ...)`."""
     return _flatten(arrow_column(dataset, name))
 
 
 def with_ragged_embeds(dataset: Dataset, name: str, embeds: Ragged) -> Dataset:
-    """Put in a column of float16 lists of embeddings `(entries, D)`, replacing an older one."""
+    """Add a column of float16 lists of embeddings `(entries, D)`. It replaces an older one."""
     width = embeds.values.shape[-1]
     entries = pa.FixedSizeListArray.from_arrays(pa.array(embeds.values.astype(np.float16).reshape(-1)), width)
     column = pa.ListArray.from_arrays(pa.array(embeds.offsets.astype(np.int32)), entries)
@@ -154,7 +154,7 @@ def with_ragged_embeds(dataset: Dataset, name: str, embeds: Ragged) -> Dataset:
 
 
 def with_flat_embeds(dataset: Dataset, name: str, embeds: np.ndarray) -> Dataset:
-    """Put in a column of one float16 embedding a row, `(N, D)`, replacing an older one."""
+    """Add a column with one float16 embedding in each row, `(N, D)`. It replaces an older one."""
     width = embeds.shape[-1]
     column = pa.FixedSizeListArray.from_arrays(pa.array(embeds.astype(np.float16).reshape(-1)), width)
     return _replace_column(dataset, name, column, List(Value("float16"), length=width))
@@ -178,7 +178,7 @@ def encoded_images(dataset: Dataset) -> Iterator[bytes]:
 
 
 def image_keys(dataset: Dataset) -> list[str]:
-    """A key of each row's encoded image: hexadecimal SHA-256, with a progress bar. Never of a file's name.
+    """Compute a key of each row's encoded image: the hexadecimal SHA-256 of its bytes, not of its file's name.
 
     Raises:
         UnreadableImageError: If an image file is missing or a row has neither bytes nor a path.
@@ -213,7 +213,7 @@ def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]
 
 
 def attach_columns(dataset: Dataset, columns: Dataset) -> Dataset:
-    """Put columns that were stored apart beside their rows; rows that `columns` lacks are left out.
+    """Join columns that were stored apart to their rows. Rows that `columns` lacks are left out.
 
     Args:
         dataset (`datasets.Dataset`): With `image_id`.

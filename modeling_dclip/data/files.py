@@ -373,15 +373,15 @@ def user_cache_dir(name: str) -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[Path]:
-    """Give a temporary path beside `path` and move it there at the end: whoever looks sees all of it or nothing.
+    """Give a temporary path beside `path` and move it there at the end. A reader sees the whole file or the old one.
 
-    Folders on the way are made. A file that is replaced hands its permissions on.
+    Missing folders are made. A replaced file keeps its permissions.
 
     Args:
         path (`str` or `os.PathLike`): A file, or a folder that does not exist yet.
 
     Yields:
-        `Path`: Where to write. If the writing fails, nothing stays of it and what was at `path` is untouched.
+        `Path`: Where to write. If the writing fails, it is removed, and what was at `path` is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,16 +37,16 @@ IMAGES_PER_READ = 64  # enough for one call of the image processor to pay, few e
 
 
 def find_images(folder: str | os.PathLike) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder and of those below it, by their endings in any case.
+    """Find the pictures of a folder and of the folders below it, by their endings in any case.
 
     Returns:
-        `tuple[list[Path], list[Path]]`: The pictures, and the files passed over, each in order of paths.
+        `tuple[list[Path], list[Path]]`: The pictures, and the other files, each in order of their paths.
     """
     return find_files(folder, IMAGE_SUFFIXES)
 
 
 class UnreadableImageError(ValueError):
-    """A picture that cannot be read. It is the only error of this door, whatever PIL raised.
+    """A picture that cannot be read. This module raises no other error for a picture, whatever PIL raised.
 
     Args:
         message (`str`): Which picture, why it cannot be read, and what to do.
@@ -156,7 +156,7 @@ def _refusing_large() -> Iterator[None]:
 
 
 def _orientation(image: Image.Image) -> int:
-    """As EXIF says it; 1, upright, where EXIF cannot be read: metadata that nobody needs stops no picture."""
+    """The EXIF orientation. It is 1, upright, if EXIF cannot be read: odd metadata make no picture unreadable."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except UNREADABLE:

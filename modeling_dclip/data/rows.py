@@ -1,6 +1,6 @@
-"""The checks that the rows of every caption source pass, and the stable ids that tell one picture across sources.
+"""The checks that the rows of every caption source pass, and stable ids that are equal for one picture in all sources.
 
-A rejected row is counted and reported by a warning that names the first ids; nothing is replaced in silence.
+A rejected row is counted, and a warning names the first ids. No row is replaced silently.
 """
 
 import logging
@@ -16,7 +16,7 @@ from modeling_dclip.data.files import entry_names
 logger = logging.getLogger(__name__)
 
 FIRST_IDS = 5
-FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
+CAPTION_FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
 MISSING_MODES = ("raise", "skip")
 _FLICKR_NAME = re.compile(r"(\d+)_[0-9a-f]{6,}")
 
@@ -40,8 +40,8 @@ def coco_id(value: str | int) -> str:
 def flickr_id(value: str | int) -> str:
     """`flickr-<photo id>` from the file name of Flickr30k (`<photo id>.jpg`) or Flickr8k (`<photo id>_<secret>.jpg`).
 
-    The secret is dropped because Flickr30k holds pictures of Flickr8k under the bare photo id: only so is a test
-    picture of the one found in the other. A name of another form keeps its whole stem.
+    The secret is dropped because Flickr30k holds pictures of Flickr8k under the bare photo id. Without it, a test
+    picture of one set is found in the other. A name of another form keeps its whole stem.
 
     Example:
         >>> flickr_id("1000268201_693b08cb0e.jpg") == flickr_id("1000268201.jpg")
@@ -109,7 +109,7 @@ def clean_captions(
 
 
 def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str, missing: str) -> list[int]:
-    """Indices of the rows whose image file is there. Folders are listed once, so a hundred thousand files are quick.
+    """Find the rows whose image file exists. Folders are listed once, so that a hundred thousand files are quick.
 
     Raises:
         FileNotFoundError: If a file is missing and `missing` is `"raise"`.
@@ -136,7 +136,7 @@ def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str
 def build_rows(
     image_ids: list[str], paths: list[Path], captions: list[list[str]], source: str, missing: str
 ) -> Dataset:
-    """Check the rows and make the dataset; images stay paths until they are read.
+    """Check the rows and make the dataset. Images stay paths until they are read.
 
     Raises:
         FileNotFoundError: If an image file is missing and `missing` is `"raise"`.
@@ -153,5 +153,5 @@ def build_rows(
             "image": [str(paths[i]) for i in there],
             "captions": [captions[i] for i in there],
         },
-        features=FEATURES,
+        features=CAPTION_FEATURES,
     )

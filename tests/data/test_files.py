@@ -1,11 +1,14 @@
 """Files are read in one way: what is wrong is named with its file. They are replaced whole or not at all."""
 
+import ast
 import json
 import os
+from pathlib import Path
 
 import pytest
 from datasets import Dataset
 
+import modeling_dclip
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.files import read_flickr30k
 from modeling_dclip.data.files import (
@@ -225,3 +228,51 @@ def test_missing_and_empty_files_are_named(tmp_path):
     (tmp_path / "c.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="Expected YAML in the recipe '.*c.yaml', got what is no YAML .*line 1"):
         read_yaml(tmp_path / "c.yaml", "recipe")
+
+
+# Calls that open or list what a user gave. They belong to data/files.py (text, tables, folders) and data/images.py
+# (pictures).
+READS = {"read_text", "read_bytes", "open", "glob", "iglob", "rglob", "iterdir", "scandir", "listdir", "walk"}
+READERS = {"json.load", "csv.reader", "csv.DictReader", "yaml.safe_load", "yaml.load"}
+OTHER_READS = {
+    "data/images.py": {"Image.open"},  # the door for pictures
+    "data/reinforced/shards.py": {"open", "tarfile.open"},  # members of tar files, by their offsets
+    "data/reinforced/writer.py": {"tarfile.open"},
+    "data/labels/webdataset.py": {"path.open"},  # tar files, mapped into memory
+    "encoders/fingerprints.py": {"path.open", "folder.glob"},  # below the door: hashes files of any kind
+    "encoders/loading.py": {"folder.glob"},  # below the door: whether a folder has weights
+    "evaluation/records.py": {"os.open"},  # a lock
+}
+
+
+def reads(tree):
+    """The calls of a module that open or list files, e.g. `path.read_text`."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    found = {ast.unparse(call.func) for call in calls}
+    found = {
+        name
+        for name in found
+        if (name.split(".")[-1] in READS and name not in ("read_bytes", "read_text", "ast.walk", "files.walk"))
+        or name in READERS
+        or name.startswith("tempfile.")
+    }
+    nested = [call for call in calls if ast.unparse(call.func) == "json.loads" and call.args]
+    return found | {"json.loads" for call in nested if "read_text(" in ast.unparse(call.args[0])}
+
+
+PACKAGE = Path(modeling_dclip.__file__).parent
+MODULES = sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if name != "data/files.py"])
+def test_files_are_opened_through_one_door(name):
+    wrong = reads(ast.parse((PACKAGE / name).read_text(encoding="utf-8"))) - OTHER_READS.get(name, set())
+    assert not wrong, f"{name} calls {sorted(wrong)}; use data/files.py, or data/images.py for pictures"
+
+
+def test_the_walk_sees_what_opens_a_file():
+    code = "open(a); path.read_text(); json.load(f); tempfile.mkdtemp(); json.loads(read_text(a)); os.walk(b)"
+    assert reads(ast.parse(f"{code}; PIL.Image.open(c)")) == {
+        "open", "path.read_text", "json.load", "tempfile.mkdtemp", "json.loads", "os.walk", "PIL.Image.open",
+    }  # fmt: skip
+    assert not reads(ast.parse("read_text(a)\nread_json(b)\njson.loads(word)"))

@@ -1,7 +1,8 @@
-"""Images that nobody has described: a folder of files, and rows whose captions were dropped.
+"""Readers of caption files beside a folder of pictures (COCO, Karpathy's splits, Flickr30k, Conceptual Captions, one's
+own tables), and of folders of pictures without captions.
 
-A teacher that reads no caption can teach a student from them. `captions` is an empty list in each such row, here
-alone.
+Pictures stay paths until they are read. A row without captions has an empty list under `captions`; only
+[`read_images`] and [`drop_captions`] make such rows, for teachers that read no caption.
 """
 
 import logging
@@ -24,7 +25,7 @@ from modeling_dclip.data.files import (
 )
 from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
 from modeling_dclip.data.rows import (
-    FEATURES,
+    CAPTION_FEATURES,
     FIRST_IDS,
     ID_RULES,
     build_rows,
@@ -159,8 +160,7 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
     """Read Flickr30k's `results.csv`: `image_name| comment_number| comment`, separated by pipes and spaces.
 
     The published file has a row whose second pipe is missing (`2199200615.jpg| 4   A dog runs ...`). Such a row is
-        read
-    by its number and reported with its line; any other malformed row is an error. Pipes inside a comment stay in it.
+    read by its number and reported with its line. Any other malformed row is an error. Pipes inside a comment stay.
 
     Args:
         results (`str`): The file.
@@ -253,9 +253,6 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
     return build_rows(image_ids, paths, captions, f"'{path}'", missing)
 
 
-# One's own captions: a table of comma-separated values and a folder of pictures.
-
-
 CAPTION_NAMES = ("caption", "captions", "text")
 SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
 
@@ -273,8 +270,8 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
 
 
 def _name_in(folder: Path, cell: str) -> str:
-    """The one name of a file: `./a.jpg`, `b/../a.jpg` and its absolute path are `a.jpg`;
-    outside the folder it is the absolute path.
+    """One name for each file: `./a.jpg`, `b/../a.jpg` and the absolute path are all `a.jpg`. A file outside the folder
+    keeps its absolute path.
     """
     name = PurePath(cell.strip())
     if not name.is_absolute() and ".." not in name.parts:
@@ -353,10 +350,10 @@ def _group_lines(
 
 
 def read_images(folder: str, *, source: str | None = None) -> Dataset:
-    """Read all pictures of a folder and those below it, without captions.
+    """Read all pictures of a folder and of the folders below it, without captions.
 
     Args:
-        folder (`str`): Searched for `.jpg`, `.jpeg`, `.png` and `.webp`, in any case; other files are passed over.
+        folder (`str`): Searched for `.jpg`, `.jpeg`, `.png` and `.webp`, in any case. Other files are skipped.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the file names are COCO's or Flickr's and give the ids that
             all readers share, so that test images are recognised. By default an id is `<folder>/<path below it>`.
 
@@ -380,9 +377,9 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
     ids = [ID_RULES[source](path.name) if source else f"{name}/{path.relative_to(root).as_posix()}" for path in paths]
     require_unique(ids, f"'{folder}'")
     columns = {"image_id": ids, "image": [str(path) for path in paths], "captions": [[] for _ in paths]}
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, features=CAPTION_FEATURES)
 
 
 def drop_captions(dataset: Dataset) -> Dataset:
     """The same rows with an empty list in place of their captions."""
-    return put_columns(dataset, {"captions": ([[] for _ in range(len(dataset))], FEATURES["captions"])})
+    return put_columns(dataset, {"captions": ([[] for _ in range(len(dataset))], CAPTION_FEATURES["captions"])})

@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Image, load_dataset, load_f
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import load_parquet, match_parquet, require_folder
 from modeling_dclip.data.rows import (
-    FEATURES,
+    CAPTION_FEATURES,
     ID_RULES,
     clean_captions,
     existing_images,
@@ -128,7 +128,7 @@ def standardise_columns(
     texts = [captions_at.get(row, []) for row in range(len(ids))]
     table = put_columns(
         dataset.with_format(None),
-        {"image_id": (ids, FEATURES["image_id"]), "captions": (texts, FEATURES["captions"])},
+        {"image_id": (ids, CAPTION_FEATURES["image_id"]), "captions": (texts, CAPTION_FEATURES["captions"])},
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
     table = table.select_columns(["image_id", image, "captions", *regions])
@@ -169,7 +169,7 @@ def read_parquet(
     dataset = load_parquet([path for path, _ in files], pattern)
     options: dict[str, Any] = {"image": image, "captions": captions, "source": source, "missing": missing}
     if image_id is None and "image_id" not in dataset.column_names:
-        dataset, image_id = put_columns(dataset, {"image_id": (names, FEATURES["image_id"])}), "image_id"
+        dataset, image_id = put_columns(dataset, {"image_id": (names, CAPTION_FEATURES["image_id"])}), "image_id"
     return standardise_columns(dataset, image_id=image_id, name=f"'{pattern}'", **options)
 
 
@@ -227,10 +227,10 @@ def read_disk(folder: str) -> Dataset:
     dataset = load_from_disk(str(require_folder(folder, "dataset folder")))
     if isinstance(dataset, DatasetDict):
         raise ValueError(f"'{folder}' holds the splits {sorted(dataset)}. Name the folder of one of them.")
-    wrong = [name for name, feature in FEATURES.items() if dataset.features.get(name) != feature]
+    wrong = [name for name, feature in CAPTION_FEATURES.items() if dataset.features.get(name) != feature]
     if wrong:
         raise ValueError(
-            f"Expected the column {wrong[0]!r} as {FEATURES[wrong[0]]} in '{folder}', got {dataset.features}. "
+            f"Expected the column {wrong[0]!r} as {CAPTION_FEATURES[wrong[0]]} in '{folder}', got {dataset.features}. "
             "Bring the dataset into the schema with `standardise_columns`."
         )
     require_rows(len(dataset), f"'{folder}'")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from modeling_dclip.data.files import read_text
 
-# Our selection, for small photographs of one object. Give a file of your own for other pictures.
+# Our selection, for small photographs of one object. For other pictures give a file.
 PHOTO_TEMPLATES = (
     "a photo of a {}.",
     "a photo of the {}.",
@@ -25,7 +25,7 @@ PHOTO_TEMPLATES = (
 )
 OPEN_CLIP = "open_clip"
 NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_templates.txt"
-# ImageNet's own lists of its folders: a synset and its name a line.
+# ImageNet's own lists of its folders: one synset and its name in each line.
 SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 _SYNSET = re.compile(r"n\d{8}")
 _KEYED = re.compile(r"(n\d{8})[\s,:]+(.+)")
@@ -59,7 +59,7 @@ def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple
 
 
 def parse_lines(text: str, place: str) -> list[str]:
-    """The lines of a file of names or templates, stripped; empty ones at the end are no lines.
+    """Split the text of a file of names or templates into stripped lines. Empty lines at the end are ignored.
 
     Raises:
         ValueError: If there is none, or an empty one stands between others, which would shift all classes after it.

@@ -16,9 +16,9 @@ The true sentence and the false one share their wording and differ in that respe
 A relation is exchanged by its words ("A to the left of B" becomes "A to the right of B"); in sentences without such
 words A and B change places.
 
-The swapped ones keep the words, so a bag of words tells them apart by luck only. And no category can be answered
-without the picture: a sentence is as likely to be the true one of a question as the false one, which is why wrong
-counts are asked of as many ones as threes.
+The swapped sentences keep the words, so a bag of words can only guess. No category can be answered without the
+picture: a sentence is as often the true one of a question as the false one. For this reason wrong counts are asked of
+as many ones as threes.
 """
 
 import random
@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.data.scenes import check_request, encode_png, iterate_scenes
 from modeling_dclip.data.scenes.drawing import (
     COLOURS,
@@ -192,7 +192,7 @@ def load_hard_negatives(split: str = "test", *, n: int = 1000, seed: int = 0, im
         ValueError: If the split is unknown or `n < 1`.
     """
     check_request(split, n)
-    columns: dict[str, list[Any]] = {name: [] for name in FEATURES}
+    columns: dict[str, list[Any]] = {name: [] for name in QUESTION_FEATURES}
     scenes = iterate_scenes(split, n, seed, max_siblings=0)
     for index, (scene, rng) in enumerate(tqdm(scenes, total=n, desc=f"Drawing scenes ({split})", unit="image")):
         sentence, negatives = hard_negatives(scene, random.Random(f"hard negatives/{split}/{seed}/{index}"))
@@ -201,4 +201,4 @@ def load_hard_negatives(split: str = "test", *, n: int = 1000, seed: int = 0, im
         columns["captions"].append([sentence] * len(negatives))
         columns["negative_captions"].append([[negative] for negative in negatives.values()])
         columns["categories"].append(list(negatives))
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, features=QUESTION_FEATURES)

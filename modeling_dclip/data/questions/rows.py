@@ -1,6 +1,6 @@
 """Questions about pictures in one schema: which of these captions is true?
 
-One row a picture, so that it is embedded once.
+A picture has one row, so that it is embedded once.
 
 | column | what |
 |---|---|
@@ -24,7 +24,7 @@ from modeling_dclip.data.rows import existing_images, first, require_rows
 
 logger = logging.getLogger(__name__)
 
-FEATURES = Features(
+QUESTION_FEATURES = Features(
     image_id=Value("string"),
     image=Image(),
     captions=List(Value("string")),
@@ -99,7 +99,7 @@ def build_item_rows(items: Sequence[Item], source: str, missing: str) -> Dataset
         rows.setdefault(items[index].image_id, []).append(items[index])
     there = existing_images(list(rows), [group[0].path for group in rows.values()], source, missing)
     groups = [list(rows.values())[i] for i in there]
-    features = dict(FEATURES)
+    features = dict(QUESTION_FEATURES)
     if any(item.pair_id for item in items):
         features["pair_id"] = PAIR_FEATURE
         members = Counter(group[0].pair_id for group in groups)

@@ -9,7 +9,7 @@ from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
 
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import load_parquet, match_parquet
-from modeling_dclip.data.questions.rows import FEATURES, PAIR_FEATURE, answerable
+from modeling_dclip.data.questions.rows import PAIR_FEATURE, QUESTION_FEATURES, answerable
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_file
 
@@ -69,6 +69,11 @@ def _categories(dataset: Dataset, column: str | None, defaults: Sequence[str], n
     return [""] * len(dataset) if column is None else [str(value or "") for value in dataset[column][:]]
 
 
+def _with_columns(images: Dataset, columns: dict[str, list[Any]]) -> Dataset:
+    features = {**QUESTION_FEATURES, "pair_id": PAIR_FEATURE}
+    return put_columns(images, {name: (values, features[name]) for name, values in columns.items()})
+
+
 def _pair_rows(dataset: Dataset, category: str | None, name: str) -> Dataset:
     """Winoground's form: rows 0 to N - 1 are the pictures 0, the next N the pictures 1."""
     captions = [[texts[0] for texts in _texts(dataset, f"caption_{side}", name)] for side in (0, 1)]
@@ -79,14 +84,14 @@ def _pair_rows(dataset: Dataset, category: str | None, name: str) -> Dataset:
     images = concatenate_datasets([_images(dataset, f"image_{side}", name) for side in (0, 1)])
     _picture_keys(images, name)  # for its checks
     columns = {
-        "image_id": ([f"{pair}-{side}" for side in (0, 1) for pair in ids], FEATURES["image_id"]),
-        "captions": ([[text] for side in (0, 1) for text in captions[side]], FEATURES["captions"]),
-        "negative_captions": ([[[text]] for side in (1, 0) for text in captions[side]], FEATURES["negative_captions"]),
-        "categories": ([[value] for value in categories * 2], FEATURES["categories"]),
-        "pair_id": (ids * 2, PAIR_FEATURE),
+        "image_id": [f"{pair}-{side}" for side in (0, 1) for pair in ids],
+        "captions": [[text] for side in (0, 1) for text in captions[side]],
+        "negative_captions": [[[text]] for side in (1, 0) for text in captions[side]],
+        "categories": [[value] for value in categories * 2],
+        "pair_id": ids * 2,
     }
     kept = answerable(ids, captions[0], [[text] for text in captions[1]], name)
-    rows = put_columns(images, columns)
+    rows = _with_columns(images, columns)
     return rows if len(kept) == len(ids) else rows.select([*kept, *(len(ids) + row for row in kept)])
 
 
@@ -148,12 +153,12 @@ def standardise_items(
     for row in kept:
         members[first_row.setdefault(keys[row], row)].append(row)
     columns = {
-        "image_id": ([f"row-{row}" for row in range(len(keys))], FEATURES["image_id"]),
-        "captions": ([[true[i][0] for i in group] for group in members], FEATURES["captions"]),
-        "negative_captions": ([[wrong[i] for i in group] for group in members], FEATURES["negative_captions"]),
-        "categories": ([[categories[i] for i in group] for group in members], FEATURES["categories"]),
+        "image_id": [f"row-{row}" for row in range(len(keys))],
+        "captions": [[true[i][0] for i in group] for group in members],
+        "negative_captions": [[wrong[i] for i in group] for group in members],
+        "categories": [[categories[i] for i in group] for group in members],
     }
-    rows = put_columns(images, columns).select_columns(list(FEATURES))
+    rows = _with_columns(images, columns).select_columns(list(QUESTION_FEATURES))
     return rows if len(first_row) == len(rows) else rows.select(sorted(first_row.values()))
 
 

@@ -1,7 +1,7 @@
 """Add the columns `boxes` and `box_scores`: where to look in each image.
 
-Answers of a detector are cached one file an image, under the detector's fingerprint and the content of the encoded
-image, so a run that was killed goes on where it was, and the same picture under another name is never looked at twice.
+A detector's answers are cached in one file for each image, under the detector's fingerprint and the content of the
+encoded image. A run that was killed continues where it stopped, and a picture under two names is detected once.
 
     python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output FOLDER
 """
@@ -25,7 +25,7 @@ from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes
 
-# A crop narrower than a pixel shows nothing.
+# A crop that is narrower than a pixel shows nothing.
 MIN_SIDE_PIXELS = 1.0
 
 

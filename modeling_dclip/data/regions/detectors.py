@@ -36,6 +36,8 @@ from modeling_dclip.data.files import read_json, require_field
 from modeling_dclip.data.specs import Source, Spec, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
+logger = logging.getLogger(__name__)
+
 Regions = tuple[np.ndarray, np.ndarray]
 
 
@@ -75,7 +77,7 @@ def _as_regions(boxes: torch.Tensor, scores: torch.Tensor) -> Regions:
 
 
 def _groups_by_size(images: list[Image.Image]) -> Iterable[list[int]]:
-    """Indices of images of one size. A mixed batch is padded, and the padding moves boxes; an equal one needs none."""
+    """Group the indices of images by size: a batch of several sizes is padded, and the padding moves boxes."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault(image.size, []).append(index)
@@ -237,11 +239,6 @@ class TransformersDetector(RegionDetector):
                 regions[i] = _as_regions(result["boxes"], result["scores"])
         return [regions[i] for i in range(len(images))]
 
-
-# Regions that no network finds: boxes that somebody drew, and a grid.
-
-
-logger = logging.getLogger(__name__)
 
 # Annotations are rounded to hundredths when they are written; up to one pixel outside the image is taken for rounding.
 BOX_TOLERANCE_PIXELS = 1.0

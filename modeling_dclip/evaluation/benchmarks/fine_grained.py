@@ -20,7 +20,7 @@ from datasets import Dataset, Features, Image, Value
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import decode_image
-from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
@@ -126,11 +126,11 @@ def questions_fingerprint(dataset: Dataset) -> str:
 
 
 def _check_columns(dataset: Dataset) -> None:
-    missing = [name for name in FEATURES if name not in dataset.column_names]
+    missing = [name for name in QUESTION_FEATURES if name not in dataset.column_names]
     if missing:
         raise ValueError(
-            f"Expected the columns {list(FEATURES)}, got {dataset.column_names} without {missing}. Load the data with "
-            "`load_fine_grained`, or bring it into the schema with `standardise_items`."
+            f"Expected the columns {list(QUESTION_FEATURES)}, got {dataset.column_names} without {missing}. Load the "
+            "data with `load_fine_grained`, or bring it into the schema with `standardise_items`."
         )
     columns = (dataset[name][:] for name in ("image_id", "captions", "negative_captions", "categories"))
     for image_id, captions, negatives, categories in zip(*columns, strict=True):

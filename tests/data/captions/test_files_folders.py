@@ -7,7 +7,7 @@ from datasets import Image
 
 from modeling_dclip.data.captions import load_captions, load_mix, load_uncaptioned
 from modeling_dclip.data.captions.files import drop_captions, read_images
-from modeling_dclip.data.rows import FEATURES
+from modeling_dclip.data.rows import CAPTION_FEATURES
 from modeling_dclip.data.scenes import load_scenes
 
 
@@ -23,7 +23,7 @@ def test_a_folder_is_searched_to_the_bottom_and_ids_are_paths(folder):
     dataset = load_uncaptioned([f"images:{folder}"], seed=0)
     assert dataset["image_id"][:] == ["album/a.JPG", "album/b.png", "album/deep/c.webp", "album/deep/er/a.jpeg"]
     assert dataset["captions"][:] == [[]] * 4
-    assert dataset.features == FEATURES and dataset[3]["image"].size == (32, 24)
+    assert dataset.features == CAPTION_FEATURES and dataset[3]["image"].size == (32, 24)
     stored = dataset.cast_column("image", Image(decode=False))[1]["image"]
     assert stored == {"bytes": None, "path": str(folder / "b.png")}
 
@@ -82,5 +82,5 @@ def test_any_captioned_source_loses_its_captions_and_keeps_its_boxes(folder):
 def test_dropping_captions_drops_nothing_else():
     scenes = load_scenes("train", n=2, image_size=32)
     bare = drop_captions(scenes)
-    assert bare.features["captions"] == FEATURES["captions"] and bare["captions"][:] == [[], []]
+    assert bare.features["captions"] == CAPTION_FEATURES["captions"] and bare["captions"][:] == [[], []]
     assert bare["image_id"][:] == scenes["image_id"][:] and set(bare.column_names) == set(scenes.column_names)

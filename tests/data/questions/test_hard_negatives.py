@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from modeling_dclip.data.questions.hard_negatives import CATEGORIES, hard_negatives, load_hard_negatives
-from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.scenes.drawing import (
     COLOURS,
@@ -218,7 +218,7 @@ def test_pictures_are_those_of_the_independent_scenes():
     assert asked["image_id"][:] == drawn["image_id"][:]
     for one, two in zip(asked["image"], drawn["image"], strict=True):
         assert np.array_equal(np.asarray(one), np.asarray(two))
-    assert asked.features == FEATURES
+    assert asked.features == QUESTION_FEATURES
     for row in asked:
         assert len(set(row["captions"])) == 1 and all(len(texts) == 1 for texts in row["negative_captions"])
         assert len(row["captions"]) == len(row["negative_captions"]) == len(row["categories"])

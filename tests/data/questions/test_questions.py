@@ -10,7 +10,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained
-from modeling_dclip.data.questions.rows import FEATURES
+from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.data.questions.tables import standardise_items
 
 DATA = Path(__file__).parents[4] / "shared" / "data"
@@ -41,7 +41,7 @@ def sugarcrepe(tmp_path, draw):
 
 def test_sugarcrepe_gathers_categories_by_picture(sugarcrepe):
     dataset = load_fine_grained(f"sugarcrepe:{sugarcrepe}/questions:{sugarcrepe}/val2017")
-    assert dataset.features == FEATURES
+    assert dataset.features == QUESTION_FEATURES
     assert dataset["image_id"][:] == ["coco-9", "coco-25", "coco-30"]
     assert dataset["captions"][:] == [["a dog", "a red dog on a blue mat"], ["two dogs"], ["a dog"]]
     assert dataset["negative_captions"][0] == [["a cat"], ["a blue dog on a red mat"]]
@@ -190,7 +190,7 @@ def table_of(tmp_path, draw, rows=4, **changes):
 def test_equal_pictures_in_many_rows_of_a_table_become_one_row(tmp_path, draw):
     table_of(tmp_path, draw).to_parquet(tmp_path / "questions.parquet")
     dataset = load_fine_grained(f"parquet:{tmp_path}/questions.parquet")
-    assert dataset.features == FEATURES and dataset["image_id"][:] == ["row-0", "row-1"]
+    assert dataset.features == QUESTION_FEATURES and dataset["image_id"][:] == ["row-0", "row-1"]
     assert dataset["captions"][:] == [["true 0", "true 2"], ["true 1", "true 3"]]
     assert dataset["negative_captions"][:] == [[["false 0"], ["false 2"]], [["false 1"], ["false 3"]]]
     assert dataset["categories"][:] == [["", ""], ["odd", "odd"]]
@@ -347,7 +347,7 @@ def test_every_source_is_in_the_table_of_the_module():
 
 
 def test_the_schema_names_its_types():
-    assert FEATURES["negative_captions"] == List(List(Value("string")))
+    assert QUESTION_FEATURES["negative_captions"] == List(List(Value("string")))
 
 
 @pytest.mark.real_data

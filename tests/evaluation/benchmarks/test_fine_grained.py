@@ -10,7 +10,7 @@ from PIL import Image as PILImage
 
 from modeling_dclip.data.questions import load_fine_grained
 from modeling_dclip.data.questions.hard_negatives import CATEGORIES
-from modeling_dclip.data.questions.rows import CROP_FEATURE, FEATURES, PAIR_FEATURE
+from modeling_dclip.data.questions.rows import CROP_FEATURE, PAIR_FEATURE, QUESTION_FEATURES
 from modeling_dclip.data.scenes import encode_png
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.fine_grained import (
@@ -33,7 +33,7 @@ def noise(seed, size=(40, 36)):
 def random_questions(rows=6, seed=0):
     """Pictures of noise with one to three questions each, of one to three false captions."""
     rng = np.random.default_rng(seed)
-    columns = {name: [] for name in FEATURES}
+    columns = {name: [] for name in QUESTION_FEATURES}
     for row in range(rows):
         asked = rng.integers(1, 4)
         texts = [[" ".join(rng.choice(WORDS, 4)) for _ in range(1 + rng.integers(1, 4))] for _ in range(asked)]
@@ -42,7 +42,7 @@ def random_questions(rows=6, seed=0):
         columns["captions"].append([own[0] for own in texts])
         columns["negative_captions"].append([own[1:] for own in texts])
         columns["categories"].append([str(name) for name in rng.choice(["on", "To the left-of", ""], asked)])
-    return Dataset.from_dict(columns, features=FEATURES)
+    return Dataset.from_dict(columns, features=QUESTION_FEATURES)
 
 
 def embed(model, processor, *, image=None, text=None):
@@ -174,7 +174,7 @@ def pairs(number=5, **changes):
         "categories": [["Object" if row % number < 3 else "Relation"] for row in range(2 * number)],
         "pair_id": ids * 2,
     } | changes
-    return Dataset.from_dict(columns, features=Features({**FEATURES, "pair_id": PAIR_FEATURE}))
+    return Dataset.from_dict(columns, features=Features({**QUESTION_FEATURES, "pair_id": PAIR_FEATURE}))
 
 
 def test_pairs_of_a_dataset_equal_a_naive_loop(tiny_clip):
@@ -206,7 +206,7 @@ def cropped(boxes, size=(40, 36)):
         "categories": [["on"]] * len(boxes),
         "crop_box": boxes,
     }
-    return Dataset.from_dict(columns, features=Features({**FEATURES, "crop_box": CROP_FEATURE}))
+    return Dataset.from_dict(columns, features=Features({**QUESTION_FEATURES, "crop_box": CROP_FEATURE}))
 
 
 def test_only_the_part_in_the_box_is_looked_at(tiny_clip, monkeypatch):
@@ -251,7 +251,7 @@ def test_the_fingerprint_sees_all_that_is_asked():
     for column, value in (("negative_captions", [["other"]]), ("categories", ["other"])):
         rows = dataset[column][:]
         changed = dataset.remove_columns(column).add_column(
-            column, [value * len(rows[0]), *rows[1:]], feature=FEATURES[column]
+            column, [value * len(rows[0]), *rows[1:]], feature=QUESTION_FEATURES[column]
         )
         prints.append(questions_fingerprint(changed))
     prints += [
@@ -272,14 +272,14 @@ def test_bad_datasets_are_named(tiny_clip):
     for column, value in (("captions", []), ("categories", []), ("negative_captions", [[]])):
         columns = uneven | {column: [*uneven[column][:1], value, uneven[column][2]]}
         with pytest.raises(ValueError, match="image_id 'noise-1'"):
-            evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=FEATURES))
+            evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=QUESTION_FEATURES))
     with pytest.raises(
         ValueError, match="Expected two rows of one caption each with pair_id '0', got rows \\[0, 1, 5\\]"
     ):
         evaluate_fine_grained(Encoder(*tiny_clip), pairs(pair_id=["0", "0", "2", "3", "4", "0", "1", "2", "3", "4"]))
     columns = uneven | {"image": [*uneven["image"][:2], {"bytes": b"no picture", "path": None}]}
     with pytest.raises(ValueError, match="noise-2"):
-        evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=FEATURES))
+        evaluate_fine_grained(Encoder(*tiny_clip), Dataset.from_dict(columns, features=QUESTION_FEATURES))
 
 
 @pytest.mark.real_data
