@@ -6,6 +6,7 @@ Source: [M] "Knowledge Distillation from Transformer to Mamba for an efficient C
 
 import copy
 import math
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
@@ -19,7 +20,7 @@ DT_INITS = ("published", "mamba")
 SCAN_BACKENDS = ("auto", "reference", "torch", "triton", "mamba_ssm")  # selective_scan's BACKENDS
 
 # Fields of DMCLIPVisionConfig, as published for 224 pixels. T is the small default.
-DMCLIP_PRESETS = {
+DMCLIP_PRESETS: dict[str, dict[str, Any]] = {
     "T": {"depths": (1, 3, 8, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32,
           "drop_path_rate": 0.2},
     "T2": {"depths": (1, 3, 11, 4), "num_heads": (2, 4, 8, 16), "hidden_size": 80, "stem_dim": 32,

@@ -100,7 +100,7 @@ class RunArguments:
     push_arm: str | None = _help("The arm to publish, with its first seed. Required if there are several arms.")
     push_private: bool = _help("Make the published repositories private.", False)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.stages = [name for entry in self.stages for name in entry.split(",") if name]
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
@@ -116,7 +116,7 @@ class RunArguments:
         if self.push_to_hub is not None:
             self._check_push()
 
-    def _check_push(self):
+    def _check_push(self) -> None:
         for name in ("push_license", "evaluate"):
             if not getattr(self, name):
                 raise ValueError(f"push_to_hub: expected {name} beside it, which the model's card needs, got none.")
@@ -152,7 +152,7 @@ class StageTrainingArguments(TrainingArguments):
         "Memory for decoded pixels in MiB per process; 0 decodes each image every time.", 2048
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: expected false, got true. Batches hold columns that no forward method names."
@@ -187,7 +187,7 @@ class AdapterArguments(StageTrainingArguments):
         "Save whole weights with the adapter merged in, beside the adapter. If false, save the adapter alone.", True
     )
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         defaults = {f.name: default_of(f) for f in fields(self) if f.name in ADAPTER_FIELDS}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.lora_rank is None and changed:
@@ -272,7 +272,7 @@ class AnchorArguments(StageTrainingArguments):
     lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
     warmup_steps: float = _help("Steps of linear warm-up; a value below 1 is a share of all steps.", 0.1)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _parse_json(self, "vision_config", "text_config")
         super().__post_init__()
 
@@ -389,7 +389,7 @@ class StudentArguments(AdapterArguments):
         }
         return [name for name, read in names.items() if read]
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.wise_ft_alpha <= 1:
             raise ValueError(f"Expected wise_ft_alpha in [0, 1], got {self.wise_ft_alpha}.")
         if not self.columns:
@@ -435,7 +435,7 @@ class ReinforceArguments:
     num_workers: int = _help("Processes that decode and augment images.", 0)
     seed: int = _help("Seed of the augmentations, and of the images that @COUNT draws.", 0)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.synthetic_captions is not None and self.captioner is not None:
             raise ValueError("reinforce: expected synthetic_captions (a column) or captioner, got both.")
 
@@ -524,7 +524,7 @@ class DMCLIPArguments(StageTrainingArguments):
         """Whether the loss reads the teachers' embeddings."""
         return self.distillation_loss_weight > 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         _parse_json(self, "vision_config", "text_config")
         weights = (self.contrastive_loss_weight, self.distillation_loss_weight)
         if min(weights) < 0 or max(weights) == 0:

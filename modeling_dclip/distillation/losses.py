@@ -10,6 +10,7 @@ Letters in shape comments: B batch, D embedding.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed
@@ -20,7 +21,7 @@ class _GatherWithGradient(torch.autograd.Function):
     """Concatenate a tensor over processes along dimension 0. Its gradient is summed over processes."""
 
     @staticmethod
-    def forward(ctx, tensor, sizes):
+    def forward(ctx: Any, tensor: torch.Tensor, sizes: list[int]) -> torch.Tensor:
         ctx.start = sum(sizes[: torch.distributed.get_rank()])
         ctx.size = len(tensor)
         # all_gather needs equal shapes: pad to the longest, gather, cut.
@@ -31,7 +32,7 @@ class _GatherWithGradient(torch.autograd.Function):
         return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx, gradient):
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
         gradient = gradient.contiguous()
         torch.distributed.all_reduce(gradient)
         return gradient[ctx.start : ctx.start + ctx.size], None
@@ -99,7 +100,7 @@ def _check_share(image_to_text_weight: float) -> None:
         raise ValueError(f"Expected image_to_text_weight in [0, 1], got {image_to_text_weight}.")
 
 
-def _full_precision(embeds: torch.Tensor):
+def _full_precision(embeds: torch.Tensor) -> torch.autocast:
     return torch.autocast(embeds.device.type, enabled=False)
 
 

@@ -82,7 +82,7 @@ class Encoder:
     device: torch.device | str | None = None
     num_workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:
             raise ValueError(
                 f"Expected batch_size >= 1 and num_workers >= 0, got {self.batch_size} and {self.num_workers}."

@@ -122,11 +122,13 @@ class OpenClipDualEncoder(nn.Module):
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, D)`; some models return normalised embeddings, some do not."""
-        return self.model.encode_image(pixel_values)
+        encode: Any = self.model.encode_image
+        return encode(pixel_values)
 
     def get_text_features(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
         """`(B, D)` as above; the mask is ignored, because open_clip reads every place."""
-        return self.model.encode_text(input_ids)
+        encode: Any = self.model.encode_text
+        return encode(input_ids)
 
 
 def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:

@@ -57,7 +57,7 @@ def to_native_clip(model: DCLIPModel) -> CLIPModel:
     return twin.eval()
 
 
-def _native_fields(config: PreTrainedConfig, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+def _native_fields(config: Any, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
     """The fields of a config that its stock class has too."""
     known = config_class().to_dict()
     return {name: value for name, value in config.to_dict().items() if name in known and name != "model_type"}

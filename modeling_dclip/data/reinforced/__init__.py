@@ -85,7 +85,7 @@ class ProcessShare:
     process_index: int
     num_processes: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not 0 <= self.process_index < self.num_processes:
             raise ValueError(
                 f"Expected 0 <= process_index < num_processes, got {self.process_index} and {self.num_processes}."

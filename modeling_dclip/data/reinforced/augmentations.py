@@ -45,7 +45,7 @@ class AugmentationSettings:
     num_operations: int = 2
     magnitude: int = 9
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.image_size < 1 or self.num_operations < 0 or not 0 <= self.magnitude < MAGNITUDE_BINS:
             raise ValueError(
                 f"Expected image_size >= 1, num_operations >= 0 and magnitude in [0, {MAGNITUDE_BINS - 1}], got "

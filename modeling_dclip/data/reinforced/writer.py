@@ -147,7 +147,7 @@ class Reinforcer:
     batch_size: int = 64
     num_workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not self.teachers or min(self.augmentations, self.batch_size) < 1 or self.dtype not in _DTYPES:
             raise ValueError(
                 "Expected one or more teachers, augmentations and a batch_size of at least 1, and a dtype of "

@@ -262,7 +262,13 @@ def evaluate_efficiency(
                 "image": lambda images=images: projected(model.get_image_features(**images)),
                 "text": lambda texts=texts: projected(model.get_text_features(**texts)),
             }
-        timing = {"rounds": rounds, "max_seconds": max_seconds, "min_ms": MIN_MS, "device": device, "warmups": 2}
+        timing: dict[str, Any] = {
+            "rounds": rounds,
+            "max_seconds": max_seconds,
+            "min_ms": MIN_MS,
+            "device": device,
+            "warmups": 2,
+        }
         latencies = interleaved_times(calls[small], **timing)
         batches = latencies if small == large else interleaved_times(calls[large], **timing)
         flops = count_flops(lambda: model.get_image_features(**image), scan_formulas())

@@ -131,8 +131,9 @@ def _measure(
     """Metrics and their outcomes, by tiles or by an index."""
     reached = None if index is None else depth
     _check_cut_offs(ks, reached)  # before the work
+    index_recalls: dict[str, float] = {}
     if index is None:
-        ranks, index_recalls = retrieval_ranks(*embeddings, chunk_size=chunk_size), {}
+        ranks = retrieval_ranks(*embeddings, chunk_size=chunk_size)
     else:
         ranks, index_recalls = approximate_ranks(*embeddings, index=index, ks=ks, depth=depth)
     outcomes = outcomes_from_ranks(ranks, ks, depth=reached)

@@ -144,7 +144,8 @@ def approximate_ranks(
         "text_to_image": _Search(texts, images, owners, own),
         "image_to_text": _Search(images, texts, own, owners),
     }
-    ranks, recalls = {}, {}
+    ranks: dict[str, torch.Tensor] = {}
+    recalls: dict[str, float] = {}
     for direction, search in searches.items():
         order = torch.randperm(len(search.queries), generator=torch.Generator().manual_seed(seed))
         half = max(1, min(sample, len(order) // 2))

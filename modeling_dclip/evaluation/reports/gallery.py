@@ -72,7 +72,7 @@ class GalleryOptions:
     seed: int = 0
     thumbnail_size: int = 192
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         unknown = [choice for choice in self.choices if choice not in CHOICES]
         if unknown or not self.choices or min(self.count, self.top, self.thumbnail_size) < 1:
             raise ValueError(

@@ -148,8 +148,8 @@ def metric_of(name: str) -> Metric:
         plain = what.replace("index_recall", "found by the index R").replace("recall", "R")
         plain = plain.replace("mrr", "MRR").replace("map", "mAP")
         title, unit, higher = _RANKING.get(what, (plain, "%", True))
-        arrow = METRICS.get(f"{source}_to_{target}_mrr")
-        arrow = arrow.title.partition(" ")[0] if arrow else f"{_SIDES[source]}→{_SIDES[target]}"
+        known = METRICS.get(f"{source}_to_{target}_mrr")
+        arrow = known.title.partition(" ")[0] if known else f"{_SIDES[source]}→{_SIDES[target]}"
         return Metric(f"{arrow} {title}", unit, higher)
     if name.endswith("_accuracy"):
         return Metric(name.removesuffix("_accuracy").replace("_", " "), "%", True)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -123,7 +124,7 @@ def convert_mambavision(
         torch.manual_seed(0)
         model = DMCLIPVisionModel(model_config).eval()
 
-    def keys(key):
+    def keys(key: str) -> tuple[str, ...]:
         fresh = projection_dim is not None and key.startswith("projection.")
         return () if fresh else published_mambavision_keys(key)
 
@@ -190,7 +191,7 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
     return model, left
 
 
-def _save(output: str | Path, readme: str, *parts) -> None:
+def _save(output: str | Path, readme: str, *parts: Any) -> None:
     """Write a folder whole or not at all. It must be new or empty."""
     with replacing(output) as folder:
         for part in parts:

@@ -13,6 +13,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from transformers import PreTrainedModel
+
 from modeling_dclip.data.failures import command
 from modeling_dclip.hub.convert import MAMBAVISION_NOTE, MOBILECLIP_NOTE, convert_mambavision, convert_mobileclip
 
@@ -34,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--projection_dim", type=int, help="width of a new, untrained projection in place of the head"
     )
     args = parser.parse_args(argv)
-    note, left = MAMBAVISION_NOTE, []
+    note = MAMBAVISION_NOTE
+    left: list[str] = []
+    model: PreTrainedModel
     if args.kind == "mambavision":
         model = convert_mambavision(args.checkpoint, args.output, args.config, args.projection_dim)
     else:

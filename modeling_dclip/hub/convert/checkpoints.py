@@ -120,7 +120,7 @@ def shape_of(
 
 
 def check_keys(
-    weights: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Size], path: str | os.PathLike, what: str
+    weights: Mapping[str, torch.Tensor], expected: Mapping[str, tuple[int, ...]], path: str | os.PathLike, what: str
 ) -> None:
     """Compare a checkpoint with the keys and shapes that it should have.
 

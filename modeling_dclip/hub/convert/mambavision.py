@@ -120,7 +120,7 @@ def _fields_from_shapes(weights: Mapping[str, torch.Tensor], path: str | Path) -
             f"{len(weights)} keys such as {', '.join(list(weights)[:3])}. Is it a MambaVision checkpoint?"
         )
 
-    def shape(key, dimensions):
+    def shape(key: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(weights, key, dimensions, path)
 
     stem_dim, num_channels, _, _ = shape("patch_embed.conv_down.0.weight", 4)
@@ -186,7 +186,7 @@ def image_processor_for(image_size: int, preset: str | None) -> CLIPImageProcess
         240
     """
     return CLIPImageProcessorPil(
-        size={"shortest_edge": int(image_size / CROP_FRACTIONS.get(preset, 1.0))},
+        size={"shortest_edge": int(image_size / CROP_FRACTIONS.get(preset or "", 1.0))},
         crop_size={"height": image_size, "width": image_size},
         image_mean=list(IMAGENET_DEFAULT_MEAN),
         image_std=list(IMAGENET_DEFAULT_STD),

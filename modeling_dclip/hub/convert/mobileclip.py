@@ -90,7 +90,7 @@ def read_text_config(text: Mapping[str, torch.Tensor], path: str | Path) -> DMCL
     column = _column(text)
     prefix = LAYOUTS[column]
 
-    def shape(key, dimensions):
+    def shape(key: str, dimensions: int) -> tuple[int, ...]:
         return shape_of(text, key, dimensions, path)
 
     vocab_size, width = shape(prefix + TOKENS[column], 2)

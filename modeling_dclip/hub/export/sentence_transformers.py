@@ -54,7 +54,7 @@ def write_sentence_transformers(
             f"Expected sentence-transformers, which checks the export, got {error}. Install it with `pip install "
             "sentence-transformers`."
         ) from error
-    inner = folder / MODULES[0]["path"]
+    inner = folder / str(MODULES[0]["path"])
     inner.mkdir(parents=True)
     processor = load_processor(source)
     native = to_native_processor(processor)

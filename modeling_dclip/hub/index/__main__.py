@@ -148,6 +148,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Build or search, by the first word; print the answer."""
     words = list(sys.argv[1:] if argv is None else argv)
     logging.disable_progress_bar()  # of loading weights; embedding has its own bar
+    answer: str | None
     if words[:1] == ["search"]:
         answer = _search(words[1:])
     else:

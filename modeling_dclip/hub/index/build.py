@@ -67,7 +67,7 @@ class EmbeddingOptions:
     chunk_rows: int = 1024
     num_workers: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.batch_size < 1 or self.chunk_rows < 1:
             raise ValueError(f"Expected batch_size and chunk_rows >= 1, got {self.batch_size} and {self.chunk_rows}.")
 

@@ -91,8 +91,8 @@ def embed_readable(encoder: Encoder, reader: PixelReader, rows: Sequence[int]) -
         ValueError: If an embedding is zero or not finite.
     """
     model = encoder.model
-    loader = DataLoader(
-        list(rows),
+    loader: DataLoader = DataLoader(
+        list(rows),  # type: ignore[arg-type]  # any sequence is a dataset to torch
         encoder.batch_size,
         collate_fn=partial(_collate, reader),
         num_workers=encoder.num_workers,

@@ -309,7 +309,7 @@ def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
         kind, _, spec = record["benchmark"].partition("=")
         if kind not in TASKS:
             continue
-        shared = {
+        shared: dict[str, Any] = {
             "task_type": TASKS[kind],
             "dataset_type": spec.partition(":")[0],
             "dataset_name": spec,
@@ -317,8 +317,8 @@ def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
             "dataset_revision": record["dataset_fingerprint"],
         }
         for metric, value in record["metrics"].items():
-            names = {"metric_type": metric, "metric_name": metric_of(metric).title, "metric_value": value}
-            results.append(EvalResult(**shared, **names))
+            title = metric_of(metric).title
+            results.append(EvalResult(**shared, metric_type=metric, metric_name=title, metric_value=value))
     return results
 
 
