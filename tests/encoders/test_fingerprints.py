@@ -1,6 +1,7 @@
 """The primitives that every content hash is made of. Values that must not change are in test_pinned_keys.py."""
 
 import ast
+import copy
 import hashlib
 import json
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel
 
 import modeling_dclip
 from modeling_dclip import DCLIPModel
@@ -17,12 +19,14 @@ from modeling_dclip.encoders.fingerprints import (
     combine_keys,
     fingerprint_model,
     fingerprint_text_encoder,
+    fingerprint_tokens,
     fingerprint_weights,
     hash_bytes,
     hash_file,
     hash_git_blob,
     hash_json,
     hash_parts,
+    model_revision,
     tensor_bytes,
 )
 
@@ -142,3 +146,80 @@ def test_a_text_encoder_keeps_its_key_when_only_where_it_is_from_changes(model):
         assert fingerprint_text_encoder(model) == key
     finally:
         model.config.text_config._name_or_path = before
+
+
+def changed(model, name):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        dict(other.named_parameters())[name].view(-1)[0] += 1
+    return other
+
+
+def test_the_text_side_makes_the_key_and_the_image_side_does_not(tiny_clip):
+    model = tiny_clip[0]
+    key = fingerprint_text_encoder(model)
+    for name, _ in model.named_parameters():
+        of_images = name.startswith(("vision_model.", "visual_projection.", "logit_scale"))
+        assert (fingerprint_text_encoder(changed(model, name)) == key) == of_images, name
+    half = copy.deepcopy(model).bfloat16()
+    assert fingerprint_text_encoder(half) != key
+
+
+def test_a_wrapped_models_image_side_is_told_by_name():
+    class Wrapped(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.ModuleDict({"visual": torch.nn.Linear(2, 2), "transformer": torch.nn.Linear(2, 2)})
+            self.config = "ViT-B-32"
+
+    torch.manual_seed(0)
+    model = Wrapped()
+    key = fingerprint_text_encoder(model)
+    assert fingerprint_text_encoder(changed(model, "model.visual.weight")) == key
+    assert fingerprint_text_encoder(changed(model, "model.transformer.weight")) != key
+    model.config = "ViT-B-32-quickgelu"
+    assert fingerprint_text_encoder(model) != key
+
+
+def test_another_tokenizer_is_another_key(tiny_clip):
+    tokenizer = tiny_clip[1].tokenizer
+    key = fingerprint_tokens(tokenizer, ["a dog", "a red circle"])
+    assert fingerprint_tokens(tiny_clip[1], ["a dog", "a red circle"]) == key
+    assert fingerprint_tokens(tokenizer, ["a dog", "a blue circle"]) != key
+
+    def as_tensor(texts, **kwargs):
+        return {"input_ids": torch.tensor([[len(text)] for text in texts])}
+
+    assert fingerprint_tokens(as_tensor, ["a dog"]) == fingerprint_tokens(as_tensor, ["a cat"]) != key
+
+
+def test_revision_of_a_folder_follows_the_weights(tiny_clip_dir, tiny_clip, tmp_path):
+    model = AutoModel.from_pretrained(tiny_clip_dir)
+    revision = model_revision(tiny_clip_dir, model)
+    assert revision.startswith("sha256:") and revision == model_revision(str(tiny_clip_dir), tiny_clip[0])
+    model.visual_projection.weight.data[0, 0] += 1
+    model.save_pretrained(tmp_path)
+    assert model_revision(tmp_path, model) != revision
+
+
+def test_revision_of_a_folder_follows_the_names_of_its_files(tmp_path, tiny_clip):
+    revisions = set()
+    for name in ("b", "c"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / f"{name}.safetensors").write_bytes(b"the same")
+        revisions.add(model_revision(folder, tiny_clip[0]))
+    assert len(revisions) == 2
+
+
+def test_a_folder_without_safetensors_is_named(tmp_path, tiny_clip):
+    with pytest.raises(FileNotFoundError, match="safetensors in "):
+        model_revision(tmp_path, tiny_clip[0])
+
+
+def test_revision_of_the_hub_is_its_commit(tiny_clip_dir):
+    model = AutoModel.from_pretrained(tiny_clip_dir)
+    with pytest.raises(ValueError, match="commit hash with the model 'someone/model'"):
+        model_revision("someone/model", model)
+    model.config._commit_hash = "abc"
+    assert model_revision("someone/model", model) == "commit:abc"

@@ -1,10 +1,6 @@
 """A fingerprint follows the content, not the name; a revision follows the weights."""
 
-import pytest
-from transformers import AutoModel
-
 from modeling_dclip.data.columns import dataset_fingerprint
-from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.evaluation.records import environment
 
 
@@ -29,38 +25,6 @@ def test_fingerprint_reads_the_pixels_of_files(tiny_scenes, tmp_path):
         return dataset_fingerprint(Dataset.from_dict(rows, Features(image_id=Value("string"), image=Image())))
 
     assert from_file("red") == from_file("red") != from_file("blue")
-
-
-def test_revision_of_a_folder_follows_the_weights(tiny_clip_dir, tiny_clip, tmp_path):
-    model = AutoModel.from_pretrained(tiny_clip_dir)
-    revision = model_revision(tiny_clip_dir, model)
-    assert revision.startswith("sha256:") and revision == model_revision(str(tiny_clip_dir), tiny_clip[0])
-    model.visual_projection.weight.data[0, 0] += 1
-    model.save_pretrained(tmp_path)
-    assert model_revision(tmp_path, model) != revision
-
-
-def test_revision_of_a_folder_follows_the_names_of_its_files(tmp_path, tiny_clip):
-    revisions = set()
-    for name in ("b", "c"):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / f"{name}.safetensors").write_bytes(b"the same")
-        revisions.add(model_revision(folder, tiny_clip[0]))
-    assert len(revisions) == 2
-
-
-def test_a_folder_without_safetensors_is_named(tmp_path, tiny_clip):
-    with pytest.raises(FileNotFoundError, match="safetensors in "):
-        model_revision(tmp_path, tiny_clip[0])
-
-
-def test_revision_of_the_hub_is_its_commit(tiny_clip_dir):
-    model = AutoModel.from_pretrained(tiny_clip_dir)
-    with pytest.raises(ValueError, match="commit hash with the model 'someone/model'"):
-        model_revision("someone/model", model)
-    model.config._commit_hash = "abc"
-    assert model_revision("someone/model", model) == "commit:abc"
 
 
 def test_environment_names_packages_and_machine():
