@@ -1,11 +1,10 @@
-"""Let a frozen teacher write its targets beside the data: one per caption, float16, L2-normalised.
+"""Compute a frozen teacher's targets once and store them with the data: one per caption, float16, L2-normalised.
 
-The teacher is deterministic, so a target computed once equals the one computed in every step. A teacher that reads
-text gives another target for each caption of an image; the leak-free one (`cross_attention="regions"`) the same, and
-one to an image without a caption.
+The teacher is deterministic, so a stored target equals the one that each training step would compute. A teacher that
+reads text gives each caption of an image its own target. The leak-free teacher (`cross_attention="regions"`) gives all
+captions of an image the same target, and one target to an image without captions.
 """
 
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +27,9 @@ from modeling_dclip.data.columns import (
     with_ragged_embeds,
 )
 from modeling_dclip.data.images import decode_image, undecoded_images
-from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
+from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, fingerprint_processor
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 
 @dataclass
@@ -96,7 +97,7 @@ class TeacherFeatures:
 class _RegionRows(TorchDataset):
     """Images with their crops, preprocessed in the data loader's workers."""
 
-    def __init__(self, dataset: Dataset, processor: Any, max_regions: int | None, regions: bool):
+    def __init__(self, dataset: Dataset, processor: DCLIPTeacherProcessor, max_regions: int | None, regions: bool):
         self.images = undecoded_images(dataset)
         self.processor, self.max_regions, self.regions = processor, max_regions, regions
         self.boxes = self.scores = None
@@ -122,8 +123,33 @@ def _half(tensors: list[torch.Tensor]) -> np.ndarray:
     return torch.cat(tensors).cpu().to(torch.float16).numpy()
 
 
-def _encode_images(rows: range, images: _RegionRows, teacher: Any, batch_size: int, num_workers: int) -> Chunk:
-    batches = DataLoader(Subset(images, rows), batch_size=batch_size, num_workers=num_workers, collate_fn=pass_batch)
+@dataclass(frozen=True)
+class FeatureOptions:
+    """How to run a teacher's CLIP over a dataset, and where to keep its features.
+
+    Of these, only `max_regions` changes a feature.
+
+    Args:
+        cache_dir (`Path`): Folder of the chunks; may be shared by all datasets and teachers.
+        max_regions (`int`, *optional*): Regions per image, those with the highest scores. By default all.
+        batch_size (`int`, *optional*, defaults to 16): Images in one forward pass, each with all its regions.
+        text_batch_size (`int`, *optional*, defaults to 256): Captions in one forward pass.
+        chunk_rows (`int`, *optional*, defaults to 512): Images per file.
+        num_workers (`int`, *optional*, defaults to 0): Processes that decode and crop.
+    """
+
+    cache_dir: Path
+    max_regions: int | None = None
+    batch_size: int = 16
+    text_batch_size: int = 256
+    chunk_rows: int = 512
+    num_workers: int = 0
+
+
+def _encode_images(rows: range, images: _RegionRows, teacher: DCLIPTeacher, options: FeatureOptions) -> Chunk:
+    batches = DataLoader(
+        Subset(images, rows), options.batch_size, num_workers=options.num_workers, collate_fn=pass_batch
+    )
     device = teacher.device
     chunk: dict[str, list] = {name: [] for name in ("image_embeds", "region_embeds")}
     arrays: dict[str, list] = {name: [] for name in ("region_boxes", "region_scores", "regions_per_image")}
@@ -141,10 +167,10 @@ def _encode_images(rows: range, images: _RegionRows, teacher: Any, batch_size: i
 
 
 def _encode_captions(
-    captions: Iterable[str], processor: Any, teacher: Any, batch_size: int, reads_text: bool
+    captions: Iterable[str], processor: DCLIPTeacherProcessor, teacher: DCLIPTeacher, batch_size: int, reads_text: bool
 ) -> Chunk:
     tokens = tokenize_captions(processor.tokenizer, captions)
-    by_length = np.argsort(-tokens.lengths, kind="stable")  # captions of a batch alike in length: little padding
+    by_length = np.argsort(-tokens.lengths, kind="stable")  # captions of one length in a batch need little padding
     count = len(tokens.lengths)
     text_embeds, token_embeds = ([torch.empty(0)] * count for _ in range(2))
     for start in range(0, count, batch_size):
@@ -164,7 +190,7 @@ def _encode_captions(
     return chunk
 
 
-def _no_captions(dataset: Dataset, teacher: Any, reads_text: bool) -> Ragged:
+def _no_captions(dataset: Dataset, teacher: DCLIPTeacher, reads_text: bool) -> Ragged:
     if reads_text:
         raise ValueError(
             f"Expected a teacher that reads no caption (cross_attention='regions') for images without captions, got "
@@ -182,80 +208,71 @@ def _no_captions(dataset: Dataset, teacher: Any, reads_text: bool) -> Ragged:
 
 def compute_features(
     dataset: Dataset,
-    teacher: Any,
-    processor: Any,
+    teacher: DCLIPTeacher,
+    processor: DCLIPTeacherProcessor,
+    options: FeatureOptions,
     *,
     keys: Sequence[str],
-    cache_dir: Path,
     regions: bool = True,
-    max_regions: int | None = None,
-    batch_size: int = 16,
-    text_batch_size: int = 256,
-    chunk_rows: int = 512,
-    num_workers: int = 0,
     alone: bool = False,
     captioned: bool = True,
 ) -> list[Path]:
     """Encode images, regions, captions and, where the teacher reads text, tokens with the CLIP inside a teacher.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
-            `box_scores`.
-        teacher ([`DCLIPTeacher`]): On the device to use. Only its frozen CLIP is read.
-        processor ([`DCLIPTeacherProcessor`]): Its own.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and maybe `boxes` and `box_scores`.
+        teacher ([`DCLIPTeacher`]): On the device to use. Only its frozen CLIP is used.
+        processor ([`DCLIPTeacherProcessor`]): The teacher's.
+        options ([`FeatureOptions`]): Batch sizes, and where chunks are kept.
         keys (`Sequence[str]`): [`row_keys`] of the dataset.
-        cache_dir (`Path`): Where chunks are kept.
         regions (`bool`, *optional*, defaults to `True`): Whether to encode regions.
-        max_regions (`int`, *optional*): Keep the best-scored so many an image.
-        batch_size (`int`, *optional*, defaults to 16): Images a forward pass, each with all its regions.
-        text_batch_size (`int`, *optional*, defaults to 256): Captions a forward pass.
-        chunk_rows (`int`, *optional*, defaults to 512): Images a file.
-        num_workers (`int`, *optional*, defaults to 0): Processes that decode and crop.
-        alone (`bool`, *optional*, defaults to `False`): Only one of the run's processes calls.
-        captioned (`bool`, *optional*, defaults to `True`): Without, the rows have no captions and the teacher must
-            read none.
+        alone (`bool`, *optional*, defaults to `False`): Whether only one of the run's processes calls this.
+        captioned (`bool`, *optional*, defaults to `True`): `False` if no row has a caption; the teacher must then read
+            none.
 
     Returns:
-        `list[Path]`: Files for [`TeacherFeatures.load`], in order of rows.
+        `list[Path]`: Files for [`TeacherFeatures.load`], in the order of the rows.
 
     Raises:
-        ValueError: If an image cannot be read, a caption is blank, or a box is wrong; without `captioned`, if a row
-            has a caption or the teacher reads them.
+        ValueError: If an image cannot be read, a caption is blank, or a box is wrong; with `captioned=False`, if a row
+            has a caption or the teacher reads captions.
     """
     reads_text = regions and teacher.config.cross_attention != "regions"
     captions = read_captions(dataset) if captioned else _no_captions(dataset, teacher, reads_text)
-    images = _RegionRows(dataset, processor, max_regions, regions)
+    images = _RegionRows(dataset, processor, options.max_regions, regions)
 
     def compute(rows: range) -> Chunk:
         texts = captions.values[captions.offsets[rows.start] : captions.offsets[rows.stop]]
-        chunk = _encode_images(rows, images, teacher, batch_size, num_workers)
+        chunk = _encode_images(rows, images, teacher, options)
         if captioned:
-            chunk |= _encode_captions(texts, processor, teacher, text_batch_size, reads_text)
+            chunk |= _encode_captions(texts, processor, teacher, options.text_batch_size, reads_text)
         else:
             chunk["text_embeds"] = np.zeros((0, chunk["image_embeds"].shape[1]), np.float16)
         return chunk | {"captions_per_image": captions.lengths[rows.start : rows.stop]}
 
-    settings = {"regions": regions, "max_regions": max_regions, "reads_text": reads_text}
+    settings = {"regions": regions, "max_regions": options.max_regions, "reads_text": reads_text}
     made_by = combine_keys(
-        [fingerprint_model(teacher.clip), fingerprint_processor(processor), json.dumps(settings, sort_keys=True)]
+        [fingerprint_model(teacher.clip), fingerprint_processor(processor), canonical_json(settings)]
     )
-    options: dict[str, Any] = {
-        "cache_dir": cache_dir,
-        "chunk_rows": chunk_rows,
-        "desc": "Encoding regions and captions",
-        "alone": alone,
-    }
-    return compute_chunks(keys, compute, made_by=made_by, **options)
+    return compute_chunks(
+        keys,
+        compute,
+        made_by=made_by,
+        cache_dir=options.cache_dir,
+        chunk_rows=options.chunk_rows,
+        desc="Encoding regions and captions",
+        alone=alone,
+    )
 
 
-PAIRS_PER_PASS = 512  # of the teacher's block, which is small
+PAIRS_PER_PASS = 512  # the teacher's block is small
 
 
 @torch.no_grad()
 def embed_pairs(
-    teacher: Any, features: TeacherFeatures, rows: np.ndarray, captions: np.ndarray | None
+    teacher: DCLIPTeacher, features: TeacherFeatures, rows: np.ndarray, captions: np.ndarray | None
 ) -> torch.Tensor:
-    """A teacher's embedding of pairs of an image and a caption, whether or not they belong together.
+    """Embed pairs of an image and a caption with a teacher, whether or not the two belong together.
 
     Args:
         teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
@@ -276,8 +293,8 @@ def embed_pairs(
     return torch.cat(embeds)
 
 
-def teach(teacher: Any, features: TeacherFeatures) -> np.ndarray:
-    """A frozen teacher's embedding of every caption's pair; one of an image without captions.
+def teach(teacher: DCLIPTeacher, features: TeacherFeatures) -> np.ndarray:
+    """Compute a frozen teacher's targets: one per caption, and one per image without captions.
 
     Args:
         teacher ([`DCLIPTeacher`]): In eval mode, on the device to use.
@@ -288,7 +305,7 @@ def teach(teacher: Any, features: TeacherFeatures) -> np.ndarray:
     """
     captions_per_image = features.text_embeds.lengths
     rows = np.arange(len(captions_per_image))
-    if teacher.config.cross_attention == "regions":  # computed once an image
+    if teacher.config.cross_attention == "regions":  # computed once per image
         values = embed_pairs(teacher, features, rows, None).to(torch.float16).numpy()
         return np.repeat(values, np.maximum(captions_per_image, 1), axis=0)
     rows = np.repeat(rows, captions_per_image)
@@ -301,31 +318,28 @@ def _read(paths: Sequence[Path], name: str) -> np.ndarray:
 
 def add_teacher_targets(
     dataset: Dataset,
-    teacher: Any,
-    processor: Any,
+    teacher: DCLIPTeacher,
+    processor: DCLIPTeacherProcessor,
+    options: FeatureOptions,
     *,
     keys: Sequence[str],
-    cache_dir: Path,
     with_teacher: bool = True,
-    chunk_rows: int = 512,
-    **options: Any,
+    captioned: bool = True,
 ) -> Dataset:
-    """Compute the columns a student learns from.
+    """Compute the columns that a student learns from.
 
     Chunks of rows are written atomically under keys of their content (pixels, captions, boxes), the teacher's weights
-    and the settings: a run that was killed goes on at the next chunk, a changed row or teacher is computed again.
+    and the settings. A run that was killed goes on at the next chunk. A changed row or teacher is computed again.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and where it has them `boxes`,
-            `box_scores`.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`, and maybe `boxes` and `box_scores`.
         teacher ([`DCLIPTeacher`]): Trained; on the device to use.
-        processor ([`DCLIPTeacherProcessor`]): Its own.
+        processor ([`DCLIPTeacherProcessor`]): The teacher's.
+        options ([`FeatureOptions`]): Batch sizes, and where chunks are kept.
         keys (`Sequence[str]`): [`row_keys`] of the dataset.
-        cache_dir (`Path`): Where chunks are kept; may be shared by all datasets and teachers.
-        with_teacher (`bool`, *optional*, defaults to `True`): Without, only the frozen CLIP speaks: no
-            `teacher_embeds`.
-        chunk_rows (`int`, *optional*, defaults to 512): Images a file.
-        options: Of [`compute_features`].
+        with_teacher (`bool`, *optional*, defaults to `True`): Whether to compute `teacher_embeds`. Without, only the
+            frozen CLIP is used.
+        captioned (`bool`, *optional*, defaults to `True`): As in [`compute_features`].
 
     Returns:
         `datasets.Dataset`: The rows with `teacher_embeds` float16 (captions, D), `text_embeds` float16 (captions, D),
@@ -337,18 +351,25 @@ def add_teacher_targets(
             message names the row.
     """
     teacher.eval()
-    cache: dict[str, Any] = {"cache_dir": Path(cache_dir), "chunk_rows": chunk_rows}
-    paths = compute_features(dataset, teacher, processor, keys=keys, regions=with_teacher, **cache, **options)
+    paths = compute_features(
+        dataset, teacher, processor, options, keys=keys, regions=with_teacher, captioned=captioned
+    )
     text_embeds = Ragged.from_lengths(_read(paths, "text_embeds"), _read(paths, "captions_per_image"))
     columns = {"text_embeds": text_embeds}
     if with_teacher:
+        chunk_rows = options.chunk_rows
 
-        def compute(rows: range) -> dict[str, np.ndarray]:
+        def compute(rows: range) -> Chunk:
             return {"teacher_embeds": teach(teacher, TeacherFeatures.load([paths[rows.start // chunk_rows]]))}
 
-        chunk_keys = [paths[row // chunk_rows].stem for row in range(len(dataset))]
-        made_by = fingerprint_model(teacher)
-        targets = compute_chunks(chunk_keys, compute, made_by=made_by, desc="Writing teacher targets", **cache)
+        targets = compute_chunks(
+            [paths[row // chunk_rows].stem for row in range(len(dataset))],
+            compute,
+            made_by=fingerprint_model(teacher),
+            cache_dir=options.cache_dir,
+            chunk_rows=chunk_rows,
+            desc="Writing teacher targets",
+        )
         entries = np.maximum(text_embeds.lengths, 1)
         columns["teacher_embeds"] = Ragged.from_lengths(_read(targets, "teacher_embeds"), entries)
     for name, embeds in columns.items():

@@ -6,7 +6,6 @@ reads the recipe and hands each stage its part. The stages of reinforced trainin
 
 import logging
 from collections.abc import Collection
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.data.scenes import train_tokenizer
-from modeling_dclip.data.teacher_targets import TeacherFeatures, add_teacher_targets, compute_features
+from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, add_teacher_targets, compute_features
 from modeling_dclip.distillation.adapters import (
     add_adapters,
     freeze_parameters,
@@ -35,7 +34,6 @@ from modeling_dclip.distillation.arguments import (
     AnchorArguments,
     RegionsArguments,
     StudentArguments,
-    TargetsArguments,
     TeacherArguments,
     deciding_fields,
 )
@@ -118,7 +116,14 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
         return
     data = attach_regions(images, places if recipe.uses_detector else None)
     clip = read_clip(find_clip(recipe, places))
-    features = FeatureSettings(recipe.targets, places.cache_dir / "features", recipe.regions.max_regions)
+    features = FeatureOptions(
+        places.cache_dir / "features",
+        max_regions=recipe.regions.max_regions,
+        batch_size=recipe.targets.batch_size,
+        text_batch_size=recipe.targets.text_batch_size,
+        chunk_rows=recipe.targets.chunk_rows,
+        num_workers=recipe.targets.num_workers,
+    )
     if "teacher" in stages:
         if recipe.run.teacher_model is None:
             train_teacher(recipe.teacher, data, clip, features, places, recipe.resolved("regions", "teacher"))
@@ -231,30 +236,6 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
     record.finish()
 
 
-@dataclass(frozen=True)
-class FeatureSettings:
-    """How the frozen CLIP's features are computed and cached.
-
-    Args:
-        args ([`TargetsArguments`]): Batch sizes and workers.
-        cache_dir (`Path`): Where features are kept, by content.
-        max_regions (`int` or `None`): Regions per image, those with the highest scores. `None` keeps all.
-    """
-
-    args: TargetsArguments
-    cache_dir: Path
-    max_regions: int | None
-
-    def options(self) -> dict[str, Any]:
-        """Keyword arguments of [`compute_features`] and [`add_teacher_targets`]."""
-        names = ("batch_size", "text_batch_size", "chunk_rows", "num_workers")
-        return {
-            "cache_dir": self.cache_dir,
-            "max_regions": self.max_regions,
-            **{name: getattr(self.args, name) for name in names},
-        }
-
-
 def _teacher_processor(path: str) -> DCLIPTeacherProcessor:
     processor = DCLIPProcessor.from_pretrained(path)
     return DCLIPTeacherProcessor(processor.image_processor, processor.tokenizer)
@@ -264,7 +245,7 @@ def train_teacher(
     args: TeacherArguments,
     data: Splits,
     clip: Clip,
-    features: FeatureSettings,
+    features: FeatureOptions,
     places: Places,
     resolved_arguments: dict[str, Any],
 ) -> None:
@@ -274,7 +255,7 @@ def train_teacher(
         args ([`TeacherArguments`]): Architecture and optimiser.
         data (`dict[str, KeyedRows]`): From [`attach_regions`]. Images without captions are not used.
         clip ([`Clip`]): The CLIP around which the teacher is made.
-        features ([`FeatureSettings`]): How its features are computed.
+        features ([`FeatureOptions`]): How its features are computed.
         places ([`Places`]): Of the run.
         resolved_arguments (`dict`): Saved beside the weights.
 
@@ -300,7 +281,7 @@ def train_teacher(
     teacher.to(PartialState().device)
     batches = {}
     for split, (rows, keys_of_rows) in captioned.items():
-        paths = compute_features(rows, teacher, processor, keys=keys_of_rows, **features.options())
+        paths = compute_features(rows, teacher, processor, features, keys=keys_of_rows)
         batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed)
     train, validation = batches["train"], batches.get("validation")
     trainer = TeacherTrainer(teacher, args, train, processor, resolved_arguments, validation)
@@ -310,7 +291,7 @@ def train_teacher(
 
 
 def write_targets(
-    teacher_path: str | None, data: Splits, clip: Clip, features: FeatureSettings, places: Places
+    teacher_path: str | None, data: Splits, clip: Clip, features: FeatureOptions, places: Places
 ) -> None:
     """Compute the columns that the student learns from with the frozen teacher and the frozen CLIP.
 
@@ -320,7 +301,7 @@ def write_targets(
         teacher_path (`str` or `None`): Folder or Hub id of the trained teacher; `None` computes the CLIP's columns.
         data (`dict[str, KeyedRows]`): From [`attach_regions`].
         clip ([`Clip`]): The CLIP that the student starts from.
-        features ([`FeatureSettings`]): How its features are computed.
+        features ([`FeatureOptions`]): How its features are computed.
         places ([`Places`]): Of the run.
 
     Raises:
@@ -340,8 +321,8 @@ def write_targets(
     teacher.to(PartialState().device)
     processor = _teacher_processor(teacher_path or clip.path)
     for split, (rows, keys_of_rows) in data.items():
-        options = features.options() | {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
-        targets = add_teacher_targets(rows, teacher, processor, keys=keys_of_rows, **options)
+        options = {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
+        targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
         names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
         if PartialState().is_main_process:
             targets.select_columns(names).save_to_disk(record.folder / split)

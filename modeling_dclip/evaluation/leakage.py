@@ -48,7 +48,7 @@ from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.data.specs import Spec
-from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features, embed_pairs
+from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
@@ -299,11 +299,8 @@ def evaluate_leakage(
             dataset,
             teacher,
             processor,
+            FeatureOptions(Path(cache_dir), options.max_regions, options.batch_size, num_workers=options.num_workers),
             keys=keys,
-            cache_dir=Path(cache_dir),
-            max_regions=options.max_regions,
-            batch_size=options.batch_size,
-            num_workers=options.num_workers,
             alone=True,
         )
         measured = measure_leakage(teacher, TeacherFeatures.load(paths), draws=options.draws, seed=options.seed)

@@ -17,7 +17,7 @@ from modeling_dclip.data.captions.files import drop_captions
 from modeling_dclip.data.collation import TeacherBatches
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_targets import TeacherFeatures, add_teacher_targets, compute_features
+from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, add_teacher_targets, compute_features
 from modeling_dclip.encoders.fingerprints import fingerprint_model, fingerprint_processor
 
 # Two roundings to float16 (features, target) of numbers up to 1, each 2^-11 relative, through one small block.
@@ -51,8 +51,10 @@ def make_teacher(folder, **config):
 
 
 def targets_of(dataset, teacher, processor, folder, **options):
-    options = {"keys": row_keys(dataset), "cache_dir": folder, "chunk_rows": 3, "batch_size": 2, **options}
-    return add_teacher_targets(dataset, teacher, processor, **options)
+    names = ("max_regions", "batch_size", "text_batch_size", "chunk_rows", "num_workers")
+    feature_options = {"chunk_rows": 3, "batch_size": 2} | {n: options.pop(n) for n in names if n in options}
+    options = {"keys": row_keys(dataset), **options}
+    return add_teacher_targets(dataset, teacher, processor, FeatureOptions(folder, **feature_options), **options)
 
 
 @torch.no_grad()
@@ -209,7 +211,7 @@ def test_a_teacher_that_answers_nan_is_told_by_image(tiny_clip_dir, scenes, proc
 def test_a_teachers_training_batch_is_what_it_would_compute_itself(tiny_clip_dir, scenes, processor, tmp_path):
     teacher = make_teacher(tiny_clip_dir)
     keys = row_keys(scenes)
-    paths = compute_features(scenes, teacher, processor, keys=keys, cache_dir=tmp_path, chunk_rows=3)
+    paths = compute_features(scenes, teacher, processor, FeatureOptions(tmp_path, chunk_rows=3), keys=keys)
     batches = TeacherBatches(TeacherFeatures.load(paths), seed=2)
     batch = batches.__getitems__([5, 1])
     image_ids = batch.pop("image_ids")
@@ -227,7 +229,7 @@ KILLED = textwrap.dedent(
     from modeling_dclip.data import chunks
     from modeling_dclip.data.columns import row_keys
     from modeling_dclip.data.scenes import load_scenes
-    from modeling_dclip.data.teacher_targets import add_teacher_targets
+    from modeling_dclip.data.teacher_targets import FeatureOptions, add_teacher_targets
 
     teacher_dir, clip_dir, cache, die_after = sys.argv[1:]
     written, write_chunk = [], chunks.write_chunk
@@ -240,9 +242,8 @@ KILLED = textwrap.dedent(
     scenes = load_scenes("train", n=7, captions_per_image=3, image_size=40)
     teacher = DCLIPTeacher.from_pretrained(teacher_dir)
     processor = DCLIPTeacherProcessor.from_pretrained(clip_dir)
-    dataset = add_teacher_targets(
-        scenes, teacher, processor, keys=row_keys(scenes), cache_dir=Path(cache), chunk_rows=3, batch_size=2
-    )
+    options = FeatureOptions(Path(cache), chunk_rows=3, batch_size=2)
+    dataset = add_teacher_targets(scenes, teacher, processor, options, keys=row_keys(scenes))
     import json
     print(json.dumps({"written": len(written), "teacher_embeds": dataset["teacher_embeds"][:]}))
     """

@@ -39,14 +39,14 @@ def distillation_data(tiny_clip_dir, tmp_path_factory):
     from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
     from modeling_dclip.data.columns import row_keys
     from modeling_dclip.data.scenes import load_scenes
-    from modeling_dclip.data.teacher_targets import add_teacher_targets
+    from modeling_dclip.data.teacher_targets import FeatureOptions, add_teacher_targets
 
     folder = tmp_path_factory.mktemp("targets")
     scenes = load_scenes("train", n=SCENES, captions_per_image=2, image_size=32)
     torch.manual_seed(0)
     teacher = DCLIPTeacher.from_clip(tiny_clip_dir).eval()
     processor = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
-    dataset = add_teacher_targets(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=folder / "cache")
+    dataset = add_teacher_targets(scenes, teacher, processor, FeatureOptions(folder / "cache"), keys=row_keys(scenes))
     dataset.save_to_disk(folder / "data")
     return folder / "data"
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from modeling_dclip import DCLIPModel, DCLIPTeacher
 from modeling_dclip.data.collation import StudentBatches, TeacherBatches
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
+from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features
 from modeling_dclip.distillation.arguments import TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.run import load_student
@@ -245,7 +245,7 @@ def test_a_teacher_trains_its_block_and_learns(tiny_clip_dir, data, tmp_path, cr
     teacher = DCLIPTeacher.from_clip(tiny_clip_dir, cross_attention=cross_attention)
     processor = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
     clip = {name: tensor.clone() for name, tensor in teacher.clip.state_dict().items()}
-    paths = compute_features(data, teacher, processor, keys=row_keys(data), cache_dir=tmp_path / "cache")
+    paths = compute_features(data, teacher, processor, FeatureOptions(tmp_path / "cache"), keys=row_keys(data))
     args = TeacherArguments(
         output_dir=str(tmp_path / "teacher"),
         per_device_train_batch_size=16,

@@ -8,7 +8,7 @@ from transformers import AutoProcessor
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.columns import Ragged, row_keys
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_targets import TeacherFeatures, compute_features
+from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation import leakage
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks
@@ -44,7 +44,7 @@ def taught(request, tiny_clip_dir, scenes, tmp_path_factory):
     teacher = make_teacher(tiny_clip_dir, cross_attention=request.param)
     processor = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
     cache = tmp_path_factory.mktemp("features")
-    paths = compute_features(scenes, teacher, processor, keys=row_keys(scenes), cache_dir=cache)
+    paths = compute_features(scenes, teacher, processor, FeatureOptions(cache), keys=row_keys(scenes))
     return teacher, TeacherFeatures.load(paths)
 
 
