@@ -19,7 +19,6 @@ from transformers import (
 )
 
 from modeling_dclip.data.files import temporary_folder
-from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 
@@ -28,7 +27,7 @@ def has_native_twin(model: PreTrainedModel) -> bool:
     return model.config.model_type == "dclip" and model.config.vision_config.position_embedding_type == "absolute"
 
 
-def to_native_clip(model: DCLIPModel) -> CLIPModel:
+def to_native_clip(model: PreTrainedModel) -> CLIPModel:
     """Make a student's native twin.
 
     Args:
@@ -84,7 +83,7 @@ def to_native_processor(processor: DCLIPProcessor) -> CLIPProcessor:
 
 
 @torch.no_grad()
-def check_twin(model: DCLIPModel, twin: CLIPModel, batch: dict[str, torch.Tensor]) -> None:
+def check_twin(model: PreTrainedModel, twin: CLIPModel, batch: dict[str, torch.Tensor]) -> None:
     """Check that a twin's outputs are the student's.
 
     Args:

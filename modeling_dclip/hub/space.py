@@ -142,9 +142,9 @@ class SpaceAnswers:
         picture = self._checked_picture(picture)
         texts = [line.strip() for line in (own or "").splitlines() if line.strip()]
         texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
-        if not texts and self.caption_embeds is None:
-            raise UserMistake("This gallery has no captions. Write some texts, one in each line.")
         embeds = embed_texts(Encoder(self.model, self.processor), texts) if texts else self.caption_embeds
+        if embeds is None:
+            raise UserMistake("This gallery has no captions. Write some texts, one in each line.")
         scores = (embed_query(self.model, self.processor, picture) @ embeds.T)[0]
         best = scores.topk(min(top_k, len(scores)))
         names = texts or self.captions

@@ -6,6 +6,7 @@ Its `encode` takes pictures or texts. Up to version 5.3 one call takes both in o
 import os
 from importlib import metadata
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from PIL import Image
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import write_json
+from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import Deviation, check_outputs
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
@@ -70,11 +72,12 @@ def write_sentence_transformers(
     size = model.config.vision_config.image_size
     pixels = np.random.default_rng(0).integers(0, 256, (size + 17, size + 7, 3), dtype=np.uint8)
     picture = Image.fromarray(pixels)
+    dual = cast("DualEncoder", model)
     with torch.no_grad():
         batch = processor(images=[picture], text=list(CHECKED_TEXTS), return_tensors="pt")
         expected = [
-            model.get_image_features(batch["pixel_values"]).pooler_output,
-            model.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,
+            dual.get_image_features(batch["pixel_values"]).pooler_output,
+            dual.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,
         ]
     found = np.concatenate([encoder.encode([picture]), encoder.encode(list(CHECKED_TEXTS))])
     measured = check_outputs([(torch.from_numpy(found), torch.cat(expected))], "fp32", "sentence-transformers")

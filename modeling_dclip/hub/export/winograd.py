@@ -40,6 +40,12 @@ class WinogradConv2d(nn.Module):
         size (`int`): Height and width of the feature map.
     """
 
+    weight: torch.Tensor
+    bias: torch.Tensor
+    to_tiles: torch.Tensor
+    from_tiles: torch.Tensor
+    places: torch.Tensor
+
     def __init__(self, conv: nn.Conv2d, size: int):
         super().__init__()
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)

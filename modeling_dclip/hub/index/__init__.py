@@ -10,8 +10,9 @@
 [`~modeling_dclip.hub.index.build.build_index`] writes such a folder, and [`SearchIndex`] searches it.
 """
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,10 +116,12 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(
             f"Expected {sorted(wanted)} in '{path}', got none or another type of {wrong}. Build it again."
         )
-    return manifest
+    return cast("Manifest", manifest)
 
 
-def write_index(folder: Path, vectors: Any, columns: dict[str, list[str | None]], manifest: dict[str, Any]) -> None:
+def write_index(
+    folder: Path, vectors: Any, columns: Mapping[str, Sequence[str | None]], manifest: Mapping[str, Any]
+) -> None:
     """Write the vectors, the images' table, and last the manifest that names them.
 
     A reader sees the old index or the new one. Several builds of one folder write one after the other; the last one
@@ -127,8 +130,8 @@ def write_index(folder: Path, vectors: Any, columns: dict[str, list[str | None]]
     Args:
         folder (`Path`): The folder of the index.
         vectors: A FAISS index.
-        columns (`dict[str, list]`): The columns [`IMAGE_COLUMNS`] of the parquet file.
-        manifest (`dict[str, Any]`): The [`Manifest`] without `files`.
+        columns (`Mapping[str, Sequence]`): The columns [`IMAGE_COLUMNS`] of the parquet file.
+        manifest (`Mapping[str, Any]`): The [`Manifest`] without `files`.
     """
     faiss = find_faiss("faiss")
     schema = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
@@ -211,8 +214,8 @@ class SearchIndex:
                 f"{rows.column_names}. Its files are not of one build. Build it again."
             )
         index = cls(folder, manifest, vectors, rows, model or manifest["model"], trust_remote_code)
-        if manifest.get("effort") is not None:
-            index.set_effort(manifest["effort"])
+        if (effort := manifest.get("effort")) is not None:
+            index.set_effort(effort)
         return index
 
     def __len__(self) -> int:

@@ -131,7 +131,7 @@ def build_index(
     bad = sorted(set(range(len(keys))) - set(kept))
     if not kept:
         raise ValueError(f"None of the {len(keys)} pictures of {images!r} can be read: {reason_of(dataset, bad[0])}.")
-    hashes = [keys[row] for row in kept]
+    hashes = [key for key in keys if key is not None and store.has(key)]
     embeds = store.read(hashes)
     vectors = build_faiss_index(faiss, embeds, FACTORIES.get(index, index))
     texts = embed_texts(encoder, queries) if queries else None

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -138,7 +138,11 @@ def gather(arguments: PublishArguments) -> Facts:
     teacher = None if arguments.teacher is None else _load_teacher(arguments.teacher, model)
     examples = make_examples(model, processor)
     card = gather_card_facts(
-        arguments, model, teacher=teacher and teacher.model, examples=examples, has_adapter=adapter is not None
+        arguments,
+        model,
+        teacher=None if teacher is None else teacher.model,
+        examples=examples,
+        has_adapter=adapter is not None,
     )
     return Facts(card, model, processor, teacher, adapter, arguments.cards)
 
@@ -171,19 +175,22 @@ def gather_card_facts(
     training = describe_training(training_arguments, arguments.model)
     origins = find_origins(training_arguments, arguments.base_model)
     check_licence(arguments.license, arguments.license_name, arguments.license_link, origins)
-    records = [
-        {**record, "benchmark": show_spec(record["benchmark"])} for record in read_all_results(arguments.results)
-    ]
+    records = read_all_results(arguments.results)
+    records = [_with(record, benchmark=show_spec(record["benchmark"])) for record in records]
     own, reference = select_records(records, model_revision(arguments.model, model), arguments)
     family = "dmclip" if model.config.model_type == "dmclip" else "dclip"
+    name = arguments.repo_id.split("/")[1]
+    read = None
+    if arguments.teacher is not None and teacher is not None:
+        read = describe_teacher(teacher, arguments.teacher, f"{name}-teacher", records)
     return CardFacts(
         family=family,
         repos=name_repos(arguments.repo_id, model, has_teacher=teacher is not None),
         model=describe_model(model),
         training=training,
-        teacher=None if teacher is None else describe_teacher(arguments, teacher, records),
+        teacher=read,
         has_adapter=has_adapter,
-        evaluation=describe_evaluation(own, reference, arguments.repo_id.split("/")[1], REFERENCE_ROLES[family]),
+        evaluation=describe_evaluation(own, reference, name, REFERENCE_ROLES[family]),
         examples=examples,
         origins=origins,
         base_models=list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id)),
@@ -434,8 +441,10 @@ def check_shown(record: Record, where: str) -> None:
     Raises:
         ValueError: If a field is missing, or a share is not in [0, 1].
     """
-    intervals = record.get("intervals", {})
-    fields = {name: (record[name], needed) for name, needed in SHOWN_FIELDS.items()}
+    values, intervals = dict(record), record.get("intervals", {})
+    fields: dict[str, tuple[object, tuple[str, ...]]] = {
+        name: (values[name], needed) for name, needed in SHOWN_FIELDS.items()
+    }
     fields |= {f"intervals / {name}": (interval, INTERVAL_FIELDS) for name, interval in intervals.items()}
     for name, (found, needed) in fields.items():
         if not isinstance(found, dict) or not set(needed) <= set(found):
@@ -506,12 +515,13 @@ def _millions(model: PreTrainedModel, names: Sequence[str]) -> str:
     return f"{sum(parameter.numel() for child in children for parameter in child.parameters()) / 1e6:.3g}"
 
 
-def describe_teacher(arguments: PublishArguments, teacher: DCLIPTeacher, records: Sequence[Record]) -> TeacherFacts:
+def describe_teacher(teacher: DCLIPTeacher, folder: str, name: str, records: Sequence[Record]) -> TeacherFacts:
     """Say what a teacher reads, how it was trained, and how much of the caption its embedding gives away.
 
     Args:
-        arguments ([`PublishArguments`]): The arguments of the publication, with the teacher's folder.
         teacher ([`DCLIPTeacher`]): The loaded teacher.
+        folder (`str`): The teacher's folder.
+        name (`str`): The name of this teacher in the table.
         records (`Sequence[Record]`): All records. Those of this teacher under several conditions measure its leakage.
 
     Returns:
@@ -521,8 +531,7 @@ def describe_teacher(arguments: PublishArguments, teacher: DCLIPTeacher, records
         FileNotFoundError: If the teacher's `arguments.yaml` is missing.
         ValueError: If that file is damaged or incomplete.
     """
-    config, revision = teacher.config, model_revision(arguments.teacher, teacher)
-    label = arguments.repo_id.split("/")[1] + "-teacher"
+    config, revision = teacher.config, model_revision(folder, teacher)
     measured = [record for record in records if "condition" in record and record["revision"] == revision]
     clip = {id(parameter) for parameter in teacher.clip.parameters()}
     trained = sum(parameter.numel() for parameter in teacher.parameters() if id(parameter) not in clip)
@@ -531,8 +540,8 @@ def describe_teacher(arguments: PublishArguments, teacher: DCLIPTeacher, records
         reads_text=config.cross_attention != "regions",
         text_share=config.text_share,
         parameters_millions=f"{trained / 1e6:.3g}",
-        training=describe_training(read_arguments(arguments.teacher), arguments.teacher, "teacher"),
-        leakage=render_leakage([{**record, "label": label} for record in measured]) if measured else None,
+        training=describe_training(read_arguments(folder), folder, "teacher"),
+        leakage=render_leakage([_with(record, label=name) for record in measured]) if measured else None,
     )
 
 
@@ -548,9 +557,9 @@ def describe_evaluation(own: Sequence[Record], reference: Sequence[Record], name
     Returns:
         [`EvaluationFacts`]
     """
-    shown = [{**record, "label": f"{record.get('label', 'reference')} ({role})"} for record in reference]
-    shown += [{**record, "label": name} for record in own]
-    shown = [{**record, "metrics": _shown_metrics(record["metrics"])} for record in shown]
+    shown = [_with(record, label=f"{record.get('label', 'reference')} ({role})") for record in reference]
+    shown += [_with(record, label=name) for record in own]
+    shown = [_with(record, metrics=_shown_metrics(record["metrics"])) for record in shown]
     machines = {_machine(record["hardware"]) for record in own}
     versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
     return EvaluationFacts(
@@ -561,6 +570,11 @@ def describe_evaluation(own: Sequence[Record], reference: Sequence[Record], name
         versions=", ".join(sorted(versions)),
         has_reference=bool(reference),
     )
+
+
+def _with(record: Record, **fields: object) -> Record:
+    """Copy a record, with other values in some fields."""
+    return cast("Record", {**record, **fields})
 
 
 def _shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -21,7 +21,9 @@ NON_COMMERCIAL = ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "apple-a
 
 # Published weights, by the beginning of their Hub id: their terms, and the licences that a model trained from them
 # may have.
-PUBLISHED_WEIGHTS = {
+Terms = tuple[str | None, tuple[str, ...]]
+NO_TERMS: Terms = (None, LICENCES)
+PUBLISHED_WEIGHTS: dict[str, Terms] = {
     "openai/clip-": ("OpenAI's CLIP weights are published under MIT.", LICENCES),
     "nvidia/MambaVision": ("MambaVision's weights are for non-commercial use only.", NON_COMMERCIAL),
     "apple/": ("These weights are under a licence of Apple's own.", ("apple-ascl", "apple-amlr", "other")),
@@ -124,11 +126,11 @@ def _describe(name: str) -> Origin:
                 f"Expected the folder '{name}', which the model was trained from, got none: its licence is not known. "
                 "Restore the folder, or give --base_model."
             )
-        known = next((terms for prefix, terms in PUBLISHED_WEIGHTS.items() if name.startswith(prefix)), None)
-        return Origin(name, name, *(known or (None, LICENCES)))
+        known = next((terms for prefix, terms in PUBLISHED_WEIGHTS.items() if name.startswith(prefix)), NO_TERMS)
+        return Origin(name, name, *known)
     card = Path(name) / "README.md"
     licence_name = ModelCard.load(card).data.get("license_name") if card.is_file() else None
-    return Origin(Path(name).name, None, *CONVERTED.get(licence_name, (None, LICENCES)))
+    return Origin(Path(name).name, None, *CONVERTED.get(licence_name, NO_TERMS))
 
 
 def check_licence(license: str, name: str | None, link: str | None, origins: Sequence[Origin]) -> None:

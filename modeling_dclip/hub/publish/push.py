@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,17 +102,17 @@ def retrying(attempt: Callable[[], _Result], what: str, delays: tuple[float, ...
         try:
             return attempt()
         except HfHubHTTPError as error:
-            status = error.response.status_code
-            if status not in TRANSIENT:
+            if error.response.status_code not in TRANSIENT:
                 raise
-            problem, last = f"the Hub answered {status}", error
+            problem = f"the Hub answered {error.response.status_code}"
+            cause: Exception = error
         except TransportError as error:
-            problem, last = f"{type(error).__name__}: {error}", error
+            problem, cause = f"{type(error).__name__}: {error}", error
         if number > len(delays):
             raise ConnectionError(
                 f"Expected {what} to succeed, got {problem}, {number} times. Try again later. Files that are already "
                 "on the Hub are not pushed again."
-            ) from last
+            ) from cause
         logger.warning("%s: %s; trying again in %.1f s", what, problem, delays[number - 1])
         time.sleep(delays[number - 1])
 
@@ -192,7 +193,7 @@ def check_base_models(names: Sequence[str], api: HfApi, delays: tuple[float, ...
     """
     for name in names:
         try:
-            retrying(lambda name=name: api.model_info(name), f"asking for {name}", delays)
+            retrying(partial(api.model_info, name), f"asking for {name}", delays)
         except HfHubHTTPError as error:
             raise ValueError(
                 f"base_model: expected a model of the Hub, got {name!r}, which it does not know. If that is a folder, "
@@ -231,7 +232,7 @@ def push_folder(
         entries = api.list_repo_tree(repo_id, recursive=True)
         remote = {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
         changed, deleted = find_differences(folder, remote)
-        commit = info.sha
+        commit = str(info.sha)
         if changed or deleted:
             # Exact names in place of patterns, because `*` of `upload_folder` crosses folders: "*.safetensors" would
             # delete somebody's onnx/model.safetensors. It makes one commit of fewer than 250 files. If somebody else

@@ -99,6 +99,8 @@ def _write_vision(facts: Facts, folder: Path, dual: Path) -> None:
 
 
 def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:
+    if facts.teacher is None:
+        raise ValueError("Expected a teacher to write, got none.")
     _save(facts.teacher.model, facts.teacher.processor, folder)
 
 
