@@ -37,6 +37,33 @@ def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dat
     return dataset.rename_columns({f"_new_{name}": name for name in columns})
 
 
+def is_text(feature: Any) -> bool:
+    """Whether a feature is one text in each row, in any of Arrow's forms (pandas 3 writes `large_string`)."""
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+
+
+def with_images(dataset: Dataset, column: str, name: str) -> Dataset:
+    """Make a column the column `image`, with pictures that are decoded when they are read.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column.
+        column (`str`): Pictures of type `Image`, their bytes, their paths, or `{"bytes", "path"}`.
+        name (`str`): What messages call the dataset.
+
+    Raises:
+        ValueError: If the column is of another type.
+    """
+    feature = dataset.features[column]
+    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
+    is_struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
+    if not (isinstance(feature, Image) or is_text(feature) or is_bytes or is_struct):
+        raise ValueError(
+            f"Expected pictures (Image, bytes or paths) in the column {column!r} of {name}, got {feature}."
+        )
+    dataset = dataset if column == "image" else dataset.rename_column(column, "image")
+    return dataset if isinstance(feature, Image) and feature.decode else dataset.cast_column("image", Image())
+
+
 def dataset_fingerprint(dataset: Dataset) -> str:
     """Hash what was evaluated: every image's stored bytes, its id, captions and label, in order.
 

@@ -242,7 +242,8 @@ def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image
     """One image of a dataset, upright.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id` and `image`. Where many rows are read, give [`undecoded_images`].
+        dataset (`datasets.Dataset`): With `image` and, for messages, `image_id`. Where many rows are read, give
+            [`undecoded_images`].
         row (`int`): Which.
         rgb (`bool`, *optional*, defaults to `True`): In RGB, transparent pixels over white; else in the stored mode.
 
@@ -253,7 +254,7 @@ def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image
     stored, mode = images[row], images.features["image"].mode
     image = open_image(
         stored["image"],
-        f"Image {stored['image_id']!r} (row {row})",
+        f"Image {stored['image_id']!r} (row {row})" if "image_id" in stored else f"The image of row {row}",
         rgb=rgb and mode is None,
         advice="Replace the file or drop the row; the regions stage does so with on_bad_image: skip.",
     )

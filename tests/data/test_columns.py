@@ -1,9 +1,13 @@
 """Columns: out of Arrow and back without loss, whatever rows are selected, and keys that follow content alone."""
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset
+from PIL import Image as PILImage
 
+from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.columns import (
     Ragged,
     attach_columns,
@@ -12,8 +16,12 @@ from modeling_dclip.data.columns import (
     ragged_column,
     row_keys,
     with_flat_embeds,
+    with_images,
     with_ragged_embeds,
 )
+from modeling_dclip.data.images import decode_image
+from modeling_dclip.data.labels import load_classification
+from modeling_dclip.data.questions import load_fine_grained
 from modeling_dclip.data.scenes import load_scenes
 
 
@@ -85,3 +93,35 @@ def test_a_bad_number_is_told_with_its_row_image_and_entry(bad):
     embeds = Ragged.from_lengths(values, np.array([1, 1, 3]))
     with pytest.raises(ValueError, match=r"'teacher_embeds', row 2 \(image 'i2'\), entry 1"):
         check_finite(numbers(3), "teacher_embeds", embeds)
+
+
+@pytest.mark.parametrize("text", [pa.string(), pa.large_string()], ids=str)
+@pytest.mark.parametrize("stored", ["path", "bytes", "struct"])
+def test_every_table_reader_takes_every_form_of_texts_and_pictures(tmp_path, text, stored):
+    paths = [tmp_path / f"{number}.png" for number in range(2)]
+    for number, path in enumerate(paths):
+        PILImage.new("RGB", (4, 4), (90 * number, 0, 0)).save(path)
+    large = text == pa.large_string()
+    encoded = pa.array([path.read_bytes() for path in paths], pa.large_binary() if large else pa.binary())
+    names = pa.array([str(path) for path in paths], text)
+    pictures = {
+        "path": names,
+        "bytes": encoded,
+        "struct": pa.StructArray.from_arrays([encoded.cast(pa.binary()), names.cast(pa.string())], ["bytes", "path"]),
+    }
+    words = pa.array(["a cat", "a dog"], text)
+    table = {"picture": pictures[stored], "caption": words, "negative_caption": words[::-1], "kind": words}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    source = f"parquet:{tmp_path}/a.parquet,image=picture"
+    captioned = load_captions(f"{source},captions=caption")
+    asked = load_fine_grained(source)
+    labelled = load_classification(f"{source},label=kind")
+    assert captioned["captions"][:] == asked["captions"][:] == [["a cat"], ["a dog"]]
+    assert labelled.class_names == ["a cat", "a dog"] and labelled.dataset["label"][:] == [0, 1]
+    for dataset in (captioned, asked, labelled.dataset):
+        assert [np.asarray(decode_image(dataset, row))[0, 0, 0] for row in (0, 1)] == [0, 90]
+
+
+def test_a_column_of_numbers_is_no_column_of_pictures():
+    with pytest.raises(ValueError, match=r"Expected pictures .* in the column 'n' of the table, got Value\('int64'\)"):
+        with_images(Dataset.from_dict({"n": [1]}), "n", "the table")

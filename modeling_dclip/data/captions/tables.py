@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
-from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.columns import put_columns, with_images
 from modeling_dclip.data.files import load_parquet, match_parquet, require_folder
 from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
@@ -132,8 +132,7 @@ def standardise_columns(
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
     table = table.select_columns(["image_id", image, "captions", *regions])
-    table = table if image == "image" else table.rename_column(image, "image")
-    table = table.cast_column("image", Image())
+    table = with_images(table, image, name)
     firsts = list(merged)
     keep = set(_present_images(table, ids, name, missing)) & {firsts[i] for i in kept}
     require_rows(len(keep), name)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
+from modeling_dclip.data.columns import is_text, with_images
 from modeling_dclip.data.files import list_folder, load_parquet, match_parquet, require_folder
 from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
 from modeling_dclip.data.labels.prompts import (
@@ -74,17 +75,17 @@ def _from_columns(
     image = _choose_column(dataset, image, ("image",), Image, "image", place)
     label = _choose_column(dataset, label, _LABEL_COLUMNS, ClassLabel, "label", place)
     dataset = dataset.select_columns([*("image_id",) * ("image_id" in dataset.column_names), image, label])
-    if isinstance(dataset.features[label], Value) and dataset.features[label].dtype == "string":
+    if is_text(dataset.features[label]):
         dataset = dataset.class_encode_column(label)  # numbers in the alphabetical order of the names
-    if not isinstance(dataset.features[label], ClassLabel) or not isinstance(dataset.features[image], Image):
+    if not isinstance(dataset.features[label], ClassLabel):
         raise ValueError(
-            f"Expected images in the column {image!r} and a ClassLabel, or class names, in {label!r} of {place}, got "
-            f"{dataset.features}."
+            f"Expected a ClassLabel, or class names, in the column {label!r} of {place}, got "
+            f"{dataset.features[label]}."
         )
     own = dataset.features[label].names
     class_names = _spaced(own) if names is None else read_names(names, own)
-    for column, name in ((image, "image"), (label, "label")):
-        dataset = dataset if column == name else dataset.rename_column(column, name)
+    dataset = with_images(dataset, image, place)
+    dataset = dataset if label == "label" else dataset.rename_column(label, "label")
     return LabelledImages(dataset, class_names, read_templates(templates, PHOTO_TEMPLATES))
 
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, Image, Value, concatenate_datasets, load_dataset
+from datasets import Dataset, Image, concatenate_datasets, load_dataset
 
-from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.columns import put_columns, with_images
 from modeling_dclip.data.files import load_parquet, match_parquet
 from modeling_dclip.data.questions.rows import PAIR_FEATURE, QUESTION_FEATURES, answerable
 from modeling_dclip.data.rows import first, require_rows
@@ -38,14 +38,7 @@ def _texts(dataset: Dataset, column: str, name: str) -> list[list[str]]:
 
 def _images(dataset: Dataset, column: str, name: str) -> Dataset:
     """The column alone, as `image` of type `Image`."""
-    feature = dataset.features[column]
-    if not isinstance(feature, Image) and feature not in (Value("string"), Value("binary")):
-        raise ValueError(
-            f"Expected pictures (Image, bytes or paths) in the column {column!r} of {name}, got {feature}."
-        )
-    images = dataset.with_format(None).select_columns([column])
-    images = images if column == "image" else images.rename_column(column, "image")
-    return images.cast_column("image", Image())
+    return with_images(dataset.with_format(None).select_columns([column]), column, name)
 
 
 def _picture_keys(images: Dataset, name: str) -> list[str]:

@@ -172,7 +172,7 @@ def test_columns_that_could_be_several_or_none_are_named(tmp_path):
     folder = write_hub_dataset(tmp_path / "two", shape=([0, 1], kinds), colour=([0, 1], kinds))
     with pytest.raises(ValueError, match=r"one column of type ClassLabel.*got \['shape', 'colour'\].*label=COLUMN"):
         load_classification(f"hub:{folder}")
-    with pytest.raises(ValueError, match="Expected images in the column 'shape'"):
+    with pytest.raises(ValueError, match="Expected pictures .* in the column 'shape' of .*two"):
         load_classification(f"hub:{folder},image=shape,label=colour")
 
 
