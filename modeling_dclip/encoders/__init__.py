@@ -1,6 +1,6 @@
 """Any dual encoder as one: its interface, loading, how each family reads text, and every content hash."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -55,8 +55,14 @@ class DualEncoder(Protocol):
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """The trainable tensors."""
 
+    def buffers(self, recurse: bool = True) -> Iterator[torch.Tensor]:
+        """The other tensors, such as running statistics."""
+
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Every weight by its name."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> Any:
+        """Copy weights by their names."""
 
 
 @dataclass(frozen=True)

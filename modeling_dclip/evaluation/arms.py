@@ -79,7 +79,7 @@ def evaluate_arms(
         metrics.setdefault(arm, {})[seed] = {
             name: value for record in own for name, value in record["metrics"].items()
         }
-    pairs = [(arm, baseline) for arm in arms if baseline in arms and arm != baseline]
+    pairs = [(arm, baseline) for arm in arms if baseline is not None and baseline in arms and arm != baseline]
     summary = summarise_arms(metrics, anchor=ANCHOR, pairs=pairs)
     names = [record["benchmark"] for record in done.records[: len(benchmarks)]]
     summary |= {"benchmarks": names, "anchor_model": str(anchor)}
@@ -121,15 +121,37 @@ def tradeoff_points(summary: Summary) -> list[TradeoffPoint]:
         `list[TradeoffPoint]`: One for each arm: `x` is top-1, `y` text-to-image R@1; with intervals over seeds where
             there are several.
     """
-    points = []
+    points: list[TradeoffPoint] = []
     for row in summary["arms"]:
-        point: TradeoffPoint = {"label": row["arm"]}
-        for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
-            interval = row["metrics"][metric]
-            point[axis] = interval["estimate"]
-            point[f"{axis}_interval"] = (interval["low"], interval["high"])
-        points.append(point)
+        x, y = row["metrics"][RETENTION_METRIC], row["metrics"][GAIN_METRIC]
+        points.append(
+            {
+                "label": row["arm"],
+                "x": x["estimate"],
+                "x_interval": (x["low"], x["high"]),
+                "y": y["estimate"],
+                "y_interval": (y["low"], y["high"]),
+            }
+        )
     return points
+
+
+def _by_place(records: Sequence[Record], metric: str) -> dict[tuple[str, str | None], Record]:
+    """Find the records of the first benchmark that has a metric, by model and condition."""
+    benchmark = next((record["benchmark"] for record in records if metric in record["metrics"]), None)
+    own = [record for record in records if record["benchmark"] == benchmark]
+    return {(record["model"], record.get("condition")): record for record in own}
+
+
+def _point(zero_shot: Record, retrieval: Record) -> TradeoffPoint:
+    point: TradeoffPoint = {"label": retrieval.get("label", retrieval["model"])}
+    point["x"] = zero_shot["metrics"][RETENTION_METRIC]
+    if interval := zero_shot.get("intervals", {}).get(RETENTION_METRIC):
+        point["x_interval"] = interval["low"], interval["high"]
+    point["y"] = retrieval["metrics"][GAIN_METRIC]
+    if interval := retrieval.get("intervals", {}).get(GAIN_METRIC):
+        point["y_interval"] = interval["low"], interval["high"]
+    return point
 
 
 def interpolation_points(
@@ -152,17 +174,8 @@ def interpolation_points(
     Raises:
         ValueError: If no model has both, or points of several lines are in the records.
     """
-    pairs: dict[tuple[str, str | None], TradeoffPoint] = {}
-    for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
-        benchmark = next((record["benchmark"] for record in records if metric in record["metrics"]), None)
-        for record in records:
-            if record["benchmark"] != benchmark:
-                continue
-            pair = pairs.setdefault((record["model"], record.get("condition")), {})
-            pair |= {"label": record.get("label", record["model"]), axis: record["metrics"][metric]}
-            if interval := record.get("intervals", {}).get(metric):
-                pair[f"{axis}_interval"] = interval["low"], interval["high"]
-    pairs = {place: pair for place, pair in pairs.items() if "x" in pair and "y" in pair}
+    zero_shot, retrieval = _by_place(records, RETENTION_METRIC), _by_place(records, GAIN_METRIC)
+    pairs = {place: _point(own, retrieval[place]) for place, own in zero_shot.items() if place in retrieval}
     if not pairs:
         raise ValueError(
             f"Expected a model with retrieval ({GAIN_METRIC}) and zero-shot classification ({RETENTION_METRIC}), got "
@@ -171,15 +184,15 @@ def interpolation_points(
     lines = {model for model, condition in pairs if (condition or "").startswith(ALPHA)}
     if len(lines) > 1:
         raise ValueError(f"Expected points on one line, got lines to {sorted(lines)}. Plot one model at a time.")
-    points = [pair for (model, condition), pair in pairs.items() if condition is None]
-    points.sort(key=lambda point: point is not pairs.get((anchor, None)))
-    curve = [
-        {**pair, "alpha": float(condition.removeprefix(ALPHA))}
-        for (_, condition), pair in pairs.items()
-        if (condition or "").startswith(ALPHA)
-    ]
-    ends = [(anchor, 0.0), (next(iter(lines), None), 1.0)] if curve else []
-    curve += [{**pairs[model, None], "alpha": alpha} for model, alpha in ends if (model, None) in pairs]
+    start = None if anchor is None else pairs.get((anchor, None))
+    points = [pair for (_, condition), pair in pairs.items() if condition is None]
+    points.sort(key=lambda point: point is not start)
+    curve: list[TradeoffPoint] = []
+    for (_, condition), pair in pairs.items():
+        if condition is not None and condition.startswith(ALPHA):
+            curve.append({**pair, "alpha": float(condition.removeprefix(ALPHA))})
+    ends = [start, pairs.get((next(iter(lines)), None))] if lines else []
+    curve += [{**end, "alpha": alpha} for end, alpha in zip(ends, (0.0, 1.0), strict=False) if end is not None]
     return points, sorted(curve, key=lambda point: point["alpha"])
 
 

@@ -77,8 +77,9 @@ def embed_images(encoder: Encoder, dataset: Dataset) -> torch.Tensor:
         dataset = dataset.add_column("image_id", [f"row {row}" for row in range(len(dataset))])
     reader = PixelReader(dataset, getattr(processor, "image_processor", processor), cache_mib=0)
     several = len(reader.input_names) > 1
+    rows: Any = range(len(dataset))  # a loader takes any sequence
     loader: DataLoader = DataLoader(
-        list(range(len(dataset))),  # type: ignore[arg-type]  # any sequence is a dataset to torch
+        rows,
         encoder.batch_size,
         num_workers=encoder.num_workers,
         pin_memory=encoder.compute_device.type == "cuda",

@@ -5,7 +5,7 @@ one pair, not the rest. Run again, it keeps what was measured with the same weig
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ from modeling_dclip.evaluation.benchmarks.kinds import (
     load_benchmark,
 )
 from modeling_dclip.evaluation.records import Measurement, Outcomes, Record, RecordStore
-from modeling_dclip.evaluation.statistics import compare_to_anchor
+from modeling_dclip.evaluation.statistics import IntervalDict, compare_to_anchor
 
 logger = logging.get_logger(__name__)
 
@@ -80,10 +80,11 @@ class _Subject:
 
 
 class _Reference(NamedTuple):
-    """What the anchor scored on one benchmark, and with which weights."""
+    """The anchor, its weights, and what it scored on one benchmark."""
 
-    outcomes: Outcomes
+    anchor: str
     revision: str
+    outcomes: Outcomes
 
 
 def evaluate(
@@ -136,9 +137,9 @@ def evaluate(
             try:
                 record, outcomes, kept = _measure_or_keep(store, benchmark, subject, options, command)
                 if candidate.name == anchor and candidate.alpha is None:
-                    references[name] = _Reference(outcomes, subject.revision)
+                    references[name] = _Reference(anchor, subject.revision, outcomes)
                 elif name in references:
-                    record["comparison"] = _compare(anchor, references[name], outcomes, subject.seed)
+                    record["comparison"] = _compare(references[name], outcomes, subject.seed)
                 store.put(record, outcomes)
             except BENCHMARK_FAILURES as error:
                 _leave_out(done.failures, f"{candidate.label or candidate.name} on {name}", error)
@@ -181,7 +182,7 @@ def _load_subject(
 ) -> _Subject:
     model, processor, revision = load_dual_encoder(candidate.name, trust_remote_code=trust_remote_code)
     settings: dict[str, float | str] = {}
-    if candidate.alpha is not None:
+    if candidate.alpha is not None and anchor is not None:
         start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
         model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
         settings = {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
@@ -226,15 +227,18 @@ def _measure_or_keep(
 
 def _rename(record: Record, candidate: Candidate) -> Record:
     """A kept record under the candidate's name. The same weights under another name do not keep their label."""
+    renamed = record.copy()
     if candidate.label or record["model"] != candidate.name:
-        record = {name: value for name, value in record.items() if name != "label"}
-    label = {"label": candidate.label} if candidate.label else {}
-    return {**record, "model": candidate.name, **label}
+        renamed.pop("label", None)
+    renamed["model"] = candidate.name
+    if candidate.label:
+        renamed["label"] = candidate.label
+    return renamed
 
 
-def _compare(anchor: str, reference: _Reference, outcomes: Outcomes, seed: int) -> Mapping[str, object]:
+def _compare(reference: _Reference, outcomes: Outcomes, seed: int) -> dict[str, str | IntervalDict]:
     ratios = compare_to_anchor(outcomes, reference.outcomes, seed=seed)
-    return {"anchor": anchor, "anchor_revision": reference.revision, **ratios}
+    return {"anchor": reference.anchor, "anchor_revision": reference.revision, **ratios}
 
 
 def _leave_out(failures: list[str], what: str, error: BaseException) -> None:

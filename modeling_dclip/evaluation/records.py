@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple, TypedDict, cast
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ from modeling_dclip.evaluation.statistics import IntervalDict
 try:
     import fcntl
 except ImportError:  # not on this system: then only one process may write at a time
-    fcntl = None
+    fcntl = None  # type: ignore[assignment]
 
 PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "open_clip_torch")
 FORMAT_VERSION = 1
@@ -184,7 +184,7 @@ def make_record(measured_in: Environment | None = None, /, **fields: Any) -> Rec
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")
-    return record
+    return cast(Record, record)
 
 
 def validate_record(record: Any, where: str) -> None:
@@ -255,9 +255,15 @@ def record_key(record: Record) -> str:
     Returns:
         `str`: 16 hexadecimal digits.
     """
-    names = [name for name in Measurement._fields if name != "version"]
-    version = record["versions"]["modeling_dclip"]
-    return Measurement(**{name: record.get(name) for name in names}, version=version).key
+    return Measurement(
+        revision=record["revision"],
+        benchmark=record["benchmark"],
+        dataset_fingerprint=record["dataset_fingerprint"],
+        seed=record["seed"],
+        version=record["versions"]["modeling_dclip"],
+        condition=record.get("condition"),
+        settings=record.get("settings"),
+    ).key
 
 
 def write_results(path: str | os.PathLike, records: Record | Sequence[Record]) -> None:
@@ -270,7 +276,7 @@ def write_results(path: str | os.PathLike, records: Record | Sequence[Record]) -
     Raises:
         ValueError: If a record is not valid, or there is none. Then nothing is written.
     """
-    records = [dict(records)] if isinstance(records, Mapping) else list(records)
+    records = [records] if isinstance(records, Mapping) else list(records)
     if not records:
         raise ValueError(f"Expected one or more records to write to {path}, got none.")
     for index, record in enumerate(records):

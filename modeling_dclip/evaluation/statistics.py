@@ -24,7 +24,7 @@ _INDICES_AT_A_TIME = 2_000_000  # of bootstrap draws: 16 MB, and as much of weig
 class IntervalDict(TypedDict):
     """An [`Interval`] as results files hold it: an end that is not finite is `None`."""
 
-    estimate: float | None
+    estimate: float
     low: float | None
     high: float | None
     confidence: float
@@ -49,9 +49,13 @@ class Interval(NamedTuple):
 
     def to_dict(self) -> IntervalDict:
         """Make it JSON: an end that is not finite becomes `None`."""
+        low, high = (None if end is None or not math.isfinite(end) else end for end in (self.low, self.high))
         return {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in self._asdict().items()
+            "estimate": self.estimate,
+            "low": low,
+            "high": high,
+            "confidence": self.confidence,
+            "covers": self.covers,
         }
 
 
@@ -326,12 +330,16 @@ def unpaired_difference(first: IntervalDict, second: IntervalDict) -> Interval |
         [0.1, 0.05, 0.15]
     """
     kinds = {(interval["covers"], interval["confidence"]) for interval in (first, second)}
-    ends = [interval[name] for interval in (first, second) for name in ("low", "high")]
-    if len(kinds) != 1 or None in ends:
+    widths = [
+        high - low
+        for low, high in ((interval["low"], interval["high"]) for interval in (first, second))
+        if low is not None and high is not None
+    ]
+    if len(kinds) != 1 or len(widths) != 2:
         return None
     ((covers, confidence),) = kinds
     normal = NormalDist().inv_cdf((1 + confidence) / 2)
-    errors = [(interval["high"] - interval["low"]) / (2 * normal) for interval in (first, second)]
+    errors = [width / (2 * normal) for width in widths]
     difference, half = second["estimate"] - first["estimate"], normal * math.hypot(*errors)
     return Interval(difference, difference - half, difference + half, confidence, covers)
 
@@ -389,8 +397,9 @@ def compare_to_anchor(
         several = len(student[metric]) > 1 or len(anchor[metric]) > 1  # one image alone has no interval
         if several and anchor[metric][:, 0].sum() > 0:
             ratio = ratio_to_anchor(student[metric], anchor[metric], resamples=resamples, seed=seed)
-            ends = (value - offset for value in ratio[:3])
-            compared[f"{metric}_{name}"] = Interval(*ends, *ratio[3:]).to_dict()
+            low, high = (None if end is None else end - offset for end in (ratio.low, ratio.high))
+            moved = ratio._replace(estimate=ratio.estimate - offset, low=low, high=high)
+            compared[f"{metric}_{name}"] = moved.to_dict()
     return compared
 
 

@@ -8,6 +8,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -262,15 +263,11 @@ def evaluate_efficiency(
                 "image": lambda images=images: projected(model.get_image_features(**images)),
                 "text": lambda texts=texts: projected(model.get_text_features(**texts)),
             }
-        timing: dict[str, Any] = {
-            "rounds": rounds,
-            "max_seconds": max_seconds,
-            "min_ms": MIN_MS,
-            "device": device,
-            "warmups": 2,
-        }
-        latencies = interleaved_times(calls[small], **timing)
-        batches = latencies if small == large else interleaved_times(calls[large], **timing)
+        measure = partial(
+            interleaved_times, rounds=rounds, warmups=2, max_seconds=max_seconds, min_ms=MIN_MS, device=device
+        )
+        latencies = measure(calls[small])
+        batches = latencies if small == large else measure(calls[large])
         flops = count_flops(lambda: model.get_image_features(**image), scan_formulas())
         activations_mib = peak_memory_mib(calls[large]["image"], device)
     spreads = {f"{kind}_latency_ms": spread([taken["latency_ms"] for taken in latencies[kind]]) for kind in latencies}

@@ -26,7 +26,7 @@ gives no number.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -240,13 +240,15 @@ class ContrastiveLoss:
     def __init__(self, model: DualEncoder, batches: Sequence[PairBatch], tower: str, temperature: float | None = None):
         if tower not in HESSIAN_TOWERS:
             raise ValueError(f"Expected one of {HESSIAN_TOWERS} as the tower, got {tower!r}.")
-        if temperature is None and getattr(model, "logit_scale", None) is None:
+        logit_scale = getattr(model, "logit_scale", None)
+        if temperature is None and logit_scale is None:
             raise ValueError(f"Expected a temperature, since {type(model).__name__} has no logit_scale. Give one.")
         if temperature is not None and temperature <= 0:
             raise ValueError(f"Expected a temperature > 0, got {temperature}.")
         self.model, self.batches, self.tower, self.temperature = model, batches, tower, temperature
+        self.logit_scale = cast(torch.Tensor, logit_scale)  # not used if there is a temperature
         self.parameters = self._parameters()
-        self.fixed: list[torch.Tensor] | None = None
+        self.fixed: list[torch.Tensor] = []
         if tower != "all":
             embed = _text_embeds if tower == "image" else _image_embeds
             with torch.no_grad():
@@ -277,7 +279,7 @@ class ContrastiveLoss:
         batch = self.batches[index]
         images = self.fixed[index] if self.tower == "text" else _image_embeds(self.model, batch)
         texts = self.fixed[index] if self.tower == "image" else _text_embeds(self.model, batch)
-        scale = 1 / self.temperature if self.temperature is not None else self.model.logit_scale.exp()
+        scale = 1 / self.temperature if self.temperature is not None else self.logit_scale.exp()
         logits = images @ texts.T * scale  # in the model's own precision: second derivatives need it
         labels = torch.arange(len(logits), device=logits.device)
         return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2

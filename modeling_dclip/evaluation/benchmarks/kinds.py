@@ -96,13 +96,15 @@ def _load_retrieval(name: str, spec: Spec, options: EvaluationOptions) -> Benchm
 def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     loaded = load_classification(spec)
     names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
-    prompts: dict[str, Any] = {
-        "class_names": list(names),
-        "templates": list(templates),
-        "classifiers": options.classifiers,
-    }
-    evaluate = partial(evaluate_zero_shot, dataset=loaded.dataset, **prompts)
-    settings = {"prompts": _short_hash([list(names), list(templates)])}
+    names, templates = list(names), list(templates)
+    evaluate = partial(
+        evaluate_zero_shot,
+        dataset=loaded.dataset,
+        class_names=names,
+        templates=templates,
+        classifiers=options.classifiers,
+    )
+    settings = {"prompts": _short_hash([names, templates])}
     return Benchmark(name, spec.split, dataset_fingerprint(loaded.dataset), evaluate, settings)
 
 

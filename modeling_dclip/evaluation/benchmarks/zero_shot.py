@@ -14,7 +14,7 @@ Source: CLIP's published prompt-ensembling procedure.
 import json
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,8 @@ def label_ranks(
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(f"Expected labels in [0, {len(classifier)}), got {int(labels[row])} in row {row}.")
-    numbers: dict[str, int] = {}
-    names = range(len(classifier)) if class_names is None else class_names
+    numbers: dict[Hashable, int] = {}
+    names: Sequence[Hashable] = range(len(classifier)) if class_names is None else class_names
     alike = torch.tensor([numbers.setdefault(name, len(numbers)) for name in names])
     ranks = []
     for embeds, own in zip(image_embeds.split(_ROWS_AT_A_TIME), labels.split(_ROWS_AT_A_TIME), strict=True):
