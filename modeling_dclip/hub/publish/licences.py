@@ -19,11 +19,11 @@ LICENCES = (
 )  # fmt: skip
 NON_COMMERCIAL = ("cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-nc-nd-4.0", "apple-amlr", "other")
 
-# Published weights, by the beginning of their Hub id: their terms, and the licences that a model trained from them
-# may have.
-Terms = tuple[str | None, tuple[str, ...]]
-NO_TERMS: Terms = (None, LICENCES)
-PUBLISHED_WEIGHTS: dict[str, Terms] = {
+# The terms of weights: a sentence for the card, and the licences that a model trained from them may have.
+LicenceTerms = tuple[str | None, tuple[str, ...]]
+NO_TERMS: LicenceTerms = (None, LICENCES)
+# Published weights, by the beginning of their Hub id.
+PUBLISHED_WEIGHTS: dict[str, LicenceTerms] = {
     "openai/clip-": ("OpenAI's CLIP weights are published under MIT.", LICENCES),
     "nvidia/MambaVision": ("MambaVision's weights are for non-commercial use only.", NON_COMMERCIAL),
     "apple/": ("These weights are under a licence of Apple's own.", ("apple-ascl", "apple-amlr", "other")),
@@ -33,7 +33,7 @@ CONVERTED = {
     "mambavision-non-commercial": PUBLISHED_WEIGHTS["nvidia/MambaVision"],
     "apple-mobileclip-weights": PUBLISHED_WEIGHTS["apple/"],
 }
-# Terms of training data, by the kind of the dataset's spec.
+# The terms of training data, by the kind of the dataset's spec.
 DATA_TERMS = {
     "scenes": "The drawn scenes are made by this package and come without terms.",
     "coco": "COCO's annotations are under CC-BY-4.0; its photographs are under Flickr's terms.",
