@@ -130,7 +130,7 @@ def test_gradient_accumulation_averages_micro_batches(tiny_clip_dir, data, proce
 
 def test_bfloat16_checkpointing_and_freezing_go_together(tiny_clip_dir, data, processor, tmp_path):
     args = student_arguments(
-        tmp_path, bf16=True, activation_checkpointing=True, freeze=["vision_model.encoder.layers.0.*"]
+        tmp_path, bf16=True, gradient_checkpointing=True, freeze=["vision_model.encoder.layers.0.*"]
     )
     model = load_student(str(tiny_clip_dir))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
