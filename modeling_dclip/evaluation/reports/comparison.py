@@ -104,7 +104,7 @@ def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         `dict[str, Any]`: Without what was measured: the metrics, their intervals, the time.
     """
-    flat = {}
+    flat: dict[str, Any] = {}
     for name, value in record.items():
         if name in _MEASURED:
             continue

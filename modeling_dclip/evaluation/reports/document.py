@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jinja2
 
@@ -38,8 +38,7 @@ class Heading(NamedTuple):
     level: int
     anchor: str
     full: str = ""
-
-    kind = "heading"
+    kind: Literal["heading"] = "heading"  # which block of the template shows it
 
 
 @dataclass(frozen=True, init=False)
@@ -58,8 +57,7 @@ class Warnings(NamedTuple):
     """What a reader has to know before the table that follows; one sentence each."""
 
     items: Sequence[str]
-
-    kind = "warnings"
+    kind: Literal["warnings"] = "warnings"  # which block of the template shows it
 
 
 class Cell(NamedTuple):
@@ -101,8 +99,7 @@ class Table(NamedTuple):
     header: Sequence[str]
     rows: Sequence[Sequence[str | Cell]]
     left: int = 1
-
-    kind = "table"
+    kind: Literal["table"] = "table"  # which block of the template shows it
 
 
 class Picture(NamedTuple):
@@ -117,16 +114,14 @@ class Picture(NamedTuple):
     name: str
     alt: str
     content: bytes
-
-    kind = "picture"
+    kind: Literal["picture"] = "picture"  # which block of the template shows it
 
 
 class Terms(NamedTuple):
     """Terms and their texts, small: what a table was measured on."""
 
     items: Sequence[tuple[str, str]]
-
-    kind = "terms"
+    kind: Literal["terms"] = "terms"  # which block of the template shows it
 
 
 Block = Heading | Text | Warnings | Table | Picture | Terms
