@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
@@ -133,7 +133,7 @@ class Places:
     overwrite: bool = False
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Self:
+    def of(cls, recipe: Recipe) -> "Places":
         """The places that a recipe names."""
         folder = Path(recipe.run.output_dir)
         return cls(
