@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -163,9 +163,9 @@ def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
     layers = adapted_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
     state = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
-    for name, layer in layers.items():
+    for name, adapted in layers.items():
+        layer: Any = copy.deepcopy(adapted) if merged else adapted
         if merged:
-            layer = copy.deepcopy(layer)
             layer.merge(safe_merge=True)
         state |= {f"{name}.{key}": tensor for key, tensor in layer.get_base_layer().state_dict().items()}
     return state

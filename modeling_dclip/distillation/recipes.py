@@ -448,7 +448,7 @@ def describe_fields() -> str:
     lines = ["Global fields:", *_describe(RunArguments, "--", set(_field_names(RunArguments)))]
     for name, kind in SECTIONS.items():
         own = set(_field_names(kind))
-        lines += ["", f"Section {name}: {' '.join(kind.__doc__.split()).split(': ', 1)[1]}"]
+        lines += ["", f"Section {name}: {' '.join((kind.__doc__ or '').split()).split(': ', 1)[1]}"]
         if name in TRAINING_SECTIONS:
             lines.append("  Every field of transformers.TrainingArguments, and:")
             own = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}
