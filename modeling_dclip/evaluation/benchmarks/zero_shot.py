@@ -168,6 +168,10 @@ class ClassifierCache:
     Files are written whole or not at all, so a killed run leaves no half-written file, and several processes may share
     a folder. When the folder grows beyond its bound, the least recently used files are deleted.
 
+    The folder saves 961 s of CPU time for each later run on ImageNet with ViT-B/32's text tower: embedding the 79,840
+    prompts takes 965 s on one thread (extrapolated from 1,000 of them), and a hit takes 4 s, key included. Measured by
+    `benchmarks/classifier_cache.py`; see `benchmarks/results/classifier_cache.json`.
+
     Args:
         folder (`str` or `os.PathLike`, *optional*): Where files are, e.g. `user_cache_dir("classifiers")`. Without a
             folder, classifiers are kept in memory alone.
