@@ -10,7 +10,7 @@ several processes, see the captions that an uninterrupted run of one process see
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +35,7 @@ from modeling_dclip.processing_dclip import DCLIPProcessor
 logger = logging.getLogger(__name__)
 
 
-def pass_batch(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def pass_batch(batch: Any) -> Any:
     """A `collate_fn` that changes nothing, because the datasets here return whole batches."""
     return batch
 
@@ -96,20 +96,20 @@ def read_captions(dataset: Dataset) -> Ragged:
 
 
 def tokenize_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase, captions: Iterable[str], max_length: int | None = None
 ) -> Ragged:
     """Tokenize captions, with BOS and EOS. A caption that is too long is cut, keeping EOS; a warning counts them.
 
     Args:
         tokenizer (`CLIPTokenizer`): Any fast tokenizer that puts EOS last.
-        captions (`Sequence[str]`): C captions.
+        captions (`Iterable[str]`): C captions.
         max_length (`int`, *optional*): Tokens kept. Defaults to the tokenizer's `model_max_length`.
 
     Returns:
         [`Ragged`]: int32 ids of C rows.
     """
-    max_length = max_length or tokenizer.model_max_length
-    rows = tokenizer(list(captions), padding=False, truncation=False, verbose=False)["input_ids"]
+    max_length, captions = max_length or tokenizer.model_max_length, list(captions)
+    rows = tokenizer(captions, padding=False, truncation=False, verbose=False)["input_ids"]
     too_long = [row for row, ids in enumerate(rows) if len(ids) > max_length]
     for row in too_long:
         rows[row] = [*rows[row][: max_length - 1], rows[row][-1]]
@@ -147,9 +147,9 @@ class Batches(TorchDataset):
         return self.__getitems__([row])
 
     def __getitems__(self, rows: Sequence[int]) -> dict[str, torch.Tensor]:
-        rows = np.asarray(rows)
-        chosen = choose_captions(self.seed, self.epoch, rows, self.captions_per_row[rows])
-        return self.collate(rows, self.first_caption[rows] + chosen)
+        indices = np.asarray(rows)
+        chosen = choose_captions(self.seed, self.epoch, indices, self.captions_per_row[indices])
+        return self.collate(indices, self.first_caption[indices] + chosen)
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of these rows; `captions` indexes the captions of all rows, one after the other."""

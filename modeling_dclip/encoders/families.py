@@ -57,7 +57,7 @@ def projected(output: Any) -> torch.Tensor:
 
 def longest_text(model: DualEncoder, tokenizer: Any) -> int:
     """The largest number of tokens that both model and tokenizer accept, BOS and EOS included."""
-    config = getattr(model.config, "text_config", None)
+    config: Any = getattr(model.config, "text_config", None)
     positions = getattr(config, "max_position_embeddings", 1 << 30)
     if getattr(config, "model_type", None) in COUNT_FROM_PADDING:
         positions -= config.pad_token_id + 1

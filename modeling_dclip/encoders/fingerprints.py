@@ -13,7 +13,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from modeling_dclip.encoders import DualEncoder
@@ -34,13 +33,15 @@ _TEXT_PROVENANCE = {"_name_or_path", "architectures", "dtype", "transformers_ver
 _BLOCK = 1 << 20  # bytes of a file read at a time
 _PROMPTS_AT_A_TIME = 8192
 
+Part = str | bytes | memoryview | Path
 
-def hash_parts(parts: Iterable[str | bytes | np.ndarray | Path]) -> str:
+
+def hash_parts(parts: Iterable[Part]) -> str:
     """Hash the parts one after the other, as if they were joined.
 
     Args:
-        parts (`Iterable`): A text is read as UTF-8, an array as its bytes, a `Path` as the content of its file, in
-            blocks. Consumed one by one, so that a generator holds one part in memory.
+        parts (`Iterable`): A text is read as UTF-8, a `Path` as the content of its file, in blocks. Consumed one by
+            one, so that a generator holds one part in memory.
 
     Raises:
         OSError: If a file cannot be read.
@@ -115,12 +116,12 @@ def combine_keys(keys: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def tensor_bytes(tensor: torch.Tensor) -> np.ndarray:
-    """The bytes of a tensor of any type and place, row by row: uint8, of shape `(bytes,)`."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor of any type and device, in row-major order."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _weights(state: Mapping[str, torch.Tensor]) -> Iterator[str | np.ndarray]:
+def _weights(state: Mapping[str, torch.Tensor]) -> Iterator[Part]:
     """Name, shape, type and values of each weight, in the order of the names."""
     for name, tensor in sorted(state.items()):
         yield f"{name} {tuple(tensor.shape)} {tensor.dtype}"
@@ -173,7 +174,7 @@ def fingerprint_text_encoder(model: DualEncoder) -> str:
     Args:
         model ([`DualEncoder`]): Any; one without `config` is known by its weights alone.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     settings: Any = str(config)
     if hasattr(getattr(config, "text_config", None), "to_dict"):
         text_settings = config.text_config.to_dict()
@@ -223,8 +224,8 @@ def model_revision(name_or_path: str | os.PathLike, model: Any) -> str:
                 f"Expected *.safetensors in {folder}, got none. Save the model with `save_pretrained`; "
                 "pickled weights are not read."
             )
-        named = chain.from_iterable((f"{file.name}\0", file) for file in files)
-        return f"sha256:{hash_parts(named)}"
+        named: list[tuple[Part, Part]] = [(f"{file.name}\0", file) for file in files]
+        return f"sha256:{hash_parts(chain.from_iterable(named))}"
     commit = getattr(model.config, "_commit_hash", None)
     if not commit:
         raise ValueError(

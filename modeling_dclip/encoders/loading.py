@@ -21,7 +21,12 @@ from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.encoders.fingerprints import model_revision
-from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX, fingerprint_open_clip, load_open_clip
+from modeling_dclip.encoders.open_clip import (
+    OPEN_CLIP_PREFIX,
+    OpenClipDualEncoder,
+    fingerprint_open_clip,
+    load_open_clip,
+)
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -184,11 +189,11 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
     Raises:
         FileNotFoundError: If a folder is missing or holds no safetensors.
         ImportError: If open_clip is named and not installed.
-        TypeError: If the model is no dual encoder.
+        WrongModelError: If the model is no dual encoder.
         ValueError: If weights or half of the processor are missing, or open_clip does not know a name.
     """
     model, processor = load_pair(spec, trust_remote_code=trust_remote_code)
-    if str(spec).startswith(OPEN_CLIP_PREFIX):
+    if isinstance(model, OpenClipDualEncoder):
         return model, processor, f"sha256:{fingerprint_open_clip(model)}"
     return model, processor, model_revision(spec, model)
 
