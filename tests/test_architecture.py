@@ -21,6 +21,14 @@ ARROWS = {
 }
 # Of what ships: torch, transformers, and what transformers itself cannot be installed without.
 SHIPPED_IMPORTS = {"torch", "transformers", "huggingface_hub", "numpy"}
+# Longest function without its docstring, most parameters without self, and most entries of a folder.
+MOST_LINES, MOST_PARAMETERS, MOST_ENTRIES = 60, 9, 15
+# A module under so many lines has two importers, or is a command or a package's front.
+SMALL_MODULE = 150
+# One format of export a file, though each is asked for in one place only; and the arguments of a script.
+SMALL_ON_PURPOSE = {"hub/export/sentence_transformers.py", "hub/export/winograd.py", "evaluation/command_line.py"}
+# Names that every module or metric has under the same word, by its framework's contract.
+SAME_EVERYWHERE = {"logger", "main"}
 FORBIDDEN_STEMS = {"utils", "helpers", "misc", "common", "tools", "legacy", "v2"}
 
 
@@ -167,3 +175,145 @@ def test_modules_and_public_things_say_what_they_are(path):
             if isinstance(node, ast.ClassDef) and node.name.endswith("Kwargs"):
                 continue
             assert ast.get_docstring(node), f"{name(path)}: {node.name} has no docstring"
+
+
+def modules():
+    """The package's modules by dotted name, and the files of the scripts that use them."""
+    own = {
+        ".".join(path.with_suffix("").relative_to(PACKAGE.parent).parts).removesuffix(".__init__"): path
+        for path in FILES
+    }
+    root = PACKAGE.parent
+    scripts = [root / "train.py", root / "eval.py", *sorted((root / "benchmarks").glob("*.py"))]
+    return own, [*scripts, *sorted((root / "hub_cards").rglob("*.py"))]
+
+
+def importers():
+    """Which files import which module of the package, directly."""
+    own, scripts = modules()
+    found = {dotted: set() for dotted in own}
+    for path in [*FILES, *scripts]:
+        for module in imported_modules(path, own):
+            if own[module] != path:
+                found[module].add(path)
+    return found
+
+
+def imported_modules(path, own):
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in own)
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                base = ".".join(["modeling_dclip", *([node.module] if node.module else [])])
+            for alias in node.names:
+                if (module := f"{base}.{alias.name}" if f"{base}.{alias.name}" in own else base) in own:
+                    yield module
+
+
+def functions(path):
+    return [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+
+
+def lines_of(function):
+    """Lines of a function, its docstring not counted."""
+    first = function.body[0]
+    docstring = first.end_lineno - first.lineno + 1 if ast.get_docstring(function) is not None else 0
+    return function.end_lineno - function.lineno + 1 - docstring
+
+
+def parameters_of(function):
+    given = function.args
+    named = [one.arg for one in [*given.posonlyargs, *given.args, *given.kwonlyargs]]
+    return [name for name in named if name not in ("self", "cls")] + [
+        one.arg for one in (given.vararg, given.kwarg) if one
+    ]
+
+
+def is_bound_to_a_contract(path, function):
+    """Kernels and their operators pass every tensor and size; a model's `forward` has transformers' parameters."""
+    return path.name.startswith("selective_scan") or (function.name == "forward" and path.name.startswith("modeling_"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_functions_are_short_and_take_few_parameters(path):
+    checked = [function for function in functions(path) if not is_bound_to_a_contract(path, function)]
+    long = [f"{one.name}: {lines_of(one)} lines" for one in checked if lines_of(one) > MOST_LINES]
+    wide = [f"{one.name}: {len(parameters_of(one))}" for one in checked if len(parameters_of(one)) > MOST_PARAMETERS]
+    assert not long and not wide
+
+
+def test_the_counts_of_lines_and_parameters_are_right():
+    text = 'def f(self, a, /, b, *c, d=1, **e):\n    """One.\n\n    Two.\n    """\n    return a\n'
+    (function,) = ast.parse(text).body
+    assert lines_of(function) == 2 and parameters_of(function) == ["a", "b", "d", "c", "e"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_no_module_imports_anothers_private_name(path):
+    taken = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and (node.level or (node.module or "").startswith("modeling_dclip"))
+        for alias in node.names
+        if alias.name.startswith("_")
+    ]
+    assert not taken, f"{name(path)} imports {taken}: make them public, or move them"
+
+
+def public_names(path):
+    for node in tree(path).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names = [node.name]
+        elif isinstance(node, ast.Assign):
+            names = [one.id for target in node.targets for one in ast.walk(target) if isinstance(one, ast.Name)]
+        else:
+            names = [node.target.id] if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) else []
+        yield from (one for one in names if not one.startswith("_") and one not in SAME_EVERYWHERE)
+
+
+def test_no_public_name_is_defined_twice():
+    homes = {}
+    for path in FILES:
+        for public in set(public_names(path)):
+            homes.setdefault(public, []).append(name(path))
+    twice = {public: places for public, places in homes.items() if len(places) > 1}
+    assert not twice
+
+
+def test_no_folder_is_crowded():
+    entries = {
+        folder: [path.name for path in folder.iterdir() if path.name not in ("__init__.py", "__pycache__")]
+        for folder in {path.parent for path in FILES} - {PACKAGE}
+    }
+    crowded = {str(folder): len(names) for folder, names in entries.items() if len(names) > MOST_ENTRIES}
+    assert not crowded
+
+
+def test_a_small_module_is_used_in_two_places_or_is_a_front():
+    own, _ = modules()
+    users = importers()
+    lonely = [
+        f"{name(path)}: {len(path.read_text().splitlines())} lines, imported by {len(users[dotted])}"
+        for dotted, path in own.items()
+        if path.parent != PACKAGE and path.name not in ("__init__.py", "__main__.py") and "metrics" not in path.parts
+        if name(path) not in SMALL_ON_PURPOSE
+        if len(path.read_text().splitlines()) < SMALL_MODULE and len(users[dotted]) < 2
+    ]
+    assert not lonely, f"fold them into their only importer: {lonely}"
+
+
+def test_every_file_of_tests_stands_where_its_module_does():
+    """`tests/data/labels/test_prompts.py` tests `data/labels/prompts.py`; an aspect may follow the module's name."""
+    own = {path.relative_to(PACKAGE).with_suffix("") for path in FILES}
+    own |= {path.parent for path in own if path.name == "__init__"}
+    astray = []
+    for folder in ("encoders", "data", "distillation", "evaluation", "hub"):
+        for path in sorted((PACKAGE.parent / "tests" / folder).rglob("test_*.py")):
+            stem, home = path.stem.removeprefix("test_"), path.parent.relative_to(PACKAGE.parent / "tests")
+            # a package is tested inside its folder (data/captions/test_captions.py) or, where it has none, beside it
+            candidates = {home / one.name for one in own if one.parent == home} | ({home} if home.name else set())
+            if not any(stem == one.name or stem.startswith(f"{one.name}_") for one in candidates):
+                astray.append(str(path.relative_to(PACKAGE.parent)))
+    assert not astray
