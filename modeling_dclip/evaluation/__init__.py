@@ -1,3 +1,1 @@
-"""Measure a dual encoder: retrieval, zero-shot classification, the trade-off between them,
-and the files and pictures made from it.
-"""
+"""Measure dual encoders: benchmarks, the records that keep what was measured, and the reports made from records."""

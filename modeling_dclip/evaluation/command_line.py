@@ -86,7 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
     add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
     add("--output", default="results.json", help="results file (default: %(default)s)")
-    add("--overwrite", action="store_true", help="begin anew instead of going on with the results file")
+    add("--overwrite", action="store_true", help="replace the results file instead of adding to it")
     add("--label", nargs="+", help="names to show in tables instead of the models' paths")
     add("--batch_size", type=_at_least(1), default=64, metavar="N", help="images at a time (default: %(default)s)")
     add("--num_workers", type=_at_least(0), default=0, metavar="N", help="processes that decode images (default: 0)")

@@ -385,17 +385,24 @@ class RecordStore:
         self.path = Path(path)
         self.records: list[Record] = []
         self.outcomes: dict[str, Outcomes] = {}
-        self.begins_anew = overwrite
+        self.overwrite = overwrite
         _check_place(self.path)
         self._remove_leftovers()
         self._read()
 
     def find(self, key: str) -> Record | None:
-        """The record of the measurement with this key, if the store has it."""
+        """Find the record of the measurement with this key ([`Measurement.key`]); `None` if there is none."""
         return next((record for record in self.records if record_key(record) == key), None)
 
     def put(self, record: Record, outcomes: Outcomes) -> None:
-        """Add a record with its outcomes; it replaces the record of the same model, benchmark, condition and seed."""
+        """Add a record with its outcomes, on disk too.
+
+        It replaces a record of the same model, benchmark, condition, seed and index.
+
+        Raises:
+            OSError: If the files cannot be written.
+            ValueError: If the record is not valid, or another process left something else in the file.
+        """
 
         def place(one: Record) -> tuple:
             index = one.get("settings", {}).get("index")  # an index gives other metrics than exact search
@@ -423,7 +430,7 @@ class RecordStore:
                     shutil.rmtree(entry)
 
     def _read(self) -> None:
-        if not self.begins_anew and self.path.exists():
+        if not self.overwrite and self.path.exists():
             self.records, self.outcomes = read_results(self.path), read_outcomes(self.path)
 
     def _write(self) -> None:
@@ -431,7 +438,7 @@ class RecordStore:
         self.outcomes = {key: own for key, own in self.outcomes.items() if key in keys}
         write_results(self.path, self.records)
         write_outcomes(self.path, self.outcomes)
-        self.begins_anew = False
+        self.overwrite = False
 
 
 def _check_place(path: Path) -> None:

@@ -1,1 +1,1 @@
-"""What a model is measured on: one module a kind of benchmark; `kinds` lists them."""
+"""The benchmarks, one module for each kind; `kinds` lists them."""

@@ -22,7 +22,7 @@ TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
 # enough to make up for the launch of a kernel.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 512, 4096
 _ROWS = 4096  # embeddings at a time outside the tiles
-_WIDE = 64  # from so many images on, a slot is compared in a call of its own
+_WIDE = 64  # a slot with at least this many images is compared in a call of its own
 _LEAST_NORM = 1e-12  # below it, `normalize` does not give a unit vector
 
 
@@ -224,8 +224,9 @@ def _count_wrong_before(
     images_with_slot: list[int],
     chunk_size: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Count, tile by tile, the wrong items that reach the bars:
-    images per caption, and captions in the order of `image_bar`; both (C,).
+    """Count, tile by tile, the wrong items that reach the bars, both (C,).
+
+    The first result counts images for each caption, the second one captions in the order of `image_bar`.
     """
     device = texts.device
     before_image = torch.zeros(len(texts), dtype=torch.long, device=device)
@@ -255,8 +256,9 @@ def _count_wrong_before(
 def _bars_of_images(
     images_with_slot: list[int], left: int, images: int, device: torch.device
 ) -> tuple[list[tuple[int, int]], list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Where the bars of some images in a row lie: slots that many of them have, as `(start, width)`,
-    and all others as positions and columns.
+    """Find the bars of consecutive images.
+
+    Slots that many of the images have come as `(start, width)`, all other slots as positions and columns.
     """
     wide, positions, columns, start = [], [], [], left
     for total in images_with_slot:
@@ -265,7 +267,7 @@ def _bars_of_images(
             break
         if width >= _WIDE:
             wide.append((start, width))
-        else:  # one call for each of the hundreds of captions that one image may have would take long
+        else:  # an image may have hundreds of captions: one call for each of them would be slow
             columns.append(torch.arange(width, device=device))
             positions.append(columns[-1] + start)
         start += total
