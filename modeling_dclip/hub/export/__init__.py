@@ -3,7 +3,6 @@
 Each export is checked against the model, and deleted if the outputs differ.
 """
 
-import copy
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from modeling_dclip.hub.export.onnx import (
 )
 from modeling_dclip.hub.export.open_clip import write_open_clip
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
-from modeling_dclip.hub.export.winograd import use_winograd
+from modeling_dclip.hub.export.winograd import with_winograd
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
 
 __all__ = [
@@ -154,7 +153,7 @@ def export_onnx(
         plain = None
         for dtype in dtypes:
             if dtype == "fp32" and winograd and tower.kind == "image":
-                content = make_onnx(_with_winograd(tower), dtype)
+                content = make_onnx(with_winograd(tower), dtype)
             else:
                 content = make_onnx(tower, dtype, plain)
                 plain = content if dtype == "fp32" else plain
@@ -162,17 +161,6 @@ def export_onnx(
             found[name] = compare_onnx(content, tower, dtype)
             write_bytes(folder / name, content)
     return found
-
-
-def _with_winograd(tower: Tower) -> Tower:
-    changed = copy.deepcopy(tower)
-    encoder = changed.model.vision_model if is_dual(changed.model) else changed.model
-    if not isinstance(encoder, DMCLIPVisionModel):
-        raise ValueError(
-            f"winograd: expected DM-CLIP, whose image encoder has convolutions, got {type(encoder).__name__}."
-        )
-    use_winograd(encoder)
-    return changed
 
 
 def export_programs(

@@ -5,10 +5,13 @@ transformed, multiplied element by element and summed over channels, and transfo
 instead of 144. Both transforms are one matrix each, and the products are 36 matrix products, channels innermost.
 """
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from modeling_dclip.hub.export.onnx import Tower
 from modeling_dclip.modeling_dmclip import DMCLIPConvBlock, DMCLIPVisionModel
 
 TILE, OUTPUT = 6, 4
@@ -121,3 +124,27 @@ def use_winograd(encoder: DMCLIPVisionModel) -> None:
         if stage.window_size is None:
             stage.blocks = nn.ModuleList(WinogradBlock(block, size) for block in stage.blocks)
         size = -(-size // 2)
+
+
+def with_winograd(tower: Tower) -> Tower:
+    """Copy an image tower, with Winograd's convolutions in its encoder.
+
+    Unlike [`use_winograd`] it leaves the tower itself as it is.
+
+    Args:
+        tower ([`~modeling_dclip.hub.export.onnx.ImageTower`]): Of a fused DM-CLIP, or of its image encoder alone.
+
+    Returns:
+        [`~modeling_dclip.hub.export.onnx.ImageTower`]: Its outputs are the tower's, up to rounding.
+
+    Raises:
+        ValueError: If the image encoder is not DM-CLIP's, or not fused.
+    """
+    changed = copy.deepcopy(tower)
+    encoder = getattr(changed.model, "vision_model", changed.model)
+    if not isinstance(encoder, DMCLIPVisionModel):
+        raise ValueError(
+            f"winograd: expected DM-CLIP, whose image encoder has convolutions, got {type(encoder).__name__}."
+        )
+    use_winograd(encoder)
+    return changed

@@ -3,12 +3,12 @@
     python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher \\
         --results outputs/mine/results --repo_id me/dclip-vitb16 --license mit
 
-| repository | content |
-|---|---|
-| `me/dclip-vitb16` | the dual encoder |
-| `me/dclip-vitb16-vision` | its image encoder alone |
-| `me/dclip-vitb16-teacher` | its teacher, if given |
-| `me/dclip-vitb16-clip` | for a plain ViT student: the same weights as a stock `CLIPModel` |
+It makes these repositories:
+
+    me/dclip-vitb16          the dual encoder
+    me/dclip-vitb16-vision   its image encoder alone
+    me/dclip-vitb16-teacher  its teacher, if given
+    me/dclip-vitb16-clip     for a plain ViT student: the same weights as a stock CLIPModel
 
 All repositories are first written to a folder and checked. Then each is pushed in one commit, or in none if nothing
 differs. With `--dry_run` they are written and listed, and nothing leaves the machine.
