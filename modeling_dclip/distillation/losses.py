@@ -265,8 +265,8 @@ def similarity_distillation_loss(
     _check_share(image_to_text_weight)
     if (student_text_embeds is None) != (teacher_text_embeds is None):
         raise ValueError("Expected text embeddings of student and teacher, or neither; got one of them.")
-    among_themselves = student_text_embeds is None
-    if among_themselves:
+    among_themselves = student_text_embeds is None or teacher_text_embeds is None
+    if student_text_embeds is None or teacher_text_embeds is None:
         student_text_embeds, teacher_text_embeds = student_embeds, teacher_embeds
     _check_same_batch(student_embeds=student_embeds, teacher_embeds=teacher_embeds)
     _check_same_width(student_embeds=student_embeds, student_text_embeds=student_text_embeds)

@@ -118,7 +118,8 @@ class OpenClipDualEncoder(nn.Module):
     @property
     def logit_scale(self) -> torch.Tensor:
         """The trained scale, a logarithm."""
-        return self.model.logit_scale
+        scale: Any = self.model.logit_scale
+        return scale
 
     def get_image_features(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, D)`; some models return normalised embeddings, some do not."""

@@ -45,8 +45,7 @@ def _picture_keys(images: Dataset, name: str) -> list[str]:
     """A key of each row's encoded picture, so that one that comes in many rows is embedded once."""
     keys = []
     for row, stored in enumerate(images.cast_column("image", Image(decode=False))["image"]):
-        picture: dict[str, Any] = stored or {}
-        content, path = picture.get("bytes"), picture.get("path")
+        content, path = (stored["bytes"], stored["path"]) if stored else (None, None)
         if content is None and path is None:
             raise ValueError(f"{name}, row {row}: the picture has neither bytes nor a path. Remove the row.")
         if content is None and not Path(path).is_file():

@@ -130,7 +130,7 @@ def _describe(name: str) -> Origin:
         return Origin(name, name, *known)
     card = Path(name) / "README.md"
     licence_name = ModelCard.load(card).data.get("license_name") if card.is_file() else None
-    return Origin(Path(name).name, None, *CONVERTED.get(licence_name, NO_TERMS))
+    return Origin(Path(name).name, None, *CONVERTED.get(licence_name or "", NO_TERMS))
 
 
 def check_licence(license: str, name: str | None, link: str | None, origins: Sequence[Origin]) -> None:
