@@ -148,6 +148,10 @@ def differences(first: Record, second: Record) -> list[tuple[str, str, str]]:
     ]
 
 
+# Settings that say which weights a row has, a point between two models, rather than how it was measured.
+_OF_WEIGHTS = ("settings.alpha", "settings.anchor_revision")
+
+
 def find_conflicts(records: Sequence[Record], *, timed: bool = False, seeds: bool = True) -> list[str]:
     """Say why records of one table are not comparable.
 
@@ -167,7 +171,7 @@ def find_conflicts(records: Sequence[Record], *, timed: bool = False, seeds: boo
     found = []
     for name in names:
         group, _, _ = name.partition(".")
-        if group not in groups or name == "settings.alpha":
+        if group not in groups or name in _OF_WEIGHTS:
             continue
         rows: dict[str, list[str]] = {}
         for record, fields in zip(records, flat, strict=True):

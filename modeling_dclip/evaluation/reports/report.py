@@ -630,21 +630,29 @@ def _add_left_out(report: _Builder, most: int = 30) -> None:
             report.blocks.append(Text(f"And {len(left_out) - most} more."))
 
 
+def _counted(count: int, what: str) -> str:
+    """A count with its noun: "1 file", "2 files", "3 measurements of speed"."""
+    noun, _, rest = what.partition(" of ")
+    return f"{count:,} {noun}{'s' * (count != 1)}{f' of {rest}' if rest else ''}"
+
+
 def _introduce(report: _Builder) -> list[Text]:
     sources = report.sources
     records = [record for _, record in sources.records]
     parts = [
-        (len(records), "records of models on benchmarks"),
-        (len({record["revision"] for record in records}), "different weights"),
-        (len({record["benchmark"] for record in records}), "benchmarks"),
-        (len(sources.summaries), "summaries of experiments"),
-        (len(sources.speed), "measurements of speed"),
+        (len(records), "record"),
+        (len({record["revision"] for record in records}), "model"),
+        (len({record["benchmark"] for record in records}), "benchmark"),
+        (len(sources.summaries), "experiment"),
+        (len(sources.speed), "measurement of speed"),
     ]
-    counted = ", ".join(f"{count:,} {what}" for count, what in parts if count)
+    counted = ", ".join(_counted(count, what) for count, what in parts if count)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    intro = [f"Made {made} from {len(sources.names) - len(sources.left_out)} files: {counted}."]
-    if sources.left_out:
-        intro.append(f"{len(sources.left_out)} JSON files are not shown; the last part names them.")
+    intro = [f"Made {made} from {_counted(len(sources.names) - len(sources.left_out), 'file')}: {counted}."]
+    if left_out := len(sources.left_out):
+        intro.append(
+            f"{_counted(left_out, 'JSON file')} {'is' if left_out == 1 else 'are'} not shown; see the last part."
+        )
     if report.warned:
         intro.append(f"Compare rows with care in: {'; '.join(dict.fromkeys(report.warned))}.")
     return [Text(paragraph) for paragraph in intro]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from modeling_dclip.evaluation.records import make_record, record_key, write_outcomes, write_results
-from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
+from modeling_dclip.evaluation.reports.comparison import compare_results, find_conflicts, render_comparison
 
 
 def measure(share, seed=0, n=400, **fields):
@@ -117,3 +117,11 @@ def test_files_without_anything_in_common_or_of_another_form_are_named(tmp_path)
         compare_results(a, tmp_path / "summary.json")
     with pytest.raises(FileNotFoundError):
         compare_results(a, tmp_path / "gone.json")
+
+
+def test_points_between_two_models_are_comparable_with_both():
+    anchor, _ = measure(0.5, model="anchor")
+    point, _ = measure(0.6, model="student", settings={"alpha": 0.5, "anchor_revision": "sha256:0.5"})
+    assert find_conflicts([anchor, point]) == []
+    other, _ = measure(0.6, model="other", settings={"prompts": "another"})
+    assert len(find_conflicts([anchor, other])) == 1

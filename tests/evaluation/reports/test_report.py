@@ -137,7 +137,7 @@ def test_files_that_cannot_be_shown_are_named_and_not_fatal(tmp_path, report):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "x.json").write_text("{")
     text, page = report()
-    assert "from 1 files: 1 records" in text and "4 JSON files are not shown" in text
+    assert "from 1 file: 1 record, 1 model" in text and "4 JSON files are not shown" in text
     for name in ("broken.json", "config.json", "scan.json", "half.json"):
         assert f"| {folder / name} " in text
     assert "hidden_size" in text and "got another form" in text and "Expected an interval" in text
