@@ -25,6 +25,7 @@ from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def add_adapters(
 
     Raises:
         ImportError: If peft is not installed.
-        ValueError: If no linear layer of the towers has one of the names.
+        ValueError: If there is no `lora_rank`, or no linear layer of the towers has one of the names.
 
     Example:
         >>> from modeling_dclip import DCLIPConfig, DCLIPModel
@@ -125,6 +126,8 @@ def add_adapters(
         raise ImportError(
             'Expected the package peft for lora_rank, got none. Install it with `pip install "modeling_dclip[peft]"`.'
         ) from error
+    if args.lora_rank is None:
+        raise ValueError("lora_rank: expected the adapters' rank, got none. Set it, for example to 16.")
     names = tuple(args.lora_target_modules) or ADAPTED_LAYERS
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     linear = [name for name in linear if name.split(".")[0] in towers]
@@ -144,7 +147,7 @@ def add_adapters(
     return get_peft_model(model, config)
 
 
-def adapted_layers(model: nn.Module) -> dict[str, nn.Module]:
+def adapted_layers(model: nn.Module) -> dict[str, "LoraLayer"]:
     """The wrapped layers of a model by name; empty if nothing is adapted."""
     # Recognised by an attribute, so that a model without adapters does not need peft.
     return {name: module for name, module in model.named_modules() if hasattr(module, "get_base_layer")}
@@ -197,7 +200,7 @@ def save_adapters(adapters: "PeftModel", folder: Path) -> None:
     if target.exists():
         shutil.rmtree(target)
     with replacing(target) as temporary:
-        adapters.save_pretrained(temporary, save_embedding_layers=False)
+        adapters.save_pretrained(str(temporary), save_embedding_layers=False)
         (temporary / "README.md").unlink(missing_ok=True)  # peft's empty template of a model card
 
 

@@ -100,17 +100,23 @@ class RunArguments:
     push_arm: str | None = _help("The arm to publish, with its first seed. Required if there are several arms.")
     push_private: bool = _help("Make the published repositories private.", False)
 
+    @property
+    def variants(self) -> dict[str, dict[str, Any]]:
+        """The arms by name, each with the fields and sections that it overrides."""
+        arms = self.arms if isinstance(self.arms, dict) else {}
+        return {arm: {} if overrides is None else overrides for arm, overrides in arms.items()}
+
     def __post_init__(self) -> None:
         self.stages = [name for entry in self.stages for name in entry.split(",") if name]
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
             raise ValueError(f"Unknown stage {unknown[0]!r} in stages. Known stages: {', '.join(STAGES)}.")
         _parse_json(self, "arms")
-        for arm, overrides in self.arms.items():
-            if not isinstance(overrides, dict | None):
+        for arm, overrides in self.variants.items():
+            if not isinstance(overrides, dict):
                 raise ValueError(f"arms: expected a mapping of fields for the arm {arm!r}, got {overrides!r}.")
-        if self.baseline is not None and self.baseline not in self.arms:
-            raise ValueError(f"Expected baseline to be one of the arms {list(self.arms)}, got {self.baseline!r}.")
+        if self.baseline is not None and self.baseline not in self.variants:
+            raise ValueError(f"Expected baseline to be one of the arms {list(self.variants)}, got {self.baseline!r}.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"Expected train_fraction in (0, 1], got {self.train_fraction}.")
         if self.push_to_hub is not None:
@@ -120,7 +126,7 @@ class RunArguments:
         for name in ("push_license", "evaluate"):
             if not getattr(self, name):
                 raise ValueError(f"push_to_hub: expected {name} beside it, which the model's card needs, got none.")
-        arms = list(self.arms)
+        arms = list(self.variants)
         if self.push_arm is None and len(arms) > 1:
             raise ValueError(f"push_to_hub: expected push_arm, one of the arms {arms} to publish, got none.")
         if self.push_arm is not None and self.push_arm not in arms:

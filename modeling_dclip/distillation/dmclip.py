@@ -221,10 +221,11 @@ def _load(
 
     Only weights whose names start with `may_lack` may be missing; their names are returned beside the model.
     """
-    options = {} if config is None else {"config": config}
-    model, found = model_class.from_pretrained(
+    options: dict[str, Any] = {} if config is None else {"config": config}
+    loaded: Any = model_class.from_pretrained(  # with output_loading_info a pair
         path, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
+    model, found = loaded
     lacking = [key for key in sorted(found["missing_keys"]) if may_lack is not None and key.startswith(may_lack)]
     wrong = {
         "missing": sorted(set(found["missing_keys"]) - set(lacking)),

@@ -184,7 +184,7 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
     check_reference(recipe)
     check_adapters(recipe)
     run = recipe.run
-    if not run.arms and not run.seeds:
+    if not run.variants and not run.seeds:
         return [ArmRun("student", run.seed, recipe)]
     shards = {"reinforce": {"folder": recipe.reinforce.folder or f"{run.output_dir}/reinforce"}}
     shared = {
@@ -192,8 +192,8 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
         "cache_dir": run.cache_dir or f"{run.output_dir}/cache",
     }
     runs = []
-    for arm, overrides in (run.arms or {"student": {}}).items():
-        given = _arm_values(recipe, overrides or {})
+    for arm, overrides in (run.variants or {"student": {}}).items():
+        given = _arm_values(recipe, overrides)
         for seed in run.seeds or [run.seed]:
             own = {GLOBAL: {**shared, "seed": seed, "output_dir": f"{run.output_dir}/{arm}/seed-{seed}"}}
             one = _build(_merge(recipe.values, shards, given, own), recipe.path, recipe.on_line)
@@ -212,7 +212,7 @@ def shared_anchor(recipe: Recipe) -> Recipe | None:
     Returns:
         [`Recipe`] or `None`: With the stage `anchor` alone.
     """
-    if not recipe.makes_anchor or not (recipe.run.arms or recipe.run.seeds):
+    if not recipe.makes_anchor or not (recipe.run.variants or recipe.run.seeds):
         return None
     return replace(recipe, run=replace(recipe.run, stages=["anchor"]))
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
 from transformers import BaseImageProcessor
+from transformers.trainer_utils import IntervalStrategy
 
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
@@ -239,7 +240,9 @@ def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
         ValueError: If no dataset is named, there are no rows to validate on, or a dataset is wrong.
     """
     run, ignores_boxes = recipe.run, recipe.regions.ignore_boxes
-    validates = any(args.eval_strategy.value != "no" for args in (recipe.teacher, recipe.student))
+    validates = any(
+        IntervalStrategy(args.eval_strategy) is not IntervalStrategy.NO for args in (recipe.teacher, recipe.student)
+    )
     if validates and run.train_fraction == 1:
         raise ValueError(
             "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or set "

@@ -23,7 +23,12 @@ from modeling_dclip.data.collation import Batches, pass_batch
 from modeling_dclip.data.files import list_folder, read_json
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
-from modeling_dclip.distillation.arguments import DMCLIPArguments, StageTrainingArguments, StudentArguments
+from modeling_dclip.distillation.arguments import (
+    AnchorArguments,
+    DMCLIPArguments,
+    StageTrainingArguments,
+    StudentArguments,
+)
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
@@ -252,6 +257,8 @@ class StudentTrainer(BatchesTrainer):
         ValueError: If adapters are trained with FSDP, or the rows do not fill one batch.
     """
 
+    args: StudentArguments
+
     def __init__(
         self,
         model: DCLIPModel,
@@ -281,9 +288,8 @@ class StudentTrainer(BatchesTrainer):
         image_embeds = outputs.image_embeds
         if "input_ids" in inputs:
             batch["student_text_embeds"] = outputs.text_embeds
-        names = list(batch)
-        image_embeds, *columns = gather_across_processes(image_embeds, *batch.values())
-        columns = dict(zip(names, columns, strict=True))
+        image_embeds, *gathered = gather_across_processes(image_embeds, *batch.values())
+        columns = dict(zip(batch, gathered, strict=True))
         args, terms = self.args, {}
         if args.cosine_distillation_loss_weight:
             terms["cosine_distillation_loss"] = cosine_distillation_loss(image_embeds, columns["teacher_embeds"])
@@ -374,6 +380,8 @@ class AnchorTrainer(BatchesTrainer):
     Source: CLIP; docs/papers.md. Deviation: none.
     """
 
+    args: AnchorArguments
+
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.add_callback(_BoundLogitScale())
@@ -431,6 +439,8 @@ class DMCLIPTrainer(BatchesTrainer):
             the same batches as an uninterrupted one.
         processor, resolved_arguments: As for [`BatchesTrainer`].
     """
+
+    args: DMCLIPArguments
 
     def __init__(
         self,
