@@ -11,7 +11,6 @@ EXTRAS = {
     "peft": ["peft>=0.18"],
     "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision>=0.23"],
     "space": ["gradio>=6", "matplotlib>=3.8"],
-    "hub": ["jinja2>=3.1"],
     "index": ["faiss-cpu>=1.8"],
     "open_clip": ["open_clip_torch>=3.3"],
     # What the first SigLIP's tokenizer reads.
@@ -24,7 +23,6 @@ EXTRAS = {
         "sentence-transformers>=5.2",
     ],
     "dev": [
-        "jinja2>=3.1",
         "matplotlib>=3.8",
         "mypy>=2.0",
         "pytest>=8",

@@ -134,7 +134,7 @@ def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -
     try:
         return json.loads(text.removeprefix(_MARK).decode("utf-8") if isinstance(text, bytes) else text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected JSON in {place}, got what is no valid JSON ({error}). {advice}") from error
+        raise ValueError(f"Expected JSON in {place}, got invalid JSON ({error}). {advice}") from error
 
 
 def read_json(
@@ -177,7 +177,7 @@ def read_json_lines(path: str | os.PathLike, what: str = "file") -> Iterator[tup
             try:
                 yield number, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"Line {number} of the {what} '{path}' is no valid JSON ({error}).") from error
+                raise ValueError(f"Line {number} of the {what} '{path}' is invalid JSON ({error}).") from error
 
 
 def require_field(
@@ -224,7 +224,7 @@ def read_yaml(path: str | os.PathLike, what: str = "file", advice: str = "Correc
         return yaml.safe_load(read_text(path))
     except yaml.YAMLError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"Expected YAML in the {what} '{path}', got what is no YAML ({reason}). {advice}") from error
+        raise ValueError(f"Expected YAML in the {what} '{path}', got invalid YAML ({reason}). {advice}") from error
 
 
 # Tables.

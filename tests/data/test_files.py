@@ -102,9 +102,9 @@ def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
     ("content", "message"),
     [
         (b"", "The index '.*a.json' is empty"),
-        (b"{", "Expected JSON in the index '.*a.json', got what is no valid JSON .*Repair it"),
-        (b"\xff", "Expected JSON in the index '.*a.json', got what is no valid JSON .*Repair it"),
-        (b"[" * 100_000, "Expected JSON in the index '.*a.json', got what is no valid JSON .*Repair it"),
+        (b"{", "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
+        (b"\xff", "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
+        (b"[" * 100_000, "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
         (b"[]", r"Expected a JSON object with \('a',\) in the index '.*a.json', got a list. Repair it"),
         (b'{"b": 1}', r"The index '.*a.json' has no key 'a'; it has \['b'\]"),
     ],
@@ -226,7 +226,7 @@ def test_missing_and_empty_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="No table at '.*b'"):
         require_file(tmp_path / "b", "table")
     (tmp_path / "c.yaml").write_text("a: [")
-    with pytest.raises(ValueError, match="Expected YAML in the recipe '.*c.yaml', got what is no YAML .*line 1"):
+    with pytest.raises(ValueError, match="Expected YAML in the recipe '.*c.yaml', got invalid YAML .*line 1"):
         read_yaml(tmp_path / "c.yaml", "recipe")
 
 

@@ -141,7 +141,7 @@ def test_coco_without_any_caption_is_an_error(tmp_path, draw):
     ("content", "message"),
     [
         ("", "is empty"),
-        ("{'images'", "no valid JSON"),
+        ("{'images'", "invalid JSON"),
         ("[]", "Expected a JSON object.*got a list"),
         ('{"images": []}', "no key 'annotations'; it has .'images'"),
         ('{"images": [{"id": 1}], "annotations": []}', "no key 'file_name'; it has .'id'"),

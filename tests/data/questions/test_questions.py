@@ -259,7 +259,7 @@ GOOD = {"image": "dog.png", "caption": "a dog", "negative_caption": "a cat"}
     ("kind", "content", "message"),
     [
         ("json", "", "empty \\(0 bytes\\)"),
-        ("json", "[{", "no valid JSON"),
+        ("json", "[{", "invalid JSON"),
         ("json", "[]", "one or more entries.*got none"),
         ("json", "3", "JSON list or object.*got a int"),
         ("json", [3], "Item 0 of .*expected a JSON object, got 3"),
@@ -303,7 +303,7 @@ def test_a_bad_line_of_json_lines_is_named(tmp_path, draw):
     path = tmp_path / "examples.jsonl"
     good = path.read_text().strip()
     for bad, message in (
-        ("{", "Line 2 of .*no valid JSON"),
+        ("{", "Line 2 of .*invalid JSON"),
         ("[1]", "Line 2 of .*a JSON object"),
         (good, "Line 2 .*repeats the id '0'"),
     ):

@@ -173,7 +173,7 @@ def test_a_wrong_config_is_named(tiny, tmp_path, change, message):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "config.json' is no valid JSON"),
+        ("{", "config.json', got invalid JSON"),
         ("[1]", "got list"),
         ('{"dim": 8}', "Expected the fields depths.*got no 'depths'"),
     ],
