@@ -10,7 +10,7 @@ EXTRAS = {
     "regions": ["ultralytics-opencv-headless>=8.3.242"],
     "peft": ["peft>=0.18"],
     "eval": ["evaluate>=0.4", "matplotlib>=3.8", "torchvision>=0.23"],
-    "space": ["gradio>=6", "matplotlib>=3.8"],
+    "space": ["gradio>=6.29", "matplotlib>=3.8"],
     "index": ["faiss-cpu>=1.8"],
     "open_clip": ["open_clip_torch>=3.3"],
     # What the first SigLIP's tokenizer reads.
@@ -20,7 +20,7 @@ EXTRAS = {
         "onnxruntime>=1.20",
         "onnxscript>=0.6.2",
         "open_clip_torch>=3.3",
-        "sentence-transformers>=5.2",
+        "sentence-transformers>=5.4",
     ],
     "dev": [
         "matplotlib>=3.8",
@@ -61,8 +61,8 @@ setup(
         "accelerate>=1.10",
         "datasets>=4.1",
         "fsspec[http]>=2025.9",  # shards at an address; before 2025.9 fsspec hid Last-Modified
-        "huggingface_hub>=1.0",
-        "jinja2>=3.1",  # reports and galleries; torch needs it too
+        "huggingface_hub>=2.2",
+        "jinja2>=3.1.2",  # reports and galleries; torch needs it too
         "numpy>=1.26",
         "pillow>=10",
         "pyarrow>=21",
@@ -71,7 +71,7 @@ setup(
         "scipy>=1.11",
         "torch>=2.8",
         "tqdm>=4.66",
-        "transformers>=5.17,<6",
+        "transformers>=5.18,<6",
     ],
     extras_require=EXTRAS,
 )
