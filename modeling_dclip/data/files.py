@@ -37,6 +37,8 @@ def require_file(path: str | os.PathLike, what: str) -> Path:
         ValueError: If it has 0 bytes.
     """
     path = Path(path)
+    if path.is_dir():
+        raise FileNotFoundError(f"Expected a file, the {what}, at '{path}', got a folder. Check the path.")
     if not path.is_file():
         raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
     if path.stat().st_size == 0:
@@ -51,20 +53,39 @@ def require_folder(path: str | os.PathLike, what: str) -> Path:
         FileNotFoundError: If there is no such folder.
     """
     path = Path(path)
+    if path.is_file():
+        raise FileNotFoundError(f"Expected a folder, the {what}, at '{path}', got a file. Check the path.")
     if not path.is_dir():
         raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
     return path
 
 
+def check_output_folder(folder: str | os.PathLike) -> None:
+    """Say early that an output folder, there or not, cannot be written. Nothing is made.
+
+    Raises:
+        OSError: If it or a folder above it is a file, or nothing can be written there.
+    """
+    folder = Path(folder).absolute()
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    try:
+        check_writable(nearest)
+    except OSError as error:
+        reason = f"nothing can be written in '{nearest}'" if nearest.is_dir() else f"'{nearest}' is a file"
+        raise OSError(f"Expected a folder to write at '{folder}', but {reason}. Choose another.") from error
+
+
 def check_new_folder(folder: str | os.PathLike) -> None:
-    """Say early that an output folder is taken.
+    """Say early that an output folder is taken or cannot be written.
 
     Raises:
         FileExistsError: If it is a file, or a folder with something in it.
+        OSError: If nothing can be written there.
     """
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
+    check_output_folder(folder)
 
 
 # Text.

@@ -12,6 +12,8 @@ import modeling_dclip
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.files import read_flickr30k
 from modeling_dclip.data.files import (
+    check_new_folder,
+    check_output_folder,
     check_writable,
     decode_text,
     entry_names,
@@ -28,6 +30,7 @@ from modeling_dclip.data.files import (
     replacing,
     require_field,
     require_file,
+    require_folder,
     temporary_folder,
     user_cache_dir,
     write_json,
@@ -225,9 +228,24 @@ def test_missing_and_empty_files_are_named(tmp_path):
         require_file(tmp_path / "a", "table")
     with pytest.raises(FileNotFoundError, match="No table at '.*b'"):
         require_file(tmp_path / "b", "table")
+    with pytest.raises(FileNotFoundError, match="Expected a file, the table, at '.*', got a folder"):
+        require_file(tmp_path, "table")
+    with pytest.raises(FileNotFoundError, match="Expected a folder, the image folder, at '.*a', got a file"):
+        require_folder(tmp_path / "a", "image folder")
     (tmp_path / "c.yaml").write_text("a: [")
     with pytest.raises(ValueError, match="Expected YAML in the recipe '.*c.yaml', got invalid YAML .*line 1"):
         read_yaml(tmp_path / "c.yaml", "recipe")
+
+
+def test_a_place_that_cannot_be_written_is_named_and_nothing_is_made(tmp_path):
+    (tmp_path / "a").touch()
+    for check in (check_new_folder, check_output_folder):
+        check(tmp_path / "new" / "folder")
+        with pytest.raises(OSError, match="Expected a folder to write at '.*a/b', but '.*a' is a file"):
+            check(tmp_path / "a" / "b")
+    with pytest.raises(OSError, match="Expected a folder to write at '.*a', but '.*a' is a file"):
+        check_output_folder(tmp_path / "a")
+    assert list_folder(tmp_path) == [tmp_path / "a"]
 
 
 # Calls that open or list what a user gave. They belong to data/files.py (text, tables, folders) and data/images.py

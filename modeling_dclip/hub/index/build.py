@@ -17,6 +17,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
+from modeling_dclip.data.files import check_output_folder
 from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
 from modeling_dclip.data.rows import first
 from modeling_dclip.encoders import Encoder
@@ -251,6 +252,7 @@ def _check_output(output: Path, encoder: str, images: str, model: str, overwrite
     """The manifest of the index that this build may replace, `None` if there is none or anything may be replaced."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"Expected a folder for the index at '{output}', got a file. Choose another output.")
+    check_output_folder(output)
     if not (output / MANIFEST).exists() or overwrite:
         return None
     before = read_manifest(output)
