@@ -1,9 +1,10 @@
-"""What a user can get wrong, and how every command says it: one line on stderr, exit status 1.
+"""How every command talks to its user: its help, and what it says of a mistake (one line on stderr, exit status 1).
 
 A mistake of the user (a wrong file, a wrong option, a full disk, a missing package) is answered in one line. An error
 in this code keeps its traceback, so that it can be reported and mended.
 """
 
+import argparse
 import functools
 import logging
 import pickle
@@ -104,3 +105,12 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
             sys.exit(f"Failed: {one_line(error)} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
 
     return run
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The help of a command: the description as it is written, and the default of each option that has one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required or action.default in (None, False):
+            return action.help
+        return super()._get_help_string(action)

@@ -63,16 +63,31 @@ def _at_least(least: int) -> Callable[[str], int]:
     return convert
 
 
-def _device(text: str) -> str:
+def check_device(name: str) -> None:
+    """Say early that a device is not there.
+
+    Args:
+        name (`str`): As torch names it.
+
+    Raises:
+        ValueError: If torch cannot use it; the message has torch's reason.
+    """
     try:
-        torch.empty(0, device=text)
+        torch.empty(0, device=name)
     except (
         RuntimeError,
         AssertionError,
         NotImplementedError,
     ) as error:  # torch says each of them for a device it lacks
         reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"expected a device of this machine, got {text!r}: {reason}") from error
+        raise ValueError(f"expected a device of this machine, got {name!r}: {reason}") from error
+
+
+def _device(text: str) -> str:
+    try:
+        check_device(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 

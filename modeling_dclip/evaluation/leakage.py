@@ -45,7 +45,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.data.specs import Spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
@@ -53,6 +53,7 @@ from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.command_line import check_device
 from modeling_dclip.evaluation.records import Metrics, Record, environment, make_record, write_results
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES
 from modeling_dclip.evaluation.reports.tables import render_leakage
@@ -113,9 +114,13 @@ class LeakageOptions:
     """How to measure, and how to compute the features of the frozen CLIP."""
 
     draws: int = field(default=5, metadata={"help": "Draws of captions and shuffles."})
-    seed: int = field(default=0, metadata={"help": "Of the draws, the intervals, and where the spec ends in @COUNT."})
-    max_regions: int | None = field(default=None, metadata={"help": "Best-scored regions kept, as in training."})
-    batch_size: int = field(default=16, metadata={"help": "Images a forward pass, each with all its regions."})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of the draws, of the intervals, and of the images that @COUNT draws."}
+    )
+    max_regions: int | None = field(
+        default=None, metadata={"help": "Keep this many regions per image, as in training. By default all."}
+    )
+    batch_size: int = field(default=16, metadata={"help": "Images per forward pass, each with all its regions."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode and crop."})
 
 
@@ -323,7 +328,7 @@ class LeakageArguments:
     output: str = field(default="leakage.json", metadata={"help": "Results file."})
     device: str = field(default="cuda" if torch.cuda.is_available() else "cpu", metadata={"help": "Where to compute."})
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where features are kept; by default nowhere after the run."}
+        default=None, metadata={"help": "Folder where features are kept for later runs. By default they are deleted."}
     )
 
 
@@ -336,7 +341,14 @@ def _labelled(name: str) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     words = sys.argv[1:] if argv is None else list(argv)
-    arguments, options = HfArgumentParser((LeakageArguments, LeakageOptions)).parse_args_into_dataclasses(words)
+    parser = HfArgumentParser(
+        (LeakageArguments, LeakageOptions),
+        prog="python -m modeling_dclip.evaluation.leakage",
+        description="Measure what a teacher's embeddings take from the caption instead of the image.",
+        formatter_class=HelpFormatter,
+    )
+    arguments, options = parser.parse_args_into_dataclasses(words)
+    check_device(arguments.device)
     teachers = [_labelled(name) for name in arguments.teacher]
     spec = parse_caption_spec(arguments.dataset)
     dataset = load_captions(spec, seed=options.seed)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import list_folder, read_json, read_text, write_text
+from modeling_dclip.data.files import list_folder, read_json, read_text, require_file, write_text
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.document import render_markdown
 from modeling_dclip.evaluation.reports.tables import (
@@ -124,7 +124,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
             once.
     """
     page = Path(path)
-    document = before = read_text(page, keep_newlines=True)
+    document = before = read_text(require_file(page, "page"), keep_newlines=True)
     stale = []
     for name, attributes in _OPENING.findall(before):
         rendered = _replace_block(document, page, name, _render_block(page, name, attributes))
@@ -139,7 +139,10 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Render, or with `--check` only compare (exit status 1 if a block is out of date)."""
-    parser = argparse.ArgumentParser(description="Render the results blocks of a Markdown file from results files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m modeling_dclip.evaluation.results",
+        description="Render the results blocks of a Markdown file from results files.",
+    )
     parser.add_argument("readme", help="Markdown file, e.g. README.md")
     parser.add_argument("--check", action="store_true", help="change nothing; fail if a block is out of date")
     arguments = parser.parse_args(argv)

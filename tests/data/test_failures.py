@@ -1,5 +1,6 @@
 """A user's mistake ends every command in one line on stderr and status 1; an error in the code keeps its traceback."""
 
+import argparse
 import importlib
 import importlib.util
 import pickle
@@ -18,6 +19,7 @@ from transformers.utils import logging
 from modeling_dclip.data.failures import (
     BENCHMARK_FAILURES,
     FAILURES,
+    HelpFormatter,
     TransportError,
     command,
     describe_failure,
@@ -79,6 +81,16 @@ def test_an_interruption_ends_plainly(capsys):
 def test_what_a_command_returns_and_its_name_are_its_own():
     assert command(lambda value: value + 1)(2) == 3
     assert fail.__name__ == "fail" and fail.__doc__ == "A command that raises what it is given."
+
+
+def test_help_shows_the_defaults_that_there_are_and_the_description_as_it_is():
+    parser = argparse.ArgumentParser("a", description="One.\n\n    two", formatter_class=HelpFormatter)
+    parser.add_argument("--must", required=True, help="First.")
+    parser.add_argument("--may", help="Second.")
+    parser.add_argument("--number", default=3, help="Third.")
+    shown = parser.format_help()
+    assert "One.\n\n    two" in shown
+    assert shown.count("default") == 1 and "Third. (default: 3)" in shown
 
 
 def test_an_error_without_a_message_is_named():

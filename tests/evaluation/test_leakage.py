@@ -256,6 +256,11 @@ def test_records_that_make_no_table_are_named(others, message):
         render_leakage([record(), *others])
 
 
+def test_a_device_that_is_not_there_is_named_before_anything_is_loaded():
+    with pytest.raises(SystemExit, match="Failed: expected a device of this machine, got 'foo'"):
+        leakage.main(["--teacher", "nowhere", "--device", "foo"])
+
+
 def test_a_teacher_without_a_label_is_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a=b").mkdir()

@@ -1,5 +1,9 @@
-"""Add regions to a dataset and save it: `python -m modeling_dclip.data.regions --dataset SPEC --detector SPEC --output
-FOLDER`.
+"""Add the boxes of a detector to a dataset, and save it.
+
+    python -m modeling_dclip.data.regions --dataset coco:captions.json:val2017 --detector annotations:instances.json \\
+        --output FOLDER
+
+The spec `disk:FOLDER` reads what it wrote. docs/data.md lists datasets and detectors.
 """
 
 import sys
@@ -10,8 +14,8 @@ from typing import Literal
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import replacing, user_cache_dir
+from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.files import check_output_folder, replacing, user_cache_dir
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
 
@@ -25,25 +29,36 @@ class RegionArguments:
     detector: str = field(
         default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see docs/data.md."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Images a call of the detector."})
-    max_regions: int | None = field(default=None, metadata={"help": "Keep so many of the highest scores."})
+    batch_size: int = field(default=16, metadata={"help": "Images per call of the detector."})
+    max_regions: int | None = field(
+        default=None,
+        metadata={"help": "Keep this many boxes per image, those with the highest scores. By default all."},
+    )
     cache_dir: str | None = field(
-        default=None, metadata={"help": "Where answers are kept; by default in the user's cache folder."}
+        default=None,
+        metadata={"help": "Folder where boxes are kept for later runs. By default in the user's cache folder."},
     )
     on_bad_image: Literal["raise", "skip"] = field(
         default="raise",
-        metadata={"help": "skip: leave out images that cannot be read and list them in OUTPUT.report.json."},
+        metadata={"help": "skip: leave out images that cannot be read, and list them in OUTPUT.report.json."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the draw where the spec ends in @COUNT."})
+    seed: int = field(default=0, metadata={"help": "Seed of the images that @COUNT draws."})
 
 
 @command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the folder written."""
-    (arguments,) = HfArgumentParser(RegionArguments).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(
+        RegionArguments,
+        prog="python -m modeling_dclip.data.regions",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
     output = Path(arguments.output)
     if output.exists():
         raise FileExistsError(f"'{output}' exists. Remove it or name another --output.")
+    check_output_folder(output)
     report_file = output.with_name(output.name + ".report.json")
     dataset = add_regions(
         load_captions(arguments.dataset, seed=arguments.seed),

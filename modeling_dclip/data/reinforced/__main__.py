@@ -1,5 +1,9 @@
-"""Write a reinforced dataset: `python -m modeling_dclip.data.reinforced --dataset SPEC --teachers A,B --output
-FOLDER`.
+"""Write a reinforced dataset: with each image, augmentations, captions and the embeddings that teachers give to them.
+
+    python -m modeling_dclip.data.reinforced --dataset scenes:train,n=1000 --image_size 64 \\
+        --teachers recipes/demo_anchor,recipes/demo_anchor_2 --output FOLDER
+
+DM-CLIP trains on such a folder. Start the same command again after a stop: it continues where it was.
 """
 
 import sys
@@ -11,7 +15,7 @@ from accelerate import PartialState
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.data.files import read_json
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
@@ -26,7 +30,7 @@ class ReinforcedWriterArguments:
     teachers: str = field(
         metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
     )
-    output: str = field(metadata={"help": "Folder to write. A run that was stopped goes on where it stopped."})
+    output: str = field(metadata={"help": "Folder to write, or of a run to continue."})
     augmentations: int = field(default=30, metadata={"help": "Stored augmentations of each image."})
     synthetic_captions: str | None = field(
         default=None, metadata={"help": "Column of synthetic captions, e.g. coarse_caption of drawn scenes."}
@@ -42,7 +46,9 @@ class ReinforcedWriterArguments:
     num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment per augmentation."})
     magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
     samples_per_shard: int = field(default=1000, metadata={"help": "Images per file."})
-    dtype: Literal["float16", "float32"] = field(default="float16", metadata={"help": "Of the stored embeddings."})
+    dtype: Literal["float16", "float32"] = field(
+        default="float16", metadata={"help": "Type of the stored embeddings."}
+    )
     batch_size: int = field(default=64, metadata={"help": "Augmented images in one forward pass."})
     num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment."})
     seed: int = field(default=0, metadata={"help": "Seed of augmentations, sampled captions, and the draw of @COUNT."})
@@ -51,14 +57,23 @@ class ReinforcedWriterArguments:
 @command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the index written."""
-    (arguments,) = HfArgumentParser(ReinforcedWriterArguments).parse_args_into_dataclasses(argv)
+    parser = HfArgumentParser(
+        ReinforcedWriterArguments,
+        prog="python -m modeling_dclip.data.reinforced",
+        description=__doc__,
+        formatter_class=HelpFormatter,
+    )
+    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    teachers = [spec.strip() for spec in arguments.teachers.split(",")]
+    if not all(teachers):
+        raise ValueError(f"teachers: expected names separated by commas, got an empty one in {arguments.teachers!r}.")
     device, seed, captioner = PartialState().device, arguments.seed, None
     if arguments.captioner is not None:
         options = {"captions": arguments.captions_per_image, "seed": seed, "device": device}
         captioner = TransformersCaptioner(arguments.captioner, **options)
     index = write_reinforced(
         load_captions(arguments.dataset, seed=seed),
-        [build_teacher(spec.strip(), device) for spec in arguments.teachers.split(",")],
+        [build_teacher(spec, device) for spec in teachers],
         output=arguments.output,
         settings=AugmentationSettings(
             arguments.image_size,

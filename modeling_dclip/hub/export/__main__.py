@@ -18,7 +18,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.data.files import check_new_folder
 from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES
@@ -30,19 +30,20 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m modeling_dclip.hub.export",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     formats = parser.add_subparsers(dest="format", required=True)
     for name in ("onnx", "torch_export", "open_clip", "sentence_transformers"):
-        options = formats.add_parser(name)
+        options = formats.add_parser(name, formatter_class=HelpFormatter)
         options.add_argument("--model", required=True, help="folder of a dual encoder")
         options.add_argument("--output", required=True, help="a new folder")
         if name in ("onnx", "torch_export"):
             towers = list(EXPORTED_TOWERS)
-            options.add_argument("--towers", nargs="+", default=towers, choices=towers)
+            options.add_argument("--towers", nargs="+", default=towers, choices=towers, help="encoders to export")
             options.add_argument("--image_size", type=int, help="pixels; DM-CLIP gets windows that fit this size")
         if name == "onnx":
-            options.add_argument("--dtypes", nargs="+", default=list(ONNX_DTYPES), choices=list(ONNX_DTYPES))
+            dtypes = list(ONNX_DTYPES)
+            options.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="precisions to write")
             options.add_argument(
                 "--winograd", action="store_true", help="DM-CLIP in fp32: convolutions with fewer multiplications"
             )

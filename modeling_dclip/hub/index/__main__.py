@@ -9,7 +9,6 @@ continues when it is started again, and a second build embeds only new images. T
 `accelerate launch -m modeling_dclip.hub.index`.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.data.files import read_text
 from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.hub.index import Hit, SearchIndex
@@ -113,9 +112,7 @@ def describe_hits(hits: Sequence[Hit], as_json: bool = False) -> str:
 
 
 def _build(argv: Sequence[str]) -> str | None:
-    parser = HfArgumentParser(
-        BuildArguments, prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = HfArgumentParser(BuildArguments, prog=COMMAND, description=__doc__, formatter_class=HelpFormatter)
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     index = build_index(
         arguments.model,
@@ -132,7 +129,9 @@ def _build(argv: Sequence[str]) -> str | None:
 
 
 def _search(argv: Sequence[str]) -> str:
-    parser = HfArgumentParser(SearchArguments, prog=f"{COMMAND} search", description="Search an index.")
+    parser = HfArgumentParser(
+        SearchArguments, prog=f"{COMMAND} search", description="Search an index.", formatter_class=HelpFormatter
+    )
     parser.add_argument("query", help="Words, or the path of a picture.")
     arguments, asked = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     index = SearchIndex.load(arguments.index, model=arguments.model, trust_remote_code=arguments.trust_remote_code)

@@ -14,13 +14,12 @@ All repositories are first written to a folder and checked. Then each is pushed 
 differs. With `--dry_run` they are written and listed, and nothing leaves the machine.
 """
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from transformers import HfArgumentParser
 
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
 
@@ -32,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         PublishArguments,
         prog="python -m modeling_dclip.hub.publish",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
     sys.stdout.write(describe_publication(publish(arguments)) + "\n")

@@ -424,6 +424,12 @@ def test_processes_share_the_shards(scenes, teachers, tmp_path, monkeypatch):
     assert len(list(read(tmp_path / "out"))) == 5
 
 
+def test_an_empty_name_among_the_teachers_is_named(tmp_path):
+    words = ["--dataset", "scenes:train,n=2", "--output", str(tmp_path / "a"), "--teachers", "one,,two"]
+    with pytest.raises(SystemExit, match="got an empty one in 'one,,two'"):
+        main(words)
+
+
 def test_python_m_names_its_arguments(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reinforced", "--help"])
     with pytest.raises(SystemExit):
