@@ -125,7 +125,7 @@ class UltralyticsDetector(RegionDetector):
     Raises:
         ImportError: If ultralytics is not installed, or OpenCV misses a system library.
         FileNotFoundError: If there are no such weights.
-        ValueError: If the weights find no boxes (a classifier).
+        ValueError: If the weights find no boxes (a classifier), or `max_det` or `imgsz` is below 1.
     """
 
     def __init__(
@@ -138,6 +138,8 @@ class UltralyticsDetector(RegionDetector):
         imgsz: int = 640,
         device: str | None = None,
     ):
+        if max_det < 1 or imgsz < 1:
+            raise ValueError(f"Expected max_det and imgsz of at least 1, got {max_det} and {imgsz}.")
         try:
             with process_left_alone():
                 from ultralytics import YOLO
@@ -165,11 +167,19 @@ class UltralyticsDetector(RegionDetector):
         regions: dict[int, Regions] = {}
         for group in _groups_by_size(images):
             batch = [images[i] for i in group]
-            with process_left_alone():
-                results = self.model.predict(batch, device=self.device, verbose=False, save=False, **self.settings)
+            results = self._predict(batch)
             for i, result in zip(group, results, strict=True):
                 regions[i] = _as_regions(result.boxes.xyxy, result.boxes.conf)
         return [regions[i] for i in range(len(images))]
+
+    def _predict(self, batch: list[Image.Image]) -> list[Any]:
+        try:
+            with process_left_alone():
+                return self.model.predict(batch, device=self.device, verbose=False, save=False, **self.settings)
+        except TypeError as error:  # a file of another kind, which ultralytics opens only now
+            raise ValueError(
+                f"Expected YOLO weights at '{self.model.ckpt_path}', got a file of another kind."
+            ) from error
 
 
 class TransformersDetector(RegionDetector):
@@ -366,7 +376,7 @@ class GridDetector(RegionDetector):
         shape (`str`): `ROWSxCOLUMNS`, e.g. `2x3`.
 
     Raises:
-        ValueError: If `shape` is not of this form with both numbers at least 1.
+        ValueError: If `shape` is not of this form with both numbers from 1 to 999.
 
     Example:
         >>> GridDetector("1x2")([Image.new("RGB", (8, 4))], [{}])[0][0].tolist()
@@ -376,9 +386,9 @@ class GridDetector(RegionDetector):
     reads_rows = True  # cheaper than a look into the cache
 
     def __init__(self, shape: str):
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", shape)
+        match = re.fullmatch(r"([1-9]\d{0,2})x([1-9]\d{0,2})", shape)
         if match is None:
-            raise ValueError(f"Expected a grid as ROWSxCOLUMNS, e.g. 2x3, got {shape!r}.")
+            raise ValueError(f"Expected a grid as ROWSxCOLUMNS, e.g. 2x3, got {shape!r}. Both are from 1 to 999.")
         self.rows, self.columns = int(match[1]), int(match[2])
         self.fingerprint = fingerprint("grid", self.rows, self.columns)
 

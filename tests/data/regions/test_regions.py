@@ -364,6 +364,8 @@ def test_boxes_fit_the_picture_as_later_stages_see_it(tmp_path):
         ("ultralytics:a.pt,config=0.5", "Unknown option 'config'.*Known options: conf, iou, max_det, imgsz, device"),
         ("grid:2", "Expected a grid as ROWSxCOLUMNS, e.g. 2x3, got '2'"),
         ("grid:0x2", "Expected a grid as ROWSxCOLUMNS"),
+        ("grid:99999999x2", "got '99999999x2'. Both are from 1 to 999"),
+        ("ultralytics:a.pt,imgsz=-4", "Expected max_det and imgsz of at least 1, got 300 and -4"),
         ("annotations,on_bad_box=drop", "Expected on_bad_box to be 'raise' or 'skip'"),
     ],
 )
@@ -606,6 +608,13 @@ def test_yolo_leaves_the_process_as_it_was(random_yolo, tmp_path):
 def test_missing_yolo_weights_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="No YOLO weights at '.*nowhere.pt'"):
         build_detector(f"ultralytics:{tmp_path / 'nowhere.pt'}")
+
+
+@needs_ultralytics
+def test_a_file_that_is_no_yolo_weights_is_named(tmp_path):
+    (tmp_path / "table.csv").write_text("image,caption\n")
+    with pytest.raises(ValueError, match="Expected YOLO weights at '.*table.csv', got a file of another kind"):
+        build_detector(f"ultralytics:{tmp_path / 'table.csv'}")([noise((80, 60))], [{}])
 
 
 def test_without_ultralytics_the_remedy_and_the_alternative_are_said(monkeypatch):
