@@ -24,7 +24,7 @@ from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.failures import FAILURES, command, one_line
-from modeling_dclip.data.files import entry_names
+from modeling_dclip.data.files import check_output_folder, entry_names
 from modeling_dclip.distillation.recipes import (
     ArmRun,
     Recipe,
@@ -36,6 +36,7 @@ from modeling_dclip.distillation.recipes import (
 from modeling_dclip.distillation.run import Places, SharedData, find_clip
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
+from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark
 from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
@@ -147,6 +148,9 @@ def publish_model(plan: PublishArguments) -> None:
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
     runs = expand_arms(recipe)
+    for benchmark in recipe.run.evaluate:
+        check_benchmark(benchmark)
+    check_output_folder(recipe.run.output_dir)
     results = Path(recipe.run.output_dir) / "results"
     publication = plan_publication(runs, results)
     is_main = PartialState().is_main_process

@@ -119,6 +119,8 @@ class RunArguments:
             raise ValueError(f"Expected baseline to be one of the arms {list(self.variants)}, got {self.baseline!r}.")
         if not 0 < self.train_fraction <= 1:
             raise ValueError(f"Expected train_fraction in (0, 1], got {self.train_fraction}.")
+        if odd := [seed for seed in (self.seed, *self.seeds) if not 0 <= seed < 2**32]:
+            raise ValueError(f"Expected seeds from 0 to 2**32 - 1, got {odd[0]}.")
         if self.push_to_hub is not None:
             self._check_push()
 
@@ -163,6 +165,8 @@ class StageTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns: expected false, got true. Batches hold columns that no forward method names."
             )
+        if (size := self.per_device_train_batch_size) is not None and size < 1:
+            raise ValueError(f"per_device_train_batch_size: expected 1 or more, got {size}.")
         self.report_to = _find_trackers(self.report_to)
         package = EIGHT_BIT_PACKAGES.get(str(self.optim))
         if package is not None and not is_installed(package):

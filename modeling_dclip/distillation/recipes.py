@@ -235,7 +235,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
         raise FileNotFoundError(f"No recipe at '{path}'.")
     recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
-        raise ValueError(f"The recipe '{path}': expected a mapping of fields, got {type(recipe).__name__}.")
+        raise ValueError(f"The recipe '{path}': expected fields and sections as `name: value`, got {recipe!r:.80}.")
     base = recipe.pop("base", None)
     if base is None:
         return recipe
@@ -250,7 +250,7 @@ def _read_mapping(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     """Each key of a recipe's mapping, `FIELD` or `SECTION.FIELD`, with its value as words."""
     for name, value in recipe.items():
         if name in SECTIONS and not isinstance(value, dict):
-            raise ValueError(f"Recipe section {name!r}: expected a mapping of fields, got {value!r}.")
+            raise ValueError(f"Recipe section {name!r}: expected fields as `name: value`, got {value!r:.80}.")
         entries = {f"{name}.{field}": one for field, one in value.items()} if name in SECTIONS else {name: value}
         for key, entry in entries.items():
             items = entry if isinstance(entry, list) else [entry]
@@ -304,9 +304,13 @@ def _check_name(section: str, name: str) -> None:
         return
     where = "" if section == GLOBAL else f"{section}."
     homes = [other for other, kind in SECTIONS.items() if name in _field_names(kind)]
-    nearest = difflib.get_close_matches(name, [*known, *(SECTIONS if section == GLOBAL else ())], n=1)
-    hint = f" Did you mean {where + nearest[0]!r}?" if nearest else ""
-    hint = f" It is a field of {', '.join(homes)}: write {homes[0]}.{name}." if homes else hint
+    keys = {field: where + field for field in known}
+    if section == GLOBAL:  # a field of a section, without the section's name
+        keys = {f: f"{other}.{f}" for other, kind in SECTIONS.items() for f in _field_names(kind)} | keys
+        keys |= {other: other for other in SECTIONS}
+    nearest = difflib.get_close_matches(name, keys, n=1)
+    hint = f" Did you mean {keys[nearest[0]]!r}?" if nearest else ""
+    hint = f" It is a field of {', '.join(homes)}: write for example {homes[-1]}.{name}." if homes else hint
     raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
 
 

@@ -363,8 +363,9 @@ def check_batches(recipe: Recipe, rows: int) -> None:
         alone = name == "teacher" or not recipe.run.uncaptioned_datasets
         if name in recipe.stages and alone and args.dataloader_drop_last and rows < needed:
             raise ValueError(
-                f"Expected at least {needed} images to train on, one batch of {args.world_size} processes, got "
-                f"{rows}. Lower {name}.per_device_train_batch_size, or give more images."
+                f"Expected at least {needed} images to train on, a batch of {args.train_batch_size} for each of "
+                f"{args.world_size} processes, got {rows}. Lower "
+                f"{name}.per_device_train_batch_size, or give more images."
             )
 
 

@@ -28,6 +28,7 @@ from modeling_dclip.encoders.open_clip import (
     load_open_clip,
 )
 from modeling_dclip.modeling_dclip import DCLIPModel
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
@@ -71,8 +72,11 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
         `PreTrainedModel`: In eval mode, on the CPU.
 
     Raises:
+        WrongModelError: If a teacher is asked for, and it is none.
         ValueError: If a weight is missing, or the file is damaged.
     """
+    if model_class is DCLIPTeacher and (found := AutoConfig.from_pretrained(name).model_type) != "dclip_teacher":
+        raise WrongModelError(f"Expected a DCLIP teacher at '{name}', got a model of type {found!r}.")
     try:
         model, report = model_class.from_pretrained(
             name, output_loading_info=True, **({"dtype": torch.float32} | options)

@@ -48,9 +48,8 @@ def evaluate_arms(
             [`~modeling_dclip.evaluation.statistics.summarise_arms`], with `benchmarks` and `anchor_model`.
 
     Raises:
-        RuntimeError: If a benchmark is unknown, or a benchmark or a model failed. What was measured before stays in
-            `records.json`.
-        ValueError: If two benchmarks are of one kind, or the anchor scores 0.
+        ValueError: If two benchmarks are of one kind, a benchmark is unknown, a benchmark or a model failed (what was
+            measured before stays in `records.json`), or the anchor scores 0.
     """
     kinds = [name.partition("=")[0] for name in benchmarks]
     if len(set(kinds)) != len(kinds):
@@ -72,7 +71,7 @@ def evaluate_arms(
         options=EvaluationOptions(device=device),
     )
     if done.failures:
-        raise RuntimeError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
+        raise ValueError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
     metrics: dict[str, dict[int, Metrics]] = {}
     for index, (arm, seed, _) in enumerate(runs):
         own = done.records[index * len(benchmarks) : (index + 1) * len(benchmarks)]

@@ -36,7 +36,7 @@ from modeling_dclip import DCLIPModel, DCLIPTeacher
 from modeling_dclip.data.reinforced.teachers import build_teacher
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.encoders.families import tokenize_texts
+from modeling_dclip.encoders.families import WrongModelError, tokenize_texts
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
@@ -315,3 +315,8 @@ def test_a_missing_weight_is_refused_wherever_a_model_is_loaded(tiny_clip_dir, t
         assert (folder / "model.safetensors").is_file()
         with pytest.raises(ValueError, match=message):
             load()
+
+
+def test_a_model_that_is_no_teacher_is_named(tiny_clip_dir):
+    with pytest.raises(WrongModelError, match=f"Expected a DCLIP teacher at '{tiny_clip_dir}', got .* 'clip'"):
+        load_checked(DCLIPTeacher, tiny_clip_dir)

@@ -234,6 +234,17 @@ def kind_of(benchmark: str) -> str:
     return kind
 
 
+def check_benchmark(benchmark: str) -> None:
+    """Say early that a benchmark's kind or spec is wrong. No data are read.
+
+    Raises:
+        ValueError: If the kind, the spec or an option is unknown.
+    """
+    kind, _, spec = benchmark.partition("=")
+    if not (kind == "zero_shot" and spec.startswith("suite:")):
+        KINDS[kind_of(benchmark)].parse(spec or KINDS[kind].default_spec)
+
+
 def expand_benchmark(benchmark: str) -> list[str]:
     """Expand `zero_shot=suite:ROOT` to its sets. A warning names the sets that are not there.
 

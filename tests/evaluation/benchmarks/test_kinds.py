@@ -14,6 +14,24 @@ def test_an_unknown_benchmark_is_named_with_the_known_ones():
         benchmarks.load_benchmark("imagenet=x")
 
 
+@pytest.mark.parametrize("benchmark", ["retrieval", "zero_shot=suite:nowhere", "retrieval=coco:a:b", "efficiency"])
+def test_a_benchmark_is_checked_without_its_data(benchmark):
+    benchmarks.check_benchmark(benchmark)
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "message"),
+    [
+        ("retreival", "unknown benchmark 'retreival'"),
+        ("retrieval=nope", "Unknown kind 'nope'"),
+        ("zero_shot=scenes,a=b", "Unknown option 'a'"),
+    ],
+)
+def test_a_wrong_benchmark_is_said_before_its_data_are_read(benchmark, message):
+    with pytest.raises(ValueError, match=message):
+        benchmarks.check_benchmark(benchmark)
+
+
 def test_a_record_holds_the_metrics_and_where_they_come_from():
     benchmark = benchmarks.load_benchmark("retrieval=scenes:test,n=4,image_size=40@3")
     fields = {"model": "m", "seed": 1, "revision": "sha256:0", "command": "c"}
