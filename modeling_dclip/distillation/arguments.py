@@ -167,6 +167,8 @@ class StageTrainingArguments(TrainingArguments):
             )
         if (size := self.per_device_train_batch_size) is not None and size < 1:
             raise ValueError(f"per_device_train_batch_size: expected 1 or more, got {size}.")
+        if self.num_train_epochs < 0:
+            raise ValueError(f"num_train_epochs: expected 0 or more, got {self.num_train_epochs}.")
         self.report_to = _find_trackers(self.report_to)
         package = EIGHT_BIT_PACKAGES.get(str(self.optim))
         if package is not None and not is_installed(package):
