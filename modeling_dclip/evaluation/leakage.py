@@ -46,7 +46,7 @@ from transformers import HfArgumentParser
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.files import temporary_folder
+from modeling_dclip.data.files import check_output_folder, temporary_folder
 from modeling_dclip.data.specs import Spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
@@ -349,6 +349,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     arguments, options = parser.parse_args_into_dataclasses(words)
     check_device(arguments.device)
+    check_output_folder(Path(arguments.output).parent)
     teachers = [_labelled(name) for name in arguments.teacher]
     spec = parse_caption_spec(arguments.dataset)
     dataset = load_captions(spec, seed=options.seed)

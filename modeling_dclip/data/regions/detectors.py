@@ -154,8 +154,13 @@ class UltralyticsDetector(RegionDetector):
             raise FileNotFoundError(
                 f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
             )
-        with process_left_alone():
-            self.model: Any = YOLO(weights)
+        try:
+            with process_left_alone():
+                self.model: Any = YOLO(weights)
+        except TypeError as error:  # a damaged checkpoint
+            raise ValueError(
+                f"Expected YOLO weights at '{weights}', got a damaged file or one of another kind."
+            ) from error
         if self.model.task not in ("detect", "segment", "pose"):
             raise ValueError(f"Expected weights that find boxes, got '{weights}' for the task {self.model.task!r}.")
         self.settings: dict[str, Any] = {"conf": conf, "iou": iou, "max_det": max_det, "imgsz": imgsz}

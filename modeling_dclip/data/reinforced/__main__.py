@@ -16,7 +16,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.files import read_json
+from modeling_dclip.data.files import check_output_folder, read_json
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -67,6 +67,7 @@ def main(argv: list[str] | None = None) -> Path:
     teachers = [spec.strip() for spec in arguments.teachers.split(",")]
     if not all(teachers):
         raise ValueError(f"teachers: expected names separated by commas, got an empty one in {arguments.teachers!r}.")
+    check_output_folder(arguments.output)
     device, seed, captioner = PartialState().device, arguments.seed, None
     if arguments.captioner is not None:
         options = {"captions": arguments.captions_per_image, "seed": seed, "device": device}

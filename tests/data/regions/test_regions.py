@@ -615,6 +615,9 @@ def test_a_file_that_is_no_yolo_weights_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match="Expected YOLO weights at '.*table.csv', got a file of another kind"):
         build_detector(f"ultralytics:{tmp_path / 'table.csv'}")([noise((80, 60))], [{}])
+    (tmp_path / "cut.pt").write_bytes(b"\x1b no checkpoint")
+    with pytest.raises(ValueError, match="Expected YOLO weights at '.*cut.pt', got a damaged"):
+        build_detector(f"ultralytics:{tmp_path / 'cut.pt'}")
 
 
 def test_without_ultralytics_the_remedy_and_the_alternative_are_said(monkeypatch):
