@@ -109,7 +109,7 @@ def test_it_stays_float32_under_autocast_and_takes_half_precision_targets():
     ("call", "message"),
     [
         (lambda i, t, a, b: distillation_loss(i, t, a, b, [3, 2], SCALES), r"teachers \[3, 2\] together \(5\), got 6"),
-        (lambda i, t, a, b: distillation_loss(i, t, a, b, [], []), "Name the teachers"),
+        (lambda i, t, a, b: distillation_loss(i, t, a, b, [], []), "Give the widths of the teachers"),
         (lambda i, t, a, b: distillation_loss(i, t, a, b, WIDTHS, [100.0]), "one logit scale > 0 for each of 2"),
         (lambda i, t, a, b: distillation_loss(i, t, a, b, WIDTHS, [100.0, 0.0]), "one logit scale > 0"),
         (lambda i, t, a, b: distillation_loss(i, t, a[:3], b[:3], WIDTHS, SCALES), "one B"),
