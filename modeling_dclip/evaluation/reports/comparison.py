@@ -415,6 +415,8 @@ def _count(comparison: Comparison) -> str:
     """How many differences are beyond noise, and how many would be by chance."""
     rows = [row for pair in comparison["pairs"] if not pair["same_weights"] for row in pair["metrics"]]
     judged = [row for row in rows if row["beyond_noise"] is not None]
+    if comparison["pairs"] and not rows:
+        return "All weights that were compared are the same, so a difference says nothing about a model."
     if not judged:
         return "No difference has an interval, so nothing can be said about noise."
     chance = len(judged) * (1 - comparison["confidence"])

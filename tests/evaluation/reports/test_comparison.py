@@ -72,6 +72,12 @@ def test_without_anything_there_is_only_the_difference(tmp_path):
     assert "no interval" in text and "nothing can be said about noise" in text
 
 
+def test_models_with_the_same_weights_are_said_to_be_the_same(tmp_path):
+    a, b = (write(tmp_path / f"{name}.json", measure(0.5, label="anchor")) for name in ("a", "b"))
+    text = render_comparison(compare_results(a, b))
+    assert "All weights that were compared are the same" in text and "nothing can be said" not in text
+
+
 def test_other_data_are_never_paired(tmp_path):
     a = write(tmp_path / "a.json", measure(0.5))
     b = write(tmp_path / "b.json", measure(0.6, dataset_fingerprint="sha256:other", n=300, split=None))
