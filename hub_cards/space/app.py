@@ -211,7 +211,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--gallery", default=os.environ.get("GALLERY", GALLERY), help="Folder of pictures to search, or a dataset."
     )
-    parser.add_argument("--detector", default=os.environ.get("DETECTOR", DETECTOR), help="Finds regions in uploads.")
+    parser.add_argument(
+        "--detector", default=os.environ.get("DETECTOR", DETECTOR), help="What finds regions in uploads."
+    )
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help="Address to listen on.")
     parser.add_argument("--port", type=int, default=None, help="Port; by default the first free one from 7860.")
@@ -220,6 +222,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
         arguments.model, arguments.teacher = model, arguments.teacher or teacher
     if arguments.model is None:
         parser.error("Expected a model, got none. Give --model, or set the variable MODEL.")
+    if arguments.port is not None and not 0 <= arguments.port < 2**16:
+        parser.error(f"--port: expected a number from 0 to 65535, got {arguments.port}")
     return arguments
 
 

@@ -177,7 +177,7 @@ def test_mistakes_become_a_remark_and_faults_stay_faults(app, answers):
         app.said_plainly(lambda: 1 / 0)()
 
 
-def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch):
+def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch, capsys):
     for name in ("MODEL", "TEACHER", "GALLERY", "DETECTOR"):
         monkeypatch.delenv(name, raising=False)
     assert app.default_models(tmp_path) == (None, None)
@@ -188,6 +188,9 @@ def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch):
     (run / "teacher").mkdir()
     assert app.default_models(tmp_path) == (str(run / "student"), str(run / "teacher"))
     monkeypatch.setenv("MODEL", "me/model")
+    with pytest.raises(SystemExit):
+        app.parse_arguments(["--model", "a", "--port", "999999"])
+    assert "--port: expected a number from 0 to 65535, got 999999" in capsys.readouterr().err
     given = app.parse_arguments(["--gallery", "pictures"])
     assert (given.model, given.teacher, given.gallery) == ("me/model", None, "pictures")
 
