@@ -221,9 +221,14 @@ def read_disk(folder: str) -> Dataset:
 
     Raises:
         FileNotFoundError: If the folder is missing or no saved dataset.
-        ValueError: If it holds several splits, lacks a column, repeats an image id or is empty.
+        ValueError: If it is damaged, holds several splits, lacks a column, repeats an image id or is empty.
     """
-    dataset = load_from_disk(str(require_folder(folder, "dataset folder")))
+    try:
+        dataset = load_from_disk(str(require_folder(folder, "dataset folder")))
+    except FileNotFoundError:
+        raise
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"The dataset folder '{folder}' is damaged ({error}). Write it again.") from error
     if isinstance(dataset, DatasetDict):
         raise ValueError(f"'{folder}' holds the splits {sorted(dataset)}. Name the folder of one of them.")
     wrong = [name for name, feature in CAPTION_FEATURES.items() if dataset.features.get(name) != feature]

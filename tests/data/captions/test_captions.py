@@ -442,6 +442,10 @@ def test_a_saved_dataset_keeps_all_its_columns(tmp_path, draw):
     again = load_captions(f"disk:{tmp_path / 'saved'}")
     assert again.column_names == [*dataset.column_names]
     assert again[2]["teacher_embeds"] == [1.0]
+    (table,) = (tmp_path / "saved").glob("*.arrow")
+    table.write_bytes(table.read_bytes()[:800])
+    with pytest.raises(ValueError, match="The dataset folder '.*saved' is damaged"):
+        load_captions(f"disk:{tmp_path / 'saved'}")
 
 
 def test_a_saved_dataset_outside_the_schema_is_an_error(tmp_path, draw):
