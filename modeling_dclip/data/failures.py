@@ -76,7 +76,8 @@ def describe_failure(what: str, error: BaseException) -> str:
     """One line on what failed and why. The traceback goes to the log at the level `info`
     (`TRANSFORMERS_VERBOSITY=info`).
     """
-    logger.info("%s failed here:", what, exc_info=error)
+    if transformers_logging.get_verbosity() <= logging.INFO:  # not the level of the root logger, which train.py sets
+        logger.info("%s failed here:", what, exc_info=error)
     return f"{what}: {type(error).__name__}: {one_line(error)}"
 
 
@@ -111,6 +112,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The help of a command: the description as it is written, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default in (None, False):
+        if action.required or action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)

@@ -83,14 +83,22 @@ def test_what_a_command_returns_and_its_name_are_its_own():
     assert fail.__name__ == "fail" and fail.__doc__ == "A command that raises what it is given."
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_the_traceback_of_a_benchmark_is_logged_only_where_it_is_asked_for(asked, monkeypatch, caplog):
+    monkeypatch.setattr(logging, "get_verbosity", lambda: logging.INFO if asked else logging.WARNING)
+    caplog.set_level(logging.INFO)
+    describe_failure("a set", ValueError("a"))
+    assert ("a set failed here" in caplog.text) == asked
+
+
 def test_help_shows_the_defaults_that_there_are_and_the_description_as_it_is():
     parser = argparse.ArgumentParser("a", description="One.\n\n    two", formatter_class=HelpFormatter)
     parser.add_argument("--must", required=True, help="First.")
     parser.add_argument("--may", help="Second.")
-    parser.add_argument("--number", default=3, help="Third.")
+    parser.add_argument("--number", default=0, help="Third.")
     shown = parser.format_help()
     assert "One.\n\n    two" in shown
-    assert shown.count("default") == 1 and "Third. (default: 3)" in shown
+    assert shown.count("default") == 1 and "Third. (default: 0)" in shown
 
 
 def test_an_error_without_a_message_is_named():
