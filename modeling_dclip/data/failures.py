@@ -73,11 +73,9 @@ def one_line(error: BaseException) -> str:
 
 
 def describe_failure(what: str, error: BaseException) -> str:
-    """One line on what failed and why. The traceback goes to the log at the level `info`
-    (`TRANSFORMERS_VERBOSITY=info`).
-    """
-    if transformers_logging.get_verbosity() <= logging.INFO:  # not the level of the root logger, which train.py sets
-        logger.info("%s failed here:", what, exc_info=error)
+    """One line on what failed and why. With `TRANSFORMERS_VERBOSITY=info` the traceback goes to the log."""
+    if transformers_logging.get_verbosity() <= logging.INFO:  # as `command` asks
+        logger.warning("%s failed here:", what, exc_info=error)
     return f"{what}: {type(error).__name__}: {one_line(error)}"
 
 

@@ -86,7 +86,7 @@ def test_what_a_command_returns_and_its_name_are_its_own():
 @pytest.mark.parametrize("asked", [False, True])
 def test_the_traceback_of_a_benchmark_is_logged_only_where_it_is_asked_for(asked, monkeypatch, caplog):
     monkeypatch.setattr(logging, "get_verbosity", lambda: logging.INFO if asked else logging.WARNING)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.WARNING)
     describe_failure("a set", ValueError("a"))
     assert ("a set failed here" in caplog.text) == asked
 
