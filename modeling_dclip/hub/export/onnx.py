@@ -146,7 +146,7 @@ def make_onnx(tower: Tower, dtype: str, float32_content: bytes | None = None) ->
         content = float32_content or _trace(tower)
         with temporary_folder() as folder:
             whole, small = folder / "fp32.onnx", folder / "int8.onnx"
-            write_bytes(whole, content)
+            write_bytes(whole, _without_inner_shapes(content))
             onnxruntime.quantization.quantize_dynamic(
                 whole,
                 small,
@@ -178,6 +178,17 @@ def _to_half(tower: Tower) -> Tower:
         if buffer.is_floating_point():
             buffer.data = buffer.data.half()
     return half
+
+
+def _without_inner_shapes(content: bytes) -> bytes:
+    """A model without the shapes that are noted inside its graph. They are optional, and the quantizer refuses those
+    that the exporter of PyTorch 2.8 notes.
+    """
+    import onnx
+
+    model = onnx.load_from_string(content)
+    del model.graph.value_info[:]
+    return model.SerializeToString()
 
 
 @torch.no_grad()
