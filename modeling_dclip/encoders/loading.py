@@ -81,6 +81,14 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
         model, report = model_class.from_pretrained(
             name, output_loading_info=True, **({"dtype": torch.float32} | options)
         )
+    except OSError as error:
+        if Path(name).exists():
+            raise
+        reason = " ".join(str(error).split()).partition(". ")[0]
+        raise OSError(
+            f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "
+            "the name."
+        ) from error
     except SafetensorError as error:
         raise ValueError(
             f"Expected whole weights at '{name}', got a damaged file ({error}). Fetch it again."

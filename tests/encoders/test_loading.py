@@ -320,3 +320,9 @@ def test_a_missing_weight_is_refused_wherever_a_model_is_loaded(tiny_clip_dir, t
 def test_a_model_that_is_no_teacher_is_named(tiny_clip_dir):
     with pytest.raises(WrongModelError, match=f"Expected a DCLIP teacher at '{tiny_clip_dir}', got .* 'clip'"):
         load_checked(DCLIPTeacher, tiny_clip_dir)
+
+
+def test_a_name_that_is_neither_a_folder_nor_on_the_hub_is_named(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(OSError, match="Expected a model at 'nope', got neither a folder of that name nor a model"):
+        load_dual_encoder("nope")
