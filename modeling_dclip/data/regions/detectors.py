@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import numpy as np
@@ -157,7 +158,7 @@ class UltralyticsDetector(RegionDetector):
         try:
             with process_left_alone():
                 self.model: Any = YOLO(weights)
-        except TypeError as error:  # a damaged checkpoint
+        except (TypeError, UnpicklingError) as error:  # a damaged checkpoint, as releases of torch tell it
             raise ValueError(
                 f"Expected YOLO weights at '{weights}', got a damaged file or one of another kind."
             ) from error

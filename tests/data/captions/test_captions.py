@@ -47,7 +47,7 @@ def write_karpathy(path, entries):
 
 def write_parquet(path, columns, features=None):
     path.parent.mkdir(parents=True, exist_ok=True)
-    Dataset.from_dict(columns, features=features).to_parquet(path)
+    Dataset.from_dict(columns, features=features).to_parquet(path, batch_size=1000)
     return path
 
 
