@@ -61,6 +61,8 @@ def with_images(dataset: Dataset, column: str, name: str) -> Dataset:
             f"Expected pictures (Image, bytes or paths) in the column {column!r} of {name}, got {feature}."
         )
     dataset = dataset if column == "image" else dataset.rename_column(column, "image")
+    if isinstance(feature, Value) and feature.dtype.startswith("large_"):  # datasets 4 casts no such type to Image
+        dataset = dataset.cast_column("image", Value(feature.dtype.removeprefix("large_")))
     return dataset if isinstance(feature, Image) and feature.decode else dataset.cast_column("image", Image())
 
 

@@ -86,8 +86,8 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
             raise
         reason = " ".join(str(error).split()).partition(". ")[0]
         raise OSError(
-            f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "
-            "the name."
+            f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). "
+            "Check the name."
         ) from error
     except SafetensorError as error:
         raise ValueError(
