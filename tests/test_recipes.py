@@ -227,7 +227,10 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
     [
         (["--student.learning_rat", "1"], "Did you mean 'student.learning_rate'"),
         (["--sead", "1"], "Did you mean 'seed'"),
-        (["--learning_rate", "1"], "write anchor.learning_rate"),
+        (
+            ["--learning_rate", "1"],
+            "It is a field of anchor, teacher, student, dmclip: write for example student.learning_rate",
+        ),
         (["--studnt.temperature", "1"], "Unknown recipe section 'studnt'"),
         (["--student.learning_rate", "fast"], "student: .*invalid float value: 'fast'"),
         (["--student.output_dir", "x"], "set the global 'output_dir'"),
@@ -237,7 +240,7 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
         (["--train_fraction", "1.5"], r"train_fraction in \(0, 1\]"),
         (["--student.wise_ft_alpha", "2"], "wise_ft_alpha"),
         (["--dmclip.distilation_loss_weight", "1"], "Did you mean 'dmclip.distillation_loss_weight'"),
-        (["--dmclip.augmentations", "2"], "write reinforce.augmentations"),
+        (["--dmclip.augmentations", "2"], "write for example reinforce.augmentations"),
         (["--reinforce.captioner", "x", "--reinforce.synthetic_captions", "y"], "or captioner, got both"),
         (["--teacher.cross_attention", "all"], "invalid choice"),
         (
@@ -260,9 +263,9 @@ def test_a_wrong_word_is_an_error_that_helps(words, message):
     [
         ("student: {learning_rat: 1}", "Did you mean 'student.learning_rate'"),
         ("studnet: {learning_rate: 1}", "Did you mean 'student'"),
-        ("student: 3", "expected a mapping of fields, got 3"),
-        ("- a\n- b", "expected a mapping of fields, got list"),
-        ("a: [", "is no YAML"),
+        ("student: 3", "section 'student': expected fields as `name: value`, got 3"),
+        ("- a\n- b", r"recipe.yaml': expected fields and sections as `name: value`, got \['a', 'b'\]"),
+        ("a: [", "Expected YAML in the recipe .*recipe.yaml', got invalid YAML"),
         ("arms: 3", "arms: expected a mapping, got 3"),
         ("arms: {a: 3}", "expected a mapping of fields for the arm 'a', got 3"),
     ],

@@ -310,7 +310,9 @@ def _check_name(section: str, name: str) -> None:
         keys |= {other: other for other in SECTIONS}
     nearest = difflib.get_close_matches(name, keys, n=1)
     hint = f" Did you mean {keys[nearest[0]]!r}?" if nearest else ""
-    hint = f" It is a field of {', '.join(homes)}: write for example {homes[-1]}.{name}." if homes else hint
+    if homes:
+        example = "student" if "student" in homes else homes[0]
+        hint = f" It is a field of {', '.join(homes)}: write for example {example}.{name}."
     raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
 
 
