@@ -62,7 +62,7 @@ setup(
         "datasets>=4.1",
         "fsspec[http]>=2025.9",  # shards at an address; before 2025.9 fsspec hid Last-Modified
         "huggingface_hub>=2.2",
-        "jinja2>=3.1.2",  # reports and galleries; torch needs it too
+        "jinja2>=3.1.5",  # reports and galleries; torch needs it too
         "numpy>=1.26",
         "pillow>=10",
         "pyarrow>=21",
