@@ -23,6 +23,7 @@ EXTRAS = {
         "sentence-transformers>=5.4",
     ],
     "dev": [
+        "hypothesis>=6.100",
         "matplotlib>=3.8",
         "mypy>=2.0",
         "pytest>=8",
