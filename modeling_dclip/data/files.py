@@ -10,7 +10,9 @@ import glob
 import io
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,7 +28,25 @@ from datasets.exceptions import DatasetGenerationError
 # What JSON calls the types of Python.
 _KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", type(None): "null"}
 NULLABLE_TEXT = (str, type(None))
-_MARK = b"\xef\xbb\xbf"  # the byte order mark that some programs write before UTF-8
+_WHOLE_FLOATS = 2**53  # above it a float skips whole numbers
+_MARKS = re.compile("^\ufeff+", re.MULTILINE)  # the byte order mark that some programs write before UTF-8
+_LINE_BREAK = re.compile(rb"\r\n|\r|\n")
+# How files begin that are no UTF-8 text.
+_FIRST_BYTES = {
+    b"\xff\xfe\0\0": "saved as UTF-32",
+    b"\0\0\xfe\xff": "saved as UTF-32",
+    b"\xff\xfe": "saved as UTF-16",
+    b"\xfe\xff": "saved as UTF-16",
+    b"\x1f\x8b": "compressed by gzip",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd",
+    b"\xfd7zXZ": "compressed by xz",
+    b"PK\x03\x04": "a zip file, as spreadsheets (.xlsx) are",
+    b"\xd0\xcf\x11\xe0": "a file of an old office program (.xls)",
+    b"PAR1": "a parquet file",
+    b"\x89PNG": "a PNG picture",
+    b"\xff\xd8\xff": "a JPEG picture",
+    b"%PDF": "a PDF",
+}
 
 
 def require_file(path: str | os.PathLike, what: str) -> Path:
@@ -101,26 +121,38 @@ def read_bytes(path: str | os.PathLike) -> bytes:
 
 
 def decode_text(content: bytes, place: str, *, keep_newlines: bool = False) -> str:
-    """Text from UTF-8 bytes, without the byte order mark if there is one.
+    """Text from UTF-8 bytes, without the byte order mark if there is one, nor one that joined files left at the start
+    of a line.
 
     Args:
         content (`bytes`): What a file holds.
         place (`str`): The file, for messages.
-        keep_newlines (`bool`, *optional*, defaults to `False`): Leave line breaks as they are; by default each becomes
-            `\\n`.
+        keep_newlines (`bool`, *optional*, defaults to `False`): Leave line breaks as they are; by default each of
+            `\\n`, `\\r\\n` and `\\r` becomes `\\n`. No other character breaks a line.
 
     Raises:
-        ValueError: If it is no UTF-8; the message names the line.
+        ValueError: If it is no UTF-8 or holds a NUL character, as UTF-16 and binary files do; the message names the
+            line, and what the file is if its first bytes tell.
     """
-    content = content.removeprefix(_MARK)
+    return _decode(content, f"'{place}'", keep_newlines)
+
+
+def _decode(content: bytes, named: str, keep_newlines: bool = False) -> str:
     try:
         text = content.decode("utf-8")
+        reason, at = "holds a NUL character", content.find(b"\0")
     except UnicodeDecodeError as error:
-        line = content.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"Expected UTF-8 text in '{place}', but line {line} is not encoded in UTF-8 ({error}). Save it as UTF-8; "
-            "in a spreadsheet choose 'CSV UTF-8'."
-        ) from error
+        reason, at = f"is not encoded in UTF-8 ({error})", error.start
+    if at >= 0:
+        line = len(_LINE_BREAK.findall(content[:at])) + 1
+        kind = next((kind for start, kind in _FIRST_BYTES.items() if content.startswith(start)), None)
+        problem = f"it is {kind}" if kind else f"line {line} {reason}"
+        advice = "Save it as UTF-8"
+        if Path(named.strip("'")).suffix.lower() in (".csv", ".tsv"):
+            advice += "; in a spreadsheet choose 'CSV UTF-8'"
+        raise ValueError(f"Expected UTF-8 text in {named}, but {problem}. {advice}.")
+    if "\ufeff" in text:
+        text = _MARKS.sub("", text)
     return text if keep_newlines else text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -133,12 +165,32 @@ def read_text(path: str | os.PathLike, *, keep_newlines: bool = False) -> str:
 
     Raises:
         OSError: If it cannot be read.
-        ValueError: If it is no UTF-8; the message names file and line.
+        ValueError: As [`decode_text`]; the message names file and line.
     """
     return decode_text(read_bytes(path), os.fspath(path), keep_newlines=keep_newlines)
 
 
 # JSON and YAML.
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [key for key, _ in pairs]
+        repeated = next(key for key in names if names.count(key) > 1)
+        raise ValueError(f"the key {repeated!r} comes twice in one object")
+    return content
+
+
+def _json_fault(text: str, error: Exception) -> str:
+    """What a text is that could not be read as JSON."""
+    if not text.strip():
+        return "nothing but blanks"
+    if text.lstrip().startswith("<"):
+        return "HTML or XML, perhaps the page of a failed download or of a login"
+    if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
+        return f"more than one JSON value, as in JSON Lines (the second begins in line {error.lineno})"
+    return f"invalid JSON ({error})"
 
 
 def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -> Any:
@@ -150,12 +202,14 @@ def parse_json(text: str | bytes, place: str, advice: str = "Write it again.") -
         advice (`str`, *optional*): What to do where it is damaged.
 
     Raises:
-        ValueError: If it is no JSON, or lists and objects are nested too deep.
+        ValueError: If it is no JSON in UTF-8, a key comes twice in one object, or lists and objects are nested too
+            deep.
     """
+    text = _decode(text, place, keep_newlines=True) if isinstance(text, bytes) else text
     try:
-        return json.loads(text.removeprefix(_MARK).decode("utf-8") if isinstance(text, bytes) else text)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Expected JSON in {place}, got invalid JSON ({error}). {advice}") from error
+        raise ValueError(f"Expected JSON in {place}, got {_json_fault(text, error)}. {advice}") from error
 
 
 def read_json(
@@ -192,13 +246,16 @@ def read_json_lines(path: str | os.PathLike, what: str = "file") -> Iterator[tup
         FileNotFoundError: If it is missing.
         ValueError: If it is empty or a line is no JSON; the message names it.
     """
-    content = read_bytes(require_file(path, what)).removeprefix(_MARK)
-    for number, line in enumerate(content.split(b"\n"), start=1):
+    text = _decode(read_bytes(require_file(path, what)), f"the {what} '{path}'")
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                yield number, json.loads(line)
+                yield number, json.loads(line, object_pairs_hook=_unique_keys)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f"Line {number} of the {what} '{path}' is invalid JSON ({error}).") from error
+                raise ValueError(
+                    f"Line {number} of the {what} '{path}': expected one whole JSON value in each line, got "
+                    f"{_json_fault(line, error)}."
+                ) from error
 
 
 def require_field(
@@ -211,7 +268,8 @@ def require_field(
         key (`str`): Which.
         where (`str`): The object's name in the file, e.g. `"Annotation 3"`.
         path (`str` or `os.PathLike`): The file.
-        kind (`type` or `tuple`, *optional*): What the value must be. `True` and `False` are of no kind.
+        kind (`type` or `tuple`, *optional*): What the value must be. `True` and `False` are of no kind; a number is
+            finite.
 
     Raises:
         ValueError: If the entry is no object, has no such key, or the value is of another kind; the message names file
@@ -223,9 +281,36 @@ def require_field(
         raise ValueError(f"{where} of '{path}' has no key {key!r}; it has {sorted(entry)}.")
     value = entry[key]
     kinds = kind if isinstance(kind, tuple) else () if kind is None else (kind,)
-    if kinds and (not isinstance(value, kinds) or isinstance(value, bool)):
-        expected = " or ".join(_KINDS[one] for one in kinds)
+    if kinds and (not isinstance(value, kinds) or isinstance(value, bool) or not _is_finite(value)):
+        names = [_KINDS[one] for one in kinds if one is not int or float not in kinds]
+        expected = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         raise ValueError(f"{where} of '{path}': expected {expected} under {key!r}, got {value!r:.80}.")
+    return value
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether a value is no number, or one that a float can hold."""
+    return not isinstance(value, int | float) or abs(value) <= sys.float_info.max
+
+
+def name_entry(what: str, entry: Any, position: int) -> str:
+    """What messages call an entry of a list in a JSON file: by its `id` where it has one, e.g. `"Annotation 7"`."""
+    number = entry.get("id") if isinstance(entry, Mapping) else None
+    known = isinstance(number, int | str) and not isinstance(number, bool)
+    return f"{what} {number}" if known else f"{what} at position {position} (from 0)"
+
+
+def require_id(entry: Any, key: str, where: str, path: str | os.PathLike) -> int | str:
+    """The id under a key of a JSON object: a text, or a whole number that is not negative (`64.0` is 64).
+
+    Raises:
+        ValueError: As [`require_field`], or if it is another number.
+    """
+    value = require_field(entry, key, where, path, (int, float, str))
+    if isinstance(value, float) and value.is_integer() and abs(value) < _WHOLE_FLOATS:
+        value = int(value)
+    if isinstance(value, float) or (isinstance(value, int) and value < 0):
+        raise ValueError(f"{where} of '{path}': expected a whole number or text under {key!r}, got {value!r:.80}.")
     return value
 
 
@@ -266,13 +351,19 @@ def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
         ValueError: If it is no such table or no UTF-8; the message names the line.
     """
     reader = csv.reader(io.StringIO(read_text(path, keep_newlines=True), newline=""), delimiter=separator, strict=True)
+    rows, begins = [], 1
     try:
-        return [TableRow(reader.line_num, cells) for cells in reader if cells]
+        for cells in reader:
+            if cells:
+                rows.append(TableRow(reader.line_num, cells))
+            begins = reader.line_num + 1
     except csv.Error as error:
+        lines = f"line {begins}" if reader.line_num <= begins else f"lines {begins} to {reader.line_num}"
         raise ValueError(
-            f"'{path}' is no table of values separated by {separator!r} (line {reader.line_num}: {error}). Put a text "
-            'with the separator, a quote or a line break between double quotes, a quote inside written twice ("").'
+            f"'{path}' is no table of values separated by {separator!r} ({lines}: {error}). Put a text with the "
+            'separator, a quote or a line break between double quotes, a quote inside written twice ("").'
         ) from error
+    return rows
 
 
 def match_parquet(pattern: str) -> list[tuple[Path, int]]:

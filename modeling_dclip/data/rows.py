@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 FIRST_IDS = 5
 CAPTION_FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
 MISSING_MODES = ("raise", "skip")
+# How programs write a missing value as text: pandas, numpy, spreadsheets, databases.
+_NO_CAPTION = {"nan", "NaN", "NAN", "<NA>", "#N/A", "N/A", "null", "NULL", "None", "NaT"}
 _FLICKR_NAME = re.compile(r"(\d+)_[0-9a-f]{6,}")
 
 
@@ -95,10 +97,21 @@ def clean_captions(
 ) -> tuple[list[list[str]], list[int]]:
     """Strip captions and leave out empty ones; a row with none left is rejected and reported.
 
+    A caption that is nothing but `nan`, `null` or another of the words that programs write for a missing value counts
+    as empty; such captions are counted and reported.
+
     Returns:
         `tuple`: The captions of every row (maybe empty), and the indices of the rows to keep.
     """
-    cleaned = [[text.strip() for text in row or () if text and text.strip()] for row in captions]
+    stripped = [[text.strip() for text in row or () if text and text.strip()] for row in captions]
+    cleaned = [[text for text in row if text not in _NO_CAPTION] for row in stripped]
+    missing = [i for i, (all_of, kept) in enumerate(zip(stripped, cleaned, strict=True)) if len(all_of) > len(kept)]
+    if missing:
+        texts = sorted({text for i in missing for text in stripped[i] if text in _NO_CAPTION})
+        logger.warning(
+            "%s: left out captions that say %s, which stands for a missing value, of %d images, first ids: %s",
+            *(source, " or ".join(map(repr, texts)), len(missing), first(image_ids[i] for i in missing)),
+        )
     keep = [index for index, row in enumerate(cleaned) if row]
     if len(keep) < len(cleaned):
         rejected = [image_id for image_id, row in zip(image_ids, cleaned, strict=True) if not row]
@@ -134,7 +147,7 @@ def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str
 
 
 def build_rows(
-    image_ids: list[str], paths: list[Path], captions: list[list[str]], source: str, missing: str
+    image_ids: list[str], paths: list[Path], captions: Sequence[Sequence[str | None]], source: str, missing: str
 ) -> Dataset:
     """Check the rows and make the dataset. Images stay paths until they are read.
 

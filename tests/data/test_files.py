@@ -1,6 +1,7 @@
 """Files are read in one way: what is wrong is named with its file. They are replaced whole or not at all."""
 
 import ast
+import gzip
 import json
 import os
 from pathlib import Path
@@ -36,7 +37,7 @@ from modeling_dclip.data.files import (
     write_json,
     write_text,
 )
-from modeling_dclip.data.labels.prompts import read_lines
+from modeling_dclip.data.labels.prompts import parse_lines, read_lines
 from modeling_dclip.data.questions.files import read_entries
 
 MARK = "\ufeff"
@@ -92,13 +93,56 @@ def test_a_byte_order_mark_is_no_character_for_any_reader(tmp_path, mark, draw):
     assert read_flickr30k(str(table), str(tmp_path))["captions"][0] == ["a cat"]
 
 
-def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"one\ntw\xff\n")
-    with pytest.raises(ValueError, match=r"UTF-8 text in '.*a.txt', but line 2 .*0xff.*Save it as UTF-8"):
-        read_text(tmp_path / "a.txt")
-    with pytest.raises(ValueError, match=r"UTF-8 text in 'here', but line 1"):
-        decode_text(b"\xff", "here")
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"one\ntw\xff\n", r"UTF-8 text in '.*a.txt', but line 2 .*0xff.* Save it as UTF-8.$"),
+        ("a.txt", b"one\rtwo\r\nth\xffree\n", "but line 3 is not encoded"),
+        ("a.yaml", b"a: \xff\n", "but line 1 .* Save it as UTF-8.$"),
+        ("a.csv", b"a,b\n\xff,\n", "but line 2 .* Save it as UTF-8; in a spreadsheet choose 'CSV UTF-8'.$"),
+        ("a.txt", "one".encode("utf-16"), "but it is saved as UTF-16. Save it as UTF-8"),
+        ("a.txt", b"\xfe\xff" + "one".encode("utf-16-be"), "but it is saved as UTF-16"),
+        ("a.txt", "one".encode("utf-32"), "but it is saved as UTF-32"),
+        ("a.txt", "one".encode("utf-16-le"), "but line 1 holds a NUL character"),
+        ("a.csv", b"one\ntwo\0", "but line 2 holds a NUL character"),
+        ("a.csv", b"PK\x03\x04\x14\0\0", "but it is a zip file, as spreadsheets .* are"),
+        ("a.csv", gzip.compress(b"one"), "but it is compressed by gzip"),
+    ],
+)
+def test_what_is_no_utf8_is_named_with_its_line_and_what_it_is(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_text(tmp_path / name)
+    with pytest.raises(ValueError, match=message.replace("'.*", "'")):
+        decode_text(content, name)
+
+
+def test_only_line_ends_end_a_line_and_marks_are_no_characters(tmp_path, draw):
     assert decode_text(b"a\r\nb", "here", keep_newlines=True) == "a\r\nb"
+    text = f"{MARK}{MARK}a\r\n{MARK}b\u2028c\x0c\x85d\re{MARK}f\n"
+    assert decode_text(text.encode(), "here") == f"a\nb\u2028c\x0c\x85d\ne{MARK}f\n"
+    assert parse_lines(decode_text(text.encode(), "here"), "here") == ["a", "b\u2028c\x0c\x85d", f"e{MARK}f"]
+    draw(tmp_path / "a.jpg")
+    for ends in ("\n", "\r\n", "\r"):
+        lines = ["image_name| comment_number| comment", "a.jpg| 0| one\u2028two", "a.jpg| 1| three\x85four"]
+        (tmp_path / "a.csv").write_bytes(ends.join([*lines, ""]).encode())
+        flickr = read_flickr30k(str(tmp_path / "a.csv"), str(tmp_path))
+        assert flickr["captions"][:] == [["one\u2028two", "three\x85four"]]
+        (tmp_path / "b.csv").write_bytes(ends.join(["image,caption", "a.jpg,one\u2028two", ""]).encode())
+        table = load_captions(f"csv:{tmp_path / 'b.csv'}:{tmp_path}")
+        assert table["captions"][:] == [["one\u2028two"]]
+        (tmp_path / "c.tsv").write_bytes(ends.join(["one\u2028two\thttp://a\ta.jpg", ""]).encode())
+        conceptual = load_captions(f"conceptual:{tmp_path / 'c.tsv'}:{tmp_path}")
+        assert conceptual["captions"][:] == [["one\u2028two"]]
+
+
+def test_json_lines_name_the_line_that_is_none(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\r\n{"a": 1, "a": 2}\n')
+    with pytest.raises(ValueError, match="Line 2 of the list '.*a.jsonl': expected one whole JSON .*'a' comes twice"):
+        list(read_json_lines(tmp_path / "a.jsonl", "list"))
+    (tmp_path / "a.jsonl").write_bytes(b'{"a": 1}\n\xff\n')
+    with pytest.raises(ValueError, match="UTF-8 text in the list '.*a.jsonl', but line 2"):
+        list(read_json_lines(tmp_path / "a.jsonl", "list"))
 
 
 @pytest.mark.parametrize(
@@ -106,7 +150,14 @@ def test_bytes_that_are_no_utf8_are_named_with_their_line(tmp_path):
     [
         (b"", "The index '.*a.json' is empty"),
         (b"{", "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
-        (b"\xff", "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
+        (b"\n\xff", "Expected UTF-8 text in the index '.*a.json', but line 2 is not encoded in UTF-8"),
+        (" \n".encode("utf-16"), "Expected UTF-8 text in the index '.*a.json', but it is saved as UTF-16"),
+        (gzip.compress(b"{}"), "in the index '.*a.json', but it is compressed by gzip"),
+        (b" \n", "Expected JSON in the index '.*a.json', got nothing but blanks"),
+        (b"\n<!DOCTYPE html>", "got HTML or XML, perhaps the page of a failed download"),
+        (b'{"a": 1}\n{"a": 2}\n', r"more than one JSON value, as in JSON Lines .the second begins in line 2.. Repair"),
+        (b'{"a": {"b": 1, "c": 2, "b": 3}}', "the key 'b' comes twice in one object"),
+        (b'{"a": 1' + b"0" * 5000 + b"}", "Expected JSON in the index '.*a.json', got invalid JSON .*4300 digits"),
         (b"[" * 100_000, "Expected JSON in the index '.*a.json', got invalid JSON .*Repair it"),
         (b"[]", r"Expected a JSON object with \('a',\) in the index '.*a.json', got a list. Repair it"),
         (b'{"b": 1}', r"The index '.*a.json' has no key 'a'; it has \['b'\]"),
@@ -128,7 +179,10 @@ def test_damaged_json_is_named(tmp_path, content, message):
         ({"b": 1}, str, r"has no key 'a'; it has \['b'\]"),
         ({"a": ["x"]}, str, r"Item 1 of 'f': expected text under 'a', got \['x'\]"),
         ({"a": True}, int, "expected an integer under 'a', got True"),
-        ({"a": {}}, (int, float), "expected an integer or a number under 'a'"),
+        ({"a": {}}, (int, float), "expected a number under 'a'"),
+        ({"a": 1}, (str, list, type(None)), "expected text, a list or null under 'a', got 1"),
+        ({"a": float("inf")}, float, "expected a number under 'a', got inf"),
+        ({"a": 10**400}, (int, float), "expected a number under 'a', got 1000"),
         ({"a": None}, list, "expected a list under 'a', got None"),
     ],
 )
@@ -150,20 +204,47 @@ KARPATHY = {"images": [{"filename": "a.jpg", "split": "test", "sentences": [{"ra
     ("spec", "content", "message"),
     [
         ("coco:{}:{}", COCO | {"images": 1}, "The object of '.*a.json': expected a list under 'images', got 1"),
-        ("coco:{}:{}", COCO | {"images": [1]}, "An image of '.*a.json': expected an object with the key 'id', got 1"),
-        ("coco:{}:{}", COCO | {"images": [{"id": [1], "file_name": "a"}]}, "expected an integer or text under 'id'"),
-        ("coco:{}:{}", COCO | {"images": [{"id": 1, "file_name": 2}]}, "expected text under 'file_name', got 2"),
-        ("coco:{}:{}", COCO | {"annotations": [3]}, "An annotation of '.*a.json': expected an object"),
         (
             "coco:{}:{}",
-            COCO | {"annotations": [{"id": 7, "image_id": 1, "caption": ["a"]}]},
-            r"Annotation 7 of '.*a.json': expected text or null under 'caption', got \['a'\]",
+            COCO | {"images": [1]},
+            "Image at position 0 .* an object with the key 'id', got 1",
+        ),
+        ("coco:{}:{}", COCO | {"images": [{"id": [1], "file_name": "a"}]}, "expected a number or text under 'id'"),
+        ("coco:{}:{}", COCO | {"images": [{"id": 1, "file_name": 2}]}, "expected text under 'file_name', got 2"),
+        ("coco:{}:{}", COCO | {"annotations": [3]}, "Annotation at position 0 .* of '.*a.json': expected an object"),
+        (
+            "coco:{}:{}",
+            COCO | {"annotations": [{"id": 7, "image_id": 1, "caption": ["a", 3]}]},
+            "Annotation 7 of '.*a.json': expected text or null under 'caption', got 3",
+        ),
+        (
+            "coco:{}:{}",
+            COCO | {"annotations": [{"id": 7, "image_id": 1, "caption": 9}]},
+            "Annotation 7 of '.*a.json': expected text, null or a list under 'caption', got 9",
+        ),
+        (
+            "coco:{}:{}",
+            COCO | {"annotations": [{"image_id": "x", "caption": "a"}]},
+            "Annotation at position 0 .* expected a number, or text that ends in one, under 'image_id', got 'x'",
+        ),
+        ("coco:{}:{}", COCO | {"images": [{"id": -1, "file_name": "a"}]}, "expected a whole number or text .* got -1"),
+        ("coco:{}:{}", COCO | {"images": [{"id": 1e30, "file_name": "a"}]}, "expected a whole number .*got 1e.30"),
+        ("coco:{}:{}", COCO | {"images": [{"id": True, "file_name": "a"}]}, "a number or text under 'id', got True"),
+        ("coco:{}:{}", COCO | {"images": [{"id": float("nan"), "file_name": "a"}]}, "under 'id', got nan"),
+        (
+            "karpathy:{}:{}:test",
+            {"images": [KARPATHY["images"][0] | {"cocoid": "nine"}]},
+            "Image at position 0 .from 0. of '.*a.json': expected a number, or text .* under 'cocoid', got 'nine'",
         ),
         ("karpathy:{}:{}:test", {"images": {"a": 1}}, "expected a list under 'images'"),
-        ("karpathy:{}:{}:test", {"images": ["a"]}, "An image of '.*a.json': expected an object with the key 'split'"),
+        ("karpathy:{}:{}:test", {"images": ["a"]}, "Image at position 0 .*: expected an object with the key 'split'"),
         ("karpathy:{}:{}:test", {"images": [KARPATHY["images"][0] | {"sentences": 1}]}, "a list under 'sentences'"),
-        ("karpathy:{}:{}:test", {"images": [KARPATHY["images"][0] | {"sentences": ["a"]}]}, "A sentence of a.jpg"),
-        ("karpathy:{}:{}:test", {"images": [KARPATHY["images"][0] | {"filepath": 1}]}, "text under 'filepath', got 1"),
+        ("karpathy:{}:{}:test", {"images": [KARPATHY["images"][0] | {"sentences": [["a"]]}]}, "A sentence of a.jpg"),
+        (
+            "karpathy:{}:{}:test",
+            {"images": [KARPATHY["images"][0] | {"filepath": 1}]},
+            "or null under 'filepath', got 1",
+        ),
     ],
 )
 def test_caption_files_with_fields_of_other_types_are_named(tmp_path, draw, spec, content, message):
@@ -171,6 +252,39 @@ def test_caption_files_with_fields_of_other_types_are_named(tmp_path, draw, spec
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
         load_captions(spec.format(tmp_path / "a.json", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("spec", "content"),
+    [
+        ("coco:{}:{}", COCO | {"annotations": [{"id": 7, "image_id": 1, "caption": ["a cat", None, "a pet"]}]}),
+        (
+            "coco:{}:{}",
+            {
+                "images": [{"id": 1.0, "file_name": "a.jpg"}],
+                "annotations": [{"image_id": "1", "caption": "a cat"}, {"image_id": "0001", "caption": "a pet"}],
+            },
+        ),
+        (
+            "karpathy:{}:{}:test",
+            {"images": [KARPATHY["images"][0] | {"cocoid": "1", "sentences": ["a cat", "a pet"]}]},
+        ),
+        (
+            "karpathy:{}:{}:test",
+            {
+                "images": [
+                    KARPATHY["images"][0]
+                    | {"cocoid": 1.0, "filepath": None, "sentences": [{"raw": "a cat"}, {"raw": None}, "a pet"]}
+                ]
+            },
+        ),
+    ],
+)
+def test_caption_files_are_read_where_only_one_reading_is_possible(tmp_path, draw, spec, content):
+    draw(tmp_path / "a.jpg")
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    dataset = load_captions(spec.format(tmp_path / "a.json", tmp_path))
+    assert dataset["image_id"][:] == ["coco-1"] and dataset["captions"][:] == [["a cat", "a pet"]]
 
 
 def test_a_file_is_read_as_it_is_where_its_folder_has_brackets(tmp_path):

@@ -16,12 +16,14 @@ from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
     TableRow,
+    name_entry,
     read_json,
     read_table,
     read_text,
     require_field,
     require_file,
     require_folder,
+    require_id,
 )
 from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
 from modeling_dclip.data.rows import (
@@ -40,9 +42,33 @@ logger = logging.getLogger(__name__)
 _COMMENT = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 
 
-def name_annotation(annotation: Any) -> str:
-    """What messages call an annotation of a COCO file."""
-    return f"Annotation {annotation.get('id')}" if isinstance(annotation, dict) else "An annotation"
+def read_coco_id(entry: Any, key: str, where: str, path: str | PurePath) -> str:
+    """`coco-<number>` of a number, or of a text that ends in one, in a JSON file.
+
+    Args:
+        entry (`Any`): The object.
+        key (`str`): Where the number is.
+        where (`str`): The object's name in the file, for messages.
+        path (`str` or `PurePath`): The file, for messages.
+
+    Raises:
+        ValueError: If it is none; the message names file, entry and key.
+    """
+    value = require_id(entry, key, where, path)
+    try:
+        return coco_id(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{where} of '{path}': expected a number, or text that ends in one, under {key!r}, got {value!r:.80}."
+        ) from error
+
+
+def _captions(entry: Any, key: str, where: str, path: str | Path) -> list[str | None]:
+    """One caption, none, or a list of them, under a key."""
+    value = require_field(entry, key, where, path, (*NULLABLE_TEXT, list))
+    if not isinstance(value, list):
+        return [value]
+    return [require_field({key: text}, key, where, path, NULLABLE_TEXT) for text in value]
 
 
 def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") -> Dataset:
@@ -50,7 +76,7 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
 
     Args:
         annotations (`str`): The JSON file, with `images` (`id`, `file_name`) and `annotations` (`image_id`,
-            `caption`).
+            `caption`: text, or a list of texts). Ids are numbers, or texts that end in one.
         image_folder (`str`): The folder of the files named there.
         missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out images without a file and reports them.
 
@@ -64,34 +90,43 @@ def read_coco(annotations: str, image_folder: str, *, missing: str = "raise") ->
     content = read_json(annotations, "COCO captions file", ("images", "annotations"))
     folder = require_folder(image_folder, "image folder")
     images = require_field(content, "images", "The object", annotations, list)
-    numbers = [require_field(image, "id", "An image", annotations, (int, str)) for image in images]
-    paths = [folder / require_field(image, "file_name", "An image", annotations, str) for image in images]
-    image_ids = [coco_id(number) for number in numbers]
+    named = [(name_entry("Image", image, position), image) for position, image in enumerate(images)]
+    image_ids = [read_coco_id(image, "id", where, annotations) for where, image in named]
+    paths = [folder / require_field(image, "file_name", where, annotations, str) for where, image in named]
     require_unique(image_ids, f"'{annotations}'")
-    captions: dict[int | str, list[Any]] = {number: [] for number in numbers}
-    for annotation in require_field(content, "annotations", "The object", annotations, list):
-        name = name_annotation(annotation)
-        number = require_field(annotation, "image_id", name, annotations, (int, str))
-        if number not in captions:
-            raise ValueError(f"{name} of '{annotations}' belongs to image {number}, which is not under 'images'.")
-        captions[number].append(require_field(annotation, "caption", name, annotations, NULLABLE_TEXT))
-    return build_rows(image_ids, paths, [captions[number] for number in numbers], f"'{annotations}'", missing)
+    captions: dict[str, list[str | None]] = {image_id: [] for image_id in image_ids}
+    entries = require_field(content, "annotations", "The object", annotations, list)
+    for position, annotation in enumerate(entries):
+        name = name_entry("Annotation", annotation, position)
+        image_id = read_coco_id(annotation, "image_id", name, annotations)
+        if image_id not in captions:
+            raise ValueError(
+                f"{name} of '{annotations}' belongs to image {annotation['image_id']!r}, which is not under 'images'."
+            )
+        captions[image_id] += _captions(annotation, "caption", name, annotations)
+    return build_rows(image_ids, paths, list(captions.values()), f"'{annotations}'", missing)
 
 
-def _karpathy_id(entry: dict[str, Any], path: str | Path) -> str:
+def _karpathy_id(entry: dict[str, Any], where: str, path: str | Path) -> str:
     """`coco-<cocoid>`, or `flickr-...` of the file name where the entry has no `cocoid`."""
     if "cocoid" in entry:
-        return coco_id(require_field(entry, "cocoid", "An image", path, (int, str)))
-    return flickr_id(require_field(entry, "filename", "An image", path, str))
+        return read_coco_id(entry, "cocoid", where, path)
+    return flickr_id(require_field(entry, "filename", where, path, str))
 
 
-def _karpathy_images(path: str | Path) -> list[dict[str, Any]]:
-    """The entries, each with a split."""
+def _karpathy_images(path: str | Path) -> list[tuple[str, dict[str, Any]]]:
+    """The entries, each with a split, and what messages call them."""
     content = read_json(path, "Karpathy split file", ("images",))
     images = require_field(content, "images", "The object", path, list)
-    for entry in images:
-        require_field(entry, "split", "An image", path, str)
-    return images
+    named = [(f"Image at position {position} (from 0)", entry) for position, entry in enumerate(images)]
+    for where, entry in named:
+        require_field(entry, "split", where, path, str)
+    return named
+
+
+def _sentence(sentence: Any, where: str, path: str | Path) -> str | None:
+    """A sentence is an object with its words as they were written under `raw`, or these words themselves."""
+    return sentence if isinstance(sentence, str) else require_field(sentence, "raw", where, path, NULLABLE_TEXT)
 
 
 def karpathy_test_ids(path: str | Path) -> set[str]:
@@ -107,7 +142,8 @@ def karpathy_test_ids(path: str | Path) -> set[str]:
         FileNotFoundError: If the file is missing.
         ValueError: If a key is missing or the file has no test image.
     """
-    ids = {_karpathy_id(entry, path) for entry in _karpathy_images(path) if entry["split"] == "test"}
+    images = _karpathy_images(path)
+    ids = {_karpathy_id(entry, where, path) for where, entry in images if entry["split"] == "test"}
     if not ids:
         raise ValueError(f"No image of the split 'test' in '{path}'. Expected a file of Karpathy's splits.")
     return ids
@@ -121,7 +157,7 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
 
     Args:
         dataset (`str`): The JSON file, with `images` (`filename`, `split`, `sentences`, and for COCO `filepath`,
-            `cocoid`).
+            `cocoid`). A sentence is an object with `raw`, or text.
         image_folder (`str`): The folder of the pictures.
         split (`str`): `"train"` (with `"restval"`, as usual), `"val"` or `"test"`.
         missing (`str`, *optional*, defaults to `"raise"`): As in [`read_coco`].
@@ -136,23 +172,24 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
     images = _karpathy_images(dataset)
     folder = require_folder(image_folder, "image folder")
     wanted = {"train", "restval"} if split == "train" else {split}
-    present = {entry["split"] for entry in images}
+    present = {entry["split"] for _, entry in images}
     if not wanted & present:
         raise ValueError(f"Unknown split {split!r} of '{dataset}'. It has {sorted(present)}.")
     image_ids, paths, captions = [], [], []
-    for entry in images:
+    for where, entry in images:
         if entry["split"] not in wanted:
             continue
-        image_ids.append(_karpathy_id(entry, dataset))
-        name = require_field(entry, "filename", "An image", dataset, str)
-        subfolder = require_field(entry, "filepath", f"Image {name}", dataset, str) if "filepath" in entry else ""
-        candidates = [folder / subfolder / name, folder / name]
+        image_ids.append(_karpathy_id(entry, where, dataset))
+        name = require_field(entry, "filename", where, dataset, str)
+        where = f"Image {name}"
+        subfolder = require_field(entry, "filepath", where, dataset, NULLABLE_TEXT) if "filepath" in entry else None
+        candidates = [folder / (subfolder or "") / name, folder / name]
         if "cocoid" in entry:
-            modern = f"{int(entry['cocoid']):012d}.jpg"
+            modern = f"{int(image_ids[-1].removeprefix('coco-')):012d}.jpg"
             candidates[1:1] = [folder / "train2017" / modern, folder / "val2017" / modern, folder / modern]
         paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
-        where, sentences = f"A sentence of {name}", require_field(entry, "sentences", f"Image {name}", dataset, list)
-        captions.append([require_field(sentence, "raw", where, dataset, NULLABLE_TEXT) for sentence in sentences])
+        sentences = require_field(entry, "sentences", where, dataset, list)
+        captions.append([_sentence(sentence, f"A sentence of {name}", dataset) for sentence in sentences])
     return build_rows(image_ids, paths, captions, f"split {split!r} of '{dataset}'", missing)
 
 
@@ -175,7 +212,7 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
         ValueError: If the header or a row is malformed; the message names the line.
     """
     folder = require_folder(image_folder, "image folder")
-    lines = read_text(require_file(results, "Flickr30k results file")).splitlines()
+    lines = read_text(require_file(results, "Flickr30k results file")).split("\n")
     if [part.strip() for part in lines[0].split("|")] != ["image_name", "comment_number", "comment"]:
         raise ValueError(
             f"Expected the header 'image_name| comment_number| comment' in '{results}', got {lines[0]!r}."
@@ -238,7 +275,9 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
     folder = require_folder(image_folder, "image folder")
     by_number: dict[int, Path] | None = None
     image_ids, paths, captions = [], [], []
-    for row, line in enumerate(read_text(path, keep_newlines=True).removesuffix("\n").split("\n")):
+    text = read_text(path, keep_newlines=True)
+    newline = "\n" if "\n" in text else "\r"
+    for row, line in enumerate(text.removesuffix(newline).split(newline)):
         parts = line.rstrip("\r").split("\t")
         if len(parts) not in (2, 3):
             raise ValueError(f"Expected 'caption<tab>url[<tab>file]' in line {row + 1} of '{path}', got {line!r}.")
@@ -255,18 +294,25 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
 
 CAPTION_NAMES = ("caption", "captions", "text")
 SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
+OTHER_SEPARATORS = {"tab": "\t", ";": ";", "|": "|", "comma": ","}
 
 
 def _find_column(header: list[str], names: tuple[str, ...], option: str, path: Path, separator: str) -> int:
     found = [index for index, name in enumerate(header) if name in names]
-    if len(found) != 1:
-        expected = " or ".join(map(repr, names))
-        raise ValueError(
-            f"Expected one column {expected} in the first line of '{path}', got {len(found)} among {header}. Name "
-            f"yours with ',{option}=COLUMN'; if the columns are not separated by {separator!r}, say by what with "
-            "',sep=;' or ',sep=tab'."
-        )
-    return found[0]
+    if len(found) == 1:
+        return found[0]
+    expected = " or ".join(map(repr, names))
+    advice = f"Name yours with ',{option}=COLUMN'"
+    similar = [name for name in header if name.casefold() in {known.casefold() for known in names}]
+    separators = [shown for shown, other in OTHER_SEPARATORS.items() if other != separator and other in header[0]]
+    if not found and len(header) == 1 and separators:
+        advice = f"Is the table separated otherwise? Then add ',sep={separators[0]}'"
+    elif not found and len(similar) == 1:
+        advice = f"Did you mean ',{option}={similar[0]}'?"
+    raise ValueError(
+        f"Expected one column {expected} in the first line of '{path}', with columns separated by {separator!r}, got "
+        f"{len(found)} among {header}. {advice}."
+    )
 
 
 def _name_in(folder: Path, cell: str) -> str:
@@ -319,7 +365,7 @@ def read_csv(
         raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{table}'.")
     path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")
     lines = read_table(path, separator)
-    header = [name.strip() for name in lines[0].cells] if lines else []
+    header = [name.strip() for name in lines[0].cells] if lines else [""]
     image_at = _find_column(header, (image,), "image", path, separator)
     names = CAPTION_NAMES if captions is None else (captions,)
     caption_at = _find_column(header, names, "captions", path, separator)

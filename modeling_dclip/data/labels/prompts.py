@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_dclip.data.files import read_text
+from modeling_dclip.data.files import read_json, read_text, require_field
 
 # Our selection, for small photographs of one object. For other pictures give a file.
 PHOTO_TEMPLATES = (
@@ -64,7 +64,7 @@ def parse_lines(text: str, place: str) -> list[str]:
     Raises:
         ValueError: If there is none, or an empty one stands between others, which would shift all classes after it.
     """
-    lines = [line.strip() for line in text.rstrip().splitlines()]
+    lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not lines or "" in lines:
         where = f"line {lines.index('') + 1} is empty" if lines else "the file is empty"
         raise ValueError(f"Expected one name or template a line in '{place}', but {where}. Repair the file.")
@@ -72,16 +72,27 @@ def parse_lines(text: str, place: str) -> list[str]:
 
 
 def read_lines(path: str | Path) -> list[str]:
-    """Read a file for [`parse_lines`].
+    """Read a file for [`parse_lines`], or a `.json` that holds a list of texts, or an object of them by their numbers
+    from 0.
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: As [`parse_lines`], or if it is not UTF-8.
+        ValueError: As [`parse_lines`], or if it is not UTF-8, or another JSON.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"No file '{path}' of class names or templates. Check the path.")
-    return parse_lines(read_text(path), str(path))
+    if path.suffix.lower() != ".json":
+        return parse_lines(read_text(path), str(path))
+    content = read_json(path, "file of class names or templates")
+    if isinstance(content, dict) and set(content) == set(map(str, range(len(content)))):
+        content = [content[str(number)] for number in range(len(content))]
+    if not isinstance(content, list) or not content:
+        raise ValueError(
+            f"Expected a list of texts, or an object with the keys '0', '1'..., in '{path}', got {content!r:.80}."
+        )
+    texts = [require_field({"text": text}, "text", f"Entry {at}", path, str) for at, text in enumerate(content)]
+    return [text.strip() for text in texts]
 
 
 def _open_clip_list(name: str) -> list[str]:

@@ -2,7 +2,6 @@
 SugarCrepe, Winoground, ARO, and a plain form.
 """
 
-import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from datasets import Dataset
 
+from modeling_dclip.data.captions.files import read_coco_id
 from modeling_dclip.data.files import (
     list_folder,
     read_json,
@@ -17,10 +17,10 @@ from modeling_dclip.data.files import (
     require_field,
     require_file,
     require_folder,
+    require_id,
 )
 from modeling_dclip.data.images import IMAGE_SUFFIXES
 from modeling_dclip.data.questions.rows import Item, build_item_rows
-from modeling_dclip.data.rows import coco_id
 
 BOX_FIELDS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
 
@@ -72,7 +72,10 @@ def _text(entry: dict[str, Any], key: str, where: str, path: str | Path) -> str:
 
 
 def _texts(entry: dict[str, Any], key: str, where: str, path: str | Path, least: int = 1) -> list[str]:
+    """A list of texts; where one is enough, one text too."""
     values = require_field(entry, key, where, path)
+    if isinstance(values, str) and least == 1:
+        values = [values]
     if not isinstance(values, list) or len(values) < least:
         raise ValueError(
             f"{where} of '{path}': expected a list of {least} or more texts under {key!r}, got {values!r:.80}."
@@ -117,9 +120,15 @@ def read_sugarcrepe(questions: str, image_folder: str, *, missing: str = "raise"
     for path in files:
         for where, entry in read_entries(path, "SugarCrepe file"):
             name = _text(entry, "filename", where, path)
-            negatives = [_text(entry, "negative_caption", where, path)]
+            negatives = _texts(entry, "negative_caption", where, path)
             items.append(
-                Item(coco_id(name), folder / name, _text(entry, "caption", where, path), negatives, path.stem)
+                Item(
+                    read_coco_id(entry, "filename", where, path),
+                    folder / name,
+                    _text(entry, "caption", where, path),
+                    negatives,
+                    path.stem,
+                )
             )
     return build_item_rows(items, f"'{questions}'", missing)
 
@@ -156,7 +165,7 @@ def read_winoground(examples: str, image_folder: str, *, missing: str = "raise")
     folder = require_folder(image_folder, "image folder")
     items, seen = [], set()
     for where, entry in read_entries(examples, "Winoground file"):
-        pair = str(require_field(entry, "id", where, examples))
+        pair = str(require_id(entry, "id", where, examples))
         if pair in seen:
             raise ValueError(f"{where} of '{examples}' repeats the id {pair!r}. Remove one of the two.")
         seen.add(pair)
@@ -173,10 +182,7 @@ def _box(entry: dict[str, Any], where: str, path: str | Path) -> tuple[float, fl
     """`bbox_x`, `bbox_y`, `bbox_w`, `bbox_h` as xyxy; `None` where there is none of them."""
     if not any(field in entry for field in BOX_FIELDS):
         return None
-    numbers = [require_field(entry, field, where, path) for field in BOX_FIELDS]
-    for field, value in zip(BOX_FIELDS, numbers, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise ValueError(f"{where} of '{path}': expected a number under {field!r}, got {value!r:.80}.")
+    numbers = [require_field(entry, field, where, path, (int, float)) for field in BOX_FIELDS]
     left, top, width, height = numbers
     if width <= 0 or height <= 0:
         raise ValueError(f"{where} of '{path}': expected bbox_w and bbox_h above 0, got {width} and {height}.")
@@ -251,10 +257,8 @@ def read_questions(questions: str, image_folder: str, *, missing: str = "raise")
     items = []
     for where, entry in read_entries(questions, "file of questions"):
         name = _text(entry, "image", where, questions)
-        if _either(entry, ("negative_captions", "negative_caption"), where, questions) == "negative_captions":
-            negatives = _texts(entry, "negative_captions", where, questions)
-        else:
-            negatives = [_text(entry, "negative_caption", where, questions)]
+        key = _either(entry, ("negative_captions", "negative_caption"), where, questions)
+        negatives = _texts(entry, key, where, questions)
         category = _text(entry, "category", where, questions) if entry.get("category") is not None else ""
         items.append(Item(name, folder / name, _text(entry, "caption", where, questions), negatives, category))
     return build_item_rows(items, f"'{questions}'", missing)

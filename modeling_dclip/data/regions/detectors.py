@@ -13,14 +13,16 @@ detector's class.
 
 import json
 import logging
+import math
 import os
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -32,8 +34,7 @@ from transformers import (
     AutoProcessor,
 )
 
-from modeling_dclip.data.captions.files import name_annotation
-from modeling_dclip.data.files import read_json, require_field
+from modeling_dclip.data.files import name_entry, read_json, require_field, require_id
 from modeling_dclip.data.specs import Source, Spec, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
@@ -260,28 +261,54 @@ class TransformersDetector(RegionDetector):
 BOX_TOLERANCE_PIXELS = 1.0
 
 
-def _annotated_boxes(path: str) -> tuple[dict[str, list[dict[str, Any]]], dict[str, tuple[int, int]]]:
+class _Annotation(NamedTuple):
+    """A box of an instances file, x1, y1, x2, y2, and what messages call it."""
+
+    name: str
+    corners: list[float]
+    is_crowd: bool
+
+
+def _corners(annotation: Any, where: str, path: str) -> list[float]:
+    """`bbox` (x, y, width, height) as x1, y1, x2, y2; whether the numbers are finite is checked with the box."""
+    box = require_field(annotation, "bbox", where, path, list)
+    if len(box) != 4 or not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in box):
+        raise ValueError(
+            f"{where} of '{path}': expected the numbers x, y, width, height under 'bbox', got {box!r:.80}."
+        )
+    x, y, width, height = (edge if abs(edge) <= sys.float_info.max else math.nan for edge in box)
+    return [x, y, x + width, y + height]
+
+
+def _annotated_boxes(path: str) -> tuple[dict[str, list[_Annotation]], dict[str, tuple[float, float]]]:
     """Annotations and `(width, height)` by image, under `coco-<id>` and under the bare id."""
     content = read_json(path, "COCO instances file", ("images", "annotations"))
-    annotations: dict[str, list[dict[str, Any]]] = {}
-    sizes: dict[str, tuple[int, int]] = {}
-    for image in require_field(content, "images", "The object", path, list):
-        number = require_field(image, "id", "An image", path, (int, str))
-        width, height = (require_field(image, key, "An image", path, (int, float)) for key in ("width", "height"))
-        for name in (f"coco-{number}", str(number)):
-            annotations[name], sizes[name] = [], (width, height)
-    for annotation in require_field(content, "annotations", "The object", path, list):
-        what = name_annotation(annotation)
-        number = require_field(annotation, "image_id", what, path, (int, str))
-        box = require_field(annotation, "bbox", what, path, list)
-        if str(number) not in annotations or len(box) != 4:
-            raise ValueError(
-                f"{what} of '{path}' belongs to no image of the file, or its 'bbox' is not x, y, width, height: "
-                f"image {number}, {box}. Expected a COCO instances file."
-            )
-        for name in (f"coco-{number}", str(number)):
-            annotations[name].append(annotation)
+    annotations: dict[str, list[_Annotation]] = {}
+    sizes: dict[str, tuple[float, float]] = {}
+    for position, image in enumerate(require_field(content, "images", "The object", path, list)):
+        where = name_entry("Image", image, position)
+        number = str(require_id(image, "id", where, path))
+        if number in annotations:
+            raise ValueError(f"{where} of '{path}' comes twice under 'images'. Remove one of the two.")
+        width, height = (require_field(image, key, where, path, (int, float)) for key in ("width", "height"))
+        found: list[_Annotation] = []
+        for name in (number, f"coco-{number}"):
+            annotations[name], sizes[name] = found, (width, height)
+    for position, annotation in enumerate(require_field(content, "annotations", "The object", path, list)):
+        where = name_entry("Annotation", annotation, position)
+        number = str(require_id(annotation, "image_id", where, path))
+        corners, is_crowd = _corners(annotation, where, path), _is_crowd(annotation, where, path)
+        if number not in annotations:
+            raise ValueError(f"{where} of '{path}' belongs to image {number}, which is not under 'images'.")
+        annotations[number].append(_Annotation(f"a{where[1:]}", corners, is_crowd))
     return annotations, sizes
+
+
+def _is_crowd(annotation: Any, where: str, path: str) -> bool:
+    crowd = annotation.get("iscrowd", 0)
+    if crowd not in (0, 1):  # equal to False and True too
+        raise ValueError(f"{where} of '{path}': expected 0 or 1 under 'iscrowd', got {crowd!r:.80}.")
+    return bool(crowd)
 
 
 def box_fault(box: np.ndarray, size: tuple[int, int]) -> str | None:
@@ -336,11 +363,8 @@ class AnnotationDetector(RegionDetector):
                 f"Image {image_id!r} has {size[0]}x{size[1]} pixels, but its boxes in '{self.instances}' are for "
                 f"{self.sizes[image_id][0]}x{self.sizes[image_id][1]}. Use the original picture or another detector."
             )
-        kept = [a for a in self.annotations[image_id] if self.keep_crowd or not a.get("iscrowd")]
-        corners = [
-            [a["bbox"][0], a["bbox"][1], a["bbox"][0] + a["bbox"][2], a["bbox"][1] + a["bbox"][3]] for a in kept
-        ]
-        return [(f"annotation {a.get('id')}", box, 1.0) for a, box in zip(kept, corners, strict=True)]
+        found = self.annotations[image_id]
+        return [(one.name, one.corners, 1.0) for one in found if self.keep_crowd or not one.is_crowd]
 
     def _of_row(self, row: dict[str, Any]) -> list[tuple[str, list[float], float]]:
         if row.get("boxes") is None:

@@ -70,7 +70,7 @@ class SearchArguments:
 def _read_queries(path: str | None) -> list[str]:
     if path is None:
         return []
-    lines = read_text(path).splitlines()
+    lines = read_text(path).split("\n")
     queries = [line.strip() for line in lines if line.strip()]
     if len(queries) < 2:
         raise ValueError(f"Expected at least two queries in '{path}', one in a line, got {len(queries)}.")

@@ -73,11 +73,17 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
         ("image,caption\na.jpg,dog\n ,cat\n", "Line 3 of .*mine.csv' names no image in the column 'image'"),
         ('image,caption\na.jpg,"a dog" barks\n', r"line 2: .*inside written twice"),
         ('image,caption\na.jpg,"a dog\n', "line 2: unexpected end of data"),
+        ('image,caption\na.jpg,cat\na.jpg,"a dog\na.jpg,"cow"\n', "lines 3 to 4: "),
         (
             "file,caption\na.jpg,dog\n",
             "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN",
         ),
-        ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*,sep=;"),
+        ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*separated otherwise. Then add ',sep=;'"),
+        ("image\tcaption\na.jpg\tdog\n", "got 0 among .*separated otherwise. Then add ',sep=tab'"),
+        ("image,Captions\na.jpg,dog\n", "got 0 among .'image', 'Captions'.*Did you mean ',captions=Captions'"),
+        ("image,image,caption\na.jpg,b.jpg,dog\n", "one column 'image' .* got 2 among .'image', 'image', 'caption'"),
+        (",,\na.jpg,dog,\n", "got 0 among .'', '', ''"),
+        (f'image,caption\na.jpg,"{"x" * 140_000}"\n', "line 2: field larger than field limit"),
         ("image,label\na.jpg,dog\n", "column 'caption' or 'captions' or 'text'.*,captions=COLUMN"),
         ("image,caption,text\na.jpg,dog,cat\n", "got 2 among"),
         ("image,caption\n", "No row with an image and a caption is left of '.*mine.csv'"),
@@ -118,6 +124,19 @@ def test_empty_captions_are_left_out_and_their_lines_told(tmp_path, draw, caplog
         dataset = load_captions(write(tmp_path, TABLE + "a.jpg,,me\n", draw))
     assert dataset["captions"][:] == [["a dog, a cat", "pets"], ["two birds"]]
     assert "left out 1 lines without a caption, lines 5" in caplog.text
+
+
+def test_words_for_a_missing_value_are_no_captions_and_are_told(tmp_path, draw, caplog):
+    with caplog.at_level(logging.WARNING):
+        dataset = load_captions(write(tmp_path, "image,caption\na.jpg,nan\nsub/b.jpg,None\nsub/b.jpg,a nan\n", draw))
+    assert dataset["image_id"][:] == ["photos/sub/b.jpg"] and dataset["captions"][:] == [["a nan"]]
+    assert "left out captions that say 'None' or 'nan', which stands for a missing value, of 2 images" in caplog.text
+    assert "rejected 1 images without a caption, first ids: photos/a.jpg" in caplog.text
+
+
+def test_a_mark_before_a_quoted_header_is_no_character(tmp_path, draw):
+    dataset = load_captions(write(tmp_path, '"image","caption"\r\na.jpg,a dog\r\n', draw, encoding="utf-8-sig"))
+    assert dataset["captions"][:] == [["a dog"]]
 
 
 def test_one_image_in_two_tables_is_refused_and_a_count_draws(tmp_path, draw):

@@ -28,5 +28,26 @@ def test_a_file_of_another_encoding_is_named(tmp_path):
         read_lines(tmp_path / "names.txt")
 
 
+@pytest.mark.parametrize("text", ['["red fox", " dog "]', '{"1": "dog", "0": "red fox"}'])
+def test_a_json_list_and_an_object_by_numbers_are_lines(tmp_path, text):
+    (tmp_path / "names.json").write_text(text)
+    assert read_names(str(tmp_path / "names.json"), ["a", "b"]) == ["red fox", "dog"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"dog": 0, "red fox": 1}', "Expected a list of texts, or an object with the keys '0', '1'.*got {'dog': 0"),
+        ("[]", "Expected a list of texts"),
+        ('["dog", 3]', "Entry 1 of '.*names.json': expected text under 'text', got 3"),
+        ('{"0": "dog", "0": "fox"}', "the key '0' comes twice"),
+    ],
+)
+def test_other_json_is_no_list_of_names(tmp_path, text, message):
+    (tmp_path / "names.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_lines(tmp_path / "names.json")
+
+
 def test_without_a_source_the_datas_own_names_are_taken():
     assert read_names(None, ["dog", "cat"]) == ["dog", "cat"]

@@ -269,7 +269,7 @@ GOOD = {"image": "dog.png", "caption": "a dog", "negative_caption": "a cat"}
         ("json", [{**GOOD, "category": 1}], "expected text under 'category', got 1"),
         ("json", [{"image": "dog.png", "negative_caption": "a cat"}], "Item 0 of .* has no key 'caption'"),
         ("json", [{"image": "dog.png", "caption": "a"}], "neither 'negative_captions' nor 'negative_caption'"),
-        ("json", [{**GOOD, "negative_captions": "a cat"}], "list of 1 or more texts under 'negative_captions'"),
+        ("json", [{**GOOD, "negative_captions": {}}], "list of 1 or more texts under 'negative_captions', got {}"),
         ("json", [{**GOOD, "negative_captions": []}], "list of 1 or more texts under 'negative_captions'"),
         (
             "json",
@@ -278,12 +278,18 @@ GOOD = {"image": "dog.png", "caption": "a dog", "negative_caption": "a cat"}
         ),
         ("json", [{**GOOD, "image": "cat.png"}], "image files are missing, first: cat.png"),
         ("sugarcrepe", {"3": {"filename": "dog.png"}}, "Item '3' of .* has no key 'negative_caption'"),
-        ("sugarcrepe", {"3": sugarcrepe_entry(1) | {"filename": "dog.png"}}, "ends in a number, got 'dog.png'"),
+        (
+            "sugarcrepe",
+            {"3": sugarcrepe_entry(1) | {"filename": "dog.png"}},
+            "under 'filename', got 'dog.png'",
+        ),
         ("winoground", [winoground_entry(0)], "1 of 2 image files are missing, first: winoground-0-1"),
         ("aro", [relation("dog.png", bbox_w=0)], "bbox_w and bbox_h above 0, got 0"),
         ("aro", [relation("dog.png", bbox_x="2")], "expected a number under 'bbox_x', got '2'"),
         ("aro", [{k: v for k, v in relation("dog.png").items() if k != "bbox_h"}], "no key 'bbox_h'"),
         ("aro", [relation("dog.png"), relation("dog.png", box=None)], "in all entries or in none"),
+        ("aro", [relation("dog.png", bbox_x=10**400)], "expected a number under 'bbox_x', got 1000"),
+        ("winoground", [winoground_entry(0) | {"id": [0]}], r"Item 0 of .*number or text under 'id', got \[0\]"),
         ("aro", [{"image_path": "dog.png"}], "neither 'true_caption' nor 'caption_options'"),
         ("aro", [{"image": "dog.png", "caption_options": ["a"]}], "list of 2 or more texts under 'caption_options'"),
         ("aro", [relation("dog.png", attributes="red", relation_name=" ")], "expected text under 'relation_name'"),
@@ -296,6 +302,15 @@ def test_bad_files_are_named(tmp_path, draw, kind, content, message):
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         load_fine_grained(f"{kind}:{path}:{tmp_path}/images")
+
+
+@pytest.mark.parametrize("key", ["negative_caption", "negative_captions"])
+@pytest.mark.parametrize("wrong", ["a cat", ["a cat", "a cow"]])
+def test_one_false_caption_and_a_list_of_them_are_read_under_either_key(tmp_path, draw, key, wrong):
+    draw(tmp_path / "dog.png")
+    (tmp_path / "a.json").write_text(json.dumps([{"image": "dog.png", "caption": "a dog", key: wrong}]))
+    asked = load_fine_grained(f"json:{tmp_path}/a.json:{tmp_path}")
+    assert asked["negative_captions"][:] == [[["a cat"] if wrong == "a cat" else wrong]]
 
 
 def test_a_bad_line_of_json_lines_is_named(tmp_path, draw):

@@ -441,10 +441,10 @@ def test_annotations_of_another_picture_are_refused(tmp_path):
     [
         ("", "is empty"),
         ('{"images": []}', "no key 'annotations'"),
-        ('{"images": [{"id": 1}], "annotations": []}', "An image .* has no key 'width'"),
+        ('{"images": [{"id": 1}], "annotations": []}', "Image 1 of .* has no key 'width'"),
         (
             '{"images": [], "annotations": [{"id": 5, "image_id": 1, "bbox": [0, 0, 1, 1]}]}',
-            "Annotation 5 .*belongs to no image",
+            "Annotation 5 .*belongs to image 1, which is not under 'images'",
         ),
         (
             '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "caption": '
@@ -455,6 +455,21 @@ def test_annotations_of_another_picture_are_refused(tmp_path):
             '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": 1, "bbox": [1, '
             "2]}]}",
             "Annotation 5 .*x, y, width, height",
+        ),
+        (
+            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"id": 5, "image_id": "1", "bbox": [1, '
+            "null, 3, 4]}]}",
+            r"Annotation 5 of .*i.json': expected the numbers x, y, width, height under 'bbox', got \[1, None, 3, 4\]",
+        ),
+        (
+            '{"images": [{"id": 1, "width": 2, "height": 2}], "annotations": [{"image_id": 1, "bbox": [1, 2, 3, 4], '
+            '"iscrowd": "no"}]}',
+            "Annotation at position 0 .from 0. of .*: expected 0 or 1 under 'iscrowd', got 'no'",
+        ),
+        ('{"images": [{"id": 1, "width": "2", "height": 2}], "annotations": []}', "a number under 'width', got '2'"),
+        (
+            '{"images": [{"id": 1, "width": 2, "height": 2}, {"id": 1, "width": 2, "height": 2}], "annotations": []}',
+            "Image 1 of .* comes twice under 'images'",
         ),
     ],
 )
