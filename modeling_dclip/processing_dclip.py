@@ -25,7 +25,8 @@ class DCLIPProcessor(CLIPProcessor):
     Args:
         image_processor (`CLIPImageProcessorPil`, *optional*): One of the torchvision backend is replaced by its PIL
             twin.
-        tokenizer (`CLIPTokenizer`, *optional*): Its `model_max_length` is where texts are cut.
+        tokenizer (`CLIPTokenizer`, *optional*): Its `model_max_length` is where texts are cut. It is
+            set to pad and cut on the right.
     """
 
     valid_processor_kwargs = DCLIPProcessorKwargs
@@ -33,6 +34,8 @@ class DCLIPProcessor(CLIPProcessor):
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
         if image_processor is not None and not isinstance(image_processor, CLIPImageProcessorPil):
             image_processor = CLIPImageProcessorPil(**_settings(image_processor))
+        if tokenizer is not None:  # the tower counts places from the first token, and reads the end token
+            tokenizer.padding_side = tokenizer.truncation_side = "right"
         super().__init__(image_processor, tokenizer, **kwargs)
 
     def __call__(self, images=None, text=None, **kwargs):

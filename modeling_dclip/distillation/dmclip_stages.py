@@ -28,6 +28,7 @@ from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, load_captioned
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
+from modeling_dclip.encoders.families import prepare_tokenizer, stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
@@ -158,7 +159,8 @@ def train_dmclip(
     """
     check_shards(args, shards)
     check_starts(args)
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_path))
+    stated_length(tokenizer, tokenizer_path)
     keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **_model_keys(args, shared)}
     record = places.record("dmclip", {"arguments": deciding_fields(args), **keys})
     if record.finished:

@@ -60,6 +60,7 @@ from modeling_dclip.distillation.run import (
     student_splits,
 )
 from modeling_dclip.distillation.trainer import AnchorTrainer, StudentTrainer, TeacherTrainer, train_or_resume
+from modeling_dclip.encoders.families import prepare_tokenizer, stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
@@ -192,7 +193,8 @@ def _anchor_processor(args: AnchorArguments, dataset: Dataset) -> DCLIPProcessor
             sentences = [text for captions in dataset["captions"] for text in captions]
         tokenizer = train_tokenizer(sentences, vocab_size=args.vocab_size, model_max_length=args.max_length)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+        stated_length(tokenizer, args.tokenizer)
     side = args.vision_config.get("image_size", 224)
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
     return DCLIPProcessor(CLIPImageProcessorPil(**size), tokenizer)

@@ -2,12 +2,15 @@
 
 import logging
 import re
+import string
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from tokenizers import normalizers
 
 from modeling_dclip.encoders import DualEncoder
+from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +25,14 @@ class WrongModelError(TypeError, ValueError):
 # Trained on texts padded to one length, with attention to the padding: less padding, or a mask, would change the
 # embedding.
 READ_PADDING = ("siglip", "siglip2")
+# Embed a text at its end token, which their config names.
+READ_AT_END = ("clip", "dclip", "dmclip", "metaclip_2")
+# Text of these is lower-cased wherever the tokenizer does not say otherwise: Gemma's, as SigLIP 2 has it, does not.
+LOWER_CASED = ("siglip", "siglip2")
+_LETTERS = string.ascii_lowercase
+_CASED_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
+# No tokenizer counts so far: transformers' number for one that does not say how much it reads.
+_UNSTATED_LENGTH = 10**9
 # Count positions from the padding token's id on, so the first `pad_token_id + 1` positions hold no token.
 COUNT_FROM_PADDING = ("altclip_text_model", "camembert", "roberta", "xlm-roberta")
 # Weights of CLIP, DCLIP, DM-CLIP (transformers) and open_clip that texts do not pass.
@@ -53,6 +64,78 @@ def projected(output: Any) -> torch.Tensor:
             f"Expected one embedding a row, (B, D), from a dual encoder, got {got}. This model has no such space."
         )
     return embeds
+
+
+def prepare_tokenizer(tokenizer: Any, model_type: str | None = None) -> Any:
+    """Make a tokenizer read as the model was trained, where transformers leaves undone what the files say.
+
+    Texts are cut and padded on the right. A tokenizer that is declared to lower-case (`do_lower_case`) does so: the
+    published files of fixed-size SigLIP 2 declare it beside a `tokenizer.json` that does not. SigLIP 2 reads an end
+    token and no start token.
+
+    Args:
+        tokenizer: Of transformers; changed in place. A tokenizer of open_clip is left as it is.
+        model_type (`str`, *optional*): Of the model's config.
+
+    Returns:
+        The same tokenizer.
+    """
+    if not hasattr(tokenizer, "init_kwargs"):
+        return tokenizer
+    tokenizer.padding_side = tokenizer.truncation_side = "right"
+    gemma = model_type in LOWER_CASED and type(tokenizer).__name__ in _CASED_TOKENIZERS
+    if tokenizer.init_kwargs.get("do_lower_case", gemma) and hasattr(tokenizer, "backend_tokenizer"):
+        capitals, small = (tokenizer(list(letters))["input_ids"] for letters in (_LETTERS.upper(), _LETTERS))
+        if capitals != small:
+            backend = tokenizer.backend_tokenizer
+            rest = [] if backend.normalizer is None else [backend.normalizer]
+            backend.normalizer = normalizers.Sequence([normalizers.Lowercase(), *rest])
+    if gemma:
+        (ids,) = tokenizer(["a"])["input_ids"]
+        if ids[0] == tokenizer.bos_token_id or ids[-1] != tokenizer.eos_token_id:
+            tokenizer.add_bos_token, tokenizer.add_eos_token = False, True
+    return tokenizer
+
+
+def check_end_token(model: DualEncoder, tokenizer: Any, where: str) -> None:
+    """Refuse a tokenizer whose texts do not end where the model reads them.
+
+    CLIP and its kin embed a text at the first end token that their config names, or at the highest id where the config
+    says 2, CLIP's old convention. Where a text has no such token they read its first place: all texts are then one.
+
+    Args:
+        model ([`DualEncoder`]): Any; other families pass.
+        tokenizer: The model's.
+        where (`str`): Where both came from, for the message.
+
+    Raises:
+        ValueError: If the two do not fit.
+    """
+    if model.config.model_type not in READ_AT_END or not hasattr(tokenizer, "init_kwargs"):
+        return
+    end = model.config.text_config.eos_token_id
+    highest = end == LEGACY_EOS_TOKEN_ID and model.config.model_type in ("clip", "dclip")
+    for ids in tokenizer(["a photo of a dog", *_LETTERS])["input_ids"]:
+        if not ids or ids[-1] != (max(ids) if highest else end):
+            said = "the highest id of a text" if highest else f"the token {end}"
+            raise ValueError(
+                f"Expected a tokenizer in {where!r} whose texts end in {said}, where the text encoder reads them, got "
+                f"{ids}. Save the tokenizer that the model was trained with, or correct `text_config.eos_token_id`."
+            )
+
+
+def stated_length(tokenizer: Any, where: str) -> int:
+    """The number of tokens that a tokenizer says it reads, to make a text encoder of as many places.
+
+    Raises:
+        ValueError: If it states none.
+    """
+    if tokenizer.model_max_length >= _UNSTATED_LENGTH:
+        raise ValueError(
+            f"Expected the tokenizer at {where!r} to state its longest text, got no model_max_length in "
+            "tokenizer_config.json. Set it there, e.g. to 77."
+        )
+    return int(tokenizer.model_max_length)
 
 
 def longest_text(model: DualEncoder, tokenizer: Any) -> int:
@@ -91,18 +174,27 @@ def tokenize_texts(
         longest = min(longest, max_length)
     options = {"padding": "max_length" if fixed else True, "padding_side": "right", "return_attention_mask": True}
     tokens = tokenizer(texts, truncation=True, max_length=longest, return_tensors="pt", **options)
-    if max_length is None and "attention_mask" in tokens:  # open_clip's tokenizer has none, and cuts by itself
-        _report_cut(tokenizer, texts, tokens["attention_mask"], longest)
+    if max_length is None:
+        _report_cut(tokenizer, texts, tokens, longest)
     names = ("input_ids",) if fixed else ("input_ids", "attention_mask")
     return {name: tokens[name] for name in names if name in tokens}
 
 
-def _report_cut(tokenizer: Any, texts: list[str], mask: torch.Tensor, longest: int) -> None:
-    full = (mask.sum(dim=1) >= longest).nonzero()[:, 0].tolist()
+def count_tokens(tokenizer: Any, texts: Sequence[str]) -> list[int]:
+    """How many tokens each text has, with its end token, before any is cut."""
+    if hasattr(tokenizer, "count_tokens"):  # open_clip's
+        return list(tokenizer.count_tokens(texts))
+    return [len(ids) for ids in tokenizer(list(texts), truncation=False, padding=False, verbose=False)["input_ids"]]
+
+
+def _report_cut(tokenizer: Any, texts: list[str], tokens: Any, longest: int) -> None:
+    full = range(len(texts))
+    if "attention_mask" in tokens:  # open_clip's tokenizer has none
+        full = (tokens["attention_mask"].sum(dim=1) >= longest).nonzero()[:, 0].tolist()
     if not full:
         return
-    whole = tokenizer([texts[row] for row in full], truncation=False, padding=False, verbose=False)["input_ids"]
-    cut = [row for row, ids in zip(full, whole, strict=True) if len(ids) > longest]
+    lengths = count_tokens(tokenizer, [texts[row] for row in full])
+    cut = [row for row, length in zip(full, lengths, strict=True) if length > longest]
     if cut:
         logger.warning(
             "%d of %d texts exceed %d tokens and are cut there, end token kept; first: %r...",

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from modeling_dclip.encoders import DualEncoder
-from modeling_dclip.encoders.families import WrongModelError
+from modeling_dclip.encoders.families import WrongModelError, check_end_token, prepare_tokenizer
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.open_clip import (
     OPEN_CLIP_PREFIX,
@@ -118,8 +118,8 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
         FileNotFoundError: If a folder is missing or holds no safetensors.
         ImportError: If open_clip is named and not installed.
         WrongModelError: If the model is no dual encoder.
-        ValueError: If weights are damaged or missing, if the processor lacks files or one half, or as in
-            [`load_open_clip`].
+        ValueError: If weights are damaged or missing, if the processor lacks files or one half, if the tokenizer's
+            end token is not the text encoder's, or as in [`load_open_clip`].
     """
     name = str(spec)
     if name.startswith(OPEN_CLIP_PREFIX):
@@ -130,6 +130,8 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
     require_dual_encoder(model, name)
     processor = _load_processor(name, options)
     check_processor(processor, name)
+    prepare_tokenizer(processor.tokenizer, model.config.model_type)
+    check_end_token(model, processor.tokenizer, name)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         logger.warning(
             "%s has no image processor of the PIL backend: its pixels differ from PIL's by 1-2 grey levels.", name
@@ -279,4 +281,5 @@ def load_processor(model: str | os.PathLike) -> DCLIPProcessor:
     """
     processor = DCLIPProcessor.from_pretrained(model)
     check_processor(processor, str(model))
+    prepare_tokenizer(processor.tokenizer)
     return processor

@@ -25,6 +25,7 @@ from modeling_dclip.encoders.fingerprints import fingerprint_weights
 
 OPEN_CLIP_PREFIX = "open_clip:"
 HOLD_BOTH = ("hf-hub", "local-dir")  # schemes whose place holds both architecture and weights
+_COUNTED = 4096  # tokens of a text that are counted, at most
 _SUGGESTED = 5  # architectures near one that does not exist
 
 
@@ -57,8 +58,8 @@ class OpenClipTokenizer:
         tokenizer (`Callable`): From texts to `(B, T)`, each cut or padded to the model's T.
     """
 
-    def __init__(self, tokenizer: Callable[[list[str]], torch.Tensor]):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: Callable[..., torch.Tensor]):
+        self.read = tokenizer  # not `tokenizer`: by that name a processor has one
         self.model_max_length = tokenizer([""]).shape[1]
 
     def __call__(self, text: str | Sequence[str], return_tensors: str = "pt", **kwargs: Any) -> BatchEncoding:
@@ -66,7 +67,25 @@ class OpenClipTokenizer:
 
         There is no mask: the model reads every place. Padding and length are not for the caller to say.
         """
-        return BatchEncoding({"input_ids": self.tokenizer([text] if isinstance(text, str) else list(text))})
+        return BatchEncoding({"input_ids": self.read([text] if isinstance(text, str) else list(text))})
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text before it is cut, its end token counted; at most 4,096."""
+        if not texts:
+            return []
+        padding = int(self.read([""])[0, -1])
+        inner = getattr(self.read, "tokenizer", None)  # of transformers, where open_clip wraps one
+        is_end = int(getattr(inner, "eos_token_id", None) == padding)
+
+        def count(ids: torch.Tensor) -> int:
+            # What lies before the padding at the end: within a text, CLIP's padding is an exclamation mark.
+            real = (ids != padding).nonzero()
+            return min(len(ids), (int(real[-1]) + 1 if len(real) else 0) + is_end)
+
+        lengths = [count(ids) for ids in self.read(list(texts))]
+        for row in [row for row, length in enumerate(lengths) if length >= self.model_max_length]:
+            lengths[row] = count(self.read([texts[row]], context_length=_COUNTED)[0])
+        return lengths
 
 
 class OpenClipProcessor:

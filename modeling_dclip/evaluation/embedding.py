@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import PixelReader, open_image
 from modeling_dclip.encoders import DualEncoder, Encoder
-from modeling_dclip.encoders.families import longest_text, projected, tokenize_texts
+from modeling_dclip.encoders.families import count_tokens, longest_text, projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
 from modeling_dclip.processing_dclip import lay_over_white
 
@@ -183,12 +183,10 @@ def count_dropped_tokens(model: DualEncoder, processor: Any, text: str) -> int:
         text (`str`): Any text.
 
     Returns:
-        `int`: 0 or more. Always 0 for the tokenizers of open_clip, which do not report it.
+        `int`: 0 or more.
     """
-    if not hasattr(processor.tokenizer, "backend_tokenizer"):
-        return 0
-    tokens = processor.tokenizer(text, truncation=False, padding=False, verbose=False)["input_ids"]
-    return max(0, len(tokens) - longest_text(model, processor.tokenizer))
+    (length,) = count_tokens(processor.tokenizer, [text])
+    return max(0, length - longest_text(model, processor.tokenizer))
 
 
 @torch.no_grad()

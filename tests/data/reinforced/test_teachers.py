@@ -130,7 +130,7 @@ def open_clip(monkeypatch):
     module.list_models = lambda: ["ViT-X"]
     module.list_pretrained_tags_by_model = lambda name: ["some_tag"]
     module.get_tokenizer = lambda name: (
-        lambda texts: torch.tensor([[ord(text[:1] or "-"), ord(text[-1:] or "-")] for text in texts])
+        lambda texts, context_length=2: torch.tensor([[ord(text[:1] or "-"), ord(text[-1:] or "-")] for text in texts])
     )
     module.model = model
     monkeypatch.setitem(sys.modules, "open_clip", module)
