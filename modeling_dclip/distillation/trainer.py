@@ -4,8 +4,10 @@ A loss is computed over the global batch: each process gathers the rows of all. 
 of micro-batches are averaged; the negatives are those of one micro-batch over all processes.
 """
 
+import copy
 import logging
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,9 @@ import yaml
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
@@ -59,6 +62,18 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.batches.set_epoch(math.floor(state.epoch or 0))
+
+
+class _AllStepsTaken(Exception):
+    """Leaves the loop of a run that resumes where nothing is left to train."""
+
+
+class _StopAtLastStep(TrainerCallback):
+    """Ends a run that resumes from its last step; the base class would begin an epoch and take one step more."""
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step >= state.max_steps:
+            raise _AllStepsTaken
 
 
 class BatchesTrainer(Trainer):
@@ -110,7 +125,7 @@ class BatchesTrainer(Trainer):
             train_dataset=train_batches,
             eval_dataset=eval_batches,
             data_collator=pass_batch,
-            callbacks=[_TellEpoch(train_batches)],
+            callbacks=[_StopAtLastStep(), _TellEpoch(train_batches)],
         )
         # The base class does not get the processor: it would write the tokenizer's special tokens into the model's
         # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
@@ -132,6 +147,17 @@ class BatchesTrainer(Trainer):
     def model_to_save(self) -> PreTrainedModel:
         """The model that a checkpoint holds."""
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+
+    def train(self, *args, **kwargs):
+        """As the base class; a checkpoint at the last step is loaded, and no step is taken."""
+        try:
+            return super().train(*args, **kwargs)
+        except _AllStepsTaken:
+            if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
+                self._load_best_model()
+            self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
+            self.is_in_train = False
+            return TrainOutput(self.state.global_step, 0.0, {})
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the terms. Each term is added up for the log."""
@@ -406,8 +432,32 @@ def _stack_padded(rows: list[torch.Tensor], value: int) -> torch.Tensor:
     return torch.cat([F.pad(tokens, (0, longest - tokens.shape[1]), value=value) for tokens in rows])
 
 
+class _PlacedStream(IterableDataset):
+    """A stream with an empty place for each batch that a resumed run was given before.
+
+    The base class passes over these places without a read, and counts steps and accumulated batches as a run that was
+    never interrupted does.
+
+    Args:
+        loader (`DataLoader`): Gives the batches from the stream's position on.
+        batches ([`ReinforcedBatches`]): The stream.
+    """
+
+    def __init__(self, loader: DataLoader, batches: ReinforcedBatches):
+        self.loader, self.batches = loader, batches
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+        given = self.batches.position
+        for _ in range(given if given < len(self.batches) else 0):  # at its end, the stream begins the epoch anew
+            yield {}
+        yield from self.loader
+
+
 class _FollowStream(TrainerCallback):
-    """Starts a stream of batches where a checkpoint was saved, without reading those before, and counts its epochs."""
+    """Starts a stream of batches where a checkpoint was saved, without reading those before."""
 
     def __init__(self, batches: ReinforcedBatches):
         self.batches = batches
@@ -416,10 +466,6 @@ class _FollowStream(TrainerCallback):
         steps = math.ceil(len(self.batches) / args.gradient_accumulation_steps)
         epoch, step = divmod(state.global_step, steps)
         self.batches.resume(epoch, step * args.gradient_accumulation_steps)
-        self.steps_per_epoch = steps
-
-    def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = state.global_step / self.steps_per_epoch  # the base class counts from where it began to read
 
 
 class DMCLIPTrainer(BatchesTrainer):
@@ -450,6 +496,8 @@ class DMCLIPTrainer(BatchesTrainer):
         processor: DCLIPProcessor,
         resolved_arguments: dict[str, Any],
     ):
+        args = copy.copy(args)
+        args.ignore_data_skip = False  # what it skips are empty places
         super().__init__(model, args, train_batches, processor, resolved_arguments)
         self.teacher_widths = list(train_batches.teacher_widths)
         given = PUBLISHED_LOGIT_SCALE if args.teacher_logit_scale is None else args.teacher_logit_scale
@@ -462,7 +510,7 @@ class DMCLIPTrainer(BatchesTrainer):
     def get_train_dataloader(self):
         """The stream itself, not prepared by accelerate: it is already split between processes and workers."""
         args = self.args
-        return DataLoader(
+        loader = DataLoader(
             self.train_dataset,
             batch_size=None,
             num_workers=args.dataloader_num_workers,  # started again in each epoch, with a copy of the stream
@@ -471,6 +519,8 @@ class DMCLIPTrainer(BatchesTrainer):
             # The loader draws a seed. From the global generator, a resumed run would draw once more than others.
             generator=torch.Generator(),
         )
+        placed = _PlacedStream(loader, self.train_dataset)
+        return DataLoader(placed, batch_size=None, generator=torch.Generator())
 
     def loss_terms(self, model, batch):
         """Both losses over real captions, and over synthetic ones if the batch has them."""
