@@ -1,16 +1,45 @@
 """Turn texts, images and boxes into what the student and the teacher read.
 
 Preprocessing is pinned to PIL: the torchvision backend differs by 1 to 2 grey levels, which moves evaluation numbers.
+Every picture becomes upright 8-bit RGB first ([`as_rgb`]), and of a very long one only what the centre crop keeps is
+resized ([`cut_long`]).
 """
+
+import struct
+import zlib
 
 import numpy as np
 import torch
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPProcessor
-from transformers.image_utils import PILImageResampling, load_image
+from transformers.image_transforms import to_pil_image
+from transformers.image_utils import PILImageResampling, is_pil_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
+
+# What PIL raises for damaged pictures, beside errors of its own. Its readers trust what a file says, so that nearly
+# any error can come out of them.
+DAMAGED = (
+    OSError,  # a truncated file
+    EOFError,
+    SyntaxError,  # a bad chunk of a PNG
+    ValueError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    LookupError,  # a number of the header that a table of the reader lacks
+    ArithmeticError,  # a header with zeros or absurd sizes
+    struct.error,  # odd EXIF values, a header that ends too early
+    RuntimeError,  # AVIF; also NotImplementedError of DDS
+    MemoryError,  # a size that this machine cannot hold
+    zlib.error,
+)
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 262  # tags of EXIF and TIFF
+# What turns a picture of this EXIF orientation upright, as numbers of PIL's `Transpose`.
+_TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
+_VALUES_A_BLOCK = 2**20  # converted at a time, so that temporary arrays stay small
+LONGEST_ASPECT = 50.0  # a picture more times as long as wide is cut before it is resized
 
 
 class DCLIPProcessorKwargs(ProcessingKwargs, total=False):
@@ -42,13 +71,23 @@ class DCLIPProcessor(CLIPProcessor):
         """Tokenize and preprocess.
 
         Args:
-            images (`PIL.Image` or list, *optional*): Or whatever CLIP's image processor takes.
+            images (`PIL.Image` or list, *optional*): Pictures of any mode ([`as_rgb`]), or arrays or tensors
+                `(H, W, C)` or `(C, H, W)` of any type, whose values become 8 bits ([`eight_bits`]). With
+                `do_rescale=False` arrays are taken as they are.
             text (`str` or `list[str]`, *optional*): Padded to the longest and truncated unless told otherwise.
             kwargs: As for [`~transformers.CLIPProcessor`].
 
         Returns:
             `BatchFeature`: `input_ids` and `attention_mask` for text, `pixel_values (B, 3, H, W)` for images.
+
+        Raises:
+            TypeError: If an image is a text: transformers would open it and lose what 16-bit and transparent pictures
+                hold.
+            ValueError: If what a picture or an array holds cannot be brought to 8 bits.
         """
+        if images is not None:
+            settings = {**_read_settings(self.image_processor), **kwargs, **kwargs.get("images_kwargs", {})}
+            images = _prepare(images, settings)
         features = super().__call__(images=images, text=text, **kwargs)
         if text is not None:
             texts, rows = text, features["input_ids"]
@@ -92,7 +131,7 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
         """Prepare a batch.
 
         Args:
-            images (`PIL.Image` or `list[PIL.Image]`, *optional*): B images of any size.
+            images (`PIL.Image` or `list[PIL.Image]`, *optional*): B images of any size and mode.
             text (`str` or `list[str]`, *optional*): B captions.
             boxes (`list` of array-like `(R_i, 4)`, *optional*): xyxy in absolute pixels, inside the image. None, or
                 no row, means the whole image.
@@ -107,11 +146,12 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
             padding is 0 and False.
 
         Raises:
+            TypeError: If an image is none of PIL.
             ValueError: If counts differ, a box lies outside its image, is empty or not finite, or a score is not in
                 [0, 1]. The message names sample and box.
         """
         if images is not None:
-            images = [load_image(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
+            images = [_as_picture(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
         elif boxes is not None or box_scores is not None:
             raise ValueError("boxes: expected the images they lie in, got images=None.")
         features = super().__call__(images=images, text=text, return_tensors=return_tensors, **kwargs)
@@ -227,30 +267,244 @@ def check_boxes(boxes, scores, image_size, sample, max_regions=None):
     return boxes, scores
 
 
-def lay_over_white(image):
-    """An image in RGB, transparent pixels over white: what transformers' image processors do, and PIL's own conversion
-    does not.
+def eight_bits(values, what="The picture", white=None):
+    """Bring numbers of any kind to 8 bits, rounded.
+
+    The scale is that of the type where it has one: uint8 as it is, bool 0 and 255, uint16 divided by 257. Other
+    integers and floats say it by their largest value: up to 1 (floats only), up to 255, or up to 65535 is white.
+
+    Args:
+        values (`np.ndarray`): Any shape.
+        what (`str`, *optional*): What messages call it.
+        white (`int`, *optional*): The value that is white, where it is known.
+
+    Returns:
+        `np.ndarray`: uint8, of the same shape.
+
+    Raises:
+        ValueError: If a value is not finite, negative or above 65535; if it is no number; or if the picture would come
+            out black, its mean below 1 of 255: then its scale is none of these.
+
+    Example:
+        >>> eight_bits(np.array([0, 257, 65535], np.uint16)).tolist(), eight_bits(np.array([0, 0.5, 1])).tolist()
+        ([0, 1, 255], [0, 128, 255])
+    """
+    if values.dtype == np.uint8 or values.size == 0:
+        return values.astype(np.uint8, copy=False)
+    if values.dtype.kind not in "buif":
+        raise ValueError(f"{what}: expected numbers, got {values.dtype}.")
+    white = white or {"b": 1, "u": 65535 if values.dtype.itemsize == 2 else None}.get(values.dtype.kind)
+    if white is None:
+        low, high = float(values.min()), float(values.max())
+        if not (np.isfinite(low) and np.isfinite(high) and low >= 0 and high <= 65535):
+            raise ValueError(
+                f"{what} holds values from {low:g} to {high:g}, expected 0 to 1, to 255 or to 65535. Save it with 8 "
+                "or 16 bits."
+            )
+        white = 1 if high <= 1 and values.dtype.kind == "f" else 255 if high <= 255 else 65535
+        if white > 1 and high > 1 and float(values.mean(dtype=np.float64)) < white / 255:
+            raise ValueError(
+                f"{what} holds values from {low:g} to {high:g} whose mean is {values.mean(dtype=np.float64):g}: on a "
+                f"scale of 0 to {white} it would be black. Scale it, and save it with 8 or 16 bits."
+            )
+    flat, found = values.reshape(-1), np.empty(values.size, np.uint8)
+    for start in range(0, len(flat), _VALUES_A_BLOCK):
+        part = flat[start : start + _VALUES_A_BLOCK].astype(np.float64)
+        found[start : start + len(part)] = np.rint(part * (255 / white)).clip(0, 255)
+    return found.reshape(values.shape)
+
+
+def orientation_of(image):
+    """The EXIF orientation of a picture. It is 1, upright, where EXIF cannot be read: odd metadata make no picture
+    unreadable.
+    """
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except DAMAGED:
+        return 1
+
+
+def as_rgb(image, upright=True):
+    """A picture in 8-bit RGB, whatever its mode, without losing what it holds.
+
+    Transparent pixels are laid over white. 16-bit grey is divided by 257. 32-bit integers and floats have the scale
+    that [`eight_bits`] finds; those of PNG and PPM files have 16 bits. PIL's own conversion cuts all of these at 255,
+    and drops transparency.
 
     Args:
         image (`PIL.Image`): Any mode.
+        upright (`bool`, *optional*, defaults to `True`): Turn it as its EXIF orientation says. A picture that was
+            turned says so no more.
 
     Returns:
-        `PIL.Image`: RGB.
+        `PIL.Image`: RGB, without EXIF. The picture itself if nothing is to be done.
+
+    Raises:
+        ValueError: If it is on no scale of [`eight_bits`], or PIL cannot convert its mode.
+
+    Example:
+        >>> from PIL import Image
+        >>> as_rgb(Image.new("I;16", (1, 1), 257 * 90)).getpixel((0, 0))
+        (90, 90, 90)
     """
-    if image.mode not in ("RGBA", "LA", "PA", "La", "RGBa") and "transparency" not in image.info:
-        return image.convert("RGB")
-    image = image.convert("RGBA")
-    white = image.copy()
-    white.paste((255, 255, 255, 255), (0, 0, *image.size))
-    white.alpha_composite(image)
-    return white.convert("RGB")
+    image.load()  # a TIFF turns itself here
+    turn = _TURNS.get(orientation_of(image)) if upright else None
+    if image.mode == "RGB" and "transparency" not in image.info:
+        rgb = image
+    elif image.mode[0] in "IF":  # I, F, I;16 and its byte orders
+        rgb = _grey_as_rgb(image)
+    elif _is_transparent(image):
+        rgb = _over_white(image.convert("LA") if image.mode == "La" else image)
+    else:
+        rgb = image.convert("RGB")
+    if turn is not None:
+        rgb = rgb.transpose(turn)
+    if any(name in rgb.info for name in _METADATA):  # what is copied to every picture made from this one
+        rgb = rgb.copy() if rgb is image else rgb
+        rgb.info = {name: value for name, value in rgb.info.items() if name not in _METADATA}
+    return rgb
+
+
+# Where PIL keeps an orientation; and a colour that a converted picture has no more.
+_METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp", "transparency")
+
+
+def _is_transparent(image):
+    palette = getattr(image, "palette", None)
+    return (
+        image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+        or "transparency" in image.info
+        or (image.mode == "P" and palette is not None and palette.mode.endswith("A"))
+    )
+
+
+def _over_white(image):
+    """A picture with transparency over white, in RGB; a band at a time, as RGBA twice would take much memory."""
+    rows = max(1, _VALUES_A_BLOCK // image.width)
+    rgb = np.empty((image.height, image.width, 3), np.uint8)
+    for top in range(0, image.height, rows):
+        layer = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = layer.copy()
+        white.paste((255, 255, 255, 255), (0, 0, *layer.size))
+        white.alpha_composite(layer)
+        rgb[top : top + rows] = np.asarray(white.convert("RGB"))
+    return to_pil_image(rgb, do_rescale=False, input_data_format="channels_last")
+
+
+def _grey_as_rgb(image):
+    """A picture of one channel with more than 8 bits in RGB."""
+    values = np.asarray(image)
+    is_known = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    grey = eight_bits(values, f"It is of mode {image.mode} and", white=65535 if is_known else None)
+    if (
+        getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
+    ):  # a TIFF whose white is 0, which PIL inverts in 8 bits only
+        grey = 255 - grey
+    if isinstance(image.info.get("transparency"), int):  # of a PNG: the one value that is transparent
+        grey = np.where(values == image.info["transparency"], np.uint8(255), grey)
+    return to_pil_image(grey[None], do_rescale=False, input_data_format="channels_first").convert("RGB")
+
+
+def _read_settings(image_processor):
+    """What decides how an image processor resizes and crops."""
+    names = ("do_resize", "size", "do_center_crop", "crop_size", "resample", "do_rescale", "backend")
+    return {name: getattr(image_processor, name, None) for name in names}
+
+
+def _edge(size, name):
+    """A field of a size, which is a dict or an object of transformers; a plain number is the shortest edge."""
+    if isinstance(size, int):
+        return None if name == "longest_edge" else size
+    return size.get(name) if isinstance(size, dict) else getattr(size, name, None)
+
+
+def cut_long(image, image_processor):
+    """Of a very long picture, cut out and resize what an image processor's centre crop will keep.
+
+    An image processor that resizes the shortest edge makes a picture of 100,000 x 4 pixels 5,600,000 x 224 first, 3.8
+    GB, and then cuts 224 x 224 out of it. Here only that part is resized, to the same pixels (one value in 5,000
+    differs by a grey level, where a rounding is a tie). The image processor has nothing left to do but to rescale.
+    Other pictures and other image processors are left alone.
+
+    Args:
+        image (`PIL.Image`): RGB.
+        image_processor: Of transformers or alike, or a `dict` of its settings.
+
+    Returns:
+        `PIL.Image`: The picture itself unless it is [`LONGEST_ASPECT`] times as long as wide.
+
+    Raises:
+        ValueError: If it is longer and nothing of it would be cut away: its cost would have no bound.
+    """
+    settings = image_processor if isinstance(image_processor, dict) else _read_settings(image_processor)
+    short, long = sorted(image.size)
+    edge = _edge(settings["size"], "shortest_edge")
+    if long <= LONGEST_ASPECT * short or edge is None or _edge(settings["size"], "longest_edge"):
+        return image
+    if settings["do_resize"] is False:
+        return image
+    lies = image.width == long
+    crop = _edge(settings["crop_size"], "width" if lies else "height") if settings["do_center_crop"] else None
+    if crop is None:
+        raise ValueError(
+            f"The picture has {image.width} x {image.height} pixels, more than {LONGEST_ASPECT} times as long as "
+            "wide, and the image processor cuts nothing away. Cut it into pieces."
+        )
+    resized = int(edge * long / short)
+    start = (resized - crop) // 2
+    if settings["backend"] not in ("pil", None):  # torchvision's centre crop rounds
+        start = int(round((resized - crop) / 2.0))
+    more = max(0, -(-(edge - crop) // 2))  # so that the short edge stays the short one; cut again by the crop
+    start, kept = start - more, crop + 2 * more
+    scale = long / resized
+    margin = int(4 * max(scale, 1)) + 1  # as far as the widest filter of PIL reaches
+    first = max(0, int(start * scale) - margin)
+    last = min(long, int((start + kept) * scale) + margin + 1)
+    inner = (start * scale - first, (start + kept) * scale - first)  # inside the part: PIL's boxes are float32
+    if lies:
+        part, box, size = (first, 0, last, short), (inner[0], 0, inner[1], short), (kept, edge)
+    else:
+        part, box, size = (0, first, short, last), (0, inner[0], short, inner[1]), (edge, kept)
+    resample = PILImageResampling.BILINEAR if settings["resample"] is None else int(settings["resample"])
+    return image.crop(part).resize(size, resample, box=box)
+
+
+def _as_picture(image):
+    if not is_pil_image(image):
+        raise TypeError(f"Expected pictures of PIL, got {type(image).__name__}. Open or convert it first.")
+    return as_rgb(image)
+
+
+def _prepare(images, settings):
+    """Pictures in upright RGB, arrays and tensors in 8 bits; lists of them alike."""
+    if isinstance(images, (list, tuple)):
+        return [_prepare(one, settings) for one in images]
+    if isinstance(images, (str, bytes)):
+        raise TypeError(
+            f"Expected a picture, got {type(images).__name__}: {images!r:.60}. Open it first, with PIL.Image.open, so "
+            "that what 16-bit and transparent pictures hold is kept."
+        )
+    if is_pil_image(images):
+        return cut_long(as_rgb(images), settings)
+    if isinstance(images, torch.Tensor):
+        images = images.detach().cpu()
+        images = images.float().numpy() if images.is_floating_point() else images.numpy()
+    if isinstance(images, np.ndarray):
+        images = images if settings["do_rescale"] is False else eight_bits(images, "The array")
+        if (
+            images.dtype == np.uint8
+            and images.ndim == 3
+            and sorted(images.shape)[1] * LONGEST_ASPECT < max(images.shape)
+        ):
+            images = cut_long(to_pil_image(images, do_rescale=False), settings)
+    return images
 
 
 def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
     """Cut boxes out of an image and resize each to `size`, not keeping its aspect.
 
     Args:
-        image (`PIL.Image`): Any mode; read as RGB, transparent pixels as white.
+        image (`PIL.Image`): Any mode; read by [`as_rgb`].
         boxes (`np.ndarray` of shape `(R, 4)`): xyxy inside the image; rounded to whole pixels, at least one each way.
         size (`tuple`): `(width, height)` of a crop.
         resample (`int`, *optional*): A PIL filter. No pixel outside the box enters it.
@@ -258,7 +512,7 @@ def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
     Returns:
         `np.ndarray` of shape `(R, height, width, 3)`: uint8.
     """
-    image = lay_over_white(image)
+    image = as_rgb(image)
     corners = np.rint(boxes).astype(int)
     limits = np.array(image.size)
     top_left = np.minimum(corners[:, :2], limits - 1)

@@ -16,8 +16,16 @@ import gradio as gr
 from PIL import Image
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.images import UNREADABLE
-from modeling_dclip.hub.space import DETECTOR, GALLERY, SpaceAnswers, UserMistake, suggest_labels, suggest_queries
+from modeling_dclip.data.images import UnreadableImageError, open_image
+from modeling_dclip.hub.space import (
+    DETECTOR,
+    GALLERY,
+    MOST_UPLOADED_PIXELS,
+    SpaceAnswers,
+    UserMistake,
+    suggest_labels,
+    suggest_queries,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders that `make demo` writes, best first. The small CLIP of the repository is always there.
@@ -29,24 +37,35 @@ CSS = ".gradio-container {width: 100% !important; max-width: 1100px !important; 
 
 
 class BrokenUpload(NamedTuple):
-    """An uploaded file that is not a picture, by its name."""
+    """An uploaded file that cannot be read as a picture, and why."""
 
-    name: str
+    message: str
 
 
 def make_upload(**options: Any) -> gr.Image:
-    """Make an upload that passes a file that is not a picture on as [`BrokenUpload`], so that the answer can say so.
+    """Make an upload that is read as all other pictures are, and passes one that cannot be read on as
+    [`BrokenUpload`], so that the answer can say so.
 
-    The component is not subclassed, because gradio would write a `.pyi` file beside this one.
+    gradio would decode a picture before its size is looked at, and lay transparent pixels over black. The component is
+    not subclassed, because gradio would write a `.pyi` file beside this one.
     """
-    upload = gr.Image(type="pil", **options)
-    decode = upload.preprocess
+    upload = gr.Image(type="filepath", **options)
 
     def preprocess(payload: Any) -> Image.Image | BrokenUpload | None:
+        if payload is None:
+            return None
+        name = f"'{payload.orig_name}'" if payload.orig_name else "The picture"
+        if payload.path is None:
+            return BrokenUpload(f"{name} is no file. Upload it as a file.")
         try:
-            return decode(payload)
-        except (*UNREADABLE, gr.Error):
-            return BrokenUpload(getattr(payload, "orig_name", None) or "The file")
+            return open_image(
+                payload.path,
+                name,
+                most_pixels=MOST_UPLOADED_PIXELS,
+                advice="Give an undamaged JPEG, PNG or WebP file.",
+            )
+        except UnreadableImageError as error:
+            return BrokenUpload(str(error).replace(str(payload.path), name))
 
     upload.preprocess = preprocess
     return upload
@@ -59,9 +78,7 @@ def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tupl
         try:
             for given in inputs:
                 if isinstance(given, BrokenUpload):
-                    raise UserMistake(
-                        f"{given.name} cannot be read as a picture. Give an undamaged JPEG, PNG or WebP file."
-                    )
+                    raise UserMistake(given.message)
             return function(*inputs)
         except UserMistake as mistake:
             return None, f"⚠️ {mistake}"

@@ -294,7 +294,7 @@ def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:
     if len(bad):
         row = int(np.searchsorted(entries.offsets, bad[0], side="right")) - 1
         raise ValueError(
-            f"Column {name!r}, row {row} (image {dataset[row]['image_id']!r}), entry {bad[0] - entries.offsets[row]}: "
+            f"Column {name!r}, row {row} (image {dataset['image_id'][row]!r}), entry {bad[0] - entries.offsets[row]}: "
             f"expected finite numbers, got NaN or infinity ({len(bad)} such entries in all). Delete the targets and "
             "make them again."
         )

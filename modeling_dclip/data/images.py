@@ -1,7 +1,8 @@
 """The door for pictures: the one place of this package that opens an image, and images as an encoder sees them.
 
-[`open_image`] turns a picture upright, lays transparent pixels over white, and answers whatever is wrong with one
-error, [`UnreadableImageError`].
+[`open_image`] bounds what is read and decoded, turns a picture upright, brings any mode to 8-bit RGB with transparent
+pixels over white ([`~modeling_dclip.processing_dclip.as_rgb`]), and answers whatever is wrong with one error,
+[`UnreadableImageError`].
 
 [`PixelReader`] reads a batch at a time: resized and cropped once, normalised when asked for. Pixels are those of the
 image processor given, bit for bit. transformers rescales and normalises image by image in numpy: 1.1 of the 1.8 ms
@@ -12,12 +13,11 @@ it is on: a quarter of the bytes travel.
 
 import io
 import os
+import re
 import stat
-import struct
 import warnings
-import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,11 +26,11 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from datasets import Image as ImageFeature
-from PIL import ExifTags, Image
+from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.files import find_files, read_bytes
-from modeling_dclip.processing_dclip import lay_over_white
+from modeling_dclip.processing_dclip import DAMAGED, as_rgb, cut_long, orientation_of
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 IMAGES_PER_READ = 64  # enough for one call of the image processor to pay, few enough for a smooth progress bar
@@ -63,33 +63,19 @@ class MissingImageError(UnreadableImageError, FileNotFoundError):
     """A picture whose file is missing."""
 
 
-# What PIL raises for damaged pictures. Its readers trust what a file says, so that nearly any error can come out of
-# them. Only calls of PIL stand inside the `try` with this list: an error in our code is not hidden by it.
+# What PIL raises for damaged pictures. Only calls of PIL, and what brings a picture to RGB, stand inside the `try`
+# with this list: an error in other code is not hidden by it.
 UNREADABLE = (
-    OSError,  # no file, a truncated or unknown one
-    SyntaxError,  # a bad chunk of a PNG
-    ValueError,
-    TypeError,
-    AttributeError,
-    LookupError,  # a number of the header that a table of the reader lacks
-    ArithmeticError,  # a header with zeros or absurd sizes
-    struct.error,  # odd EXIF values, a header that ends too early
-    RuntimeError,  # AVIF; also NotImplementedError of DDS
-    MemoryError,  # a size that this machine cannot hold
+    *DAMAGED,
     ImportError,  # an optional library of PIL that is missing
-    zlib.error,
     Image.DecompressionBombError,
 )
+MOST_PIXELS = 178_956_970  # where PIL refuses too; 0.7 GB decoded
+MOST_BYTES = 2**30  # of an encoded picture
+# Formats that PIL opens but that run another program (Ghostscript), or that it only knows by name.
+_REFUSED_FORMATS = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)")  # http://, hf://, zip://..::http://..
 _NEITHER = "the row has neither bytes nor a path"
-_TRANSPOSE = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}  # what turns a picture of this EXIF orientation upright
 
 ImageSource = bytes | str | os.PathLike | Mapping[str, Any]
 
@@ -102,15 +88,33 @@ def _stored(source: ImageSource | None) -> bytes | str | None:
 
 
 def _unreadable(name: str, error: BaseException | str, advice: str) -> UnreadableImageError:
-    reason = error if isinstance(error, str) else str(error) or type(error).__name__
+    if isinstance(error, UnidentifiedImageError):  # PIL's message names an object in memory
+        error = "cannot identify image file: it is damaged, or of a format that is not read"
+    reason = error if isinstance(error, str) else " ".join(str(error).split()) or type(error).__name__
+    reason = reason.rstrip(".")
     kind = MissingImageError if isinstance(error, FileNotFoundError) else UnreadableImageError
     return kind(f"{name} cannot be read: {reason}. {advice}", reason)
 
 
-def _require_regular(path: str) -> None:
-    """Refuse what would never end or is no file: a pipe, a device, a folder."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
+def _require_bounded(path: str) -> None:
+    """Refuse an address, what would never end or is no file (a pipe, a device, a folder), and a file too large."""
+    try:
+        status = os.stat(path)
+    except FileNotFoundError:
+        if _ADDRESS.match(path):
+            raise OSError(
+                f"expected a file, got the address '{path}'. Addresses in rows are never fetched: download the "
+                "pictures first, and give their paths"
+            ) from None
+        raise
+    if not stat.S_ISREG(status.st_mode):
         raise OSError(f"expected a file at '{path}', got a folder, a pipe or a device")
+    _require_few_bytes(status.st_size)
+
+
+def _require_few_bytes(size: int) -> None:
+    if size > MOST_BYTES:
+        raise OSError(f"expected at most {MOST_BYTES:,} bytes, got {size:,}")
 
 
 def read_encoded(source: ImageSource | None, name: str = "The image", advice: str = "Replace the file.") -> bytes:
@@ -122,7 +126,8 @@ def read_encoded(source: ImageSource | None, name: str = "The image", advice: st
         advice (`str`, *optional*): What to do where it cannot be read.
 
     Raises:
-        UnreadableImageError: If the row has none, or the file cannot be read. [`MissingImageError`] if it is missing.
+        UnreadableImageError: If the row has none, the file cannot be read or has more than [`MOST_BYTES`], or an
+            address stands in a path's place. [`MissingImageError`] if it is missing.
     """
     stored = _stored(source)
     if stored is None:
@@ -130,72 +135,86 @@ def read_encoded(source: ImageSource | None, name: str = "The image", advice: st
     if isinstance(stored, bytes):
         return stored
     try:
-        _require_regular(stored)
+        _require_bounded(stored)
         return read_bytes(stored)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a null in the path
         raise _unreadable(name, error, advice) from error
 
 
-def _load(stored: bytes | str) -> Image.Image:
-    if isinstance(stored, bytes):
-        image = Image.open(io.BytesIO(stored))
-    elif "://" in stored:  # in a saved dataset: `datasets` fetches it
-        return ImageFeature().decode_example({"bytes": None, "path": stored})
-    else:
-        _require_regular(stored)
-        image = Image.open(stored)
-    image.load()  # whole, and the file is closed
-    return image
+@cache
+def readable_formats() -> tuple[str, ...]:
+    """The formats that are read, as PIL calls them: all but those that run another program or decode nothing."""
+    Image.init()
+    return tuple(sorted(set(Image.OPEN) - set(_REFUSED_FORMATS)))
 
 
-@contextmanager
-def _refusing_large() -> Iterator[None]:
+def _open_lazily(file: io.BytesIO | io.BufferedReader) -> Image.Image:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the limit is ours
+        return Image.open(file, formats=readable_formats())
 
 
-def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation. It is 1, upright, if EXIF cannot be read: odd metadata make no picture unreadable."""
-    try:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except UNREADABLE:
-        return 1
+def _decode(stored: bytes | str, upright: bool, most_pixels: int) -> Image.Image:
+    """Open, bound, load and bring to RGB. The file is open until the end, as PIL reads metadata late."""
+    if isinstance(stored, bytes):
+        _require_few_bytes(len(stored))
+    else:
+        _require_bounded(stored)
+    with io.BytesIO(stored) if isinstance(stored, bytes) else open(stored, "rb") as file:
+        image = _open_lazily(file)
+        _check_size(image.size, most_pixels)
+        _mend_transparency(image)
+        image.load()
+        _check_size(image.size, most_pixels)  # an icon's is known late
+        return as_rgb(image, upright)
+
+
+def _check_size(size: tuple[int, int], most_pixels: int) -> None:
+    width, height = size
+    if min(size) < 1:
+        raise OSError(f"expected pixels, got {width} x {height}")
+    if width * height > most_pixels:
+        raise OSError(f"expected at most {most_pixels:,} pixels, got {width} x {height}")
+
+
+def _mend_transparency(image: Image.Image) -> None:
+    """Bring the transparent colour of a PNG to the 8 bits of its pixels, which PIL brings alone."""
+    colour = image.info.get("transparency")
+    packing = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    if packing in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[packing]
+    elif packing == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def open_image(
     source: ImageSource | None,
     name: str = "The image",
     *,
-    rgb: bool = True,
     upright: bool = True,
-    refuse_large: bool = False,
+    most_pixels: int | None = None,
     advice: str = "Replace the file.",
 ) -> Image.Image:
-    """Decode a picture whole.
+    """Decode a picture whole, in RGB, as [`~modeling_dclip.processing_dclip.as_rgb`] says. Of several frames, the
+    first.
 
     Args:
-        source: Its bytes, a path, or a value of an image column that is not decoded.
+        source: Its bytes, a path, or a value of an image column that is not decoded. An address is not fetched.
         name (`str`, *optional*): What messages call it, e.g. `"Image 'a' (row 1)"`.
-        rgb (`bool`, *optional*, defaults to `True`): In RGB, transparent pixels over white; else in the stored mode.
         upright (`bool`, *optional*, defaults to `True`): Turn it as its EXIF orientation says.
-        refuse_large (`bool`, *optional*, defaults to `False`): Refuse more than `PIL.Image.MAX_IMAGE_PIXELS`, instead
-            of twice as many.
+        most_pixels (`int`, *optional*): Refuse more, before they are decoded; [`MOST_PIXELS`] by default.
         advice (`str`, *optional*): What to do where it cannot be read.
 
     Raises:
-        UnreadableImageError: If it cannot be read or decoded. [`MissingImageError`] if the file is missing.
+        UnreadableImageError: If it cannot be read or decoded, or is too large. [`MissingImageError`] if the file is
+            missing.
     """
     stored = _stored(source)
     if stored is None:
         raise _unreadable(name, _NEITHER, advice)
     try:
-        with _refusing_large() if refuse_large else nullcontext():
-            image = _load(stored)
-        method = _TRANSPOSE.get(_orientation(image)) if upright else None
-        image = image if method is None else image.transpose(method)
-        return lay_over_white(image) if rgb else image
-    except (*UNREADABLE, Image.DecompressionBombWarning) as error:
+        return _decode(stored, upright, MOST_PIXELS if most_pixels is None else most_pixels)
+    except UNREADABLE as error:
         raise _unreadable(name, error, advice) from error
 
 
@@ -204,11 +223,13 @@ class ImageHeader(NamedTuple):
 
     Attributes:
         format (`str`): As PIL calls it: `JPEG`, `PNG`, ...
+        mode (`str`): Of its pixels, as PIL calls it: `RGB`, `I;16`, ...
         size (`tuple[int, int]`): Width and height in pixels, as stored.
         is_upright (`bool`): Whether EXIF asks for no turning.
     """
 
     format: str | None
+    mode: str
     size: tuple[int, int]
     is_upright: bool
 
@@ -217,11 +238,13 @@ def read_header(encoded: bytes, name: str = "The image") -> ImageHeader:
     """Read format, size and orientation of a picture.
 
     Raises:
-        UnreadableImageError: If it is no picture.
+        UnreadableImageError: If it is no picture, or too large.
     """
     try:
-        image = Image.open(io.BytesIO(encoded))
-        return ImageHeader(image.format, image.size, _orientation(image) == 1)
+        _require_few_bytes(len(encoded))
+        image = _open_lazily(io.BytesIO(encoded))
+        _check_size(image.size, MOST_PIXELS)
+        return ImageHeader(image.format, image.mode, image.size, orientation_of(image) == 1)
     except UNREADABLE as error:
         raise _unreadable(name, error, "Replace it.") from error
 
@@ -238,30 +261,30 @@ def undecoded_images(dataset: Dataset) -> Dataset:
     return images.cast_column("image", ImageFeature(mode=mode, decode=False))
 
 
-def decode_image(dataset: Dataset, row: int, *, rgb: bool = True) -> Image.Image:
-    """One image of a dataset, upright.
+def decode_image(dataset: Dataset, row: int) -> Image.Image:
+    """One image of a dataset, upright, in RGB.
 
     Args:
         dataset (`datasets.Dataset`): With `image` and, for messages, `image_id`. Where many rows are read, give
-            [`undecoded_images`].
+            [`undecoded_images`]. A column of a mode of its own, such as `Image(mode="L")`, gives pictures of that mode
+            in RGB.
         row (`int`): Which.
-        rgb (`bool`, *optional*, defaults to `True`): In RGB, transparent pixels over white; else in the stored mode.
 
     Raises:
         UnreadableImageError: If it cannot be read or decoded; the message names id and row.
     """
     images = undecoded_images(dataset) if dataset.features["image"].decode else dataset
     stored, mode = images[row], images.features["image"].mode
-    image = open_image(
-        stored["image"],
-        f"Image {stored['image_id']!r} (row {row})" if "image_id" in stored else f"The image of row {row}",
-        rgb=rgb and mode is None,
-        advice="Replace the file or drop the row; the regions stage does so with on_bad_image: skip.",
-    )
-    if mode is None:
-        return image
-    image = image if mode == image.mode else image.convert(mode)
-    return lay_over_white(image) if rgb else image
+    image = open_image(stored["image"], _name_of(stored, row), advice=_ADVICE)
+    # Modes of more bits say how `datasets` keeps the numbers, not what the picture shows.
+    return image if mode is None or mode[0] in "IF" else image.convert(mode).convert("RGB")
+
+
+_ADVICE = "Replace the file or drop the row; the regions stage does so with on_bad_image: skip."
+
+
+def _name_of(stored: Mapping[str, Any], row: int) -> str:
+    return f"Image {stored['image_id']!r} (row {row})" if "image_id" in stored else f"The image of row {row}"
 
 
 def look_up(raw: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -347,9 +370,14 @@ class PixelReader:
         return {name: inputs[name] for name in self.input_names}
 
     def _images(self, rows: Sequence[int] | np.ndarray) -> list[Image.Image]:
-        # Left to the processor where it converts: transformers lays transparent pixels over white.
-        rgb = not getattr(self.image_processor, "do_convert_rgb", False)
-        return [decode_image(self.images, int(row), rgb=rgb) for row in rows]
+        return [self._image(int(row)) for row in rows]
+
+    def _image(self, row: int) -> Image.Image:
+        image = decode_image(self.images, row)
+        try:
+            return cut_long(image, self.image_processor)
+        except ValueError as error:
+            raise _unreadable(_name_of(self.images[row], row), error, _ADVICE) from error
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """What [`PixelReader.decode`] gave as the processor's pixel values, on the device it is on."""

@@ -29,7 +29,7 @@ from modeling_dclip.data.columns import (
 from modeling_dclip.data.images import decode_image, undecoded_images
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, cut_long
 
 
 @dataclass
@@ -110,6 +110,7 @@ class _RegionRows(TorchDataset):
     def __getitems__(self, rows: list[int]) -> dict[str, torch.Tensor]:
         images = [decode_image(self.images, row) for row in rows]
         if not self.regions:
+            images = [cut_long(image, self.processor.image_processor) for image in images]
             return {"pixel_values": self.processor.image_processor(images=images, return_tensors="pt")["pixel_values"]}
         regions = {}
         if self.boxes is not None and self.scores is not None:
@@ -200,7 +201,7 @@ def _no_captions(dataset: Dataset, teacher: DCLIPTeacher, reads_text: bool) -> R
     if lengths.any():
         row = int(np.flatnonzero(lengths)[0])
         raise ValueError(
-            f"Image {dataset[row]['image_id']!r} (row {row}): expected no caption, got {lengths[row]}. Drop the "
+            f"Image {dataset['image_id'][row]!r} (row {row}): expected no caption, got {lengths[row]}. Drop the "
             "captions first."
         )
     return Ragged.from_lengths(np.array([], dtype=object), lengths)

@@ -26,6 +26,7 @@ from modeling_dclip.encoders.fingerprints import fingerprint_weights
 OPEN_CLIP_PREFIX = "open_clip:"
 HOLD_BOTH = ("hf-hub", "local-dir")  # schemes whose place holds both architecture and weights
 _COUNTED = 4096  # tokens of a text that are counted, at most
+_FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # torchvision's to PIL's
 _SUGGESTED = 5  # architectures near one that does not exist
 
 
@@ -40,8 +41,22 @@ class OpenClipImageProcessor:
     do_convert_rgb = True
     model_input_names = ("pixel_values",)
 
+    # What `modeling_dclip.processing_dclip.cut_long` asks of an image processor.
+    do_resize = True
+    do_center_crop = False
+    size: Any = None
+    crop_size: Any = None
+    resample: int | None = None
+
     def __init__(self, transform: Callable[[Image.Image], torch.Tensor]):
         self.transform = transform
+        for step in getattr(transform, "transforms", []):
+            kind, size = type(step).__name__, getattr(step, "size", None)
+            if kind == "Resize" and isinstance(size, int):  # of the shortest edge
+                self.size, self.resample = {"shortest_edge": size}, _FILTERS[step.interpolation.value]
+            elif kind == "CenterCrop":
+                height, width = (size, size) if isinstance(size, int) else size
+                self.do_center_crop, self.crop_size = True, {"height": height, "width": width}
 
     def __call__(
         self, images: Image.Image | Sequence[Image.Image], return_tensors: str = "pt", **kwargs: Any

@@ -19,7 +19,7 @@ from modeling_dclip.data.images import PixelReader, open_image
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import count_tokens, longest_text, projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
-from modeling_dclip.processing_dclip import lay_over_white
+from modeling_dclip.processing_dclip import as_rgb, cut_long
 
 TEXTS_PER_IMAGE = 4  # a batch holds this many texts for each of its images: a text costs less
 
@@ -171,7 +171,7 @@ def open_picture(path: str | Path) -> Image.Image:
     if not Path(path).is_file():
         raise FileNotFoundError(f"Expected a picture at '{path}', got no such file. Check the path.")
     name, advice = f"'{Path(path).name}'", "Give an undamaged JPEG, PNG or WebP file."
-    return open_image(path, name, refuse_large=True, advice=advice)
+    return open_image(path, name, advice=advice)
 
 
 def count_dropped_tokens(model: DualEncoder, processor: Any, text: str) -> int:
@@ -196,13 +196,14 @@ def embed_query(model: DualEncoder, processor: Any, query: str | Image.Image) ->
     Args:
         model (`DualEncoder`): In eval mode, on the device to use.
         processor: The model's, with `image_processor` and `tokenizer`.
-        query (`str` or `PIL.Image.Image`): What to look for. A text that is too long is cut; a warning says so.
+        query (`str` or `PIL.Image.Image`): What to look for. A text that is too long is cut; a warning says so. A
+            picture of any mode.
 
     Returns:
         `torch.Tensor` of shape `(1, D)`: float32, L2-normalised, on the CPU.
 
     Raises:
-        ValueError: If the text is empty.
+        ValueError: If the text is empty, or the picture cannot be brought to RGB.
     """
     if isinstance(query, str):
         if not query.strip():
@@ -212,7 +213,9 @@ def embed_query(model: DualEncoder, processor: Any, query: str | Image.Image) ->
         tokens = tokenize_texts(model, processor, [query.strip()])
         output = model.get_text_features(**{name: tensor.to(model.device) for name, tensor in tokens.items()})
     else:
-        inputs = processor.image_processor(images=[lay_over_white(query)], return_tensors="pt")
+        inputs = processor.image_processor(
+            images=[cut_long(as_rgb(query), processor.image_processor)], return_tensors="pt"
+        )
         names = getattr(processor.image_processor, "model_input_names", ("pixel_values",))
         output = model.get_image_features(**{name: inputs[name].to(model.device) for name in names})
     return torch.nn.functional.normalize(projected(output).float().cpu(), dim=1)

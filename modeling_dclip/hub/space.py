@@ -26,7 +26,7 @@ from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
 from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,10 @@ GALLERY = "scenes:validation,n=60,image_size=224,max_siblings=2"
 DETECTOR = "grid:3x3"
 LONGEST_INPUT = 2000  # characters of a text, before it is tokenized
 MOST_LABELS = 200
-MOST_PIXELS = 50_000_000
+MOST_TEXTS = 500  # of a visitor's own
+LONGEST_PROMPT = 500  # characters
+MOST_SHOWN = 100
+MOST_UPLOADED_PIXELS = 50_000_000
 
 
 class UserMistake(ValueError):
@@ -74,7 +77,7 @@ def split_lines(text: str | None) -> list[str]:
 
 
 def _key(picture: Image.Image) -> str:
-    return hash_parts([repr(picture.size), picture.convert("RGB").tobytes()])
+    return hash_parts([repr(picture.size), as_rgb(picture).tobytes()])
 
 
 class SpaceAnswers:
@@ -124,7 +127,7 @@ class SpaceAnswers:
             text, "Type what the picture should show, for example one of the examples below."
         )
         scores = (embed_query(self.model, self.processor, text) @ self.image_embeds.T)[0]
-        best = scores.topk(min(int(top_k), len(scores)))
+        best = scores.topk(min(max(1, int(top_k)), MOST_SHOWN, len(scores)))
         found = [
             (self.picture(row), f"{rank} · {score:.3f}")
             for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1)
@@ -140,13 +143,15 @@ class SpaceAnswers:
         The texts are the gallery's captions, or the visitor's own, one in each line.
         """
         picture = self._checked_picture(picture)
-        texts = [line.strip() for line in (own or "").splitlines() if line.strip()]
-        texts = [self._checked_text(text, "")[0] for text in dict.fromkeys(texts)]
+        texts = list(dict.fromkeys(line.strip() for line in (own or "").splitlines() if line.strip()))
+        if len(texts) > MOST_TEXTS:
+            raise UserMistake(f"There are {len(texts):,} texts, more than {MOST_TEXTS}. Give fewer.")
+        texts = [self._checked_text(text, "")[0] for text in texts]
         embeds = embed_texts(Encoder(self.model, self.processor), texts) if texts else self.caption_embeds
         if embeds is None:
             raise UserMistake("This gallery has no captions. Write some texts, one in each line.")
         scores = (embed_query(self.model, self.processor, picture) @ embeds.T)[0]
-        best = scores.topk(min(top_k, len(scores)))
+        best = scores.topk(min(max(1, int(top_k)), MOST_SHOWN, len(scores)))
         names = texts or self.captions
         rows = [
             [names[row], round(score, 3)]
@@ -167,6 +172,8 @@ class SpaceAnswers:
                 f"there are {len(names)}."
             )
         prompt = (prompt or "").strip() or "{}"
+        if len(prompt) > LONGEST_PROMPT:
+            raise UserMistake(f"The prompt has {len(prompt):,} characters, more than {LONGEST_PROMPT}. Shorten it.")
         if prompt.count("{}") != 1:
             raise UserMistake(
                 f"The prompt needs one {{}} where the label goes, as in 'a photo of a {{}}'; it is {prompt!r}."
@@ -208,7 +215,7 @@ class SpaceAnswers:
     def _regions(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, str]:
         row = self.row_of.get(_key(picture))
         if row is not None:
-            sample = self.gallery[row]
+            sample = self.gallery.select_columns(["boxes", "box_scores"])[row]
             return np.array(sample["boxes"]), np.array(sample["box_scores"]), "drawn with the picture"
         ((boxes, scores),) = self.detector([picture], [{"image_id": "upload"}])
         if not len(boxes):
@@ -233,11 +240,12 @@ class SpaceAnswers:
             raise UserMistake("There is no picture. Upload one, or choose one of the examples.")
         if min(picture.size) < 8:
             raise UserMistake(f"The picture has {picture.width}x{picture.height} pixels. At least 8x8 are needed.")
-        if picture.width * picture.height > MOST_PIXELS:
+        if picture.width * picture.height > MOST_UPLOADED_PIXELS:
             raise UserMistake(
-                f"The picture has {picture.width}x{picture.height} pixels, more than {MOST_PIXELS:,}. Make it smaller."
+                f"The picture has {picture.width}x{picture.height} pixels, more than {MOST_UPLOADED_PIXELS:,}. Make "
+                "it smaller."
             )
-        return picture.convert("RGB")
+        return as_rgb(picture)
 
 
 def suggest_labels(drawn: bool) -> tuple[str, str]:

@@ -171,8 +171,8 @@ def test_what_is_no_trained_teacher_is_refused(tiny_clip_dir, tmp_path):
 def test_mistakes_become_a_remark_and_faults_stay_faults(app, answers):
     assert app.said_plainly(answers.find_pictures)("", 3) == (None, "⚠️ The text is empty. Type what the picture "
         "should show, for example one of the examples below.")  # fmt: skip
-    empty, remark = app.said_plainly(answers.find_texts)(app.BrokenUpload("cat.png"), "")
-    assert empty is None and "cat.png cannot be read as a picture" in remark
+    empty, remark = app.said_plainly(answers.find_texts)(app.BrokenUpload("'cat.png' cannot be read"), "")
+    assert empty is None and remark == "⚠️ 'cat.png' cannot be read"
     with pytest.raises(ZeroDivisionError):
         app.said_plainly(lambda: 1 / 0)()
 
@@ -247,7 +247,7 @@ def test_the_server_answers_every_tab(server, taught, tmp_path, upload):
     for path in broken_files(tmp_path, upload):
         table, remark = client.predict(send(str(path)), "", api_name="/texts")
         assert not table or not table["data"] or table["data"] == [["", ""]]
-        assert f"{path.name} cannot be read as a picture" in remark
+        assert f"'{path.name}' cannot be read: " in remark and "Give an undamaged" in remark
 
 
 @pytest.fixture
@@ -294,7 +294,7 @@ def test_a_visitor_uses_every_tab_in_a_browser(server, taught, browser_page, tmp
         panel = page.get_by_role("tabpanel").filter(visible=True)
         upload_file(panel, broken_files(tmp_path, upload)[0])
         panel.get_by_role("button", name=button).click()
-        panel.get_by_text("nothing.png cannot be read as a picture").wait_for(timeout=30_000)
+        panel.get_by_text("'nothing.png' cannot be read").wait_for(timeout=30_000)
         page.screenshot(path=shots / f"{button}-broken.png")
         panel.get_by_label("Remove Image").or_(panel.get_by_label("Clear")).first.click()
         upload_file(panel, tmp_path / "upload.png")

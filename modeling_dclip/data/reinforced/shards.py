@@ -459,7 +459,8 @@ class SampleReader:
 
 
 def storable_image(encoded: bytes) -> tuple[str, bytes]:
-    """The form that an image is stored in: unchanged if it is an upright JPEG, PNG or WebP, else a PNG in RGB.
+    """The form that an image is stored in: unchanged if it is an upright JPEG, PNG or WebP of 8 bits, else a PNG in
+    RGB.
 
     Returns:
         `tuple[str, bytes]`: The kind of member (`jpg`, `png`, `webp`) and its bytes.
@@ -469,7 +470,8 @@ def storable_image(encoded: bytes) -> tuple[str, bytes]:
     """
     header = read_header(encoded)
     kind = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}.get(header.format or "")
-    if kind is not None and header.is_upright:  # readers of shards do not look at the orientation
+    # Readers of shards do not look at the orientation, and PIL turns 16 bits to white.
+    if kind is not None and header.is_upright and header.mode[0] not in "IF":
         return kind, encoded
     buffer = io.BytesIO()
     open_image(encoded).save(buffer, format="PNG")

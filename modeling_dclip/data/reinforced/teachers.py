@@ -22,6 +22,7 @@ from modeling_dclip.encoders.families import WrongModelError, projected, tokeniz
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import load_pair
 from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX, fingerprint_open_clip
+from modeling_dclip.processing_dclip import cut_long
 
 SAMPLED_TOP_P = 0.9  # of captions, where several are wanted
 
@@ -52,7 +53,8 @@ class ReinforcementTeacher(Protocol):
 
 
 def _process(image_processor: Any, images: Sequence[Image.Image]) -> torch.Tensor:
-    return image_processor(images=list(images), return_tensors="pt")["pixel_values"]
+    cut = [cut_long(image, image_processor) for image in images]
+    return image_processor(images=cut, return_tensors="pt")["pixel_values"]
 
 
 class _DualEncoderTeacher:

@@ -34,14 +34,16 @@ import torch.nn.functional as F
 from datasets import Dataset
 from PIL import Image
 
-from modeling_dclip.data.images import PixelReader
+from modeling_dclip.data.images import PixelReader, decode_image
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import WrongModelError
 from modeling_dclip.encoders.loading import load_checked
 from modeling_dclip.evaluation.embedding import embed_texts
 from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
+
+LONGEST_DRAWN = 1600  # pixels
 
 
 def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -212,7 +214,7 @@ def draw_image_maps(
     outside = [row for row in rows if not 0 <= row < len(dataset)]
     if not len(rows) or outside:
         raise ValueError(f"Expected one or more rows in [0, {len(dataset)}), got {list(rows)}.")
-    texts = [dataset[row]["captions"][0] for row in rows] if texts is None else list(texts)
+    texts = [dataset["captions"][row][0] for row in rows] if texts is None else list(texts)
     if len(texts) != len(rows):
         raise ValueError(f"Expected one text a row, got {len(texts)} texts and {len(rows)} rows.")
     image_processor = encoder.processor.image_processor
@@ -234,15 +236,15 @@ def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Pa
         row (`int`, *optional*, defaults to 0): Which row; its first caption is used.
 
     Raises:
-        ValueError: If the dataset has no boxes.
+        ValueError: If the dataset has no boxes, or the image cannot be read.
     """
     if "boxes" not in dataset.column_names:
         raise ValueError(f"Expected the column 'boxes' to draw attention over, got {dataset.column_names}.")
     model = load_checked(DCLIPTeacher, teacher)
     processor = DCLIPTeacherProcessor.from_pretrained(teacher)
-    sample = dataset[row]
+    sample = dataset.remove_columns("image")[row]
     regions = (np.array(sample["boxes"]), np.array(sample["box_scores"]))
-    draw_attention(model, processor, sample["image"], regions, sample["captions"][0], path)
+    draw_attention(model, processor, decode_image(dataset, row), regions, sample["captions"][0], path)
 
 
 @torch.no_grad()
@@ -263,7 +265,7 @@ def draw_attention(
     Args:
         model ([`DCLIPTeacher`]): In eval mode, on the CPU.
         processor ([`DCLIPTeacherProcessor`]): The teacher's.
-        image (`PIL.Image.Image`): Any size.
+        image (`PIL.Image.Image`): Any size and mode. Drawn with at most [`LONGEST_DRAWN`] pixels a side.
         regions (`tuple`): Boxes `(R, 4)` xyxy in pixels and their scores `(R,)`.
         caption (`str`): Written above the picture. A teacher that reads text reads it.
         path (`str` or `Path`): A `.png` file.
@@ -289,5 +291,7 @@ def draw_attention(
             token.removesuffix("</w>") for token in processor.tokenizer.convert_ids_to_tokens(input_ids[is_word])
         ]
         token_attention = token_attention[is_word].numpy()
-    boxes = inputs["region_boxes"][0].numpy() * np.tile(image.size, 2)
-    plot_region_attention(image, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)
+    drawn = as_rgb(image).copy()
+    drawn.thumbnail((LONGEST_DRAWN, LONGEST_DRAWN))  # matplotlib holds a picture several times, in floats
+    boxes = inputs["region_boxes"][0].numpy() * np.tile(drawn.size, 2)
+    plot_region_attention(drawn, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)
