@@ -180,7 +180,8 @@ def _check_size(size: tuple[int, int], most_pixels: int) -> None:
 def _mend_transparency(image: Image.Image) -> None:
     """Bring the transparent colour of a PNG to the 8 bits of its pixels, which PIL brings alone."""
     colour = image.info.get("transparency")
-    packing = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    tile = getattr(image, "tile", None)
+    packing = str(tile[0][3]) if image.format == "PNG" and tile else ""
     if packing in ("L;2", "L;4") and isinstance(colour, int):
         image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[packing]
     elif packing == "RGB;16B" and isinstance(colour, tuple):

@@ -54,7 +54,7 @@ class OpenClipImageProcessor:
             kind, size = type(step).__name__, getattr(step, "size", None)
             if kind == "Resize" and isinstance(size, int):  # of the shortest edge
                 self.size, self.resample = {"shortest_edge": size}, _FILTERS[step.interpolation.value]
-            elif kind == "CenterCrop":
+            elif kind == "CenterCrop" and size is not None:
                 height, width = (size, size) if isinstance(size, int) else size
                 self.do_center_crop, self.crop_size = True, {"height": height, "width": width}
 
