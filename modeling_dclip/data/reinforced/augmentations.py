@@ -103,7 +103,7 @@ def _numbers(value: Any, count: int) -> bool:
     return (
         isinstance(value, (list, tuple))
         and len(value) == count
-        and all(isinstance(number, (int, float)) and abs(number) <= sys.float_info.max for number in value)
+        and all(type(number) in (int, float) and abs(number) <= sys.float_info.max for number in value)
     )
 
 

@@ -15,10 +15,11 @@
 import gzip
 import io
 import json
+import math
 import pickle
 import re
 import struct
-import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,11 +29,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from modeling_dclip.data.files import list_folder, match_files, read_json
+from modeling_dclip.data.failures import one_line
+from modeling_dclip.data.files import decode_text, list_folder, match_files, parse_json, read_json, require_field
 from modeling_dclip.data.images import open_image, read_header
 
 INDEX_NAME = "reinforced.json"
+MOST_SHARDS = 100_000  # that one pattern may name; DataCompDR-1B has 65,536
+# Bytes of a member, and of what it holds unpacked. A sample of DataCompDR has 100 KB of embeddings and 2 KB of texts.
+MOST_TEXT_BYTES, MOST_ARRAY_BYTES = 16 << 20, 256 << 20
 _BLOCK = 512  # bytes of a tar header; members are padded to a multiple
+_MOST_NAME_BYTES = 1 << 20  # of the headers that hold a long name or more of a member's fields
 
 
 class DamagedSampleError(ValueError):
@@ -81,11 +87,17 @@ class ShardFiles:
         self.limit = limit
         self._open: dict[Path, io.BufferedReader] = {}
 
-    def read(self, place: SamplePlace, member: str) -> bytes:
+    def read(self, place: SamplePlace, member: str, most: int = MOST_ARRAY_BYTES) -> bytes:
         """The bytes of a member.
 
+        Args:
+            place ([`SamplePlace`]): The sample.
+            member (`str`): Which.
+            most (`int`, *optional*): Bytes that it may have; nothing is read of a larger one.
+
         Raises:
-            DamagedSampleError: If the sample lacks the member or has it twice, or the file ends before it.
+            DamagedSampleError: If the sample lacks the member or has it twice, it is too large, or the file ends
+                before it.
         """
         if f"{member} (repeated)" in place.members:
             raise DamagedSampleError.at(place.shard, "expected it once, got it twice", place.key, member)
@@ -96,6 +108,9 @@ class ShardFiles:
                 self._open.pop(next(iter(self._open))).close()
             self._open[place.shard] = open(place.shard, "rb")
         offset, size = place.members[member]
+        if size > most:
+            problem = f"expected at most {most >> 20} MiB, got {size} bytes"
+            raise DamagedSampleError.at(place.shard, problem, place.key, member)
         self._open[place.shard].seek(offset)
         content = self._open[place.shard].read(size)
         if len(content) < size:
@@ -121,7 +136,7 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
 
     Raises:
         FileNotFoundError: If nothing is there.
-        ValueError: If the index is malformed or its dataset is not finished.
+        ValueError: If the index is malformed or its dataset is not finished, or a pattern names too many shards.
     """
     folder = Path(spec)
     names: list[Path] = []
@@ -130,11 +145,12 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
         names = list_folder(folder, "*.tar") if index is None else [folder / one["file"] for one in index["shards"]]
     else:
         index = None
-        for pattern in _expand_braces(str(spec)):
+        for pattern in [str(spec)] if folder.is_file() else _expand_braces(str(spec)):
             found = match_files(pattern)
             if not found:
                 raise FileNotFoundError(f"No shard '{pattern}' (of the spec {str(spec)!r}). Check the path.")
             names += found
+    names = list(dict.fromkeys(names))  # two patterns may name one shard
     if not names:
         raise FileNotFoundError(f"No *.tar in the folder '{spec}'. Check the path.")
     missing = [path for path in names if not path.is_file()]
@@ -143,50 +159,215 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
     return names, index
 
 
+def _require_count(entry: Any, key: str, where: str, path: Path, least: int) -> int:
+    number = require_field(entry, key, where, path, int)
+    if not least <= number < 1 << 40:
+        raise ValueError(f"{where} of '{path}': expected {key!r} of at least {least}, got {number}.")
+    return number
+
+
 def read_index(path: Path) -> dict[str, Any]:
     """The index of a dataset that is finished.
 
     Raises:
-        ValueError: If it is malformed, or its dataset is not finished.
+        ValueError: If it is malformed, names a file outside its folder, or its dataset is not finished.
     """
     try:
-        index = read_json(path, "index")
-        shards, _ = index["shards"], [(one["width"], one["logit_scale"]) for one in index["teachers"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"The index '{path}' is malformed ({error!r}). Write the dataset again.") from error
-    if not shards:
-        raise ValueError(
-            f"The dataset of '{path}' is not finished. Run its command again: it goes on where it stopped."
-        )
+        index = read_json(path, "index", ("shards", "teachers", "settings"), "Write the dataset again.")
+        if not require_field(index, "shards", "The index", path, list):
+            raise ValueError(
+                f"The dataset of '{path}' is not finished. Run its command again: it goes on where it stopped."
+            )
+        for number, shard in enumerate(index["shards"]):
+            name = require_field(shard, "file", f"Shard {number}", path, str)
+            if name != Path(name).name or name in ("", "..") or "\0" in name:
+                raise ValueError(
+                    f"Shard {number} of '{path}': expected the name of a file beside it under 'file', got {name!r}."
+                )
+            _require_count(shard, "samples", f"Shard {number}", path, 0)
+        for number, teacher in enumerate(require_field(index, "teachers", "The index", path, list)):
+            _require_count(teacher, "width", f"Teacher {number}", path, 1)
+            scale = require_field(teacher, "logit_scale", f"Teacher {number}", path, (int, float))
+            if not abs(scale) < math.log(1e6):
+                raise ValueError(f"Teacher {number} of '{path}': expected a logarithm as logit_scale, got {scale}.")
+        _require_count(require_field(index, "settings", "The index", path, dict), "image_size", "Settings", path, 1)
+        counts = require_field(index, "counts", "The index", path, dict)
+        _require_count(counts, "synthetic_captions", "Counts", path, 0)
+    except ValueError as error:
+        if "is not finished" in str(error):
+            raise
+        raise ValueError(f"The index '{path}' is malformed: {error} Write the dataset again.") from error
     return index
 
 
-def _expand_braces(pattern: str) -> list[str]:
-    match = re.search(r"\{([^{}]*)\}", pattern)
-    if match is None:
-        return [pattern]
-    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", match[1])
-    parts = match[1].split(",")
+def _alternatives(inside: str) -> list[str] | None:
+    """What stands for a pair of braces with this inside; `None` where braces are to be read as they are."""
+    numbers = re.fullmatch(r"([0-9]{1,18})\.\.([0-9]{1,18})", inside)
     if numbers is not None:
-        parts = [str(n).zfill(len(numbers[1])) for n in range(int(numbers[1]), int(numbers[2]) + 1)]
-    return [one for part in parts for one in _expand_braces(pattern[: match.start()] + part + pattern[match.end() :])]
+        first, last = int(numbers[1]), int(numbers[2])
+        if last < first:
+            raise ValueError(f"Expected {{FIRST..LAST}} with FIRST <= LAST, got '{{{inside}}}'. Swap the numbers.")
+        if last - first >= MOST_SHARDS:
+            raise ValueError(f"Expected at most {MOST_SHARDS} shards, got '{{{inside}}}'. Check the last number.")
+        padded = any(len(one) > 1 and one.startswith("0") for one in numbers.groups())
+        width = max(map(len, numbers.groups())) if padded else 0
+        return [str(number).zfill(width) for number in range(first, last + 1)]
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(inside):
+        depth += (letter == "{") - (letter == "}")
+        if letter == "," and not depth:
+            parts.append(inside[start:place])
+            start = place + 1
+    return [*parts, inside[start:]] if parts else None
 
 
-def _plain_member(header: bytes) -> tuple[str, int] | None:
-    """Name and size of an ordinary file, or an empty name and the size of a header for the whole archive.
+def _closing(pattern: str, start: int) -> int | None:
+    depth = 0
+    for place in range(start, len(pattern)):
+        depth += (pattern[place] == "{") - (pattern[place] == "}")
+        if not depth:
+            return place
+    return None
 
-    `None` for anything else, which tarfile reads. It would read these two as well, at a quarter of the speed.
+
+def _expand_braces(pattern: str) -> list[str]:
+    """The patterns that braces stand for, as in a shell: `{0000..0123}` and `{a,b}`, one inside another too.
+
+    Raises:
+        ValueError: If they are more than [`MOST_SHARDS`], or numbers go down.
     """
-    if header[156:157] not in (b"0", b"\0", b"g") or header[345:346] != b"\0":
-        return None
-    try:
-        name, size = header[:100].rstrip(b"\0").decode(), int(header[124:136].rstrip(b"\0 "), 8)
-        checksum = int(header[148:156].rstrip(b"\0 "), 8)
-    except ValueError:
-        return None
-    if sum(header) - sum(header[148:156]) + 256 != checksum:
-        return None
-    return "" if header[156:157] == b"g" else name, size
+    if pattern.count("{") > 20:
+        raise ValueError(f"Expected at most 20 pairs of braces, got {pattern.count('{')} in '{pattern:.80}'.")
+    for match in re.finditer(r"\{", pattern):
+        start, end = match.start(), _closing(pattern, match.start())
+        parts = None if end is None else _alternatives(pattern[start + 1 : end])
+        if end is not None and parts is not None:
+            heads = [one for part in parts for one in _expand_braces(part)]
+            tails = _expand_braces(pattern[end + 1 :])
+            if len(heads) * len(tails) > MOST_SHARDS:
+                raise ValueError(f"Expected at most {MOST_SHARDS} shards, got more by the braces of '{pattern}'.")
+            return [pattern[:start] + head + tail for head in heads for tail in tails]
+    return [pattern]
+
+
+class _Header(NamedTuple):
+    """A header of a tar: what it is of, its name, and the bytes of content that follow."""
+
+    kind: bytes
+    name: str
+    size: int
+
+
+def _decode_name(name: bytes) -> str:
+    return name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+
+
+def _read_number(field: bytes) -> int:
+    """A number of a header: octal digits, or where the first bit is set bytes.
+
+    Raises:
+        ValueError: If it is neither, or negative.
+    """
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.partition(b"\0")[0].strip()
+    if digits and not re.fullmatch(rb"[0-7]+", digits):
+        raise ValueError(f"no number: {field!r}")
+    return int(digits or b"0", 8)
+
+
+def _read_tar_header(header: bytes) -> _Header:
+    """Take a header apart.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if len(header) < _BLOCK:
+        raise ValueError("no header of a member")
+    checksum, total = _read_number(header[148:156]), sum(header) - sum(header[148:156]) + 8 * ord(" ")
+    if checksum != total and (total - checksum) % 256:  # old tars summed signed bytes
+        raise ValueError("no header of a member: its checksum is wrong")
+    name, kind = _decode_name(header[:100]), header[156:157]
+    if header[257:263] == b"ustar\0" and kind not in b"LKS" and header[345:346] != b"\0":
+        name = f"{_decode_name(header[345:500])}/{name}"
+    if kind == b"\0" and name.endswith("/"):
+        kind = b"5"  # as old tars write a folder
+    return _Header(kind, name, _read_number(header[124:136]))
+
+
+def _pax_fields(content: bytes) -> dict[bytes, bytes]:
+    """The fields of an extended header: `LENGTH KEY=VALUE` and a line break, one after the other.
+
+    Raises:
+        ValueError: If it has another form.
+    """
+    fields: dict[bytes, bytes] = {}
+    while content.strip(b"\0"):
+        length, _, rest = content.partition(b" ")
+        end = int(length) if re.fullmatch(rb"[0-9]{1,7}", length) else 0
+        record = content[len(length) + 1 : end]
+        key, equals, value = record.partition(b"=")
+        if not equals or not value.endswith(b"\n") or end > len(content):
+            raise ValueError("a malformed extended header")
+        fields[key], content = value[:-1], content[end:]
+    return fields
+
+
+_FILE_KINDS = (b"0", b"\0", b"7")
+_NO_FILES = {b"1": "a link", b"2": "a link", b"3": "a device", b"4": "a device", b"6": "a pipe", b"S": "a sparse file"}
+
+
+class _Member(NamedTuple):
+    """A member of a tar that has a name: where its content is, and what it is if it is no ordinary file."""
+
+    name: str
+    offset: int
+    size: int
+    what: str = ""
+
+
+def _truncated(path: Path, name: str, size: int) -> DamagedSampleError:
+    return DamagedSampleError.at(path, f"expected {size} bytes, got the end of the file", *_split_name(name))
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    """The members of a tar, folders left out, by its headers alone; no content is read."""
+    fields: dict[bytes, bytes] = {}  # of the next member: a long name, a size
+    with open(path, "rb", buffering=0) as file:
+        end, offset = path.stat().st_size, 0
+        while offset < end:
+            file.seek(offset)
+            block = file.read(_BLOCK)
+            if len(block) == _BLOCK and not block.strip(b"\0"):
+                return
+            try:
+                kind, name, size = _read_tar_header(block)
+                if kind in b"xLKg" and size > _MOST_NAME_BYTES:
+                    raise ValueError(f"a header of {size} bytes")
+                if b"size" in fields:
+                    size = _read_number(b"%o" % int(fields[b"size"]))
+                name = _decode_name(fields[b"path"]) if b"path" in fields else name
+                start, next_offset = offset + _BLOCK, offset + _BLOCK + -(-size // _BLOCK) * _BLOCK
+                if kind in b"123456":
+                    next_offset = start  # a size there is of no content
+                elif start + size > end:
+                    raise _truncated(path, name, size)
+                if kind in b"xL":
+                    content = file.read(size)
+                    fields |= _pax_fields(content) if kind == b"x" else {b"path": content}
+            except DamagedSampleError:
+                raise
+            except ValueError as error:
+                problem = f"expected an uncompressed tar, got damage at or after byte {offset} ({error})"
+                raise DamagedSampleError.at(path, problem) from error
+            offset = next_offset
+            if kind in b"xLKg":
+                continue
+            sparse = any(key.startswith(b"GNU.sparse.") for key in fields)
+            if kind != b"5":
+                yield _Member(name, start, size, "a sparse file" if sparse else _NO_FILES.get(kind, ""))
+            fields = {}
+    raise DamagedSampleError.at(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
 
 
 def _split_name(name: str) -> tuple[str, str]:
@@ -196,71 +377,30 @@ def _split_name(name: str) -> tuple[str, str]:
     return folder + slash + stem, kind.lower()
 
 
-def _truncated(path: Path, name: str, size: int) -> DamagedSampleError:
-    return DamagedSampleError.at(path, f"expected {size} bytes, got the end of the file", *_split_name(name))
-
-
-def _members(path: Path) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of every file in a tar, by its headers."""
-    with open(path, "rb", buffering=0) as file:
-        end, offset = path.stat().st_size, 0
-        while offset < end:
-            file.seek(offset)
-            member = _plain_member(file.read(_BLOCK))
-            if member is None:
-                yield from _other_members(path, file, offset)
-                return
-            name, size = member
-            if offset + _BLOCK + size > end:
-                raise _truncated(path, name, size)
-            if name:
-                yield name, offset + _BLOCK, size
-            offset += _BLOCK + -(-size // _BLOCK) * _BLOCK
-    raise DamagedSampleError.at(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
-
-
-def _other_members(path: Path, file: io.FileIO, offset: int) -> Iterator[tuple[str, int, int]]:
-    """The rest of a tar from a header that is not plain: the end of the archive, a long name, or damage."""
-    end = path.stat().st_size
-    file.seek(offset)
-    try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            for info in tar:
-                if info.isreg() and info.offset_data + info.size > end:
-                    raise _truncated(path, info.name, info.size)
-                if info.isreg():
-                    yield info.name, info.offset_data, info.size
-            offset = tar.offset
-        problem = "no header of a member"
-        file.seek(offset)
-        if not file.read(_BLOCK).strip(b"\0"):  # else tarfile took damage for the end
-            return
-    except tarfile.TarError as error:
-        problem = str(error)
-    raise DamagedSampleError.at(
-        path, f"expected an uncompressed tar, got damage at or after byte {offset} ({problem})"
-    )
-
-
 def scan_shard(path: Path) -> Iterator[SamplePlace]:
     """The places of a shard's samples, in its order; only the headers are read.
+
+    A member that cannot be read as it is gets a name that no reader expects, so that it is missed and named:
+    `jpg (a link)`, and `txt (repeated)` where a sample has it twice or its key came before.
 
     Raises:
         DamagedSampleError: If the tar is damaged, after the samples before the damage; or if it holds no sample.
     """
     current = ""
+    before: set[str] = set()
     members: dict[str, tuple[int, int]] = {}
     try:
-        for name, offset, size in _members(path):
+        for name, offset, size, what in _members(path):
             key, kind = _split_name(name)
             if not kind or not key or key.endswith("/"):
                 continue  # no member of a sample: a name without a dot, or a hidden file
             if key != current:
                 if members:
                     yield SamplePlace(path, current, members)
+                before.add(current)
                 current, members = key, {}
-            # A second member of the same name would hide the first one, so it gets a name that no reader expects.
-            members[kind if kind not in members else f"{kind} (repeated)"] = (offset, size)
+            repeated = kind in members or key in before
+            members[f"{kind} ({what})" if what else f"{kind} (repeated)" if repeated else kind] = (offset, size)
     except DamagedSampleError as error:
         if members and error.key != current:
             yield SamplePlace(path, current, members)
@@ -270,12 +410,53 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
     yield SamplePlace(path, current, members)
 
 
+def _unpack(content: bytes) -> bytes:
+    with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+        unpacked = file.read(MOST_ARRAY_BYTES + 1)
+    if len(unpacked) > MOST_ARRAY_BYTES:
+        raise ValueError(f"more than {MOST_ARRAY_BYTES >> 20} MiB unpacked")
+    return unpacked
+
+
+def read_array(content: bytes) -> np.ndarray:
+    """The array of a `.npy` file. No object is unpickled, and nothing is allocated before the sizes fit.
+
+    Raises:
+        Any of [`UNREADABLE_ARRAYS`]: If it is damaged, or its header asks for more than follows it.
+    """
+    file = io.BytesIO(content)
+    version = np.lib.format.read_magic(file)
+    if version not in ((1, 0), (2, 0)):
+        raise ValueError(f"expected the .npy format 1 or 2, got {version}")
+    read_head = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    shape, by_columns, dtype = read_head(file)
+    if dtype.hasobject:
+        raise ValueError("objects, which are not unpickled (allow_pickle is False)")
+    count, there = math.prod(shape), len(content) - file.tell()
+    if min(shape, default=1) < 0 or count * dtype.itemsize != there:
+        raise ValueError(f"expected {count * dtype.itemsize} bytes for the shape {shape}, got {there}")
+    array = np.frombuffer(content, dtype, count, file.tell())
+    return array.reshape(shape, order="F" if by_columns else "C").copy()
+
+
+def _check_archive(archive: zipfile.ZipFile) -> None:
+    """Refuse a zip file that would unpack to more than [`MOST_ARRAY_BYTES`]."""
+    entries = archive.infolist()
+    total = sum(entry.file_size for entry in entries)
+    if total > MOST_ARRAY_BYTES:
+        raise ValueError(f"expected at most {MOST_ARRAY_BYTES >> 20} MiB unpacked, got {total} bytes")
+    if wrong := [entry for entry in entries if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)]:
+        raise ValueError(f"{wrong[0].filename!r} is compressed in a way that is not read ({wrong[0].compress_type})")
+
+
 IMAGE_MEMBERS = ("jpg", "jpeg", "png", "webp")
 ARRAY_MEMBERS = ("npz", "pth.gz")
 SYNTHETIC_KEYS = r"syn_text.*"
-_UNREADABLE_ARRAYS = (
-    *(OSError, EOFError, ValueError, KeyError, RuntimeError, IndexError, TypeError, AttributeError),
+# What numpy, zipfile and torch raise for damaged arrays.
+UNREADABLE_ARRAYS = (
+    *(OSError, EOFError, ValueError, LookupError, RuntimeError, TypeError, AttributeError, ArithmeticError),
     *(zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error),
+    *(SyntaxError, tokenize.TokenError, MemoryError, AssertionError),  # odd headers of .npy, odd pickles
 )
 
 
@@ -310,11 +491,22 @@ def _present(place: SamplePlace, members: Sequence[str], what: str) -> str:
     return found[0]
 
 
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: JSON may hold half a character, `"\\ud83d"`."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+
+
 def _texts(value: Any) -> list[str] | None:
     """The stripped texts, or `None` if the value is no list of texts with words."""
     if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
         return None
-    return [text.strip() for text in value]
+    return [text.strip() for text in value] if all(map(is_encodable, value)) else None
+
+
+def _as_tensor(array: np.ndarray) -> torch.Tensor | None:
+    """A tensor of this machine's byte order; `None` for numbers that torch lacks (128 bits)."""
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(array) if array.dtype.itemsize <= 8 else None
 
 
 class SampleReader:
@@ -351,21 +543,29 @@ class SampleReader:
         )
 
     def _json(self, place: SamplePlace, member: str) -> Any:
+        return self._parse(self.files.read(place, member, MOST_TEXT_BYTES), place, member)
+
+    def _parse(self, text: str | bytes, place: SamplePlace, member: str) -> Any:
         try:
-            return json.loads(self.files.read(place, member))
+            return parse_json(text, f"{member!r}")
         except ValueError as error:
-            if isinstance(error, DamagedSampleError):
-                raise
-            raise DamagedSampleError.at(place.shard, f"expected JSON, got {error}", place.key, member) from error
+            problem = f"expected JSON, got {one_line(error.__cause__ or error)}"
+            raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
 
     def _captions(self, place: SamplePlace) -> list[str]:
         member = "txt" if "txt" in place.members else _present(place, ("txt", "json"), "captions")
         if member == "txt":
-            text = self.files.read(place, member).decode("utf-8", errors="replace").strip()
+            try:
+                text = decode_text(self.files.read(place, member, MOST_TEXT_BYTES), member).strip()
+            except DamagedSampleError:
+                raise
+            except ValueError as error:
+                problem = f"expected text in UTF-8, got {one_line(error.__cause__ or error)}"
+                raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
             found: Any = [text]
             if text.startswith("["):
                 try:
-                    found = json.loads(text)
+                    found = parse_json(text, member)
                 except ValueError:
                     pass  # a caption that begins with a bracket
         else:
@@ -387,9 +587,8 @@ class SampleReader:
         wrong = next((key for key in keys if key not in synthetic), None)
         if not keys or wrong is not None:
             problem = f"expected lists of captions with words under keys like {self.synthetic_keys.pattern!r}, got "
-            problem += (
-                repr(sorted(stored) if isinstance(stored, dict) else stored) if wrong is None else repr(stored[wrong])
-            )
+            shown = stored[wrong] if wrong is not None else sorted(stored) if isinstance(stored, dict) else stored
+            problem += f"{shown!r:.120}"
             raise DamagedSampleError.at(place.shard, problem, place.key, "syn.json")
         return synthetic
 
@@ -397,12 +596,7 @@ class SampleReader:
         stored = self._json(place, "paug.json")
         augmentations = stored.get("param_aug") if isinstance(stored, dict) else None
         if isinstance(augmentations, str):
-            try:
-                augmentations = json.loads(augmentations)
-            except ValueError as error:
-                raise DamagedSampleError.at(
-                    place.shard, f"expected JSON, got {error}", place.key, "paug.json"
-                ) from error
+            augmentations = self._parse(augmentations, place, "paug.json")
         if not isinstance(augmentations, list) or not augmentations:
             problem = f'expected {{"param_aug": [augmentations]}}, got {str(stored)[:80]}'
             raise DamagedSampleError.at(place.shard, problem, place.key, "paug.json")
@@ -442,20 +636,23 @@ class SampleReader:
         return None
 
     def _arrays(self, place: SamplePlace, member: str) -> dict[str, Any]:
-        content = self.files.read(place, member)
+        content = self.files.read(place, member, MOST_ARRAY_BYTES)
         try:
-            content = gzip.decompress(content) if member == "pth.gz" else content
+            content = _unpack(content) if member == "pth.gz" else content
             if not content.startswith(b"PK"):
                 raise ValueError("not a zip file, which both npz and torch's files are")
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                _check_archive(archive)
+                if member == "npz":
+                    named = [(one, one.filename.removesuffix(".npy")) for one in archive.infolist()]
+                    arrays = {name: read_array(archive.read(one)) for one, name in named}
             if member == "pth.gz":
                 stored = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
                 return stored if isinstance(stored, dict) else {}
-            with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-                arrays = {name: stored[name] for name in stored.files}
-        except _UNREADABLE_ARRAYS as error:
-            problem = f"expected arrays of numbers, got {type(error).__name__}: {error}"
+        except UNREADABLE_ARRAYS as error:
+            problem = f"expected arrays of numbers, got {type(error).__name__}: {one_line(error)}"
             raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
-        return {name: torch.from_numpy(array) for name, array in arrays.items() if array.dtype.kind == "f"}
+        return {name: _as_tensor(array) for name, array in arrays.items() if array.dtype.kind == "f"}
 
 
 def storable_image(encoded: bytes) -> tuple[str, bytes]:

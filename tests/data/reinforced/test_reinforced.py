@@ -7,6 +7,8 @@ import io
 import json
 import pickle
 import tarfile
+import tracemalloc
+import zipfile
 from dataclasses import fields
 
 import numpy as np
@@ -18,6 +20,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.reinforced import ProcessShare, ReinforcedBatches, ReinforcedDataset, SampleView
+from modeling_dclip.data.reinforced import shards as shards_module
 from modeling_dclip.data.reinforced.augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
 from modeling_dclip.data.reinforced.shards import DamagedSampleError, find_shards, scan_shard
 
@@ -345,6 +348,21 @@ def nan(rows):
     return array
 
 
+def as_npy(shape, content=bytes(84)):
+    """A .npy file whose header says this shape, whatever follows."""
+    head = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    head += b" " * (118 - len(head)) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(head).to_bytes(2, "little") + head + content
+
+
+def zipped(kind=zipfile.ZIP_STORED, **files):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", kind) as archive:
+        for name, content in files.items():
+            archive.writestr(f"{name}.npy", content)
+    return buffer.getvalue()
+
+
 def silent():
     array = embeds(3, 0)
     array[:, WIDTHS[0] :] = 0
@@ -397,6 +415,21 @@ DAMAGE = {
                          r"captions \(1\).*\(3, 7\), got \(2, 7\)"),
     "another width": ({"npz": npz(image_emb=embeds(3, 0)[:, :6], text_emb=TEXT)}, "npz", r"\(3, 7\), got \(3, 6\)"),
     "NaN": ({"npz": npz(image_emb=nan(3), text_emb=TEXT)}, "npz", "finite numbers, got NaN or infinity in row 1"),
+    "deep JSON": ({"syn.json": b"[" * 100_000}, "syn.json", "expected JSON, got .*recursion"),
+    "deep augmentations": ({"paug.json": text({"param_aug": "[" * 100_000})}, "paug.json", "JSON, got .*recursion"),
+    "a number of 5000 digits": ({"paug.json": b"9" * 5000}, "paug.json", "expected JSON, got .*digits"),
+    "a caption in another encoding": ({"txt": b"caf\xe9"}, "txt", "expected text in UTF-8, got .*0xe9"),
+    "half a character": ({"syn.json": rb'{"syn_text": ["a \ud83d"]}'}, "syn.json", "captions with words"),
+    "numbers for captions": ({"syn.json": text({"syn_text": [1, 2]})}, "syn.json", r"with words.*got \[1, 2\]"),
+    "an object for captions": ({"txt": None, "json": text({"captions": {"a": "b"}})}, "json", "captions with words"),
+    "a crop of booleans": ({"paug.json": text({"param_aug": [[[True, 0, 5, 5], []]] * 3})}, "paug.json", "top, left"),
+    "500 GB by its header": ({"npz": zipped(image_emb=as_npy((17_857_142_857, 7)))}, "npz",
+                             r"499999999996 bytes for the shape \(17857142857, 7\), got 84"),
+    "a shape below 0": ({"npz": zipped(image_emb=as_npy((-3, -7)))}, "npz", "for the shape"),
+    "a header that is none": ({"npz": zipped(image_emb=as_npy("(" * 50))}, "npz", "expected arrays of numbers"),
+    "numbers of 128 bits": ({"npz": npz(image_emb=embeds(3, 0).astype(np.longdouble), text_emb=TEXT)}, "npz",
+                            "floating point numbers"),
+    "infinity": ({"npz": npz(image_emb=embeds(3, 0) * np.inf, text_emb=TEXT)}, "npz", "numbers, got NaN or inf"),
     "no direction": ({"npz": npz(image_emb=silent(), text_emb=TEXT)}, "npz", "direction from every teacher"),
 }  # fmt: skip
 
@@ -423,6 +456,131 @@ def test_damage_met_by_a_worker_is_named_too(tmp_path):
     path = write_tar(tmp_path / "some.tar", {"a": members(1), "b": members(2, txt=b"")})
     with pytest.raises(DamagedSampleError, match="some.tar', sample 'b', member 'txt': expected one or more captions"):
         load(read(path), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "member", "problem"),
+    [
+        ({"npz": None, "pth.gz": gzip.compress(bytes(64 << 20), 1)}, "pth.gz", "more than 1 MiB unpacked"),
+        (
+            {"npz": zipped(zipfile.ZIP_DEFLATED, image_emb=bytes(64 << 20))},
+            "npz",
+            "at most 1 MiB unpacked, got 67108864",
+        ),
+        ({"npz": zipped(zipfile.ZIP_LZMA, image_emb=b"x")}, "npz", "compressed in a way that is not read"),
+        ({"npz": bytes(2 << 20)}, "npz", "expected at most 1 MiB, got 2097152 bytes"),
+        ({"txt": b"a " * (1 << 20)}, "txt", "expected at most 1 MiB, got 2097152 bytes"),
+    ],
+    ids=["gzip bomb", "zip bomb", "lzma", "large arrays", "a large text"],
+)
+def test_what_unpacks_to_too_much_is_named_before_it_is_unpacked(tmp_path, monkeypatch, changes, member, problem):
+    monkeypatch.setattr(shards_module, "MOST_ARRAY_BYTES", 1 << 20)
+    monkeypatch.setattr(shards_module, "MOST_TEXT_BYTES", 1 << 20)
+    bad = {name: part for name, part in (members(2) | changes).items() if part is not None}
+    path = write_tar(tmp_path / "a.tar", {"good": members(1), "bad": bad})
+    with pytest.raises(DamagedSampleError, match=f"sample 'bad', member '{member}': .*{problem}"):
+        list(read(path))
+    dataset = read(path, on_bad_sample="skip", samples_per_epoch=2)
+    tracemalloc.start()
+    assert keys(dataset) == ["good", "good"] and dataset.skipped == {"a.tar": dataset.skipped["a.tar"]}
+    assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    tracemalloc.stop()
+
+
+def header(name="b.jpg", size=b"00000000000", kind=b"0"):
+    """A tar header with a right checksum, whatever it says."""
+    head = name.encode().ljust(100, b"\0") + b"0000644\0" * 3 + size.ljust(12, b"\0") + b"0" * 11 + b"\0"
+    head = (head + b" " * 8 + kind).ljust(257, b"\0") + b"ustar\00000"
+    head = head.ljust(512, b"\0")
+    return head[:148] + b"%06o\0 " % sum(head) + head[156:]
+
+
+@pytest.mark.parametrize(
+    ("block", "problem"),
+    [
+        (header(size=b"-0000001000"), "damage at or after byte"),
+        (header(size=b"1_000"), "damage at or after byte"),
+        (header(size=b"\x80" + (1 << 62).to_bytes(11, "big")), "sample 'b', member 'jpg': expected 46116860184"),
+        (header(size=b"\xff" * 12), "damage at or after byte"),
+        (header(size=b"77777777777"), "sample 'b', member 'jpg': expected 8589934591 bytes"),
+        (header(size=b"77777777777", kind=b"L"), "a header of 8589934591 bytes"),
+        (header(size=b"77777777777", kind=b"x"), "a header of 8589934591 bytes"),
+        (header(size=b"00000001000", kind=b"x") + b"99 path=a".ljust(512), "a malformed extended header"),
+        (header()[:100] + b"9" + header()[101:], "its checksum is wrong"),
+    ],
+)
+def test_headers_that_lie_end_the_shard_with_a_line(tmp_path, block, problem):
+    path = write_tar(tmp_path / "a.tar", {"a": members(1)})
+    end = max(offset + size for place in scan_shard(path) for offset, size in place.members.values())
+    path.write_bytes(path.read_bytes()[: -(-end // 512) * 512] + block + bytes(1024))
+    with pytest.raises(DamagedSampleError, match=f"Shard '{path}'.*{problem}"):
+        list(scan_shard(path))
+    dataset = read(path, on_bad_sample="skip", samples_per_epoch=2)
+    assert keys(dataset) == ["a", "a"] and dataset.skipped["a.tar"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"),
+    [
+        (tarfile.SYMTYPE, "a link"),
+        (tarfile.LNKTYPE, "a link"),
+        (tarfile.CHRTYPE, "a device"),
+        (tarfile.FIFOTYPE, "a pipe"),
+        (tarfile.GNUTYPE_SPARSE, "a sparse file"),
+    ],
+)
+def test_a_link_or_a_device_in_place_of_a_picture_is_named(tmp_path, kind, what):
+    (tmp_path / "secret.jpg").write_bytes(picture(0, "JPEG"))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, content in members().items():
+            info = tarfile.TarInfo(f"x.{name}")
+            info.size, info.type = (0, kind) if name == "jpg" else (len(content), tarfile.REGTYPE)
+            info.linkname = str(tmp_path / "secret.jpg")
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DamagedSampleError, match=f"sample 'x'.*expected an image, got the members .*jpg \\({what}"):
+        list(read(tmp_path / "a.tar"))
+
+
+def test_members_of_every_writer_are_placed_as_tarfile_places_them(tmp_path):
+    names = ["a.txt", "b/c.txt", "l" * 180 + ".txt", "p" * 90 + "/" + "q" * 90 + ".txt", "é" * 60 + ".txt"]
+    for number, form in enumerate((tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT)):
+        path, placed = tmp_path / f"{number}.tar", {}
+        with tarfile.open(path, "w", format=form, pax_headers={"comment": "x"} if number == 2 else {}) as tar:
+            for name in names if number else [names[0], names[3]]:
+                info = tarfile.TarInfo(name)
+                info.size = len(name)
+                tar.addfile(info, io.BytesIO(name.encode()[: len(name)]))
+        with tarfile.open(path) as tar:
+            placed = {info.name: (info.offset_data, info.size) for info in tar}
+        assert {f"{place.key}.txt": place.members["txt"] for place in scan_shard(path)} == placed
+
+
+def test_a_name_that_is_no_utf8_is_read_and_can_be_written(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as tar:
+        for name, content in members().items():
+            info = tarfile.TarInfo(f"caf\xe9.{name}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    assert keys(read(tmp_path / "a.tar")) == ["caf\\xe9"]
+
+
+def test_a_key_that_comes_again_later_is_damage_and_its_first_sample_is_read(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for number, key in enumerate("xyx"):
+            for kind, content in members(number).items():
+                info = tarfile.TarInfo(f"{key}.{kind}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(DamagedSampleError, match="sample 'x'.*expected an image, got the members .*repeated"):
+        list(read(tmp_path / "a.tar"))
+    assert sorted(keys(read(tmp_path / "a.tar", on_bad_sample="skip", samples_per_epoch=2))) == ["x", "y"]
+
+
+def test_big_endian_embeddings_are_the_same_numbers(tmp_path):
+    swapped = npz(image_emb=embeds(3, 0).astype(">f4"), text_emb=np.asfortranarray(embeds(3, 1000).astype(">f8")))
+    plain = write_tar(tmp_path / "plain.tar", {"x": members(0)})
+    other = write_tar(tmp_path / "other.tar", {"x": members(0, npz=swapped)})
+    assert same(*(next(iter(read(path))) for path in (plain, other)))
 
 
 def test_a_member_that_comes_twice_is_damage(tmp_path):
@@ -507,6 +665,36 @@ def test_shards_by_pattern(folder):
         find_shards(f"{folder}/{{0003..0004}}.tar")
 
 
+@pytest.mark.parametrize(
+    ("pattern", "names"),
+    [
+        ("{0..2}", ["0", "1", "2"]),
+        ("{8..10}", ["8", "9", "10"]),
+        ("{08..10}", ["08", "09", "10"]),
+        ("{8..010}", ["008", "009", "010"]),
+        ("{5..5}x", ["5x"]),
+        ("{a,{b,c}d}e", ["ae", "bde", "cde"]),
+        ("{{1..2},4}", ["1", "2", "4"]),
+        ("{a,b}{1..2}", ["a1", "a2", "b1", "b2"]),
+        ("{a,a}", ["a"]),
+        ("a{b", ["a{b"]),
+        ("a}b{c}", ["a}b{c}"]),
+    ],
+)
+def test_braces_stand_for_what_a_shell_takes_them_for(tmp_path, pattern, names):
+    for name in names:
+        (tmp_path / name).write_bytes(b"x")
+    assert [path.name for path in find_shards(tmp_path / pattern)[0]] == names
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..999999999}", "{0..999}{0..999}", "{0..9}" * 21, "{5..1}", "{0..99999999999999999999}"]
+)
+def test_braces_that_stand_for_too_much_or_nothing_are_refused_at_once(tmp_path, pattern):
+    with pytest.raises((ValueError, FileNotFoundError), match="Expected (at most|.*FIRST <= LAST)|No shard"):
+        find_shards(f"{tmp_path}/{pattern}.tar")
+
+
 def test_wrong_arguments_are_refused(folder, tmp_path, tiny_clip_dir):
     with pytest.raises(FileNotFoundError, match="No \\*.tar in the folder"):
         read(tmp_path)
@@ -553,8 +741,37 @@ def test_an_index_says_what_is_needed_and_is_held_to_its_word(tmp_path, caplog):
     index.write_text(json.dumps(index_of([])))
     with pytest.raises(ValueError, match="not finished"):
         read(tmp_path)
-    index.write_text("{}")
-    with pytest.raises(ValueError, match="reinforced.json' is malformed"):
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (None, "has no key 'shards'"),
+        ([], "Expected a JSON object"),
+        ({"shards": 5}, "expected a list under 'shards', got 5"),
+        ({"shards": [{"file": "../x.tar", "samples": 3}]}, r"Shard 0 .*name of a file beside it .*got '../x.tar'"),
+        ({"shards": [{"file": "/etc/x.tar", "samples": 3}]}, "name of a file beside it"),
+        ({"shards": [{"file": "..", "samples": 3}]}, "name of a file beside it"),
+        ({"shards": [{"file": "a\0.tar", "samples": 3}]}, "name of a file beside it"),
+        ({"shards": [{"file": 3, "samples": 3}]}, "Shard 0 .*expected text under 'file', got 3"),
+        ({"shards": [{"file": "0000.tar", "samples": "3"}]}, "Shard 0 .*expected an integer under 'samples', got '3'"),
+        ({"shards": [{"file": "0000.tar", "samples": -3}]}, "expected 'samples' of at least 0, got -3"),
+        ({"shards": [{"file": "0000.tar", "samples": 10**30}]}, "expected 'samples'"),
+        ({"teachers": {"width": 7}}, "expected a list under 'teachers'"),
+        ({"teachers": [{"width": -4, "logit_scale": 4.6}]}, "Teacher 0 .*expected 'width' of at least 1, got -4"),
+        ({"teachers": [{"width": "4", "logit_scale": 4.6}]}, "expected an integer under 'width', got '4'"),
+        ({"teachers": [{"width": 4, "logit_scale": float("nan")}]}, "expected a logarithm as logit_scale, got nan"),
+        ({"teachers": [{"width": 4, "logit_scale": 1e9}]}, "expected a logarithm"),
+        ({"settings": {"image_size": 0}}, "expected 'image_size' of at least 1, got 0"),
+        ({"settings": None}, "expected an object under 'settings'"),
+        ({"counts": {}}, "Counts .*has no key 'synthetic_captions'"),
+    ],
+)
+def test_an_index_of_another_form_is_named_with_its_entry(tmp_path, changes, problem):
+    write_shards(tmp_path, [3])
+    content = {} if changes is None else index_of([3]) | changes if isinstance(changes, dict) else changes
+    (tmp_path / "reinforced.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"reinforced.json' is malformed: .*{problem}"):
         read(tmp_path)
 
 
