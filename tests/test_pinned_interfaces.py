@@ -416,6 +416,7 @@ def test_defaults_of_an_evaluation():
                 "parquet:GLOB": "image, captions, image_id, source, missing",
                 "hub:NAME:SPLIT": "config, image, captions, image_id, source, missing",
                 "disk:FOLDER": "none",
+                "wds:DIR_OR_URL[:SPLIT]": "cache_dir",
                 "images:FOLDER": "source",
             },
             id="captions",
@@ -483,6 +484,7 @@ def test_kinds_of_benchmarks():
             "parquet:GLOB",
             "hub:NAME:SPLIT",
             "disk:FOLDER",
+            "wds:DIR_OR_URL[:SPLIT]",
         ),
         "diagnostics": (
             "scenes:test",
@@ -495,6 +497,7 @@ def test_kinds_of_benchmarks():
             "parquet:GLOB",
             "hub:NAME:SPLIT",
             "disk:FOLDER",
+            "wds:DIR_OR_URL[:SPLIT]",
         ),
         "hessian": (
             "scenes:test",
@@ -507,6 +510,7 @@ def test_kinds_of_benchmarks():
             "parquet:GLOB",
             "hub:NAME:SPLIT",
             "disk:FOLDER",
+            "wds:DIR_OR_URL[:SPLIT]",
         ),
         "zero_shot": (
             "scenes:test",

@@ -54,13 +54,26 @@ FAILURES = (
 BENCHMARK_FAILURES = (*FAILURES, ArithmeticError, LookupError, RuntimeError, TypeError)
 
 _OF_WORKER = re.compile(r"Caught \w+ in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w+: (.*)", re.DOTALL)
+# Of an address: user and password before the host, and what follows the path.
+_SECRETS = re.compile(r"(https?://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")
 _INTERRUPTED = 130  # what a shell gives a command that Ctrl+C ended
+
+
+def without_secrets(text: str) -> str:
+    """A text whose addresses have lost user names, passwords and what follows `?`, where tokens stand.
+
+    Example:
+        >>> without_secrets("got https://me:word@example.org/a.tar?key=1")
+        'got https://example.org/a.tar'
+    """
+    return _SECRETS.sub(r"\1\2", text) if "://" in text else text
 
 
 def one_line(error: BaseException) -> str:
     """The message of an error with its line breaks folded; its type's name if it has none.
 
-    Of an error in a worker of a data loader only the message itself is left, without the worker's traceback.
+    Of an error in a worker of a data loader only the message itself is left, without the worker's traceback; of an
+    address neither user nor password nor what follows `?`.
 
     Example:
         >>> one_line(ValueError("Expected one,\\n  got two."))
@@ -69,14 +82,14 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if match := _OF_WORKER.fullmatch(text):
         text = match[1]
-    return " ".join(text.split()) or type(error).__name__
+    return without_secrets(" ".join(text.split())) or type(error).__name__
 
 
 def describe_failure(what: str, error: BaseException) -> str:
     """One line on what failed and why. With `TRANSFORMERS_VERBOSITY=info` the traceback goes to the log."""
     if transformers_logging.get_verbosity() <= logging.INFO:  # as `command` asks
         logger.warning("%s failed here:", what, exc_info=error)
-    return f"{what}: {type(error).__name__}: {one_line(error)}"
+    return f"{without_secrets(what)}: {type(error).__name__}: {one_line(error)}"
 
 
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:

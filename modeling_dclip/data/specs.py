@@ -12,9 +12,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from modeling_dclip.data.failures import without_secrets
+
 _COUNT = re.compile(r"@(\d+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
 _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
+# The colons of an address do not separate fields.
+_ORIGIN = re.compile(r"https?://[^/,]*")
 
 
 class Source(NamedTuple):
@@ -62,6 +66,32 @@ class Spec:
             FileNotFoundError, ImportError, ValueError: As the source says.
         """
         return self.source.build(*self.fields, **{**self.options, **options})
+
+
+def require_open_address(text: str) -> None:
+    """Refuse an address that holds a password or a token: specs are written to results, records and logs.
+
+    Args:
+        text (`str`): A spec or an address. One without `http://` and `https://` passes.
+
+    Raises:
+        ValueError: If an address in it names a user, or has a `?`. The message does not repeat them.
+    """
+    if (shown := without_secrets(text)) != text:
+        raise ValueError(
+            f"Expected an address without a user name, a password and '?...', got more than {shown!r}: it would be "
+            "written to results and logs. Put user and password into ~/.netrc, or copy the set to a folder."
+        )
+
+
+def _split_fields(body: str) -> list[str]:
+    """Kind and fields of a spec; a field may be an address."""
+    kind, colon, rest = body.partition(":")
+    origin = _ORIGIN.match(rest)
+    if origin is None:
+        return body.split(":")
+    first, *others = rest[origin.end() :].split(":")
+    return [kind, origin[0] + first, *others]
 
 
 def _value(text: str) -> bool | int | float | str:
@@ -128,15 +158,18 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
         [`Spec`]: The parsed value.
 
     Raises:
-        ValueError: If the kind, the number of fields, an option or the count is wrong; the message lists the known
-            forms.
+        ValueError: If the kind, the number of fields, an option or the count is wrong (the message lists the known
+            forms), or an address holds a password or a token.
 
     Example:
         >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)}).fields
         ['2x3']
+        >>> parse_spec("a:https://example.org:8000/b:c", {"a": Source("a:DIR_OR_URL:SPLIT", print)}).fields
+        ['https://example.org:8000/b', 'c']
     """
     if isinstance(spec, Spec):
         return spec
+    require_open_address(spec)
     body, count = spec, None
     if counted and (match := _COUNT.search(spec)):
         body, count = spec[: match.start()], int(match[1])
@@ -144,7 +177,7 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     if match := _OPTIONS.search(body):
         body = body[: match.start()]
         options = dict(part.split("=", 1) for part in match[1][1:].split(","))
-    kind, *fields = body.split(":")
+    kind, *fields = _split_fields(body)
     forms = "; ".join(source.form + ("[@COUNT]" if counted else "") for source in sources.values())
     if kind not in sources:
         raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}. Known forms: {forms}.")

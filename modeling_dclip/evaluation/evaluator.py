@@ -12,7 +12,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure
+from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
@@ -243,5 +243,5 @@ def _compare(reference: _Reference, outcomes: Outcomes, seed: int) -> dict[str, 
 
 def _leave_out(failures: list[str], what: str, error: BaseException) -> None:
     """Warn at once, because the rest may take hours; the reason comes at the end."""
-    logger.warning("%s failed and is left out", what)
+    logger.warning("%s failed and is left out", without_secrets(what))
     failures.append(describe_failure(what, error))

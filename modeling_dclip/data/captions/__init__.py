@@ -11,6 +11,7 @@
 | `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source` |
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
+| `wds:DIR_OR_URL[:SPLIT]` | a `clip-benchmark/wds_*` set for retrieval; option `cache_dir` |
 | `images:FOLDER` | images without captions, for [`load_uncaptioned`] alone; option `source` |
 
 Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a
@@ -36,6 +37,7 @@ from modeling_dclip.data.captions.files import (
 )
 from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
 from modeling_dclip.data.columns import concatenate_shared
+from modeling_dclip.data.labels.webdataset import read_captioned
 from modeling_dclip.data.rows import require_rows, require_unique
 from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_bytes
@@ -69,6 +71,7 @@ CAPTION_SOURCES = {
     "parquet": Source("parquet:GLOB", read_parquet),
     "hub": Source("hub:NAME:SPLIT", read_hub),
     "disk": Source("disk:FOLDER", read_disk),
+    "wds": Source("wds:DIR_OR_URL[:SPLIT]", read_captioned),
     "images": Source("images:FOLDER", read_images),
 }
 

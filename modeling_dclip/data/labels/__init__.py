@@ -5,9 +5,7 @@ Each source knows its classes' names and, where the data brings them, its prompt
 take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
@@ -27,7 +25,6 @@ from modeling_dclip.data.labels.prompts import (
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
 from modeling_dclip.data.specs import Source, Spec, parse_spec
 
-_ORIGIN = re.compile(r"^(\w+):(https?://[^/,@]+)")
 # Where several columns hold class numbers: CIFAR-100's finer ones.
 _LABEL_COLUMNS = ("label", "fine_label")
 
@@ -187,12 +184,7 @@ def parse_label_spec(spec: str | Spec) -> Spec:
         >>> parse_label_spec("wds:https://example.org:8000/wds_mnist:train").split
         'train'
     """
-    # The colons of an address do not separate fields: host and port are put aside while the rest is taken apart.
-    origin = _ORIGIN.match(spec) if isinstance(spec, str) else None
-    if origin is None:
-        return parse_spec(spec, LABEL_SOURCES, counted=True)
-    parsed = parse_spec(f"{origin[1]}:{origin.string[origin.end() :]}", LABEL_SOURCES, counted=True)
-    return replace(parsed, text=origin.string, fields=[origin[2] + parsed.fields[0], *parsed.fields[1:]])
+    return parse_spec(spec, LABEL_SOURCES, counted=True)
 
 
 def spec_root(spec: str | Spec) -> str | None:

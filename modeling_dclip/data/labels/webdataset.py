@@ -1,4 +1,5 @@
-"""Labelled images out of `clip-benchmark/wds_*` sets: tar files (shards) in a folder, on the Hub or behind http.
+"""Images out of `clip-benchmark/wds_*` sets, labelled or captioned: tar files (shards) in a folder, on the Hub or
+behind http.
 
 A dataset's rows point into the tar files. The tars are mapped into memory, not read: the bytes of a picture are
 touched when its row is read. So memory does not grow with the set, and nothing is copied to disk. (Worker processes
@@ -6,20 +7,19 @@ that are spawned, not forked, get copies; decode with `num_workers=0` there.)
 
 A sample is a picture `KEY.{jpg,jpeg,png,webp}` and its label. The label is `KEY.cls` with the number of its class.
 Where `dataset_type.txt` says `multilabel`, it is a vector of zeros and ones, one per class: `KEY.npy`, or text in
-`KEY.cls`.
+`KEY.cls`. Where it says `retrieval`, captions take the place of the label: `KEY.txt`, one a line, or `KEY.json`.
 
 Beside the folders of the splits lie `classnames.txt`, `zeroshot_classification_templates.txt` and, in some sets,
 `dataset_type.txt`. A split's folder holds `nshards.txt` and `0.tar`, `1.tar`, ...
 """
 
-import io
 import mmap
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
@@ -38,9 +38,20 @@ from huggingface_hub.errors import (
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.failures import TransportError, one_line
-from modeling_dclip.data.files import decode_text, read_bytes, replacing, user_cache_dir
+from modeling_dclip.data.files import decode_text, parse_json, read_bytes, replacing, user_cache_dir
 from modeling_dclip.data.labels.prompts import NAMES_FILE, TEMPLATES_FILE, parse_lines
-from modeling_dclip.data.reinforced.shards import IMAGE_MEMBERS, DamagedSampleError, SamplePlace, scan_shard
+from modeling_dclip.data.reinforced.shards import (
+    IMAGE_MEMBERS,
+    MOST_TEXT_BYTES,
+    UNREADABLE_ARRAYS,
+    DamagedSampleError,
+    SamplePlace,
+    is_encodable,
+    read_array,
+    scan_shard,
+)
+from modeling_dclip.data.rows import CAPTION_FEATURES, clean_captions, require_rows, require_unique
+from modeling_dclip.data.specs import require_open_address
 from modeling_dclip.encoders.fingerprints import combine_keys
 
 if TYPE_CHECKING:
@@ -51,7 +62,9 @@ _URL = re.compile(r"https?://")
 # The page of a dataset on the Hub, or on a server like it, with or without a branch.
 _HUB_PAGE = re.compile(r"(https?://[^/]+)/datasets/([^/]+/[^/]+)(?:/tree/([^/]+))?")
 _HUB = "https://huggingface.co"
-_MULTILABEL, _RETRIEVAL = "multilabel", "retrieval"  # what dataset_type.txt may say
+_TYPE_FILE = "dataset_type.txt"
+_MULTILABEL, _RETRIEVAL = "multilabel", "retrieval"  # what it may say
+_LABELLED = ("", "classification", _MULTILABEL)
 _REACH = (1 << 31) - 1  # Arrow's offsets into a binary column are 32 bits wide
 _NO_FILE = (401, 404, 410)  # some servers answer 401 where there is nothing, so that private files stay unknown
 
@@ -76,9 +89,13 @@ class WebdatasetFiles:
         cache_dir (`str` or `Path`, *optional*): Where fetched files are kept. By default the files of a Hub are in
             the cache of `huggingface_hub`, and shards from other addresses in the user's cache folder
             (`modeling_dclip/shards`).
+
+    Raises:
+        ValueError: If the address holds a password or a token.
     """
 
     def __init__(self, root: str, cache_dir: str | os.PathLike | None = None):
+        require_open_address(root)
         self.root = root.rstrip("/")
         self.remote = is_url(root)
         self._hub: _HubDataset | None = None
@@ -242,6 +259,18 @@ class WebdatasetDescription(NamedTuple):
     n_shards: int
 
 
+def _count_shards(files: WebdatasetFiles, split: str) -> int:
+    counted = f"{split}/nshards.txt"
+    count = files.text(counted).strip()
+    if not re.fullmatch(r"[0-9]{1,9}", count) or int(count) < 1:
+        raise ValueError(f"Expected the number of shards in '{files.place(counted)}', got {count[:40]!r}.")
+    return int(count)
+
+
+def _dataset_type(files: WebdatasetFiles) -> str:
+    return (files.find_text(_TYPE_FILE) or "").strip().lower()
+
+
 def read_description(files: WebdatasetFiles, split: str) -> WebdatasetDescription:
     """Read the texts of a set.
 
@@ -257,15 +286,14 @@ def read_description(files: WebdatasetFiles, split: str) -> WebdatasetDescriptio
         FileNotFoundError: If there is no `nshards.txt` or no `classnames.txt`.
         ValueError: If one of the texts is malformed, or the set is one for retrieval.
     """
-    counted = f"{split}/nshards.txt"
-    count = files.text(counted).strip()
-    if not count.isdecimal() or int(count) < 1:
-        raise ValueError(f"Expected the number of shards in '{files.place(counted)}', got {count[:40]!r}.")
-    kind = (files.find_text("dataset_type.txt") or "").strip().lower()
+    count, kind = _count_shards(files, split), _dataset_type(files)
     if kind == _RETRIEVAL:
         raise ValueError(
-            f"'{files.place('dataset_type.txt')}' says 'retrieval'. Evaluate it as such, not as zero_shot."
+            f"'{files.place(_TYPE_FILE)}' says 'retrieval': the set has captions and no classes. Evaluate it with "
+            f"retrieval=wds:{files.root}:{split} instead of zero_shot."
         )
+    if kind not in _LABELLED:
+        raise ValueError(f"Expected one of {_LABELLED[1:]} in '{files.place(_TYPE_FILE)}', got {kind[:40]!r}.")
     names, templates = files.find_text(NAMES_FILE), files.find_text(TEMPLATES_FILE)
     if names is None:
         raise FileNotFoundError(
@@ -276,7 +304,7 @@ def read_description(files: WebdatasetFiles, split: str) -> WebdatasetDescriptio
         class_names=parse_lines(names, files.place(NAMES_FILE)),
         templates=None if templates is None else parse_lines(templates, files.place(TEMPLATES_FILE)),
         multilabel=kind == _MULTILABEL,
-        n_shards=int(count),
+        n_shards=count,
     )
 
 
@@ -305,30 +333,83 @@ def read_samples(files: WebdatasetFiles, split: str, description: WebdatasetDesc
             when it is decoded.
     """
     classes = len(description.class_names)
-    tables, rows, identity, start = [], [], [], 0
     feature = List(Value("int8"), length=classes) if description.multilabel else label_feature(description.class_names)
     features = Features(image_id=Value("string"), image=Image(), label=feature)
-    for number in range(description.n_shards):
-        path = files.shard(f"{split}/{number}.tar")
-        status = path.stat()
-        identity.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
-        content = _map(path)
-        samples = [_read_sample(place, content, description.multilabel, classes) for place in _scan(path)]
-        ids = [f"{files.name}/{split}/{number}.tar/{sample.member}" for sample in samples]
-        for part in _within_reach(samples, path):
-            tables.append(_table(content, samples[part], ids[part], features))
-            rows.append(np.arange(start, start + len(tables[-1]), 2))
-            start += len(tables[-1])
-    # The default fingerprint would read all that the table points at, so this one is made from the files' states.
-    info, fingerprint = DatasetInfo(features=features), combine_keys(identity)
-    return Dataset(pa.concat_tables(tables), info=info, fingerprint=fingerprint).select(np.concatenate(rows))
+
+    def read(place: SamplePlace, content: pa.Buffer) -> _Sample:
+        return _read_sample(place, content, description.multilabel, classes)
+
+    return _read_rows(files, split, description.n_shards, read, features)
+
+
+def read_captioned(root: str, split: str = "test", *, cache_dir: str | None = None) -> Dataset:
+    """Read the images and captions of a `clip-benchmark/wds_*` set for retrieval.
+
+    The captions are the lines of `KEY.txt`, or where a sample has none what `KEY.json` holds under `captions` (a list
+    of texts) or `caption`.
+
+    Args:
+        root (`str`): A folder or an address, as in [`WebdatasetFiles`].
+        split (`str`, *optional*, defaults to `"test"`): The folder of the shards.
+        cache_dir (`str`, *optional*): Where fetched files are kept, as in [`WebdatasetFiles`].
+
+    Returns:
+        `datasets.Dataset`: `image_id` (`NAME/SPLIT/N.tar/MEMBER`), `image`, `captions`, in the order of the shards.
+
+    Raises:
+        ConnectionError: If a server cannot be reached or refuses.
+        FileNotFoundError: If there is no `nshards.txt`, or a shard is missing.
+        ValueError: If the set is one for classification, a shard is damaged, or a sample has not exactly one picture
+            with its captions. The message names shard and sample.
+    """
+    files = WebdatasetFiles(root, cache_dir)
+    count, kind = _count_shards(files, split), _dataset_type(files)
+    if kind not in ("", _RETRIEVAL):
+        raise ValueError(
+            f"Expected 'retrieval' in '{files.place(_TYPE_FILE)}', got {kind[:40]!r}: the set has classes and no "
+            f"captions. Evaluate it with zero_shot=wds:{files.root}:{split} instead."
+        )
+    dataset = _read_rows(files, split, count, _read_captions, CAPTION_FEATURES)
+    ids, name = dataset["image_id"][:], f"'{files.place(split)}'"
+    keep = clean_captions(ids, dataset["captions"][:], name)[1]
+    require_rows(len(keep), name)
+    return dataset if len(keep) == len(ids) else dataset.select(keep)
 
 
 class _Sample(NamedTuple):
     member: str  # of the picture
     start: int
     end: int
-    label: int | np.ndarray
+    value: int | np.ndarray | list[str]  # its label or its captions
+
+
+def _read_rows(
+    files: WebdatasetFiles,
+    split: str,
+    n_shards: int,
+    read: Callable[[SamplePlace, pa.Buffer], _Sample],
+    features: Features,
+) -> Dataset:
+    """The rows of all shards: id, picture, and the value that `read` gives."""
+    tables, rows, identity, start = [], [], [], 0
+    seen: list[str] = []
+    for number in range(n_shards):
+        path = files.shard(f"{split}/{number}.tar")
+        status = path.stat()
+        identity.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
+        content = _map(path)
+        samples = [read(place, content) for place in _scan(path)]
+        ids = [f"{files.name}/{split}/{number}.tar/{sample.member}" for sample in samples]
+        seen += ids
+        for part in _within_reach(samples, path):
+            tables.append(_table(content, samples[part], ids[part], features))
+            rows.append(np.arange(start, start + len(tables[-1]), 2))
+            start += len(tables[-1])
+    require_unique(seen, f"'{files.place(split)}'")
+    # The default fingerprint would read all that the table points at, so this one is made from the files' states. It
+    # names no cache: what is kept between runs is keyed by the pictures' bytes.
+    info, fingerprint = DatasetInfo(features=features), combine_keys(identity)
+    return Dataset(pa.concat_tables(tables), info=info, fingerprint=fingerprint).select(np.concatenate(rows))
 
 
 def _map(path: Path) -> pa.Buffer:
@@ -351,56 +432,91 @@ def _damaged(shard: Path, problem: str, key: str | None = None, member: str | No
     return ValueError(f"{place}: {problem}. Fetch or write the shard again.")
 
 
-def _read_sample(place: SamplePlace, content: pa.Buffer, multilabel: bool, classes: int) -> _Sample:
+def _picture(place: SamplePlace, kinds: Sequence[str], what: str) -> tuple[str, str]:
+    """The members of a sample's one picture and of what belongs to it, the first of the kinds that is there."""
     pictures = [kind for kind in IMAGE_MEMBERS if kind in place.members]
-    kinds = ("npy", "cls") if multilabel else ("cls",)
-    label = next((kind for kind in kinds if kind in place.members), None)
+    other = next((kind for kind in kinds if kind in place.members), None)
     repeated = [kind for kind in place.members if kind.endswith(" (repeated)")]
-    if len(pictures) != 1 or label is None or repeated:
-        problem = (
-            f"expected one picture ({', '.join(IMAGE_MEMBERS)}) and one label ({' or '.join(kinds)}), got "
-            f"{sorted(place.members)}; a set with several labels per image says '{_MULTILABEL}' in dataset_type.txt"
-        )
+    if len(pictures) != 1 or other is None or repeated:
+        problem = f"expected one picture ({', '.join(IMAGE_MEMBERS)}) and {what}, got {sorted(place.members)}"
         raise _damaged(place.shard, problem, place.key)
-    offset, size = place.members[label]
+    return pictures[0], other
+
+
+def _content(place: SamplePlace, member: str, content: pa.Buffer) -> bytes:
+    offset, size = place.members[member]
+    if size > MOST_TEXT_BYTES:
+        raise _wrong_member(place, member, f"expected at most {MOST_TEXT_BYTES >> 20} MiB, got {size} bytes")
+    return content[offset : offset + size].to_pybytes()
+
+
+def _sample(place: SamplePlace, picture: str, value: int | np.ndarray | list[str]) -> _Sample:
+    start, size = place.members[picture]
+    return _Sample(f"{place.key}.{picture}", start, start + size, value)
+
+
+def _read_sample(place: SamplePlace, content: pa.Buffer, multilabel: bool, classes: int) -> _Sample:
+    kinds = ("npy", "cls") if multilabel else ("cls",)
+    what = (
+        f"one label ({' or '.join(kinds)}; a set with several labels per image says '{_MULTILABEL}' in {_TYPE_FILE}, "
+        f"one with captions '{_RETRIEVAL}')"
+    )
+    picture, label = _picture(place, kinds, what)
     read = _read_vector if multilabel else _read_class
-    value = read(place, label, content[offset : offset + size].to_pybytes(), classes)
-    start, size = place.members[pictures[0]]
-    return _Sample(f"{place.key}.{pictures[0]}", start, start + size, value)
+    return _sample(place, picture, read(place, label, _content(place, label, content), classes))
 
 
-def _wrong_label(place: SamplePlace, member: str, problem: str) -> ValueError:
+def _read_captions(place: SamplePlace, content: pa.Buffer) -> _Sample:
+    picture, member = _picture(place, ("txt", "json"), "captions (txt or json)")
+    stored = _content(place, member, content)
+    try:
+        if member == "txt":
+            captions: Any = decode_text(stored, member).splitlines()
+        else:
+            source = parse_json(stored, member)
+            captions = source.get("captions", [source.get("caption")]) if isinstance(source, dict) else None
+    except ValueError as error:
+        problem = (
+            f"expected {'text in UTF-8' if member == 'txt' else 'JSON'}, got {one_line(error.__cause__ or error)}"
+        )
+        raise _wrong_member(place, member, problem) from error
+    if not isinstance(captions, list) or not all(isinstance(text, str) and is_encodable(text) for text in captions):
+        raise _wrong_member(place, member, f"expected captions, got {captions!r:.80}")
+    return _sample(place, picture, [text.strip() for text in captions if text.strip()])
+
+
+def _wrong_member(place: SamplePlace, member: str, problem: str) -> ValueError:
     return _damaged(place.shard, problem, place.key, member)
 
 
 def _read_class(place: SamplePlace, member: str, content: bytes, classes: int) -> int:
-    try:
-        label = int(content)
-    except ValueError as error:
+    if not re.fullmatch(rb"\s*[+-]?[0-9]{1,18}\s*", content):
         problem = (
             f"expected the number of a class, got {content[:40]!r}; a set with several labels per image says "
-            f"'{_MULTILABEL}' in dataset_type.txt"
+            f"'{_MULTILABEL}' in {_TYPE_FILE}"
         )
-        raise _wrong_label(place, member, problem) from error
+        raise _wrong_member(place, member, problem)
+    label = int(content)
     if not 0 <= label < classes:
         problem = f"expected a label in [0, {classes}), one per line of classnames.txt, got {label}"
-        raise _wrong_label(place, member, problem)
+        raise _wrong_member(place, member, problem)
     return label
 
 
 def _read_vector(place: SamplePlace, member: str, content: bytes, classes: int) -> np.ndarray:
     try:
         if member == "npy":
-            vector = np.load(io.BytesIO(content), allow_pickle=False)
+            vector = read_array(content)
         else:
             vector = np.array([int(one) for one in re.findall(r"[^\s,\[\]]+", content.decode())])
-    except (ValueError, EOFError, OSError) as error:
-        raise _wrong_label(place, member, f"expected a vector of zeros and ones, got damage ({error})") from error
+    except UNREADABLE_ARRAYS as error:
+        problem = f"expected a vector of zeros and ones, got damage ({one_line(error)})"
+        raise _wrong_member(place, member, problem) from error
     if vector.shape != (classes,):
         problem = f"expected {classes} values, one per line of classnames.txt, got the shape {vector.shape}"
-        raise _wrong_label(place, member, problem)
+        raise _wrong_member(place, member, problem)
     if not np.isin(vector, (0, 1)).all():
-        raise _wrong_label(place, member, f"expected zeros and ones, got {vector[~np.isin(vector, (0, 1))][0]!r}")
+        raise _wrong_member(place, member, f"expected zeros and ones, got {vector[~np.isin(vector, (0, 1))][0]!r}")
     return vector.astype(np.int8)
 
 
@@ -432,10 +548,13 @@ def _table(content: pa.Buffer, samples: Sequence[_Sample], ids: Sequence[str], f
         names=["bytes", "path"],
     )
     spread = np.repeat(np.arange(len(samples)), 2)[:count]
-    labels = np.stack([sample.label for sample in samples])[spread]
-    if labels.ndim == 2:
-        column = pa.FixedSizeListArray.from_arrays(pa.array(labels.reshape(-1)), labels.shape[1])
-    else:
-        column = pa.array(labels, pa.int64())
-    names = pa.array(ids).take(pa.array(spread))
-    return pa.table({"image_id": names, "image": images, "label": column}, schema=features.arrow_schema)
+    values = _column([sample.value for sample in samples])
+    columns = {"image_id": pa.array(ids).take(pa.array(spread)), "image": images}
+    columns[next(name for name in features if name not in columns)] = values.take(pa.array(spread))
+    return pa.table(columns, schema=features.arrow_schema)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    if isinstance(values[0], np.ndarray):
+        return pa.FixedSizeListArray.from_arrays(pa.array(np.concatenate(values)), len(values[0]))
+    return pa.array(values, pa.list_(pa.string()) if isinstance(values[0], list) else pa.int64())

@@ -7,18 +7,22 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from datasets import ClassLabel, Image, Value
+from datasets import ClassLabel, Dataset, Image, Value
 from fixtures.loopback_hub import TOKEN, Repo, run_loopback_hub
 from fixtures.webdatasets import picture, sample, serve, write_set, write_tar
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError
 
+from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.columns import dataset_fingerprint
-from modeling_dclip.data.failures import TransportError, one_line
+from modeling_dclip.data.failures import TransportError, describe_failure, one_line
 from modeling_dclip.data.files import replacing
-from modeling_dclip.data.labels import webdataset
+from modeling_dclip.data.labels import load_classification, webdataset
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, read_description, read_samples
+from modeling_dclip.data.rows import CAPTION_FEATURES
 from modeling_dclip.encoders import Encoder
+from modeling_dclip.evaluation.benchmarks.kinds import load_benchmark
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 
 TWO_SHARDS = [
     [*sample(0, 1), *sample(1, 0, "jpg"), *sample(2, 2, "webp")],
@@ -302,3 +306,122 @@ def test_text_of_another_encoding_is_named(tmp_path):
     (root / "classnames.txt").write_bytes(b"caf\xe9\ndog\ncat\n")
     with pytest.raises(ValueError, match="UTF-8 text in '.*classnames.txt'"):
         read(root)
+
+
+def captioned(number, captions, kind="jpg", member="txt"):
+    """Members of one sample of a set for retrieval."""
+    content = captions if isinstance(captions, bytes) else captions.encode()
+    return [(f"s{number:07d}.{kind}", picture(number, kind)), (f"s{number:07d}.{member}", content)]
+
+
+TWO_CAPTIONED = [
+    [*captioned(0, "a red square\na square in red\n"), *captioned(1, "\ufeffa cat \r\n\r\n two cats", "png")],
+    [
+        *captioned(2, '{"captions": ["a dog", "dogs"]}', "webp", "json"),
+        *captioned(3, '{"caption": "one"}', "jpeg", "json"),
+    ],
+]
+
+
+def write_captioned(folder, shards, dataset_type="retrieval"):
+    return write_set(
+        folder, shards, names=None, templates=None, **({"dataset_type": dataset_type} if dataset_type else {})
+    )
+
+
+def test_a_set_for_retrieval_has_the_captions_of_its_lines(tmp_path):
+    root = write_captioned(tmp_path / "wds_captions", TWO_CAPTIONED)
+    dataset = load_captions(f"wds:{root}")
+    assert dataset["image_id"][:] == [
+        "wds_captions/test/0.tar/s0000000.jpg",
+        "wds_captions/test/0.tar/s0000001.png",
+        "wds_captions/test/1.tar/s0000002.webp",
+        "wds_captions/test/1.tar/s0000003.jpeg",
+    ]
+    assert dataset["captions"][:] == [
+        ["a red square", "a square in red"],
+        ["a cat", "two cats"],
+        ["a dog", "dogs"],
+        ["one"],
+    ]
+    assert dataset.features == CAPTION_FEATURES
+    stored = dataset.cast_column("image", Image(decode=False))["image"][:]
+    assert [one["bytes"] for one in stored] == [
+        picture(n, kind) for n, kind in enumerate(["jpg", "png", "webp", "jpeg"])
+    ]
+    assert load_captions(f"wds:{root}:test@2", seed=1)["image_id"][:] == [dataset["image_id"][row] for row in (2, 3)]
+
+
+def test_a_set_for_retrieval_is_measured_as_its_rows_are(tmp_path, tiny_clip):
+    root = write_captioned(tmp_path / "wds_captions", TWO_CAPTIONED)
+    columns = load_captions(f"wds:{root}").with_format(None).to_dict()
+    plain = Dataset.from_dict(columns, features=CAPTION_FEATURES)
+    result = load_benchmark(f"retrieval=wds:{root}").evaluate(Encoder(*tiny_clip))
+    expected = evaluate_retrieval(Encoder(*tiny_clip), plain)
+    outcomes, others = result.pop("outcomes"), expected.pop("outcomes")
+    assert result == expected and (result["n"], result["n_captions"]) == (4, 7)
+    assert all((outcomes[name] == others[name]).all() for name in others)
+
+
+def test_a_set_for_retrieval_behind_an_address_is_the_set(tmp_path):
+    local = load_captions(f"wds:{write_captioned(tmp_path / 'sets' / 'wds_captions', TWO_CAPTIONED)}")
+    with serve(tmp_path / "sets") as (address, _):
+        remote = load_captions(f"wds:{address}/wds_captions:test,cache_dir={tmp_path / 'cache'}")
+    assert remote.cast_column("image", Image(decode=False))[:] == local.cast_column("image", Image(decode=False))[:]
+    assert sorted(path.name for path in (tmp_path / "cache").rglob("*.tar")) == ["0.tar", "1.tar"]
+
+
+def test_each_kind_of_set_is_sent_to_the_reader_that_exists(tmp_path):
+    root = write_captioned(tmp_path / "wds_captions", TWO_CAPTIONED)
+    with pytest.raises(ValueError, match="says 'retrieval'.*Evaluate it with (.*) instead of zero_shot") as error:
+        load_benchmark(f"zero_shot=wds:{root}")
+    remedy = re.search("Evaluate it with (.*) instead", str(error.value))[1]
+    assert load_benchmark(remedy).name == f"retrieval=wds:{root}:test"
+    labelled = write_set(tmp_path / "wds_labels", TWO_SHARDS, dataset_type="classification")
+    with pytest.raises(ValueError, match="Expected 'retrieval' in .*got 'classification'.*Evaluate it with") as error:
+        load_benchmark(f"retrieval=wds:{labelled}")
+    assert load_benchmark(re.search("Evaluate it with (.*) instead", str(error.value))[1]).split == "test"
+    with pytest.raises(ValueError, match="sample 's0000000': expected one picture .* and captions .*'cls'"):
+        load_captions(f"wds:{write_set(tmp_path / 'wds_untold', TWO_SHARDS)}")
+    with pytest.raises(ValueError, match="Expected one of .*classification.*dataset_type.txt', got 'segmentation'"):
+        read(write_set(tmp_path / "wds_other", TWO_SHARDS, dataset_type="segmentation"))
+
+
+@pytest.mark.parametrize(
+    ("members", "message"),
+    [
+        (captioned(0, b"caf\xe9"), r"0.tar', member 's0000000.txt': expected text in UTF-8, got .*0xe9"),
+        (captioned(0, "[" * 100_000, member="json"), "s0000000.json': expected JSON, got .*recursion"),
+        (captioned(0, '{"captions": [1]}', member="json"), r"s0000000.json': expected captions, got \[1\]"),
+        (captioned(0, '{"captions": "a dog"}', member="json"), "s0000000.json': expected captions, got 'a dog'"),
+        (captioned(0, r'{"captions": ["\ud83d"]}', member="json"), "s0000000.json': expected captions"),
+        ([*captioned(0, "a"), *captioned(1, "b"), *captioned(0, "c")], "'s0000000': expected one picture.*repeated"),
+        ([("s1.jpg", b"x")], "sample 's1': expected one picture .* and captions"),
+        ([*captioned(0, "a"), ("s0000000.png", b"x")], "sample 's0000000': expected one picture"),
+    ],
+    ids=["latin-1", "deep JSON", "numbers", "one text", "half a character", "a key twice", "alone", "two pictures"],
+)
+def test_damaged_captions_are_named_with_their_shard(tmp_path, members, message):
+    root = write_captioned(tmp_path / "wds_bad", [members])
+    with pytest.raises(ValueError, match=message):
+        load_captions(f"wds:{root}")
+
+
+def test_pictures_without_a_caption_are_left_out_and_named(tmp_path, caplog):
+    root = write_captioned(tmp_path / "wds_bad", [[*captioned(0, "a dog"), *captioned(1, " \n")]])
+    assert load_captions(f"wds:{root}")["captions"][:] == [["a dog"]]
+    assert "rejected 1 images without a caption, first ids: wds_bad/test/0.tar/s0000001.jpg" in caplog.text
+    with pytest.raises(ValueError, match="No row with an image and a caption is left"):
+        load_captions(f"wds:{write_captioned(tmp_path / 'wds_none', [captioned(1, ' ')])}")
+
+
+@pytest.mark.parametrize("shown", ["https://me:word@a.example/x", "https://a.example/x?token=word"])
+def test_a_password_in_an_address_is_refused_and_not_repeated(shown):
+    for load in (load_captions, load_classification):
+        with pytest.raises(ValueError, match="without a user name.*'wds:https://a.example/x'.*netrc") as error:
+            load(f"wds:{shown}")
+        assert "word" not in str(error.value).replace("password", "")
+    with pytest.raises(ValueError, match="without a user name"):
+        WebdatasetFiles(shown)
+    assert one_line(ValueError(f"'{shown}' refused")) == "'https://a.example/x' refused"
+    assert "word" not in describe_failure(f"retrieval=wds:{shown}", ValueError("x"))
