@@ -62,6 +62,12 @@ class DamagedSampleError(ValueError):
         return error
 
 
+def as_problem(error: ValueError) -> str:
+    """What a reader of texts or JSON says, as a part of a message that names the member."""
+    message = one_line(error).rstrip(". ")
+    return message[:1].lower() + message[1:]
+
+
 class SamplePlace(NamedTuple):
     """Where a sample is.
 
@@ -547,10 +553,9 @@ class SampleReader:
 
     def _parse(self, text: str | bytes, place: SamplePlace, member: str) -> Any:
         try:
-            return parse_json(text, f"{member!r}")
+            return parse_json(text, "it", "")
         except ValueError as error:
-            problem = f"expected JSON, got {one_line(error.__cause__ or error)}"
-            raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
+            raise DamagedSampleError.at(place.shard, as_problem(error), place.key, member) from error
 
     def _captions(self, place: SamplePlace) -> list[str]:
         member = "txt" if "txt" in place.members else _present(place, ("txt", "json"), "captions")
@@ -560,8 +565,7 @@ class SampleReader:
             except DamagedSampleError:
                 raise
             except ValueError as error:
-                problem = f"expected text in UTF-8, got {one_line(error.__cause__ or error)}"
-                raise DamagedSampleError.at(place.shard, problem, place.key, member) from error
+                raise DamagedSampleError.at(place.shard, as_problem(error), place.key, member) from error
             found: Any = [text]
             if text.startswith("["):
                 try:

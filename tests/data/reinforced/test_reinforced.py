@@ -760,7 +760,10 @@ def test_an_index_says_what_is_needed_and_is_held_to_its_word(tmp_path, caplog):
         ({"teachers": {"width": 7}}, "expected a list under 'teachers'"),
         ({"teachers": [{"width": -4, "logit_scale": 4.6}]}, "Teacher 0 .*expected 'width' of at least 1, got -4"),
         ({"teachers": [{"width": "4", "logit_scale": 4.6}]}, "expected an integer under 'width', got '4'"),
-        ({"teachers": [{"width": 4, "logit_scale": float("nan")}]}, "expected a (logarithm as|number under .)logit_scale.*, got nan"),
+        (
+            {"teachers": [{"width": 4, "logit_scale": float("nan")}]},
+            "expected a (logarithm as|number under .)logit_scale.*, got nan",
+        ),
         ({"teachers": [{"width": 4, "logit_scale": 1e9}]}, "expected a logarithm"),
         ({"settings": {"image_size": 0}}, "expected 'image_size' of at least 1, got 0"),
         ({"settings": None}, "expected an object under 'settings'"),
