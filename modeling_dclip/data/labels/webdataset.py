@@ -46,6 +46,7 @@ from modeling_dclip.data.reinforced.shards import (
     UNREADABLE_ARRAYS,
     DamagedSampleError,
     SamplePlace,
+    as_problem,
     is_encodable,
     read_array,
     scan_shard,
@@ -471,15 +472,12 @@ def _read_captions(place: SamplePlace, content: pa.Buffer) -> _Sample:
     stored = _content(place, member, content)
     try:
         if member == "txt":
-            captions: Any = decode_text(stored, member).splitlines()
+            captions: Any = decode_text(stored, member).split("\n")
         else:
-            source = parse_json(stored, member)
+            source = parse_json(stored, "it", "")
             captions = source.get("captions", [source.get("caption")]) if isinstance(source, dict) else None
     except ValueError as error:
-        problem = (
-            f"expected {'text in UTF-8' if member == 'txt' else 'JSON'}, got {one_line(error.__cause__ or error)}"
-        )
-        raise _wrong_member(place, member, problem) from error
+        raise _wrong_member(place, member, as_problem(error)) from error
     if not isinstance(captions, list) or not all(isinstance(text, str) and is_encodable(text) for text in captions):
         raise _wrong_member(place, member, f"expected captions, got {captions!r:.80}")
     return _sample(place, picture, [text.strip() for text in captions if text.strip()])

@@ -390,8 +390,8 @@ def test_each_kind_of_set_is_sent_to_the_reader_that_exists(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        (captioned(0, b"caf\xe9"), r"0.tar', member 's0000000.txt': expected text in UTF-8, got .*0xe9"),
-        (captioned(0, "[" * 100_000, member="json"), "s0000000.json': expected JSON, got .*recursion"),
+        (captioned(0, b"caf\xe9"), r"0.tar', member 's0000000.txt': expected UTF-8 text in .*0xe9"),
+        (captioned(0, "[" * 100_000, member="json"), "s0000000.json': expected JSON in it, got .*recursion"),
         (captioned(0, '{"captions": [1]}', member="json"), r"s0000000.json': expected captions, got \[1\]"),
         (captioned(0, '{"captions": "a dog"}', member="json"), "s0000000.json': expected captions, got 'a dog'"),
         (captioned(0, r'{"captions": ["\ud83d"]}', member="json"), "s0000000.json': expected captions"),
