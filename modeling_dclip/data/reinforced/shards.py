@@ -68,12 +68,6 @@ def as_problem(error: ValueError) -> str:
     return message[:1].lower() + message[1:]
 
 
-def as_problem(error: ValueError) -> str:
-    """What a reader of texts or JSON says, as a part of a message that names the member."""
-    message = one_line(error).rstrip(". ")
-    return message[:1].lower() + message[1:]
-
-
 class SamplePlace(NamedTuple):
     """Where a sample is.
 
