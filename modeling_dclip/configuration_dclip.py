@@ -17,6 +17,34 @@ POSITION_EMBEDDING_TYPES = ("absolute", "rope")
 CROSS_ATTENTION_TYPES = ("bidirectional", "text_to_image", "image_to_text", "none", "regions")
 AGGREGATION_TYPES = ("mean", "multi_cluster")
 
+# Least and largest value of the numbers that families of transformers name alike. The largest published encoders are
+# ten times smaller; a configuration that asks for more is damaged, and would take the machine with it.
+SIZES = {
+    "num_hidden_layers": (1, 1000),
+    "hidden_size": (1, 2**17),
+    "intermediate_size": (1, 2**20),
+    "num_attention_heads": (1, 2**12),
+    "projection_dim": (1, 2**17),
+    "vocab_size": (1, 10**7),
+    "max_position_embeddings": (1, 10**6),
+    "image_size": (1, 2**14),
+    "patch_size": (1, 2**14),
+    "num_channels": (1, 1000),
+    "layer_norm_eps": (0, 1),
+    "attention_dropout": (0, 1),
+    "initializer_range": (0, 1e3),
+    "initializer_factor": (0, 1e6),
+    "logit_scale_init_value": (-100, 100),
+}
+# Largest value of the numbers of the teacher's block.
+TEACHER_SIZES = {
+    "num_attention_heads": 2**12,
+    "num_clusters": 1000,
+    "num_cluster_steps": 1000,
+    "num_region_layers": 100,
+    "region_feedforward_ratio": 100,
+}
+
 
 def check_choice(name, value, choices):
     """Refuse a value that is not among `choices`.
@@ -28,6 +56,43 @@ def check_choice(name, value, choices):
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}.")
 
 
+def check_number(name, value, low, high, above=False):
+    """Refuse a number outside `low` to `high` (`above`: without `low` itself); NaN and infinity are outside.
+
+    Raises:
+        ValueError: Naming the field, the range and what came.
+    """
+    if not (low < value if above else low <= value) or not value <= high:
+        raise ValueError(f"{name}: expected a number {'above' if above else 'from'} {low} to {high}, got {value}.")
+
+
+def _check_fields(whose, values):
+    for name, (low, high) in SIZES.items():
+        value = values.get(name)
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            check_number(f"{whose}.{name}", value, low, high)
+
+
+def check_sizes(config):
+    """Refuse numbers of a model's configuration with which it can't be built, or not in this world: before it is.
+
+    Args:
+        config (`PreTrainedConfig`): Of any family; the configurations inside it are checked too. A field that is no
+            single number is passed over.
+
+    Raises:
+        ValueError: Naming the field, the range and what came.
+
+    Example:
+        >>> check_sizes(DCLIPConfig())
+    """
+    _check_fields(config.model_type, {name: getattr(config, name, None) for name in SIZES})
+    for name in getattr(config, "sub_configs", {}):
+        inner = getattr(config, name, None)
+        if isinstance(inner, PreTrainedConfig):
+            check_sizes(inner)
+
+
 def merge_sub_config(value, legacy, config_class, **overrides):
     """A config object from None, a dict (or a config of a sibling class) and an old checkpoint's `*_config_dict`."""
     if not legacy and getattr(value, "model_type", None) == config_class.model_type:
@@ -37,6 +102,7 @@ def merge_sub_config(value, legacy, config_class, **overrides):
     fields = value.to_dict() if hasattr(value, "to_dict") else dict(value or {})
     fields.update(legacy or {})
     fields.pop("model_type", None)
+    _check_fields(config_class.model_type, fields)  # before transformers divides by one of them
     return config_class(**{**fields, **overrides})
 
 
@@ -81,6 +147,8 @@ class DCLIPVisionConfig(CLIPVisionConfig):
         return config_dict, kwargs
 
     def validate_architecture(self):
+        check_sizes(self)
+        check_number("rotary_base", self.rotary_base, 0, 1e9, above=True)
         super().validate_architecture()
         check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         head_dim = self.hidden_size // self.num_attention_heads
@@ -134,6 +202,9 @@ class DCLIPConfig(PreTrainedConfig):
             merged = merge_sub_config(getattr(self, name), legacy, config_class, projection_dim=self.projection_dim)
             setattr(self, name, merged)
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        check_sizes(self)
 
 
 def _vit_b16():
@@ -209,13 +280,11 @@ class DCLIPTeacherConfig(PreTrainedConfig):
         check_choice("cross_attention", self.cross_attention, CROSS_ATTENTION_TYPES)
         check_choice("aggregation", self.aggregation, AGGREGATION_TYPES)
         for name in ("attention_temperature", "loss_temperature"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}.")
-        if not 0 <= self.text_share <= 1:
-            raise ValueError(f"text_share: expected a share in [0, 1], got {self.text_share}.")
-        for name in ("num_clusters", "num_cluster_steps", "num_region_layers", "region_feedforward_ratio"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}.")
+            check_number(name, getattr(self, name), 0, 1e6, above=True)
+        check_number("text_share", self.text_share, 0, 1)
+        for name, most in TEACHER_SIZES.items():
+            check_number(name, getattr(self, name), 1, most)
+        check_sizes(self)
         width = getattr(self.clip_config, "projection_dim", None)
         if width is not None and width % self.num_attention_heads:
             raise ValueError(

@@ -11,7 +11,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPTextConfig, PreTrainedConfig
 
-from .configuration_dclip import check_choice, merge_sub_config
+from .configuration_dclip import check_choice, check_number, check_sizes, merge_sub_config
 
 NUM_STAGES = 4
 NUM_CONV_STAGES = 2  # the others are hybrid: mixers first, then attention
@@ -164,18 +164,17 @@ class DMCLIPVisionConfig(PreTrainedConfig):
             width, heads = self.hidden_size * 2**stage, self.num_heads[stage]
             if width % heads:
                 raise ValueError(f"num_heads: expected a divisor of stage {stage}'s width {width}, got {heads}.")
-        for name in (
-            "image_size",
-            "num_channels",
-            "stem_dim",
-            "hidden_size",
-            "state_size",
-            "projection_dim",
-            "mlp_ratio",
-        ):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name}: expected > 0, got {getattr(self, name)}.")
-        if self.conv_kernel < 1 or self.conv_kernel % 2 == 0:
+        check_sizes(self)
+        for name, most in (("stem_dim", 2**14), ("state_size", 2**12), ("conv_kernel", 63)):
+            check_number(name, getattr(self, name), 1, most)
+        for name in ("depths", "num_heads", "window_sizes"):
+            for entry in getattr(self, name):
+                check_number(name, entry, 1, 1000)
+        check_number("mlp_ratio", self.mlp_ratio, 0, 100, above=True)
+        for name in ("layer_scale_init_value", "conv_layer_scale_init_value"):
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), -1e6, 1e6)
+        if self.conv_kernel % 2 == 0:
             raise ValueError(f"conv_kernel: expected an odd number, got {self.conv_kernel}.")
         if not 0 <= self.drop_path_rate < 1:
             raise ValueError(f"drop_path_rate: expected a probability in [0, 1), got {self.drop_path_rate}.")
@@ -217,6 +216,7 @@ class DMCLIPTextConfig(CLIPTextConfig):
     mask_padding: bool = False
 
     def validate_architecture(self):
+        check_sizes(self)
         super().validate_architecture()
         for name in ("eos_token_id", "pad_token_id"):
             token_id = getattr(self, name)
@@ -257,6 +257,9 @@ class DMCLIPConfig(PreTrainedConfig):
             merged = merge_sub_config(getattr(self, name), None, config_class, projection_dim=self.projection_dim)
             setattr(self, name, merged)
         super().__post_init__(**kwargs)
+
+    def validate_architecture(self):
+        check_sizes(self)
 
 
 DMCLIPVisionConfig.register_for_auto_class()

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
@@ -78,12 +79,27 @@ def test_the_vision_config_reads_its_width_from_a_dual_checkpoint(tmp_path):
         (DCLIPTeacherConfig, {"cross_attention": "both"}, "cross_attention.*'both'"),
         (DCLIPTeacherConfig, {"aggregation": "max"}, "aggregation.*'max'"),
         (DCLIPTeacherConfig, {"attention_temperature": 0}, "attention_temperature.*got 0"),
-        (DCLIPTeacherConfig, {"text_share": 1.5}, r"text_share.*\[0, 1\], got 1.5"),
+        (DCLIPTeacherConfig, {"text_share": 1.5}, "text_share: expected a number from 0 to 1, got 1.5"),
         (DCLIPTeacherConfig, {"num_clusters": 0}, "num_clusters.*got 0"),
         (DCLIPTeacherConfig, {"num_attention_heads": 7}, "divisor of the embedding width 512, got 7"),
         (DCLIPTeacherConfig, {"region_weighting": "yes"}, "region_weighting"),
+        (DCLIPTeacherConfig, {"num_region_layers": 100000}, "num_region_layers.*from 1 to 100, got 100000"),
+        (DCLIPTeacherConfig, {"loss_temperature": math.nan}, "loss_temperature.*got nan"),
+        (DCLIPVisionConfig, {"num_hidden_layers": 10**6}, "dclip_vision.num_hidden_layers.*from 1 to 1000"),
+        (DCLIPVisionConfig, {"num_hidden_layers": -1}, "dclip_vision.num_hidden_layers.*got -1"),
+        (DCLIPVisionConfig, {"num_attention_heads": 0}, "dclip_vision.num_attention_heads.*got 0"),
+        (DCLIPConfig, {"logit_scale_init_value": math.inf}, "dclip.logit_scale_init_value.*got inf"),
     ],
 )
 def test_a_bad_field_is_refused_with_its_name_and_value(config_class, fields, message):
     with pytest.raises(StrictDataclassError, match=message):
         config_class(**fields)
+
+
+@pytest.mark.parametrize("tower", ["vision_config", "text_config"])
+@pytest.mark.parametrize(("field", "value"), [("num_attention_heads", 0), ("hidden_size", -3), ("vocab_size", 10**9)])
+def test_a_tower_out_of_this_world_is_refused_before_it_is_built(tower, field, value):
+    with pytest.raises(
+        (ValueError, StrictDataclassError), match=rf"{field}: expected a number from 1 .*, got {value}"
+    ):
+        DCLIPConfig(**{tower: {field: value}})

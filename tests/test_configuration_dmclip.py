@@ -80,7 +80,7 @@ def test_windows_for_a_resolution_divide_its_maps(image_size, windows):
         ),
         (DMCLIPVisionConfig, {"conv_kernel": 4}, "conv_kernel: expected an odd number, got 4"),
         (DMCLIPVisionConfig, {"drop_path_rate": 1.0}, r"drop_path_rate.*\[0, 1\), got 1.0"),
-        (DMCLIPVisionConfig, {"state_size": 0}, "state_size: expected > 0, got 0"),
+        (DMCLIPVisionConfig, {"state_size": 0}, "state_size: expected a number from 1 to 4096, got 0"),
         (DMCLIPVisionConfig, {"dt_init": "zeros"}, "dt_init.*'zeros'"),
         (DMCLIPVisionConfig, {"scan_backend": "cuda"}, "scan_backend: expected one of .*'triton'.*, got 'cuda'"),
         (DMCLIPVisionConfig, {"batch_norm_folded": True, "layer_scale_init_value": 1e-5}, "batch_norm_folded.*fuse"),

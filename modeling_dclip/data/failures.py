@@ -56,6 +56,7 @@ BENCHMARK_FAILURES = (*FAILURES, ArithmeticError, LookupError, RuntimeError, Typ
 _OF_WORKER = re.compile(r"Caught \w+ in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w+: (.*)", re.DOTALL)
 # Of an address: user and password before the host, and what follows the path.
 _SECRETS = re.compile(r"(https?://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")
+_LONG = re.compile(r"(\S{60})\S{500,}")  # a value of a thousand digits, say; no path is as long
 _INTERRUPTED = 130  # what a shell gives a command that Ctrl+C ended
 
 
@@ -70,7 +71,7 @@ def without_secrets(text: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """The message of an error with its line breaks folded; its type's name if it has none.
+    """The message of an error with its line breaks folded and endless words cut; its type's name if it has none.
 
     Of an error in a worker of a data loader only the message itself is left, without the worker's traceback; of an
     address neither user nor password nor what follows `?`.
@@ -82,7 +83,7 @@ def one_line(error: BaseException) -> str:
     text = str(error)
     if match := _OF_WORKER.fullmatch(text):
         text = match[1]
-    return without_secrets(" ".join(text.split())) or type(error).__name__
+    return without_secrets(_LONG.sub(r"\1...", " ".join(text.split()))) or type(error).__name__
 
 
 def describe_failure(what: str, error: BaseException) -> str:

@@ -28,6 +28,8 @@ from datasets.exceptions import DatasetGenerationError
 # What JSON calls the types of Python.
 _KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", type(None): "null"}
 NULLABLE_TEXT = (str, type(None))
+MOST_YAML_BYTES = 1 << 20
+MOST_YAML_VALUES = 100_000  # with those that aliases repeat
 _WHOLE_FLOATS = 2**53  # above it a float skips whole numbers
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # the byte order mark that some programs write before UTF-8
 _LINE_BREAK = re.compile(rb"\r\n|\r|\n")
@@ -323,14 +325,60 @@ def read_yaml(path: str | os.PathLike, what: str = "file", advice: str = "Correc
         advice (`str`, *optional*): What to do where it is damaged.
 
     Raises:
+        FileNotFoundError: If it is missing.
         OSError: If it cannot be read.
-        ValueError: If it is no YAML in UTF-8; the message names file, line and column.
+        ValueError: If it is empty, too large, no YAML in UTF-8, names a key twice, or its aliases make it too large;
+            the message names file, line and column.
     """
+    if (size := require_file(path, what).stat().st_size) > MOST_YAML_BYTES:
+        raise ValueError(
+            f"Expected YAML of at most {MOST_YAML_BYTES >> 20} MiB in the {what} '{path}', got {size >> 20} MiB. "
+            f"{advice}"
+        )
+    text = read_text(path)
     try:
-        return yaml.safe_load(read_text(path))
-    except yaml.YAMLError as error:
+        _check_nodes(yaml.compose(text, Loader=yaml.SafeLoader))
+        return yaml.safe_load(text)
+    except (
+        yaml.YAMLError,
+        ValueError,
+        OverflowError,
+        RecursionError,
+    ) as error:  # also a date or a number that is none
         reason = " ".join(str(error).split())
         raise ValueError(f"Expected YAML in the {what} '{path}', got invalid YAML ({reason}). {advice}") from error
+
+
+def _check_nodes(root: yaml.Node | None) -> None:
+    """Refuse YAML whose keys are named twice, or that aliases make large or endless. Each node is visited once."""
+    sizes: dict[int, int] = {}
+
+    def visit(node: yaml.Node, above: frozenset[int]) -> int:
+        place = f"line {node.start_mark.line + 1}, column {node.start_mark.column + 1}"
+        if id(node) in above:
+            raise ValueError(f"{place}: an alias of a value inside this value")
+        if id(node) not in sizes:
+            sizes[id(node)] = 1 + sum(visit(child, above | {id(node)}) for child in _children(node))
+            if sizes[id(node)] > MOST_YAML_VALUES:
+                raise ValueError(f"{place}: more than {MOST_YAML_VALUES} values, with those that aliases repeat")
+        return sizes[id(node)]
+
+    if root is not None:
+        visit(root, frozenset())
+
+
+def _children(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.SequenceNode):
+        return node.value
+    if not isinstance(node, yaml.MappingNode):
+        return []
+    lines: dict[str, int] = {}
+    for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+        line = key.start_mark.line + 1
+        if key.value in lines:
+            raise ValueError(f"line {line}: the key {key.value!r} twice, before on line {lines[key.value]}")
+        lines[key.value] = line
+    return [one for pair in node.value for one in pair]
 
 
 # Tables.

@@ -1,24 +1,207 @@
-"""Spec strings: one line names a source and its options, in a recipe and on the command line alike.
+"""What a setting may say, in a recipe and on the command line alike: spec strings, ranges of numbers, and options.
 
-The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds. A kind's fields
+A spec is one line that names a source and its options. The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds. A kind's fields
 are the positional parameters of its function, and its options are the keyword-only ones.
 
 A spec is parsed once, into a [`Spec`]. What takes a spec takes the text or the parsed value.
+
+A number of a setting has a [`Range`]: a field of an `*Arguments` class in its metadata (`"range"`), an option of a
+source in its annotation (`Annotated[int, Range(1, 100)]`), an option of argparse as its `type` ([`Range.of_text`]).
 """
 
+import argparse
+import difflib
 import inspect
+import math
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, fields
+from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 
-from modeling_dclip.data.failures import without_secrets
+from transformers import HfArgumentParser
 
-_COUNT = re.compile(r"@(\d+)$")
+from modeling_dclip.data.failures import HelpFormatter, without_secrets
+
+_COUNT = re.compile(r"@([0-9]+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
 _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
 # The colons of an address do not separate fields.
 _ORIGIN = re.compile(r"https?://[^/,]*")
+_ARGUMENT = re.compile("^argument (-[^/:]*)[^:]*:")  # how argparse's messages name an option, with its other spellings
+_SHOWN = 60  # characters of a value in a message
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a setting may have. NaN and the infinities are in none.
+
+    Args:
+        low (`float`): The least number.
+        high (`float`): The largest.
+        above (`bool`, *optional*, defaults to `False`): Leave out `low` itself.
+        below (`bool`, *optional*, defaults to `False`): Leave out `high` itself.
+        whole (`bool`, *optional*, defaults to `False`): Integers only.
+        steps (`bool`, *optional*, defaults to `False`): A number of steps: an integer, or a share of all steps, < 1.
+        also (`int`, *optional*): One more number, with a meaning of its own, such as -1.
+
+    Example:
+        >>> print(Range(0, 1)), 0.5 in Range(0, 1), math.nan in Range(0, 1)
+        a number from 0 to 1
+        (None, True, False)
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    below: bool = False
+    whole: bool = False
+    steps: bool = False
+    also: int | None = None
+
+    def __contains__(self, value: Any) -> bool:
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return False
+        if self.also is not None and value == self.also:
+            return True
+        if self.whole and not isinstance(value, int):
+            return False
+        if self.steps and value >= 1 and value % 1:
+            return False
+        return (self.low < value if self.above else self.low <= value) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        kind = "an integer" if self.whole else "a number"
+        low, high = (f"{bound:.15g}" for bound in (self.low, self.high))
+        text = f"{kind} from {low} to {high}"
+        if self.above or self.below:
+            text = f"{kind} {'above' if self.above else 'from'} {low} and {'below' if self.below else 'up to'} {high}"
+        if self.steps:
+            text += " (whole, or a share of all steps below 1)"
+        return text if self.also is None else f"{text}, or {self.also}"
+
+    def check(self, value: Any, name: str) -> None:
+        """Refuse a value that is not in the range.
+
+        Args:
+            value: Any.
+            name (`str`): What it is the value of, as the user wrote it.
+
+        Raises:
+            ValueError: Naming the setting, the range and the value.
+        """
+        if value not in self:
+            raise ValueError(f"{name}: expected {self}, got {shown(value)}.")
+
+    def of_text(self, text: str) -> int | float:
+        """The number that a text spells: the `type` of an option of argparse.
+
+        Raises:
+            argparse.ArgumentTypeError: If it spells none, or one outside the range.
+        """
+        value: int | float = math.nan
+        try:
+            value = int(text) if self.whole else float(text)
+        except ValueError:
+            pass
+        if value not in self or not text.isascii():
+            raise argparse.ArgumentTypeError(f"expected {self}, got {shown(text)}")
+        return value
+
+
+COUNT = Range(1, 10**9, whole=True)  # of rows, captions, pixels, steps
+BATCH = Range(1, 2**20, whole=True)
+SEED = Range(0, 2**32 - 1, whole=True)
+SHARE = Range(0, 1)
+WORKERS = Range(0, 256, whole=True)  # processes
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    if isinstance(value, int) and abs(value) >= 10**_SHOWN:
+        return f"an integer of {value.bit_length()} bits"
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
+def check_numbers(arguments: Any, name: str = "", inherited: Mapping[str, Range] | None = None) -> None:
+    """Check every number of a dataclass against the range in its field's metadata.
+
+    Args:
+        arguments: An instance of a dataclass. `None` is allowed where it is the default, and a list is checked number
+            by number.
+        name (`str`, *optional*): Its section, which goes before the field in the message: `"student."`.
+        inherited (`Mapping[str, Range]`, *optional*): Ranges of fields without one in their metadata.
+
+    Raises:
+        ValueError: Naming field, range and value.
+    """
+    for one in fields(arguments):
+        allowed, value = range_of(one, inherited), getattr(arguments, one.name)
+        if allowed is None or (value is None and one.default is None):
+            continue
+        for number in value if isinstance(value, list) and callable(one.default_factory) else [value]:
+            allowed.check(number, f"{name}{one.name}")
+
+
+def range_of(one: Field, inherited: Mapping[str, Range] | None = None) -> Range | None:
+    """The range of a field of a dataclass; `None` if it is no number."""
+    return one.metadata.get("range", (inherited or {}).get(one.name))
+
+
+class CommandParser(HfArgumentParser):
+    """The parser of a command's options, from dataclasses or one by one. A wrong word is an error of one line.
+
+    Options have no abbreviations. A field of a dataclass may have a range in its metadata (`"range"`, a [`Range`]):
+    the parser and its help know it.
+
+    Args:
+        dataclass_types (`type` or `Sequence[type]`, *optional*): As of `HfArgumentParser`.
+        **options: Of `argparse.ArgumentParser`.
+    """
+
+    def __init__(self, dataclass_types: Any = None, **options: Any):
+        self.names: list[str] = []
+        super().__init__(dataclass_types, **{"formatter_class": HelpFormatter, **options, "allow_abbrev": False})
+
+    def add_argument(self, *names: str, range: Range | None = None, **options: Any) -> argparse.Action:
+        """As of argparse.
+
+        Args:
+            *names (`str`): Of the option.
+            range ([`Range`], *optional*): Of its numbers.
+            **options: Of argparse.
+        """
+        if range is not None:
+            options |= {"type": range.of_text, "help": f"{options.get('help', '')} Expected: {range}.".strip()}
+        self.names += names
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Refuse the command line.
+
+        Raises:
+            ValueError: Always, with the option and what is wrong.
+        """
+        unknown = message.rpartition(": ")[2].split(" ")[0]
+        near = difflib.get_close_matches(unknown, self.names, 1) if message.startswith("unrecognized") else []
+        hint = f" Did you mean {near[0]}?" if near else ""
+        told = _ARGUMENT.sub(r"\1:", message)
+        raise ValueError(f"{told}.{hint} `{self.prog} --help` lists all options.")
+
+    def parse(self, words: Sequence[str] | None = None) -> tuple[Any, ...]:
+        """The dataclasses that the words of a command line fill; by default those of the process.
+
+        Raises:
+            SystemExit: After `--help`.
+            ValueError: If a word is unknown, or a value of another type or outside its range.
+        """
+        parsed = self.parse_args_into_dataclasses(words, look_for_args_file=False)
+        for one in parsed:
+            if not isinstance(one, argparse.Namespace):
+                check_numbers(one, "--")
+        return parsed
 
 
 class Source(NamedTuple):
@@ -118,14 +301,16 @@ def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec:
         `dict[str, Any]`: What to call `function` with.
 
     Raises:
-        ValueError: If an option is unknown (the message lists the known ones) or is no number where one is expected.
+        ValueError: If an option is unknown (the message lists the known ones), is no number where one is expected, or
+            is outside the range that its parameter is annotated with.
     """
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return dict(options)
-    known = {
+    annotations = {
         parameter.name: parameter.annotation for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY
     }
+    known = {key: get_args(one)[0] if get_origin(one) is Annotated else one for key, one in annotations.items()}
     unknown = sorted(set(options) - set(known))
     if unknown:
         raise ValueError(f"Unknown option {unknown[0]!r} in {spec!r}. Known options: {', '.join(known) or 'none'}.")
@@ -133,8 +318,10 @@ def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec:
     for key, value in values.items():
         if _is_of_another_type(value, known[key]):
             raise ValueError(
-                f"Expected {_NUMBERS[known[key]]} for the option {key!r} in {spec!r}, got {options[key]!r}."
+                f"Expected {_NUMBERS[known[key]]} for the option {key!r} in {spec!r}, got {shown(options[key])}."
             )
+        for allowed in get_args(annotations[key])[1:] if get_origin(annotations[key]) is Annotated else ():
+            allowed.check(value, f"The option {key!r} in {spec!r}")
     return values
 
 
@@ -172,7 +359,10 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     require_open_address(spec)
     body, count = spec, None
     if counted and (match := _COUNT.search(spec)):
-        body, count = spec[: match.start()], int(match[1])
+        body = spec[: match.start()]
+        if len(match[1]) > len(str(COUNT.high)):
+            raise ValueError(f"Expected a count up to {COUNT.high} in {shown(spec)}, got more.")
+        count = int(match[1])
     options: dict[str, str] = {}
     if match := _OPTIONS.search(body):
         body = body[: match.start()]

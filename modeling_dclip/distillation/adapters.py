@@ -5,11 +5,10 @@ Adaptation", arXiv 2402.09353; docs/papers.md. The peft package does both; it is
 """
 
 import copy
-import fnmatch
 import logging
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import replacing
-from modeling_dclip.distillation.arguments import AdapterArguments
+from modeling_dclip.distillation.arguments import AdapterArguments, check_pattern
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 
 if TYPE_CHECKING:
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-REGEX_PREFIX = "re:"  # of a freeze pattern that is a regular expression
 # Names of the linear layers of attention, Mamba mixers and MLPs, in CLIP's towers and in MambaVision: the last parts.
 ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj", "in_proj", "x_proj", "fc1", "fc2")
 
@@ -73,16 +71,7 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> FreezeReport
     """
     parameters = dict(model.named_parameters())
     matched = {}
-    for pattern in patterns:
-        regex = pattern.removeprefix(REGEX_PREFIX) if pattern.startswith(REGEX_PREFIX) else fnmatch.translate(pattern)
-        try:
-            names = [name for name in parameters if re.fullmatch(regex, name)]
-        except re.error as error:
-            raise ValueError(
-                f"Freeze pattern {pattern!r}: expected a regular expression after 're:' ({error})."
-            ) from error
-        if not names:
-            raise ValueError(f"Freeze pattern {pattern!r} matches no parameter. There are: {', '.join(parameters)}.")
+    for pattern, names in match_parameters(parameters, patterns).items():
         for name in names:
             parameters[name].requires_grad_(False)
         matched[pattern] = len(names)
@@ -91,6 +80,25 @@ def freeze_parameters(model: nn.Module, patterns: Sequence[str]) -> FreezeReport
         raise ValueError(f"Freeze patterns {list(patterns)} leave nothing to train. Freeze less.")
     frozen = sum(parameter.numel() for parameter in parameters.values()) - trainable
     return FreezeReport(matched, frozen, trainable)
+
+
+def match_parameters(parameters: Collection[str], patterns: Sequence[str]) -> dict[str, list[str]]:
+    """The names of parameters that each pattern matches whole.
+
+    Args:
+        parameters (`Collection[str]`): Names.
+        patterns (`Sequence[str]`): As of [`freeze_parameters`].
+
+    Raises:
+        ValueError: If a pattern matches nothing, or is no regular expression.
+    """
+    matched = {}
+    for pattern in patterns:
+        regex = check_pattern(pattern)
+        matched[pattern] = [name for name in parameters if re.fullmatch(regex, name)]
+        if not matched[pattern]:
+            raise ValueError(f"Freeze pattern {pattern!r} matches no parameter. There are: {', '.join(parameters)}.")
+    return matched
 
 
 def add_adapters(

@@ -1,15 +1,18 @@
 """What a recipe may set: its global fields and one section per stage, as dataclasses with typed, documented fields."""
 
+import fnmatch
 import importlib.util
 import json
-import math
+import re
 from dataclasses import Field, dataclass, field, fields
 from typing import Any, Literal
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations import get_available_reporting_integrations
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, logging
+
+from modeling_dclip.data.specs import BATCH, COUNT, SEED, SHARE, WORKERS, Range, check_numbers, shown
 
 logger = logging.get_logger(__name__)
 
@@ -17,6 +20,8 @@ logger = logging.get_logger(__name__)
 ADAPTER_FIELDS = (
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_target_modules", "lora_text", "merge_adapter",
 )  # fmt: skip
+
+REGEX_PREFIX = "re:"  # of a freeze pattern that is a regular expression
 
 # The optimisers of TrainingArguments that keep their state in 8 bits, and the package that each needs.
 EIGHT_BIT_PACKAGES = {
@@ -29,8 +34,52 @@ EIGHT_BIT_PACKAGES = {
 }  # fmt: skip
 
 
+TEMPERATURE = Range(1e-4, 1e4)
+WEIGHT = Range(0, 1e6)  # of a term of a loss
+RATE = Range(0, 1e6)
+DECAY = Range(0, 1e4)
+EPOCHS = Range(0, 1e6, above=True)
+STEPS = Range(0, 1e9, above=True, steps=True)
+LAYERS = Range(1, 100, whole=True)
+WIDTH = Range(1, 2**16, whole=True)
+SIDE = Range(1, 2**13, whole=True)  # of an image, in pixels
+AREA = Range(0, 1, above=True)
+
+# Numbers that a training section inherits from `TrainingArguments`; a field's own range goes before.
+INHERITED_RANGES = {
+    "per_device_train_batch_size": BATCH,
+    "per_device_eval_batch_size": BATCH,
+    "gradient_accumulation_steps": BATCH,
+    "eval_accumulation_steps": BATCH,
+    "num_train_epochs": EPOCHS,
+    "max_steps": Range(1, 10**9, whole=True, also=-1),
+    "learning_rate": RATE,
+    "warmup_steps": Range(0, 1e9, steps=True),
+    "weight_decay": DECAY,
+    "adam_beta1": Range(0, 1, below=True),
+    "adam_beta2": Range(0, 1, below=True),
+    "adam_epsilon": Range(0, 1, above=True),
+    "max_grad_norm": Range(0, 1e9),
+    "label_smoothing_factor": Range(0, 1, below=True),
+    "neftune_noise_alpha": Range(0, 1e4, above=True),
+    "torch_empty_cache_steps": COUNT,
+    "logging_steps": STEPS,
+    "eval_steps": STEPS,
+    "eval_delay": Range(0, 1e9),
+    "save_steps": STEPS,
+    "save_total_limit": COUNT,
+    "seed": SEED,
+    "data_seed": SEED,
+    "dataloader_num_workers": WORKERS,
+    "dataloader_prefetch_factor": Range(1, 1000, whole=True),
+    "ddp_bucket_cap_mb": Range(1, 10**6, whole=True),
+    "ddp_timeout": COUNT,
+    "local_rank": Range(-1, 2**20, whole=True),
+}
+
+
 def _help(text: str, default: Any = None, **metadata: Any) -> Any:
-    """A field with its default and its documentation, which `--help` shows."""
+    """A field with its default, its documentation, which `--help` shows, and the range of its numbers."""
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata={"help": text, **metadata})
     return field(default=default, metadata={"help": text, **metadata})
@@ -74,15 +123,17 @@ class RunArguments:
         [],
     )
     train_fraction: float = _help(
-        "Share of the images to train on, split by image id. The rest is for validation (see eval_strategy).", 1.0
+        "Share of the images to train on, split by image id. The rest is for validation (see eval_strategy).",
+        1.0,
+        range=AREA,
     )
     exclude_karpathy: list[str] = _help("Karpathy JSON files. Their test images are left out of training.", [])
     cache_dir: str | None = _help(
         "Folder where regions, features and targets are cached by content. Defaults to OUTPUT_DIR/cache."
     )
-    seed: int = _help("Seed of every random draw. A section's own seed overrides it.", 0)
+    seed: int = _help("Seed of every random draw. A section's own seed overrides it.", 0, range=SEED)
     seeds: list[int] = _help(
-        "Run once with each of these seeds, in OUTPUT_DIR/ARM/seed-N. By default once, with seed.", []
+        "Run once with each of these seeds, in OUTPUT_DIR/ARM/seed-N. By default once, with seed.", [], range=SEED
     )
     arms: dict[str, Any] | str | None = _help(
         "Variants of this recipe to compare: name -> fields and sections that override this recipe's. They share one "
@@ -107,6 +158,7 @@ class RunArguments:
         return {arm: {} if overrides is None else overrides for arm, overrides in arms.items()}
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         self.stages = [name for entry in self.stages for name in entry.split(",") if name]
         unknown = [name for name in self.stages if name not in STAGES]
         if unknown:
@@ -117,10 +169,8 @@ class RunArguments:
                 raise ValueError(f"arms: expected a mapping of fields for the arm {arm!r}, got {overrides!r}.")
         if self.baseline is not None and self.baseline not in self.variants:
             raise ValueError(f"Expected baseline to be one of the arms {list(self.variants)}, got {self.baseline!r}.")
-        if not 0 < self.train_fraction <= 1:
-            raise ValueError(f"Expected train_fraction in (0, 1], got {self.train_fraction}.")
-        if odd := [seed for seed in (self.seed, *self.seeds) if not 0 <= seed < 2**32]:
-            raise ValueError(f"Expected seeds from 0 to 2**32 - 1, got {odd[0]}.")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds: expected different seeds, which have a folder each, got {self.seeds}.")
         if self.push_to_hub is not None:
             self._check_push()
 
@@ -157,18 +207,17 @@ class StageTrainingArguments(TrainingArguments):
         "Search for unused parameters; every trained parameter is used.", False
     )
     image_cache_mib: int = _help(
-        "Memory for decoded pixels in MiB per process; 0 decodes each image every time.", 2048
+        "Memory for decoded pixels in MiB per process; 0 decodes each image every time.",
+        2048,
+        range=Range(0, 2**24, whole=True),
     )
 
     def __post_init__(self) -> None:
+        check_section(self)
         if self.remove_unused_columns:
             raise ValueError(
                 "remove_unused_columns: expected false, got true. Batches hold columns that no forward method names."
             )
-        if (size := self.per_device_train_batch_size) is not None and size < 1:
-            raise ValueError(f"per_device_train_batch_size: expected 1 or more, got {size}.")
-        if self.num_train_epochs < 0:
-            raise ValueError(f"num_train_epochs: expected 0 or more, got {self.num_train_epochs}.")
         self.report_to = _find_trackers(self.report_to)
         package = EIGHT_BIT_PACKAGES.get(str(self.optim))
         if package is not None and not is_installed(package):
@@ -177,18 +226,24 @@ class StageTrainingArguments(TrainingArguments):
                 f"install {package}`, or set optim to adamw_torch."
             )
         self.dataloader_pin_memory &= torch.accelerator.is_available()  # otherwise PyTorch warns once per epoch
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except TypeError as error:  # an unknown key of a mapping that transformers or accelerate takes
+            raise ValueError(f"expected fields that transformers' TrainingArguments takes, got: {error}.") from error
 
 
 @dataclass
 class AdapterArguments(StageTrainingArguments):
     """Low-rank adapters in place of whole weights. Without `lora_rank` there are none."""
 
-    lora_rank: int | None = _help("Train low-rank adapters (LoRA) of this rank and freeze every other weight.")
-    lora_alpha: int | None = _help(
-        "The adapters are scaled by lora_alpha / lora_rank. Defaults to lora_rank, a scale of 1."
+    lora_rank: int | None = _help(
+        "Train low-rank adapters (LoRA) of this rank and freeze every other weight.", range=Range(1, 2**13, whole=True)
     )
-    lora_dropout: float = _help("Dropout in front of the adapters, in [0, 1).", 0.0)
+    lora_alpha: int | None = _help(
+        "The adapters are scaled by lora_alpha / lora_rank. Defaults to lora_rank, a scale of 1.",
+        range=Range(1, 2**20, whole=True),
+    )
+    lora_dropout: float = _help("Dropout in front of the adapters, in [0, 1).", 0.0, range=Range(0, 1, below=True))
     use_dora: bool = _help("Use DoRA: train a magnitude beside the low-rank direction.", False)
     lora_target_modules: list[str] = _help(
         "Names of the linear layers to adapt, the last part of each. By default the projections of attention, Mamba "
@@ -200,19 +255,48 @@ class AdapterArguments(StageTrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        check_section(self)
         defaults = {f.name: default_of(f) for f in fields(self) if f.name in ADAPTER_FIELDS}
         changed = [name for name, default in defaults.items() if getattr(self, name) != default]
         if self.lora_rank is None and changed:
             raise ValueError(f"{changed[0]}: expected lora_rank beside it, got none. Set the rank, for example 16.")
-        if self.lora_rank is not None and self.lora_rank < 1:
-            raise ValueError(f"lora_rank: expected 1 or more, got {self.lora_rank}.")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"lora_dropout: expected a share in [0, 1), got {self.lora_dropout}.")
         if self.lora_rank is not None and not is_installed("peft"):
             raise ImportError(
                 'lora_rank: expected the package peft, got none. Install it with `pip install "modeling_dclip[peft]"`.'
             )
         super().__post_init__()
+
+
+def check_section(arguments: "Section | StageTrainingArguments") -> None:
+    """Check every number of a section against its range.
+
+    Raises:
+        ValueError: Naming `section.field`, the range and the value.
+    """
+    name = next((name for name, kind in SECTIONS.items() if kind is type(arguments)), None)
+    check_numbers(arguments, f"{name}." if name else "", INHERITED_RANGES)
+
+
+def check_pattern(pattern: str) -> str:
+    """The regular expression that a pattern of `student.freeze` stands for.
+
+    Args:
+        pattern (`str`): A glob, or a regular expression after `re:`.
+
+    Returns:
+        `str`: For `re.fullmatch`.
+
+    Raises:
+        ValueError: If it is no regular expression; the message has the pattern.
+    """
+    if not pattern.startswith(REGEX_PREFIX):
+        return fnmatch.translate(pattern)
+    try:
+        return re.compile(pattern.removeprefix(REGEX_PREFIX)).pattern
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(
+            f"Freeze pattern {pattern!r}: expected a regular expression after 're:' ({error})."
+        ) from error
 
 
 def is_installed(package: str) -> bool:
@@ -247,12 +331,18 @@ def _find_trackers(names: str | list[str]) -> list[str]:
     if names in (["none"], ["all"], []):
         return names if names == ["all"] else []
     available = get_available_reporting_integrations()
-    if missing := [name for name in names if name not in available]:
-        raise ImportError(
-            f"report_to: expected an installed tracker ({', '.join(available) or 'none is installed'}), got "
-            f"{missing[0]!r}. Install it with `pip install {missing[0]}`, or set report_to to none: losses also go to "
-            "trainer_state.json."
-        )
+    for name in names:
+        if name not in INTEGRATION_TO_CALLBACK:
+            raise ValueError(
+                f"report_to: expected trackers, of {', '.join(INTEGRATION_TO_CALLBACK)}, or auto, all or none alone, "
+                f"got {shown(name)}."
+            )
+        if name not in available:
+            raise ImportError(
+                f"report_to: expected an installed tracker ({', '.join(available) or 'none is installed'}), got "
+                f"{name!r}. Install it with `pip install {name}`, or set report_to to none: losses also go to "
+                "trainer_state.json."
+            )
     return names
 
 
@@ -265,16 +355,20 @@ class AnchorArguments(StageTrainingArguments):
     text_config: dict[str, Any] | str | None = _help(
         "Fields of CLIPTextConfig; vocabulary and special tokens come from the tokenizer.", "{}"
     )
-    projection_dim: int = _help("Width of the shared space.", 128)
+    projection_dim: int = _help("Width of the shared space.", 128, range=WIDTH)
     tokenizer: str = _help(
         "scenes: train one on the sentences of drawn scenes; captions: train one on the training captions; else a "
         "folder or Hub id.",
         "scenes",
     )
-    vocab_size: int = _help("Vocabulary size of a tokenizer that is trained.", 512)
-    max_length: int = _help("Longest text in tokens, of a tokenizer that is trained.", 48)
+    vocab_size: int = _help(
+        "Vocabulary size of a tokenizer that is trained.", 512, range=Range(300, 10**6, whole=True)
+    )
+    max_length: int = _help(
+        "Longest text in tokens, of a tokenizer that is trained.", 48, range=Range(3, 10**4, whole=True)
+    )
     image_to_text_weight: float = _help(
-        "Share of the image-to-text direction in the loss; the rest is the text-to-image direction.", 0.5
+        "Share of the image-to-text direction in the loss; the rest is the text-to-image direction.", 0.5, range=SHARE
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = _help(
         "Type of the saved weights; training is float32.", "float32"
@@ -298,11 +392,14 @@ class RegionsArguments:
         "used, or the whole image if it has none."
     )
     ignore_boxes: bool = _help("Drop the dataset's own boxes, so that the whole image is the only region.", False)
-    max_regions: int | None = _help("Keep this many regions per image, those with the highest scores.")
-    batch_size: int = _help("Images per call of the detector.", 16)
+    max_regions: int | None = _help("Keep this many regions per image, those with the highest scores.", range=COUNT)
+    batch_size: int = _help("Images per call of the detector.", 16, range=BATCH)
     on_bad_image: Literal["raise", "skip"] = _help(
         "What to do with an image that cannot be read. skip: leave it out and list it in the report.", "raise"
     )
+
+    def __post_init__(self) -> None:
+        check_section(self)
 
 
 @dataclass
@@ -314,16 +411,20 @@ class TeacherArguments(StageTrainingArguments):
         "caption.",
         "bidirectional",
     )
-    num_attention_heads: int = _help("Heads of each attention layer of the block.", 8)
-    attention_temperature: float = _help("Temperature of the softmax that pools regions.", 2.0)
-    text_share: float = _help("Share of the text stream in the embedding, in [0, 1].", 0.5)
+    num_attention_heads: int = _help(
+        "Heads of each attention layer of the block.", 8, range=Range(1, 1024, whole=True)
+    )
+    attention_temperature: float = _help("Temperature of the softmax that pools regions.", 2.0, range=TEMPERATURE)
+    text_share: float = _help("Share of the text stream in the embedding, in [0, 1].", 0.5, range=SHARE)
     region_weighting: bool = _help("Weight regions by area, score and similarity to the caption.", True)
     aggregation: Literal["mean", "multi_cluster"] = _help("How the streams are combined into one embedding.", "mean")
-    num_clusters: int = _help("Clusters of the aggregation multi_cluster.", 3)
-    num_cluster_steps: int = _help("k-means steps of the aggregation multi_cluster.", 5)
-    num_region_layers: int = _help("Self-attention layers over regions.", 2)
-    region_feedforward_ratio: int = _help("Width of their MLPs, as a multiple of the embedding's.", 2)
-    loss_temperature: float = _help("Temperature of the teacher's InfoNCE.", 0.05)
+    num_clusters: int = _help("Clusters of the aggregation multi_cluster.", 3, range=Range(1, 1000, whole=True))
+    num_cluster_steps: int = _help(
+        "k-means steps of the aggregation multi_cluster.", 5, range=Range(1, 1000, whole=True)
+    )
+    num_region_layers: int = _help("Self-attention layers over regions.", 2, range=LAYERS)
+    region_feedforward_ratio: int = _help("Width of their MLPs, as a multiple of the embedding's.", 2, range=LAYERS)
+    loss_temperature: float = _help("Temperature of the teacher's InfoNCE.", 0.05, range=TEMPERATURE)
     learning_rate: float = _help("Peak learning rate.", 1e-5)
     num_train_epochs: float = _help("Passes over the images.", 3.0)
     per_device_train_batch_size: int = _help("Pairs per step and process.", 64)
@@ -342,28 +443,41 @@ class TeacherArguments(StageTrainingArguments):
 class TargetsArguments:
     """Section `targets`: one pass of the frozen models over the data."""
 
-    batch_size: int = _help("Images per forward pass, each with its regions.", 16)
-    text_batch_size: int = _help("Captions per forward pass.", 256)
-    chunk_rows: int = _help("Images per cache file: the most that a killed run loses.", 512)
-    num_workers: int = _help("Processes that decode and crop images.", 0)
+    batch_size: int = _help("Images per forward pass, each with its regions.", 16, range=BATCH)
+    text_batch_size: int = _help("Captions per forward pass.", 256, range=BATCH)
+    chunk_rows: int = _help(
+        "Images per cache file: the most that a killed run loses.", 512, range=Range(1, 10**6, whole=True)
+    )
+    num_workers: int = _help("Processes that decode and crop images.", 0, range=WORKERS)
+
+    def __post_init__(self) -> None:
+        check_section(self)
 
 
 @dataclass
 class StudentArguments(AdapterArguments):
     """Section `student`: fine-tuning of the image encoder."""
 
-    cosine_distillation_loss_weight: float = _help("Weight of 1 - cosine to the teacher's embedding.", 1.0)
-    contrastive_loss_weight: float = _help("Weight of InfoNCE against the frozen text embeddings.", 1.0)
-    cosine_preservation_loss_weight: float = _help("Weight of 1 - cosine to the anchor's image embedding.", 0.0)
+    cosine_distillation_loss_weight: float = _help(
+        "Weight of 1 - cosine to the teacher's embedding.", 1.0, range=WEIGHT
+    )
+    contrastive_loss_weight: float = _help("Weight of InfoNCE against the frozen text embeddings.", 1.0, range=WEIGHT)
+    cosine_preservation_loss_weight: float = _help(
+        "Weight of 1 - cosine to the anchor's image embedding.", 0.0, range=WEIGHT
+    )
     similarity_distillation_loss_weight: float = _help(
-        "Weight of the KL from the teacher's in-batch similarities.", 0.0
+        "Weight of the KL from the teacher's in-batch similarities.", 0.0, range=WEIGHT
     )
-    temperature: float = _help("Temperature of the contrastive loss.", 0.05)
-    similarity_temperature: float = _help("Temperature of the student's softmax in the similarity loss.", 0.05)
+    temperature: float = _help("Temperature of the contrastive loss.", 0.05, range=TEMPERATURE)
+    similarity_temperature: float = _help(
+        "Temperature of the student's softmax in the similarity loss.", 0.05, range=TEMPERATURE
+    )
     similarity_teacher_temperature: float | None = _help(
-        "Temperature of the teacher's softmax in the similarity loss. Defaults to the student's."
+        "Temperature of the teacher's softmax in the similarity loss. Defaults to the student's.", range=TEMPERATURE
     )
-    image_to_text_weight: float = _help("Share of the image-to-text direction in both in-batch losses.", 0.5)
+    image_to_text_weight: float = _help(
+        "Share of the image-to-text direction in both in-batch losses.", 0.5, range=SHARE
+    )
     freeze: list[str] = _help(
         "Names of parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
     )
@@ -374,10 +488,12 @@ class StudentArguments(AdapterArguments):
         "Adapt the text tower too. Text embeddings then change, so stored ones no longer fit.", False
     )
     wise_ft_alpha: float = _help(
-        "Interpolate the saved weights: this share of the student, the rest of the anchor. 1 saves the student.", 1.0
+        "Interpolate the saved weights: this share of the student, the rest of the anchor. 1 saves the student.",
+        1.0,
+        range=SHARE,
     )
     min_crop_area: float = _help(
-        "If below 1, train on random square crops of at least this share of the image's area.", 1.0
+        "If below 1, train on random square crops of at least this share of the image's area.", 1.0, range=AREA
     )
     learning_rate: float = _help("Peak learning rate.", 1e-6)
     weight_decay: float = _help("Weight decay of matrices.", 0.01)
@@ -402,8 +518,9 @@ class StudentArguments(AdapterArguments):
         return [name for name, read in names.items() if read]
 
     def __post_init__(self) -> None:
-        if not 0 <= self.wise_ft_alpha <= 1:
-            raise ValueError(f"Expected wise_ft_alpha in [0, 1], got {self.wise_ft_alpha}.")
+        check_section(self)
+        for pattern in self.freeze:
+            check_pattern(pattern)
         if not self.columns:
             raise ValueError("Expected at least one loss weight above 0, got none: there is nothing to learn.")
         if self.use_dora and self.wise_ft_alpha < 1:
@@ -431,23 +548,34 @@ class ReinforceArguments:
         "Defaults to clip_model.",
         [],
     )
-    augmentations: int = _help("Stored augmentations per image. A training sample draws one of them.", 30)
-    image_size: int | None = _help("Side of an augmented image in pixels. Defaults to dmclip.image_size.")
-    min_crop_area: float = _help("Smallest share of the image that a random resized crop keeps, in (0, 1].", 0.08)
-    num_operations: int = _help("Operations of RandAugment after the crop; 0 keeps the crop as it is.", 2)
-    magnitude: int = _help("Magnitude of RandAugment, 0 to 30.", 9)
+    augmentations: int = _help(
+        "Stored augmentations per image. A training sample draws one of them.", 30, range=Range(1, 10**6, whole=True)
+    )
+    image_size: int | None = _help("Side of an augmented image in pixels. Defaults to dmclip.image_size.", range=SIDE)
+    min_crop_area: float = _help(
+        "Smallest share of the image that a random resized crop keeps, in (0, 1].", 0.08, range=AREA
+    )
+    num_operations: int = _help(
+        "Operations of RandAugment after the crop; 0 keeps the crop as it is.", 2, range=Range(0, 100, whole=True)
+    )
+    magnitude: int = _help("Magnitude of RandAugment, 0 to 30.", 9, range=Range(0, 30, whole=True))
     synthetic_captions: str | None = _help("Column of the datasets with synthetic captions, one or a list per image.")
     captioner: str | None = _help(
         "An image-to-text model that writes synthetic captions, in place of a column: folder or Hub id."
     )
-    captions_per_image: int = _help("Synthetic captions per image that the captioner writes.", 5)
-    samples_per_shard: int = _help("Images per tar file: the most that a killed run loses.", 1000)
+    captions_per_image: int = _help(
+        "Synthetic captions per image that the captioner writes.", 5, range=Range(1, 1000, whole=True)
+    )
+    samples_per_shard: int = _help(
+        "Images per tar file: the most that a killed run loses.", 1000, range=Range(1, 10**6, whole=True)
+    )
     dtype: Literal["float16", "float32"] = _help("Type of the stored embeddings.", "float16")
-    batch_size: int = _help("Augmented images per forward pass of a teacher.", 64)
-    num_workers: int = _help("Processes that decode and augment images.", 0)
-    seed: int = _help("Seed of the augmentations, and of the images that @COUNT draws.", 0)
+    batch_size: int = _help("Augmented images per forward pass of a teacher.", 64, range=BATCH)
+    num_workers: int = _help("Processes that decode and augment images.", 0, range=WORKERS)
+    seed: int = _help("Seed of the augmentations, and of the images that @COUNT draws.", 0, range=SEED)
 
     def __post_init__(self) -> None:
+        check_section(self)
         if self.synthetic_captions is not None and self.captioner is not None:
             raise ValueError("reinforce: expected synthetic_captions (a column) or captioner, got both.")
 
@@ -460,11 +588,14 @@ class DMCLIPArguments(StageTrainingArguments):
         "Shards to train on: a folder, a tar file or a pattern ({0000..0999}, *). Defaults to those of the stage "
         "reinforce."
     )
-    train_samples: int | None = _help("Samples to train on, over all processes, in place of max_steps.")
+    train_samples: int | None = _help(
+        "Samples to train on, over all processes, in place of max_steps.", range=Range(1, 10**12, whole=True)
+    )
     teacher_widths: list[int] = _help(
         "Widths of the teachers' embeddings in the shards, in order. By default read from the index beside the "
         "shards.",
         [],
+        range=WIDTH,
     )
     model: str | None = _help(
         "A DM-CLIP checkpoint to continue from: folder or Hub id. By default a model is made from scratch."
@@ -480,11 +611,13 @@ class DMCLIPArguments(StageTrainingArguments):
     )
     projection_dim: int | None = _help(
         "Width of the shared space. Defaults to that of model, text_model or a whole DM-CLIP in vision_model, else "
-        "512."
+        "512.",
+        range=WIDTH,
     )
     image_size: int | None = _help(
         "Side of the images in pixels. Defaults to that of model or vision_model, else 256. The attention windows are "
-        "chosen to divide the feature maps, unless vision_config sets window_sizes."
+        "chosen to divide the feature maps, unless vision_config sets window_sizes.",
+        range=SIDE,
     )
     tokenizer: str | None = _help("Folder or Hub id of a tokenizer. Defaults to that of clip_model.")
     vision_model: str | None = _help(
@@ -496,9 +629,9 @@ class DMCLIPArguments(StageTrainingArguments):
         "A pretrained text tower to start from: folder or Hub id of a DM-CLIP or of its text tower."
     )
     freeze_text: bool = _help("Freeze the text tower.", False)
-    contrastive_loss_weight: float = _help("Weight of InfoNCE between images and texts.", 0.25)
+    contrastive_loss_weight: float = _help("Weight of InfoNCE between images and texts.", 0.25, range=WEIGHT)
     distillation_loss_weight: float = _help(
-        "Weight of the cross-entropy from the teachers' in-batch similarities.", 0.75
+        "Weight of the cross-entropy from the teachers' in-batch similarities.", 0.75, range=WEIGHT
     )
     synthetic_captions: bool | None = _help(
         "Compute both losses also over one synthetic caption per image, and add them. By default if the shards have "
@@ -506,14 +639,20 @@ class DMCLIPArguments(StageTrainingArguments):
     )
     teacher_logit_scale: float | None = _help(
         "Multiplies every teacher's cosines. By default each teacher's own trained scale if the index beside the "
-        "shards has it, else 100."
+        "shards has it, else 100.",
+        range=Range(0, 1e6, above=True),
     )
-    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5)
+    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5, range=SHARE)
     synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
     samples_per_epoch: int | None = _help(
-        "Samples per epoch, over all processes. By default all; without an index they are counted first."
+        "Samples per epoch, over all processes. By default all; without an index they are counted first.",
+        range=Range(1, 10**12, whole=True),
     )
-    shuffle_buffer: int = _help("Size of the shuffle buffer in samples; a larger one shuffles better.", 10000)
+    shuffle_buffer: int = _help(
+        "Size of the shuffle buffer in samples; a larger one shuffles better.",
+        10000,
+        range=Range(1, 10**7, whole=True),
+    )
     on_bad_sample: Literal["raise", "skip"] = _help(
         "What to do with a damaged shard or sample. skip: leave it out and report it.", "raise"
     )
@@ -538,17 +677,11 @@ class DMCLIPArguments(StageTrainingArguments):
 
     def __post_init__(self) -> None:
         _parse_json(self, "vision_config", "text_config")
+        check_section(self)
         weights = (self.contrastive_loss_weight, self.distillation_loss_weight)
-        if min(weights) < 0 or max(weights) == 0:
-            raise ValueError(
-                f"Expected loss weights >= 0 and one above 0, got contrastive and distillation {weights}."
-            )
+        if max(weights) == 0:
+            raise ValueError(f"Expected a loss weight above 0, got contrastive and distillation {weights}.")
         self._resolve_architecture()
-        if self.teacher_logit_scale is not None and not 0 < self.teacher_logit_scale < math.inf:
-            raise ValueError(
-                "Expected teacher_logit_scale > 0, because it multiplies the teachers' cosines, got "
-                f"{self.teacher_logit_scale}."
-            )
         if not self.ignore_data_skip:
             raise ValueError(
                 "ignore_data_skip: expected true, got false. A resumed stream continues by itself, so the trainer "

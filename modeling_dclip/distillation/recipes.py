@@ -12,19 +12,21 @@ error that names the nearest known one. `null` and an empty list in a file leave
 unsets a field whose default is nothing.
 """
 
+import argparse
 import copy
 import difflib
 import functools
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
 from modeling_dclip.data.files import read_yaml
+from modeling_dclip.data.specs import CommandParser, range_of, shown
 from modeling_dclip.distillation.arguments import (
+    INHERITED_RANGES,
     SECTIONS,
     STAGES,
     TRAINING_SECTIONS,
@@ -217,29 +219,37 @@ def shared_anchor(recipe: Recipe) -> Recipe | None:
     return replace(recipe, run=replace(recipe.run, stages=["anchor"]))
 
 
-def read_recipe_file(path: str | Path) -> dict[str, Any]:
+def read_recipe_file(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read a recipe file as a mapping, over its `base` recipes.
 
     Args:
         path (`str` or `Path`): A YAML file. Its `base` is a path relative to it.
+        above (`tuple[Path, ...]`, *optional*): The recipes that name it as their base, the first one first.
 
     Returns:
         `dict[str, Any]`: Fields, and sections as mappings of fields.
 
     Raises:
         FileNotFoundError: If the file or a base is missing.
-        ValueError: If a file is no YAML mapping.
+        ValueError: If a file is no YAML mapping, or is its own base.
     """
     path = Path(path)
+    names = f" (the base of '{above[-1]}')" if above else ""
     if not path.is_file():
-        raise FileNotFoundError(f"No recipe at '{path}'.")
+        raise FileNotFoundError(f"No recipe at '{path}'{names}" + (", which is a folder." if path.is_dir() else "."))
+    if path.resolve() in (one.resolve() for one in above):
+        raise ValueError(
+            f"The recipe '{path}': expected a base that ends, got a circle: {', '.join(map(str, above))}."
+        )
     recipe = read_yaml(path, "recipe")
     if not isinstance(recipe, dict):
         raise ValueError(f"The recipe '{path}': expected fields and sections as `name: value`, got {recipe!r:.80}.")
     base = recipe.pop("base", None)
     if base is None:
         return recipe
-    merged = read_recipe_file(path.parent / base)
+    if not isinstance(base, str):
+        raise ValueError(f"The recipe '{path}': expected a file under 'base', got {shown(base)}.")
+    merged = read_recipe_file(path.parent / base, (*above, path))
     for name, value in recipe.items():
         both = isinstance(value, dict) and isinstance(merged.get(name), dict)
         merged[name] = {**merged[name], **value} if both else value
@@ -251,11 +261,23 @@ def _read_mapping(recipe: Mapping[str, Any]) -> Iterator[tuple[str, list[str]]]:
     for name, value in recipe.items():
         if name in SECTIONS and not isinstance(value, dict):
             raise ValueError(f"Recipe section {name!r}: expected fields as `name: value`, got {value!r:.80}.")
-        entries = {f"{name}.{field}": one for field, one in value.items()} if name in SECTIONS else {name: value}
-        for key, entry in entries.items():
-            items = entry if isinstance(entry, list) else [entry]
-            if entry is not None and items:
-                yield str(key), [json.dumps(one) if isinstance(one, (dict, bool)) else str(one) for one in items]
+        section = name if name in SECTIONS else GLOBAL
+        for field, entry in (value if name in SECTIONS else {name: value}).items():
+            key = f"{name}.{field}" if name in SECTIONS else str(field)
+            if entry is not None and entry != []:
+                yield key, _as_words(entry, key, _forms(section).get(field, {list, dict}))
+
+
+def _as_words(entry: Any, key: str, forms: set[Any]) -> list[str]:
+    """The words of a value of a recipe file, whose form the field must know."""
+    for form, what in ((list, "a list"), (dict, "a mapping")):
+        if isinstance(entry, form) and form not in forms:
+            raise ValueError(f"{key}: expected one value, got {what}: {shown(entry)}.")
+    items = entry if isinstance(entry, list) else [entry]
+    if isinstance(entry, list) and (odd := [one for one in items if one is None or isinstance(one, (list, dict))]):
+        raise ValueError(f"{key}: expected a list of single values, got {shown(odd[0])} in it.")
+    # of JSON's other types, such as dates, the text is taken
+    return [json.dumps(one, default=str) if isinstance(one, (dict, bool)) else str(one) for one in items]
 
 
 def _read_line(words: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -316,28 +338,56 @@ def _check_name(section: str, name: str) -> None:
     raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
 
 
-class _Parser(HfArgumentParser):
+class _Parser(CommandParser):
     """Turns the words of one section into typed values. An error is raised, and names the section."""
 
     def __init__(self, section: str):
         self.section = section
-        super().__init__(_KINDS[section], allow_abbrev=False, add_help=False, prog=section, usage=section)
+        kind = _KINDS[section]
+        self.ranges = {f"--{f.name}": range_of(f, INHERITED_RANGES) for f in fields(kind)}
+        super().__init__(kind, add_help=False, prog=section, usage=section)
+
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:
+        """As of [`CommandParser`]; a field that is inherited from transformers has its range too."""
+        return super().add_argument(*names, **{**options, "range": self.ranges.get(names[0])})
 
     def error(self, message: str) -> NoReturn:
-        raise ValueError(f"Recipe, {self.section}: {message}.")
+        """Refuse a value.
+
+        Raises:
+            ValueError: Always, with section and field.
+        """
+        where = "" if self.section == GLOBAL else f"{self.section}."
+        raise ValueError(re.sub("^argument --([^/:]+)[^:]*:", rf"{where}\1:", message) + ".")
 
 
 _parser_of = functools.cache(_Parser)
 
 
+@functools.cache
+def _forms(section: str) -> dict[str, set[Any]]:
+    """What a field takes besides one word: `list`, `dict` and `bool`, by the types in its annotation."""
+    hints = get_type_hints(_KINDS[section])
+    kinds = {name: {get_origin(one) or one for one in (hint, *get_args(hint))} for name, hint in hints.items()}
+    return {name: found & {list, dict, bool} for name, found in kinds.items()}
+
+
 def _type_values(section: str, words: Mapping[str, list[str]]) -> dict[str, Any]:
     """The words of a section's fields as values of the fields' types.
 
-    The one word `none` unsets a field whose default is `None` or an empty list.
+    The one word `none` unsets a field whose default is `None`, an empty list or an empty mapping.
     """
-    nothing = {f.name for f in fields(_KINDS[section]) if default_of(f) in (None, [])}
+    nothing = {f.name for f in fields(_KINDS[section]) if default_of(f) in (None, [], "{}")}
     values = {field: _UNSET for field, value in words.items() if field in nothing and value == ["none"]}
-    typed = [word for field, value in words.items() if field not in values for word in (f"--{field}", *value)]
+    where = "" if section == GLOBAL else f"{section}."
+    for field, value in words.items():
+        forms = _forms(section)[field]
+        if list not in forms and (len(value) > 1 or (not value and bool not in forms)):
+            raise ValueError(f"{where}{field}: expected one value, got {shown(value) if value else 'none'}.")
+    typed = []
+    for field, value in words.items():
+        if field not in values:  # after =, a word may begin with -
+            typed += [f"--{field}={value[0]}"] if len(value) == 1 else [f"--{field}", *value]
     parsed = _parser_of(section).parse_args(typed)
     return {field: values.get(field, getattr(parsed, field)) for field in words}
 
@@ -369,7 +419,13 @@ def _build(values: Values, path: str | None, on_line: frozenset[tuple[str, str]]
     sections = {}
     for name, kind in SECTIONS.items():
         shared = {"output_dir": f"{run.output_dir}/{name}", "seed": run.seed} if name in TRAINING_SECTIONS else {}
-        sections[name] = kind(**{**shared, **own[name]})
+        try:
+            sections[name] = kind(**{**shared, **own[name]})
+        except (ValueError, ImportError) as error:
+            if str(error).startswith(f"{name}."):
+                raise
+            kind_of_error = ImportError if isinstance(error, ImportError) else ValueError
+            raise kind_of_error(f"Recipe, {name}: {error}") from error
     return Recipe(run=run, **sections, path=path, values=values, on_line=on_line)
 
 
@@ -451,7 +507,14 @@ def check_adapters(recipe: Recipe) -> None:
 
 def describe_fields() -> str:
     """Every field of every section with its default, for `--help`."""
-    lines = ["Global fields:", *_describe(RunArguments, "--", set(_field_names(RunArguments)))]
+    lines = [
+        "Numbers of transformers.TrainingArguments: "
+        + "; ".join(f"{n}: {r}" for n, r in INHERITED_RANGES.items())
+        + ".",
+        "",
+        "Global fields:",
+        *_describe(RunArguments, "--", set(_field_names(RunArguments))),
+    ]
     for name, kind in SECTIONS.items():
         own = set(_field_names(kind))
         lines += ["", f"Section {name}: {' '.join((kind.__doc__ or '').split()).split(': ', 1)[1]}"]
@@ -469,8 +532,10 @@ def _declared(kind: type) -> list[Field]:
 
 
 def _describe(kind: type, prefix: str, names: set[str]) -> list[str]:
-    return [
-        f"  {prefix}{f.name} (default {default_of(f)!r})\n      {f.metadata['help']}"
-        for f in fields(kind)
-        if f.name in names
-    ]
+    lines = []
+    for f in fields(kind):
+        if f.name in names:
+            allowed = range_of(f, INHERITED_RANGES)
+            expected = f" Expected: {allowed}." if allowed else ""
+            lines.append(f"  {prefix}{f.name} (default {default_of(f)!r})\n      {f.metadata['help']}{expected}")
+    return lines
