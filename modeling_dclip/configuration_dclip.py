@@ -19,7 +19,7 @@ AGGREGATION_TYPES = ("mean", "multi_cluster")
 
 # Least and largest value of the numbers that families of transformers name alike. The largest published encoders are
 # ten times smaller; a configuration that asks for more is damaged, and would take the machine with it.
-SIZES = {
+MODEL_SIZES = {
     "num_hidden_layers": (1, 1000),
     "hidden_size": (1, 2**17),
     "intermediate_size": (1, 2**20),
@@ -67,7 +67,7 @@ def check_number(name, value, low, high, above=False):
 
 
 def _check_fields(whose, values):
-    for name, (low, high) in SIZES.items():
+    for name, (low, high) in MODEL_SIZES.items():
         value = values.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
             check_number(f"{whose}.{name}", value, low, high)
@@ -86,7 +86,7 @@ def check_sizes(config):
     Example:
         >>> check_sizes(DCLIPConfig())
     """
-    _check_fields(config.model_type, {name: getattr(config, name, None) for name in SIZES})
+    _check_fields(config.model_type, {name: getattr(config, name, None) for name in MODEL_SIZES})
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig):

@@ -1,7 +1,8 @@
 """What a setting may say, in a recipe and on the command line alike: spec strings, ranges of numbers, and options.
 
-A spec is one line that names a source and its options. The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict literal of [`Source`] lists the kinds. A kind's fields
-are the positional parameters of its function, and its options are the keyword-only ones.
+A spec is one line that names a source and its options. The grammar is `KIND[:FIELD...][,key=value...][@COUNT]`. A dict
+literal of [`Source`] lists the kinds. A kind's fields are the positional parameters of its function, and its options
+are the keyword-only ones.
 
 A spec is parsed once, into a [`Spec`]. What takes a spec takes the text or the parsed value.
 
@@ -113,7 +114,7 @@ class Range:
 COUNT = Range(1, 10**9, whole=True)  # of rows, captions, pixels, steps
 BATCH = Range(1, 2**20, whole=True)
 SEED = Range(0, 2**32 - 1, whole=True)
-SHARE = Range(0, 1)
+PART = Range(0, 1)
 WORKERS = Range(0, 256, whole=True)  # processes
 
 

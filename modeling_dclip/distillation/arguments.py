@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
-from modeling_dclip.data.specs import BATCH, COUNT, SEED, SHARE, WORKERS, Range, check_numbers, shown
+from modeling_dclip.data.specs import BATCH, COUNT, PART, SEED, WORKERS, Range, check_numbers, shown
 
 logger = logging.get_logger(__name__)
 
@@ -368,7 +368,7 @@ class AnchorArguments(StageTrainingArguments):
         "Longest text in tokens, of a tokenizer that is trained.", 48, range=Range(3, 10**4, whole=True)
     )
     image_to_text_weight: float = _help(
-        "Share of the image-to-text direction in the loss; the rest is the text-to-image direction.", 0.5, range=SHARE
+        "Share of the image-to-text direction in the loss; the rest is the text-to-image direction.", 0.5, range=PART
     )
     save_dtype: Literal["float32", "float16", "bfloat16"] = _help(
         "Type of the saved weights; training is float32.", "float32"
@@ -415,7 +415,7 @@ class TeacherArguments(StageTrainingArguments):
         "Heads of each attention layer of the block.", 8, range=Range(1, 1024, whole=True)
     )
     attention_temperature: float = _help("Temperature of the softmax that pools regions.", 2.0, range=TEMPERATURE)
-    text_share: float = _help("Share of the text stream in the embedding, in [0, 1].", 0.5, range=SHARE)
+    text_share: float = _help("Share of the text stream in the embedding, in [0, 1].", 0.5, range=PART)
     region_weighting: bool = _help("Weight regions by area, score and similarity to the caption.", True)
     aggregation: Literal["mean", "multi_cluster"] = _help("How the streams are combined into one embedding.", "mean")
     num_clusters: int = _help("Clusters of the aggregation multi_cluster.", 3, range=Range(1, 1000, whole=True))
@@ -476,7 +476,7 @@ class StudentArguments(AdapterArguments):
         "Temperature of the teacher's softmax in the similarity loss. Defaults to the student's.", range=TEMPERATURE
     )
     image_to_text_weight: float = _help(
-        "Share of the image-to-text direction in both in-batch losses.", 0.5, range=SHARE
+        "Share of the image-to-text direction in both in-batch losses.", 0.5, range=PART
     )
     freeze: list[str] = _help(
         "Names of parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
@@ -490,7 +490,7 @@ class StudentArguments(AdapterArguments):
     wise_ft_alpha: float = _help(
         "Interpolate the saved weights: this share of the student, the rest of the anchor. 1 saves the student.",
         1.0,
-        range=SHARE,
+        range=PART,
     )
     min_crop_area: float = _help(
         "If below 1, train on random square crops of at least this share of the image's area.", 1.0, range=AREA
@@ -642,7 +642,7 @@ class DMCLIPArguments(StageTrainingArguments):
         "shards has it, else 100.",
         range=Range(0, 1e6, above=True),
     )
-    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5, range=SHARE)
+    image_to_text_weight: float = _help("Share of the image-to-text direction in both losses.", 0.5, range=PART)
     synthetic_keys: str = _help("Regular expression of the keys that hold synthetic captions.", "syn_text.*")
     samples_per_epoch: int | None = _help(
         "Samples per epoch, over all processes. By default all; without an index they are counted first.",

@@ -371,11 +371,17 @@ def test_what_is_missing_is_told_with_its_remedy(shards, tiny_clip_dir, tmp_path
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"contrastive_loss_weight": 0, "distillation_loss_weight": 0}, "loss weights >= 0 and one above 0"),
-        ({"contrastive_loss_weight": -1}, "loss weights >= 0"),
+        (
+            {"contrastive_loss_weight": 0, "distillation_loss_weight": 0},
+            "Expected a loss weight above 0, got contrastive and distillation",
+        ),
+        (
+            {"contrastive_loss_weight": -1},
+            "dmclip.contrastive_loss_weight: expected a number from 0 to 1000000, got .-1",
+        ),
         ({"ignore_data_skip": False}, "ignore_data_skip: expected true"),
-        ({"teacher_logit_scale": 0}, "teacher_logit_scale > 0"),
-        ({"teacher_logit_scale": -1}, "teacher_logit_scale > 0"),
+        ({"teacher_logit_scale": 0}, "dmclip.teacher_logit_scale: expected a number above 0"),
+        ({"teacher_logit_scale": -1}, "dmclip.teacher_logit_scale: expected a number above 0"),
         ({"model": "x"}, "a checkpoint to go on from"),
         ({"preset": "XL"}, "invalid choice"),
     ],
