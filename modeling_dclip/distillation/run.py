@@ -17,18 +17,25 @@ from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeache
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
-from modeling_dclip.data.files import read_json, write_json
+from modeling_dclip.data.files import list_folder, write_json
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
+from modeling_dclip.distillation.arguments import TRAINING_SECTIONS
+from modeling_dclip.distillation.checkpoints import (
+    NOTES_NAME,
+    RECORD_NAME,
+    check_processes,
+    read_notes,
+    read_record,
+)
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
-from modeling_dclip.encoders.loading import load_checked
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, check_weights, load_checked
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
-RECORD_NAME = "stage.json"
 UNCAPTIONED = "uncaptioned"  # the split of images without captions, which only the student learns from
 
 
@@ -44,52 +51,151 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
 class StageRecord:
     """The record of one stage, in `stage.json`: what decided its result, and whether it finished.
 
+    Beside it, `stage_notes.json` names the files that the finished stage consists of.
+
     Args:
         folder (`Path`): The stage's own folder.
         inputs (`dict`): Everything that decides the result, as plain values: arguments, keys of data and of models.
-        overwrite (`bool`): Delete a result of other inputs instead of raising.
+        overwrite (`bool`): Delete a result of other inputs, or a damaged one, instead of raising.
 
     Raises:
-        ValueError: If the folder was made from other inputs; the message names them and says what to do.
+        ValueError: If the folder was made from other inputs, the record is damaged, a file of a finished stage is
+            missing or cut, or another number of processes trained it so far; the message says what to do.
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any], overwrite: bool = False):
         self.folder, self.inputs = folder, json.loads(json.dumps(inputs))
         self.path = folder / RECORD_NAME
-        self.finished = False
-        stored = self._read()
-        PartialState().wait_for_everyone()  # every process reads before the first one writes
-        if stored is not None and stored["inputs"] != self.inputs:
-            changes = "; ".join(_differences(stored["inputs"], self.inputs))
+        state = PartialState()
+        if state.is_main_process and _is_being_deleted(folder):
+            _delete_stage(folder)
+        state.wait_for_everyone()
+        is_new = not self.path.is_file()
+        self.finished, problem = False, None
+        try:
+            self._check()
+        except ValueError as error:
+            problem = error
+        state.wait_for_everyone()  # every process reads before the first one writes
+        if problem is not None:
             if not overwrite:
-                raise ValueError(
-                    f"'{folder}' was made from other inputs ({changes}). Name another --output_dir, or pass "
-                    "--overwrite true to delete the folder and make it again."
-                )
-            logger.warning("%s: made again, inputs changed: %s", folder.name, changes)
-            if PartialState().is_main_process:
-                shutil.rmtree(folder)
-            stored = None
-        if stored is not None:
-            self.finished = stored["finished"]
-        if stored is None:
+                raise problem
+            logger.warning("%s: made again. %s", folder.name, problem)
+            if state.is_main_process:
+                _delete_stage(folder)
+            state.wait_for_everyone()
+        if is_new or problem is not None:
             self._write(finished=False)
 
+    def _check(self) -> None:
+        """Read the record, and raise if the stage cannot be gone on from."""
+        if (stored := read_record(self.folder)) is None:
+            return
+        if stored["inputs"] != self.inputs:
+            changes = "; ".join(_differences(stored["inputs"], self.inputs))
+            raise ValueError(
+                f"'{self.folder}' was made from other inputs ({changes}). Name another --output_dir, or pass "
+                "--overwrite true to delete the folder and make it again."
+            )
+        if stored["finished"]:
+            _check_outputs(self.folder)
+        else:
+            check_processes(self.folder, PartialState().num_processes)
+        self.finished = stored["finished"]
+
     def finish(self) -> None:
-        """Note that the stage has finished."""
+        """Note that the stage has finished, and the files that it consists of."""
         self.finished = True
         self._write(finished=True)
         logger.info("%s: wrote %s", self.folder.name, self.folder)
 
-    def _read(self) -> dict[str, Any] | None:
-        if not self.path.is_file():
-            return None
-        return read_json(self.path, "record")
-
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:
+            outputs = _sizes_of_outputs(self.folder) if finished else None
+            write_json(self.folder / NOTES_NAME, {"world_size": PartialState().num_processes, "outputs": outputs})
             write_json(self.path, {"finished": finished, "inputs": self.inputs}, indent=2)
         PartialState().wait_for_everyone()
+
+
+# The files of a stage that later ones read, by suffix; not logs, checkpoints, code and reports.
+_OUTPUTS = (".safetensors", ".arrow", ".tar", ".json")
+_NO_OUTPUTS = ("trainer_state.json", RECORD_NAME, NOTES_NAME)
+_DELETING = "deleting"  # in a record whose folder is being deleted
+
+
+def _sizes_of_outputs(folder: Path) -> dict[str, int]:
+    """The size in bytes of each file that a finished stage promises, by its path in the stage's folder."""
+    sizes = {}
+    for path in list_folder(folder, "**/*"):
+        name = path.relative_to(folder)
+        aside = name.parts[0].startswith(("checkpoint-", ".")) or name.name.endswith("_report.json")
+        if path.suffix in _OUTPUTS and path.is_file() and not aside and str(name) not in _NO_OUTPUTS:
+            sizes[name.as_posix()] = path.stat().st_size
+    return sizes
+
+
+def _check_outputs(folder: Path) -> None:
+    """Check that the files of a finished stage are there and whole.
+
+    Raises:
+        ValueError: If one is missing or of another size.
+    """
+    sizes = read_notes(folder).get("outputs")
+    problems = _compare_outputs(folder, sizes) if isinstance(sizes, dict) else _check_old_outputs(folder)
+    if problems:
+        raise ValueError(
+            f"The stage in '{folder}' is finished, but {problems[0]}"
+            + (f", and {len(problems) - 1} more files" if len(problems) > 1 else "")
+            + ". Put it back, or delete the folder or pass --overwrite true to make the stage again."
+        )
+
+
+def _compare_outputs(folder: Path, sizes: dict[str, int]) -> list[str]:
+    problems = []
+    for name, size in sizes.items():
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (got := path.stat().st_size) != size and (got == 0 or path.suffix != ".json"):  # a config may be edited
+            problems.append(f"{name} has {got} bytes in place of {size}")
+    return problems
+
+
+def _check_old_outputs(folder: Path) -> list[str]:
+    """What is wrong with a stage that finished before records named its files: with the weights of a model."""
+    if folder.name not in TRAINING_SECTIONS:
+        return []
+    weights = [*list_folder(folder, "*.safetensors"), *list_folder(folder / ADAPTER_FOLDER, "*.safetensors")]
+    if not weights:
+        return ["model.safetensors is missing"]
+    problems = []
+    for path in weights:
+        try:
+            check_weights(path)
+        except ValueError as error:
+            problems.append(f"{path.name} is damaged ({error})")
+    return problems
+
+
+def _is_being_deleted(folder: Path) -> bool:
+    """Whether an earlier run was stopped while it deleted a stage's folder."""
+    try:
+        record = read_record(folder)
+    except ValueError:
+        return False  # damaged: said where it is read
+    return record is not None and bool(record.get(_DELETING))
+
+
+def _delete_stage(folder: Path) -> None:
+    """Delete what is in a stage's folder. It is marked first: if the deletion is stopped, the next run ends it."""
+    write_json(folder / RECORD_NAME, {"finished": False, "inputs": {}, _DELETING: True}, indent=2)
+    for path in list_folder(folder):
+        if path.name != RECORD_NAME:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+    (folder / RECORD_NAME).unlink()
 
 
 def finished_inputs(folder: Path) -> dict[str, Any]:
@@ -103,17 +209,16 @@ def finished_inputs(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If the stage was not run.
-        ValueError: If it did not finish.
+        ValueError: If it did not finish, or its record or a file is damaged or missing.
     """
-    path = folder / RECORD_NAME
-    if not path.is_file():
+    if (record := read_record(folder)) is None:
         raise FileNotFoundError(f"No {RECORD_NAME} in '{folder}': run the stage {folder.name!r} first.")
-    record = read_json(path, "record")
     if not record["finished"]:
         raise ValueError(
             f"The stage in '{folder}' did not finish. Run the stage {folder.name!r} again; it continues where it "
             "stopped."
         )
+    _check_outputs(folder)
     return record["inputs"]
 
 

@@ -37,10 +37,10 @@ from modeling_dclip.distillation.arguments import (
     TeacherArguments,
     deciding_fields,
 )
+from modeling_dclip.distillation.checkpoints import RECORD_NAME
 from modeling_dclip.distillation.dmclip_stages import run_dmclip_stages
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
-    RECORD_NAME,
     UNCAPTIONED,
     Clip,
     KeyedRows,

@@ -20,10 +20,10 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
-from modeling_dclip.data.files import list_folder, read_json
+from modeling_dclip.data.files import read_json
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
@@ -32,6 +32,7 @@ from modeling_dclip.distillation.arguments import (
     StageTrainingArguments,
     StudentArguments,
 )
+from modeling_dclip.distillation.checkpoints import RunNotes, last_checkpoint, reading_checkpoint
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
@@ -40,6 +41,7 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -62,6 +64,22 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.batches.set_epoch(math.floor(state.epoch or 0))
+
+
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, of one file or of several with an index.
+
+    Args:
+        folder (`Path`): Of the checkpoint.
+
+    Returns:
+        `dict[str, torch.Tensor]`: By name, on the CPU.
+    """
+    if (folder / SAFE_WEIGHTS_NAME).is_file():
+        return load_file(folder / SAFE_WEIGHTS_NAME)
+    index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME, "index of weights", ("weight_map",))
+    files = sorted(set(index["weight_map"].values()))
+    return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
 
 
 class _AllStepsTaken(Exception):
@@ -208,11 +226,44 @@ class BatchesTrainer(Trainer):
         }
         return [name for name, parameter in model.named_parameters() if parameter.ndim >= 2 and name not in spared]
 
+    @property
+    def resumed_weights(self) -> str:
+        """The file in a checkpoint whose weights a resumed run loads; empty if a sharded run has its own format."""
+        return "" if self.is_fsdp_enabled else SAFE_WEIGHTS_NAME
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        """All weights from a checkpoint; the base class would leave a missing one as it is, with a warning."""
+        if self.is_fsdp_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with reading_checkpoint(resume_from_checkpoint):
+            self._take_weights(load_weights(Path(resume_from_checkpoint)))
+
+    def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:
+        """Load the weights of a checkpoint into what trains."""
+        self.model.load_state_dict(weights)
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        """As the base class; an error names the checkpoint."""
+        with reading_checkpoint(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        """As the base class; an error names the checkpoint."""
+        with reading_checkpoint(checkpoint):
+            super()._load_scaler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        """As the base class; an error names the checkpoint."""
+        with reading_checkpoint(checkpoint):
+            super()._load_rng_state(checkpoint)
+
     def _save(self, output_dir=None, state_dict=None):
         """Weights, config, code, processor and resolved arguments; no pickled arguments."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
+        if folder != Path(self.args.output_dir):
+            RunNotes.current(Path(self.args.output_dir), self.args.world_size).write(folder)
         self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
         self.save_beside(folder)
 
@@ -365,15 +416,21 @@ class StudentTrainer(BatchesTrainer):
             return plain_state(self.dual_encoder, merged=True)
         return self.dual_encoder.state_dict() | (state_dict or {})
 
+    @property
+    def resumed_weights(self) -> str:
+        """That of the adapter if there is one."""
+        return super().resumed_weights if self.adapters is None else f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapter, or all of the image encoder's weights from the checkpoint's dual encoder."""
-        if self.adapters is not None:
-            return load_adapters(self.adapters, Path(resume_from_checkpoint))
-        if self.is_fsdp_enabled:
+        if self.adapters is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        model = self.model if model is None else model
-        weights = load_file(Path(resume_from_checkpoint) / SAFE_WEIGHTS_NAME)
-        model.load_state_dict({name: weights[name] for name in model.state_dict()})
+        with reading_checkpoint(resume_from_checkpoint):
+            load_adapters(self.adapters, Path(resume_from_checkpoint))
+
+    def _take_weights(self, weights):
+        """The image encoder's of the dual encoder."""
+        self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
 
     def _load_best_model(self):
         """As for resuming: a checkpoint has the names without adapters."""
@@ -555,35 +612,6 @@ class DMCLIPTrainer(BatchesTrainer):
         return terms
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The newest complete checkpoint in a stage's folder. One whose writing was interrupted is skipped.
-
-    `transformers` writes a checkpoint's `trainer_state.json` last, so a checkpoint with it is complete.
-
-    Args:
-        folder (`Path`): The stage's own folder.
-
-    Returns:
-        `str` or `None`: The checkpoint's folder; `None` if there is no complete one.
-    """
-    steps = sorted(
-        (
-            int(path.name.rpartition("-")[2])
-            for path in list_folder(folder, "checkpoint-*")
-            if path.name.split("-")[1].isdigit()
-        ),
-        reverse=True,
-    )
-    for step in steps:
-        state = folder / f"checkpoint-{step}" / "trainer_state.json"
-        try:
-            if read_json(state)["global_step"] == step:
-                return str(state.parent)
-        except (FileNotFoundError, ValueError):
-            logger.warning("%s is incomplete: resuming from an earlier checkpoint", state.parent)
-    return None
-
-
 def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
     """Train from the last complete checkpoint in a stage's folder, or from the start; save `trainer_state.json`.
 
@@ -593,8 +621,9 @@ def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
 
     Raises:
         FloatingPointError: If a term of the loss is NaN or infinite.
+        ValueError: If another number of processes wrote the checkpoint, or it cannot be loaded.
     """
-    checkpoint = last_checkpoint(folder)
+    checkpoint = last_checkpoint(folder, trainer.args.world_size, trainer.resumed_weights)
     if checkpoint is not None:
         logger.info("%s: resuming from %s", folder.name, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)

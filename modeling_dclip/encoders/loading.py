@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
 
 from modeling_dclip.encoders import DualEncoder
@@ -58,6 +58,22 @@ def require_dual_encoder(model: Any, where: str = "") -> None:
             f"get_text_features{f' at {where!r}' if where else ''}, got {type(model).__name__} without {missing}. "
             "Name the dual checkpoint, not one tower."
         )
+
+
+def check_weights(path: Path) -> None:
+    """Check that a file of weights has its full length. Its values are not read.
+
+    Args:
+        path (`Path`): A safetensors file.
+
+    Raises:
+        ValueError: If it is cut or none.
+    """
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"Expected whole weights in '{path}', got a damaged file ({error}).") from error
 
 
 def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> Any:

@@ -21,11 +21,11 @@ from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
 from modeling_dclip.distillation import arguments as reinforced_arguments
 from modeling_dclip.distillation import dmclip_stages as reinforced_stages
 from modeling_dclip.distillation.arguments import DMCLIPArguments
+from modeling_dclip.distillation.checkpoints import last_checkpoint
 from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.distillation.trainer import last_checkpoint
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 4}
 DMCLIP = {

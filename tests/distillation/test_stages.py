@@ -17,10 +17,10 @@ from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.distillation import run as run_module
+from modeling_dclip.distillation.checkpoints import last_checkpoint
 from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.distillation.trainer import last_checkpoint
 
 
 @pytest.fixture(scope="module")

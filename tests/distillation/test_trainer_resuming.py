@@ -165,6 +165,16 @@ def test_a_checkpoint_leads_to_the_same_weights(kind, accumulation, schedule, ch
     sweep(kind, accumulation, schedule, inputs, tmp_path, checkpoints)
 
 
+def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(inputs, tmp_path, caplog):
+    train("teacher", inputs, tmp_path / "whole", max_steps=4)
+    stop_at(tmp_path / "whole", tmp_path / "damaged", 3)
+    os.truncate(tmp_path / "damaged" / "checkpoint-3" / "optimizer.pt", 100)
+    train("teacher", inputs, tmp_path / "damaged", max_steps=4)
+    assert "checkpoint-3 is incomplete" in caplog.text
+    assert equal(weights(tmp_path / "damaged"), weights(tmp_path / "whole"))
+    assert history(tmp_path / "damaged") == history(tmp_path / "whole")
+
+
 @pytest.mark.slow
 @pytest.mark.skipif("RESUME_EVERYWHERE" not in os.environ, reason="set RESUME_EVERYWHERE=1: takes minutes")
 @pytest.mark.parametrize("schedule", SCHEDULES)
