@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.trainer import TRAINER_STATE_NAME  # written last
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.failures import one_line
@@ -28,7 +29,6 @@ logger = logging.getLogger(__name__)
 
 RECORD_NAME = "stage.json"
 NOTES_NAME = "stage_notes.json"  # beside the record and in each checkpoint
-STATE_NAME = "trainer_state.json"  # transformers writes it last
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
@@ -193,7 +193,7 @@ def check_checkpoint(checkpoint: Path, step: int, weights: str = SAFE_WEIGHTS_NA
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged or of another step.
     """
-    path = checkpoint / STATE_NAME
+    path = checkpoint / TRAINER_STATE_NAME
     state = read_json(path, "state of the trainer", ("global_step", "log_history"), advice="")
     if require_field(state, "global_step", "The state", path, int) != step:
         raise ValueError(f"'{path}': expected step {step}, got {state['global_step']}.")
