@@ -6,14 +6,19 @@ entry. What a later run will read is written beside its place and moved there, s
 """
 
 import csv
+import fnmatch
 import glob
+import heapq
 import io
 import json
+import logging
 import os
 import re
 import shutil
+import stat
 import sys
 import tempfile
+import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +29,8 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+logger = logging.getLogger(__name__)
 
 # What JSON calls the types of Python.
 _KINDS = {str: "text", list: "a list", dict: "an object", int: "an integer", float: "a number", type(None): "null"}
@@ -49,18 +56,65 @@ _FIRST_BYTES = {
     b"\xff\xd8\xff": "a JPEG picture",
     b"%PDF": "a PDF",
 }
+_LONGEST_SHOWN = 400  # characters of a name in a message
+_KINDS_SHOWN = 8
+_LONGEST_PATH = 16_384  # characters; four times what systems open
+
+
+def printable(name: str | os.PathLike) -> str:
+    r"""A name or path in one line of plain text, for messages.
+
+    Bytes that are no UTF-8, line breaks and other characters that nobody sees are written as escapes; of a very long
+    text the middle is left out.
+
+    Example:
+        >>> printable("caf\udce9\n.jpg")
+        'caf\\xe9\\n.jpg'
+    """
+    parts = []
+    for character in os.fspath(name):
+        if character.isprintable():
+            parts.append(character)
+        elif "\udc80" <= character <= "\udcff":  # how Python holds a byte of a file name that is no UTF-8
+            parts.append(f"\\x{ord(character) - 0xDC00:02x}")
+        else:
+            parts.append(character.encode("unicode_escape").decode("ascii"))
+    text = "".join(parts)
+    return text if len(text) <= _LONGEST_SHOWN else f"{text[: _LONGEST_SHOWN // 2]}...{text[-_LONGEST_SHOWN // 4 :]}"
+
+
+def is_utf8(name: str | os.PathLike) -> bool:
+    """Whether a name or path can be written as UTF-8, as tables, JSON and pages need it."""
+    try:
+        os.fspath(name).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _require_utf8(path: Path, what: str) -> None:
+    if not is_utf8(path.absolute()):
+        raise ValueError(
+            f"The path of the {what}, '{printable(path.absolute())}', is not encoded in UTF-8, so that no table can "
+            "hold it. Rename the file or folder, e.g. with `convmv -f latin1 -t utf8 --notest`."
+        )
 
 
 def require_file(path: str | os.PathLike, what: str) -> Path:
     """The path of a file that is there and not empty.
 
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has 0 bytes.
+        FileNotFoundError: If there is no such file, or there is a folder, a pipe or a device.
+        ValueError: If it has 0 bytes, or its path is no UTF-8.
     """
     path = Path(path)
+    _require_utf8(path, what)
     if path.is_dir():
         raise FileNotFoundError(f"Expected a file, the {what}, at '{path}', got a folder. Check the path.")
+    if path.exists() and not path.is_file():
+        raise FileNotFoundError(
+            f"Expected a file, the {what}, at '{path}', got a pipe, a socket or a device. Write it to a file first."
+        )
     if not path.is_file():
         raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
     if path.stat().st_size == 0:
@@ -73,12 +127,15 @@ def require_folder(path: str | os.PathLike, what: str) -> Path:
 
     Raises:
         FileNotFoundError: If there is no such folder.
+        ValueError: If its path is no UTF-8.
     """
     path = Path(path)
-    if path.is_file():
+    _require_utf8(path, what)
+    if path.exists() and not path.is_dir():
         raise FileNotFoundError(f"Expected a folder, the {what}, at '{path}', got a file. Check the path.")
     if not path.is_dir():
         raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
+    _require_utf8(path.resolve(), what)
     return path
 
 
@@ -456,13 +513,13 @@ def load_parquet(paths: Sequence[Path], pattern: str) -> Dataset:
 
 
 def list_folder(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
-    """What lies in a folder, in order of names; hidden entries too.
+    """What lies in a folder, in order of names; hidden entries too, but not the `._NAME` that macOS puts beside NAME.
 
     Args:
         folder (`str` or `os.PathLike`): The folder.
         pattern (`str`, *optional*, defaults to `"*"`): Which entries, as of `Path.glob`.
     """
-    return sorted(Path(folder).glob(pattern))
+    return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith(_APPLE_DOUBLE))
 
 
 def entry_names(folder: str | os.PathLike) -> set[str]:
@@ -470,32 +527,292 @@ def entry_names(folder: str | os.PathLike) -> set[str]:
     return set(os.listdir(folder)) if os.path.isdir(folder) else set()
 
 
-def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> tuple[list[Path], list[Path]]:
-    """The files of a folder and of those below it, hidden ones too. Links to folders are not followed.
+# What systems and programs put beside pictures; hidden are also all names that begin with a point.
+_APPLE_DOUBLE = "._"
+_SYSTEM_NAMES = frozenset(
+    ("__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "system volume information", "@eadir")
+)
+HIDDEN, IRREGULAR, LINKED_TWICE = "hidden", "pipe, socket or device", "linked to a folder that is searched already"
+BROKEN_LINK, UNREADABLE_FOLDER, NOT_UTF8 = "broken link", "folder that cannot be read", "with a name that is no UTF-8"
+NO_ENDING = "without an ending"
+
+
+class FoundFiles(NamedTuple):
+    """What the search of a folder found.
+
+    Attributes:
+        files (`list[Path]`): What was looked for, in order of paths.
+        passed_over (`dict[str, list[Path]]`): All else, in order of paths, by its kind: an ending such as `".txt"`, or
+            one of the kinds above.
+    """
+
+    files: list[Path]
+    passed_over: dict[str, list[Path]]
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is hidden, or one that a system made for itself (`Thumbs.db`, `__MACOSX`)."""
+    return name.startswith(".") or name.lower() in _SYSTEM_NAMES
+
+
+def describe_passed_over(passed_over: Mapping[str, Sequence[Path]], below: str | os.PathLike) -> str:
+    """Count and name what a search passed over: `3 files: 2 .txt (first: 'notes.txt'), 1 .heic (first: 'a.heic')`.
+
+    Args:
+        passed_over (`Mapping[str, Sequence[Path]]`): Of [`FoundFiles`].
+        below (`str` or `os.PathLike`): Paths are named from here.
+    """
+    total = sum(map(len, passed_over.values()))
+    kinds = sorted(passed_over.items(), key=lambda entry: (-len(entry[1]), entry[0]))
+    parts = [
+        f"{len(paths)} {kind} (first: '{printable(os.path.relpath(paths[0], below))}')"
+        for kind, paths in kinds[:_KINDS_SHOWN]
+    ]
+    more = [f"{len(kinds) - _KINDS_SHOWN} more kinds"] if len(kinds) > _KINDS_SHOWN else []
+    return f"{total} {'file' if total == 1 else 'files'}" + (f": {', '.join([*parts, *more])}" if total else "")
+
+
+def _entry_kind(entry: os.DirEntry) -> str:
+    """`"folder"`, `"linked folder"`, `"file"`, `BROKEN_LINK` or `IRREGULAR`. Nothing is opened."""
+    if entry.is_dir(follow_symlinks=False):
+        return "folder"
+    if entry.is_file(follow_symlinks=False):
+        return "file"
+    try:
+        mode = entry.stat().st_mode
+    except OSError:  # it leads nowhere, or to itself
+        return BROKEN_LINK
+    return "linked folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else IRREGULAR
+
+
+class _FolderSearch:
+    """The walk behind [`find_files`]: real folders first, then links, each folder once."""
+
+    def __init__(self, root: Path, suffixes: Collection[str] | None):
+        self.suffixes = suffixes
+        self.found = FoundFiles([], {})
+        # A link to a folder above would lead through the root again, and to its neighbours.
+        self.seen = {self._identity(folder) for folder in root.resolve().parents}
+        self.waiting = [root]
+        self.links: list[Path] = []
+
+    def run(self) -> FoundFiles:
+        while self.waiting or self.links:
+            folder = self.waiting.pop() if self.waiting else heapq.heappop(self.links)
+            try:
+                identity = self._identity(folder)
+                if identity in self.seen:
+                    self._pass_over(LINKED_TWICE, folder)
+                    continue
+                self.seen.add(identity)
+                with os.scandir(folder) as entries:
+                    for entry in entries:
+                        self._sort_in(Path(entry.path), _entry_kind(entry))
+            except OSError:
+                self._pass_over(UNREADABLE_FOLDER, folder)
+        self.found.files.sort()
+        for paths in self.found.passed_over.values():
+            paths.sort()
+        return self.found
+
+    @staticmethod
+    def _identity(folder: Path) -> tuple[int, int]:
+        status = os.stat(folder)
+        return status.st_dev, status.st_ino
+
+    def _pass_over(self, kind: str, path: Path) -> None:
+        self.found.passed_over.setdefault(kind, []).append(path)
+
+    def _sort_in(self, path: Path, kind: str) -> None:
+        if self.suffixes is not None and is_hidden(path.name):
+            self._pass_over(HIDDEN, path)
+        elif kind == "folder":
+            self.waiting.append(path)
+        elif kind == "linked folder":
+            heapq.heappush(self.links, path)
+        elif kind == IRREGULAR:
+            self._pass_over(kind, path)
+        elif self.suffixes is None or path.suffix.lower() in self.suffixes:
+            # A broken link is a file that is missing: whoever opens it says so.
+            if self.suffixes is None or is_utf8(path):
+                self.found.files.append(path)
+            else:
+                self._pass_over(NOT_UTF8, path)
+        else:
+            self._pass_over(kind if kind == BROKEN_LINK else path.suffix.lower() or NO_ENDING, path)
+
+
+def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> FoundFiles:
+    """The files of a folder and of those below it. Links to folders are followed, and each folder is searched once.
+
+    Passed over, and told by kind: what has another ending; hidden entries; links to a folder that is searched already
+    or that holds this one; pipes, sockets and devices; folders that cannot be read; names that are no UTF-8. Without
+    `suffixes` all files are taken, hidden ones and those of any name too.
 
     Args:
         folder (`str` or `os.PathLike`): Where to begin.
-        suffixes (`Collection[str]`, *optional*): Endings to take, in lower case with the point; all if not given.
+        suffixes (`Collection[str]`, *optional*): Endings to take in any case, given in lower case with the point.
 
-    Returns:
-        `tuple[list[Path], list[Path]]`: The files with such an ending in any case, and those passed over, each in
-            order of paths.
+    Raises:
+        OSError: If the folder itself cannot be read.
     """
-    found = sorted(Path(parent, name) for parent, _, names in os.walk(Path(folder)) for name in names)
-    if suffixes is None:
-        return found, []
-    taken = [path for path in found if path.suffix.lower() in suffixes]
-    return taken, [path for path in found if path.suffix.lower() not in suffixes]
+    os.scandir(os.fspath(folder)).close()
+    return _FolderSearch(Path(folder), suffixes).run()
+
+
+def _same_name(name: str) -> str:
+    """What two spellings of one name share: macOS writes letters and accents apart, and blanks get lost in tables."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def _same_letters(name: str) -> str:
+    return _same_name(name).casefold()
+
+
+class FileFinder:
+    """Finds the files that tables and annotations name.
+
+    A name is first looked for as it is. If there is no such file, then by its normal form (`é` as one character or as
+    two), without blanks around it, and with `\\` read as `/`. Upper and lower case are told apart. Each folder is
+    listed once, so that a hundred thousand files are quick.
+    """
+
+    def __init__(self) -> None:
+        self._listed: dict[str, dict[str, bool] | None] = {}  # of a folder: its files (False) and folders (True)
+        self._by_key: dict[tuple[str, Callable[[str], str]], dict[str, list[str]]] = {}
+
+    def find(self, path: str | os.PathLike) -> Path | None:
+        """The file of that path, or `None`.
+
+        Raises:
+            OSError: If a folder cannot be read.
+            ValueError: If two files fit and neither has exactly this name.
+        """
+        return self._find(os.fspath(path), _same_name)
+
+    def explain(self, path: str | os.PathLike) -> str:
+        """Why a path leads to no file, as far as one can tell; an empty text if not."""
+        text = os.fspath(path)
+        try:
+            other = self._find(text, _same_letters)
+        except ValueError as error:
+            return str(error)
+        if other is not None:
+            return f"'{printable(other.name)}' there differs in case"
+        if os.path.islink(text):
+            return "a broken link"
+        if os.path.exists(text):
+            return "a folder" if os.path.isdir(text) else "a pipe, a socket or a device"
+        odd = [name for name in self._list(os.path.dirname(text)) or () if not is_utf8(name)]
+        return f"{len(odd)} names there are no UTF-8, first '{printable(odd[0])}'" if odd else ""
+
+    def _find(self, text: str, key: Callable[[str], str]) -> Path | None:
+        for spelling in dict.fromkeys((text, text.replace("\\", "/"))):
+            if (found := self._resolve(spelling, key)) is not None:
+                return Path(found)
+        return None
+
+    def _resolve(self, text: str, key: Callable[[str], str]) -> str | None:
+        """The file of a path. Only the folders that are not there as they are written are looked for by their key."""
+        if len(text) > _LONGEST_PATH or not is_utf8(text) or "\0" in text:
+            return None
+        place, name = os.path.split(text)
+        missing: list[str] = []
+        while self._list(place) is None:
+            place, last = os.path.split(place)
+            if not last:
+                return None
+            missing.append(last)
+        for part in reversed(missing):
+            found = os.path.join(place, part) if part == os.pardir else self._entry(place, part, key, is_folder=True)
+            if found is None or self._list(found) is None:
+                return None
+            place = found
+        return self._entry(place, name, key, is_folder=False)
+
+    def _list(self, folder: str) -> dict[str, bool] | None:
+        if folder not in self._listed:
+            try:
+                with os.scandir(folder or os.curdir) as entries:
+                    found = {entry.name: entry.is_dir() for entry in entries if entry.is_dir() or entry.is_file()}
+                self._listed[folder] = found
+            except (FileNotFoundError, NotADirectoryError):
+                self._listed[folder] = None
+        return self._listed[folder]
+
+    def _entry(self, folder: str, name: str, key: Callable[[str], str], *, is_folder: bool) -> str | None:
+        entries = self._list(folder) or {}
+        if entries.get(name) is is_folder:
+            return os.path.join(folder, name)
+        if (folder, key) not in self._by_key:
+            names = self._by_key[folder, key] = {}
+            for one in entries:
+                names.setdefault(key(one), []).append(one)
+        fitting = [one for one in self._by_key[folder, key].get(key(name), []) if entries[one] is is_folder]
+        if len(fitting) > 1:
+            raise ValueError(
+                f"{len(fitting)} entries of '{printable(folder)}' fit the name '{printable(name)}': "
+                f"{', '.join(ascii(one) for one in sorted(fitting)[:_KINDS_SHOWN])}. Rename all but one."
+            )
+        return os.path.join(folder, fitting[0]) if fitting else None
 
 
 def match_files(pattern: str) -> list[Path]:
     """The files that a path or a glob of the command line names, in order; `**` goes into subfolders.
 
-    A file of exactly this name is taken as it is, also where its name or a folder's holds brackets.
+    A file of exactly this name is taken as it is, also where its name or a folder's holds brackets. `**` follows links
+    as [`find_files`] does. Folders that match are left out; pipes, sockets and devices too, with a warning.
+
+    Raises:
+        ValueError: If what matches is no file.
     """
     if Path(pattern).is_file():
         return [Path(pattern)]
-    return [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    matches = _match_below(pattern) if "**" in Path(pattern).parts else glob.glob(pattern)
+    files = sorted(path for path in matches if os.path.isfile(path))
+    others = sorted(path for path in matches if os.path.exists(path) and not os.path.isdir(path) and path not in files)
+    folders = sorted(path for path in matches if os.path.isdir(path))
+    if not files and (others or folders):
+        found = "a pipe, a socket or a device" if others else "a folder"
+        raise ValueError(
+            f"Expected files at '{printable(pattern)}', got {found}, '{printable([*others, *folders][0])}'. "
+            "Name the files, e.g. FOLDER/*.parquet."
+        )
+    if others:
+        logger.warning("'%s': left out %d pipes, sockets or devices", printable(pattern), len(others))
+    return [Path(path) for path in files]
+
+
+def _match_below(pattern: str) -> list[str]:
+    """The files that a glob with `**` names. Unlike `glob.glob`, links never lead to a file twice, or in circles."""
+    parts = Path(pattern).parts
+    first = parts.index("**")
+    start = os.path.join(*parts[:first]) if first else ""
+    steps = parts[first:]
+    wanted = [part for place, part in enumerate(steps) if part != "**" or steps[place - 1 : place] != ("**",)]
+    tops = glob.glob(start) if glob.has_magic(start) and not os.path.isdir(start) else [start]
+    matches = set()
+    for top in filter(os.path.isdir, [top or "." for top in tops]):
+        found = find_files(top)
+        matches |= {str(path) for path in found.files if _fits(path.relative_to(top).parts, wanted)}
+        if found.passed_over:
+            logger.warning("'%s': passed over %s", printable(pattern), describe_passed_over(found.passed_over, top))
+    return list(matches)
+
+
+def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
+    """Whether the parts of a path are those of a glob; hidden ones have to be named by a pattern with a point."""
+    if not patterns:
+        return not names
+    if patterns[0] == "**":
+        if len(patterns) == 1:
+            return bool(names) and not any(name.startswith(".") for name in names)
+        if _fits(names, patterns[1:]):
+            return True
+        return bool(names) and not names[0].startswith(".") and _fits(names[1:], patterns)
+    if not names or (names[0].startswith(".") and not patterns[0].startswith(".")):
+        return False
+    return fnmatch.fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
 @contextmanager

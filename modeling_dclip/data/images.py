@@ -12,13 +12,14 @@ it is on: a quarter of the bytes travel.
 """
 
 import io
+import logging
 import os
 import re
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,20 +30,104 @@ from datasets import Image as ImageFeature
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.files import find_files, read_bytes
+from modeling_dclip.data.files import (
+    NOT_UTF8,
+    FoundFiles,
+    describe_passed_over,
+    find_files,
+    printable,
+    read_bytes,
+)
 from modeling_dclip.processing_dclip import DAMAGED, as_rgb, cut_long, orientation_of
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+logger = logging.getLogger(__name__)
+
+# Formats whose endings name pictures and nothing else; HEIF and JPEGXL where a plugin of PIL is installed and active.
+_COMMON_FORMATS = frozenset(
+    (
+        *("AVIF", "BMP", "DIB", "GIF", "HEIF", "JPEG", "JPEG2000", "JPEGXL"),
+        *("JXL", "MPO", "PNG", "PPM", "QOI", "TIFF", "WEBP"),
+    )
+)
+_USUAL = (".jpg", ".jpeg", ".png", ".webp")
+_APPLE_PHOTOS = (".heic", ".heif", ".hif")
 IMAGES_PER_READ = 64  # enough for one call of the image processor to pay, few enough for a smooth progress bar
 
 
-def find_images(folder: str | os.PathLike) -> tuple[list[Path], list[Path]]:
+@cache
+def _suffixes() -> dict[str, bool]:
+    """Endings that PIL reads here, and whether they name pictures only."""
+    readable = {*readable_formats(), "MPO"}
+    known = {suffix: kind in _COMMON_FORMATS for suffix, kind in Image.EXTENSION.items() if kind in readable}
+    return known | dict.fromkeys(_USUAL, True)
+
+
+def image_suffixes() -> list[str]:
+    """The endings of pictures that this installation of PIL reads, in lower case, the usual ones first."""
+    return [*_USUAL, *sorted(suffix for suffix in _suffixes() if suffix not in _USUAL)]
+
+
+def has_image_suffix(path: str | os.PathLike) -> bool:
+    """Whether a name ends as those of pictures do, in any case."""
+    return PurePath(path).suffix.lower() in _suffixes()
+
+
+def find_images(folder: str | os.PathLike) -> FoundFiles:
     """Find the pictures of a folder and of the folders below it, by their endings in any case.
 
+    All that PIL reads is taken, except films (`.mpg`) and what needs another program (`.eps`, `.pdf`). Other programs
+    use some endings too (`.pcd`, `.fit`, `.im`): such a file is taken only if it begins as a picture does.
+
+    Args:
+        folder (`str` or `os.PathLike`): Searched as [`~modeling_dclip.data.files.find_files`] says.
+
     Returns:
-        `tuple[list[Path], list[Path]]`: The pictures, and the other files, each in order of their paths.
+        [`~modeling_dclip.data.files.FoundFiles`]: Give it to [`warn_passed_over`].
+
+    Raises:
+        OSError: If the folder cannot be read.
     """
-    return find_files(folder, IMAGE_SUFFIXES)
+    known = _suffixes()
+    found = find_files(folder, known)
+    files = []
+    for path in found.files:
+        if known[path.suffix.lower()] or _begins_as_picture(path):
+            files.append(path)
+        else:
+            found.passed_over.setdefault(path.suffix.lower(), []).append(path)
+    return FoundFiles(files, found.passed_over)
+
+
+def _begins_as_picture(path: Path) -> bool:
+    try:
+        with open(path, "rb") as file:
+            _open_lazily(file)
+    except Image.DecompressionBombError:  # a picture: whoever opens it says that it is too large
+        return True
+    except UNREADABLE:
+        return False
+    return True
+
+
+def describe_others(passed_over: Mapping[str, Sequence[Path]], folder: str | os.PathLike) -> str:
+    """Count and name what is no picture that PIL reads, and say what to do about photos of phones.
+
+    Args:
+        passed_over (`Mapping[str, Sequence[Path]]`): Of [`find_images`].
+        folder (`str` or `os.PathLike`): Paths are named from here.
+    """
+    text = describe_passed_over(passed_over, folder)
+    if any(suffix in passed_over for suffix in _APPLE_PHOTOS):
+        text += ". Convert HEIC photos to JPEG first, e.g. with `magick mogrify -format jpg *.heic`"
+    if NOT_UTF8 in passed_over:
+        text += ". Rename files to UTF-8, e.g. with `convmv -f latin1 -t utf8 --notest -r FOLDER`"
+    return text
+
+
+def warn_passed_over(passed_over: Mapping[str, Sequence[Path]], folder: str | os.PathLike) -> None:
+    """Count and name in one line of the log what was passed over in a folder; nothing if that is nothing."""
+    if passed_over:
+        logger.warning("'%s': passed over %s", printable(folder), describe_others(passed_over, folder))
 
 
 class UnreadableImageError(ValueError):

@@ -4,14 +4,17 @@ A rejected row is counted, and a warning names the first ids. No row is replaced
 """
 
 import logging
-import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 
-from modeling_dclip.data.files import entry_names
+from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.files import FileFinder, is_utf8, printable
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,7 @@ ID_RULES = {"coco": coco_id, "flickr": flickr_id}
 
 def first(ids: Iterable[str]) -> str:
     """The first few ids, for a message."""
-    return ", ".join(list(ids)[:FIRST_IDS])
+    return ", ".join(map(printable, list(ids)[:FIRST_IDS]))
 
 
 def require_unique(image_ids: Sequence[str], source: str) -> None:
@@ -121,29 +124,106 @@ def clean_captions(
     return cleaned, keep
 
 
-def existing_images(image_ids: Sequence[str], paths: Sequence[Path], source: str, missing: str) -> list[int]:
-    """Find the rows whose image file exists. Folders are listed once, so that a hundred thousand files are quick.
+LEAVE_OUT = "Fix the image folder, or add ',missing=skip' to leave them out."
+FIX_PATHS = "Fix the paths or remove the rows."
+
+
+def locate_images(
+    image_ids: Sequence[str], paths: Sequence[Path], source: str, missing: str, advice: str = LEAVE_OUT
+) -> dict[int, Path]:
+    """Find the image file of each row, as [`~modeling_dclip.data.files.FileFinder`] finds it.
+
+    Args:
+        image_ids (`Sequence[str]`): For messages.
+        paths (`Sequence[Path]`): As the source names them.
+        source (`str`): For messages.
+        missing (`str`): `"raise"`, or `"skip"` to leave out rows whose file is missing and report them.
+        advice (`str`, *optional*): What to do about missing files.
+
+    Returns:
+        `dict[int, Path]`: The file on disk by row, in order, of the rows that have one.
 
     Raises:
         FileNotFoundError: If a file is missing and `missing` is `"raise"`.
-        ValueError: If `missing` is neither `"raise"` nor `"skip"`.
+        ValueError: If `missing` is neither `"raise"` nor `"skip"`, or two files fit one name.
     """
     if missing not in MISSING_MODES:
         raise ValueError(f"Expected missing to be one of {MISSING_MODES}, got {missing!r}.")
-    listed: dict[str, set[str]] = {}
-    for path in paths:
-        folder = os.path.dirname(path)
-        if folder not in listed:
-            listed[folder] = entry_names(folder or ".")
-    keep = [i for i, path in enumerate(paths) if os.path.basename(path) in listed[os.path.dirname(path)]]
-    absent = sorted(set(range(len(paths))) - set(keep))
+    finder = FileFinder()
+    found: dict[int, Path] = {}
+    for row, path in enumerate(paths):
+        file = finder.find(path)
+        if file is not None and is_utf8(file):
+            found[row] = file
+    absent = [row for row in range(len(paths)) if row not in found]
     if absent:
-        examples = ", ".join(f"{image_ids[i]} ('{paths[i]}')" for i in absent[:FIRST_IDS])
-        message = f"{source}: {len(absent)} of {len(paths)} image files are missing, first: {examples}"
+        examples = []
+        for row in absent[:FIRST_IDS]:
+            reason = finder.explain(paths[row])
+            place = f"'{printable(paths[row])}'" + (f": {reason}" if reason else "")
+            examples.append(f"{printable(image_ids[row])} ({place})")
+        message = f"{source}: {len(absent)} of {len(paths)} image files are missing, first: {', '.join(examples)}"
         if missing == "raise":
-            raise FileNotFoundError(f"{message}. Fix the image folder, or add ',missing=skip' to leave them out.")
+            raise FileNotFoundError(f"{message}. {advice}")
         logger.warning("%s; left out", message)
-    return keep
+    respelled = [row for row, file in found.items() if file != paths[row]]
+    if respelled:
+        row = respelled[0]
+        logger.info(
+            "%s: %d files are spelled otherwise on disk, first %s for %s",
+            *(source, len(respelled), ascii(found[row].name), ascii(paths[row].name)),
+        )
+    return found
+
+
+def present_images(
+    dataset: Dataset, image_ids: Sequence[str] | None, name: str, missing: str, advice: str = LEAVE_OUT
+) -> tuple[Dataset, list[int]]:
+    """Find the rows whose picture is stored or lies at its path. Chunk by chunk, so that stored bytes stay on disk.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image` of type `Image`.
+        image_ids (`Sequence[str]`, *optional*): For messages; by default rows are named by their number.
+        name (`str`): What messages call the dataset.
+        missing, advice (`str`): As in [`locate_images`].
+
+    Returns:
+        `tuple[datasets.Dataset, list[int]]`: The dataset, paths spelled as on disk, and the rows that have a picture.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`locate_images`]; also if a row has neither bytes nor a path.
+    """
+    ids = [f"of row {row}" for row in range(len(dataset))] if image_ids is None else image_ids
+    chunks = dataset.select_columns(["image"]).with_format("arrow")[:]["image"].chunks if len(dataset) else []
+    files: dict[int, Path] = {}
+    start = 0
+    for chunk in chunks:
+        no_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
+        paths = pc.struct_field(chunk, "path")
+        for i in np.flatnonzero(no_bytes).tolist():
+            if not paths[i].is_valid:
+                raise ValueError(
+                    f"{name}: image {printable(ids[start + i])} has neither bytes nor a path. Remove the row."
+                )
+            files[start + i] = Path(paths[i].as_py())
+        start += len(chunk)
+    rows = list(files)
+    located = locate_images([ids[row] for row in rows], list(files.values()), name, missing, advice)
+    found = {rows[place]: file for place, file in located.items()}
+    respelled = {row: str(file) for row, file in found.items() if file != files[row]}
+    kept = [row for row in range(len(dataset)) if row not in files or row in found]
+    return (_with_paths(dataset, chunks, respelled) if respelled else dataset), kept
+
+
+def _with_paths(dataset: Dataset, chunks: Sequence[pa.StructArray], paths: dict[int, str]) -> Dataset:
+    """Replace the paths of some rows; bytes are not copied."""
+    parts, start = [], 0
+    for chunk in chunks:
+        old = pc.struct_field(chunk, "path").to_pylist()
+        new = pa.array([paths.get(start + i, path) for i, path in enumerate(old)], pa.string())
+        parts.append(pa.StructArray.from_arrays([pc.struct_field(chunk, "bytes"), new], names=["bytes", "path"]))
+        start += len(chunk)
+    return put_columns(dataset, {"image": (pa.chunked_array(parts), dataset.features["image"])})
 
 
 def build_rows(
@@ -158,12 +238,12 @@ def build_rows(
     require_unique(image_ids, source)
     cleaned, keep = clean_captions(image_ids, captions, source)
     image_ids, paths, captions = [image_ids[i] for i in keep], [paths[i] for i in keep], [cleaned[i] for i in keep]
-    there = existing_images(image_ids, paths, source, missing)
+    there = locate_images(image_ids, paths, source, missing)
     require_rows(len(there), source)
     return Dataset.from_dict(
         {
             "image_id": [image_ids[i] for i in there],
-            "image": [str(paths[i]) for i in there],
+            "image": list(map(str, there.values())),
             "captions": [captions[i] for i in there],
         },
         features=CAPTION_FEATURES,

@@ -307,9 +307,9 @@ def test_folders_are_listed_in_order_and_files_are_told_apart(tmp_path):
     assert list_folder(tmp_path) == [tmp_path / "a.txt", tmp_path / "b.JPG", tmp_path / "c"]
     assert list_folder(tmp_path, "*.txt") == [tmp_path / "a.txt"]
     assert entry_names(tmp_path) == {"a.txt", "b.JPG", "c"} and entry_names(tmp_path / "no") == set()
-    pictures = [tmp_path / "b.JPG", tmp_path / "c" / ".hidden.jpg", tmp_path / "c" / "a.jpg"]
-    assert find_files(tmp_path, {".jpg"}) == (pictures, [tmp_path / "a.txt"])
-    assert find_files(tmp_path) == (sorted([*pictures, tmp_path / "a.txt"]), [])
+    hidden, pictures = tmp_path / "c" / ".hidden.jpg", [tmp_path / "b.JPG", tmp_path / "c" / "a.jpg"]
+    assert find_files(tmp_path, {".jpg"}) == (pictures, {".txt": [tmp_path / "a.txt"], "hidden": [hidden]})
+    assert find_files(tmp_path) == (sorted([*pictures, hidden, tmp_path / "a.txt"]), {})
 
 
 def test_the_two_forms_of_json_are_bytes_that_do_not_change(tmp_path):

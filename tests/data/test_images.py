@@ -275,5 +275,5 @@ def test_pictures_of_a_folder_are_found_and_others_counted(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     pictures, others = find_images(tmp_path)
-    assert [path.name for path in pictures] == [".e.webp", "c.jpeg", "b.PNG"]
-    assert [path.name for path in others] == ["d.heic"]
+    assert [path.name for path in pictures] == ["c.jpeg", "b.PNG"]
+    assert others == {".heic": [tmp_path / "d.heic"], "hidden": [tmp_path / ".e.webp"]}

@@ -15,6 +15,7 @@ from datasets import Dataset
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
+    FileFinder,
     TableRow,
     name_entry,
     read_json,
@@ -25,7 +26,7 @@ from modeling_dclip.data.files import (
     require_folder,
     require_id,
 )
-from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
+from modeling_dclip.data.images import describe_others, find_images, image_suffixes, warn_passed_over
 from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     FIRST_IDS,
@@ -176,6 +177,7 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
     if not wanted & present:
         raise ValueError(f"Unknown split {split!r} of '{dataset}'. It has {sorted(present)}.")
     image_ids, paths, captions = [], [], []
+    finder = FileFinder()
     for where, entry in images:
         if entry["split"] not in wanted:
             continue
@@ -187,7 +189,7 @@ def read_karpathy(dataset: str, image_folder: str, split: str, *, missing: str =
         if "cocoid" in entry:
             modern = f"{int(image_ids[-1].removeprefix('coco-')):012d}.jpg"
             candidates[1:1] = [folder / "train2017" / modern, folder / "val2017" / modern, folder / modern]
-        paths.append(next((path for path in candidates if path.is_file()), candidates[0]))
+        paths.append(next((path for path in candidates if finder.find(path) is not None), candidates[0]))
         sentences = require_field(entry, "sentences", where, dataset, list)
         captions.append([_sentence(sentence, f"A sentence of {name}", dataset) for sentence in sentences])
     return build_rows(image_ids, paths, captions, f"split {split!r} of '{dataset}'", missing)
@@ -241,8 +243,10 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
 def _files_by_number(folder: Path) -> dict[int, Path]:
     """Pictures in `folder` and below whose name is a number, by that number."""
     found: dict[int, Path] = {}
-    for path in find_images(folder)[0]:
-        if not path.stem.isdecimal():
+    pictures = find_images(folder)
+    warn_passed_over(pictures.passed_over, folder)
+    for path in pictures.files:
+        if not (path.stem.isascii() and path.stem.isdecimal()):
             continue
         number = int(path.stem)
         if found.setdefault(number, path) != path:
@@ -384,8 +388,11 @@ def _group_lines(
     lines: list[TableRow], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
 ) -> Dataset:
     captions: dict[str, list[str]] = {}
+    finder, names = FileFinder(), dict[Path, str]()  # the first spelling of each file
     for line in lines:
-        captions.setdefault(_name_in(folder, line.cells[image_at]), []).append(line.cells[caption_at])
+        name = _name_in(folder, line.cells[image_at])
+        name = names.setdefault(finder.find(folder / name) or folder / name, name)
+        captions.setdefault(name, []).append(line.cells[caption_at])
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
     root = folder.resolve().name
@@ -399,7 +406,8 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
     """Read all pictures of a folder and of the folders below it, without captions.
 
     Args:
-        folder (`str`): Searched for `.jpg`, `.jpeg`, `.png` and `.webp`, in any case. Other files are skipped.
+        folder (`str`): Searched for all pictures that PIL reads, see [`~modeling_dclip.data.images.find_images`].
+            What is passed over is counted and named in the log.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the file names are COCO's or Flickr's and give the ids that
             all readers share, so that test images are recognised. By default an id is `<folder>/<path below it>`.
 
@@ -413,12 +421,13 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
     root = require_folder(folder, "image folder")
     if source is not None and source not in ID_RULES:
         raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{folder}'.")
-    paths, others = find_images(root)
+    paths, passed_over = find_images(root)
     if not paths:
         raise ValueError(
-            f"Expected pictures ({', '.join(IMAGE_SUFFIXES)}) in '{folder}' or below, got none among {len(others)} "
-            "files. Check the path."
+            f"Expected pictures ({', '.join(image_suffixes()[:4])}, ...) in '{folder}' or below, got none among "
+            f"{describe_others(passed_over, root)}. Check the path."
         )
+    warn_passed_over(passed_over, root)
     name = root.resolve().name
     ids = [ID_RULES[source](path.name) if source else f"{name}/{path.relative_to(root).as_posix()}" for path in paths]
     require_unique(ids, f"'{folder}'")

@@ -1,11 +1,8 @@
 """Any `datasets` dataset with pictures and captions in the one schema: parquet files, the Hub, a saved folder."""
 
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
 
 from modeling_dclip.data.columns import put_columns, with_images
@@ -14,7 +11,7 @@ from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     ID_RULES,
     clean_captions,
-    existing_images,
+    present_images,
     require_rows,
     require_unique,
 )
@@ -39,24 +36,6 @@ def _caption_lists(dataset: Dataset, column: str, name: str) -> list[list[str | 
         raise ValueError(f"Expected the column {column!r} of {name} to hold text or lists of text, got {kind}.")
     values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
     return values if is_list else [[value] for value in values]
-
-
-def _present_images(dataset: Dataset, image_ids: list[str], name: str, missing: str) -> list[int]:
-    """Rows whose picture is stored or lies at its path. Chunk by chunk, so that stored bytes stay on disk."""
-    files: dict[int, Path] = {}
-    start = 0
-    for chunk in dataset.select_columns(["image"]).with_format("arrow")[:]["image"].chunks:
-        no_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
-        paths = pc.struct_field(chunk, "path")
-        for i in np.flatnonzero(no_bytes).tolist():
-            if not paths[i].is_valid:
-                raise ValueError(f"{name}: image {image_ids[start + i]} has neither bytes nor a path. Remove the row.")
-            files[start + i] = Path(paths[i].as_py())
-        start += len(chunk)
-    rows = list(files)
-    there = existing_images([image_ids[row] for row in rows], list(files.values()), name, missing)
-    absent = set(rows) - {rows[i] for i in there}
-    return [row for row in range(len(dataset)) if row not in absent]
 
 
 def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: str) -> list[str]:
@@ -132,9 +111,9 @@ def standardise_columns(
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
     table = table.select_columns(["image_id", image, "captions", *regions])
-    table = with_images(table, image, name)
+    table, present = present_images(with_images(table, image, name), ids, name, missing)
     firsts = list(merged)
-    keep = set(_present_images(table, ids, name, missing)) & {firsts[i] for i in kept}
+    keep = set(present) & {firsts[i] for i in kept}
     require_rows(len(keep), name)
     return table if len(keep) == len(table) else table.select(sorted(keep))
 

@@ -5,28 +5,54 @@ Each source knows its classes' names and, where the data brings them, its prompt
 take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
+import logging
+import math
+import re
+from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 
-from modeling_dclip.data.columns import is_text, with_images
-from modeling_dclip.data.files import list_folder, load_parquet, match_parquet, require_folder
-from modeling_dclip.data.images import IMAGE_SUFFIXES, find_images
+from modeling_dclip.data.columns import is_text, put_columns, with_images
+from modeling_dclip.data.files import (
+    is_hidden,
+    is_utf8,
+    list_folder,
+    load_parquet,
+    match_parquet,
+    printable,
+    require_folder,
+)
+from modeling_dclip.data.images import (
+    describe_others,
+    find_images,
+    has_image_suffix,
+    image_suffixes,
+    warn_passed_over,
+)
 from modeling_dclip.data.labels.prompts import (
     NAMES_FILE,
     PHOTO_TEMPLATES,
     SYNSET_FILES,
     TEMPLATES_FILE,
     find_file,
+    normal_name,
+    order_classes,
     read_names,
+    read_numbered_names,
     read_templates,
 )
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
+from modeling_dclip.data.rows import FIX_PATHS, present_images
 from modeling_dclip.data.specs import Source, Spec, parse_spec
+
+logger = logging.getLogger(__name__)
 
 # Where several columns hold class numbers: CIFAR-100's finer ones.
 _LABEL_COLUMNS = ("label", "fine_label")
+_SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing", "eval"}
 
 
 class LabelledImages(NamedTuple):
@@ -67,23 +93,63 @@ def _choose_column(
 
 
 def _from_columns(
-    dataset: Dataset, place: str, image: str | None, label: str | None, names: str | None, templates: str | None
+    dataset: Dataset,
+    place: str,
+    image: str | None,
+    label: str | None,
+    names: str | None,
+    templates: str | None,
 ) -> LabelledImages:
+    if image is None and "image" in dataset.column_names:
+        image = "image"  # of whatever type: `with_images` knows them
+    if label is None and names is not None:  # numbers of classes are labels where there are names for them
+        label = next((name for name in _LABEL_COLUMNS if name in dataset.column_names), None)
     image = _choose_column(dataset, image, ("image",), Image, "image", place)
     label = _choose_column(dataset, label, _LABEL_COLUMNS, ClassLabel, "label", place)
     dataset = dataset.select_columns([*("image_id",) * ("image_id" in dataset.column_names), image, label])
-    if is_text(dataset.features[label]):
-        dataset = dataset.class_encode_column(label)  # numbers in the alphabetical order of the names
-    if not isinstance(dataset.features[label], ClassLabel):
-        raise ValueError(
-            f"Expected a ClassLabel, or class names, in the column {label!r} of {place}, got "
-            f"{dataset.features[label]}."
-        )
-    own = dataset.features[label].names
-    class_names = _spaced(own) if names is None else read_names(names, own)
+    dataset, class_names = _numbered(dataset, label, place, names)
     dataset = with_images(dataset, image, place)
     dataset = dataset if label == "label" else dataset.rename_column(label, "label")
+    dataset, _ = present_images(dataset, None, place, "raise", FIX_PATHS)
     return LabelledImages(dataset, class_names, read_templates(templates, PHOTO_TEMPLATES))
+
+
+def _numbered(dataset: Dataset, label: str, place: str, names: str | None) -> tuple[Dataset, list[str]]:
+    """The dataset with its labels as numbers from 0, and the names of the classes in this order."""
+    feature, values = dataset.features[label], dataset.with_format(None)[label][:]
+    if None in values:
+        raise ValueError(f"{place}, row {values.index(None)}: no label in the column {label!r}. Remove the row.")
+    if isinstance(feature, ClassLabel):
+        wrong = next((row for row, value in enumerate(values) if not 0 <= value < len(feature.names)), None)
+        if wrong is not None:
+            raise ValueError(
+                f"{place}, row {wrong}: expected a label in [0, {len(feature.names)}) in the column {label!r}, got "
+                f"{values[wrong]}. A split without labels cannot be evaluated."
+            )
+        own = feature.names
+        return dataset, _spaced(read_names(None, own)) if names is None else read_names(names, own)
+    if is_text(feature):
+        texts = [normal_name(value) for value in values]
+        if "" in texts:
+            raise ValueError(f"{place}, row {texts.index('')}: an empty label in the column {label!r}. Fill it in.")
+        own = order_classes(list(set(texts)))
+        number_of = {name: number for number, name in enumerate(own)}
+        labels = ([number_of[text] for text in texts], ClassLabel(names=own))
+        class_names = _spaced(read_names(None, own)) if names is None else read_names(names, own, ordered=False)
+        return put_columns(dataset, {label: labels}), class_names
+    is_number = isinstance(feature, Value) and re.match("bool|u?int|float|double", feature.dtype) is not None
+    if names is None or not is_number:
+        raise ValueError(
+            f"Expected a ClassLabel, class names, or with names=FILE class numbers, in the column {label!r} of "
+            f"{place}, got {feature}."
+        )
+    wrong = next((row for row, value in enumerate(values) if not math.isfinite(value) or value != int(value)), None)
+    if wrong is not None:
+        raise ValueError(f"{place}, row {wrong}: expected the number of a class in {label!r}, got {values[wrong]}.")
+    present = sorted({int(value) for value in values})
+    first, class_names = read_numbered_names(names, present)
+    numbers = [int(value) - first for value in values]
+    return put_columns(dataset, {label: (numbers, label_feature(class_names))}), class_names
 
 
 def _read_parquet(
@@ -113,26 +179,61 @@ def _read_hub(
     return _from_columns(dataset, f"{name!r}, split {split!r}", image, label, names, templates)
 
 
+def _class_folders(top: Path) -> list[Path]:
+    """The folders of the classes, in order of their names; of numbers as numbers."""
+    folders = {path.name: path for path in list_folder(top) if path.is_dir()}
+    classes = [name for name in folders if not is_hidden(name)]
+    odd = [name for name in classes if not is_utf8(name)]
+    if odd:
+        raise ValueError(
+            f"The folder '{printable(odd[0])}' in '{top}' has a name that is no UTF-8, so that it names no class. "
+            "Rename it."
+        )
+    if classes and {name.lower() for name in classes} <= _SPLITS:
+        raise ValueError(
+            f"Expected one folder a class in '{top}', got the splits {sorted(classes)}. Name one: "
+            f"imagefolder:{top}:{sorted(classes)[0]}."
+        )
+    twice = [name for name, count in Counter(map(normal_name, classes)).items() if count > 1]
+    if twice:
+        raise ValueError(f"Two folders in '{top}' are called {twice[0]!r}, spelled in two ways. Merge them.")
+    beside = [path for path in list_folder(top) if not path.is_dir() and has_image_suffix(path)]
+    if beside:
+        logger.warning("'%s': passed over %d pictures beside the folders of the classes", top, len(beside))
+    return [folders[name] for name in order_classes(classes)]
+
+
 def _read_image_folder(
     folder: str, split: str | None = None, *, names: str | None = None, templates: str | None = None
 ) -> LabelledImages:
     root = require_folder(folder, "image folder")
     top = root if split is None else require_folder(str(root / split), f"split {split!r}")
-    classes = [path for path in list_folder(top) if path.is_dir() and not path.name.startswith(".")]
-    pictures = [find_images(path)[0] for path in classes]
-    empty = [path.name for path, own in zip(classes, pictures, strict=True) if not own]
+    classes = _class_folders(top)
+    found = [find_images(path) for path in classes]
+    pictures = [one.files for one in found]
+    empty = [
+        f"none in ['{printable(path.name)}'] among {describe_others(one.passed_over, top)}"
+        for path, one in zip(classes, found, strict=True)
+        if not one.files
+    ]
     if len(classes) < 2 or empty:
-        problem = f"none in {empty[:5]}" if empty else f"{len(classes)} folders"
+        problem = "; ".join(empty[:5]) if empty else f"{len(classes)} folders"
         raise ValueError(
-            f"Expected one folder of pictures ({', '.join(IMAGE_SUFFIXES)}) for each of two or more classes in "
-            f"'{top}', got {problem}. Remove folders that are no class; name a split as imagefolder:DIR:SPLIT."
+            f"Expected one folder of pictures ({', '.join(image_suffixes()[:4])}, ...) for each of two or more "
+            f"classes in '{top}', got {problem}. Remove folders that are no class; name a split as "
+            "imagefolder:DIR:SPLIT."
         )
+    passed_over: dict[str, list[Path]] = {}
+    for one in found:
+        for kind, paths in one.passed_over.items():
+            passed_over.setdefault(kind, []).extend(paths)
+    warn_passed_over(passed_over, top)
     # The first picture of every class, then the second...: the first so many rows are of all classes.
     turns = [(turn, row, path) for row, own in enumerate(pictures) for turn, path in enumerate(own)]
     rows = [(row, path) for _, row, path in sorted(turns, key=lambda entry: entry[:2])]
     own_names = [path.name for path in classes]
     source = names or find_file([top, root], [NAMES_FILE, *SYNSET_FILES])
-    class_names = read_names(source, own_names) if source else _spaced(read_names(None, own_names))
+    class_names = read_names(source, own_names, ordered=False) if source else _spaced(read_names(None, own_names))
     columns = {
         "image_id": [f"{root.resolve().name}/{path.relative_to(root).as_posix()}" for _, path in rows],
         "image": [str(path) for _, path in rows],

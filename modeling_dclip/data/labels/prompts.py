@@ -6,11 +6,15 @@ copied here: the webdataset `wds_imagenet1k` brings both as files, and `open_cli
 (`names=open_clip`, `templates=open_clip`).
 """
 
+import logging
 import re
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from modeling_dclip.data.files import read_json, read_text, require_field
+from modeling_dclip.data.files import printable, read_json, read_text, require_field
+
+logger = logging.getLogger(__name__)
 
 # Our selection, for small photographs of one object. For other pictures give a file.
 PHOTO_TEMPLATES = (
@@ -29,6 +33,9 @@ NAMES_FILE, TEMPLATES_FILE = "classnames.txt", "zeroshot_classification_template
 SYNSET_FILES = ("LOC_synset_mapping.txt", "synset_words.txt")
 _SYNSET = re.compile(r"n\d{8}")
 _KEYED = re.compile(r"(n\d{8})[\s,:]+(.+)")
+_NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?")
+_NUMBERED = re.compile(r"([0-9]{1,18})[\s,:]+(.+)")
+_SHOWN = 3  # pairs that the log names
 
 
 def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -120,49 +127,255 @@ def read_templates(source: str | None, default: Sequence[str]) -> list[str]:
     return _open_clip_list("OPENAI_IMAGENET_TEMPLATES") if source == OPEN_CLIP else read_lines(source)
 
 
-def read_names(source: str | None, default: Sequence[str]) -> list[str]:
+def normal_name(name: str) -> str:
+    """A class name as it is compared: a letter and its accent as one character, no blanks around."""
+    return unicodedata.normalize("NFC", name).strip()
+
+
+def as_numbers(names: Sequence[str]) -> list[int] | None:
+    """The numbers that names of classes are (`"7"`, `"007"`, `"7.0"`), or `None` if one is no number."""
+    if not names or not all(_NUMBER.fullmatch(name) for name in names):
+        return None
+    return [int(name.partition(".")[0]) for name in names]
+
+
+def order_classes(names: Sequence[str]) -> list[str]:
+    """Names of classes in order: as numbers if all are numbers, else as text.
+
+    Example:
+        >>> order_classes(["10", "9", "1"])
+        ['1', '9', '10']
+    """
+    numbers = as_numbers(names)
+    return sorted(names) if numbers is None else [name for _, name in sorted(zip(numbers, names, strict=True))]
+
+
+def read_names(source: str | Sequence[str] | None, default: Sequence[str], *, ordered: bool = True) -> list[str]:
     """Class names of a file, of `"open_clip"` (OpenAI's wording of ImageNet's 1,000), or the default where no source
     is given.
 
+    Names are joined with the classes in the first of these ways that fits. Any other is refused.
+
+    1. By key: a JSON object `{"CLASS": "NAME"}`, or text with a class, a tab and its name a line; for synsets and
+       numbers also `n01440764 tench` and `0: tench`. In any order; other keys are left over.
+    2. By number, where all classes are called by numbers (`0`, `10`, `2`): the n-th line is of class n. Lines count
+       from 0 if there is a class 0, and from 1 if there is none and the last line has a class.
+    3. By name, where the file's names are those of the classes in another order.
+    4. By place, where the order of the classes is the data's own, or they are synsets: those are in order everywhere.
+
     Args:
-        source (`str`, *optional*): A file with a name a line in the order of the labels; or with a synset and its name
-            a line, in any order, where the default's names are synsets. `"open_clip"`.
+        source (`str` or `Sequence[str]`, *optional*): A file in UTF-8 with a name a line, or JSON (`.json`): an
+            object or a list. `"open_clip"`. The lines themselves.
         default (`Sequence[str]`): What the data itself calls its K classes.
+        ordered (`bool`, *optional*, defaults to `True`): Whether the data itself puts its classes in this order. Else
+            it comes from sorting, and a list of names by place would be joined by accident.
 
     Returns:
         `list[str]`: K names.
 
     Raises:
         FileNotFoundError, ImportError: As [`read_templates`].
-        ValueError: If there are not K names, a synset has none or two, or the default's synsets are all there is.
+        ValueError: If there are not K names, a class has none or two, the order would be a guess, or the default's
+            synsets are all there is.
     """
-    synsets = all(_SYNSET.fullmatch(name) for name in default)
     if source is None:
-        if synsets and default:
-            raise ValueError(
-                f"Expected class names, got only synset ids ({default[0]!r}, ...), which are no words. Give the names "
-                f"as names=FILE (a name a line in the folders' order, or '{default[0]} NAME'), or names=open_clip for "
-                "all of ImageNet-1k."
-            )
-        return list(default)
-    lines = _open_clip_list("IMAGENET_CLASSNAMES") if source == OPEN_CLIP else read_lines(source)
-    keyed = [_KEYED.fullmatch(line) for line in lines]
-    found = [match for match in keyed if match]
-    if synsets and len(found) == len(lines):
-        names: dict[str, str] = {}
-        for match in found:
-            if names.setdefault(match[1], match[2]) != match[2]:
-                raise ValueError(f"Expected each synset once in '{source}', got {match[1]!r} with two names.")
-        missing = [synset for synset in default if synset not in names]
-        if missing:
-            raise ValueError(f"Expected a name for every class in '{source}', got none for {missing[:5]}. Add it.")
-        return [names[synset] for synset in default]
+        return _own_names(default)
+    place, lines, keyed = _read_source(source)
+    keyed = _keyed_lines(lines, default, place) if keyed is None and source != OPEN_CLIP else keyed
+    numbers = as_numbers(default)
+    if keyed is not None and numbers is None and set(keyed) == set(map(str, range(len(default)))):
+        lines, keyed = [keyed[str(number)] for number in range(len(default))], None  # by the classes' places
+    if keyed is not None:
+        return _by_key(keyed, default, place)
+    if numbers is not None:
+        first = first_number(numbers, len(lines), place)
+        names = [lines[number - first] for number in numbers]
+        _log_pairs("number", default, names, place, len(lines) - len(names))
+        return names
     if len(lines) != len(default):
         raise ValueError(
-            f"Expected {len(default)} class names in '{source}', one per class of the data in its order, got "
+            f"Expected {len(default)} class names in '{place}', one per class of the data in its order, got "
             f"{len(lines)}."
         )
-    return lines
+    return _by_name_or_place(lines, default, place, ordered)
+
+
+def _own_names(default: Sequence[str]) -> list[str]:
+    if default and all(_SYNSET.fullmatch(name) for name in default):
+        raise ValueError(
+            f"Expected class names, got only synset ids ({default[0]!r}, ...), which are no words. Give the names "
+            f"as names=FILE (a name a line in the folders' order, or '{default[0]} NAME'), or names=open_clip for "
+            "all of ImageNet-1k."
+        )
+    if as_numbers(default) is not None:
+        logger.warning(
+            "The classes are called by numbers (%s, ...), and prompts will say these. If they are no names, give "
+            "names=FILE with a name a line.",
+            ", ".join(map(repr, default[:_SHOWN])),
+        )
+    return [unicodedata.normalize("NFC", name) for name in default]
+
+
+def _read_source(source: str | Sequence[str]) -> tuple[str, list[str], dict[str, str] | None]:
+    """What messages call a source of names; the names in its order, or by class if it is a JSON object."""
+    if not isinstance(source, str):
+        return "the list of class names", list(source), None
+    if source == OPEN_CLIP:
+        return source, _open_clip_list("IMAGENET_CLASSNAMES"), None
+    lines = [] if Path(source).suffix.lower() == ".json" else read_lines(source)
+    content = None if lines else read_json(source, "file of class names")
+    if isinstance(content, dict):
+        return source, [], _flat_object(content, source)
+    return source, lines or read_lines(source), None
+
+
+def _keyed_lines(lines: Sequence[str], default: Sequence[str], source: str) -> dict[str, str] | None:
+    """Names by class, or `None` if the lines are only names."""
+    synsets, numbers = all(_SYNSET.fullmatch(name) for name in default), as_numbers(default)
+    pairs = [line.split("\t", 1) for line in lines if "\t" in line]
+    if len(pairs) < len(lines) and synsets:
+        pairs = [list(match.groups()) for line in lines if (match := _KEYED.fullmatch(line))]
+    elif len(pairs) < len(lines) and numbers is not None:
+        pairs = [list(match.groups()) for line in lines if (match := _NUMBERED.fullmatch(line))]
+        if len({int(key) for key, _ in pairs}) < len(pairs) or len(pairs) < len(lines):
+            return None  # names that begin with a number, e.g. of coins
+    if pairs and len(pairs) < len(lines):
+        raise ValueError(
+            f"Expected a class and its name in every line of '{source}', got only a name in {len(lines) - len(pairs)} "
+            "of them. Repair the file."
+        )
+    found: dict[str, str] = {}
+    for key, name in pairs:
+        if found.setdefault(normal_name(key), name.strip()) != name.strip():
+            raise ValueError(f"Expected each class once in '{source}', got {key!r} with two names.")
+    return found or None
+
+
+def _flat_object(content: Mapping[str, object], source: str) -> dict[str, str]:
+    """A JSON object of names by class, also ImageNet's `{"0": ["n01440764", "tench"]}`; or of numbers by name."""
+    found: dict[str, str] = {}
+    for key, value in content.items():
+        texts = [text for text in value if isinstance(text, str)] if isinstance(value, list) else []
+        if isinstance(value, int) and not isinstance(value, bool):
+            pairs = [(str(value), key)]
+        elif isinstance(value, str) and value.strip():
+            pairs = [(key, value)]
+        elif isinstance(value, list) and len(value) == len(texts) == 2 and all(text.strip() for text in texts):
+            pairs = [(key, texts[1]), (texts[0], texts[1])]
+        else:
+            raise ValueError(f"Expected the name of class {key!r} as text in '{source}', got {value!r:.80}.")
+        for one, name in pairs:
+            if found.setdefault(normal_name(one), name.strip()) != name.strip():
+                raise ValueError(f"Expected each class once in '{source}', got {one!r} with two names.")
+    return found
+
+
+def _by_key(keyed: Mapping[str, str], default: Sequence[str], source: str) -> list[str]:
+    numbers, key_numbers = as_numbers(default), as_numbers(list(keyed))
+    if numbers is not None and key_numbers is not None:
+        by_number: dict[int, str] = {}
+        for number, name in zip(key_numbers, keyed.values(), strict=True):
+            if by_number.setdefault(number, name) != name:
+                raise ValueError(f"Expected each class once in '{source}', got {number} with two names.")
+        found = [by_number.get(number) for number in numbers]
+    else:
+        found = [keyed.get(normal_name(name)) for name in default]
+    missing = [name for name, new in zip(default, found, strict=True) if new is None]
+    if missing:
+        raise ValueError(
+            f"Expected a name for every class in '{source}', got none for {missing[:5]}. Add it; a line is the class, "
+            "a tab and its name."
+        )
+    return [name for name in found if name is not None]
+
+
+def first_number(numbers: Sequence[int], count: int, source: str) -> int:
+    """What the first line of a list of names stands for, where classes are numbers: 0 or 1.
+
+    Args:
+        numbers (`Sequence[int]`): The classes of the data, in any order.
+        count (`int`): Names in the list.
+        source (`str`): The list, for messages.
+
+    Raises:
+        ValueError: If a class comes twice or has no line, or the list could begin at 0 and at 1.
+    """
+    low, high = min(numbers), max(numbers)
+    advice = 'Give the names as a JSON object {"CLASS": "NAME"}, or with a class, a tab and its name a line.'
+    if len(set(numbers)) < len(numbers):
+        twice = next(number for number in numbers if list(numbers).count(number) > 1)
+        raise ValueError(f"Expected each class once, got two called {twice} ('{source}' has one name for them).")
+    if low < 0 or high > count or (low == 0 and high == count):
+        wrong = low if low < 0 else high
+        raise ValueError(
+            f"Expected a name for each of the classes {low} to {high} in '{source}', got {count} names and none for "
+            f"class {wrong}. {advice}"
+        )
+    if low > 0 and high < count:
+        raise ValueError(
+            f"The classes are {low} to {high}, and '{source}' has {count} names: its first one may be of class 0 or "
+            f"of class 1. {advice}"
+        )
+    return min(low, 1)
+
+
+def read_numbered_names(source: str, numbers: Sequence[int]) -> tuple[int, list[str]]:
+    """The names of classes that the data calls by numbers only, those without a row too.
+
+    Args:
+        source (`str`): As in [`read_names`].
+        numbers (`Sequence[int]`): The classes that come in the data, each once.
+
+    Returns:
+        `tuple[int, list[str]]`: The number of the first class, and the names from it on.
+
+    Raises:
+        FileNotFoundError, ImportError, ValueError: As [`read_names`].
+    """
+    place, lines, keyed = _read_source(source)
+    classes = [str(number) for number in numbers]
+    keyed = _keyed_lines(lines, classes, place) if keyed is None and source != OPEN_CLIP else keyed
+    if keyed is None:
+        first = first_number(numbers, len(lines), place)
+        _log_pairs("number", [str(first + line) for line in range(len(lines))], lines, place, 0)
+        return first, lines
+    keys = as_numbers([key for key in keyed if _NUMBER.fullmatch(key)]) or [0]
+    first, last = min(keys), max(keys)
+    if last - first >= 2 * len(keyed):
+        raise ValueError(f"Expected names of the classes {first} to {last} in '{place}', got {len(keyed)}.")
+    return first, _by_key(keyed, [str(number) for number in sorted({*range(first, last + 1), *numbers})], place)
+
+
+def _by_name_or_place(lines: Sequence[str], default: Sequence[str], source: str, ordered: bool) -> list[str]:
+    wanted = [_folded(name) for name in default]
+    given = {_folded(line): line for line in lines}
+    if len(given) == len(lines) and set(given) == set(wanted):
+        return [given[name] for name in wanted]
+    if not ordered and not (all(_SYNSET.fullmatch(name) for name in default) and list(default) == sorted(default)):
+        raise ValueError(
+            f"The classes are called {', '.join(map(repr, default[:_SHOWN]))}, ... and '{source}' is a list without "
+            "these names. Their order is that of the alphabet, so that joining them by place would be a guess. Give "
+            'a JSON object {"CLASS": "NAME"}, or a class, a tab and its name a line.'
+        )
+    places = {name: place for place, name in enumerate(wanted)}
+    for place, line in enumerate(lines):
+        if places.get(_folded(line), place) != place:
+            raise ValueError(
+                f"Name {place} of '{source}' is {line!r}, which the data calls class {places[_folded(line)]}. The "
+                "list is in another order. Give a class, a tab and its name a line."
+            )
+    _log_pairs("place", default, lines, source, 0)
+    return list(lines)
+
+
+def _folded(name: str) -> str:
+    return normal_name(name).replace("_", " ").casefold()
+
+
+def _log_pairs(how: str, classes: Sequence[str], names: Sequence[str], source: str, left_over: int) -> None:
+    pairs = [f"{printable(own)} = {name!r}" for own, name in zip(classes[:_SHOWN], names, strict=False)]
+    rest = f"; {left_over} names are left over" if left_over else ""
+    logger.warning("Names of '%s' are joined with the classes by %s: %s, ...%s", source, how, ", ".join(pairs), rest)
 
 
 def find_file(folders: Sequence[Path], names: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions.files import read_coco_id
 from modeling_dclip.data.files import (
+    FileFinder,
     list_folder,
     read_json,
     read_json_lines,
@@ -19,7 +20,7 @@ from modeling_dclip.data.files import (
     require_folder,
     require_id,
 )
-from modeling_dclip.data.images import IMAGE_SUFFIXES
+from modeling_dclip.data.images import has_image_suffix, image_suffixes
 from modeling_dclip.data.questions.rows import Item, build_item_rows
 
 BOX_FIELDS = ("bbox_x", "bbox_y", "bbox_w", "bbox_h")
@@ -133,12 +134,12 @@ def read_sugarcrepe(questions: str, image_folder: str, *, missing: str = "raise"
     return build_item_rows(items, f"'{questions}'", missing)
 
 
-def _picture(folder: Path, name: str) -> Path:
+def _picture(folder: Path, name: str, finder: FileFinder) -> Path:
     """The file of that name, or of that stem: Winoground names pictures without the ending."""
-    if Path(name).suffix.lower() in IMAGE_SUFFIXES:
+    if has_image_suffix(name):
         return folder / name
-    candidates = [folder / f"{name}{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
-    return next((path for path in candidates if path.is_file()), candidates[0])
+    candidates = [folder / f"{name}{suffix}" for suffix in (".png", *image_suffixes())]
+    return next((path for path in candidates if finder.find(path) is not None), candidates[0])
 
 
 def read_winoground(examples: str, image_folder: str, *, missing: str = "raise") -> Dataset:
@@ -163,7 +164,7 @@ def read_winoground(examples: str, image_folder: str, *, missing: str = "raise")
         ValueError: If a line is malformed or an id comes twice; file, line and field are named.
     """
     folder = require_folder(image_folder, "image folder")
-    items, seen = [], set()
+    items, seen, finder = [], set(), FileFinder()
     for where, entry in read_entries(examples, "Winoground file"):
         pair = str(require_id(entry, "id", where, examples))
         if pair in seen:
@@ -172,7 +173,7 @@ def read_winoground(examples: str, image_folder: str, *, missing: str = "raise")
         category = _text(entry, "collapsed_tag", where, examples) if entry.get("collapsed_tag") else ""
         captions = [_text(entry, f"caption_{side}", where, examples) for side in (0, 1)]
         for side in (0, 1):
-            path = _picture(folder, _text(entry, f"image_{side}", where, examples))
+            path = _picture(folder, _text(entry, f"image_{side}", where, examples), finder)
             texts = (captions[side], [captions[1 - side]])
             items.append(Item(f"winoground-{pair}-{side}", path, *texts, category, pair_id=f"winoground-{pair}"))
     return build_item_rows(items, f"'{examples}'", missing)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from datasets import Dataset, Features, Image, List, Value
 
-from modeling_dclip.data.rows import existing_images, first, require_rows
+from modeling_dclip.data.rows import first, locate_images, require_rows
 
 logger = logging.getLogger(__name__)
 
@@ -97,8 +97,9 @@ def build_item_rows(items: Sequence[Item], source: str, missing: str) -> Dataset
     rows: dict[str, list[Item]] = {}
     for index in kept:
         rows.setdefault(items[index].image_id, []).append(items[index])
-    there = existing_images(list(rows), [group[0].path for group in rows.values()], source, missing)
-    groups = [list(rows.values())[i] for i in there]
+    questions = list(rows.values())
+    files = locate_images(list(rows), [group[0].path for group in questions], source, missing)
+    groups = [[questions[i][0]._replace(path=file), *questions[i][1:]] for i, file in files.items()]
     features = dict(QUESTION_FEATURES)
     if any(item.pair_id for item in items):
         features["pair_id"] = PAIR_FEATURE

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from datasets import Dataset, Image, concatenate_datasets, load_dataset
@@ -10,7 +9,7 @@ from datasets import Dataset, Image, concatenate_datasets, load_dataset
 from modeling_dclip.data.columns import put_columns, with_images
 from modeling_dclip.data.files import load_parquet, match_parquet
 from modeling_dclip.data.questions.rows import PAIR_FEATURE, QUESTION_FEATURES, answerable
-from modeling_dclip.data.rows import first, require_rows
+from modeling_dclip.data.rows import FIX_PATHS, first, present_images, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_file
 
 PAIR_COLUMNS = ("image_0", "image_1", "caption_0", "caption_1")
@@ -37,20 +36,17 @@ def _texts(dataset: Dataset, column: str, name: str) -> list[list[str]]:
 
 
 def _images(dataset: Dataset, column: str, name: str) -> Dataset:
-    """The column alone, as `image` of type `Image`."""
-    return with_images(dataset.with_format(None).select_columns([column]), column, name)
+    """The column alone, as `image` of type `Image`; files are found as everywhere."""
+    images = with_images(dataset.with_format(None).select_columns([column]), column, name)
+    return present_images(images, None, name, "raise", FIX_PATHS)[0]
 
 
 def _picture_keys(images: Dataset, name: str) -> list[str]:
     """A key of each row's encoded picture, so that one that comes in many rows is embedded once."""
     keys = []
-    for row, stored in enumerate(images.cast_column("image", Image(decode=False))["image"]):
-        content, path = (stored["bytes"], stored["path"]) if stored else (None, None)
-        if content is None and path is None:
-            raise ValueError(f"{name}, row {row}: the picture has neither bytes nor a path. Remove the row.")
-        if content is None and not Path(path).is_file():
-            raise FileNotFoundError(f"{name}, row {row}: no picture at '{path}'. Fix the path or remove the row.")
-        keys.append(hash_file(path) if content is None else hash_bytes(content))
+    for stored in images.cast_column("image", Image(decode=False))["image"]:
+        content = stored["bytes"]
+        keys.append(hash_file(stored["path"]) if content is None else hash_bytes(content))
     return keys
 
 

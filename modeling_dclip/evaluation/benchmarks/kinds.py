@@ -12,6 +12,7 @@ from transformers.utils import logging
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, parse_caption_spec
 from modeling_dclip.data.columns import dataset_fingerprint
 from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
+from modeling_dclip.data.labels.prompts import read_names
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
 from modeling_dclip.data.specs import Source, Spec, bind_options
 from modeling_dclip.encoders import DualEncoder, Encoder
@@ -95,8 +96,9 @@ def _load_retrieval(name: str, spec: Spec, options: EvaluationOptions) -> Benchm
 
 def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     loaded = load_classification(spec)
-    names, templates = options.class_names or loaded.class_names, options.templates or loaded.templates
-    names, templates = list(names), list(templates)
+    names, templates = loaded.class_names, list(options.templates or loaded.templates)
+    if options.class_names:
+        names = read_names(options.class_names, names)
     evaluate = partial(
         evaluate_zero_shot,
         dataset=loaded.dataset,

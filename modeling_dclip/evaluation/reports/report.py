@@ -280,11 +280,7 @@ def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
             raise FileNotFoundError(f"Expected results files or folders of them, got {path}, which does not exist.")
         files = [path]
         if path.is_dir():
-            files = [
-                file
-                for file in find_files(path, {".json"})[0]
-                if not any(part.startswith(".") for part in file.relative_to(path).parts)
-            ]
+            files = find_files(path, {".json"}).files
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())

@@ -19,8 +19,8 @@ from transformers import HfArgumentParser
 from transformers.utils import logging
 
 from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.files import read_text
-from modeling_dclip.data.images import IMAGE_SUFFIXES
+from modeling_dclip.data.files import printable, read_text
+from modeling_dclip.data.images import has_image_suffix
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
 
@@ -97,7 +97,8 @@ def describe_build(index: SearchIndex) -> str:
     if skipped:
         lines.append(f"Left out {len(skipped)} images that cannot be read:")
         lines += [
-            f"    {one['image_id']} ({one['file'] or 'stored bytes'}): {one['reason']}" for one in skipped[:SHOWN]
+            f"    {printable(one['image_id'])} ({printable(one['file'] or 'stored bytes')}): {one['reason']}"
+            for one in skipped[:SHOWN]
         ]
         if len(skipped) > SHOWN:
             lines.append(f"    and {len(skipped) - SHOWN} more, all listed in {index.folder / 'index.json'}")
@@ -108,7 +109,8 @@ def describe_hits(hits: Sequence[Hit], as_json: bool = False) -> str:
     """Write the found pictures in lines: rank, cosine, and the file, or the id where there is no file."""
     if as_json:
         return "\n".join(json.dumps(hit._asdict()) for hit in hits)
-    return "\n".join(f"{rank:3d}  {hit.score:.4f}  {hit.path or hit.image_id}" for rank, hit in enumerate(hits, 1))
+    names = [printable(hit.path or hit.image_id) for hit in hits]
+    return "\n".join(f"{rank:3d}  {hit.score:.4f}  {names[rank - 1]}" for rank, hit in enumerate(hits, 1))
 
 
 def _build(argv: Sequence[str]) -> str | None:
@@ -137,9 +139,8 @@ def _search(argv: Sequence[str]) -> str:
     index = SearchIndex.load(arguments.index, model=arguments.model, trust_remote_code=arguments.trust_remote_code)
     if arguments.effort is not None:
         index.set_effort(arguments.effort)
-    path = Path(asked.query)
-    is_picture = path.suffix.lower() in IMAGE_SUFFIXES
-    return describe_hits(index.search(path if is_picture else asked.query, arguments.top_k), arguments.json)
+    query = Path(asked.query) if has_image_suffix(asked.query) else asked.query
+    return describe_hits(index.search(query, arguments.top_k), arguments.json)
 
 
 @command

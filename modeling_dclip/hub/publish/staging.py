@@ -155,8 +155,7 @@ def write_card(facts: Facts, kind: str, folder: Path) -> None:
 
 def list_files(folder: Path) -> list[str]:
     """List the files below a folder, as sorted paths inside the repository."""
-    files, _ = find_files(folder)
-    return sorted(path.relative_to(folder).as_posix() for path in files)
+    return sorted(path.relative_to(folder).as_posix() for path in find_files(folder).files)
 
 
 def check_folder(repo: StagedRepo) -> None:

@@ -45,7 +45,7 @@ def test_a_folder_without_pictures_is_told(tmp_path):
     ):
         load_uncaptioned([f"images:{tmp_path / 'empty'}"], seed=0)
     (tmp_path / "empty" / "notes.txt").write_text("no picture")
-    with pytest.raises(ValueError, match="none among 1 files"):
+    with pytest.raises(ValueError, match="none among 1 file: 1 .txt .first: 'notes.txt'"):
         load_uncaptioned([f"images:{tmp_path / 'empty'}"], seed=0)
     with pytest.raises(FileNotFoundError, match="No image folder at '.*nowhere'"):
         load_uncaptioned([f"images:{tmp_path / 'nowhere'}"], seed=0)

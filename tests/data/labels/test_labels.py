@@ -81,7 +81,7 @@ def test_a_folder_of_folders_is_classes_in_the_order_of_their_names(tmp_path):
 
 def test_a_split_is_a_folder_and_files_beside_it_name_classes_and_prompts(tmp_path):
     write_folder(tmp_path / "set" / "val", ["a", "b"])
-    (tmp_path / "set" / "classnames.txt").write_text("tabby_cat\nred fox\n\n")
+    (tmp_path / "set" / "classnames.txt").write_text("b\tred fox\na\ttabby_cat\n\n")
     (tmp_path / "set" / "zeroshot_classification_templates.txt").write_text("a drawing of a {c}.\n")
     dataset, names, templates = load_classification(f"imagefolder:{tmp_path}/set:val")
     assert (names, templates) == (["tabby_cat", "red fox"], ["a drawing of a {c}."])
@@ -114,7 +114,7 @@ def test_synsets_without_words_are_refused(tmp_path):
     with pytest.raises(ValueError, match="name for every class in '.*some.txt', got none for .'n02123045'"):
         load_classification(f"imagefolder:{root},names={tmp_path}/some.txt")
     (tmp_path / "both.txt").write_text("n01440764 tench\nn01440764 goldfish\n")
-    with pytest.raises(ValueError, match="each synset once.*'n01440764' with two names"):
+    with pytest.raises(ValueError, match="each class once.*'n01440764' with two names"):
         load_classification(f"imagefolder:{root},names={tmp_path}/both.txt")
     with pytest.raises(FileNotFoundError, match="No file '.*none.txt'"):
         load_classification(f"imagefolder:{root},names={tmp_path}/none.txt")

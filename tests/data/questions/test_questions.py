@@ -221,13 +221,13 @@ def test_a_local_folder_reads_as_the_hub_does(tmp_path, draw):
         ({"caption": None}, {}, "no column 'caption'.*caption=COLUMN"),
         ({"negative_caption": None}, {}, "no column 'negative_captions'.*negatives=COLUMN"),
         ({}, {"category": "kind"}, "no column 'kind'.*category=COLUMN"),
-        ({}, {"image": "caption"}, "row 0: no picture at 'true 0'"),
+        ({}, {"image": "caption"}, "4 of 4 image files are missing, first: of row 0 .'true 0'.*Fix the paths"),
         ({}, {"image": "number"}, "Expected pictures.*'number'"),
         ({"caption": ["a", " ", "b", "c"]}, {}, "row 1: expected text in the column 'caption', got ' '"),
         ({"negative_caption": [["a"], [], ["b"], ["c"]]}, {}, r"row 1: expected text.*'negative_caption', got \[\]"),
         ({"negative_caption": ["a", None, "b", "c"]}, {}, "row 1: expected text.*got None"),
         ({"caption": [["a", "b"]] * 4}, {}, "row 0: expected one true caption"),
-        ({"image": [None] * 4}, {}, "row 0: the picture has neither bytes nor a path"),
+        ({"image": [None] * 4}, {}, "image of row 0 has neither bytes nor a path"),
     ],
 )
 def test_bad_tables_are_named(tmp_path, draw, changes, options, message):

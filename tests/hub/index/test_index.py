@@ -334,7 +334,7 @@ def test_wrong_arguments_are_refused_before_anything_is_read(tiny_clip_dir, pict
     for images, kind, message in (
         (tmp_path / "nowhere", FileNotFoundError, "Expected a folder of pictures, or a dataset"),
         (tmp_path / "empty", ValueError, "got none among 0 files"),
-        (tmp_path / "text", ValueError, "got none among 1 files"),
+        (tmp_path / "text", ValueError, "got none among 1 file: 1 .txt"),
         ("parquet:", ValueError, "Expected the form 'parquet:GLOB'"),
     ):
         with pytest.raises(kind, match=message):
