@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
-from modeling_dclip.data.files import list_folder, read_json, temporary_folder, write_json
+from modeling_dclip.data.files import list_folder, read_json, require_field, temporary_folder, write_json
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -72,6 +72,18 @@ Manifest = TypedDict(
 )
 
 
+# What the manifest's fields must be for a search, and for another build beside it.
+_MANIFEST_KINDS: dict[str, type | tuple[type, ...]] = {
+    "model": str,
+    "encoder": str,
+    "images": str,
+    "n": int,
+    "dim": int,
+    "effort": (int, type(None)),
+    "files": dict,
+}
+
+
 class Hit(NamedTuple):
     """A picture that a search found.
 
@@ -110,12 +122,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     if not isinstance(manifest, dict) or manifest.get("format") != MANIFEST_FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise ValueError(f"Expected an index of format {MANIFEST_FORMAT} in '{path}', got {found!r}. Build it again.")
-    wanted = {"model": str, "encoder": str, "images": str, "n": int, "dim": int, "files": dict}
-    wrong = [name for name, kind in wanted.items() if not isinstance(manifest.get(name), kind)]
-    if wrong:
-        raise ValueError(
-            f"Expected {sorted(wanted)} in '{path}', got none or another type of {wrong}. Build it again."
-        )
+    for name, kind in _MANIFEST_KINDS.items():
+        require_field(manifest, name, "The object", path, kind)
+    for kind in FILE_SUFFIXES:
+        entry = require_field(manifest["files"], kind, "Under 'files', the object", path, dict)
+        for name in ("name", "sha256"):
+            require_field(entry, name, f"Under 'files', {kind!r}", path, str)
     return cast("Manifest", manifest)
 
 
@@ -214,7 +226,7 @@ class SearchIndex:
                 f"{rows.column_names}. Its files are not of one build. Build it again."
             )
         index = cls(folder, manifest, vectors, rows, model or manifest["model"], trust_remote_code)
-        if (effort := manifest.get("effort")) is not None:
+        if (effort := manifest["effort"]) is not None:
             index.set_effort(effort)
         return index
 
@@ -233,8 +245,8 @@ class SearchIndex:
         knob = effort_of(find_faiss("faiss"), self.vectors)
         if knob is None or effort < 1:
             raise ValueError(
-                f"Expected an effort >= 1 of an inverted file or a graph, got {effort} for an index "
-                f"{self.manifest.get('index')!r}. An exact index has none: leave the effort out."
+                f"Expected an effort >= 1 of an inverted file or a graph, got {effort} for the index "
+                f"{self.manifest.get('index')!r} in '{self.folder}'. An exact index has none: leave the effort out."
             )
         holder, name, most = knob
         setattr(holder, name, min(effort, most))
@@ -289,13 +301,8 @@ class SearchIndex:
 
 def _find_files(folder: Path, manifest: Manifest, verify: bool) -> dict[str, Path]:
     """The files that a manifest names, by their kind; with `verify` their content is compared with its hash."""
-    try:
-        named = {kind: (manifest["files"][kind]["name"], manifest["files"][kind]["sha256"]) for kind in FILE_SUFFIXES}
-    except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"'{folder / MANIFEST}' does not name its files ({error!r}). Build the index again."
-        ) from error
-    for name, digest in named.values():
+    files = {kind: manifest["files"][kind] for kind in FILE_SUFFIXES}
+    for name, digest in ((entry["name"], entry["sha256"]) for entry in files.values()):
         path = folder / name
         if Path(name).name != name or not path.is_file():
             raise FileNotFoundError(
@@ -306,4 +313,4 @@ def _find_files(folder: Path, manifest: Manifest, verify: bool) -> dict[str, Pat
                 f"'{path}' is damaged: expected the SHA-256 {digest[:12]}..., got {found[:12]}.... Delete it and "
                 "build the index again. Embeddings that are there are not computed again."
             )
-    return {kind: folder / name for kind, (name, _) in named.items()}
+    return {kind: folder / entry["name"] for kind, entry in files.items()}

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -276,9 +277,19 @@ def test_a_manifest_cannot_name_a_file_outside_its_folder(copied, tmp_path):
     [
         (lambda text: text[:40], "index.json'.*is damaged"),
         (lambda text: text.replace('"format": 1', '"format": 7'), "format 1.*got 7"),
-        (lambda text: text.replace('"encoder"', '"coder"'), "got none or another type of .'encoder'"),
+        (lambda text: text.replace('"encoder"', '"coder"'), "index.json' has no key 'encoder'"),
         (lambda text: text.replace('"n": 12', '"n": 11'), "not of one build"),
-        (lambda text: text.replace('"files": {', '"files": {}, "old": {'), "does not name its files"),
+        (
+            lambda text: text.replace('"files": {', '"files": {}, "old": {'),
+            "Under 'files', the object of .* no key 'vectors'",
+        ),
+        (lambda text: text.replace('"n": 12', '"n": "12"'), "expected an integer under 'n', got '12'"),
+        (lambda text: text.replace('"effort": null', '"effort": [1]'), "expected an integer or null under 'effort'"),
+        (lambda text: text.replace('"effort": null', '"effort": 3'), "for the index 'exact' in '"),
+        (
+            lambda text: re.sub('"name": "vec.*"', '"name": 7', text),
+            "'vectors' of .* expected text under 'name', got 7",
+        ),
         (lambda text: "[]", "got 'list'"),
     ],
 )
