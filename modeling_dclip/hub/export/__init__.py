@@ -4,15 +4,18 @@ Each export is checked against the model, and deleted if the outputs differ.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, CLIPImageProcessorPil, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
 from modeling_dclip.data.files import check_new_folder, replacing, write_bytes, write_json
+from modeling_dclip.encoders import DualEncoder
+from modeling_dclip.encoders.families import longest_text
 from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
 from modeling_dclip.hub.export.onnx import (
     EXPORTED_TOWERS,
@@ -21,9 +24,17 @@ from modeling_dclip.hub.export.onnx import (
     Tower,
     compare_onnx,
     make_onnx,
+    onnx_runner,
     save_program,
 )
 from modeling_dclip.hub.export.open_clip import write_open_clip
+from modeling_dclip.hub.export.readers import (
+    OPEN_PICTURE,
+    Reader,
+    compare_reader,
+    describe_readings,
+    write_readme,
+)
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 from modeling_dclip.hub.export.winograd import with_winograd
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
@@ -39,6 +50,59 @@ __all__ = [
 
 IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
 PREPROCESSOR = "preprocessor_config.json"
+Runner = Callable[[torch.Tensor], torch.Tensor]  # a tower as a function of pixels or ids
+_WHY = {
+    "picture": "The numbers are for the code in the export's README, with PIL's resizing. The default backend of "
+    "transformers differs by 1 to 2 grey levels, transformers.js resizes in its own way, and none turns a picture as "
+    "EXIF says: `open_picture` in the README does.",
+}
+# The code in a README: for each tower how to make its input, and how each runtime computes it.
+_INPUTS = {
+    "image": """
+image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+pixels = image_processor([open_picture("photo.jpg")], return_tensors="{tensors}")["pixel_values"]
+""",
+    "text": """
+tokenizer = AutoTokenizer.from_pretrained(folder)
+ids = tokenizer(["a photo of a dog"], padding=True, truncation=True, return_tensors="{tensors}")["input_ids"]
+""",
+}
+_ONNX_RUNS = {
+    "image": """
+vision = onnxruntime.InferenceSession(f"{folder}/onnx/vision_model.onnx")
+(image_embeds,) = vision.run(None, {"pixel_values": pixels})
+""",
+    "text": """
+text = onnxruntime.InferenceSession(f"{folder}/onnx/text_model.onnx")
+(text_embeds,) = text.run(None, {"input_ids": ids})
+""",
+}
+_PROGRAM_RUNS = {
+    "image": """
+image_embeds = torch.export.load(f"{folder}/vision_model.pt2").module()(pixels)
+""",
+    "text": """
+text_embeds = torch.export.load(f"{folder}/text_model.pt2").module()(ids)
+""",
+}
+
+
+class _Runtime(NamedTuple):
+    name: str
+    module: str  # what the README imports
+    tensors: str
+    runs: Mapping[str, str]
+
+    def use(self, kinds: Collection[str]) -> str:
+        """Code that embeds with these towers."""
+        head = [f"import {self.module}", "from transformers import AutoImageProcessor, AutoTokenizer"]
+        made = [_INPUTS[kind].strip().replace("{tensors}", self.tensors) for kind in kinds]
+        runs = [self.runs[kind].strip() for kind in kinds]
+        return "\n".join([*head, OPEN_PICTURE.strip(), "\n", 'folder = "FOLDER"  # this one', *made, *runs])
+
+
+_ONNX = _Runtime("ONNX Runtime", "onnxruntime", "np", _ONNX_RUNS)
+_PROGRAM = _Runtime("torch.export", "torch", "pt", _PROGRAM_RUNS)
 
 
 def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTrainedModel:
@@ -56,7 +120,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
 
     Raises:
         FileNotFoundError: If there is no such folder.
-        ValueError: If it holds another model, weights are missing or damaged, or the model does not take the size.
+        ValueError: If it holds another model, weights are missing, damaged or not finite, or the model does not take
+            the size.
     """
     if not Path(model).is_dir():
         raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
@@ -73,6 +138,7 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
             loaded = load_merged(model)
         else:
             loaded = load_checked(IMAGE_ENCODERS[model_type], model)
+    _check_finite(loaded, model)
     encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
     if isinstance(encoder, DMCLIPVisionModel):
         fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()
@@ -84,6 +150,15 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
             f"image_size: expected {encoder.config.image_size}, which '{model}' was made for, got {image_size}."
         )
     return loaded
+
+
+def _check_finite(loaded: nn.Module, folder: str | os.PathLike) -> None:
+    for name, weight in loaded.state_dict().items():
+        if weight.is_floating_point() and not weight.isfinite().all():
+            raise ValueError(
+                f"Expected finite weights at '{folder}', got NaN or infinity in {name}. The model diverged or the "
+                "file is damaged; export another checkpoint."
+            )
 
 
 def is_dual(model: nn.Module) -> bool:
@@ -145,7 +220,8 @@ def export_onnx(
         ImportError: If the extra `export` is not installed.
         ValueError: If a tower or dtype is unknown, the preprocessing is for another size, or the outputs differ.
     """
-    found = {}
+    found: dict[str, Deviation] = {}
+    runners: dict[str, Runner] = {}
     selected = select_towers(model, towers, source)
     write_settings(model, source, folder)
     (folder / "onnx").mkdir(parents=True)
@@ -160,7 +236,10 @@ def export_onnx(
             name = f"onnx/{tower.file_name}{ONNX_DTYPES[dtype]}.onnx"
             found[name] = compare_onnx(content, tower, dtype)
             write_bytes(folder / name, content)
-    return found
+            if dtype == "fp32":
+                runners[tower.kind] = onnx_runner(folder / name, tower)
+        runners.setdefault(tower.kind, tower)
+    return _compare_settings(model, source, folder, found, runners, _ONNX)
 
 
 def export_programs(
@@ -172,7 +251,47 @@ def export_programs(
     """
     selected = select_towers(model, towers, source)
     write_settings(model, source, folder)
-    return {f"{tower.file_name}.pt2": save_program(tower, folder / f"{tower.file_name}.pt2") for tower in selected}
+    found = {f"{tower.file_name}.pt2": save_program(tower, folder / f"{tower.file_name}.pt2") for tower in selected}
+    runners: dict[str, Runner] = {
+        tower.kind: torch.export.load(folder / f"{tower.file_name}.pt2").module() for tower in selected
+    }
+    return _compare_settings(model, source, folder, found, runners, _PROGRAM)
+
+
+def _compare_settings(
+    model: PreTrainedModel,
+    source: str | os.PathLike,
+    folder: Path,
+    found: dict[str, Deviation],
+    runners: Mapping[str, Runner],
+    runtime: _Runtime,
+) -> dict[str, Deviation]:
+    """Compare texts and pictures through the exported tokenizer and preprocessing, where there are any; write the
+    README.
+    """
+    if not (folder / PREPROCESSOR).is_file():  # an image encoder alone
+        return found
+    reader = Reader(runtime.name, None, None, _WHY)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    if "text" in runners:
+        reader = reader._replace(
+            embed_texts=lambda texts: runners["text"](
+                tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+            )
+        )
+    if "image" in runners:
+        reader = reader._replace(
+            embed_pictures=lambda pictures: runners["image"](
+                image_processor(pictures, return_tensors="pt")["pixel_values"]
+            )
+        )
+    ours = load_processor(source)
+    resize_images(ours.image_processor, model, source)
+    _, readings = compare_reader(model, ours, reader)
+    write_readme(folder, runtime.use(runners), readings, reader)
+    (*_, last) = found
+    return found | {last: found[last] | {"differs": describe_readings(readings, reader)}}
 
 
 def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> None:
@@ -194,6 +313,7 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
         return
     processor = to_native_processor(load_processor(source))
     resize_images(processor.image_processor, model, source)
+    processor.tokenizer.model_max_length = longest_text(cast("DualEncoder", model), processor.tokenizer)
     processor.tokenizer.save_pretrained(folder)
     settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
     write_json(folder / PREPROCESSOR, settings, indent=2, default=str)

@@ -68,6 +68,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"{args.output}/{name}: {size_mib:.1f} MiB; largest difference from the model's outputs "
             f"{measured['max_relative_difference']:.1e}, least cosine {measured['min_cosine']:.6f}.\n"
         )
+        for line in measured.get("differs", ()):
+            sys.stdout.write(f"Note: {line}\n")
 
 
 if __name__ == "__main__":

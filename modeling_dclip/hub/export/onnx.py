@@ -6,6 +6,8 @@ after its end token change nothing.
 """
 
 import copy
+import io
+from collections.abc import Callable
 from pathlib import Path
 from typing import TypedDict
 
@@ -28,7 +30,13 @@ NEEDS_EXTRA = (
 )
 
 
-class Deviation(TypedDict):
+class Said(TypedDict, total=False):
+    """What an export says of its reader: `differs`, in words, what it reads otherwise than the model."""
+
+    differs: list[str]
+
+
+class Deviation(Said):
     """How far embeddings are from the model's: the largest difference over the largest value, and the least cosine of
     any row.
     """
@@ -235,6 +243,24 @@ def compare_onnx(content: bytes, tower: Tower, dtype: str = "fp32") -> Deviation
     return check_outputs(pairs, dtype, "ONNX Runtime")
 
 
+def onnx_runner(path: str | Path, tower: Tower) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A graph in a file as a function of its one input, computed by ONNX Runtime on the CPU.
+
+    Args:
+        path (`str` or `Path`): A `.onnx` file.
+        tower ([`ImageTower`] or [`TextTower`]): What it was made from, for the names of input and output.
+    """
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: torch.Tensor) -> torch.Tensor:
+        (found,) = session.run([tower.output_name], {tower.input_name: inputs.numpy()})
+        return torch.from_numpy(found)
+
+    return run
+
+
 def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, runtime: str) -> Deviation:
     """Measure how far embeddings are from the model's, and refuse them if they are too far for their dtype.
 
@@ -250,6 +276,8 @@ def check_outputs(pairs: list[tuple[torch.Tensor, torch.Tensor]], dtype: str, ru
         ValueError: If they are too far from the model's, or not finite.
     """
     found, expected = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+    if not expected.isfinite().all():
+        raise ValueError("Expected finite embeddings of the model, got NaN or infinity. Its weights are damaged.")
     difference = float((found - expected).abs().max() / expected.abs().max())
     cosine = float(torch.cosine_similarity(found, expected).min())
     if dtype == "fp32" and not difference <= RELATIVE_GATE:  # NaN fails this too
@@ -282,7 +310,9 @@ def save_program(tower: Tower, path: str | Path) -> Deviation:
     program = torch.export.export(
         tower.eval(), (tower.sample(2),), dynamic_shapes={tower.input_name: tower.dynamic_axes()}, strict=False
     )
-    torch.export.save(program, path)
+    content = io.BytesIO()  # torch's own writer answers a full disk with an error of its own
+    torch.export.save(program, content)
+    write_bytes(path, content.getvalue())
     module = torch.export.load(path).module()
     pairs = [(module(inputs), tower(inputs)) for inputs in map(tower.sample, BATCH_SIZES)]
     return check_outputs(pairs, "fp32", "the exported program")

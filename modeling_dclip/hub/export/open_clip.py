@@ -12,10 +12,35 @@ from transformers.image_utils import PILImageResampling
 from modeling_dclip.data.files import write_json
 from modeling_dclip.encoders.loading import load_processor
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, Deviation, check_outputs
+from modeling_dclip.hub.export.readers import (
+    OPEN_PICTURE,
+    Reader,
+    compare_reader,
+    describe_readings,
+    write_readme,
+)
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
+_USE = f"""
+import open_clip
+{OPEN_PICTURE.strip()}
+
+
+folder = "local-dir:FOLDER"  # this one
+model, preprocess = open_clip.create_model_from_pretrained(folder)
+tokenizer = open_clip.get_tokenizer(folder)
+image_embeds = model.encode_image(preprocess(open_picture("photo.jpg"))[None])
+text_embeds = model.encode_text(tokenizer(["a photo of a dog"]))
+"""
+_WHY = {
+    "text": "Before its tokenizer, open_clip repairs every text with ftfy (quotes, ligatures, widths, encodings) and "
+    "resolves HTML entities; no setting turns that off. The model reads texts as they are. Give both the repaired "
+    "text where the two have to agree.",
+    "picture": "open_clip leaves out what transparency and EXIF say, resizes before it converts to RGB, and rounds "
+    "the margins of its crop to even numbers. `open_picture` in the export's README does all but the margins.",
+}
 NAMES = {  # of a layer's parts, ours to open_clip's, which has the projections of attention in one matrix
     "layer_norm1": "ln_1",
     "layer_norm2": "ln_2",
@@ -138,7 +163,8 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
 
     Raises:
         ImportError: If open_clip is not installed. An export that cannot be checked is not written.
-        ValueError: If open_clip has no such model or no such preprocessing, or its outputs differ.
+        ValueError: If open_clip has no such model or no such preprocessing, or its outputs differ on the same inputs,
+            or on plain texts and pictures through its own tokenizer and transform.
     """
     weights, config = to_open_clip_weights(model), to_open_clip_config(model)
     try:
@@ -162,18 +188,35 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
         "interpolation": PILImageResampling(images.resample).name.lower(),
         "resize_mode": "shortest",
     }
+    processor.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
     processor.tokenizer.save_pretrained(folder)
     save_file(weights, folder / OPEN_CLIP_WEIGHTS)
     described = {"model_cfg": config, "preprocess_cfg": preprocessing}
     write_json(folder / OPEN_CLIP_CONFIG, described, indent=2)
-    theirs = open_clip.create_model(f"local-dir:{folder}").eval()
+    theirs, transform = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    theirs.eval()
+    _check_weights(model, theirs)
+    tokenizer = open_clip.get_tokenizer(f"local-dir:{folder}")
+    reader = Reader(
+        "open_clip",
+        lambda texts: theirs.encode_text(tokenizer(texts)),
+        lambda pictures: theirs.encode_image(torch.stack([transform(picture) for picture in pictures])),
+        _WHY,
+    )
+    measured, readings = compare_reader(model, load_processor(source), reader)
+    write_readme(folder, _USE, readings, reader)
+    return {OPEN_CLIP_WEIGHTS: measured | {"differs": describe_readings(readings, reader)}}
+
+
+@torch.no_grad()
+def _check_weights(model: PreTrainedModel, theirs: Any) -> None:
+    """Refuse other outputs on the same ids and pixels."""
     pairs = []
-    with torch.no_grad():
-        for name, embed in (("image", theirs.encode_image), ("text", theirs.encode_text)):
-            tower = EXPORTED_TOWERS[name](model)
-            inputs = tower.sample(3)
-            if name == "text":  # open_clip reads whole rows
-                missing = model.config.text_config.max_position_embeddings - inputs.shape[1]
-                inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
-            pairs.append((embed(inputs).float(), tower(inputs)))
-    return {OPEN_CLIP_WEIGHTS: check_outputs(pairs, "fp32", "open_clip")}
+    for name, embed in (("image", theirs.encode_image), ("text", theirs.encode_text)):
+        tower = EXPORTED_TOWERS[name](model)
+        inputs = tower.sample(3)
+        if name == "text":  # open_clip reads whole rows
+            missing = model.config.text_config.max_position_embeddings - inputs.shape[1]
+            inputs = torch.nn.functional.pad(inputs, (0, missing), value=0)
+        pairs.append((embed(inputs).float(), tower(inputs)))
+    check_outputs(pairs, "fp32", "open_clip")

@@ -6,24 +6,42 @@ Its `encode` takes pictures or texts. Up to version 5.3 one call takes both in o
 import os
 from importlib import metadata
 from pathlib import Path
-from typing import cast
+from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import write_json
-from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.loading import load_processor
-from modeling_dclip.hub.export.onnx import Deviation, check_outputs
+from modeling_dclip.hub.export.onnx import Deviation
+from modeling_dclip.hub.export.readers import (
+    OPEN_PICTURE,
+    Reader,
+    compare_reader,
+    describe_readings,
+    write_readme,
+)
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
 
 # Since 5.4 `Transformer` reads CLIP itself; every version reads this older name.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
 # PIL's preprocessing, as ours: torchvision's pixels differ by 1 to 2 grey levels.
 MODULE_SETTINGS = {"processor_kwargs": {"backend": "pil"}}
-CHECKED_TEXTS = ("a red circle", "two blue squares on a table")
+_USE = f"""
+from sentence_transformers import SentenceTransformer
+{OPEN_PICTURE.strip()}
+
+
+model = SentenceTransformer("FOLDER")  # this one
+image_embeds = model.encode([open_picture("photo.jpg")])
+text_embeds = model.encode(["a photo of a dog"])
+"""
+_WHY = {
+    "text": "sentence-transformers reads a text that is the address of a picture, or the path of one that is there, "
+    "as that picture.",
+    "picture": "sentence-transformers leaves out what EXIF says of a picture that is open. `open_picture` in the "
+    "export's README turns it upright.",
+}
 
 
 def write_sentence_transformers(
@@ -41,7 +59,7 @@ def write_sentence_transformers(
 
     Raises:
         ImportError: If sentence-transformers is not installed. An export that cannot be checked is not written.
-        ValueError: If the model has no native twin, or the embeddings differ.
+        ValueError: If the model has no native twin, or the embeddings of plain texts and pictures differ.
     """
     if not has_native_twin(model):
         raise ValueError(
@@ -60,6 +78,7 @@ def write_sentence_transformers(
     inner.mkdir(parents=True)
     processor = load_processor(source)
     native = to_native_processor(processor)
+    native.tokenizer.model_max_length = model.config.text_config.max_position_embeddings
     to_native_clip(model).save_pretrained(inner)
     native.save_pretrained(inner)
     native.image_processor.save_pretrained(inner)
@@ -69,16 +88,12 @@ def write_sentence_transformers(
     settings = {"__version__": {name.replace("-", "_"): version for name, version in versions.items()}}
     write_json(folder / "config_sentence_transformers.json", settings, indent=2)
     encoder = SentenceTransformer(str(folder), device="cpu")
-    size = model.config.vision_config.image_size
-    pixels = np.random.default_rng(0).integers(0, 256, (size + 17, size + 7, 3), dtype=np.uint8)
-    picture = Image.fromarray(pixels)
-    dual = cast("DualEncoder", model)
-    with torch.no_grad():
-        batch = processor(images=[picture], text=list(CHECKED_TEXTS), return_tensors="pt")
-        expected = [
-            dual.get_image_features(batch["pixel_values"]).pooler_output,
-            dual.get_text_features(batch["input_ids"], batch["attention_mask"]).pooler_output,
-        ]
-    found = np.concatenate([encoder.encode([picture]), encoder.encode(list(CHECKED_TEXTS))])
-    measured = check_outputs([(torch.from_numpy(found), torch.cat(expected))], "fp32", "sentence-transformers")
-    return {f"{MODULES[0]['path']}/model.safetensors": measured}
+
+    def encode(inputs: list[Any]) -> torch.Tensor:
+        return torch.from_numpy(encoder.encode(inputs, show_progress_bar=False))
+
+    reader = Reader("sentence-transformers", encode, encode, _WHY)
+    measured, readings = compare_reader(model, processor, reader)
+    write_readme(folder, _USE, readings, reader)
+    weights = f"{MODULES[0]['path']}/model.safetensors"
+    return {weights: measured | {"differs": describe_readings(readings, reader)}}
