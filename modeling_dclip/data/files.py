@@ -1,11 +1,13 @@
 """The door for files: the one place of this package that opens text, JSON, YAML and tables, walks folders, writes
-whole files, and names temporary folders and caches.
+whole files, locks folders, and names temporary folders and caches.
 
 Text is UTF-8, with or without a byte order mark. An error names the file and, where there is one, the line or the
-entry. What a later run will read is written beside its place and moved there, so that it is whole or not there.
+entry. What a later run will read is written beside its place and moved there, so that it is whole or not there. A
+temporary folder is locked by the process that uses it, so the next run can remove those of killed processes.
 """
 
 import csv
+import errno
 import fnmatch
 import glob
 import heapq
@@ -15,13 +17,16 @@ import logging
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime, timezone
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -29,6 +34,11 @@ import pyarrow.parquet as pq
 import yaml
 from datasets import Dataset, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+try:
+    import fcntl
+except ImportError:  # not on this system: then nothing is locked, and leftovers of killed processes stay
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +108,9 @@ def _require_utf8(path: Path, what: str) -> None:
             f"The path of the {what}, '{printable(path.absolute())}', is not encoded in UTF-8, so that no table can "
             "hold it. Rename the file or folder, e.g. with `convmv -f latin1 -t utf8 --notest`."
         )
+# A path of a recipe or of a table may be no longer; temporary names add to it, and file systems take 255.
+_LONGEST_NAME = 200
+_RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
 
 
 def require_file(path: str | os.PathLike, what: str) -> Path:
@@ -139,12 +152,55 @@ def require_folder(path: str | os.PathLike, what: str) -> Path:
     return path
 
 
+def check_name(name: str, what: str) -> str:
+    """A name that will become a file or a folder, if it is one name: one that leads nowhere else and any system takes.
+
+    Args:
+        name (`str`): The name.
+        what (`str`): What has this name, for the message, e.g. `"an arm"`.
+
+    Returns:
+        `str`: The name.
+
+    Raises:
+        ValueError: If it is empty, a dot, has a separator, a control character or a space at an end, is reserved by
+            Windows, no UTF-8, or longer than 200 bytes.
+
+    Example:
+        >>> check_name("../a", "an arm")
+        Traceback (most recent call last):
+        ...
+        ValueError: Expected a name for an arm, got '../a', which has '/' in it. Use letters, digits, '.', '-' and '_'.
+    """
+    odd = next((one for one in name if one in "/\\" or not one.isprintable()), None)
+    if not name or name.strip(".") == "":
+        fault = "no name"
+    elif odd is not None:
+        fault = f"which has {odd!r} in it"
+    elif name != name.strip() or name.endswith("."):
+        fault = "which begins or ends with a space or ends with a dot"
+    elif name.partition(".")[0].lower() in _RESERVED_NAMES:
+        fault = "which Windows reserves"
+    elif len(name.encode()) > _LONGEST_NAME:
+        fault = f"which is longer than {_LONGEST_NAME} bytes"
+    else:
+        return name
+    raise ValueError(f"Expected a name for {what}, got {name!r:.80}, {fault}. Use letters, digits, '.', '-' and '_'.")
+
+
+def _check_path(path: str | os.PathLike) -> None:
+    if not os.fspath(path).strip() or "\0" in os.fspath(path):
+        raise ValueError(f"Expected the path of a folder to write to, got {os.fspath(path)!r}. Name one.")
+
+
 def check_output_folder(folder: str | os.PathLike) -> None:
     """Say early that an output folder, there or not, cannot be written. Nothing is made.
 
     Raises:
         OSError: If it or a folder above it is a file, or nothing can be written there.
+        ValueError: If its name is empty or has a NUL in it.
     """
+    _check_path(folder)
     folder = Path(folder).absolute()
     nearest = next(place for place in (folder, *folder.parents) if place.exists())
     try:
@@ -158,12 +214,16 @@ def check_new_folder(folder: str | os.PathLike) -> None:
     """Say early that an output folder is taken or cannot be written.
 
     Raises:
-        FileExistsError: If it is a file, or a folder with something in it.
+        FileExistsError: If it is a file, a folder with something in it, or the working folder.
         OSError: If nothing can be written there.
+        ValueError: As [`check_output_folder`].
     """
+    _check_path(folder)
     folder = Path(folder)
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
+    if folder.is_dir() and folder.samefile(Path.cwd()):
+        raise FileExistsError(f"Expected a new folder, got {folder}, the working folder. Name a folder in it.")
     check_output_folder(folder)
 
 
@@ -815,18 +875,6 @@ def _fits(names: Sequence[str], patterns: Sequence[str]) -> bool:
     return fnmatch.fnmatchcase(names[0], patterns[0]) and _fits(names[1:], patterns[1:])
 
 
-@contextmanager
-def temporary_folder(beside: str | os.PathLike | None = None, prefix: str | None = None) -> Iterator[Path]:
-    """A folder that is removed at the end.
-
-    Args:
-        beside (`str` or `os.PathLike`, *optional*): The folder to make it in; the system's own by default.
-        prefix (`str`, *optional*): How its name begins.
-    """
-    with tempfile.TemporaryDirectory(dir=beside, prefix=prefix) as folder:
-        yield Path(folder)
-
-
 def check_writable(folder: str | os.PathLike) -> None:
     """Say early that nothing can be written into a folder.
 
@@ -845,7 +893,259 @@ def user_cache_dir(name: str) -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "modeling_dclip" / name
 
 
+# Locks. A lock ends with the process that holds it, however that ends.
+
+LOCK_NAME = ".modeling_dclip.lock"
+_held: set[int] = set()  # handles of locked files
+
+
+def _forget_locks() -> None:
+    """In a forked process, e.g. a data loader's worker: the locks are the parent's, and end with the parent."""
+    for handle in _held:
+        os.close(handle)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_locks)
+
+
+def _lock(path: Path, *, make: bool = True) -> int | None:
+    """The handle of a file, locked; `None` if another process has it.
+
+    Raises:
+        FileNotFoundError: If its folder has vanished, or without `make` the file.
+        OSError: If it cannot be opened, or this file system has no locks.
+    """
+    while True:
+        handle = os.open(path, os.O_RDWR | (os.O_CREAT if make else 0) | getattr(os, "O_NOFOLLOW", 0), 0o666)
+        _held.add(handle)
+        try:
+            if fcntl is None:
+                return handle
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.stat(path), os.fstat(handle)):
+                    return handle
+            _unlock(handle)  # its last holder has removed it meanwhile
+        except BlockingIOError:
+            _unlock(handle)
+            return None
+        except OSError:
+            _unlock(handle)
+            raise
+
+
+def _unlock(handle: int) -> None:
+    if handle in _held:  # not in a forked process
+        _held.remove(handle)
+        os.close(handle)
+
+
+@contextmanager
+def holding(output: str | os.PathLike, *, beside: bool = False) -> Iterator[None]:
+    """Keep an output folder to this process until the end. A second process that asks for it is refused.
+
+    Args:
+        output (`str` or `os.PathLike`): The folder. It is made, and removed again if it stays empty.
+        beside (`bool`, *optional*, defaults to `False`): The lock is a file beside the folder, for one that must be
+            new, in place of one in it.
+
+    Raises:
+        BlockingIOError: If another process holds it; the message names its number, its machine and its start.
+        OSError: If nothing can be written there.
+    """
+    output = Path(output)
+    folder = output.parent if beside else output
+    path = folder / f".{output.name}.lock" if beside else folder / LOCK_NAME
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = _take(path, output)
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(FileNotFoundError):
+                path.unlink()
+            _unlock(handle)
+        for one in made:
+            with suppress(OSError):  # not empty
+                one.rmdir()
+
+
+def _take(path: Path, output: Path) -> int | None:
+    """Lock an output and note who holds it; `None` where the file system has no locks."""
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    try:
+        handle = _lock(path)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            logger.warning("'%s' cannot be locked (%s). Start no second run on it.", output, error.strerror)
+            return None
+        raise
+    if handle is None:
+        raise BlockingIOError(
+            f"'{output}' is in use by another run{_describe_holder(path)}. Wait for its end, stop it, or name another "
+            "folder."
+        )
+    os.truncate(handle, 0)
+    with suppress(OSError):  # a full disk: the lock holds without the note
+        os.write(handle, json.dumps([os.getpid(), socket.gethostname(), started]).encode())
+    return handle
+
+
+def _describe_holder(path: Path) -> str:
+    try:
+        process, host, started = json.loads(path.read_bytes())
+    except (OSError, ValueError):  # it ends just now, or has not noted itself yet
+        return ""
+    return f": process {process} on {host}, which started {started}"
+
+
+# Temporary folders.
+
+_HOLDER = ".in_use"  # locked by the process that uses a temporary folder
+_SUFFIX = ".modeling_dclip"  # of temporary folders
+_swept: set[Path] = set()  # where this process has looked for leftovers
+
+
+@contextmanager
+def temporary_folder(beside: str | os.PathLike | None = None, prefix: str = "tmp.") -> Iterator[Path]:
+    """A folder that is removed at the end; the next one in the same place removes those of killed processes.
+
+    Args:
+        beside (`str` or `os.PathLike`, *optional*): The folder to make it in; the system's own by default.
+        prefix (`str`, *optional*, defaults to `"tmp."`): How its name begins.
+    """
+    place = Path(tempfile.gettempdir() if beside is None else beside)
+    if place not in _swept:
+        _swept.add(place)
+        remove_leftovers(place)
+    folder: Path | None = None
+    handle = None
+    while folder is None:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=place))
+        try:
+            handle = _lock(folder / _HOLDER)
+        except FileNotFoundError:  # another process took it for a leftover
+            folder = None
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                shutil.rmtree(folder)
+                raise
+    try:
+        yield folder
+    finally:
+        if handle is not None:
+            _unlock(handle)  # first, for a file in use cannot be removed from a folder of NFS
+        with suppress(FileNotFoundError):  # another process removes it already
+            shutil.rmtree(folder)
+
+
+def remove_leftovers(folder: str | os.PathLike, *, below: bool = False) -> int:
+    """Remove the temporary folders that killed processes left in a folder. Those in use stay.
+
+    Args:
+        folder (`str` or `os.PathLike`): The folder; it may be missing.
+        below (`bool`, *optional*, defaults to `False`): In the folders in it, too.
+
+    Returns:
+        `int`: How many were removed.
+    """
+    folder, removed = Path(folder), 0
+    if fcntl is None or not folder.is_dir():
+        return 0
+    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+        if not entry.is_dir(follow_symlinks=False):
+            continue
+        if entry.name.endswith(_SUFFIX):
+            with suppress(OSError):  # of another user, or just removed
+                removed += _remove_leftover(Path(entry.path))
+        elif below:
+            removed += remove_leftovers(entry.path)
+    return removed
+
+
+def _remove_leftover(folder: Path) -> bool:
+    if not any(folder.iterdir()):
+        folder.rmdir()  # killed before it was locked; or its process is about to, and makes another
+        return True
+    handle = _lock(folder / _HOLDER, make=False)
+    if handle is None:
+        return False
+    _unlock(handle)
+    shutil.rmtree(folder)
+    return True
+
+
 # Writing whole files.
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+# What writers that are no Python say where the system refuses to write.
+_CANNOT = "Cannot write"
+_WITHOUT_REASON = re.compile(r"PytorchStreamWriter|inline_container|\d+ requested and \d+ written")  # torch, numpy
+_NO_PARENT = re.compile(r"Parent directory .* does not exist")  # torch
+_OF_RUST = re.compile(r"\(os error (\d+)\)")
+
+
+class writing:
+    """Name the place where writing failed, whichever library writes: `with writing(path): model.save(path)`.
+
+    Errors that have nothing to do with the place pass through.
+
+    Args:
+        path (`str` or `os.PathLike`): The file or folder that is written.
+
+    Raises:
+        OSError: If the disk is full or read-only, or the place cannot be written; the message names it.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = Path(path)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Raise the error with the place's name in place of the writer's."""
+        number = None if error is None else self._find_number(error)
+        if number is None:
+            return
+        path = self.path.absolute()
+        nearest = next(place for place in (path, *path.parents) if place.exists())
+        reason, remedy = os.strerror(number) if number else "the writing failed", "Make it writable, or name another"
+        if number in _FULL or not number:
+            reason += f" ({shutil.disk_usage(nearest).free // 2**20} MiB free)"
+            remedy = "Make room, then run the same command again"
+        raise type(OSError(number, ""))(f"{_CANNOT} '{path}': {reason}. {remedy}.") from error
+
+    def _find_number(self, error: BaseException) -> int | None:
+        """The system's number of an error that comes from writing here; 0 if unknown, `None` for other errors."""
+        if isinstance(error, OSError) and error.errno is not None:
+            here = error.filename is not None and self._is_here(os.fsdecode(error.filename))
+            return error.errno if here or error.errno in (*_FULL, errno.EROFS) else None
+        text = str(error)
+        if text.startswith(_CANNOT):
+            return None  # named already
+        if match := _OF_RUST.search(text):
+            return int(match[1])
+        if known := [number for number in (*_FULL, errno.EROFS) if os.strerror(number) in text]:
+            return known[0]
+        if _NO_PARENT.fullmatch(text.rstrip(".")):
+            return errno.ENOENT
+        return 0 if _WITHOUT_REASON.search(text) else None
+
+    def _is_here(self, name: str) -> bool:
+        """Whether a path is in this one, in a temporary folder for it, or above it."""
+        path, found = self.path.absolute(), Path(os.path.abspath(name))
+        if found == path or found in path.parents or path in found.parents:
+            return True
+        beside = found.relative_to(path.parent).parts[:1] if path.parent in found.parents else ()
+        return any(part.startswith(f".{path.name[:100]}.") and part.endswith(_SUFFIX) for part in beside)
 
 
 @contextmanager
@@ -859,17 +1159,18 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
 
     Yields:
         `Path`: Where to write. If the writing fails, it is removed, and what was at `path` is untouched.
+
+    Raises:
+        OSError: If it cannot be written; the message names `path`.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
-    try:
-        yield temporary / path.name
-        if path.is_file():
-            shutil.copymode(path, temporary / path.name)
-        os.replace(temporary / path.name, path)
-    finally:
-        shutil.rmtree(temporary)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(path.parent, f".{path.name[:100]}.") as temporary:
+            yield temporary / path.name
+            if path.is_file():
+                shutil.copymode(path, temporary / path.name)
+            os.replace(temporary / path.name, path)
 
 
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
