@@ -33,7 +33,7 @@ from modeling_dclip.distillation.recipes import (
     parse_recipe,
     shared_anchor,
 )
-from modeling_dclip.distillation.run import Places, SharedData, find_clip
+from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
 from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark
@@ -156,14 +156,15 @@ def run_recipe(recipe: Recipe) -> None:
     is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    train_runs(recipe, runs)
-    if not is_main:
-        return
-    draw_training_curves(results.parent)
-    if runs[0].recipe.run.evaluate:
-        report(runs, results)
-    if publication is not None:
-        publish_model(publication)
+    with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):
+        train_runs(recipe, runs)
+        if not is_main:
+            return
+        draw_training_curves(results.parent)
+        if runs[0].recipe.run.evaluate:
+            report(runs, results)
+        if publication is not None:
+            publish_model(publication)
 
 
 @command

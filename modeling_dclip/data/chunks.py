@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.files import replacing
+from modeling_dclip.data.files import remove_leftovers, replacing
 from modeling_dclip.encoders.fingerprints import combine_keys
 
 Chunk = dict[str, np.ndarray]
@@ -69,6 +69,7 @@ def compute_chunks(
     starts = range(0, len(keys), chunk_rows)
     rows_of = [range(start, min(start + chunk_rows, len(keys))) for start in starts]
     paths = [Path(cache_dir) / f"{combine_keys([made_by, *keys[r.start : r.stop]])}.safetensors" for r in rows_of]
+    remove_leftovers(cache_dir)
     with tqdm(total=len(keys), desc=desc, unit="image", disable=not state.is_local_main_process) as progress:
         for index, (rows, path) in enumerate(zip(rows_of, paths, strict=True)):
             if index % processes == process and not path.is_file():

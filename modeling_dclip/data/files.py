@@ -220,7 +220,7 @@ def check_new_folder(folder: str | os.PathLike) -> None:
     """
     _check_path(folder)
     folder = Path(folder)
-    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+    if folder.is_file() or entry_names(folder):
         raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
     if folder.is_dir() and folder.samefile(Path.cwd()):
         raise FileExistsError(f"Expected a new folder, got {folder}, the working folder. Name a folder in it.")
@@ -583,8 +583,11 @@ def list_folder(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
 
 
 def entry_names(folder: str | os.PathLike) -> set[str]:
-    """The names of what lies in a folder; none if it is no folder. One call however many files are asked for."""
-    return set(os.listdir(folder)) if os.path.isdir(folder) else set()
+    """The names of what lies in a folder, without temporary folders; none if it is no folder. One call however many
+    files are asked for.
+    """
+    names = os.listdir(folder) if os.path.isdir(folder) else ()
+    return {name for name in names if not name.endswith(_SUFFIX)}
 
 
 # What systems and programs put beside pictures; hidden are also all names that begin with a point.

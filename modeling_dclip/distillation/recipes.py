@@ -23,7 +23,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
 
-from modeling_dclip.data.files import read_yaml
+from modeling_dclip.data.files import check_name, read_yaml
 from modeling_dclip.data.specs import CommandParser, range_of, shown
 from modeling_dclip.distillation.arguments import (
     INHERITED_RANGES,
@@ -180,8 +180,8 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
         `list[ArmRun]`
 
     Raises:
-        ValueError: If an arm has an unknown key or a wrong value, or [`check_reference`], [`check_adapters`] or
-            [`check_uncaptioned_fields`] refuses a recipe.
+        ValueError: If an arm has an unknown key or a wrong value, its name cannot be a folder's, or
+            [`check_reference`], [`check_adapters`] or [`check_uncaptioned_fields`] refuses a recipe.
     """
     check_reference(recipe)
     check_adapters(recipe)
@@ -195,6 +195,7 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
     }
     runs = []
     for arm, overrides in (run.variants or {"student": {}}).items():
+        check_name(arm, "an arm")  # of a folder
         given = _arm_values(recipe, overrides)
         for seed in run.seeds or [run.seed]:
             own = {GLOBAL: {**shared, "seed": seed, "output_dir": f"{run.output_dir}/{arm}/seed-{seed}"}}

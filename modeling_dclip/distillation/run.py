@@ -2,13 +2,16 @@
 
 import json
 import logging
+import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
 from transformers import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
@@ -17,7 +20,7 @@ from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeache
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
-from modeling_dclip.data.files import list_folder, write_json
+from modeling_dclip.data.files import holding, list_folder, remove_leftovers, write_json
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS
@@ -69,6 +72,7 @@ class StageRecord:
         state = PartialState()
         if state.is_main_process and _is_being_deleted(folder):
             _delete_stage(folder)
+        remove_leftovers(folder, below=True)
         state.wait_for_everyone()
         is_new = not self.path.is_file()
         self.finished, problem = False, None
@@ -220,6 +224,30 @@ def finished_inputs(folder: Path) -> dict[str, Any]:
         )
     _check_outputs(folder)
     return record["inputs"]
+
+
+@contextmanager
+def holding_folders(folders: Sequence[str]) -> Iterator[None]:
+    """Keep the output folders of a run to its processes. The main process holds them, the others follow its answer.
+
+    Args:
+        folders (`Sequence[str]`): Each is held once.
+
+    Raises:
+        OSError: If another run holds one, or one cannot be written; in every process.
+    """
+    state, refused = PartialState(), [""]
+    with ExitStack() as held:
+        if state.is_main_process:
+            try:
+                for folder in dict.fromkeys(os.path.abspath(folder) for folder in folders):
+                    held.enter_context(holding(folder))
+            except OSError as error:
+                refused = [str(error)]
+        broadcast_object_list(refused)
+        if refused[0]:
+            raise OSError(refused[0])
+        yield
 
 
 @dataclass(frozen=True)

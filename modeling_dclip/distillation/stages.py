@@ -18,6 +18,7 @@ from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, row_keys
+from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
@@ -234,7 +235,8 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
         if state.is_main_process:
             report = record.folder / f"{split}_report.json"
             found = add_regions(dataset, detector, max_regions=args.max_regions, report_file=report, **options)
-            found.select_columns(["image_id", "boxes", "box_scores"]).save_to_disk(record.folder / split)
+            with writing(record.folder / split):
+                found.select_columns(["image_id", "boxes", "box_scores"]).save_to_disk(record.folder / split)
     record.finish()
 
 
@@ -276,8 +278,9 @@ def train_teacher(
     if not any(parameter.requires_grad for parameter in teacher.parameters()):
         logger.info("teacher: cross_attention=%r has nothing to train", args.cross_attention)
         if PartialState().is_main_process:
-            teacher.save_pretrained(record.folder)
-            processor.save_pretrained(record.folder)
+            with writing(record.folder):
+                teacher.save_pretrained(record.folder)
+                processor.save_pretrained(record.folder)
         record.finish()
         return
     teacher.to(PartialState().device)
@@ -327,7 +330,8 @@ def write_targets(
         targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
         names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
         if PartialState().is_main_process:
-            targets.select_columns(names).save_to_disk(record.folder / split)
+            with writing(record.folder / split):
+                targets.select_columns(names).save_to_disk(record.folder / split)
     record.finish()
 
 

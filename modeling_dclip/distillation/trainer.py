@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
-from modeling_dclip.data.files import read_json
+from modeling_dclip.data.files import read_json, write_text, writing
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
@@ -264,8 +264,14 @@ class BatchesTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if folder != Path(self.args.output_dir):
             RunNotes.current(Path(self.args.output_dir), self.args.world_size).write(folder)
-        self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
+        with writing(folder):
+            self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
         self.save_beside(folder)
+
+    def _save_checkpoint(self, model, trial):
+        """Save as the base class. An error names the folder if its disk is full."""
+        with writing(self.args.output_dir):
+            super()._save_checkpoint(model, trial)
 
     def save_beside(self, folder: Path) -> None:
         """Save what belongs beside the weights: the processor and the resolved arguments.
@@ -273,10 +279,9 @@ class BatchesTrainer(Trainer):
         Args:
             folder (`Path`): Of the model or the checkpoint.
         """
-        self.processor.save_pretrained(folder)
-        (folder / ARGUMENTS_NAME).write_text(
-            yaml.safe_dump(self.resolved_arguments, sort_keys=False), encoding="utf-8"
-        )
+        with writing(folder):
+            self.processor.save_pretrained(folder)
+        write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(self.resolved_arguments, sort_keys=False))
 
     def _complete(self, state_dict):
         """The weights to save: by default those that the base class hands over."""
@@ -627,4 +632,5 @@ def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
     if checkpoint is not None:
         logger.info("%s: resuming from %s", folder.name, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.save_state()
+    with writing(folder):
+        trainer.save_state()

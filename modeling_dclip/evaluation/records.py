@@ -16,8 +16,6 @@ The module reads in this order: the environment, the format of a record, its key
 
 import os
 import platform
-import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -29,7 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from modeling_dclip.data.files import check_writable, list_folder, read_bytes, read_json, replacing, write_json
+from modeling_dclip.data.files import check_writable, read_bytes, read_json, remove_leftovers, replacing, write_json
 from modeling_dclip.encoders.fingerprints import hash_json
 from modeling_dclip.evaluation.statistics import IntervalDict
 
@@ -387,7 +385,7 @@ class RecordStore:
         self.outcomes: dict[str, Outcomes] = {}
         self.overwrite = overwrite
         _check_place(self.path)
-        self._remove_leftovers()
+        remove_leftovers(self.path.parent)
         self._read()
 
     def find(self, key: str) -> Record | None:
@@ -420,14 +418,6 @@ class RecordStore:
         if records:
             with _alone_in(self.path.parent):
                 self._write()
-
-    def _remove_leftovers(self) -> None:
-        """Remove the temporary folders of runs that were killed while writing. Under the lock nobody is writing."""
-        names = "|".join(re.escape(path.name) for path in (self.path, outcomes_path(self.path)))
-        with _alone_in(self.path.parent):
-            for entry in list_folder(self.path.parent):
-                if re.fullmatch(rf"\.({names})\.[a-z0-9_]{{8}}", entry.name) and entry.is_dir():
-                    shutil.rmtree(entry)
 
     def _read(self) -> None:
         if not self.overwrite and self.path.exists():

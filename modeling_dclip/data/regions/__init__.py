@@ -19,7 +19,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.columns import put_columns
-from modeling_dclip.data.files import replacing, write_json
+from modeling_dclip.data.files import remove_leftovers, replacing, write_json
 from modeling_dclip.data.images import UnreadableImageError, open_image, read_encoded
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
 from modeling_dclip.data.rows import first, require_rows
@@ -69,6 +69,7 @@ class RegionCache:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        remove_leftovers(folder, below=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.npy"

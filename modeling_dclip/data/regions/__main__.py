@@ -15,7 +15,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.files import check_output_folder, replacing, user_cache_dir
+from modeling_dclip.data.files import check_output_folder, holding, replacing, user_cache_dir
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
 
@@ -59,6 +59,11 @@ def main(argv: list[str] | None = None) -> Path:
     if output.exists():
         raise FileExistsError(f"'{output}' exists. Remove it or name another --output.")
     check_output_folder(output)
+    with holding(output, beside=True):
+        return _write(arguments, output)
+
+
+def _write(arguments: RegionArguments, output: Path) -> Path:
     report_file = output.with_name(output.name + ".report.json")
     dataset = add_regions(
         load_captions(arguments.dataset, seed=arguments.seed),

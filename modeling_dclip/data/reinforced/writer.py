@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
-from modeling_dclip.data.files import entry_names, read_json, replacing, write_json
+from modeling_dclip.data.files import entry_names, read_json, remove_leftovers, replacing, write_json
 from modeling_dclip.data.images import UnreadableImageError, open_image, read_header
 from modeling_dclip.data.reinforced.augmentations import (
     AugmentationSettings,
@@ -301,6 +301,7 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
         ValueError: If it was begun with other rows, teachers or settings, or its index cannot be read.
     """
     path = output / INDEX_NAME
+    remove_leftovers(output)
     if path.is_file():
         stored = read_json(path, "index", (), "Remove the folder, or name another.")
         different = _differences({name: stored.get(name) for name in made_from}, dict(made_from))

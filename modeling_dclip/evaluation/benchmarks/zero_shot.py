@@ -23,7 +23,7 @@ from datasets import ClassLabel, Dataset, LargeList, List
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from modeling_dclip.data.files import list_folder, replacing
+from modeling_dclip.data.files import list_folder, remove_leftovers, replacing
 from modeling_dclip.data.labels.prompts import check_prompts
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
@@ -185,6 +185,8 @@ class ClassifierCache:
         if limit_mib < 1:
             raise ValueError(f"Expected limit_mib >= 1, got {limit_mib}. To keep nothing, pass no cache.")
         self.folder = None if folder is None else Path(folder)
+        if self.folder is not None:
+            remove_leftovers(self.folder)
         self.limit_mib = limit_mib
         self._held: dict[str, torch.Tensor] = {}
 

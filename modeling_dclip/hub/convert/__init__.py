@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from modeling_dclip.data.files import check_new_folder, replacing, write_text
+from modeling_dclip.data.files import check_new_folder, holding, replacing, write_text
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.hub.convert.checkpoints import check_keys, read_checkpoint
 from modeling_dclip.hub.convert.mambavision import (
@@ -193,7 +193,7 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
 
 def _save(output: str | Path, readme: str, *parts: Any) -> None:
     """Write a folder whole or not at all. It must be new or empty."""
-    with replacing(output) as folder:
+    with holding(output, beside=True), replacing(output) as folder:
         for part in parts:
             part.save_pretrained(folder)
         write_text(folder / "README.md", readme)

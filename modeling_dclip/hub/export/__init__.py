@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
-from modeling_dclip.data.files import check_new_folder, replacing, write_bytes, write_json
+from modeling_dclip.data.files import check_new_folder, holding, replacing, write_bytes, write_json
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import longest_text
 from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
@@ -354,9 +354,11 @@ def write_export(output: str | os.PathLike, write: Callable[[Path], dict[str, De
 
     Raises:
         FileExistsError: If the output is in use.
+        OSError: If another process writes it, or it cannot be written.
     """
     check_new_folder(output)
-    if Path(output).is_dir():
-        Path(output).rmdir()
-    with replacing(output) as folder:
-        return write(folder)
+    with holding(output, beside=True):
+        if Path(output).is_dir():
+            Path(output).rmdir()
+        with replacing(output) as folder:
+            return write(folder)

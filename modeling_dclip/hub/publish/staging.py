@@ -18,6 +18,7 @@ from transformers import (
 from modeling_dclip.data.files import (
     check_new_folder,
     find_files,
+    holding,
     read_text,
     replacing,
     write_json,
@@ -70,7 +71,7 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
         root.rmdir()
     repos = facts.card["repos"]
     staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in repos.items()]
-    with replacing(root) as temporary:
+    with holding(root, beside=True), replacing(root) as temporary:
         written = {repo.kind: replace(repo, folder=temporary / repo.folder.name) for repo in staged}
         for kind in sorted(written, key=list(WRITERS).index):
             WRITERS[kind](facts, written[kind].folder, written["dual"].folder)
