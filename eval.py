@@ -12,15 +12,16 @@ fails is reported at the end and does not lose the rest. Numbers are for the PIL
 Benchmarks:
 """
 
+import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load, and registers the Auto classes
+
+# isort: split
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 
 from transformers import set_seed
 
-import modeling_dclip  # noqa: F401  registers the Auto classes
-from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure
+from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure, recorded_command
 from modeling_dclip.evaluation.arms import plot_curve
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
@@ -77,7 +78,7 @@ def run(argv: Sequence[str]) -> int:
         arguments.benchmark,
         arguments.output,
         anchor=arguments.anchor,
-        command=shlex.join(["eval.py", *argv]),
+        command=recorded_command("eval.py", argv),
         overwrite=arguments.overwrite,
         trust_remote_code=arguments.trust_remote_code,
         options=options,

@@ -11,8 +11,10 @@ seed. One with `evaluate` then evaluates the students beside the anchor. `--push
 model.
 """
 
+import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load
+
+# isort: split
 import logging
-import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -23,7 +25,7 @@ from typing import Any
 from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
-from modeling_dclip.data.failures import FAILURES, command, one_line
+from modeling_dclip.data.failures import FAILURES, command, one_line, recorded_command
 from modeling_dclip.data.files import check_output_folder, entry_names
 from modeling_dclip.distillation.recipes import (
     ArmRun,
@@ -48,7 +50,8 @@ from modeling_dclip.hub.publish.facts import PublishArguments
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # Runs in a process of its own that does not import the package: the code comes with the folder.
 RELOAD = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 from transformers import AutoModel, AutoProcessor
 for folder in sys.argv[1:]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
@@ -86,7 +89,7 @@ def find_models(runs: Sequence[ArmRun], *stages: str) -> list[tuple[ArmRun, str]
 
 def report(runs: Sequence[ArmRun], folder: Path) -> None:
     """Evaluate all students beside their anchor, show what the teachers read, and load what was saved."""
-    first, command_line = runs[0].recipe, shlex.join(["train.py", *sys.argv[1:]])
+    first, command_line = runs[0].recipe, recorded_command("train.py", sys.argv[1:])
     arms: dict[str, dict[int, str]] = {}
     for run, model in find_models(runs, "student", "dmclip"):
         arms.setdefault(run.arm, {})[run.seed] = model

@@ -3,6 +3,9 @@
 Importing registers the models, configs and processors with transformers' Auto classes.
 """
 
+from .interruption import INTERRUPTED as _INTERRUPTED  # noqa: F401  first: it takes Ctrl+C while the others load
+
+# isort: split
 from transformers import (
     AutoConfig,
     AutoImageProcessor,

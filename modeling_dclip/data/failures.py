@@ -7,11 +7,19 @@ in this code keeps its traceback, so that it can be reported and mended.
 import argparse
 import functools
 import logging
+import os
 import pickle
 import re
+import shlex
+import signal
 import sys
-from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 import torch
@@ -20,6 +28,9 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
+
+from modeling_dclip.data.files import read_bytes
+from modeling_dclip.interruption import INTERRUPTED, SIGNALS, end_now, exit_status
 
 try:
     from httpx2 import TransportError  # huggingface_hub 2
@@ -57,7 +68,6 @@ _OF_WORKER = re.compile(r"Caught \w+ in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w
 # Of an address: user and password before the host, and what follows the path.
 _SECRETS = re.compile(r"(https?://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")
 _LONG = re.compile(r"(\S{60})\S{500,}")  # a value of a thousand digits, say; no path is as long
-_INTERRUPTED = 130  # what a shell gives a command that Ctrl+C ended
 
 
 def without_secrets(text: str) -> str:
@@ -93,10 +103,177 @@ def describe_failure(what: str, error: BaseException) -> str:
     return f"{without_secrets(what)}: {type(error).__name__}: {one_line(error)}"
 
 
+# Secrets.
+
+_HIDDEN = "***"
+_SECRET = r"[\w.-]*(?:token|passw(?:or)?d|secret|api_?key|access_?key|credential|signature|authorization)"
+_SECRET_NAME = re.compile(rf"(?:--)?(?:{_SECRET})", re.IGNORECASE)
+# A name with its value; the first group is kept: `--hub_token X`, `token=X`, `"token": "X"`, `Authorization: Basic X`.
+_PAIRS = [
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        rf"(--{_SECRET}\s+)(?!-)\S+",
+        rf"((?<![\w-])(?:{_SECRET}|sig|auth)=)[^\s\"'&,;)}}\]]+",
+        rf"(\\?[\"']{_SECRET}\\?[\"']\s*:\s*\\?[\"'])[^\"'\\]+",
+        r"(\bauthorization\\?[\"']?\s*[:=]\s*)(?:(?:bearer|basic|token)\s+)?[^\s\"',;]+",
+        r"(\bbearer\s+)[\w.~+/=-]{8,}",
+    )
+]
+_LOGIN = re.compile(r"(\b[a-z][a-z0-9+.-]*://)[^\s/@\"']+@", re.IGNORECASE)  # https://user:password@host
+_KNOWN_FORM = re.compile(r"\b(?:hf_|api_org_|gh[pousr]_|github_pat_|glpat-|xox[abprs]-|AKIA|sk-)[A-Za-z0-9_-]{10,}")
+_LONG_ENOUGH = 8  # a shorter value of the environment is hardly secret, and may stand in any text
+
+
+def redact(text: str) -> str:
+    """A text without its secrets: tokens and passwords by their name or form, and those of the environment.
+
+    Everything that a run records or says of its command line and its arguments goes through here.
+
+    Example:
+        >>> redact("--student.hub_token abc https://me:abc@host/a?token=abc hf_abcdefghijkl")
+        '--student.hub_token *** https://***@host/a?token=*** ***'
+    """
+    for name, value in os.environ.items():
+        if _SECRET_NAME.fullmatch(name) and len(value) >= _LONG_ENOUGH:
+            text = text.replace(value, _HIDDEN)
+    for pattern in _PAIRS:
+        text = pattern.sub(rf"\g<1>{_HIDDEN}", text)
+    return _KNOWN_FORM.sub(_HIDDEN, _LOGIN.sub(rf"\g<1>{_HIDDEN}@", text))
+
+
+def redact_values(value: Any) -> Any:
+    """Lists, dictionaries and texts without secrets: of each text, and of each key that names one.
+
+    Example:
+        >>> redact_values({"hub_token": "abc", "a": ["https://me:abc@host"], "seed": 0, "token": None})
+        {'hub_token': '***', 'a': ['https://***@host'], 'seed': 0, 'token': None}
+    """
+    if isinstance(value, dict):
+        return {
+            name: _HIDDEN if isinstance(one, str) and _SECRET_NAME.fullmatch(str(name)) else redact_values(one)
+            for name, one in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact_values(one) for one in value]
+    return redact(value) if isinstance(value, str) else value
+
+
+def recorded_command(program: str, words: Sequence[str]) -> str:
+    """A command line as it is recorded: as it was typed, without secrets.
+
+    Args:
+        program (`str`): What was run, e.g. `"eval.py"`.
+        words (`Sequence[str]`): The words after it.
+
+    Example:
+        >>> recorded_command("eval.py", ["--a", "b c", "--hub_token", "x y"])
+        "eval.py --a 'b c' --hub_token ***"
+    """
+    kept: list[str] = []
+    hides = False
+    for word in words:
+        if word.startswith("--"):
+            name, equals, _ = word.partition("=")
+            hides = _SECRET_NAME.fullmatch(name) is not None
+            kept.append(f"{name}={_HIDDEN}" if hides and equals else shlex.quote(redact(word)))
+        elif not hides:
+            kept.append(shlex.quote(redact(word)))
+        elif not kept[-1].endswith(_HIDDEN):
+            kept.append(_HIDDEN)
+    return " ".join([program, *kept])
+
+
+# Interruptions.
+
+
+class _Interruption:
+    """What signals do while a command runs: the first one raises `KeyboardInterrupt`, a second one ends at once."""
+
+    current: "_Interruption | None" = None
+
+    def __init__(self) -> None:
+        self.number = 0  # of the signal that came
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        if self.number:
+            end_now(self.number)
+        self.number = number
+        raise KeyboardInterrupt
+
+    def end(self) -> None:
+        """Say so, and end with the signal's status. Further signals end at once and say nothing more."""
+        status = exit_status(self.number or signal.SIGINT)
+        if self.number:
+            for number in SIGNALS:
+                signal.signal(number, lambda *_: os._exit(status))
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"\n{INTERRUPTED}\n")
+        sys.exit(status)
+
+
+def _leave_signals_to_parent() -> None:
+    """In a forked process, e.g. a data loader's worker: the main process answers Ctrl+C, and ends its workers."""
+    if _Interruption.current is not None:
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_signals_to_parent)
+
+
+@contextmanager
+def _interruptible() -> Iterator[_Interruption]:
+    """Take the signals, and give them back at a plain end. What the starter of the process ignores stays ignored."""
+    interruption, before = _Interruption(), _Interruption.current
+    if threading.current_thread() is not threading.main_thread():
+        yield interruption
+        return
+    old = {number: signal.getsignal(number) for number in SIGNALS}
+    hook = sys.unraisablehook
+
+    def end_in_callback(unraisable: "sys.UnraisableHookArgs") -> None:
+        if interruption.number and issubclass(unraisable.exc_type, KeyboardInterrupt):
+            end_now(interruption.number)  # it was raised where Python can only drop it
+        hook(unraisable)
+
+    sys.unraisablehook, _Interruption.current = end_in_callback, interruption
+    for number, handler in old.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, interruption)
+    try:
+        yield interruption
+    finally:
+        sys.unraisablehook, _Interruption.current = hook, before
+        if not interruption.number:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def _follow_launcher() -> None:
+    """End as by SIGTERM when `accelerate launch` is gone, which does not tell its process that it was ended."""
+    parent = os.getppid()
+    cmdline = Path(f"/proc/{parent}/cmdline")
+    if (
+        "ACCELERATE_MIXED_PRECISION" not in os.environ
+        or not cmdline.is_file()
+        or b"accelerate" not in read_bytes(cmdline)
+    ):
+        return
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True, name="launcher").start()
+
+
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate the `main` of a command: a mistake of the user ends in one line on stderr and exit status 1.
 
-    `TRANSFORMERS_VERBOSITY=info` shows the traceback instead. Ctrl+C ends with exit status 130, without a traceback.
+    `TRANSFORMERS_VERBOSITY=info` shows the traceback instead. Ctrl+C, SIGTERM and SIGHUP end with one line and exit
+    status 130, 143 and 129; so does the end of `accelerate launch`. A second signal ends at once.
 
     Args:
         main (`Callable`): The function; what it returns is passed on.
@@ -107,15 +284,17 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
 
     @functools.wraps(main)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return main(*args, **kwargs)
-        except KeyboardInterrupt:
-            sys.stderr.write("Interrupted.\n")
-            sys.exit(_INTERRUPTED)
-        except FAILURES as error:
-            if transformers_logging.get_verbosity() <= logging.INFO:
+        _follow_launcher()
+        with _interruptible() as interruption:
+            try:
+                return main(*args, **kwargs)
+            except KeyboardInterrupt:
+                interruption.end()
                 raise
-            sys.exit(f"Failed: {one_line(error)} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
+            except FAILURES as error:
+                if transformers_logging.get_verbosity() <= logging.INFO:
+                    raise
+                sys.exit(f"Failed: {redact(one_line(error))} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
 
     return run
 

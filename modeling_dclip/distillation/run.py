@@ -20,6 +20,7 @@ from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeache
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
+from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import holding, list_folder, remove_leftovers, write_json
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
@@ -67,7 +68,7 @@ class StageRecord:
     """
 
     def __init__(self, folder: Path, inputs: dict[str, Any], overwrite: bool = False):
-        self.folder, self.inputs = folder, json.loads(json.dumps(inputs))
+        self.folder, self.inputs = folder, redact_values(json.loads(json.dumps(inputs)))
         self.path = folder / RECORD_NAME
         state = PartialState()
         if state.is_main_process and _is_being_deleted(folder):

@@ -23,6 +23,7 @@ from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
+from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import read_json, write_text, writing
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
@@ -281,7 +282,7 @@ class BatchesTrainer(Trainer):
         """
         with writing(folder):
             self.processor.save_pretrained(folder)
-        write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(self.resolved_arguments, sort_keys=False))
+        write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(redact_values(self.resolved_arguments), sort_keys=False))
 
     def _complete(self, state_dict):
         """The weights to save: by default those that the base class hands over."""

@@ -31,7 +31,6 @@ cycle through all images, so no image keeps its own:
 Source: docs/papers.md, leakage.
 """
 
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -45,7 +44,7 @@ from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.failures import HelpFormatter, command, recorded_command
 from modeling_dclip.data.files import check_output_folder, temporary_folder
 from modeling_dclip.data.specs import Spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
@@ -361,7 +360,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             arguments.output,
             cache_dir=arguments.cache_dir or temporary,
             device=arguments.device,
-            command=shlex.join(["python", "-m", "modeling_dclip.evaluation.leakage", *words]),
+            command=recorded_command("python -m modeling_dclip.evaluation.leakage", words),
             options=options,
         )
     tables = [render_leakage(records, metric=name) for name in METRIC_TITLES if "teacher" in name]

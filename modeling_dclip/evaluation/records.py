@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
+from modeling_dclip.data.failures import redact
 from modeling_dclip.data.files import check_writable, read_bytes, read_json, remove_leftovers, replacing, write_json
 from modeling_dclip.encoders.fingerprints import hash_json
 from modeling_dclip.evaluation.statistics import IntervalDict
@@ -179,6 +180,8 @@ def make_record(measured_in: Environment | None = None, /, **fields: Any) -> Rec
     versions, hardware = measured_in or environment()
     filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
     filled |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
+    if isinstance(filled.get("command"), str):
+        filled["command"] = redact(filled["command"])
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")

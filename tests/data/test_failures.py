@@ -3,9 +3,13 @@
 import argparse
 import importlib
 import importlib.util
+import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -24,7 +28,10 @@ from modeling_dclip.data.failures import (
     command,
     describe_failure,
     one_line,
+    recorded_command,
+    redact,
 )
+from modeling_dclip.interruption import INTERRUPTED, SIGNALS, is_command
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -75,7 +82,7 @@ def test_the_log_level_info_shows_the_traceback(monkeypatch):
 def test_an_interruption_ends_plainly(capsys):
     with pytest.raises(SystemExit) as ended:
         fail(KeyboardInterrupt())
-    assert ended.value.code == 130 and capsys.readouterr().err == "Interrupted.\n"
+    assert ended.value.code == 130 and capsys.readouterr().err == f"\n{INTERRUPTED}\n"
 
 
 def test_what_a_command_returns_and_its_name_are_its_own():
@@ -179,3 +186,175 @@ def test_the_interpreter_writes_the_line_and_ends_with_status_1(tmp_path):
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("Failed: ") and "no.md" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def in_child(main, *signals, env=()):
+    """Run a command in a forked process and send it signals when it is ready; its exit status and stderr."""
+    (ready, tell), (err, write) = os.pipe(), os.pipe()
+    child = os.fork()
+    if not child:
+        os.environ.update(env)
+        os.dup2(write, 2)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        try:
+            command(main)(lambda: os.write(tell, b"."))
+        except SystemExit as ended:
+            sys.stderr.flush()
+            os._exit(ended.code if isinstance(ended.code, int) else 1)
+        os._exit(0)
+    os.close(write)
+    for number in signals:
+        os.read(ready, 1)
+        os.kill(child, number)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    with open(err) as stream:
+        return status, stream.read()
+
+
+def wait(ready):
+    ready()
+    time.sleep(30)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)], ids=lambda one: str(one)
+)
+def test_a_signal_ends_a_command_in_one_line_with_its_usual_status(number, status):
+    assert in_child(wait, number) == (status, f"\n{INTERRUPTED}\n")
+
+
+def test_a_second_signal_ends_a_command_that_is_slow_to_clean_up(monkeypatch):
+    def cling(ready):
+        try:
+            wait(ready)
+        finally:
+            wait(ready)
+
+    assert in_child(cling, signal.SIGTERM, signal.SIGINT) == (143, f"\n{INTERRUPTED}\n")
+
+
+def test_a_signal_that_comes_in_a_callback_is_not_lost():
+    class Slow:
+        def __del__(self):
+            wait(self.ready)
+
+    def drop(ready):
+        slow = Slow()
+        slow.ready = ready
+        del slow
+        time.sleep(30)
+
+    assert in_child(drop, signal.SIGTERM) == (143, f"\n{INTERRUPTED}\n")
+
+
+def test_a_worker_leaves_ctrl_c_to_the_main_process():
+    def fork(ready):
+        if not (worker := os.fork()):
+            os.kill(os.getpid(), signal.SIGINT)  # as a terminal sends it to all
+            os._exit(7 if signal.getsignal(signal.SIGTERM) == signal.SIG_DFL else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(worker, 0)[1]) == 7
+
+    assert in_child(fork) == (0, "")
+
+
+def test_what_the_starter_ignores_stays_ignored_and_handlers_are_given_back():
+    def hang_up(ready):
+        os.kill(os.getpid(), signal.SIGHUP)
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    assert in_child(hang_up) == (0, "")
+    signal.signal(signal.SIGHUP, before[signal.SIGHUP])
+    command(lambda: None)()
+    assert {number: signal.getsignal(number) for number in SIGNALS} == before
+
+
+def test_only_the_first_process_of_a_launch_says_that_it_was_interrupted():
+    assert in_child(wait, signal.SIGTERM, env={"LOCAL_RANK": "1"}) == (143, "")
+
+
+def test_a_command_ends_when_its_launcher_is_gone(tmp_path):
+    """`accelerate launch` does not pass SIGTERM on to its one process."""
+    launcher = tmp_path / "accelerate.py"
+    launcher.write_text(
+        "import os, subprocess, sys, time\n"
+        "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
+        "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\ntime.sleep(60)\n"
+    )
+    work = "from modeling_dclip.data.failures import command; import time; command(lambda: (print('up', flush=True), time.sleep(50)))()"
+    with subprocess.Popen(
+        [sys.executable, launcher, work], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as launched:
+        assert launched.stdout.readline() == "up\n"
+        launched.terminate()
+        assert launched.wait() == -signal.SIGTERM
+        assert launched.stderr.read() == f"\n{INTERRUPTED}\n"  # until the process that it started has ended, too
+
+
+@pytest.mark.parametrize("words", [["train.py", "--help"], ["-m", "modeling_dclip.evaluation.results", "x.md"]])
+def test_ctrl_c_while_the_imports_run_is_one_line(words, tmp_path):
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    )  # within `import torch`
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"\n{INTERRUPTED}\n")
+
+
+def test_a_process_that_only_uses_the_package_keeps_its_signals():
+    assert not is_command() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+SECRET = "s3cr3t-V4lue_99"
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--student.hub_token", SECRET],
+        ["--student.hub-token", SECRET],
+        [f"--hub_token={SECRET} {SECRET}"],
+        ["--hub_token", SECRET, SECRET],
+        ["--API_KEY", SECRET],
+        ["--x.kwargs", f'{{"token": "{SECRET}", "a": 1}}'],
+        ["--x.kwargs", json.dumps(json.dumps({"password": SECRET}))],
+        ["--data", f"https://me:{SECRET}@host/a.tar"],
+        ["--data", f"wds:https://host/a.tar?x=1&token={SECRET}&y=2"],
+        ["--data", f"https://host/a?X-Amz-Signature={SECRET}"],
+        ["--data", f"hub:name,token={SECRET},split=test"],
+        ["--header", f"Authorization: Bearer {SECRET}"],
+        ["--name", "hf_AbCdEfGhIjKlMn"],
+        ["--name", "the-value-of-HF_TOKEN"],
+    ],
+    ids=lambda words: " ".join(words)[:30],
+)
+def test_no_secret_is_in_a_recorded_command(words, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "the-value-of-HF_TOKEN")
+    told = recorded_command("train.py", ["--seed", "3", *words, "--output_dir", "a b"])
+    assert told.startswith("train.py --seed 3 ") and told.endswith(" --output_dir 'a b'") and "***" in told
+    for text in (
+        told,
+        redact(told),
+        redact(" ".join(words[:2])) if words.count(SECRET) < 2 and " " not in words[0] else "",
+    ):
+        assert not any(secret in text for secret in (SECRET, "hf_Ab", "the-value"))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Expected at most 77 tokens: got 80.",
+        "train.py --dmclip.tokenizer recipes/demo_anchor --student.max_grad_norm 1",
+        "coco:a.json:val2017@5000,captions=5 https://host/a/b.tar?x=1",
+        "pad_token_id=0, num_tokens=3, key: value, sha256:0123456789abcdef",
+        "Expected a token for the Hub, got none. Run `hf auth login`.",
+    ],
+)
+def test_words_that_are_no_secret_stay(text):
+    assert redact(text) == text
+
+
+def test_a_failure_says_no_secret(capsys):
+    with pytest.raises(SystemExit) as ended:
+        fail(OSError(f"403 Forbidden: https://me:{SECRET}@host/a"))
+    assert SECRET not in ended.value.code and "https://***@host/a" in ended.value.code
