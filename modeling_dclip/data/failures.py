@@ -17,7 +17,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
@@ -29,7 +28,6 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers.utils import logging as transformers_logging
 
-from modeling_dclip.data.files import read_bytes
 from modeling_dclip.interruption import INTERRUPTED, SIGNALS, end_now, exit_status
 
 try:
@@ -252,14 +250,9 @@ def _interruptible() -> Iterator[_Interruption]:
 
 def _follow_launcher() -> None:
     """End as by SIGTERM when `accelerate launch` is gone, which does not tell its process that it was ended."""
-    parent = os.getppid()
-    cmdline = Path(f"/proc/{parent}/cmdline")
-    if (
-        "ACCELERATE_MIXED_PRECISION" not in os.environ
-        or not cmdline.is_file()
-        or b"accelerate" not in read_bytes(cmdline)
-    ):
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ or threading.current_thread() is not threading.main_thread():
         return
+    parent = os.getppid()
 
     def watch() -> None:
         while os.getppid() == parent:

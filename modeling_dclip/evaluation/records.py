@@ -180,8 +180,8 @@ def make_record(measured_in: Environment | None = None, /, **fields: Any) -> Rec
     versions, hardware = measured_in or environment()
     filled = {"format_version": FORMAT_VERSION, "versions": versions, "hardware": hardware}
     filled |= {"created": datetime.now(timezone.utc).isoformat(timespec="seconds"), **fields}
-    if isinstance(filled.get("command"), str):
-        filled["command"] = redact(filled["command"])
+    if isinstance(typed := filled.get("command"), str):
+        filled["command"] = redact(typed)
     order = [name for name in FIELDS if name in filled] + [name for name in fields if name not in FIELDS]
     record = {name: filled[name] for name in order if name not in OPTIONAL_FIELDS or filled[name] is not None}
     validate_record(record, "the new record")

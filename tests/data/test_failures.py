@@ -281,7 +281,10 @@ def test_a_command_ends_when_its_launcher_is_gone(tmp_path):
         "os.environ['ACCELERATE_MIXED_PRECISION'] = 'no'\n"
         "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\ntime.sleep(60)\n"
     )
-    work = "from modeling_dclip.data.failures import command; import time; command(lambda: (print('up', flush=True), time.sleep(50)))()"
+    work = (
+        "import time\nfrom modeling_dclip.data.failures import command\n"
+        "command(lambda: (print('up', flush=True), time.sleep(50)))()"
+    )
     with subprocess.Popen(
         [sys.executable, launcher, work], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as launched:
