@@ -108,6 +108,8 @@ def _require_utf8(path: Path, what: str) -> None:
             f"The path of the {what}, '{printable(path.absolute())}', is not encoded in UTF-8, so that no table can "
             "hold it. Rename the file or folder, e.g. with `convmv -f latin1 -t utf8 --notest`."
         )
+
+
 # A path of a recipe or of a table may be no longer; temporary names add to it, and file systems take 255.
 _LONGEST_NAME = 200
 _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in ("com", "lpt") for number in range(10))}
