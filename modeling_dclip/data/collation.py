@@ -5,7 +5,8 @@ needs only [`pass_batch`] as its `collate_fn`. Columns are held as arrays. Image
 long as they fit into a bound.
 
 The caption of a row is a pure function of seed, epoch and row ([`choose_captions`]). A resumed run, and a run of
-several processes, see the captions that an uninterrupted run of one process sees.
+several processes, see the captions that an uninterrupted run of one process sees. The epoch lies in memory that the
+workers of a `DataLoader` share ([`SharedNumbers`]), so that workers that outlive an epoch draw for the next one too.
 """
 
 import logging
@@ -122,6 +123,28 @@ def tokenize_captions(
     return Ragged.from_lengths(ids, np.array([len(row) for row in rows]))
 
 
+class SharedNumbers:
+    """Whole numbers that a dataset and its copies in the workers of a `DataLoader` have in common.
+
+    A worker gets its copy when it starts, and a persistent worker starts once. What is set here afterwards, every
+    worker sees at once. Set between two epochs only: within one, workers are ahead of what was given.
+
+    Args:
+        count (`int`): How many; all are 0.
+    """
+
+    def __init__(self, count: int):
+        self._values = torch.zeros(count, dtype=torch.int64).share_memory_()
+
+    def get(self, index: int) -> int:
+        """A number."""
+        return int(self._values[index])
+
+    def set(self, *numbers: int) -> None:
+        """All numbers."""
+        self._values.copy_(torch.tensor(numbers, dtype=torch.int64))
+
+
 class Batches(TorchDataset):
     """What the three classes share: one collated batch for a list of rows, and the choice of captions by epoch.
 
@@ -134,11 +157,16 @@ class Batches(TorchDataset):
         self.captions_per_row = captions_per_row
         self.first_caption = np.concatenate([[0], np.cumsum(captions_per_row)])[:-1]
         self.seed = seed
-        self.epoch = 0
+        self._clock = SharedNumbers(1)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that captions are drawn for, from 0."""
+        return self._clock.get(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Draw captions for this epoch from now on."""
-        self.epoch = epoch
+        """Draw captions for this epoch from now on, in the workers of a `DataLoader` too."""
+        self._clock.set(epoch)
 
     def __len__(self) -> int:
         return len(self.captions_per_row)

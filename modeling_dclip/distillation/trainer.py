@@ -58,7 +58,10 @@ logger = logging.getLogger(__name__)
 
 
 class _TellEpoch(TrainerCallback):
-    """Tells the training batches which epoch begins; the prepared data loader tells it on one process only."""
+    """Tells the training batches which epoch begins; the prepared data loader tells it on one process only.
+
+    No worker is ahead of an epoch's end, because the loader asks for the next epoch after this call.
+    """
 
     def __init__(self, batches: Batches | ReinforcedBatches):
         self.batches = batches
@@ -576,7 +579,8 @@ class DMCLIPTrainer(BatchesTrainer):
         loader = DataLoader(
             self.train_dataset,
             batch_size=None,
-            num_workers=args.dataloader_num_workers,  # started again in each epoch, with a copy of the stream
+            num_workers=args.dataloader_num_workers,
+            persistent_workers=args.dataloader_persistent_workers and args.dataloader_num_workers > 0,
             pin_memory=args.dataloader_pin_memory,
             prefetch_factor=args.dataloader_prefetch_factor,
             # The loader draws a seed. From the global generator, a resumed run would draw once more than others.

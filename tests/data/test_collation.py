@@ -96,6 +96,27 @@ def test_a_data_loader_with_workers_gives_what_one_without_gives(scenes, process
             torch.testing.assert_close(worked[name], alone[name])
 
 
+@pytest.mark.parametrize(("workers", "persistent"), [(1, True), (2, False), (2, True)])
+def test_workers_draw_for_each_epoch_what_the_main_process_draws(scenes, processor, workers, persistent):
+    batches = student_batches(with_targets(scenes), processor, seed=5, min_crop_area=0.3)
+    options = {"num_workers": workers, "persistent_workers": persistent, "prefetch_factor": 4}
+    loader = DataLoader(batches, batch_size=2, collate_fn=pass_batch, **options)
+    drawn = []
+    for epoch in (0, 1, 2, 1):
+        batches.set_epoch(epoch)
+        given = list(loader)
+        rows = torch.cat([batch["image_ids"] for batch in given]).numpy()
+        chosen = torch.cat([batch["teacher_embeds"][:, 1] for batch in given]).int().tolist()
+        assert chosen == choose_captions(5, epoch, rows, np.full(ROWS, CAPTIONS)).tolist()
+        alone = student_batches(with_targets(scenes), processor, pixels=batches.pixels, seed=5, min_crop_area=0.3)
+        alone.set_epoch(epoch)
+        crops = torch.cat([batch["pixel_values"] for batch in given])
+        torch.testing.assert_close(crops, alone.__getitems__(rows)["pixel_values"])
+        drawn.append((chosen, crops))
+    assert drawn[0][0] != drawn[1][0] != drawn[2][0] and drawn[1][0] == drawn[3][0]
+    assert (drawn[0][1] - drawn[1][1]).abs().max() > 0.1
+
+
 def test_pixels_can_be_shared_between_runs(scenes, processor):
     first = student_batches(with_targets(scenes), processor)
     second = student_batches(with_targets(scenes), processor, pixels=first.pixels, seed=1)

@@ -26,6 +26,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from tqdm.auto import tqdm
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from modeling_dclip.data.collation import SharedNumbers
 from modeling_dclip.data.images import UnreadableImageError, open_image
 from modeling_dclip.data.reinforced.augmentations import StoredAugmentation, normalise_pixels, replay_augmentation
 from modeling_dclip.data.reinforced.shards import (
@@ -358,7 +359,7 @@ class ReinforcedDataset(IterableDataset):
     ):
         paths, index = find_shards(shards)
         self.name, self.seed, self.index = str(shards), seed, index
-        self.epoch, self.position, self.report = 0, 0, DamageReport(on_bad_sample)
+        self._clock, self.report = SharedNumbers(2), DamageReport(on_bad_sample)
         self.view = (view or SampleView()).completed(index, self.name)
         self.draw = SampleDraw(self.view)
         samples_of = (
@@ -413,28 +414,40 @@ class ReinforcedDataset(IterableDataset):
         for (sample,) in self._blocks():
             yield sample
 
+    @property
+    def epoch(self) -> int:
+        """The epoch, from 0."""
+        return self._clock.get(0)
+
+    @property
+    def position(self) -> int:
+        """Samples, or batches, of this process that were given in the epoch. With workers it does not move."""
+        return self._clock.get(1)
+
     def set_epoch(self, epoch: int) -> None:
-        """Draw for this epoch from now on. Another epoch begins at its start; the resumed one keeps its position."""
+        """Draw for this epoch from now on, in the workers of a `DataLoader` too, also in those that outlive an epoch.
+
+        Another epoch begins at its start; the resumed one keeps its position.
+        """
         if epoch != self.epoch:
-            self.epoch, self.position = epoch, 0
+            self._clock.set(epoch, 0)
 
     def resume(self, epoch: int, given: int) -> None:
         """Go on in an epoch after the samples (or batches) that this process was given before.
 
-        Call it before workers start. The number of workers may change, except with `on_bad_sample="skip"`: there it
+        Call it before an epoch is read. The number of workers may change, except with `on_bad_sample="skip"`: there it
         must stay, and the samples given before are read once more to learn which were skipped.
 
         Args:
             epoch (`int`): The epoch.
             given (`int`): Samples, or batches, of this process in it.
         """
-        self.epoch, self.position = epoch, given
+        self._clock.set(epoch, given)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is.
 
-        With the workers of a `DataLoader`, only their copies of the dataset move. Count the batches there and call
-        [`resume`].
+        With the workers of a `DataLoader` the position does not move. Count the batches there and call [`resume`].
         """
         ended = self.position >= len(self)
         return {"epoch": self.epoch + ended, "position": 0 if ended else self.position, **self._identity()}
@@ -462,23 +475,27 @@ class ReinforcedDataset(IterableDataset):
         """This worker's blocks of the epoch, from the position on."""
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
-        start = 0 if self.position >= len(self) else self.position
+        epoch, position = self.epoch, self.position
+        start = 0 if position >= len(self) else position
         worker = (start + worker) % workers  # the loader asks its first worker first, so that one has the next block
         given = len(range(worker, start, workers))
         reader = SampleReader(sum(self.teacher_widths), self.view.synthetic_keys)
-        samples = self._samples(reader, worker, workers, given * self.block)
+        samples = self._samples(reader, epoch, worker, workers, given * self.block)
         try:
             for number in range(worker, len(self), workers)[given:]:
                 block = list(itertools.islice(samples, self.block))
-                self.position = number + 1
+                if info is None and epoch == self.epoch:
+                    self._clock.set(epoch, number + 1)
                 yield block
         finally:
             reader.files.close()
 
-    def _samples(self, reader: SampleReader, worker: int, workers: int, given: int) -> Iterator[dict[str, Any]]:
+    def _samples(
+        self, reader: SampleReader, epoch: int, worker: int, workers: int, given: int
+    ) -> Iterator[dict[str, Any]]:
         """This worker's samples without end, after those that it was given before."""
         current, good, bad = 0, 0, 0
-        for number, (lap, place) in enumerate(self.order.places(self.epoch)):
+        for number, (lap, place) in enumerate(self.order.places(epoch)):
             if number // self.block % workers != worker:
                 continue
             if lap != current:
@@ -491,7 +508,7 @@ class ReinforcedDataset(IterableDataset):
                 given -= 1
                 continue
             try:
-                sample = self.draw(reader.read(place), place, f"{self.seed}/{self.epoch}/{lap}")
+                sample = self.draw(reader.read(place), place, f"{self.seed}/{epoch}/{lap}")
             except DamagedSampleError as error:
                 bad += 1
                 self.report(error)

@@ -255,6 +255,30 @@ def test_workers_change_nothing(folder, tiny_clip_dir, workers):
     assert keys(load(read(folder), workers)) == keys(read(folder))
 
 
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (1, True), (2, True)])
+def test_workers_that_outlive_an_epoch_draw_anew_and_resume_in_the_middle(folder, tiny_clip_dir, workers, persistent):
+    def run(first_epoch=0, given=0):
+        made = batches(folder, tiny_clip_dir, batch_size=4, shuffle_buffer=6)
+        loader = DataLoader(
+            made, batch_size=None, num_workers=workers, persistent_workers=persistent, collate_fn=pass_batch
+        )
+        made.resume(first_epoch, given)
+        for epoch in range(first_epoch, 3):
+            made.set_epoch(epoch)
+            yield list(loader)
+
+    expected = batches(folder, tiny_clip_dir, batch_size=4, shuffle_buffer=6)
+    for epoch, given in enumerate(run()):
+        expected.set_epoch(epoch)
+        assert len(given) == 5 and all(same(*pair) for pair in zip(given, expected, strict=True))
+    for given in (2, 4):
+        middle, last = run(1, given)
+        expected.set_epoch(1)
+        assert all(same(*pair) for pair in zip(middle, list(expected)[given:], strict=True))
+        expected.set_epoch(2)
+        assert all(same(*pair) for pair in zip(last, expected, strict=True))
+
+
 @pytest.mark.parametrize("processes", [2, 3, 4, 6])
 def test_processes_share_the_samples_evenly(folder, processes):
     shares = [keys(read(folder, process_index=i, num_processes=processes)) for i in range(processes)]
