@@ -24,7 +24,7 @@ STEPS = {
     "num_train_epochs": 3,
     "save_strategy": "steps",
     "save_steps": 100,
-    "save_total_limit": None,
+    "save_total_limit": 50,
     "use_cpu": True,
     "disable_tqdm": True,
     "learning_rate": 1e-3,
