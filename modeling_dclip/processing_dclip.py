@@ -39,7 +39,7 @@ _ORIENTATION, _PHOTOMETRIC = 0x0112, 262  # tags of EXIF and TIFF
 # What turns a picture of this EXIF orientation upright, as numbers of PIL's `Transpose`.
 _TURNS = {2: 0, 3: 3, 4: 1, 5: 5, 6: 4, 7: 6, 8: 2}
 _VALUES_A_BLOCK = 2**20  # converted at a time, so that temporary arrays stay small
-LONGEST_ASPECT = 50.0  # a picture more times as long as wide is cut before it is resized
+LONGEST_ASPECT = 50  # a picture more times as long as wide is cut before it is resized
 
 
 class DCLIPProcessorKwargs(ProcessingKwargs, total=False):
@@ -72,7 +72,7 @@ class DCLIPProcessor(CLIPProcessor):
 
         Args:
             images (`PIL.Image` or list, *optional*): Pictures of any mode ([`as_rgb`]), or arrays or tensors
-                `(H, W, C)` or `(C, H, W)` of any type, whose values become 8 bits ([`eight_bits`]). With
+                `(H, W)`, `(H, W, C)` or `(C, H, W)` of any type, whose values become 8 bits ([`eight_bits`]). With
                 `do_rescale=False` arrays are taken as they are.
             text (`str` or `list[str]`, *optional*): Padded to the longest and truncated unless told otherwise.
             kwargs: As for [`~transformers.CLIPProcessor`].
@@ -324,6 +324,21 @@ def orientation_of(image):
         return 1
 
 
+def load_whole(image):
+    """Decode a picture that was opened, its transparent colour too.
+
+    PIL brings a PNG's grey of 2 or 4 bits and colours of 16 bits to 8, but not the one that is transparent. How they
+    are stored is known before decoding only.
+    """
+    tile, colour = getattr(image, "tile", None), image.info.get("transparency")
+    packing = str(tile[0][3]) if image.format == "PNG" and tile else ""
+    if packing in ("L;2", "L;4") and isinstance(colour, int):
+        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[packing]
+    elif packing == "RGB;16B" and isinstance(colour, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+    image.load()
+
+
 def as_rgb(image, upright=True):
     """A picture in 8-bit RGB, whatever its mode, without losing what it holds.
 
@@ -347,7 +362,7 @@ def as_rgb(image, upright=True):
         >>> as_rgb(Image.new("I;16", (1, 1), 257 * 90)).getpixel((0, 0))
         (90, 90, 90)
     """
-    image.load()  # a TIFF turns itself here
+    load_whole(image)  # a TIFF turns itself here
     turn = _TURNS.get(orientation_of(image)) if upright else None
     if image.mode == "RGB" and "transparency" not in image.info:
         rgb = image
@@ -395,7 +410,7 @@ def _grey_as_rgb(image):
     """A picture of one channel with more than 8 bits in RGB."""
     values = np.asarray(image)
     is_known = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    grey = eight_bits(values, f"It is of mode {image.mode} and", white=65535 if is_known else None)
+    grey = eight_bits(values, f"The picture of mode {image.mode}", white=65535 if is_known else None)
     if (
         getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
     ):  # a TIFF whose white is 0, which PIL inverts in 8 bits only
@@ -490,6 +505,9 @@ def _prepare(images, settings):
         images = images.detach().cpu()
         images = images.float().numpy() if images.is_floating_point() else images.numpy()
     if isinstance(images, np.ndarray):
+        if images.size == 0:
+            raise ValueError(f"Expected pixels, got an array of shape {images.shape}.")
+        images = images[..., None] if images.ndim == 2 else images  # grey
         images = images if settings["do_rescale"] is False else eight_bits(images, "The array")
         if (
             images.dtype == np.uint8

@@ -1,16 +1,18 @@
 """Processors: the same pixels as CLIP's, exact crops, and boxes that are refused by name."""
 
+import io
 import logging
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, CLIPImageProcessorPil, CLIPProcessor
 from transformers.utils import logging as transformers_logging
 
 from modeling_dclip import DCLIPProcessor, DCLIPTeacherProcessor
-from modeling_dclip.processing_dclip import check_boxes, crop_boxes
+from modeling_dclip.processing_dclip import as_rgb, check_boxes, crop_boxes, cut_long, eight_bits
 
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
@@ -221,3 +223,169 @@ def test_boxes_without_images_are_refused(processor):
 def test_max_regions_below_one_is_refused():
     with pytest.raises(ValueError, match="max_regions: expected at least 1, got 0"):
         check_boxes(GOOD, None, (50, 40), sample=0, max_regions=0)
+
+
+# -- pictures of every mode ------------------------------------------------------------------------------------------
+
+
+def pixels_of(picture):
+    return np.asarray(as_rgb(picture)).astype(int)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "LAB", "LA", "PA", "RGBX"])
+def test_modes_of_8_bits_become_what_pil_makes_of_them(mode):
+    smooth = Image.fromarray(np.kron(np.arange(0, 250, 10, dtype=np.uint8).reshape(5, 5), np.ones((8, 8), np.uint8)))
+    picture = Image.merge("RGB", [smooth, smooth.transpose(2), smooth.transpose(3)]).convert(mode)
+    rgb = as_rgb(picture)
+    assert rgb.mode == "RGB" and np.array_equal(np.asarray(rgb), np.asarray(picture.convert("RGB")))
+
+
+@pytest.mark.parametrize("mode", ["RGBa", "La", "RGBA", "LA", "PA"])
+def test_transparent_pixels_lie_over_white(mode):
+    layer = Image.new("RGBA", (4, 3), (20, 20, 20, 0))
+    layer.paste((20, 20, 20, 255), (0, 0, 2, 3))
+    picture = layer.convert("LA" if mode == "La" else mode).convert(mode)
+    assert (pixels_of(picture)[:, :2] == 20).all() and (pixels_of(picture)[:, 2:] == 255).all()
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(256, dtype=np.uint16) * 257,
+        np.arange(256, dtype=">u2") * 257,
+        np.arange(256, dtype=np.int32),
+        np.arange(256, dtype=np.int64) * 257,
+        np.arange(256, dtype=np.float32),
+        np.arange(256, dtype=np.float64) / 255,
+        np.arange(256, dtype=np.float32) * 257,
+        (np.arange(256) / 255).astype(np.float16),
+        np.arange(256, dtype=np.uint8),
+    ],
+    ids=lambda values: f"{values.dtype}-{values.max():g}",
+)
+def test_numbers_of_every_type_become_their_8_bits(values):
+    assert eight_bits(values).tolist() == list(range(256))
+
+
+def test_true_is_white_and_a_known_scale_is_kept():
+    assert eight_bits(np.array([True, False])).tolist() == [255, 0]
+    assert eight_bits(np.array([0, 255, 65535], np.int32), white=65535).tolist() == [0, 1, 255]
+    assert eight_bits(np.zeros(3, np.float32)).tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([0.5, np.nan], "from nan to nan"),
+        ([0.5, np.inf], "to inf"),
+        ([-1.0, 3.0], "from -1 to 3, expected 0 to 1, to 255 or to 65535"),
+        ([0, 70000], "from 0 to 70000"),
+        ([0.5] * 99 + [3.0], "whose mean is 0.525: on a scale of 0 to 255 it would be black"),
+        ([10] * 999 + [40000], "on a scale of 0 to 65535 it would be black"),
+        ([1j], "expected numbers, got complex128"),
+    ],
+)
+def test_numbers_without_a_scale_are_refused(values, message):
+    with pytest.raises(ValueError, match=f"^A picture.*{message}"):
+        eight_bits(np.array(values), "A picture")
+
+
+def test_a_picture_is_turned_once_and_says_so_no_more(processor):
+    picture = noise(30, 20)
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        for format in ("PNG", "TIFF"):
+            buffer = io.BytesIO()
+            picture.save(buffer, format, exif=exif)
+            opened = Image.open(buffer)
+            upright = as_rgb(opened)
+            assert np.array_equal(pixels_of(upright), np.asarray(ImageOps.exif_transpose(Image.open(buffer))))
+            assert as_rgb(upright) is upright and upright.getexif().get(0x0112, 1) == 1
+            assert np.array_equal(pixels_of(upright.resize((9, 9))), np.asarray(upright.resize((9, 9))))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG", exif=exif)  # turned by 90 degrees
+    stored = as_rgb(Image.open(buffer), upright=False)
+    assert np.array_equal(np.asarray(stored), np.asarray(picture)) and as_rgb(stored) is stored
+    boxes = [[[0, 0, 20, 30]]]  # of the upright picture
+    turned = processor(images=Image.open(buffer), boxes=boxes)
+    plain = processor(images=upright, boxes=boxes)
+    for name in ("pixel_values", "region_pixel_values"):
+        assert torch.equal(turned[name], plain[name])
+
+
+@pytest.mark.parametrize("make", [DCLIPProcessor, DCLIPTeacherProcessor])
+def test_processors_keep_what_16_bit_and_transparent_pictures_hold(tiny_clip_dir, make):
+    processor = make.from_pretrained(tiny_clip_dir)
+    grey = noise().convert("L")
+    deep = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    layer = noise()
+    layer.putalpha(0)
+    white = Image.new("RGB", layer.size, "white")
+    features = processor(images=[grey, deep, layer, white], return_tensors="pt")
+    for name in {"pixel_values", "region_pixel_values"} & set(features):
+        assert torch.equal(features[name][0], features[name][1])
+        assert torch.equal(features[name][2], features[name][3])
+
+
+def test_arrays_of_every_type_and_layout_are_the_same_picture(tiny_clip_dir):
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    array = np.asarray(noise())
+    expected = processor(images=noise(), return_tensors="pt")["pixel_values"]
+    channels_first = torch.from_numpy(array.transpose(2, 0, 1).copy())
+    pictures = [array, array.astype(np.uint16) * 257, array / 255, array.astype(np.float32), array.astype(np.int64)]
+    pictures += [channels_first, channels_first.float() / 255, (channels_first / 255).to(torch.float64)]
+    for given in (*pictures, pictures):
+        found = processor(images=given, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, expected.expand_as(found))
+    rescaled = processor(images=array.astype(np.float32) / 255, do_rescale=False, return_tensors="pt")
+    torch.testing.assert_close(rescaled["pixel_values"], expected, rtol=0, atol=0.05)
+    grey = processor(images=array[..., 0], return_tensors="pt")["pixel_values"]
+    assert torch.equal(grey, processor(images=Image.fromarray(array[..., 0]), return_tensors="pt")["pixel_values"])
+
+
+def test_what_is_no_picture_is_refused(tiny_clip_dir, processor):
+    student = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    with pytest.raises(TypeError, match="got str: 'a.png'. Open it first"):
+        student(images="a.png")
+    with pytest.raises(ValueError, match=r"Expected pixels, got an array of shape \(0, 3, 3\)"):
+        student(images=np.zeros((0, 3, 3)))
+    with pytest.raises(ValueError, match="The array holds values from nan"):
+        student(images=[noise(), np.full((9, 9, 3), np.nan)])
+    with pytest.raises(TypeError, match="Expected pictures of PIL, got ndarray"):
+        processor(images=np.zeros((9, 9, 3), np.uint8))
+
+
+@pytest.mark.parametrize(
+    "crop", [{"height": 32, "width": 32}, {"height": 24, "width": 40}, {"height": 48, "width": 50}]
+)
+@pytest.mark.parametrize("size", [(777, 5), (5, 778), (4001, 31), (30, 4000)])
+def test_a_long_picture_is_cut_to_the_pixels_of_its_centre_crop(size, crop):
+    image_processor = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size=crop)
+    picture = noise(*size)
+    cut = cut_long(picture, image_processor)
+    assert max(cut.size) < 100
+    options = {"do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+    found, expected = (image_processor(images=one, **options)["pixel_values"].astype(int) for one in (cut, picture))
+    differences = np.abs(found - expected)
+    assert differences.max() <= 1 and (differences > 0).mean() < 1e-2  # where a rounding is a tie
+    assert cut_long(picture, CLIPImageProcessorPil(size={"height": 9, "width": 9})) is picture
+    assert cut_long(noise(100, 50), image_processor).size == (100, 50)
+
+
+def test_a_long_picture_that_would_not_be_cut_is_refused():
+    whole = CLIPImageProcessorPil(size={"shortest_edge": 32}, do_center_crop=False)
+    with pytest.raises(ValueError, match="has 777 x 5 pixels, more than 50 times as long as wide"):
+        cut_long(noise(777, 5), whole)
+
+
+def test_a_very_long_picture_takes_little_memory(tiny_clip_dir):
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    for size in ((100_000, 4), (4, 100_000)):
+        picture = Image.new("RGB", size, (230, 30, 60))
+        tracemalloc.start()
+        pixels = processor(images=[picture, np.asarray(picture)], return_tensors="pt")["pixel_values"]
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        square = processor(images=Image.new("RGB", (40, 40), (230, 30, 60)), return_tensors="pt")["pixel_values"]
+        assert torch.equal(pixels, square.expand_as(pixels)) and peak < 2**25

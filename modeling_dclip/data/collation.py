@@ -89,7 +89,7 @@ def read_captions(dataset: Dataset) -> Ragged:
     bad = [row for row, texts in enumerate(captions) if not texts or not all(text and text.strip() for text in texts)]
     if bad:
         raise ValueError(
-            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected one or more captions with words, got "
+            f"Image {dataset['image_id'][bad[0]]!r} (row {bad[0]}): expected one or more captions with words, got "
             f"{captions[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
         )
     lengths = np.array([len(texts) for texts in captions])

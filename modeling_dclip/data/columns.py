@@ -5,7 +5,6 @@ i being `values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -76,15 +75,18 @@ def dataset_fingerprint(dataset: Dataset) -> str:
 
     Returns:
         `str`: `sha256:<hex>`.
+
+    Raises:
+        UnreadableImageError: If an image's file cannot be read; the message names id and row.
     """
     names = [name for name in ("image_id", "captions", "label") if name in dataset.column_names]
     rows = dataset.select_columns(["image", *names]).cast_column("image", Image(decode=False))
 
-    def parts() -> Iterator[str | bytes | Path]:
-        for row in tqdm(rows, desc="Fingerprinting the data", unit="image"):
+    def parts() -> Iterator[str | bytes]:
+        for number, row in enumerate(tqdm(rows, desc="Fingerprinting the data", unit="image")):
             yield repr([row[name] for name in names]) + "\0"
-            content = row["image"]["bytes"]
-            yield Path(row["image"]["path"]) if content is None else content
+            name = f"Image {row['image_id']!r} (row {number})" if "image_id" in row else f"The image of row {number}"
+            yield read_encoded(row["image"], name, "Replace the file or drop the row.")
 
     return f"sha256:{hash_parts(parts())}"
 

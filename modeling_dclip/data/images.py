@@ -38,7 +38,7 @@ from modeling_dclip.data.files import (
     printable,
     read_bytes,
 )
-from modeling_dclip.processing_dclip import DAMAGED, as_rgb, cut_long, orientation_of
+from modeling_dclip.processing_dclip import DAMAGED, as_rgb, cut_long, load_whole, orientation_of
 
 logger = logging.getLogger(__name__)
 
@@ -248,8 +248,7 @@ def _decode(stored: bytes | str, upright: bool, most_pixels: int) -> Image.Image
     with io.BytesIO(stored) if isinstance(stored, bytes) else open(stored, "rb") as file:
         image = _open_lazily(file)
         _check_size(image.size, most_pixels)
-        _mend_transparency(image)
-        image.load()
+        load_whole(image)
         _check_size(image.size, most_pixels)  # an icon's is known late
         return as_rgb(image, upright)
 
@@ -260,17 +259,6 @@ def _check_size(size: tuple[int, int], most_pixels: int) -> None:
         raise OSError(f"expected pixels, got {width} x {height}")
     if width * height > most_pixels:
         raise OSError(f"expected at most {most_pixels:,} pixels, got {width} x {height}")
-
-
-def _mend_transparency(image: Image.Image) -> None:
-    """Bring the transparent colour of a PNG to the 8 bits of its pixels, which PIL brings alone."""
-    colour = image.info.get("transparency")
-    tile = getattr(image, "tile", None)
-    packing = str(tile[0][3]) if image.format == "PNG" and tile else ""
-    if packing in ("L;2", "L;4") and isinstance(colour, int):
-        image.info["transparency"] = colour * {"L;2": 85, "L;4": 17}[packing]
-    elif packing == "RGB;16B" and isinstance(colour, tuple):
-        image.info["transparency"] = tuple(value >> 8 for value in colour)
 
 
 def open_image(

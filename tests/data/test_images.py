@@ -1,19 +1,25 @@
 """Pictures: one door opens them all, and a batch has the image processor's own values bit for bit, cached or not."""
 
+import http.server
 import io
 import os
 import pickle
 import struct
+import threading
+import tracemalloc
 import warnings
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
+from fixtures.pictures import png
 from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
+from modeling_dclip.data.columns import dataset_fingerprint, row_keys
 from modeling_dclip.data.images import (
     MissingImageError,
     PixelReader,
@@ -26,7 +32,9 @@ from modeling_dclip.data.images import (
     read_header,
     undecoded_images,
 )
+from modeling_dclip.data.regions import add_regions, build_detector
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.hub.index.embeddings import hash_images
 from modeling_dclip.processing_dclip import as_rgb
 
 SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
@@ -277,3 +285,127 @@ def test_pictures_of_a_folder_are_found_and_others_counted(tmp_path):
     pictures, others = find_images(tmp_path)
     assert [path.name for path in pictures] == ["c.jpeg", "b.PNG"]
     assert others == {".heic": [tmp_path / "d.heic"], "hidden": [tmp_path / ".e.webp"]}
+
+
+# --- bounds ---
+
+
+class CountingServer(http.server.BaseHTTPRequestHandler):
+    """Counts requests, whatever they ask."""
+
+    requests = 0
+
+    def do_GET(self):
+        CountingServer.requests += 1
+        self.send_response(404)
+        self.end_headers()
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def address():
+    """The address of a server on this machine that counts its requests."""
+    CountingServer.requests = 0
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CountingServer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/a.png"
+        server.shutdown()
+
+
+def test_an_address_in_a_row_is_never_fetched(address, tmp_path, image_processor):
+    paths = [address, f"zip://a.png::{address}", f"simplecache::{address}", "hf://datasets/o/n/a.png", "s3://b/a.png",
+             f"file://{tmp_path}/a.png"]  # fmt: skip
+    PILImage.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for path in paths:
+        for read in (open_image, read_encoded):
+            with pytest.raises(UnreadableImageError, match=r"^Image 'a' cannot be read: .*got the address .*download"):
+                read(path, "Image 'a'")
+    rows = {
+        "image_id": [str(number) for number in range(len(paths))],
+        "image": paths,
+        "captions": [["a"]] * len(paths),
+    }
+    saved = Dataset.from_dict(rows).cast_column("image", Image())
+    with pytest.raises(UnreadableImageError, match=r"^Image '0' \(row 0\) cannot be read.*got the address 'http://"):
+        PixelReader(saved, image_processor)
+    for row in range(len(paths)):
+        with pytest.raises(UnreadableImageError, match="got the address"):
+            decode_image(saved, row)
+    report = tmp_path / "report.json"
+    options = {"cache_dir": tmp_path / "cache", "on_bad_image": "skip", "report_file": report}
+    with pytest.raises(ValueError, match=f"after leaving out {len(paths)} unreadable images"):
+        add_regions(saved, build_detector("grid:2x2"), **options)
+    assert hash_images(saved) == [None] * len(paths)
+    with pytest.raises(UnreadableImageError, match="got the address"):
+        row_keys(saved)
+    with pytest.raises(ValueError, match="got the address"):
+        dataset_fingerprint(saved)
+    assert CountingServer.requests == 0
+
+
+def test_a_file_whose_name_looks_like_an_address_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.makedirs("http:")
+    PILImage.new("RGB", (9, 8)).save("http:/a.png")
+    assert open_image("http://a.png").size == (9, 8)
+
+
+def test_files_are_bounded_before_they_are_read(tmp_path, monkeypatch):
+    with open(tmp_path / "sparse.png", "wb") as file:
+        file.write(encode("PNG"))
+        file.truncate(100 * 2**30)
+    for read in (open_image, read_encoded):
+        with pytest.raises(UnreadableImageError, match=r"at most 1,073,741,824 bytes, got 107,374,182,400"):
+            read(tmp_path / "sparse.png")
+    monkeypatch.setattr("modeling_dclip.data.images.MOST_BYTES", 10)
+    for read in (open_image, read_header):
+        with pytest.raises(UnreadableImageError, match="at most 10 bytes, got"):
+            read(encode("PNG"))
+
+
+def test_pixels_are_bounded_before_they_are_decoded():
+    chunk = (b"zTXt", b"comment\0\0" + zlib.compress(bytes(2**26)))
+    profile = (b"iCCP", b"p\0\0" + zlib.compress(bytes(2**26)))
+    tracemalloc.start()
+    for encoded in (
+        png((20_000, 20_000), 8, 2, [b"\0"]),
+        png((2**31 - 1, 2**31 - 1), 8, 2, [b"\0"]),
+        png((2**31 - 1, 1), 1, 0, [b"\0"]),
+        png((0, 5), 8, 2, [b"\0"]),
+        png((1, 1), 8, 0, [b"\0"], chunk),
+        png((1, 1), 8, 0, [b"\0"], profile),
+        b"P6 99999 99999 255\n" + bytes(99),
+        b"II*\0\x08\0\0\0\x02\0" + struct.pack("<HHII", 256, 4, 1, 2**31) + struct.pack("<HHII", 273, 4, 2**31, 8),
+    ):
+        for read in (open_image, read_header):
+            with pytest.raises(UnreadableImageError):
+                read(encoded)
+    assert tracemalloc.get_traced_memory()[1] < 2**27
+    tracemalloc.stop()
+
+
+def test_transparent_pictures_are_laid_over_white_in_bands(monkeypatch):
+    layer = noise_images(((40, 31), "RGBA"))[0]
+    whole = np.asarray(as_rgb(layer))
+    monkeypatch.setattr("modeling_dclip.processing_dclip._VALUES_A_BLOCK", 100)
+    assert np.array_equal(np.asarray(as_rgb(layer)), whole)
+
+
+class WholePictures(CLIPImageProcessorPil):
+    """Of a backend that no table reproduces."""
+
+    backend = "other"
+
+
+def test_a_long_picture_is_cut_or_refused_by_its_name():
+    images = as_dataset(noise_images(((3000, 4), "RGB"), ((40, 40), "RGB")))
+    processor = CLIPImageProcessorPil(**SQUARE)
+    for cache_mib in (0, 64):
+        assert PixelReader(images, processor, cache_mib).read(np.arange(2)).shape == (2, 3, 32, 32)
+    whole = WholePictures(size={"shortest_edge": 32}, do_center_crop=False)
+    with pytest.raises(UnreadableImageError, match=r"^Image 'image 0' \(row 0\) cannot be read: .* 3000 x 4 pixels"):
+        PixelReader(images, whole, cache_mib=0).decode([0])

@@ -249,7 +249,7 @@ def _texts_of(dataset: Dataset, column: str) -> list[list[str]]:
     bad = [number for number, row in enumerate(texts) if not row]
     if bad:
         raise ValueError(
-            f"Image {dataset[bad[0]]['image_id']!r} (row {bad[0]}): expected a caption with words in the column "
+            f"Image {dataset['image_id'][bad[0]]!r} (row {bad[0]}): expected a caption with words in the column "
             f"{column!r}, got {rows[bad[0]]!r} ({len(bad)} such rows in all). Drop these rows or give them captions."
         )
     return texts

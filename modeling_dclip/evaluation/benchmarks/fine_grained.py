@@ -144,7 +144,7 @@ def _check_columns(dataset: Dataset) -> None:
 
 def _cut_out(dataset: Dataset, rows: range) -> Dataset:
     """Cut the part inside `crop_box` out of some rows' pictures, in memory."""
-    columns: dict[str, list[Any]] = {"image_id": dataset[rows.start : rows.stop]["image_id"], "image": []}
+    columns: dict[str, list[Any]] = {"image_id": dataset["image_id"][rows.start : rows.stop], "image": []}
     for row in rows:
         image, box = decode_image(dataset, row), dataset.select_columns("crop_box")[row]["crop_box"]
         inside = box[0] < image.width and box[1] < image.height and box[2] > 0 and box[3] > 0
