@@ -81,6 +81,7 @@ COMMANDS = {
         "--regions.max_regions",
         "--regions.batch_size",
         "--regions.on_bad_image",
+        "--regions.trust_checkpoint",
         "--teacher.per_device_train_batch_size",
         "--teacher.num_train_epochs",
         "--teacher.learning_rate",
@@ -232,6 +233,7 @@ COMMANDS = {
         "--cache_dir",
         "--on_bad_image",
         "--seed",
+        "--trust_checkpoint",
     ],
     "modeling_dclip.data.reinforced": [
         "--dataset",
@@ -722,6 +724,7 @@ def test_fields_of_recipes():
         "regions.ignore_boxes": "bool False",
         "regions.max_regions": "NoneType None",
         "regions.on_bad_image": "str 'raise'",
+        "regions.trust_checkpoint": "bool False",
         "reinforce.augmentations": "int 30",
         "reinforce.batch_size": "int 64",
         "reinforce.captioner": "NoneType None",

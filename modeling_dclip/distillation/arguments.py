@@ -94,7 +94,7 @@ _SIDE_FIELDS = {
     "save_only_model", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint",
     "push_to_hub", "hub_token", "local_rank", "image_cache_mib", "num_workers", "batch_size", "text_batch_size",
-    "on_bad_image", "folder",
+    "on_bad_image", "folder", "trust_checkpoint",
 }  # fmt: skip
 
 
@@ -396,6 +396,9 @@ class RegionsArguments:
     batch_size: int = _help("Images per call of the detector.", 16, range=BATCH)
     on_bad_image: Literal["raise", "skip"] = _help(
         "What to do with an image that cannot be read. skip: leave it out and list it in the report.", "raise"
+    )
+    trust_checkpoint: bool = _help(
+        "Load YOLO weights (.pt) whose SHA-256 is not known. Such a file runs code when it is loaded.", False
     )
 
     def __post_init__(self) -> None:

@@ -215,7 +215,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
     if args.detector is None:
         logger.info("regions: nothing to do, no detector is named: the dataset's own boxes, else the whole image")
         return
-    detector = build_detector(args.detector)
+    detector = build_detector(args.detector, trust_checkpoint=args.trust_checkpoint)
     keys = {split: combine_keys(row_keys(*source)) for split, source in images.items()}
     inputs = {"arguments": deciding_fields(args), "detector": detector.fingerprint, "dataset": keys}
     record = places.record("regions", inputs)

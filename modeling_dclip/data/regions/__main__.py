@@ -11,13 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from transformers import HfArgumentParser
-
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import check_output_folder, holding, replacing, user_cache_dir
 from modeling_dclip.data.regions import add_regions
-from modeling_dclip.data.regions.detectors import build_detector
+from modeling_dclip.data.regions.detectors import RegionDetector, build_detector
+from modeling_dclip.data.specs import BATCH, COUNT, SEED, CommandParser
 
 
 @dataclass
@@ -29,10 +28,13 @@ class RegionArguments:
     detector: str = field(
         default="ultralytics:yolov8x.pt", metadata={"help": "Spec of the detector; see docs/data.md."}
     )
-    batch_size: int = field(default=16, metadata={"help": "Images per call of the detector."})
+    batch_size: int = field(default=16, metadata={"help": "Images per call of the detector.", "range": BATCH})
     max_regions: int | None = field(
         default=None,
-        metadata={"help": "Keep this many boxes per image, those with the highest scores. By default all."},
+        metadata={
+            "help": "Keep this many boxes per image, those with the highest scores. By default all.",
+            "range": COUNT,
+        },
     )
     cache_dir: str | None = field(
         default=None,
@@ -42,32 +44,34 @@ class RegionArguments:
         default="raise",
         metadata={"help": "skip: leave out images that cannot be read, and list them in OUTPUT.report.json."},
     )
-    seed: int = field(default=0, metadata={"help": "Seed of the images that @COUNT draws."})
+    seed: int = field(default=0, metadata={"help": "Seed of the images that @COUNT draws.", "range": SEED})
+    trust_checkpoint: bool = field(
+        default=False,
+        metadata={"help": "Load YOLO weights whose SHA-256 is not known. Such a file runs code when it is loaded."},
+    )
 
 
 @command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the folder written."""
-    parser = HfArgumentParser(
-        RegionArguments,
-        prog="python -m modeling_dclip.data.regions",
-        description=__doc__,
-        formatter_class=HelpFormatter,
-    )
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    parser = CommandParser(RegionArguments, prog="python -m modeling_dclip.data.regions", description=__doc__)
+    (arguments,) = parser.parse(argv)
     output = Path(arguments.output)
     if output.exists():
         raise FileExistsError(f"'{output}' exists. Remove it or name another --output.")
     check_output_folder(output)
+    if arguments.cache_dir is not None:
+        check_output_folder(arguments.cache_dir)
+    detector = build_detector(arguments.detector, trust_checkpoint=arguments.trust_checkpoint)
     with holding(output, beside=True):
-        return _write(arguments, output)
+        return _write(arguments, detector, output)
 
 
-def _write(arguments: RegionArguments, output: Path) -> Path:
+def _write(arguments: RegionArguments, detector: RegionDetector, output: Path) -> Path:
     report_file = output.with_name(output.name + ".report.json")
     dataset = add_regions(
         load_captions(arguments.dataset, seed=arguments.seed),
-        build_detector(arguments.detector),
+        detector,
         batch_size=arguments.batch_size,
         cache_dir=arguments.cache_dir or user_cache_dir("regions"),
         max_regions=arguments.max_regions,

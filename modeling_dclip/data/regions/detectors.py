@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -35,12 +35,22 @@ from transformers import (
 )
 
 from modeling_dclip.data.files import name_entry, read_json, require_field, require_id
-from modeling_dclip.data.specs import Source, Spec, parse_spec
+from modeling_dclip.data.specs import PART, Range, Source, Spec, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
 
 logger = logging.getLogger(__name__)
 
 Regions = tuple[np.ndarray, np.ndarray]
+
+# SHA-256 of YOLO weights that hold networks alone: of ultralytics' releases, as many independent projects record them,
+# and of the half-precision copy of yolov8n.pt that this repository's tests and recipes/flickr8k.yaml read.
+KNOWN_WEIGHTS = {
+    "f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36": "yolov8n.pt",
+    "1f47a78bf100391c2a140b7ac73a1caae18c32779be7d310658112f7ac9aa78a": "yolov8s.pt",
+    "c4d5a3f000d771762f03fc8b57ebd0aae324aeaefdd6e68492a9c4470f2d1e8b": "yolov8x.pt",
+    "0ebbc80d4a7680d14987a577cd21342b65ecfd94632bd9a8da63ae6417644ee1": "yolo11n.pt",
+    "2cebeed67c7074a9822a24d5677cfe127b183dc02068ad2dc06805dbff3af1f6": "yolov8n.pt in half precision",
+}
 
 
 class RegionDetector(Protocol):
@@ -106,17 +116,40 @@ def process_left_alone() -> Iterator[None]:
         os.environ.update(environment)
 
 
+def _download_weights(name: str) -> str:
+    """The file of weights that ultralytics has under a name, fetched but not loaded."""
+    with process_left_alone():
+        from ultralytics.utils.downloads import attempt_download_asset
+
+        path = str(attempt_download_asset(name))
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"No YOLO weights at '{name}', and none of this name to download. Check the name.")
+    return path
+
+
+def _require_known(weights: str) -> None:
+    """Refuse weights whose content is not known, before anything loads them."""
+    if (found := hash_file(weights)) not in KNOWN_WEIGHTS:
+        raise ValueError(
+            f"Expected YOLO weights whose SHA-256 is known at '{weights}', got {found}. Such a file is a pickle, and "
+            "loading it runs whatever code it holds. If you trust its origin, pass --trust_checkpoint (train.py: "
+            "--regions.trust_checkpoint true); or use 'transformers:MODEL', which runs no code."
+        )
+
+
 class UltralyticsDetector(RegionDetector):
     """YOLO weights through ultralytics.
 
-    The package is AGPL-3.0 and therefore an extra: `pip install 'modeling_dclip[regions]'`. A `.pt` file is a pickle
-    that ultralytics executes while loading: give it weights you trust.
+    The package is AGPL-3.0 and therefore an extra: `pip install 'modeling_dclip[regions]'`. A `.pt` file is a pickle:
+    loading it runs whatever code it holds. [`build_detector`] therefore loads only files of [`KNOWN_WEIGHTS`] unless
+    told to trust the file; who calls this class trusts it.
 
     Source: [D] YOLOv8x; [Dcode] the library's defaults; docs/papers.md. Deviation: a batch holds images of
     one size only.
 
     Args:
         weights (`str`, *optional*, defaults to `"yolov8x.pt"`): A file, or a name that ultralytics downloads.
+        trust_checkpoint (`bool`, *optional*, defaults to `True`): Load a file whose content is not known.
         conf (`float`, *optional*, defaults to 0.25): Lowest confidence.
         iou (`float`, *optional*, defaults to 0.7): Overlap above which non-maximum suppression drops the weaker box.
         max_det (`int`, *optional*, defaults to 300): Most boxes an image.
@@ -127,21 +160,21 @@ class UltralyticsDetector(RegionDetector):
     Raises:
         ImportError: If ultralytics is not installed, or OpenCV misses a system library.
         FileNotFoundError: If there are no such weights.
-        ValueError: If the weights find no boxes (a classifier), or `max_det` or `imgsz` is below 1.
+        ValueError: If the file is not known and not trusted: then it is not opened; if the weights find no boxes (a
+            classifier).
     """
 
     def __init__(
         self,
         weights: str = "yolov8x.pt",
+        trust_checkpoint: bool = True,
         *,
-        conf: float = 0.25,
-        iou: float = 0.7,
-        max_det: int = 300,
-        imgsz: int = 640,
+        conf: Annotated[float, PART] = 0.25,
+        iou: Annotated[float, PART] = 0.7,
+        max_det: Annotated[int, Range(1, 10**5, whole=True)] = 300,
+        imgsz: Annotated[int, Range(1, 2**14, whole=True)] = 640,
         device: str | None = None,
     ):
-        if max_det < 1 or imgsz < 1:
-            raise ValueError(f"Expected max_det and imgsz of at least 1, got {max_det} and {imgsz}.")
         try:
             with process_left_alone():
                 from ultralytics import YOLO
@@ -156,10 +189,14 @@ class UltralyticsDetector(RegionDetector):
             raise FileNotFoundError(
                 f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
             )
+        path = weights if Path(weights).is_file() else _download_weights(weights)
+        if not trust_checkpoint:
+            _require_known(path)
         try:
             with process_left_alone():
-                self.model: Any = YOLO(weights)
-        except (TypeError, UnpicklingError) as error:  # a damaged checkpoint, as releases of torch tell it
+                self.model: Any = YOLO(path)
+        # a damaged checkpoint or one of something else, as releases of torch and ultralytics tell it
+        except (AttributeError, EOFError, LookupError, RuntimeError, TypeError, UnpicklingError) as error:
             raise ValueError(
                 f"Expected YOLO weights at '{weights}', got a damaged file or one of another kind."
             ) from error
@@ -205,7 +242,14 @@ class TransformersDetector(RegionDetector):
         ValueError: If the checkpoint is of another kind.
     """
 
-    def __init__(self, model: str, *, threshold: float = 0.5, labels: str | None = None, device: str | None = None):
+    def __init__(
+        self,
+        model: str,
+        *,
+        threshold: Annotated[float, PART] = 0.5,
+        labels: str | None = None,
+        device: str | None = None,
+    ):
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self.labels = labels.split("|") if labels else None
         self.threshold = threshold
@@ -440,11 +484,13 @@ DETECTORS = {
 }
 
 
-def build_detector(spec: str | Spec, **options: Any) -> RegionDetector:
+def build_detector(spec: str | Spec, *, trust_checkpoint: bool = False, **options: Any) -> RegionDetector:
     """Build a detector from a spec.
 
     Args:
         spec (`str` or [`~modeling_dclip.data.specs.Spec`]): See the table above.
+        trust_checkpoint (`bool`, *optional*, defaults to `False`): Load a checkpoint that may run code, of a detector
+            that has such.
         **options: More options, over those in the spec.
 
     Returns:
@@ -455,4 +501,7 @@ def build_detector(spec: str | Spec, **options: Any) -> RegionDetector:
         ImportError: If ultralytics is asked for and not installed.
         FileNotFoundError: If a file is missing.
     """
-    return parse_spec(spec, DETECTORS).build(**options)
+    parsed = parse_spec(spec, DETECTORS)
+    if parsed.source.build is UltralyticsDetector:
+        options["trust_checkpoint"] = trust_checkpoint
+    return parsed.build(**options)

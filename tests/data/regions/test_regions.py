@@ -365,7 +365,7 @@ def test_boxes_fit_the_picture_as_later_stages_see_it(tmp_path):
         ("grid:2", "Expected a grid as ROWSxCOLUMNS, e.g. 2x3, got '2'"),
         ("grid:0x2", "Expected a grid as ROWSxCOLUMNS"),
         ("grid:99999999x2", "got '99999999x2'. Both are from 1 to 999"),
-        ("ultralytics:a.pt,imgsz=-4", "Expected max_det and imgsz of at least 1, got 300 and -4"),
+        ("ultralytics:a.pt,imgsz=-4", "The option 'imgsz' in .*: expected an integer from 1 to 16384, got -4"),
         ("annotations,on_bad_box=drop", "Expected on_bad_box to be 'raise' or 'skip'"),
     ],
 )
@@ -594,13 +594,14 @@ def random_yolo(tmp_path_factory):
 
 @needs_ultralytics
 def test_yolo_weights_make_a_detector_whose_settings_are_in_its_fingerprint(random_yolo, tmp_path):
-    detector = build_detector(f"ultralytics:{random_yolo},imgsz=64,conf=0.0001,max_det=9")
+    detector = build_detector(f"ultralytics:{random_yolo},imgsz=64,conf=0.0001,max_det=9", trust_checkpoint=True)
     assert detector.settings == {"conf": 0.0001, "iou": 0.7, "max_det": 9, "imgsz": 64}
     boxes, scores = detector([noise((80, 60))], [{}])[0]
     assert boxes.shape == (len(scores), 4) and len(scores) <= 9
-    same = UltralyticsDetector(str(random_yolo.rename(tmp_path / "renamed.pt")), imgsz=64, conf=0.0001, max_det=9)
+    renamed = str(random_yolo.rename(tmp_path / "renamed.pt"))
+    same = UltralyticsDetector(renamed, True, imgsz=64, conf=0.0001, max_det=9)
     assert same.fingerprint == detector.fingerprint
-    others = [UltralyticsDetector(str(tmp_path / "renamed.pt"), **one) for one in ({}, {"imgsz": 64}, {"iou": 0.5})]
+    others = [UltralyticsDetector(renamed, True, **one) for one in ({}, {"imgsz": 64}, {"iou": 0.5})]
     assert len({detector.fingerprint, *(other.fingerprint for other in others)}) == 4
     (tmp_path / "renamed.pt").rename(random_yolo)
 
@@ -609,7 +610,7 @@ def test_yolo_weights_make_a_detector_whose_settings_are_in_its_fingerprint(rand
 def test_yolo_leaves_the_process_as_it_was(random_yolo, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
     before = (PILImage.open, torch.save, torch.get_num_threads(), dict(os.environ))
-    detector = build_detector(f"ultralytics:{random_yolo},imgsz=64")
+    detector = build_detector(f"ultralytics:{random_yolo},imgsz=64", trust_checkpoint=True)
     dataset = add_regions(
         make_dataset([png(), tmp_path / "text.png"]), detector, cache_dir=tmp_path, on_bad_image="skip"
     )
@@ -629,10 +630,37 @@ def test_missing_yolo_weights_are_named(tmp_path):
 def test_a_file_that_is_no_yolo_weights_is_named(tmp_path):
     (tmp_path / "table.csv").write_text("image,caption\n")
     with pytest.raises(ValueError, match="Expected YOLO weights at '.*table.csv', got a file of another kind"):
-        build_detector(f"ultralytics:{tmp_path / 'table.csv'}")([noise((80, 60))], [{}])
+        build_detector(f"ultralytics:{tmp_path / 'table.csv'}", trust_checkpoint=True)([noise((80, 60))], [{}])
     (tmp_path / "cut.pt").write_bytes(b"\x1b no checkpoint")
     with pytest.raises(ValueError, match="Expected YOLO weights at '.*cut.pt', got a damaged"):
-        build_detector(f"ultralytics:{tmp_path / 'cut.pt'}")
+        build_detector(f"ultralytics:{tmp_path / 'cut.pt'}", trust_checkpoint=True)
+
+
+class Payload:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+@needs_ultralytics
+def test_an_unknown_checkpoint_is_not_unpickled_unless_it_is_trusted(tmp_path, monkeypatch):
+    written, evil = tmp_path / "written", tmp_path / "evil.pt"
+    torch.save({"model": Payload(written)}, evil)
+    command = ["--dataset", "scenes:test,n=1", "--detector", f"ultralytics:{evil}", "--output", str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="^Failed: Expected YOLO weights whose SHA-256 is known at .*evil.pt.*runs"):
+        main(command)
+    monkeypatch.chdir(tmp_path)
+    for words in (["ultralytics:evil.pt"], ["ultralytics:./evil.pt,imgsz=64"]):
+        with pytest.raises(ValueError, match="--trust_checkpoint.*--regions.trust_checkpoint true"):
+            build_detector(*words)
+    assert not written.exists()
+    with pytest.raises(SystemExit, match="^Failed: "):  # trusted, but no detector
+        main([*command, "--trust_checkpoint"])
+    assert written.exists()
 
 
 def test_without_ultralytics_the_remedy_and_the_alternative_are_said(monkeypatch):
