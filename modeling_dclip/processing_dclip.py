@@ -223,7 +223,7 @@ def check_boxes(boxes, scores, image_size, sample, max_regions=None):
         boxes (array-like of shape `(R, 4)` or None): xyxy, absolute pixels.
         scores (array-like of shape `(R,)` or None): In [0, 1].
         image_size (`tuple`): `(width, height)`.
-        sample (`int`): Index of the image, for messages.
+        sample (`int` or `str`): Index or name of the image, for messages.
         max_regions (`int`, *optional*): Keep the best-scored so many, in their given order.
 
     Returns:

@@ -9,9 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, Image, List, Value, concatenate_datasets
+from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from tqdm.auto import tqdm
 
+from modeling_dclip.data.files import plain_array, plain_type
 from modeling_dclip.data.images import read_encoded, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_parts
 
@@ -36,9 +37,32 @@ def put_columns(dataset: Dataset, columns: Mapping[str, tuple[Any, Any]]) -> Dat
     return dataset.rename_columns({f"_new_{name}": name for name in columns})
 
 
+def _arrow_type(feature: Any) -> pa.DataType:
+    """The plain type of a feature's values."""
+    return plain_type(Features({"column": feature}).arrow_schema.field(0).type)
+
+
+def same_values(one: Any, other: Any) -> bool:
+    """Whether two features hold values of the same kind, in whatever of Arrow's forms."""
+    return _arrow_type(one) == _arrow_type(other)
+
+
 def is_text(feature: Any) -> bool:
     """Whether a feature is one text in each row, in any of Arrow's forms (pandas 3 writes `large_string`)."""
-    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "string_view")
+    return isinstance(feature, Value) and pa.types.is_string(_arrow_type(feature))
+
+
+def holds_pictures(feature: Any) -> bool:
+    """Whether [`with_images`] reads a feature: pictures, their bytes or paths, or objects with `bytes` or `path`."""
+    if isinstance(feature, Image):
+        return True
+    if isinstance(feature, dict):
+        known = {"bytes": pa.binary(), "path": pa.string()}
+        types = {name: _arrow_type(value) for name, value in feature.items() if name in known}
+        return any(types.get(name) == kind for name, kind in known.items()) and all(
+            kind in (known[name], pa.null()) for name, kind in types.items()
+        )
+    return isinstance(feature, Value) and _arrow_type(feature) in (pa.string(), pa.binary())
 
 
 def with_images(dataset: Dataset, column: str, name: str) -> Dataset:
@@ -46,23 +70,96 @@ def with_images(dataset: Dataset, column: str, name: str) -> Dataset:
 
     Args:
         dataset (`datasets.Dataset`): With the column.
-        column (`str`): Pictures of type `Image`, their bytes, their paths, or `{"bytes", "path"}`.
+        column (`str`): Pictures of type `Image`, their bytes, their paths, or objects with `bytes`, `path` or both;
+            other fields of an object are passed over.
         name (`str`): What messages call the dataset.
 
     Raises:
         ValueError: If the column is of another type.
     """
     feature = dataset.features[column]
-    is_bytes = isinstance(feature, Value) and feature.dtype in ("binary", "large_binary")
-    is_struct = isinstance(feature, dict) and set(feature) == {"bytes", "path"}
-    if not (isinstance(feature, Image) or is_text(feature) or is_bytes or is_struct):
+    if not holds_pictures(feature):
         raise ValueError(
             f"Expected pictures (Image, bytes or paths) in the column {column!r} of {name}, got {feature}."
         )
     dataset = dataset if column == "image" else dataset.rename_column(column, "image")
-    if isinstance(feature, Value) and feature.dtype.startswith("large_"):  # datasets 4 casts no such type to Image
-        dataset = dataset.cast_column("image", Value(feature.dtype.removeprefix("large_")))
+    if isinstance(feature, Value) and feature.dtype not in ("string", "binary"):  # datasets casts not all to Image
+        dataset = dataset.cast_column("image", Value(str(_arrow_type(feature))))
     return dataset if isinstance(feature, Image) and feature.decode else dataset.cast_column("image", Image())
+
+
+def as_text(values: pa.Array, column: str, name: str) -> pa.Array:
+    """Bytes, or lists of bytes, read as UTF-8; other values as they are.
+
+    Args:
+        values (`pa.Array`): Of a plain type ([`arrow_column`]).
+        column, name (`str`): What messages call the column and the dataset.
+
+    Raises:
+        ValueError: If bytes are no UTF-8.
+    """
+    is_list = pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)
+    if not pa.types.is_binary(values.type.value_type if is_list else values.type):
+        return values
+    try:
+        return values.cast(pa.list_(pa.string()) if is_list else pa.string())
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"Expected UTF-8 text in the column {column!r} of {name}, got other bytes.") from error
+
+
+def text_lists(dataset: Dataset, column: str, name: str) -> list[list[str | None] | None]:
+    """The texts of every row as a list, whether stored as lists or one text a row, in any of Arrow's forms.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column.
+        column (`str`): Text, or lists of text; bytes are read as UTF-8.
+        name (`str`): What messages call the dataset.
+
+    Raises:
+        ValueError: If the column holds something else, such as numbers, or bytes that are no UTF-8.
+    """
+    values = arrow_column(dataset, column)
+    is_list = pa.types.is_list(values.type) or pa.types.is_fixed_size_list(values.type)
+    text = values.type.value_type if is_list else values.type
+    if not (pa.types.is_string(text) or pa.types.is_binary(text)):
+        raise ValueError(
+            f"Expected the column {column!r} of {name} to hold text or lists of text, got {values.type}. Name another "
+            "column, or write these values as text."
+        )
+    rows = as_text(values, column, name).to_pylist()
+    return rows if is_list else [[value] for value in rows]
+
+
+def id_texts(dataset: Dataset, column: str, name: str) -> list[str]:
+    """The ids of every row as text: texts as they are, whole numbers in digits.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column.
+        column (`str`): Text, integers, or floats that are whole (pandas makes them of integers beside a missing
+            value).
+        name (`str`): What messages call the dataset.
+
+    Raises:
+        ValueError: If a row has no id or a float that is not whole, or the column holds something else; the message
+            names the row.
+    """
+    values = arrow_column(dataset, column)
+    kind = values.type
+    if values.null_count:
+        row = values.is_null().index(pa.scalar(True)).as_py()
+        raise ValueError(f"{name}: row {row} has no image id in the column {column!r}. Fill it in.")
+    if pa.types.is_floating(kind):
+        numbers = values.to_numpy(zero_copy_only=False)
+        wrong = np.flatnonzero(~(np.isfinite(numbers) & (numbers == np.round(numbers)) & (np.abs(numbers) < 2**53)))
+        if len(wrong):
+            raise ValueError(
+                f"{name}, row {wrong[0]}: expected text or a whole number as the id in the column {column!r}, got "
+                f"{numbers[wrong[0]]}."
+            )
+        values = values.cast(pa.int64())
+    elif not (pa.types.is_string(kind) or pa.types.is_integer(kind)):
+        raise ValueError(f"Expected text or whole numbers as ids in the column {column!r} of {name}, got {kind}.")
+    return [str(value) for value in values.to_pylist()]
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
@@ -123,7 +220,7 @@ class Ragged(NamedTuple):
 
 
 def arrow_column(dataset: Dataset, name: str) -> pa.Array:
-    """A column as one Arrow array, in the dataset's order of rows.
+    """A column as one Arrow array of a plain type ([`plain_array`]), in the dataset's order of rows.
 
     Raises:
         ValueError: If there is no such column; the message lists those there are.
@@ -131,15 +228,17 @@ def arrow_column(dataset: Dataset, name: str) -> pa.Array:
     if name not in dataset.column_names:
         raise ValueError(f"Expected a column {name!r}, got {dataset.column_names}.")
     table = dataset.select_columns(name).with_format("arrow")[:]
-    column = table[name].combine_chunks()
-    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+    chunks = [plain_array(chunk) for chunk in table[name].chunks]
+    return pa.concat_arrays(chunks) if chunks else pa.array([], plain_type(table[name].type))
 
 
-def _flatten(values: pa.Array) -> np.ndarray:
+def _flatten(values: pa.Array, name: str) -> np.ndarray:
     width: tuple[int, ...] = ()
-    while isinstance(values, (pa.ListArray, pa.LargeListArray, pa.FixedSizeListArray)):
+    while isinstance(values, (pa.ListArray, pa.FixedSizeListArray)):
         if not isinstance(values, pa.FixedSizeListArray):
-            raise ValueError(f"Expected entries of one shape, got {values.type}.")
+            raise ValueError(f"Expected entries of one shape in the column {name!r}, got {values.type}.")
+        if values.null_count:  # `flatten` leaves them out, and what follows would move up
+            raise ValueError(f"Expected no empty entry in the column {name!r}, got {values.null_count} that are null.")
         width = (*width, values.type.list_size)
         values = values.flatten()
     return values.to_numpy(zero_copy_only=False).reshape(-1, *width)
@@ -156,13 +255,13 @@ def ragged_column(dataset: Dataset, name: str) -> Ragged:
         [`Ragged`]: Values of shape `(entries, ...)`.
 
     Raises:
-        ValueError: If there is no such column or its entries differ in shape.
+        ValueError: If there is no such column, its entries differ in shape, or one is null.
 
     Example:
         >>> ragged_column(Dataset.from_dict({"x": [[1, 2], [3]]}), "x").offsets.tolist()
         [0, 2, 3]
     """
-    return Ragged.from_lengths(_flatten(arrow_column(dataset, name).flatten()), column_lengths(dataset, name))
+    return Ragged.from_lengths(_flatten(arrow_column(dataset, name).flatten(), name), column_lengths(dataset, name))
 
 
 def column_lengths(dataset: Dataset, name: str) -> np.ndarray:
@@ -173,7 +272,171 @@ def column_lengths(dataset: Dataset, name: str) -> np.ndarray:
 
 def flat_column(dataset: Dataset, name: str) -> np.ndarray:
     """Read a column with one entry in each row, such as `anchor_embeds`, as an array `(N, ...)`."""
-    return _flatten(arrow_column(dataset, name))
+    return _flatten(arrow_column(dataset, name), name)
+
+
+BOXES_FEATURE = List(List(Value("float32"), length=4))
+SCORES_FEATURE = List(Value("float32"))
+# Names of a box's fields where it is an object: corners, or a corner and the size.
+_CORNERS = (
+    ("x1", "y1", "x2", "y2"),
+    ("x0", "y0", "x1", "y1"),
+    ("xmin", "ymin", "xmax", "ymax"),
+    ("x_min", "y_min", "x_max", "y_max"),
+    ("left", "top", "right", "bottom"),
+)
+_SIZES = (("x", "y", "width", "height"), ("x", "y", "w", "h"), ("left", "top", "width", "height"))
+
+
+def _float32(values: pa.Array) -> np.ndarray:
+    with np.errstate(over="ignore"):  # becomes infinity, which is no box
+        return values.to_numpy(zero_copy_only=False).astype(np.float32)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
+
+
+def _rows_of_lists(dataset: Dataset, name: str) -> tuple[pa.Array, np.ndarray]:
+    """The entries of a column of lists, one after the other, and where each row's begin, `(N + 1,)`."""
+    column = arrow_column(dataset, name)
+    if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
+        raise ValueError(f"Expected a list in each row of the column {name!r}, got {column.type}.")
+    lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+    return column.flatten(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+
+def _place(name: str, offsets: np.ndarray, entry: int, place: str) -> str:
+    """What messages call an entry of a column of lists."""
+    row = int(np.searchsorted(offsets, entry, side="right")) - 1
+    return f"{place}, row {row}, entry {entry - offsets[row]} of {name!r}"
+
+
+def _box_values(entries: pa.Array, offsets: np.ndarray, place: str) -> np.ndarray:
+    """Boxes as float32 `(entries, 4)`, x1, y1, x2, y2."""
+    if not len(entries):
+        return np.zeros((0, 4), np.float32)
+    kind = entries.type
+    fields = [field.name for field in kind] if pa.types.is_struct(kind) else []
+    named = next((names for names in (*_CORNERS, *_SIZES) if set(names) == set(fields)), None)
+    is_list = pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (is_list and _is_number(kind.value_type)) and not (
+        named is not None and all(_is_number(kind.field(field).type) for field in named)
+    ):
+        raise ValueError(f"{place}: expected boxes of four numbers in the column 'boxes', got {kind}.")
+    wrong = entries.is_null().to_numpy(zero_copy_only=False)
+    if is_list:
+        wrong |= entries.value_lengths().fill_null(0).to_numpy(zero_copy_only=False) != 4
+        parts = [entries.flatten()]
+    else:
+        parts = [entries.field(field) for field in named or ()]
+    if wrong.any() or any(part.null_count for part in parts):
+        values = entries.to_pylist()
+        lacking = [
+            at for at, box in enumerate(values)
+            if wrong[at] or None in (box.values() if isinstance(box, dict) else box)
+        ]  # fmt: skip
+        where = _place("boxes", offsets, lacking[0], place)
+        raise ValueError(f"{where}: expected a box of four numbers, got {values[lacking[0]]!r:.80}.")
+    if is_list:
+        return _float32(parts[0]).reshape(-1, 4)
+    boxes = np.stack([_float32(part) for part in parts], axis=1)
+    if named in _SIZES:
+        boxes[:, 2:] += boxes[:, :2]
+    return boxes
+
+
+def read_regions(dataset: Dataset, place: str = "The dataset") -> tuple[Ragged, Ragged]:
+    """The boxes of all rows and their scores, each list by its own offsets. A row without scores has scores of 1.
+
+    Args:
+        dataset (`datasets.Dataset`): With `boxes`, lists of four numbers or of objects with four known fields, and
+            maybe `box_scores`.
+        place (`str`, *optional*): What messages call it.
+
+    Returns:
+        `tuple[Ragged, Ragged]`: float32 `(regions, 4)`, x1, y1, x2, y2, and float32 `(regions,)`. Whether the numbers
+            make sense is not looked at.
+
+    Raises:
+        ValueError: If an entry is no box or no score, or a row has another number of scores than of boxes; the message
+            names the row.
+    """
+    entries, offsets = _rows_of_lists(dataset, "boxes")
+    boxes = Ragged(_box_values(entries, offsets, place), offsets)
+    scores = np.ones(len(boxes.values), np.float32)
+    if "box_scores" not in dataset.column_names:
+        return boxes, Ragged(scores, offsets)
+    given, score_offsets = _rows_of_lists(dataset, "box_scores")
+    if len(given) and not _is_number(given.type):
+        raise ValueError(f"{place}: expected lists of numbers in the column 'box_scores', got lists of {given.type}.")
+    if given.null_count:
+        row = given.is_null().index(pa.scalar(True)).as_py()
+        raise ValueError(f"{_place('box_scores', score_offsets, row, place)}: expected a number, got None.")
+    scored = arrow_column(dataset, "box_scores").is_valid().to_numpy(zero_copy_only=False)
+    different = np.flatnonzero(scored & (np.diff(score_offsets) != boxes.lengths))
+    if len(different):
+        row = different[0]
+        raise ValueError(
+            f"{place}, row {row}: expected one score for each of {boxes.lengths[row]} boxes, got "
+            f"{np.diff(score_offsets)[row]} in 'box_scores'."
+        )
+    scores[np.repeat(scored, boxes.lengths)] = _float32(given)
+    return boxes, Ragged(scores, offsets)
+
+
+def check_regions(dataset: Dataset, boxes: Ragged, scores: Ragged) -> None:
+    """Refuse boxes and scores that are none in an image of any size, before hours are spent on the others.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id`; for the message.
+        boxes, scores ([`Ragged`]): Of [`read_regions`].
+
+    Raises:
+        ValueError: If a number is not finite, a box has no area or begins left of or above its image, or a score is
+            not in [0, 1]. The message names image, row and box of the first, and counts them.
+    """
+    x1, y1, x2, y2 = boxes.values.T
+    problems = (
+        (~np.isfinite(boxes.values).all(axis=1), "four finite numbers", boxes.values),
+        (~((x1 < x2) & (y1 < y2)), "x1 < x2 and y1 < y2", boxes.values),
+        (~((x1 >= 0) & (y1 >= 0)), "a box inside the image", boxes.values),
+        (~((scores.values >= 0) & (scores.values <= 1)), "a score in [0, 1]", scores.values),
+    )
+    for wrong, expected, given in problems:
+        if wrong.any():
+            entry = int(wrong.argmax())
+            row = int(np.searchsorted(boxes.offsets, entry, side="right")) - 1
+            raise ValueError(
+                f"Box {entry - boxes.offsets[row]} of image {dataset[row]['image_id']!r} (row {row}): expected "
+                f"{expected}, got {given[entry].tolist()} ({wrong.sum()} such in all). Correct or drop it, as the "
+                "detector annotations,on_bad_box=skip does."
+            )
+
+
+def with_plain_regions(dataset: Dataset, place: str) -> Dataset:
+    """Bring `boxes` and `box_scores` into the schema's types, if there are any. Rows without a list stay without.
+
+    Raises:
+        ValueError: As [`read_regions`], or if there are scores without boxes.
+    """
+    if "boxes" not in dataset.column_names:
+        if "box_scores" in dataset.column_names:
+            raise ValueError(f"{place} has a column 'box_scores' and no 'boxes'. Drop or rename it.")
+        return dataset
+    boxes, scores = read_regions(dataset, place)
+    columns = {}
+    if dataset.features["boxes"] != BOXES_FEATURE:
+        values = pa.FixedSizeListArray.from_arrays(pa.array(boxes.values.reshape(-1)), 4)
+        columns["boxes"] = (values, BOXES_FEATURE)
+    if "box_scores" in dataset.column_names and dataset.features["box_scores"] != SCORES_FEATURE:
+        columns["box_scores"] = (pa.array(scores.values), SCORES_FEATURE)
+    offsets = pa.array(boxes.offsets.astype(np.int32))
+    lists = {
+        name: (pa.ListArray.from_arrays(offsets, values, mask=arrow_column(dataset, name).is_null()), feature)
+        for name, (values, feature) in columns.items()
+    }
+    return put_columns(dataset, lists) if lists else dataset
 
 
 def with_ragged_embeds(dataset: Dataset, name: str, embeds: Ragged) -> Dataset:

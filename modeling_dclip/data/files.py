@@ -29,11 +29,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
+import datasets
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
+
+from modeling_dclip.data.failures import one_line
+from modeling_dclip.encoders.fingerprints import combine_keys, hash_file
 
 try:
     import fcntl
@@ -502,6 +508,18 @@ def _children(node: yaml.Node) -> list[yaml.Node]:
 
 # Tables.
 
+_FORM = "rows of parquet files, 1"  # a part of the copies' names: changes with how a copy is made
+_BATCH_BYTES = 64 * 2**20
+_MOST_ROWS = 10_000  # of a batch
+_READ_AHEAD = 2**20  # bytes of a column that are read at once
+# What Arrow raises for a damaged file, or for one in a form that it does not know.
+_DAMAGED = (pa.ArrowException, OSError)
+# Files of a folder whose content a dataset may hold; of others it holds the paths.
+_TABLES = {".arrow", ".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tar", ".tsv", ".txt", ".zip", ".zst"}
+_PATTERN = set("*?[]{}")  # what `datasets` takes for a pattern in a folder's name
+_INTEGERS = ("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32")
+_FLOATS = ("float16", "float32", "float64")
+
 
 class TableRow(NamedTuple):
     """A row of a table and the line of the file it ends in."""
@@ -533,19 +551,78 @@ def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
     return rows
 
 
+def plain_type(kind: pa.DataType) -> pa.DataType:
+    """The type that [`plain_array`] gives: Arrow has several forms of text, bytes and lists, and this package reads
+    one of each.
+
+    Example:
+        >>> plain_type(pa.large_list(pa.string_view())) == pa.list_(pa.string())
+        True
+    """
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_type(kind.storage_type)
+    if isinstance(kind, (pa.DictionaryType, pa.RunEndEncodedType)):
+        return plain_type(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pa.types.is_map(kind):
+        return pa.list_(pa.struct([("key", plain_type(kind.key_type)), ("value", plain_type(kind.item_type))]))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(plain_type(kind.value_type), kind.list_size)
+    if any(is_kind(kind) for is_kind in _LISTS):
+        return pa.list_(plain_type(kind.value_type))
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in kind])
+    return kind
+
+
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_list_view, pa.types.is_large_list_view)
+
+
+def plain_array(array: pa.Array) -> pa.Array:
+    """The same values in the plain type of their kind: text as `string`, bytes as `binary`, lists of any length as
+    `list`, without dictionaries and extension types.
+
+    Lists are rebuilt by their lengths: pyarrow 26 casts a `list_view` to a `list` with wrong entries.
+
+    Raises:
+        pyarrow.ArrowException: If texts or bytes together exceed 2 GiB, or a text is no UTF-8.
+    """
+    kind, plain = array.type, plain_type(array.type)
+    if kind == plain:
+        return array
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_array(array.storage)
+    if isinstance(kind, pa.DictionaryType):
+        return plain_array(array.dictionary_decode())
+    if isinstance(kind, pa.RunEndEncodedType):
+        return plain_array(pc.run_end_decode(array))
+    if pa.types.is_fixed_size_list(kind):  # `values` knows nothing of a slice, `flatten` leaves out entries of nulls
+        values = array.values.slice(array.offset * kind.list_size, len(array) * kind.list_size)
+        return pa.FixedSizeListArray.from_arrays(plain_array(values), kind.list_size, mask=array.is_null())
+    if pa.types.is_map(kind):
+        pairs = pa.struct([("key", kind.key_type), ("value", kind.item_type)])
+        return plain_array(array.cast(pa.list_(pairs)))
+    if any(is_kind(kind) for is_kind in _LISTS):
+        lengths = array.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
+        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, plain_array(array.flatten()), mask=array.is_null())
+    if pa.types.is_struct(kind):
+        fields = [plain_array(array.field(position)) for position in range(kind.num_fields)]
+        return pa.StructArray.from_arrays(fields, [field.name for field in kind], mask=array.is_null())
+    return array.cast(plain)
+
+
 def match_parquet(pattern: str) -> list[tuple[Path, int]]:
-    """The parquet files that a pattern names, in order, each with its number of rows.
+    """The parquet files that a path or a pattern names, in order, each with its number of rows.
 
     Raises:
         FileNotFoundError: If no file matches.
         ValueError: If a file is no parquet; it is named.
     """
-    files = []
-    for path in match_files(pattern):
-        try:
-            files.append((path, pq.read_metadata(path).num_rows))
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
+    files = [(path, _open_parquet(path).metadata.num_rows) for path in match_files(pattern)]
     if not files:
         raise FileNotFoundError(f"No parquet file matches '{pattern}'. Check the path or glob in the spec.")
     return files
@@ -554,20 +631,221 @@ def match_parquet(pattern: str) -> list[tuple[Path, int]]:
 def load_parquet(paths: Sequence[Path], pattern: str) -> Dataset:
     """The rows of parquet files of one schema, one file after the other.
 
+    Features that `datasets` notes in a file (pictures, names of classes) are taken from there. Columns of a type that
+    `datasets` cannot hold are left out and reported. Files may differ in the order of their columns and in the width
+    of integers and of floats.
+
     Args:
         paths (`Sequence[Path]`): Of [`match_parquet`].
         pattern (`str`): What named them, for messages.
 
     Raises:
-        ValueError: If the files cannot be read as one table.
+        OSError: If the copy cannot be written.
+        ValueError: If a file is damaged (the message names file and rows), the schemas or the names of classes differ
+            (file and column are named), or a file changes while it is read.
     """
-    # `load_dataset` expands globs: a bracket in a folder's name is to be read as it is.
-    names = [glob.escape(str(path)) for path in paths]
+    before = [_file_state(path) for path in paths]
+    key = combine_keys([_FORM, *(hash_file(path) for path in paths)])
+    copy = Path(datasets.config.HF_DATASETS_CACHE) / "modeling_dclip_parquet" / f"{key}.arrow"
+    rows = sum(_open_parquet(path).metadata.num_rows for path in paths)
+    dataset = _open_copy(copy, rows)
+    if dataset is None:
+        with replacing(copy) as temporary:
+            _convert(paths, temporary)
+            if [_file_state(path) for path in paths] != before:
+                raise ValueError(f"A file of '{pattern}' changed while it was read. Read it again when it is whole.")
+        dataset = _open_copy(copy, rows)
+    if dataset is None:
+        raise ValueError(f"The copy '{copy}' of '{pattern}' is damaged right after it was written. Check the disk.")
+    return dataset
+
+
+def load_hub(name: str, split: str, *, config: str | None = None, revision: str | None = None) -> Dataset:
+    """A split of a dataset of the Hub, or of a local folder that `datasets.load_dataset` understands.
+
+    A local folder is read by its content as it is now: what `datasets` keeps of it lies under a hash of its tables'
+    content and its pictures' names.
+
+    Args:
+        name (`str`): The dataset's id or folder.
+        split (`str`): The split.
+        config (`str`, *optional*): The dataset's configuration.
+        revision (`str`, *optional*): A commit, branch or tag of the Hub.
+
+    Raises:
+        FileNotFoundError: If there is no such dataset.
+        ValueError: If there is no such split, or the dataset cannot be read as one table.
+    """
+    source, cache = name, None
+    if Path(name).is_dir():
+        cache = _folder_cache(Path(name))
+        source = name if not _PATTERN & set(str(Path(name).resolve())) else str(_link(Path(name), cache))
     try:
-        return load_dataset("parquet", data_files=names, split="train")
+        return load_dataset(source, config, split=split, revision=revision, cache_dir=cache and str(cache))
     except DatasetGenerationError as error:
+        reason = one_line(error.__cause__ or error)
+        raise ValueError(f"The dataset '{name}', split {split!r}, cannot be read as one table ({reason}).") from error
+
+
+def _folder_cache(folder: Path) -> Path:
+    parts = []
+    for path in find_files(folder).files:
+        # Rows of pictures are their paths.
+        content = hash_file(path) if path.suffix.lower() in _TABLES else str(path.stat().st_size)
+        parts.append(f"{path.relative_to(folder).as_posix()} {content}")
+    key = combine_keys([str(folder.resolve()), *parts])
+    return Path(datasets.config.HF_DATASETS_CACHE) / "modeling_dclip_folders" / key
+
+
+def _link(folder: Path, cache: Path) -> Path:
+    """A folder of links to the files, under a name that `datasets` does not take for a pattern. It would resolve a
+    link to the folder itself.
+    """
+    links = cache / "files"
+    if not links.is_dir():
+        with replacing(links) as temporary:
+            temporary.mkdir()
+            for path in find_files(folder).files:
+                link = temporary / path.relative_to(folder)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                link.symlink_to(path.absolute())
+    return links
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    status = os.stat(path)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _open_parquet(path: Path) -> pq.ParquetFile:
+    try:
+        return pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
+    except _DAMAGED as error:
+        raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
+
+
+def _open_copy(copy: Path, rows: int) -> Dataset | None:
+    """The copy, mapped into memory; `None` if there is none or it is damaged."""
+    if not copy.is_file():
+        return None
+    try:
+        dataset = Dataset.from_file(str(copy))
+    except _DAMAGED as error:
+        logger.warning("'%s' is damaged (%s) and is made again", copy, error)
+        return None
+    return dataset if len(dataset) == rows else None
+
+
+def _convert(paths: Sequence[Path], target: Path) -> None:
+    features = _plain_features(paths[0])
+    for path in paths[1:]:
+        features = _join_files(features, _plain_features(path), paths[0], path)
+    schema = features.arrow_schema
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for path in paths:
+            for batch in _batches(path, schema):
+                writer.write_batch(batch)
+
+
+def _plain_features(path: Path) -> Features:
+    """What a file holds, in plain types."""
+    schema = _open_parquet(path).schema_arrow
+    if repeated := sorted({name for name in schema.names if schema.names.count(name) > 1}):
+        raise ValueError(f"'{path}' has the column {repeated[0]!r} twice. Write it again with one column of a name.")
+    fields, left_out = [], []
+    for field in schema:
+        try:
+            fields.append(pa.field(field.name, plain_type(field.type)))
+            Features.from_arrow_schema(pa.schema(fields[-1:]))
+        except ValueError:
+            left_out.append(f"{field.name} ({field.type})")
+            fields = [kept for kept in fields if kept.name != field.name]
+    if left_out:
+        logger.warning("'%s': left out columns of types that datasets cannot hold: %s", path, ", ".join(left_out))
+    try:
+        return Features.from_arrow_schema(pa.schema(fields, schema.metadata))
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"'{pattern}' is not readable as parquet ({error.__cause__}). Write or download it again."
+            f"'{path}': the types of columns that datasets noted in the file cannot be read ({error}). Write it "
+            "again with this version of datasets."
+        ) from error
+
+
+def _join_files(features: Features, others: Features, first: Path, path: Path) -> Features:
+    if missing := sorted(set(features) ^ set(others)):
+        has, lacks = (first, path) if missing[0] in features else (path, first)
+        raise ValueError(
+            f"Expected parquet files with the same columns, but '{has}' has a column {missing[0]!r} and '{lacks}' has "
+            "none. Read them one by one, or write them with one schema."
+        )
+    joined = {}
+    for name, feature in features.items():
+        joined[name] = _join_features(feature, others[name])
+        if joined[name] is None:
+            raise ValueError(
+                f"Expected parquet files with the same types of columns, but {name!r} is {feature} in '{first}' and "
+                f"{others[name]} in '{path}'. Read them one by one, or write them with one schema."
+            )
+    return Features(joined)
+
+
+def _join_features(one: object, other: object) -> object | None:
+    """The type of a column that holds the values of both, or `None`."""
+    if one == other:
+        return one
+    if isinstance(one, Value) and isinstance(other, Value):
+        kinds = {one.dtype, other.dtype}
+        if kinds <= set(_INTEGERS):
+            return Value("int64")
+        if kinds <= set(_FLOATS):
+            return Value("float64")
+    for none, some in ((one, other), (other, one)):
+        if isinstance(none, Value) and none.dtype == "null":
+            return some
+    if isinstance(one, List) and isinstance(other, List) and one.length == other.length:
+        entry = _join_features(one.feature, other.feature)
+        return None if entry is None else List(entry, length=one.length)
+    if isinstance(one, dict) and isinstance(other, dict) and set(one) == set(other):
+        fields = {name: _join_features(feature, other[name]) for name, feature in one.items()}
+        return None if None in fields.values() else fields
+    return None
+
+
+def _batches(path: Path, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+    """The rows of a file in the types of the schema, some MiB at a time."""
+    file = _open_parquet(path)
+    stored = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+    rows = max(1, min(_MOST_ROWS, _BATCH_BYTES * file.metadata.num_rows // max(1, stored)))
+    start = 0
+    for group in range(file.num_row_groups):
+        first, count = start, file.metadata.row_group(group).num_rows
+        batches = file.iter_batches(rows, row_groups=[group])
+        while True:
+            try:
+                batch = next(batches, None)
+            except _DAMAGED as error:
+                raise ValueError(
+                    f"'{path}' is not readable as parquet in row group {group}, rows {first} to {first + count - 1} "
+                    f"({error}). Write or download it again."
+                ) from error
+            if batch is None:
+                break
+            columns = [_column(batch, field, path, start) for field in schema]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
+            start += batch.num_rows
+
+
+def _column(batch: pa.RecordBatch, field: pa.Field, path: Path, start: int) -> pa.Array:
+    column = batch.column(field.name)
+    try:
+        column = plain_array(column)
+        column = column if column.type == field.type else column.cast(field.type)
+        column.validate(full=True)
+        return column
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"'{path}', column {field.name!r}, rows {start} to {start + batch.num_rows - 1}: expected {field.type}, "
+            f"got other values ({error}). Write it again."
         ) from error
 
 
@@ -825,15 +1103,16 @@ class FileFinder:
 def match_files(pattern: str) -> list[Path]:
     """The files that a path or a glob of the command line names, in order; `**` goes into subfolders.
 
-    A file of exactly this name is taken as it is, also where its name or a folder's holds brackets. `**` follows links
-    as [`find_files`] does. Folders that match are left out; pipes, sockets and devices too, with a warning.
+    A file of exactly this name is taken as it is, also where its name or a folder's holds brackets; so are the folders
+    before the first part of the pattern that names nothing there. `**` follows links as [`find_files`] does. Folders
+    that match are left out; pipes, sockets and devices too, with a warning.
 
     Raises:
         ValueError: If what matches is no file.
     """
     if Path(pattern).is_file():
         return [Path(pattern)]
-    matches = _match_below(pattern) if "**" in Path(pattern).parts else glob.glob(pattern)
+    matches = _match_below(pattern) if "**" in Path(pattern).parts else glob.glob(_escape_names(pattern))
     files = sorted(path for path in matches if os.path.isfile(path))
     others = sorted(path for path in matches if os.path.exists(path) and not os.path.isdir(path) and path not in files)
     folders = sorted(path for path in matches if os.path.isdir(path))
@@ -848,6 +1127,15 @@ def match_files(pattern: str) -> list[Path]:
     return [Path(path) for path in files]
 
 
+def _escape_names(pattern: str) -> str:
+    """The pattern with the names of folders that are there taken as they are, up to the first that is none."""
+    parts = Path(pattern).parts
+    names = 0
+    while names < len(parts) and Path(*parts[: names + 1]).exists():
+        names += 1
+    return os.path.join("", *map(glob.escape, parts[:names]), *parts[names:])
+
+
 def _match_below(pattern: str) -> list[str]:
     """The files that a glob with `**` names. Unlike `glob.glob`, links never lead to a file twice, or in circles."""
     parts = Path(pattern).parts
@@ -855,7 +1143,7 @@ def _match_below(pattern: str) -> list[str]:
     start = os.path.join(*parts[:first]) if first else ""
     steps = parts[first:]
     wanted = [part for place, part in enumerate(steps) if part != "**" or steps[place - 1 : place] != ("**",)]
-    tops = glob.glob(start) if glob.has_magic(start) and not os.path.isdir(start) else [start]
+    tops = glob.glob(_escape_names(start)) if glob.has_magic(start) and not os.path.isdir(start) else [start]
     matches = set()
     for top in filter(os.path.isdir, [top or "." for top in tops]):
         found = find_files(top)

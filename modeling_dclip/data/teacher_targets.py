@@ -21,15 +21,16 @@ from modeling_dclip.data.collation import pass_batch, read_captions, tokenize_ca
 from modeling_dclip.data.columns import (
     Ragged,
     check_finite,
+    check_regions,
     column_lengths,
-    ragged_column,
+    read_regions,
     with_flat_embeds,
     with_ragged_embeds,
 )
 from modeling_dclip.data.images import decode_image, undecoded_images
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, cut_long
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, check_boxes, cut_long
 
 
 @dataclass
@@ -100,9 +101,12 @@ class _RegionRows(TorchDataset):
     def __init__(self, dataset: Dataset, processor: DCLIPTeacherProcessor, max_regions: int | None, regions: bool):
         self.images = undecoded_images(dataset)
         self.processor, self.max_regions, self.regions = processor, max_regions, regions
-        self.boxes = self.scores = None
+        self.boxes: Ragged | None = None
+        self.scores: Ragged | None = None
         if "boxes" in dataset.column_names:
-            self.boxes, self.scores = (ragged_column(dataset, name) for name in ("boxes", "box_scores"))
+            self.boxes, self.scores = read_regions(dataset)
+            if regions:
+                check_regions(dataset.select_columns("image_id"), self.boxes, self.scores)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,6 +121,9 @@ class _RegionRows(TorchDataset):
             entries = [slice(self.boxes.offsets[row], self.boxes.offsets[row + 1]) for row in rows]
             regions["boxes"] = [self.boxes.values[entry] for entry in entries]
             regions["box_scores"] = [self.scores.values[entry] for entry in entries]
+            for row, image, boxes, scores in zip(rows, images, *regions.values(), strict=True):
+                # The processor would name the place in the batch.
+                check_boxes(boxes, scores, image.size, f"{self.images[row]['image_id']!r} (row {row})")
         return dict(self.processor(images=images, max_regions=self.max_regions, **regions))
 
 

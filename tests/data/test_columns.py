@@ -9,14 +9,17 @@ from PIL import Image as PILImage
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.columns import (
+    BOXES_FEATURE,
     Ragged,
     attach_columns,
     check_finite,
     flat_column,
     ragged_column,
+    read_regions,
     row_keys,
     with_flat_embeds,
     with_images,
+    with_plain_regions,
     with_ragged_embeds,
 )
 from modeling_dclip.data.images import decode_image
@@ -125,3 +128,95 @@ def test_every_table_reader_takes_every_form_of_texts_and_pictures(tmp_path, tex
 def test_a_column_of_numbers_is_no_column_of_pictures():
     with pytest.raises(ValueError, match=r"Expected pictures .* in the column 'n' of the table, got Value\('int64'\)"):
         with_images(Dataset.from_dict({"n": [1]}), "n", "the table")
+
+
+# --- boxes -----------------------------------------------------------------------------------------------------------
+
+BOXES = [[[1, 2, 3, 4], [5, 6, 7, 8]], [], None, [[0, 0, 2.5, 4]]]
+FIXED = pa.list_(pa.list_(pa.float32(), 4))
+
+
+def corners(names, sized=False):
+    """The boxes as objects with these fields."""
+    return [
+        None
+        if boxes is None
+        else [dict(zip(names, [x1, y1, x2 - x1 * sized, y2 - y1 * sized], strict=True)) for x1, y1, x2, y2 in boxes]
+        for boxes in BOXES
+    ]
+
+
+@pytest.mark.parametrize(
+    "boxes",
+    [
+        pa.array(BOXES, FIXED),
+        pa.array(BOXES, pa.list_(pa.list_(pa.float64()))),
+        pa.array(BOXES, pa.large_list(pa.large_list(pa.float64()))),
+        pa.array(BOXES, pa.list_view(pa.list_(pa.float16()))),
+        pa.array([[[0, 0, 1, 1]], *BOXES], FIXED)[1:],
+        pa.array(corners(["x1", "y1", "x2", "y2"])),
+        pa.array(corners(["xmin", "ymin", "xmax", "ymax"])),
+        pa.array(corners(["x", "y", "width", "height"], sized=True)),
+    ],
+    ids=lambda boxes: str(boxes.type),
+)
+@pytest.mark.parametrize("scores", [None, [[0.5, 0.25], None, [], [1]], [None, [], None, [1.0]]], ids=str)
+def test_boxes_of_every_form_are_read_with_their_own_scores(tmp_path, boxes, scores):
+    PILImage.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    columns = {"image": [str(tmp_path / "a.png")] * 4, "captions": list("abcd"), "boxes": boxes}
+    columns |= {} if scores is None else {"box_scores": scores}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    dataset = load_captions(f"parquet:{tmp_path}/a.parquet")
+    assert dataset["boxes"][:] == BOXES and dataset.features["boxes"] == BOXES_FEATURE
+    first = [0.5, 0.25] if scores is not None and scores[0] else [1, 1]
+    for rows in (dataset, dataset.select([3, 2, 0])):
+        read, read_scores = read_regions(rows)
+        expected = {"a": (BOXES[0], first), "d": (BOXES[3], [1])}
+        for row, (text,) in enumerate(rows["captions"][:]):
+            own = slice(read.offsets[row], read.offsets[row + 1])
+            assert (read.values[own].tolist(), read_scores.values[own].tolist()) == expected.get(text, ([], []))
+        assert read.values.dtype == read_scores.values.dtype == np.float32
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "message"),
+    [
+        (
+            [[[1, 2, 3, 4]], [[1, 2, 3]]],
+            None,
+            r"row 1, entry 0 of 'boxes': .* four numbers, got .1, 2, 3.",
+        ),
+        ([[[1, 2, 3, 4]], [[1, 2, 3, 4], None]], None, "row 1, entry 1 of 'boxes': expected a box of four .*got None"),
+        ([[[1, 2, 3, 4], [1, None, 3, 4]], []], None, r"row 0, entry 1 of 'boxes': .*got .1, None, 3, 4."),
+        ([[1, 2, 3, 4], [1, 2, 3, 4]], None, "expected boxes of four numbers in the column 'boxes', got int64"),
+        (["[[1, 2, 3, 4]]", ""], None, "Expected a list in each row of the column 'boxes', got string"),
+        ([[["1", "2", "3", "4"]], []], None, "expected boxes of four numbers .*got list<"),
+        ([[{"x1": 1, "y1": 2, "z": 3}], []], None, "expected boxes of four numbers .*got struct<"),
+        ([[{"x1": 1, "y1": 2, "x2": 3, "y2": None}], []], None, "row 0, entry 0 of 'boxes': .*'y2': None"),
+        ([[[1, 2, 3, 4]], []], [[0.5], [0.5]], "row 1: expected one score for each of 0 boxes, got 1 in 'box_scores'"),
+        ([[[1, 2, 3, 4]], []], [[], []], "row 0: expected one score for each of 1 boxes, got 0"),
+        ([[[1, 2, 3, 4]], []], [[None], []], "row 0, entry 0 of 'box_scores': expected a number, got None"),
+        (
+            [[[1, 2, 3, 4]], []],
+            [["x"], []],
+            "lists of numbers in the column 'box_scores', got lists of string",
+        ),
+        (None, [[0.5], []], "has a column 'box_scores' and no 'boxes'"),
+    ],
+    ids=str,
+)
+def test_what_is_no_box_is_named_with_its_row(tmp_path, boxes, scores, message):
+    columns = {"image_id": ["a", "b"], "boxes": boxes, "box_scores": scores}
+    dataset = Dataset(pa.table({name: values for name, values in columns.items() if values is not None}))
+    with pytest.raises(ValueError, match=message):
+        with_plain_regions(dataset, "'a.parquet'")
+
+
+def test_empty_entries_do_not_move_the_rows_after_them():
+    column = pa.array([[[1.0, 2.0], None], [[3.0, 4.0]]], pa.list_(pa.list_(pa.float32(), 2)))
+    with pytest.raises(ValueError, match="Expected no empty entry in the column 'e', got 1 that are null"):
+        ragged_column(Dataset(pa.table({"e": column})), "e")
+    with pytest.raises(ValueError, match="Expected no empty entry in the column 'e', got 1 that are null"):
+        flat_column(Dataset(pa.table({"e": pa.array([None, [1.0]], pa.list_(pa.float32(), 1))})), "e")
+    with pytest.raises(ValueError, match="Expected entries of one shape in the column 'e'"):
+        ragged_column(Dataset(pa.table({"e": [[[1.0], [2.0, 3.0]]]})), "e")

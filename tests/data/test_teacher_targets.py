@@ -17,7 +17,13 @@ from modeling_dclip.data.captions.files import drop_captions
 from modeling_dclip.data.collation import TeacherBatches
 from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, add_teacher_targets, compute_features
+from modeling_dclip.data.teacher_targets import (
+    FeatureOptions,
+    TeacherFeatures,
+    _RegionRows,
+    add_teacher_targets,
+    compute_features,
+)
 from modeling_dclip.encoders.fingerprints import fingerprint_model, fingerprint_processor
 
 # Two roundings to float16 (features, target) of numbers up to 1, each 2^-11 relative, through one small block.
@@ -266,3 +272,43 @@ def test_a_killed_run_goes_on_at_the_next_chunk(tiny_clip_dir, scenes, processor
     assert said["written"] == 4  # 3 chunks of features and 3 of targets, less the 2 there already
     expected = targets_of(scenes, teacher, processor, tmp_path / "uninterrupted")
     np.testing.assert_array_equal(np.array(said["teacher_embeds"]), np.array(expected["teacher_embeds"]))
+
+
+@pytest.mark.parametrize(
+    ("boxes", "scores", "message"),
+    [
+        (
+            [[0, 0, 8, 8], [4, 4, 50, 8]],
+            [1, 1],
+            r"box 1 of sample 'scenes-.*' \(row 2\): expected a box inside the 40 x",
+        ),
+        (
+            [[0, 0, float("nan"), 8]],
+            [1],
+            r"Box 0 of image 'scenes-.*' \(row 2\): expected four finite numbers.*1 such",
+        ),
+        ([[0, 0, 8, 8], [9, 0, 8, 8]], [1, 1], r"Box 1 of image 'scenes-.*' \(row 2\): expected x1 < x2 and y1 < y2"),
+        ([[-1, 0, 8, 8]], [1], r"Box 0 of image 'scenes-.*' \(row 2\): expected a box inside the image, got .-1.0"),
+        ([[0, 0, 8, 8]], [1.5], r"Box 0 of image 'scenes-.*' \(row 2\): expected a score in \[0, 1\], got 1.5"),
+        ([[0, 0, 8, 8]], [1, 1], "row 2: expected one score for each of 1 boxes, got 2"),
+    ],
+    ids=str,
+)
+def test_a_wrong_box_is_named_with_its_row(tiny_clip_dir, scenes, processor, tmp_path, boxes, scores, message):
+    columns = scenes.select(range(3)).with_format(None).to_dict()
+    columns["boxes"][2], columns["box_scores"][2] = boxes, scores
+    dataset = Dataset.from_dict(columns, features=scenes.features)
+    with pytest.raises(ValueError, match=message):
+        targets_of(dataset, make_teacher(tiny_clip_dir), processor, tmp_path)
+
+
+def test_each_image_has_the_scores_of_its_own_boxes(tiny_clip_dir, scenes, processor, tmp_path):
+    columns = scenes.select(range(3)).with_format(None).to_dict()
+    columns["boxes"] = [[[0, 0, 8, 8]], None, [[0, 0, 9, 9], [0, 0, 4, 4]]]
+    columns["box_scores"] = [None, [], [0.25, 0.5]]
+    dataset = Dataset.from_dict(columns, features=scenes.features)
+    rows = _RegionRows(dataset, processor, None, True)
+    batch = rows.__getitems__([0, 1, 2])
+    assert batch["region_scores"].tolist() == [[1, 0], [1, 0], [0.25, 0.5]]
+    assert (batch["region_boxes"][2] * 40).tolist() == [[0, 0, 9, 9], [0, 0, 4, 4]]
+    assert batch["region_boxes"][1, 0].tolist() == [0, 0, 1, 1]  # without a box the whole image

@@ -3,10 +3,18 @@
 from typing import Any
 
 import pyarrow as pa
-from datasets import Dataset, DatasetDict, Features, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, load_from_disk
 
-from modeling_dclip.data.columns import put_columns, with_images
-from modeling_dclip.data.files import load_parquet, match_parquet, require_folder
+from modeling_dclip.data.columns import (
+    holds_pictures,
+    id_texts,
+    put_columns,
+    same_values,
+    text_lists,
+    with_images,
+    with_plain_regions,
+)
+from modeling_dclip.data.files import load_hub, load_parquet, match_parquet, require_folder
 from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     ID_RULES,
@@ -27,17 +35,6 @@ def _require_column(dataset: Dataset, column: str, option: str, name: str) -> No
         )
 
 
-def _caption_lists(dataset: Dataset, column: str, name: str) -> list[list[str | None] | None]:
-    """The captions of every row as a list, whether stored as lists or one string a row."""
-    kind = Features({column: dataset.features[column]}).arrow_schema.field(0).type
-    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-    text = kind.value_type if is_list else kind
-    if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-        raise ValueError(f"Expected the column {column!r} of {name} to hold text or lists of text, got {kind}.")
-    values = dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-    return values if is_list else [[value] for value in values]
-
-
 def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: str) -> list[str]:
     if source is not None and (source not in ID_RULES or column is None):
         raise ValueError(
@@ -47,10 +44,8 @@ def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: s
     if column is None:
         return [f"{name}-{row}" for row in range(len(dataset))]
     _require_column(dataset, column, "image_id", name)
-    values = dataset[column][:]
-    if None in values:
-        raise ValueError(f"{name}: row {values.index(None)} has no image id in the column {column!r}. Fill it in.")
-    return [ID_RULES[source](value) if source else str(value) for value in values]
+    values = id_texts(dataset, column, name)
+    return [ID_RULES[source](value) if source else value for value in values]
 
 
 def _merge_captions(image_ids: list[str], captions: list[list[str | None] | None]) -> dict[int, list[str | None]]:
@@ -93,7 +88,8 @@ def standardise_columns(
 
     Raises:
         FileNotFoundError: If the file of a picture given by path is missing.
-        ValueError: If a column is missing (the message names those present) or of a wrong type, or no row is left.
+        ValueError: If a column is missing (the message names those present) or of a wrong type, an id or a box is none
+            (the row is named), or no row is left.
     """
     _require_column(dataset, image, "image", name)
     _require_column(dataset, captions, "captions", name)
@@ -101,12 +97,12 @@ def standardise_columns(
     if image_id is None and "image_id" in dataset.column_names:
         image_id = "image_id"
     ids = _image_ids(dataset, image_id, source, name)
-    merged = _merge_captions(ids, _caption_lists(dataset, captions, name))
+    merged = _merge_captions(ids, text_lists(dataset, captions, name))
     cleaned, kept = clean_captions([ids[row] for row in merged], list(merged.values()), name)
     captions_at = dict(zip(merged, cleaned, strict=True))
     texts = [captions_at.get(row, []) for row in range(len(ids))]
     table = put_columns(
-        dataset.with_format(None),
+        with_plain_regions(dataset.with_format(None), name),
         {"image_id": (ids, CAPTION_FEATURES["image_id"]), "captions": (texts, CAPTION_FEATURES["captions"])},
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
@@ -177,7 +173,7 @@ def read_hub(
         FileNotFoundError: If there is no such dataset.
         ValueError: If there is no such split, or as [`standardise_columns`] says.
     """
-    dataset = load_dataset(name, config, split=split)
+    dataset = load_hub(name, split, config=config)
     return standardise_columns(
         dataset,
         image=image,
@@ -206,10 +202,16 @@ def read_disk(folder: str) -> Dataset:
         dataset = load_from_disk(str(require_folder(folder, "dataset folder")))
     except FileNotFoundError:
         raise
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"The dataset folder '{folder}' is damaged ({error}). Write it again.") from error
     if isinstance(dataset, DatasetDict):
         raise ValueError(f"'{folder}' holds the splits {sorted(dataset)}. Name the folder of one of them.")
+    for name, feature in CAPTION_FEATURES.items():
+        found = dataset.features.get(name)
+        if name == "image" and found is not None and holds_pictures(found):
+            dataset = with_images(dataset, name, f"'{folder}'")
+        elif found is not None and found != feature and same_values(found, feature):
+            dataset = dataset.cast_column(name, feature)
     wrong = [name for name, feature in CAPTION_FEATURES.items() if dataset.features.get(name) != feature]
     if wrong:
         raise ValueError(
@@ -218,4 +220,4 @@ def read_disk(folder: str) -> Dataset:
         )
     require_rows(len(dataset), f"'{folder}'")
     require_unique(dataset["image_id"][:], f"'{folder}'")
-    return dataset
+    return with_plain_regions(dataset, f"'{folder}'")

@@ -13,13 +13,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from modeling_dclip.data.columns import is_text, put_columns, with_images
+from modeling_dclip.data.columns import arrow_column, as_text, put_columns, with_images
 from modeling_dclip.data.files import (
     is_hidden,
     is_utf8,
     list_folder,
+    load_hub,
     load_parquet,
     match_parquet,
     printable,
@@ -116,7 +118,8 @@ def _from_columns(
 
 def _numbered(dataset: Dataset, label: str, place: str, names: str | None) -> tuple[Dataset, list[str]]:
     """The dataset with its labels as numbers from 0, and the names of the classes in this order."""
-    feature, values = dataset.features[label], dataset.with_format(None)[label][:]
+    feature, column = dataset.features[label], as_text(arrow_column(dataset, label), label, place)
+    values = column.to_pylist()
     if None in values:
         raise ValueError(f"{place}, row {values.index(None)}: no label in the column {label!r}. Remove the row.")
     if isinstance(feature, ClassLabel):
@@ -128,7 +131,7 @@ def _numbered(dataset: Dataset, label: str, place: str, names: str | None) -> tu
             )
         own = feature.names
         return dataset, _spaced(read_names(None, own)) if names is None else read_names(names, own)
-    if is_text(feature):
+    if pa.types.is_string(column.type):
         texts = [normal_name(value) for value in values]
         if "" in texts:
             raise ValueError(f"{place}, row {texts.index('')}: an empty label in the column {label!r}. Fill it in.")
@@ -175,7 +178,7 @@ def _read_hub(
     names: str | None = None,
     templates: str | None = None,
 ) -> LabelledImages:
-    dataset = load_dataset(name, config, split=split, revision=revision)
+    dataset = load_hub(name, split, config=config, revision=revision)
     return _from_columns(dataset, f"{name!r}, split {split!r}", image, label, names, templates)
 
 

@@ -4,10 +4,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from datasets import Dataset, Image, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, Image, concatenate_datasets
 
-from modeling_dclip.data.columns import put_columns, with_images
-from modeling_dclip.data.files import load_parquet, match_parquet
+from modeling_dclip.data.columns import id_texts, put_columns, text_lists, with_images
+from modeling_dclip.data.files import load_hub, load_parquet, match_parquet
 from modeling_dclip.data.questions.rows import PAIR_FEATURE, QUESTION_FEATURES, answerable
 from modeling_dclip.data.rows import FIX_PATHS, first, present_images, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_file
@@ -27,11 +27,11 @@ def _require(dataset: Dataset, column: str, option: str, name: str) -> str:
 def _texts(dataset: Dataset, column: str, name: str) -> list[list[str]]:
     """The texts of every row, whether stored as lists or one text a row; empty ones are an error."""
     rows = []
-    for row, value in enumerate(dataset.select_columns([column]).with_format(None)[column][:]):
-        texts = value if isinstance(value, list) else [value]
-        if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise ValueError(f"{name}, row {row}: expected text in the column {column!r}, got {value!r:.80}.")
-        rows.append([text.strip() for text in texts])
+    for row, texts in enumerate(text_lists(dataset, column, name)):
+        if not texts or not all(text and text.strip() for text in texts):
+            found = texts[0] if texts and len(texts) == 1 else texts
+            raise ValueError(f"{name}, row {row}: expected text in the column {column!r}, got {found!r:.80}.")
+        rows.append([(text or "").strip() for text in texts])
     return rows
 
 
@@ -54,7 +54,15 @@ def _categories(dataset: Dataset, column: str | None, defaults: Sequence[str], n
     if column is not None:
         _require(dataset, column, "category", name)
     column = column or next((default for default in defaults if default in dataset.column_names), None)
-    return [""] * len(dataset) if column is None else [str(value or "") for value in dataset[column][:]]
+    if column is None:
+        return [""] * len(dataset)
+    feature, values = dataset.features[column], dataset.with_format(None)[column][:]
+    if isinstance(feature, ClassLabel):
+        values = [None if value is None else feature.int2str(value) for value in values]
+    for row, value in enumerate(values):
+        if not isinstance(value, str | int | None) or isinstance(value, bool):
+            raise ValueError(f"{name}, row {row}: expected text in the column {column!r}, got {value!r:.80}.")
+    return ["" if value is None else str(value) for value in values]
 
 
 def _with_columns(images: Dataset, columns: dict[str, list[Any]]) -> Dataset:
@@ -65,7 +73,7 @@ def _with_columns(images: Dataset, columns: dict[str, list[Any]]) -> Dataset:
 def _pair_rows(dataset: Dataset, category: str | None, name: str) -> Dataset:
     """Winoground's form: rows 0 to N - 1 are the pictures 0, the next N the pictures 1."""
     captions = [[texts[0] for texts in _texts(dataset, f"caption_{side}", name)] for side in (0, 1)]
-    ids = [str(value) for value in (dataset["id"][:] if "id" in dataset.column_names else range(len(dataset)))]
+    ids = id_texts(dataset, "id", name) if "id" in dataset.column_names else list(map(str, range(len(dataset))))
     if repeated := [pair for pair, count in Counter(ids).items() if count > 1]:
         raise ValueError(f"{name}: {len(repeated)} ids come twice, first: {first(repeated)}. Remove one row of each.")
     categories = _categories(dataset, category, ("collapsed_tag", "category"), name)
@@ -202,4 +210,4 @@ def read_item_hub(
         ValueError: If there is no such split, or as [`standardise_items`] says.
     """
     columns: dict[str, Any] = {"image": image, "caption": caption, "negatives": negatives, "category": category}
-    return standardise_items(load_dataset(name, config, split=split), **columns, name=f"{name}-{split}")
+    return standardise_items(load_hub(name, split, config=config), **columns, name=f"{name}-{split}")

@@ -13,12 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-from datasets import Dataset, List, Value
+from datasets import Dataset
 from datasets import Image as ImageFeature
 from PIL import Image
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.columns import BOXES_FEATURE, SCORES_FEATURE, put_columns
 from modeling_dclip.data.files import remove_leftovers, replacing, write_json
 from modeling_dclip.data.images import UnreadableImageError, open_image, read_encoded
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
@@ -101,9 +101,6 @@ class RegionCache:
 __all__ = ["RegionDetector", "add_regions", "build_detector"]
 
 logger = logging.getLogger(__name__)
-
-BOXES_FEATURE = List(List(Value("float32"), length=4))
-SCORES_FEATURE = List(Value("float32"))
 
 
 @dataclass
