@@ -16,8 +16,12 @@ Beside the folders of the splits lie `classnames.txt`, `zeroshot_classification_
 import mmap
 import os
 import re
+import shutil
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote
@@ -25,7 +29,6 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, DatasetInfo, Features, Image, List, Value
-from fsspec.callbacks import TqdmCallback
 from huggingface_hub import constants, hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -38,7 +41,15 @@ from huggingface_hub.errors import (
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.failures import TransportError, one_line
-from modeling_dclip.data.files import decode_text, parse_json, read_bytes, replacing, user_cache_dir
+from modeling_dclip.data.files import (
+    decode_text,
+    parse_json,
+    read_bytes,
+    replacing,
+    temporary_folder,
+    user_cache_dir,
+    writing,
+)
 from modeling_dclip.data.labels.prompts import NAMES_FILE, TEMPLATES_FILE, parse_lines
 from modeling_dclip.data.reinforced.shards import (
     IMAGE_MEMBERS,
@@ -59,6 +70,9 @@ if TYPE_CHECKING:
     from fsspec.implementations.http import HTTPFileSystem
 
 _TIMEOUT_S = 60
+_SETTLED_S = 60  # between a file's last change and its fetch, clocks of two machines included
+_CHUNK_BYTES = 1 << 20
+_SLOWEST_BYTES_PER_S = 1 << 10
 _URL = re.compile(r"https?://")
 # The page of a dataset on the Hub, or on a server like it, with or without a branch.
 _HUB_PAGE = re.compile(r"(https?://[^/]+)/datasets/([^/]+/[^/]+)(?:/tree/([^/]+))?")
@@ -120,18 +134,20 @@ class WebdatasetFiles:
         Raises:
             ConnectionError: If the server cannot be reached or refuses.
             FileNotFoundError: If there is no such file.
-            ValueError: If it is not UTF-8.
+            ValueError: If it is not UTF-8, or too large for a text.
         """
         place = self.place(name)
         if self._hub is not None:
             content = read_bytes(self._fetch_from_hub(self._hub, name))
         elif self.remote:
             with _naming(place):
-                content = _http_files().cat_file(place)
+                content = _receive_text(_http_files(), place)
         else:
             path = Path(self.root, name)
             if not path.is_file():
                 raise FileNotFoundError(f"No file '{path}'. Check the path and the split.")
+            if path.stat().st_size > MOST_TEXT_BYTES:
+                raise ValueError(f"Expected a text of at most {MOST_TEXT_BYTES >> 20} MiB at '{path}', got more.")
             content = read_bytes(path)
         return decode_text(content, place)
 
@@ -151,7 +167,7 @@ class WebdatasetFiles:
         """A tar on this machine. It is fetched if it is remote and not in the cache yet.
 
         Raises:
-            ConnectionError: If the server cannot be reached, refuses, or sends less than it said.
+            ConnectionError: If the server cannot be reached, refuses, is too slow, or sends less than it said.
             FileNotFoundError: If there is no such shard.
         """
         if self._hub is not None:
@@ -196,18 +212,93 @@ class WebdatasetFiles:
             ) from error
         return Path(path)
 
+    def forget(self, path: Path) -> None:
+        """Drop a fetched shard that is damaged, so that the next run fetches it again. A local one stays."""
+        if self.remote and self._hub is None:
+            path.unlink(missing_ok=True)
+
     def _fetch_over_http(self, name: str) -> Path:
         url, files = self.place(name), _http_files()
         with _naming(url):
             answer = files.info(url)
-            version = answer.get("ETag") or answer.get("Last-Modified")
-            path = self.cache_dir / combine_keys([url, str(version), str(answer["size"])]) / Path(name).name
-            if version is not None and path.is_file():
-                return path
-            bar = {"desc": f"Fetching {path.name}", "unit": "B", "unit_scale": True}
-            with replacing(path) as temporary, TqdmCallback(bar, tqdm_cls=tqdm) as progress:
-                files.get_file(url, os.fspath(temporary), callback=progress)
+            version = _Version(answer.get("ETag"), answer.get("Last-Modified"), answer["size"])
+        path = self._kept(url, name, version)
+        if version.is_of(path):
+            return path
+        bar: dict[str, Any] = {"desc": f"Fetching {path.name}", "unit": "B", "unit_scale": True, "total": version.size}
+        with writing(self.cache_dir):
+            self.cache_dir.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(self.cache_dir, ".fetching.") as folder, tqdm(**bar) as progress:
+                with _naming(url):
+                    found = _receive_file(files, url, folder / path.name, progress)
+                path = self._kept(url, name, found)  # another one, if the file changed after the question
+                with replacing(path) as temporary:
+                    shutil.move(folder / path.name, temporary)
         return path
+
+    def _kept(self, url: str, name: str, version: "_Version") -> Path:
+        tag = str(version.etag or version.modified)
+        return self.cache_dir / combine_keys([url, tag, str(version.size)]) / Path(name).name
+
+
+class _Version(NamedTuple):
+    """What a server says of the state of a file."""
+
+    etag: str | None
+    modified: str | None
+    size: int | None
+
+    def is_of(self, path: Path) -> bool:
+        """Whether a file that was fetched under this version is what the server has now.
+
+        A time alone says so only if the file was fetched well after it: within one second a file may change twice.
+        """
+        if not path.is_file() or self.size not in (None, path.stat().st_size):
+            return False
+        if self.etag or not self.modified:
+            return bool(self.etag)
+        try:
+            modified = parsedate_to_datetime(self.modified).timestamp()
+        except (ValueError, TypeError, OverflowError):
+            return False
+        return path.stat().st_mtime - modified > _SETTLED_S
+
+
+async def _receive(files: "HTTPFileSystem", url: str, keep: Callable[[bytes], Any], most: int) -> _Version:
+    session = await files.set_session()
+    async with session.get(files.encode_url(url)) as answer:
+        answer.raise_for_status()
+        total, begun = 0, time.monotonic()
+        async for chunk in answer.content.iter_chunked(_CHUNK_BYTES):
+            keep(chunk)
+            total, passed = total + len(chunk), time.monotonic() - begun
+            if total > most:
+                raise ConnectionError(f"Expected at most {most >> 20} MiB at '{url}', got more. Check the address.")
+            if passed > _TIMEOUT_S and total < passed * _SLOWEST_BYTES_PER_S:
+                raise ConnectionError(f"'{url}' came too slowly ({total} bytes in {passed:.0f} s). Try again later.")
+        plain = answer.headers.get("Content-Encoding", "identity") in ("identity", "")
+        size = answer.content_length if plain else None
+        return _Version(answer.headers.get("ETag"), answer.headers.get("Last-Modified"), size)
+
+
+def _receive_text(files: "HTTPFileSystem", url: str) -> bytes:
+    from fsspec.asyn import sync
+
+    content = bytearray()
+    sync(files.loop, _receive, files, url, content.extend, MOST_TEXT_BYTES)
+    return bytes(content)
+
+
+def _receive_file(files: "HTTPFileSystem", url: str, path: Path, progress: tqdm) -> _Version:
+    from fsspec.asyn import sync
+
+    with path.open("wb") as file:
+
+        def keep(chunk: bytes) -> None:
+            file.write(chunk)
+            progress.update(len(chunk))
+
+        return sync(files.loop, _receive, files, url, keep, sys.maxsize)
 
 
 def _http_files() -> "HTTPFileSystem":
@@ -230,7 +321,7 @@ def _naming(url: str) -> Iterator[None]:
 
     try:
         yield
-    except (aiohttp.ClientError, FSTimeoutError, FileNotFoundError) as error:
+    except (aiohttp.ClientError, FSTimeoutError, FileNotFoundError, UnicodeError) as error:
         # `info` of fsspec raises FileNotFoundError for every failure; the cause says which one it was.
         reason = (error.__cause__ or error) if isinstance(error, FileNotFoundError) else error
         status = reason.status if isinstance(reason, aiohttp.ClientResponseError) else None
@@ -238,6 +329,10 @@ def _naming(url: str) -> Iterator[None]:
             raise FileNotFoundError(
                 f"No file at '{url}' (HTTP status {status or 404}). Check the address and the split."
             ) from error
+        if isinstance(reason, (aiohttp.InvalidURL, UnicodeError)):
+            raise ValueError(f"Expected an address, got '{url}' ({one_line(reason)}). Check it.") from error
+        if isinstance(reason, aiohttp.TooManyRedirects):
+            raise ConnectionError(f"'{url}' is redirected in a circle. Check the address.") from error
         if status is not None:
             raise ConnectionError(
                 f"Expected '{url}' to be served, got the HTTP status {status}. Try again, or copy the set to a folder."
@@ -398,8 +493,14 @@ def _read_rows(
         path = files.shard(f"{split}/{number}.tar")
         status = path.stat()
         identity.append(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}")
-        content = _map(path)
-        samples = [read(place, content) for place in _scan(path)]
+        try:
+            content = _map(path)
+            samples = [read(place, content) for place in _scan(path)]
+        except ValueError as error:
+            files.forget(path)
+            if not files.remote:
+                raise
+            raise ValueError(f"{error} It came from '{files.place(f'{split}/{number}.tar')}'.") from error
         ids = [f"{files.name}/{split}/{number}.tar/{sample.member}" for sample in samples]
         seen += ids
         for part in _within_reach(samples, path):

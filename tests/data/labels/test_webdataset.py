@@ -1,10 +1,18 @@
 """`clip-benchmark/wds_*` sets: rows point into tars, in a folder, on a Hub or behind http; every damage is named."""
 
+import base64
+import contextlib
+import http.server
+import os
 import re
 import socket
+import threading
+import time
+from email.utils import formatdate
 from types import SimpleNamespace
 from unittest.mock import Mock
 
+import fsspec
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Image, Value
@@ -37,7 +45,10 @@ def read(root, split="test", **options):
 
 @pytest.fixture(scope="module")
 def two_shards(tmp_path_factory):
-    return write_set(tmp_path_factory.mktemp("sets") / "wds_two", TWO_SHARDS)
+    root = write_set(tmp_path_factory.mktemp("sets") / "wds_two", TWO_SHARDS)
+    for path in root.rglob("*"):
+        os.utime(path, (0, time.time() - 3600))
+    return root
 
 
 @pytest.fixture
@@ -122,6 +133,161 @@ def test_a_shard_that_breaks_off_is_not_kept_and_the_ones_before_are(served, tmp
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["0.tar"]
     handler.cut = False
     assert len(read(address, cache_dir=tmp_path)) == 5
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """A server that calls `answer(handler)` for every request: its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            with contextlib.suppress(ConnectionError):
+                answer(self)
+
+        do_HEAD = do_GET
+
+        def send(self, content, status=200, **headers):
+            self.send_response(status)
+            for name, value in {"Content_Length": str(len(content)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(content)
+
+        def log_message(self, *words):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/set"
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_file_that_changes_under_one_name_is_fetched_again(two_shards, tmp_path):
+    first, second = ((two_shards / "test" / f"{number}.tar").read_bytes() for number in (0, 1))
+    second = second.ljust(len(first), b"\0")
+    state = {"content": first, "headers": {"ETag": '"1"'}}
+    with answering(lambda handler: handler.send(state["content"], **state["headers"])) as address:
+        files = WebdatasetFiles(address, cache_dir=tmp_path)
+
+        def fetched(content, **headers):
+            state.update(content=content, headers=headers)
+            return files.shard("test/0.tar").read_bytes()
+
+        assert fetched(first, ETag='"1"') == first
+        assert fetched(second, ETag='"1"') == first  # the server's word
+        assert fetched(second, ETag='"2"') == second
+        assert fetched(first) == first and fetched(second) == second  # no word at all: never kept
+        now, hour_ago = (formatdate(time.time() - seconds, usegmt=True) for seconds in (0, 3600))
+        assert fetched(first, Last_Modified=now) == first  # it may change within this second
+        assert fetched(second, Last_Modified=now) == second
+        assert fetched(first, Last_Modified=hour_ago) == first and fetched(second, Last_Modified=hour_ago) == first
+        assert (
+            fetched(second, Last_Modified="yesterday") == second and fetched(first, Last_Modified="yesterday") == first
+        )
+
+
+def test_a_file_that_changes_between_question_and_answer_is_kept_as_what_it_is(tmp_path):
+    def answer(handler):
+        new = handler.command == "GET"
+        handler.send(b"new" if new else b"old!", ETag='"2"' if new else '"1"')
+
+    with answering(answer) as address:
+        files = WebdatasetFiles(address, cache_dir=tmp_path)
+        assert files.shard("test/0.tar").read_bytes() == b"new"
+    with answering(lambda handler: handler.send(b"old!", ETag='"1"')) as address:
+        assert WebdatasetFiles(address, cache_dir=tmp_path).shard("test/0.tar").read_bytes() == b"old!"
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["0.tar", "0.tar"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "message"),
+    [
+        (lambda handler: handler.send(b"", 302, Location=handler.path), ConnectionError, "redirected in a circle"),
+        (lambda handler: handler.send(b"<!doctype html>"), ValueError, "number of shards in .*got '<!doctype html>'"),
+        (lambda handler: handler.send(b"1" * 5000), ValueError, "number of shards in .*got '1111"),
+        (lambda handler: handler.send(b"\xff1"), ValueError, "Expected UTF-8 text in '.*nshards.txt'"),
+        (lambda handler: handler.send(b"1" * (2 << 20)), ConnectionError, "Expected at most 1 MiB at .*nshards.txt"),
+        (lambda handler: handler.send(b"1", Content_Length="9"), ConnectionError, "nshards.txt' broke off"),
+        (
+            lambda handler: handler.wfile.write(b"HTTP/0.0 hello\r\n\r\n"),
+            ConnectionError,
+            "nshards.txt' to be served, got",
+        ),
+    ],
+    ids=["a circle", "a page", "too many", "no text", "endless", "cut", "no HTTP"],
+)
+def test_an_odd_answer_is_one_line_with_its_address(tmp_path, monkeypatch, answer, error, message):
+    monkeypatch.setattr(webdataset, "MOST_TEXT_BYTES", 1 << 20)
+    with answering(answer) as address, pytest.raises(error, match=message) as caught:
+        load_captions(f"wds:{address},cache_dir={tmp_path}")
+    assert address in str(caught.value) and not list(tmp_path.iterdir())
+
+
+def test_a_server_that_drips_is_left(tmp_path, monkeypatch):
+    monkeypatch.setattr(webdataset, "_TIMEOUT_S", 0.3)
+
+    def drip(handler):
+        handler.send_response(200)
+        handler.end_headers()
+        while True:
+            handler.wfile.write(b"1")
+            time.sleep(0.05)
+
+    with answering(drip) as address, pytest.raises(ConnectionError, match="nshards.txt' came too slowly"):
+        load_captions(f"wds:{address},cache_dir={tmp_path}")
+
+
+def test_a_page_in_place_of_a_shard_is_named_and_not_kept(tmp_path):
+    state = {"tar": b"<!doctype html>" * 100}
+
+    def answer(handler):
+        texts = {"nshards.txt": b"1", "dataset_type.txt": b"retrieval", "0.tar": state["tar"]}
+        handler.send(texts[handler.path.rsplit("/", 1)[1]], ETag='"always"')
+
+    spec = "wds:{},cache_dir=" + str(tmp_path / "cache")
+    with answering(answer) as address:
+        with pytest.raises(ValueError, match=f"expected an uncompressed tar.* It came from '{address}/test/0.tar'"):
+            load_captions(spec.format(address))
+        assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+        write_tar(tmp_path / "good.tar", captioned(0, "a dog"))
+        state["tar"] = (tmp_path / "good.tar").read_bytes()
+        assert load_captions(spec.format(address))["captions"][:] == [["a dog"]]
+
+
+def test_a_fetch_that_is_interrupted_leaves_nothing_and_begins_anew(served, tmp_path, monkeypatch):
+    address, _ = served
+    receive, files = webdataset._receive_file, WebdatasetFiles(address, cache_dir=tmp_path)
+
+    def interrupted(files, url, path, progress):
+        path.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(webdataset, "_receive_file", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.shard("test/0.tar")
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    monkeypatch.setattr(webdataset, "_receive_file", receive)
+    assert files.shard("test/0.tar").stat().st_size > 1000
+
+
+def test_a_password_is_taken_from_netrc_as_the_message_says(tmp_path, monkeypatch):
+    word = base64.b64encode(b"me:word").decode()
+
+    def answer(handler):
+        allowed = handler.headers.get("Authorization") == f"Basic {word}"
+        handler.send(b"1" if allowed else b"", 200 if allowed else 403)
+
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login me password word\n")
+    with answering(answer) as address:
+        with pytest.raises(ConnectionError, match="got the HTTP status 403"):
+            WebdatasetFiles(address).text("nshards.txt")
+        monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+        fsspec.filesystem("http").clear_instance_cache()
+        assert WebdatasetFiles(address).text("nshards.txt") == "1"
 
 
 def test_a_server_that_refuses_and_one_that_is_not_there_are_named(served, tmp_path):
