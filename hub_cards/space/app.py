@@ -17,6 +17,7 @@ from PIL import Image
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.images import UnreadableImageError, open_image
+from modeling_dclip.evaluation.reports.document import escape_markdown
 from modeling_dclip.hub.space import (
     DETECTOR,
     GALLERY,
@@ -81,7 +82,7 @@ def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tupl
                     raise UserMistake(given.message)
             return function(*inputs)
         except UserMistake as mistake:
-            return None, f"⚠️ {mistake}"
+            return None, f"⚠️ {escape_markdown(str(mistake))}"
 
     return answer
 
@@ -194,8 +195,8 @@ def build_app(answers: SpaceAnswers) -> gr.Blocks:
     examples = save_examples(answers)
     with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
         gr.Markdown(
-            f"# Picture search\n{len(answers.gallery)} pictures, model **{short_name(answers.name)}**"
-            f"{f', teacher **{short_name(answers.teacher_name)}**' if answers.teacher_name else ''}. "
+            f"# Picture search\n{len(answers.gallery)} pictures, model **{escape_markdown(short_name(answers.name))}**"
+            f"{f', teacher **{escape_markdown(short_name(answers.teacher_name))}**' if answers.teacher_name else ''}. "
             "Everything is computed on this machine."
         )
         with gr.Tab("Text to picture"):

@@ -24,6 +24,7 @@ from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.encoders.loading import load_checked, load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
+from modeling_dclip.evaluation.reports.document import escape_markdown
 from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
@@ -186,7 +187,7 @@ class SpaceAnswers:
         scores = torch.softmax(cosines * (100.0 if scale is None else float(scale.detach().exp())), dim=0)
         return dict(
             zip(names, scores.tolist(), strict=True)
-        ), f"Most likely: {prompt.replace('{}', names[int(scores.argmax())])!r}."
+        ), f"Most likely: {escape_markdown(repr(prompt.replace('{}', names[int(scores.argmax())])))}."
 
     def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, str]:
         """Draw the teacher's attention over the picture's regions; and a remark."""

@@ -177,6 +177,18 @@ def test_mistakes_become_a_remark_and_faults_stay_faults(app, answers):
         app.said_plainly(lambda: 1 / 0)()
 
 
+def test_a_visitors_words_are_shown_as_they_are(answers, app):
+    words = "<img src=x onerror=alert(1)> ![x](http://a/b.png) {}"
+
+    def mistaken():
+        raise app.UserMistake(words)
+
+    shown = "&lt;img src=x onerror=alert(1)> ![x]\\(http://a/b.png) {}"
+    assert app.said_plainly(mistaken)() == (None, f"⚠️ {shown}")
+    _, remark = answers.classify(answers.picture(0), "red circle, blue square", words)
+    assert remark.startswith("Most likely: '&lt;img") and "](http" not in remark
+
+
 def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch, capsys):
     for name in ("MODEL", "TEACHER", "GALLERY", "DETECTOR"):
         monkeypatch.delenv(name, raising=False)

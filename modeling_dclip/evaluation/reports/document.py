@@ -2,7 +2,8 @@
 
 A table is rows of cells, a report is a list of blocks. Each is made once and rendered to both forms; nothing reads
 Markdown back. Whatever came from a file is escaped: in HTML by the templates (autoescape), in Markdown by
-[`escape_markdown`].
+[`escape_markdown`] and [`code_markdown`]. Characters that nobody sees or that no file can hold are written out by
+[`show_text`] in every form.
 
 A page has its style and pictures inside, runs no script, and is laid out for a screen, a telephone and paper.
 """
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import jinja2
+from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).with_name("templates")
 
@@ -157,25 +159,77 @@ class Report(NamedTuple):
         return parts
 
 
-def escape_markdown(text: str) -> str:
-    """Write text so that Markdown shows it as it is and never as a tag, an entity, a link or a picture.
+# Characters that no page should hold: controls (not the white space among them), lone surrogates, which UTF-8 cannot
+# write, marks that turn the direction of writing around, and what is no character.
+_UNSEEN = re.compile("[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\ud800-\udfff\u202a-\u202e\u2066-\u2069\ufffe\uffff]")
+
+
+def show_text(text: str) -> str:
+    r"""Write out what cannot be shown: control characters, bytes of a file name that are no UTF-8, marks that turn the
+    direction of writing around.
+
+    Example:
+        >>> show_text("caf\udce9 \x1b[1m")
+        'caf\\xe9 \\x1b[1m'
+    """
+
+    def write_out(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if 0xDC80 <= code <= 0xDCFF:  # how Python holds a byte of a file name that is no UTF-8
+            code -= 0xDC00
+        return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+    return _UNSEEN.sub(write_out, text)
+
+
+_BEFORE_PUNCTUATION = re.compile(r"\\(?=[!-/:-@\[-`{-~]|$)")
+
+
+def _in_one_line(text: str) -> str:
+    return " ".join(show_text(text).splitlines())
+
+
+def escape_markdown(text: str, *, in_table: bool = False) -> str:
+    """Write text so that Markdown shows it as it is and never as a tag, an entity, code, a link or a picture.
 
     Only what would become one of these changes: most names stay as they are, in a terminal too. Line breaks become
     spaces.
+
+    Args:
+        text (`str`): Any.
+        in_table (`bool`, *optional*, defaults to `False`): The text is a cell: a pipe does not end it.
 
     Example:
         >>> escape_markdown("<b>R&D</b> &lt; ![x](y)")
         '&lt;b>R&D&lt;/b> &amp;lt; ![x]\\\\(y)'
     """
-    text = re.sub(r"&(?=#?\w+;)", "&amp;", " ".join(text.splitlines()))
-    return text.replace("<", "&lt;").replace("](", "]\\(")
+    text = re.sub(r"&(?=#?\w+;)", "&amp;", _in_one_line(text))
+    text = _BEFORE_PUNCTUATION.sub(
+        "&#92;", text
+    )  # such a backslash would vanish, or take the effect of one below away
+    text = text.replace("<", "&lt;").replace("`", "\\`").replace("](", "]\\(").replace("][", "]\\[")
+    text = re.sub(r"^(\s*\[[^\]]*\]):", r"\1\\:", text)  # the place of a link
+    return text.replace("|", "\\|") if in_table else text
 
 
-def _code_markdown(text: str) -> str:
-    """Code between more backticks than the text has in a row."""
+def code_markdown(text: str, *, in_table: bool = False) -> str:
+    """Write text as code, between more backticks than the text has in a row. Line breaks become spaces.
+
+    Args:
+        text (`str`): Any.
+        in_table (`bool`, *optional*, defaults to `False`): The text is a cell: a pipe does not end it.
+
+    Example:
+        >>> code_markdown("a `b`")
+        '`` a `b` ``'
+    """
+    text = _in_one_line(text)
     longest = max(map(len, re.findall("`+", text)), default=0)
     fence, space = "`" * (longest + 1), " " if longest else ""
-    return f"{fence}{space}{' '.join(text.splitlines())}{space}{fence}"
+    if in_table and "\\|" in text:  # no cell can hold this as code
+        return escape_markdown(text, in_table=True)
+    text = text.replace("|", "\\|") if in_table else text
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def _table_markdown(table: Table) -> str:
@@ -184,7 +238,7 @@ def _table_markdown(table: Table) -> str:
         table.header,
         *([cell.markdown if isinstance(cell, Cell) else cell for cell in row] for row in table.rows),
     ]
-    cells = [[escape_markdown(cell).replace("|", "\\|") for cell in line] for line in lines]
+    cells = [[escape_markdown(cell, in_table=True) for cell in line] for line in lines]
     widths = [max(3, *(len(line[column]) for line in cells)) for column in range(len(table.header))]
     rule = ["-" * (width - (i >= table.left)) + ":" * (i >= table.left) for i, width in enumerate(widths)]
 
@@ -203,15 +257,16 @@ def _block_markdown(block: Block, folder: str) -> str:
         return f"{'#' * block.level} {escape_markdown(block.text)}"
     if isinstance(block, Text):
         return "".join(
-            _code_markdown(part) if isinstance(part, Code) else escape_markdown(part) for part in block.parts
+            code_markdown(part) if isinstance(part, Code) else escape_markdown(part) for part in block.parts
         )
     if isinstance(block, Warnings):
         return "\n".join(f"> - ⚠ {escape_markdown(item)}" for item in block.items)
     if isinstance(block, Table):
         return _table_markdown(block)
     if isinstance(block, Picture):
-        return f"![{escape_markdown(block.alt)}]({folder}/{block.name})"
-    return "\n".join(f"- {term}: {escape_markdown(text)}" for term, text in block.items)
+        alt = escape_markdown(block.alt).replace("\\[", "[").replace("[", "&#91;").replace("]", "&#93;")
+        return f"![{alt}]({folder}/{block.name})"
+    return "\n".join(f"- {escape_markdown(term)}: {escape_markdown(text)}" for term, text in block.items)
 
 
 def render_markdown(blocks: Sequence[Block], folder: str = "plots") -> str:
@@ -233,6 +288,11 @@ def render_markdown(blocks: Sequence[Block], folder: str = "plots") -> str:
     return "\n\n".join(_block_markdown(block, folder) for block in blocks)
 
 
+def _finalize(value: Any) -> Any:
+    """What a template shows, before it is escaped; what a macro made was shown before."""
+    return show_text(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
 @cache
 def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
@@ -242,6 +302,7 @@ def _environment() -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
+        finalize=_finalize,
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
     environment.filters["thousands"] = lambda number: f"{number:,}"

@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image as PILImage
 
 from modeling_dclip.data.files import list_folder, read_json, write_bytes
+from modeling_dclip.evaluation.reports.document import show_text
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,8 @@ def new_figure(width: float, height: float) -> Any:
 def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """Write a figure as PNG, whole or not at all.
 
+    Texts are drawn as they are: nothing in them is a formula, and what cannot be drawn is written out.
+
     Args:
         figure (`matplotlib.figure.Figure`): From [`new_figure`].
         path (`str` or `os.PathLike`): A `.png` file.
@@ -122,6 +125,11 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     """
     if Path(path).suffix.lower() != ".png":
         raise ValueError(f"Expected a .png file to draw to, got {str(path)!r}.")
+    from matplotlib.text import Text
+
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a dollar sign in a name is no formula
+        text.set_text(show_text(text.get_text()))
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor="white", metadata={"Software": None})
     write_bytes(path, buffer.getvalue())

@@ -7,8 +7,9 @@ missing fact is an error.
 import os
 import random
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, is_dataclass, replace
+from dataclasses import fields as fields_of
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel, pipeline
 
 from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
 from modeling_dclip.evaluation.records import Record
+from modeling_dclip.evaluation.reports.document import code_markdown, escape_markdown, show_text
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.hub.publish.licences import LICENCES, Origin
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -243,8 +245,10 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-        autoescape=False,  # Markdown
+        autoescape=False,  # Markdown: `text` and `code` escape what comes from files
     )
+    environment.filters |= {"text": escape_markdown, "code": code_markdown}
+    facts = _show_all(facts)
     try:
         body = environment.get_template(name).render(**facts, kind=kind, name=facts["repos"][kind].split("/")[1])
     except jinja2.UndefinedError as error:
@@ -253,6 +257,21 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         ) from error
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return f"---\n{make_metadata(kind, facts).to_yaml()}\n---\n\n{body}\n"
+
+
+def _show_all(value: Any) -> Any:
+    """Facts as they can be written: see [`~modeling_dclip.evaluation.reports.document.show_text`]."""
+    if isinstance(value, str):
+        return show_text(value)
+    if isinstance(value, Mapping):
+        return {show_text(str(name)): _show_all(one) for name, one in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*map(_show_all, value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(_show_all, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: _show_all(getattr(value, one.name)) for one in fields_of(value)})
+    return value
 
 
 def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:

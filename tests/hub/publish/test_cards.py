@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from huggingface_hub import ModelCard
 from transformers import AutoModel
 
 from modeling_dclip.encoders.loading import load_merged
+from modeling_dclip.evaluation.reports.document import show_text
 from modeling_dclip.hub.publish.cards import (
     LABELS,
     REPO_SUFFIXES,
@@ -261,3 +263,59 @@ def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
     own, reference = select_records(records, "sha256:own", make_arguments("m", "r"))
     assert [one["metrics"]["top1"] for one in own] == [0.3]
     assert [one["metrics"]["top1"] for one in reference] == [0.2]
+
+
+HOSTILE = (
+    "<script>alert(1)</script> <img src=x onerror=alert(1)>",
+    "a | b \\| c ` d `` e",
+    "x: y\n---\nlicense: mit\n---\n# {title}",
+    "[x](javascript:alert(1)) ![x](http://a/b.png) [y]: z",
+    "caf\udce9 \x00\x1b[1m \u202eexe",
+    "&lt;script&gt; 'quote' \"double\" #hash !tag *star @at %percent",
+)
+
+
+def spoil(value, text, path=()):
+    """The facts with a text in every field that comes from files or names, not from a closed list."""
+    closed = {"repos", "license", "base_models", "cross_attention", "section", "table", "leakage", "path", "labels"}
+    closed |= {"image_parameters_millions", "text_parameters_millions", "parameters_millions"}  # numbers
+    closed |= {"family", "outputs", "dtype", "hub_id", "allowed", "emissions_grams", "license_link", "split"}
+    if isinstance(value, dict):
+        return {name: one if name in closed else spoil(one, text, (*path, name)) for name, one in value.items()}
+    if is_dataclass(value):
+        changed = {one.name: getattr(value, one.name) for one in fields(value)}
+        return replace(value, **{name: spoil(one, text) for name, one in changed.items() if name not in closed})
+    if isinstance(value, (list, tuple)):
+        return type(value)(spoil(one, text, path) for one in value)
+    if path[-2:] == ("records", "benchmark"):
+        return f"retrieval={text}"
+    return text if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("text", HOSTILE, ids=ascii)
+@pytest.mark.parametrize(("family", "kind"), [(family, kind) for family, kinds in KINDS.items() for kind in kinds])
+def test_no_text_of_a_card_becomes_markup_or_metadata(made, family, kind, text):
+    markdown_it = pytest.importorskip("markdown_it", reason="needs markdown-it-py, which gradio brings")
+    parse = markdown_it.MarkdownIt("commonmark").enable("table").parse
+    facts = gather(made, family, hardware="1 x H200", emissions_grams=120.5)
+    facts["training"] |= {"uncaptioned": ["a"], "excluded": ["b"], "datasets": ["hub:a/b:c"], "teachers": ["t"]}
+    facts["data_terms"] = ["A term."]
+    card, plain = (render_card(kind, spoil(facts, one)) for one in (text, "plain"))
+    assert find_fault(card) is None
+    bodies = [re.sub(r"\A---\n.*?\n---\n", "", one, flags=re.DOTALL) for one in (card, plain)]
+    tokens, expected = (parse(body) for body in bodies)
+    assert [token.type for token in tokens] == [token.type for token in expected]
+    inner, expected = ([one for token in found for one in token.children or ()] for found in (tokens, expected))
+    for wanted in ("html_inline", "link_open", "image", "code_inline", "strong_open"):
+        found, without = (
+            [(one.content if wanted == "html_inline" else one.attrs) for one in side if one.type == wanted]
+            for side in (inner, expected)
+        )
+        assert len(found) == len(without) or (wanted == "code_inline" and "\\|" in text)  # no cell holds it as code
+        assert wanted == "code_inline" or found == without
+    data, without = (ModelCard(one).data.to_dict() for one in (card, plain))
+    assert data.keys() == without.keys() and data["license"] == without["license"]
+    if kind != "teacher":
+        names = {result["dataset"]["name"] for index in data["model-index"] for result in index["results"]}
+        assert names == {show_text(text)}
+    assert data["co2_eq_emissions"]["hardware_used"] == show_text(text)
