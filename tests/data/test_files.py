@@ -368,8 +368,8 @@ READS = {"read_text", "read_bytes", "open", "glob", "iglob", "rglob", "iterdir",
 READERS = {"json.load", "csv.reader", "csv.DictReader", "yaml.safe_load", "yaml.load"}
 OTHER_READS = {
     "data/images.py": {"Image.open", "open"},  # the door for pictures
-    "data/reinforced/shards.py": {"open", "tarfile.open"},  # members of tar files, by their offsets
-    "data/reinforced/writer.py": {"tarfile.open"},
+    "data/reinforced/shards.py": {"open"},  # members of tar files, by their offsets
+    "data/reinforced/writer.py": {"tarfile.open"},  # to write
     "data/labels/webdataset.py": {"path.open"},  # tar files, mapped into memory
     "encoders/fingerprints.py": {"path.open", "folder.glob"},  # below the door: hashes files of any kind
     "encoders/loading.py": {"folder.glob"},  # below the door: whether a folder has weights

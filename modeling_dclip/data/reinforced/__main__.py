@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Literal
 
 from accelerate import PartialState
-from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.files import check_output_folder, read_json
+from modeling_dclip.data.failures import command
+from modeling_dclip.data.files import check_output_folder, holding, read_json
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
+from modeling_dclip.data.specs import BATCH, SEED, WORKERS, CommandParser, Range
 
 
 @dataclass
@@ -31,43 +31,67 @@ class ReinforcedWriterArguments:
         metadata={"help": "CLIPs, separated by commas: folders, Hub ids, or open_clip:NAME:PRETRAINED."}
     )
     output: str = field(metadata={"help": "Folder to write, or of a run to continue."})
-    augmentations: int = field(default=30, metadata={"help": "Stored augmentations of each image."})
+    augmentations: int = field(
+        default=30, metadata={"help": "Stored augmentations of each image.", "range": Range(1, 10**6, whole=True)}
+    )
     synthetic_captions: str | None = field(
         default=None, metadata={"help": "Column of synthetic captions, e.g. coarse_caption of drawn scenes."}
     )
     captioner: str | None = field(
         default=None, metadata={"help": "Folder or Hub id of a captioner (BLIP, GIT, ViT-GPT2) that writes them."}
     )
-    captions_per_image: int = field(default=5, metadata={"help": "Synthetic captions the captioner draws."})
-    image_size: int = field(default=256, metadata={"help": "Side in pixels of the augmented image, as in training."})
-    min_crop_area: float = field(
-        default=0.08, metadata={"help": "Smallest share of the image that a random resized crop keeps, in (0, 1]."}
+    captions_per_image: int = field(
+        default=5, metadata={"help": "Synthetic captions the captioner draws.", "range": Range(1, 1000, whole=True)}
     )
-    num_operations: int = field(default=2, metadata={"help": "Operations of RandAugment per augmentation."})
-    magnitude: int = field(default=9, metadata={"help": "Strength of RandAugment, 0 to 30."})
-    samples_per_shard: int = field(default=1000, metadata={"help": "Images per file."})
+    image_size: int = field(
+        default=256,
+        metadata={
+            "help": "Side in pixels of the augmented image, as in training.",
+            "range": Range(1, 2**13, whole=True),
+        },
+    )
+    min_crop_area: float = field(
+        default=0.08,
+        metadata={
+            "help": "Smallest share of the image that a random resized crop keeps, in (0, 1].",
+            "range": Range(0, 1, above=True),
+        },
+    )
+    num_operations: int = field(
+        default=2, metadata={"help": "Operations of RandAugment per augmentation.", "range": Range(0, 100, whole=True)}
+    )
+    magnitude: int = field(
+        default=9, metadata={"help": "Strength of RandAugment, 0 to 30.", "range": Range(0, 30, whole=True)}
+    )
+    samples_per_shard: int = field(
+        default=1000, metadata={"help": "Images per file.", "range": Range(1, 10**6, whole=True)}
+    )
     dtype: Literal["float16", "float32"] = field(
         default="float16", metadata={"help": "Type of the stored embeddings."}
     )
-    batch_size: int = field(default=64, metadata={"help": "Augmented images in one forward pass."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment."})
-    seed: int = field(default=0, metadata={"help": "Seed of augmentations, sampled captions, and the draw of @COUNT."})
+    batch_size: int = field(default=64, metadata={"help": "Augmented images in one forward pass.", "range": BATCH})
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and augment.", "range": WORKERS})
+    seed: int = field(
+        default=0, metadata={"help": "Seed of augmentations, sampled captions, and the draw of @COUNT.", "range": SEED}
+    )
 
 
 @command
 def main(argv: list[str] | None = None) -> Path:
     """Run the command line and return the index written."""
-    parser = HfArgumentParser(
-        ReinforcedWriterArguments,
-        prog="python -m modeling_dclip.data.reinforced",
-        description=__doc__,
-        formatter_class=HelpFormatter,
+    parser = CommandParser(
+        ReinforcedWriterArguments, prog="python -m modeling_dclip.data.reinforced", description=__doc__
     )
-    (arguments,) = parser.parse_args_into_dataclasses(argv)
+    (arguments,) = parser.parse(argv)
+    if arguments.synthetic_captions is not None and arguments.captioner is not None:
+        raise ValueError("Expected --synthetic_captions (a column) or --captioner, got both. Leave one out.")
     teachers = [spec.strip() for spec in arguments.teachers.split(",")]
     if not all(teachers):
         raise ValueError(f"teachers: expected names separated by commas, got an empty one in {arguments.teachers!r}.")
     check_output_folder(arguments.output)
+    if PartialState().is_main_process:
+        with holding(arguments.output):
+            pass  # another run is refused before models are loaded
     device, seed, captioner = PartialState().device, arguments.seed, None
     if arguments.captioner is not None:
         options = {"captions": arguments.captions_per_image, "seed": seed, "device": device}

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
+from modeling_dclip.data.specs import Range
+
 MAGNITUDE_BINS = 31  # of RandAugment; a magnitude is the number of a bin
 CROP_ATTEMPTS = 10  # then the crop is at the centre, as in torchvision
 
@@ -46,13 +48,15 @@ class AugmentationSettings:
     magnitude: int = 9
 
     def __post_init__(self) -> None:
-        if self.image_size < 1 or self.num_operations < 0 or not 0 <= self.magnitude < MAGNITUDE_BINS:
-            raise ValueError(
-                f"Expected image_size >= 1, num_operations >= 0 and magnitude in [0, {MAGNITUDE_BINS - 1}], got "
-                f"{self}."
-            )
-        if not 0 < self.scale[0] <= self.scale[1] <= 1 or not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ValueError(f"Expected 0 < scale[0] <= scale[1] <= 1 and 0 < ratio[0] <= ratio[1], got {self}.")
+        Range(1, 2**13, whole=True).check(self.image_size, "image_size")
+        Range(0, 100, whole=True).check(self.num_operations, "num_operations")
+        Range(0, MAGNITUDE_BINS - 1, whole=True).check(self.magnitude, "magnitude")
+        for name, most in (("scale", 1), ("ratio", 1000)):
+            first, last = getattr(self, name)
+            if not 0 < first <= last <= most:
+                raise ValueError(
+                    f"{name}: expected two numbers above 0 and up to {most}, the smaller first, got {first}, {last}."
+                )
 
 
 class StoredAugmentation(NamedTuple):

@@ -376,6 +376,19 @@ def _members(path: Path) -> Iterator[_Member]:
     raise DamagedSampleError.at(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
 
 
+def read_shard_fields(path: Path) -> dict[str, str]:
+    """The fields of the header for a whole shard; none if the shard is missing, has none or is damaged there."""
+    if not path.is_file():
+        return {}
+    with open(path, "rb") as file:
+        try:
+            header = _read_tar_header(file.read(_BLOCK))
+            fields = _pax_fields(file.read(min(header.size, _MOST_NAME_BYTES))) if header.kind == b"g" else {}
+            return {key.decode(): value.decode() for key, value in fields.items()}
+        except ValueError:
+            return {}
+
+
 def _split_name(name: str) -> tuple[str, str]:
     """Key and kind of a member: `folder/000.syn.json` is `folder/000` and `syn.json`."""
     folder, slash, base = name.rpartition("/")

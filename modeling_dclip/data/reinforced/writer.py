@@ -1,13 +1,15 @@
 """Write a reinforced dataset: compute the teachers' embeddings of augmented images and captions once.
 
-Each shard is written atomically, and holds a key of everything that made it. A run that was killed goes on at the next
-shard. Several processes share the shards. `reinforced.json` beside the shards holds what a reader needs.
+Each shard is written atomically, and holds a key of everything that made it. A run that was killed goes on at the
+first shard that is missing or damaged. Several processes share the shards; one run at a time writes a folder.
+`reinforced.json` beside the shards holds what a reader needs.
 """
 
 import io
 import json
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,6 +19,7 @@ import PIL
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
@@ -24,7 +27,15 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
-from modeling_dclip.data.files import entry_names, read_json, remove_leftovers, replacing, write_json
+from modeling_dclip.data.files import (
+    LOCK_NAME,
+    entry_names,
+    holding,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+)
 from modeling_dclip.data.images import UnreadableImageError, open_image, read_header
 from modeling_dclip.data.reinforced.augmentations import (
     AugmentationSettings,
@@ -32,7 +43,14 @@ from modeling_dclip.data.reinforced.augmentations import (
     draw_augmentation,
     replay_augmentation,
 )
-from modeling_dclip.data.reinforced.shards import INDEX_NAME, pack_sample, storable_image
+from modeling_dclip.data.reinforced.shards import (
+    INDEX_NAME,
+    DamagedSampleError,
+    pack_sample,
+    read_shard_fields,
+    scan_shard,
+    storable_image,
+)
 from modeling_dclip.data.reinforced.teachers import ReinforcementTeacher, TransformersCaptioner
 from modeling_dclip.data.rows import require_rows
 from modeling_dclip.encoders.fingerprints import combine_keys
@@ -272,15 +290,14 @@ def _write_shard(path: Path, headers: Mapping[str, str], samples: Mapping[int, M
                     tar.addfile(info, io.BytesIO(content))
 
 
-def _read_headers(path: Path) -> dict[str, str]:
-    """The global headers of a shard; none if the shard is missing or cannot be read."""
-    if not path.is_file():
-        return {}
+def _is_whole(path: Path, key: str, samples: int) -> bool:
+    """Whether a shard was made from these inputs and holds so many samples."""
+    if read_shard_fields(path).get(KEY_HEADER) != key:
+        return False
     try:
-        with tarfile.open(path, "r:") as tar:
-            return dict(tar.pax_headers)
-    except tarfile.TarError:
-        return {}
+        return sum(1 for _ in scan_shard(path)) == samples
+    except DamagedSampleError:
+        return False
 
 
 def _differences(stored: Any, now: Any, name: str = "") -> list[str]:
@@ -310,10 +327,34 @@ def _begin(output: Path, made_from: Mapping[str, Any]) -> None:
                 f"'{output}' was written from something else: {'; '.join(different)}. Name another output, or remove "
                 "the folder."
             )
-    elif output.exists() and (not output.is_dir() or entry_names(output)):
+    elif entry_names(output) - {LOCK_NAME}:
         raise FileExistsError(f"'{output}' exists and holds no {INDEX_NAME}. Name another output, or remove it.")
     else:
         write_json(path, {**made_from, "shards": []}, indent=2)
+
+
+@contextmanager
+def _keeping(output: Path, made_from: Mapping[str, Any]) -> Iterator[None]:
+    """Keep the folder to this run, begun in the main process; the others hear of a refusal.
+
+    Raises:
+        OSError: If another run holds the folder, or nothing can be written there.
+        ValueError: As [`_begin`].
+    """
+    state = PartialState()
+    refused: list[Exception | None] = [None]
+    with ExitStack() as held:
+        if state.is_main_process:
+            try:
+                held.enter_context(holding(output))
+                _begin(output, made_from)
+            except (OSError, ValueError) as error:
+                refused = [error]
+        broadcast_object_list(refused)
+        if refused[0] is not None:
+            raise refused[0]
+        yield
+        state.wait_for_everyone()
 
 
 def _write_shards(
@@ -333,7 +374,7 @@ def _write_shards(
         for number, rows in enumerate(rows_of):
             path, key = output / f"{number:06d}.tar", combine_keys([made_by, *keys[rows.start : rows.stop]])
             shards.append({"file": path.name, "samples": len(rows), "key": key})
-            if number % state.num_processes != state.process_index or _read_headers(path).get(KEY_HEADER) == key:
+            if number % state.num_processes != state.process_index or _is_whole(path, key, len(rows)):
                 progress.update(len(rows) * each)
                 continue
             samples = reinforcer.samples(rows, progress)
@@ -341,7 +382,7 @@ def _write_shards(
             packed = {row: sample.pack() for row, sample in zip(rows, samples, strict=True)}
             _write_shard(path, {KEY_HEADER: key, SYNTHETIC_HEADER: str(synthetic)}, packed)
     state.wait_for_everyone()
-    return shards, sum(int(_read_headers(output / shard["file"])[SYNTHETIC_HEADER]) for shard in shards)
+    return shards, sum(int(read_shard_fields(output / shard["file"])[SYNTHETIC_HEADER]) for shard in shards)
 
 
 def _made_from(reinforcer: Reinforcer, keys: Sequence[str], settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -395,6 +436,7 @@ def write_reinforced(
 
     Raises:
         FileExistsError: If the folder holds something else.
+        OSError: If another run writes it, or nothing can be written there.
         ValueError: If an argument is wrong, the folder was begun with other rows, teachers or settings, an image
             cannot be read, or an embedding is not finite; the message names the image.
     """
@@ -410,16 +452,13 @@ def write_reinforced(
     keys = _sample_keys(dataset, captions, synthetic)
     made_from = _made_from(reinforcer, keys, {"column": synthetic_captions, "samples_per_shard": samples_per_shard})
     output, state = Path(output), PartialState()
-    if state.is_main_process:
-        _begin(output, made_from)
-    state.wait_for_everyone()
     made_by = combine_keys([json.dumps(made_from)])
-    shards, num_synthetic = _write_shards(reinforcer, output, keys, made_by, samples_per_shard)
-    if state.is_main_process:
-        counts = {"samples": len(keys), "captions": sum(map(len, captions)), "synthetic_captions": num_synthetic}
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
-        names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
-        told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
-        write_json(output / INDEX_NAME, made_from | told, indent=2)
-    state.wait_for_everyone()
+    with _keeping(output, made_from):
+        shards, num_synthetic = _write_shards(reinforcer, output, keys, made_by, samples_per_shard)
+        if state.is_main_process:
+            counts = {"samples": len(keys), "captions": sum(map(len, captions)), "synthetic_captions": num_synthetic}
+            versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
+            names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
+            told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
+            write_json(output / INDEX_NAME, made_from | told, indent=2)
     return output / INDEX_NAME

@@ -214,14 +214,21 @@ def test_a_crop_outside_the_image_is_refused():
     "wrong",
     [
         {"image_size": 0},
+        {"image_size": -64},
+        {"image_size": 10**6},
         {"scale": (0.0, 1.0)},
         {"scale": (0.5, 0.1)},
+        {"scale": (5, 1.0)},
+        {"scale": (math.nan, 1.0)},
         {"ratio": (0.0, 1.0)},
+        {"ratio": (0.5, math.inf)},
         {"num_operations": -1},
+        {"num_operations": 10**6},
         {"magnitude": 31},
+        {"magnitude": 2.5},
     ],
     ids=str,
 )
-def test_settings_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError, match="Expected"):
+def test_settings_out_of_range_are_refused_with_their_name(wrong):
+    with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected .*, got .{{1,30}}$"):
         AugmentationSettings(**{"image_size": 32, **wrong})

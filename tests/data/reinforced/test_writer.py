@@ -2,10 +2,12 @@
 whatever interrupts.
 """
 
+import errno
 import functools
 import io
 import json
 import os
+import signal
 import sys
 import tarfile
 import threading
@@ -18,6 +20,7 @@ from datasets import Dataset
 from PIL import Image
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+from modeling_dclip.data.files import holding
 from modeling_dclip.data.reinforced import ProcessShare, ReinforcedBatches, ReinforcedDataset, SampleView
 from modeling_dclip.data.reinforced import writer as reinforced_writer
 from modeling_dclip.data.reinforced.__main__ import main
@@ -218,6 +221,142 @@ def test_a_killed_run_goes_on_where_it_was(scenes, teachers, tmp_path):
     write(scenes, [counting, teachers[1]], tmp_path / "out")
     assert counting.views == 3 * 3 and contents(tmp_path / "out") == contents(tmp_path / "whole")
     assert sorted(os.listdir(tmp_path / "out")) == ["000000.tar", "000001.tar", "000002.tar", "reinforced.json"]
+
+
+class Unmoved:
+    """A teacher that needs no model: what it says depends on the input alone."""
+
+    name, fingerprint, width, logit_scale = "unmoved", "unmoved-1", 2, 2.5
+
+    @staticmethod
+    def preprocess(images):
+        return torch.tensor([np.asarray(image, np.float32).mean() for image in images])
+
+    def encode_images(self, pixel_values):
+        return np.stack([np.cos(pixel_values.numpy()), np.sin(pixel_values.numpy())], axis=1)
+
+    def encode_texts(self, texts):
+        return np.tile(np.array([[0, 1]], np.float32), (len(texts), 1))
+
+
+def write_until(dataset, output, operation=None):
+    """Write in a forked process, killed before its k-th operation on a file of the output: status, operations."""
+    counts, ready = os.pipe()
+    child = os.fork()
+    if not child:
+        done = 0
+
+        def watch(event, given):
+            nonlocal done
+            changes = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree")
+            opens = event == "open" and isinstance(given[1], str) and given[1][0] in "wax"
+            if (changes or opens) and any(str(output) in str(one) for one in given):
+                done += 1
+                os.write(ready, b".")
+                if done == operation:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        sys.addaudithook(watch)
+        status = 1
+        try:
+            write(dataset, [Unmoved()], output)
+            status = 0
+        finally:
+            os._exit(status)
+    os.close(ready)
+    with open(counts, "rb") as file:
+        operations = len(file.read())
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), operations
+
+
+def everything(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_run_that_is_killed_before_an_operation_leads_to_the_same_bytes(scenes, tmp_path):
+    encoded_scenes = Dataset.from_dict(scenes.with_format(None).to_dict(), features=scenes.features)
+    status, operations = write_until(encoded_scenes, tmp_path / "whole")
+    assert status == 0 and operations > 20
+    whole = everything(tmp_path / "whole")
+    assert sorted(whole) == ["000000.tar", "000001.tar", "000002.tar", "reinforced.json"]
+    everywhere = (
+        range(1, operations + 1) if "KILL_EVERYWHERE" in os.environ else (*range(1, operations, 7), operations)
+    )
+    for operation in sorted({*everywhere, 2, 3, 4, 5}):
+        out = tmp_path / str(operation)
+        assert write_until(encoded_scenes, out, operation) == (-signal.SIGKILL, operation)
+        write(encoded_scenes, [Unmoved()], out)
+        assert everything(out) == whole, operation
+
+
+def test_a_second_run_on_a_folder_is_refused_and_the_first_goes_on(scenes, teachers, tmp_path):
+    class Meeting(Unmoved):
+        def encode_images(self, pixel_values):
+            with (
+                ThreadPoolExecutor(1) as pool,
+                pytest.raises(BlockingIOError, match="is in use by another run: process"),
+            ):
+                pool.submit(write, scenes, [Unmoved()], tmp_path / "out").result()
+            return super().encode_images(pixel_values)
+
+    write(scenes, [Meeting()], tmp_path / "out")
+    write(scenes, [Unmoved()], tmp_path / "alone")
+    assert everything(tmp_path / "out") == everything(tmp_path / "alone")
+    with holding(tmp_path / "out"), pytest.raises(SystemExit, match="is in use by another run"):
+        main(["--dataset", "scenes:train,n=2", "--teachers", "no/such/model", "--output", str(tmp_path / "out")])
+
+
+def test_a_full_disk_is_one_line_and_the_run_goes_on_where_there_is_room(scenes, tmp_path, monkeypatch):
+    write(scenes, [Unmoved()], tmp_path / "whole")
+    addfile, left = tarfile.TarFile.addfile, [14]
+
+    def fill(self, info, file):
+        left[0] -= 1
+        if not left[0]:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return addfile(self, info, file)
+
+    monkeypatch.setattr(tarfile.TarFile, "addfile", fill)
+    with pytest.raises(OSError, match=r"Cannot write '.*out/000001.tar': No space left on device .* MiB free"):
+        write(scenes, [Unmoved()], tmp_path / "out")
+    assert sorted(everything(tmp_path / "out")) == ["000000.tar", "reinforced.json"]
+    write(scenes, [Unmoved()], tmp_path / "out")
+    assert everything(tmp_path / "out") == everything(tmp_path / "whole")
+
+
+def test_a_shard_that_was_cut_or_lost_a_sample_is_written_again(scenes, tmp_path):
+    write(scenes, [Unmoved()], tmp_path)
+    whole = everything(tmp_path)
+    content = whole["000000.tar"]
+    last_sample = content.index(b"000000001.")
+    for damaged in (b"", content[:700], content[: len(content) // 2], content[:last_sample] + bytes(1024)):
+        (tmp_path / "000000.tar").write_bytes(damaged)
+        write(scenes, [Unmoved()], tmp_path)
+        assert everything(tmp_path) == whole
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        ("--min_crop_area 5", "--min_crop_area: expected a number above 0 and up to 1, got '5'"),
+        ("--min_crop_area nan", "--min_crop_area: expected a number"),
+        ("--image_size -64", "--image_size: expected an integer from 1 to 8192, got '-64'"),
+        ("--magnitude 300", "--magnitude: expected an integer from 0 to 30, got '300'"),
+        ("--samples_per_shard 0", "--samples_per_shard: expected an integer from 1"),
+        ("--batch_size 0", "--batch_size: expected an integer from 1"),
+        ("--augmentations 0", "--augmentations: expected an integer from 1"),
+        ("--num_operations -1", "--num_operations: expected an integer from 0"),
+        ("--num_workers 1000", "--num_workers: expected an integer from 0 to 256, got '1000'"),
+        ("--captions_per_image 0", "--captions_per_image: expected an integer from 1"),
+        ("--seed -1", "--seed: expected an integer from 0"),
+        ("--synthetic_captions a --captioner b", "Leave one out"),
+    ],
+)
+def test_numbers_out_of_range_are_one_short_line_before_any_work(tmp_path, words, problem):
+    given = ["--dataset", "no:such", "--teachers", "no/such", "--output", str(tmp_path / "out"), *words.split()]
+    with pytest.raises(SystemExit) as ended:
+        main(given)
+    assert problem in str(ended.value) and len(str(ended.value)) < 200 and not list(tmp_path.iterdir())
 
 
 def test_a_folder_written_from_something_else_is_refused(scenes, teachers, tmp_path):
