@@ -6,6 +6,7 @@ in this code keeps its traceback, so that it can be reported and mended.
 
 import argparse
 import functools
+import io
 import logging
 import os
 import pickle
@@ -278,6 +279,9 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     @functools.wraps(main)
     def run(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         _follow_launcher()
+        for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks stops no command
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         with _interruptible() as interruption:
             try:
                 return main(*args, **kwargs)

@@ -242,8 +242,11 @@ def read_bytes(path: str | os.PathLike) -> bytes:
     """The content of a file as it is.
 
     Raises:
-        OSError: If it cannot be read.
+        OSError: If it cannot be read, or is a pipe, a socket or a device, which may never end.
     """
+    mode = os.stat(path).st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise OSError(f"Expected a file at '{printable(path)}', got a pipe, a socket or a device. Write it to a file.")
     return Path(path).read_bytes()
 
 
@@ -858,7 +861,12 @@ def list_folder(folder: str | os.PathLike, pattern: str = "*") -> list[Path]:
     Args:
         folder (`str` or `os.PathLike`): The folder.
         pattern (`str`, *optional*, defaults to `"*"`): Which entries, as of `Path.glob`.
+
+    Raises:
+        PermissionError: If the folder cannot be read. `Path.glob` would find nothing in it.
     """
+    if os.path.isdir(folder):
+        os.scandir(os.fspath(folder)).close()
     return sorted(path for path in Path(folder).glob(pattern) if not path.name.startswith(_APPLE_DOUBLE))
 
 
@@ -1473,8 +1481,8 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_bytes(path, text.encode("utf-8"))
+    """Write UTF-8 text atomically. A byte of a file name that is no UTF-8 becomes an escape, which JSON knows too."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(

@@ -22,6 +22,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.failures import HelpFormatter, without_secrets
+from modeling_dclip.data.files import is_utf8, printable
 
 _COUNT = re.compile(r"@([0-9]+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
@@ -357,6 +358,10 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     """
     if isinstance(spec, Spec):
         return spec
+    if not is_utf8(spec):
+        raise ValueError(
+            f"Expected names in UTF-8 in the spec '{printable(spec)}', got other bytes. Rename the file or folder."
+        )
     require_open_address(spec)
     body, count = spec, None
     if counted and (match := _COUNT.search(spec)):

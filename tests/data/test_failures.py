@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import importlib.util
+import io
 import json
 import os
 import pickle
@@ -96,6 +97,14 @@ def test_the_traceback_of_a_benchmark_is_logged_only_where_it_is_asked_for(asked
     caplog.set_level(logging.WARNING)
     describe_failure("a set", ValueError("a"))
     assert ("a set failed here" in caplog.text) == asked
+
+
+def test_a_name_that_the_terminals_encoding_lacks_stops_no_command(monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stream)
+    command(lambda: sys.stdout.write("日本 caf\udce9"))()
+    stream.flush()
+    assert stream.buffer.getvalue() == b"\\u65e5\\u672c caf\\udce9"
 
 
 def test_help_shows_the_defaults_that_there_are_and_the_description_as_it_is():

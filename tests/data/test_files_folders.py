@@ -18,8 +18,11 @@ from modeling_dclip.data.files import (
     list_folder,
     match_files,
     printable,
+    read_json,
+    read_text,
     require_file,
     require_folder,
+    write_json,
 )
 from modeling_dclip.data.images import find_images, has_image_suffix, image_suffixes, warn_passed_over
 
@@ -108,6 +111,29 @@ def test_folders_that_cannot_be_read_are_named(tmp_path, monkeypatch, caplog, dr
     assert "passed over 1 file: 1 folder that cannot be read (first: 'closed')" in caplog.text
     with pytest.raises(PermissionError, match="closed"):
         find_files(tmp_path / "closed", {".png"})
+
+
+def test_a_folder_that_cannot_be_read_is_no_empty_one(tmp_path, monkeypatch):
+    def refusing(path="."):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(files.os, "scandir", refusing)
+    with pytest.raises(PermissionError, match="Permission denied"):
+        list_folder(tmp_path, "*.tar")
+    assert list_folder(tmp_path / "none") == []
+
+
+def test_reading_a_pipe_or_a_device_does_not_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero"):
+        with pytest.raises(OSError, match="Expected a file at '.*', got a pipe, a socket or a device"):
+            read_text(path)
+
+
+def test_a_name_that_is_no_utf8_can_be_written_into_json(tmp_path):
+    for indent in (1, 2):
+        write_json(tmp_path / "a.json", {"é": "caf\udce9"}, indent=indent)
+        assert read_json(tmp_path / "a.json") == {"é": "caf\udce9"}
 
 
 def test_very_deep_folders_are_searched(tmp_path):

@@ -71,3 +71,8 @@ def test_a_parsed_spec_is_named_by_its_text_where_it_is_refused():
 )
 def test_the_split_is_read_off_the_source(spec, sources, split):
     assert parse_spec(spec, sources, counted=True).split == split
+
+
+def test_a_spec_with_a_name_that_is_no_utf8_is_refused_by_name():
+    with pytest.raises(ValueError, match=r"Expected names in UTF-8 in the spec 'a:caf\\xe9.csv', got other bytes"):
+        parse_spec("a:caf\udce9.csv", {"a": Source("a:FILE", len)})

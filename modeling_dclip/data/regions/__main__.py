@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from datasets import Dataset
+
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import check_output_folder, holding, replacing, user_cache_dir
@@ -62,15 +64,16 @@ def main(argv: list[str] | None = None) -> Path:
     check_output_folder(output)
     if arguments.cache_dir is not None:
         check_output_folder(arguments.cache_dir)
+    dataset = load_captions(arguments.dataset, seed=arguments.seed)  # before a detector is fetched
     detector = build_detector(arguments.detector, trust_checkpoint=arguments.trust_checkpoint)
     with holding(output, beside=True):
-        return _write(arguments, detector, output)
+        return _write(arguments, dataset, detector, output)
 
 
-def _write(arguments: RegionArguments, detector: RegionDetector, output: Path) -> Path:
+def _write(arguments: RegionArguments, dataset: Dataset, detector: RegionDetector, output: Path) -> Path:
     report_file = output.with_name(output.name + ".report.json")
     dataset = add_regions(
-        load_captions(arguments.dataset, seed=arguments.seed),
+        dataset,
         detector,
         batch_size=arguments.batch_size,
         cache_dir=arguments.cache_dir or user_cache_dir("regions"),
