@@ -151,9 +151,12 @@ class Batches(TorchDataset):
     Args:
         captions_per_row (`np.ndarray` of shape `(N,)`): Captions of each row, >= 1.
         seed (`int`): Of the draw of captions.
+        rows (`datasets.Dataset`, *optional*): N rows with `image_id`, to name them in messages.
     """
 
-    def __init__(self, captions_per_row: np.ndarray, seed: int):
+    def __init__(self, captions_per_row: np.ndarray, seed: int, rows: Dataset | None = None):
+        has_ids = rows is not None and "image_id" in rows.column_names
+        self.rows = rows.select_columns(["image_id"]) if rows is not None and has_ids else None
         self.captions_per_row = captions_per_row
         self.first_caption = np.concatenate([[0], np.cumsum(captions_per_row)])[:-1]
         self.seed = seed
@@ -167,6 +170,12 @@ class Batches(TorchDataset):
     def set_epoch(self, epoch: int) -> None:
         """Draw captions for this epoch from now on, in the workers of a `DataLoader` too."""
         self._clock.set(epoch)
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """The ids of images, or `row N` where there are none."""
+        if self.rows is None:
+            return [f"row {row}" for row in rows]
+        return self.rows[list(rows)]["image_id"]
 
     def __len__(self) -> int:
         return len(self.captions_per_row)
@@ -199,7 +208,7 @@ class AnchorBatches(Batches):
 
     def __init__(self, dataset: Dataset, processor: DCLIPProcessor, *, seed: int = 0, cache_mib: int = 2048):
         captions = read_captions(dataset)
-        super().__init__(captions.lengths, seed)
+        super().__init__(captions.lengths, seed, dataset)
         self.tokens = tokenize_captions(processor.tokenizer, captions.values)
         self.pad_token_id = processor.tokenizer.pad_token_id
         self.pixels = PixelReader(dataset, processor.image_processor, cache_mib)
@@ -221,10 +230,11 @@ class TeacherBatches(Batches):
     Args:
         features ([`~modeling_dclip.data.teacher_targets.TeacherFeatures`]): Of the training rows.
         seed (`int`, *optional*, defaults to 0): Of the draw of captions.
+        rows (`datasets.Dataset`, *optional*): As in [`Batches`].
     """
 
-    def __init__(self, features: Any, seed: int = 0):
-        super().__init__(features.text_embeds.lengths, seed)
+    def __init__(self, features: Any, seed: int = 0, rows: Dataset | None = None):
+        super().__init__(features.text_embeds.lengths, seed, rows)
         self.features = features
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
@@ -270,7 +280,7 @@ class StudentBatches(Batches):
             raise ValueError(f"Expected min_crop_area in (0, 1], got {min_crop_area}.")
         self.columns = {name: read_embeds(dataset, name, width) for name in columns}
         captions = column_lengths(dataset, "captions")
-        super().__init__(np.maximum(captions, 1), seed)
+        super().__init__(np.maximum(captions, 1), seed, dataset)
         check_entries(self.columns, captions)
         self.caption_mask = None if captions.all() else captions > 0
         if self.caption_mask is not None and "text_embeds" in self.columns:

@@ -170,6 +170,9 @@ def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
 
     Returns:
         `dict[str, torch.Tensor]`: The model's own tensors; only merged ones are copies.
+
+    Raises:
+        FloatingPointError: If a merged weight is NaN or infinite.
     """
     layers = adapted_layers(model)
     prefixes = tuple(f"{name}." for name in layers)
@@ -177,7 +180,12 @@ def plain_state(model: nn.Module, merged: bool) -> dict[str, torch.Tensor]:
     for name, adapted in layers.items():
         layer: Any = copy.deepcopy(adapted) if merged else adapted
         if merged:
-            layer.merge(safe_merge=True)
+            layer.merge()
+            if not torch.isfinite(layer.get_base_layer().weight).all():
+                raise FloatingPointError(
+                    f"{name}: the weight with its adapter merged in holds NaN or infinity, so it is not saved. Lower "
+                    "student.learning_rate."
+                )
         state |= {f"{name}.{key}": tensor for key, tensor in layer.get_base_layer().state_dict().items()}
     return state
 

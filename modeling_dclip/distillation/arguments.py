@@ -94,7 +94,7 @@ _SIDE_FIELDS = {
     "save_only_model", "use_cpu", "dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers",
     "dataloader_prefetch_factor", "ddp_timeout", "ddp_backend", "ddp_find_unused_parameters", "resume_from_checkpoint",
     "push_to_hub", "hub_token", "local_rank", "image_cache_mib", "num_workers", "batch_size", "text_batch_size",
-    "on_bad_image", "folder", "trust_checkpoint",
+    "on_bad_image", "on_nonfinite", "folder", "trust_checkpoint",
 }  # fmt: skip
 
 
@@ -198,8 +198,11 @@ class StageTrainingArguments(TrainingArguments):
     dataloader_drop_last: bool = _help(
         "Drop the last, smaller batch of an epoch: it would have fewer negatives.", True
     )
-    logging_nan_inf_filter: bool = _help("Hide NaN in the log. If false, a NaN stops the run at the next log.", False)
+    logging_nan_inf_filter: bool = _help("Hide NaN in the log (see on_nonfinite).", False)
     logging_steps: float = _help("Log every n steps; a value below 1 is a share of all steps.", 50)
+    on_nonfinite: Literal["stop", "skip"] = _help(
+        "What to do with a step whose loss or gradient is NaN or infinite. skip: leave it out and count it.", "stop"
+    )
     save_strategy: str = _help("When to save checkpoints: no, steps or epoch.", "epoch")
     save_total_limit: int | None = _help("Number of checkpoints to keep.", 1)
     lr_scheduler_type: str = _help("Learning-rate schedule.", "constant")

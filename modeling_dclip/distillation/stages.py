@@ -287,7 +287,7 @@ def train_teacher(
     batches = {}
     for split, (rows, keys_of_rows) in captioned.items():
         paths = compute_features(rows, teacher, processor, features, keys=keys_of_rows)
-        batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed)
+        batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed, rows)
     train, validation = batches["train"], batches.get("validation")
     trainer = TeacherTrainer(teacher, args, train, processor, resolved_arguments, validation)
     train_or_resume(trainer, record.folder)

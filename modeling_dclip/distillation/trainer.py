@@ -34,6 +34,7 @@ from modeling_dclip.distillation.arguments import (
     StudentArguments,
 )
 from modeling_dclip.distillation.checkpoints import RunNotes, last_checkpoint, reading_checkpoint
+from modeling_dclip.distillation.guard import LossTerms, TrainingGuard
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
     cosine_distillation_loss,
@@ -51,8 +52,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ARGUMENTS_NAME = "arguments.yaml"
-
-LossTerms = dict[str, tuple[torch.Tensor, float]]
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +148,8 @@ class BatchesTrainer(Trainer):
             data_collator=pass_batch,
             callbacks=[_StopAtLastStep(), _TellEpoch(train_batches)],
         )
+        self.guard = TrainingGuard(self.accelerator, train_batches, Path(args.output_dir).name, self._add_terms)
+        self.add_callback(self.guard)
         # The base class does not get the processor: it would write the tokenizer's special tokens into the model's
         # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
         # accepts.
@@ -184,13 +185,59 @@ class BatchesTrainer(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the terms. Each term is added up for the log."""
         terms = self.loss_terms(model, dict(inputs))
-        prefix = "" if model.training else "eval_"
+        loss: Any = sum(weight * term for term, weight in terms.values())
+        if model.training:
+            self.guard.record(terms, loss)
+        else:
+            self._add_terms(terms, loss, "eval_")
+        return (loss, {}) if return_outputs else loss
+
+    def _add_terms(self, terms: LossTerms, loss: torch.Tensor, prefix: str = "") -> None:
+        """Add the terms of a batch up for the log."""
         sums = self._sums[prefix]
-        for name, (term, _) in terms.items():
+        for name, term in {"loss": loss, **{name: term for name, (term, _) in terms.items()}}.items():
             sums[name] = sums[name] + term.detach() if name in sums else term.detach().clone()
         self._counts[prefix] += 1
-        loss = sum(weight * term for term, weight in terms.values())
-        return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        """As the base class, under the guard. The logged loss is a sum that one NaN would spoil for good."""
+        self.guard.begin(inputs)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return loss.nan_to_num(0.0, 0.0, 0.0) if self.args.on_nonfinite == "skip" else loss
+
+    def _clip_grad_norm(self, model):
+        """As the base class; the guard looks at the norm."""
+        self.guard.norm = super()._clip_grad_norm(model)
+        return self.guard.norm
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As the base class, which computes the norm here where gradients are not clipped."""
+        self.guard.norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        return self.guard.norm
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As the base class; weights that are not finite are never saved.
+
+        Raises:
+            FloatingPointError: If a weight is NaN or infinite. Nothing is written.
+        """
+        self.guard.check_weights(self.model_to_save(), self.state.global_step)
+        super().save_model(output_dir, _internal_call)
+
+    def check_result(self) -> None:
+        """Compute the loss of the last batch once more, after the last step.
+
+        Raises:
+            FloatingPointError: If it is not finite.
+        """
+        if (inputs := self.guard.last_inputs) is None:
+            return
+        model = self.model_wrapped.eval()
+        with torch.no_grad(), self.compute_loss_context_manager():
+            terms = self.loss_terms(model, dict(self._prepare_inputs(inputs)))
+            loss: Any = sum(weight * term for term, weight in terms.values())
+        model.train()
+        self.guard.check_loss(terms, loss, self.args, self.state.global_step)
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss only: there are no labels, and predictions are left to evaluation."""
@@ -204,18 +251,32 @@ class BatchesTrainer(Trainer):
         Raises:
             FloatingPointError: If a term is NaN or infinite.
         """
+        if self.guard.skipped and "loss" in logs:
+            self._log_without_skipped(logs)
         for prefix in ("", "eval_"):
             if f"{prefix}loss" in logs and self._counts[prefix]:
                 means = {name: float(total) / self._counts[prefix] for name, total in self._sums[prefix].items()}
                 self._sums[prefix], self._counts[prefix] = {}, 0
+                del means["loss"]  # the base class has it
                 for name, mean in means.items():
                     if not math.isfinite(mean):
                         raise FloatingPointError(
-                            f"{prefix}{name} is {mean} at step {self.state.global_step}. Lower learning_rate or raise "
-                            "the temperature."
+                            f"{Path(self.args.output_dir).name}: {prefix}{name} is {mean} at step "
+                            f"{self.state.global_step}. Lower learning_rate, raise the temperature, or look for NaN "
+                            "in the rows."
                         )
                     logs[f"{prefix}{name}"] = mean
         super().log(logs, start_time)
+
+    def _log_without_skipped(self, logs: dict[str, Any]) -> None:
+        """Log the mean loss of the steps that were kept; none if all since the last log were left out."""
+        logs["skipped_steps"] = self.guard.skipped
+        if not math.isfinite(logs.get("grad_norm", 0.0)):
+            del logs["grad_norm"]
+        if self._counts[""]:
+            logs["loss"] = float(self._sums[""]["loss"]) / self._counts[""]
+        else:
+            del logs["loss"]
 
     def floating_point_ops(self, inputs):
         """0: they are not counted. The base class would visit every parameter in every step."""
@@ -266,11 +327,11 @@ class BatchesTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        if folder != Path(self.args.output_dir):
-            RunNotes.current(Path(self.args.output_dir), self.args.world_size).write(folder)
         with writing(folder):
             self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
         self.save_beside(folder)
+        if folder != Path(self.args.output_dir):
+            RunNotes.current(Path(self.args.output_dir), self.args.world_size).write(folder)
 
     def _save_checkpoint(self, model, trial):
         """Save as the base class. An error names the folder if its disk is full."""
@@ -637,5 +698,6 @@ def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
     if checkpoint is not None:
         logger.info("%s: resuming from %s", folder.name, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.check_result()
     with writing(folder):
         trainer.save_state()

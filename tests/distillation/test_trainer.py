@@ -206,14 +206,6 @@ def test_a_batch_with_fewer_than_two_captions_has_no_in_batch_loss_and_a_gradien
     assert model.visual_projection.weight.grad.abs().max() > 0
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tiny_clip_dir, data, processor, tmp_path):
-    trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, contrastive_loss_weight=0.0))
-    with torch.no_grad():
-        trainer.model.visual_projection.weight.fill_(float("nan"))
-    with pytest.raises(FloatingPointError, match="cosine_distillation_loss is nan at step 1"):
-        trainer.train()
-
-
 def test_fewer_rows_than_a_batch_are_an_error(tiny_clip_dir, data, processor, tmp_path):
     with pytest.raises(ValueError, match="at least one batch of 32 rows .1 processes., got 16"):
         make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path, per_device_train_batch_size=32))

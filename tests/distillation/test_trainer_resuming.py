@@ -5,99 +5,13 @@ import os
 import shutil
 
 import pytest
-from datasets import load_from_disk
-from fixtures.training import equal, student_arguments
+from fixtures.training import equal, make_inputs, train
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, set_seed
-
-from modeling_dclip import DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor
-from modeling_dclip.data.collation import AnchorBatches, TeacherBatches
-from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
-from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
-from modeling_dclip.data.reinforced.teachers import build_teacher
-from modeling_dclip.data.reinforced.writer import write_reinforced
-from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features
-from modeling_dclip.distillation.arguments import AnchorArguments, DMCLIPArguments, TeacherArguments
-from modeling_dclip.distillation.dmclip import build_dmclip
-from modeling_dclip.distillation.run import load_student
-from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.distillation.trainer import AnchorTrainer, DMCLIPTrainer, TeacherTrainer, train_or_resume
-
-STEPS = {
-    "per_device_train_batch_size": 3,  # of 16 rows: five batches an epoch
-    "save_strategy": "steps",
-    "save_steps": 1,
-    "save_total_limit": None,
-    "logging_steps": 1,
-    "use_cpu": True,
-    "disable_tqdm": True,
-    "learning_rate": 1e-3,
-    "report_to": "none",
-}
-DMCLIP = {
-    "image_size": 32,
-    "vision_config": {
-        **{"stem_dim": 4, "hidden_size": 4, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)},
-        "drop_path_rate": 0.5,  # draws from torch's generator in every step
-    },
-    "text_config": {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
-    "projection_dim": 8,
-    "warmup_steps": 0,
-}
 
 
 @pytest.fixture(scope="module")
 def inputs(tiny_clip_dir, distillation_data, tmp_path_factory):
-    """What the trainers read: a CLIP, rows with targets, features and shards of 16 scenes."""
-    folder = tmp_path_factory.mktemp("inputs")
-    scenes = load_scenes("train", n=16, image_size=32, captions_per_image=2)
-    write_reinforced(
-        scenes,
-        [build_teacher(str(tiny_clip_dir))],
-        output=folder / "shards",
-        settings=AugmentationSettings(32),
-        augmentations=2,
-        samples_per_shard=4,
-    )
-    teacher = DCLIPTeacher.from_clip(tiny_clip_dir)
-    processor = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)
-    features = compute_features(scenes, teacher, processor, FeatureOptions(folder / "cache"), keys=row_keys(scenes))
-    return {
-        "clip": str(tiny_clip_dir),
-        "scenes": scenes,
-        "targets": load_from_disk(distillation_data),
-        "features": TeacherFeatures.load(features),
-        "shards": folder / "shards",
-    }
-
-
-def train(kind, inputs, folder, **options):
-    """Train or resume in a folder, and save the model there."""
-    options, processor = {**STEPS, **options}, DCLIPProcessor.from_pretrained(inputs["clip"])
-    set_seed(0)
-    if kind in ("student", "lora"):
-        lora = {"lora_rank": 2, "lora_dropout": 0.1} if kind == "lora" else {"min_crop_area": 0.5}
-        args = student_arguments(folder, **{"max_steps": -1, **options, **lora})
-        return fit_student(load_student(inputs["clip"]), args, inputs["targets"], processor, {}).state
-    if kind == "anchor":
-        args = AnchorArguments(output_dir=str(folder), **options)
-        model = load_student(inputs["clip"])
-        trainer = AnchorTrainer(model, args, AnchorBatches(inputs["scenes"], processor), processor, {})
-    elif kind == "teacher":
-        args = TeacherArguments(output_dir=str(folder), **options)
-        teacher = DCLIPTeacher.from_clip(inputs["clip"])
-        trainer = TeacherTrainer(teacher, args, TeacherBatches(inputs["features"]), processor, {})
-    else:
-        args = DMCLIPArguments(output_dir=str(folder), **DMCLIP, **options)
-        model, processor = build_dmclip(args, AutoTokenizer.from_pretrained(inputs["clip"]))
-        view = SampleView(image_size=32)
-        batches = ReinforcedBatches(inputs["shards"], processor.tokenizer, view, batch_size=3, shuffle_buffer=5)
-        trainer = DMCLIPTrainer(model, args, batches, processor, {})
-    train_or_resume(trainer, folder)
-    trainer.save_model()
-    return trainer.state
+    return make_inputs(tiny_clip_dir, distillation_data, tmp_path_factory.mktemp("inputs"))
 
 
 def weights(folder):

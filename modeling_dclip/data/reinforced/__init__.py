@@ -524,11 +524,11 @@ class ReinforcedBatches(ReinforcedDataset):
     """Batches of a reinforced dataset, to train a dual encoder from the teachers' embeddings.
 
     Pass it to `DataLoader(batches, batch_size=None, num_workers=...)` directly. It takes the share of its process
-    itself, so do not pass the loader to Accelerate's `prepare`, which would split it once more. A batch holds tensors
-    only:
+    itself, so do not pass the loader to Accelerate's `prepare`, which would split it once more. A batch holds:
 
     | key | shape, type |
     |---|---|
+    | `keys` | B texts: the samples' keys, for messages |
     | `pixel_values` | `(B, 3, S, S)` float32, normalised |
     | `input_ids`, `attention_mask` | `(B, T)` int64, of a caption, cut at `max_length` keeping EOS; mask 1 is real |
     | `synthetic_input_ids`, `synthetic_attention_mask` | `(B, T')` int64, of a synthetic caption |
@@ -567,14 +567,15 @@ class ReinforcedBatches(ReinforcedDataset):
         self.tokenizer, self.block, self.max_length = tokenizer, batch_size, max_length or tokenizer.model_max_length
         super().__init__(shards, view, **options)
 
-    def __iter__(self) -> Iterator[dict[str, torch.Tensor]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         for samples in self._blocks():
             yield self.collate(samples)
 
-    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The batch of these samples."""
         tensors = [name for name, value in samples[0].items() if isinstance(value, torch.Tensor)]
-        batch = {name: torch.stack([sample[name] for sample in samples]) for name in tensors}
+        batch: dict[str, Any] = {name: torch.stack([sample[name] for sample in samples]) for name in tensors}
+        batch["keys"] = [sample["key"] for sample in samples]
         texts = {"caption": ""} | ({"synthetic_caption": "synthetic_"} if self.synthetic_captions else {})
         for name, prefix in texts.items():
             tokens = self.tokenizer(

@@ -361,7 +361,7 @@ def test_a_batch_holds_what_its_docstring_says(folder, tiny_clip_dir):
         ids, mask = batch.pop(f"{prefix}input_ids"), batch.pop(f"{prefix}attention_mask")
         for row, sample in enumerate(samples):
             assert ids[row][mask[row].bool()].tolist() == made.tokenizer(sample[name])["input_ids"]
-    assert not batch
+    assert batch == {"keys": [sample["key"] for sample in samples]}
     short = next(iter(batches(folder, tiny_clip_dir, batch_size=5, max_length=3)))
     assert short["input_ids"].shape == (5, 3) and (short["input_ids"][:, -1] == made.tokenizer.eos_token_id).all()
 
