@@ -224,14 +224,16 @@ class TrainingGuard(TrainerCallback):
     def _describe(self, step: _Step, args: Any, prefix: str = "") -> str:
         """One line: the loss terms, the images, and what to do. The processes put their images together."""
         batch = next((one for one in step.batches if one.is_odd()), step.batches[-1])
-        mine = {"images": [], "odd": []}
+        mine: dict[str, list[str]] = {"images": [], "odd": []}
         for one in step.batches:
             names = name_images(self.batches, one.inputs)
             mine["images"] += names
             mine["odd"] += odd_columns(one.inputs, names)
         found = gather_object([mine]) if self.accelerator.num_processes > 1 else [mine]
         images, odd = ([name for one in found for name in one[kind]] for kind in ("images", "odd"))
-        what = "the loss" if batch.is_odd() else f"the gradient (norm {float(step.norm)})"
+        what = "the loss"
+        if not batch.is_odd() and step.norm is not None:
+            what = f"the gradient (norm {float(step.norm)})"
         terms = ", ".join(_describe_term(name, *term) for name, term in batch.terms.items())
         advice = (
             f"Lower {self.stage}.learning_rate ({args.learning_rate:g}), raise the temperature, or clip gradients by "

@@ -112,6 +112,8 @@ class BatchesTrainer(Trainer):
         ValueError: If the rows do not fill one batch.
     """
 
+    args: StageTrainingArguments
+
     def __init__(
         self,
         model: nn.Module,
