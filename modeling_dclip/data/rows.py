@@ -6,7 +6,7 @@ A rejected row is counted, and a warning names the first ids. No row is replaced
 import logging
 import re
 from collections.abc import Iterable, Sequence
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 import numpy as np
 import pyarrow as pa
@@ -36,7 +36,7 @@ def coco_id(value: str | int) -> str:
         >>> coco_id("COCO_val2014_000000391895.jpg") == coco_id("000000391895.jpg") == coco_id(391895)
         True
     """
-    match = re.search(r"(\d+)$", Path(str(value)).stem)
+    match = re.search(r"(\d+)$", PureWindowsPath(str(value)).stem)
     if match is None:
         raise ValueError(f"Expected a COCO image id or file name that ends in a number, got {value!r}.")
     return f"coco-{int(match[1])}"
@@ -52,7 +52,7 @@ def flickr_id(value: str | int) -> str:
         >>> flickr_id("1000268201_693b08cb0e.jpg") == flickr_id("1000268201.jpg")
         True
     """
-    stem = Path(str(value)).stem
+    stem = PureWindowsPath(str(value)).stem
     match = _FLICKR_NAME.fullmatch(stem)
     return f"flickr-{match[1] if match else stem}"
 

@@ -1,11 +1,16 @@
 """Folders are searched to the bottom, each once. What is passed over is counted and named, and nothing hangs."""
 
 import errno
+import glob
 import logging
 import os
 import socket
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, features
 
 from modeling_dclip.data import files
@@ -303,6 +308,26 @@ def test_globs_are_matched_as_pythons_glob_matches_them(tmp_path, monkeypatch, p
     assert names_below(tmp_path, match_files(f"{tmp_path}/{pattern}")) == expected
     monkeypatch.chdir(tmp_path)
     assert [path.as_posix() for path in match_files(pattern)] == expected
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    names=st.lists(st.lists(st.sampled_from(["a", "b", ".h", "x.t"]), min_size=1, max_size=4), max_size=8),
+    pattern=st.lists(st.sampled_from(["**", "*", "a", "b", ".*", "x.t", "[ab]", "?"]), min_size=1, max_size=4),
+)
+def test_any_glob_names_the_files_that_pythons_glob_names(names, pattern):
+    with tempfile.TemporaryDirectory() as folder:
+        for parts in names:
+            path = Path(folder, *parts[:-1], f"{parts[-1]}")
+            if not path.exists() and not any(parent.is_file() for parent in path.parents):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+        text = os.path.join(folder, *pattern)
+        expected = sorted({Path(path) for path in glob.glob(text, recursive=True) if os.path.isfile(path)})
+        try:
+            assert match_files(text) == sorted(expected, key=str)
+        except ValueError:  # only folders fit
+            assert not expected and glob.glob(text, recursive=True)
 
 
 def test_pipes_beside_files_are_left_out_with_a_warning(tmp_path, caplog):

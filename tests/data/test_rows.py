@@ -15,12 +15,14 @@ from modeling_dclip.data.captions.files import (
     read_conceptual,
     read_csv,
     read_flickr30k,
+    read_images,
     read_karpathy,
 )
 from modeling_dclip.data.captions.tables import read_parquet
 from modeling_dclip.data.labels import load_classification
 from modeling_dclip.data.questions.files import read_aro, read_questions, read_sugarcrepe, read_winoground
 from modeling_dclip.data.questions.tables import read_item_tables
+from modeling_dclip.data.rows import coco_id, flickr_id
 
 
 def write_json(path, content):
@@ -196,8 +198,14 @@ def test_lines_of_one_file_are_one_image_however_they_spell_it(photos):
     folder = photos("café.jpg", "sub/a.jpg")
     nfd = unicodedata.normalize("NFD", "café.jpg")
     dataset = rows_of_csv(folder, ["café.jpg", nfd, "sub\\a.jpg", "sub/a.jpg", "./sub/a.jpg"])
-    assert dataset["image_id"][:] == ["photos/café.jpg", "photos/sub\\a.jpg"]
+    assert dataset["image_id"][:] == ["photos/café.jpg", "photos/sub/a.jpg"]
+    assert read_images(str(folder))["image_id"][:] == dataset["image_id"][:]
     assert list(map(len, dataset["captions"])) == [2, 3]
+
+
+def test_ids_of_known_collections_are_the_same_with_separators_of_windows():
+    assert flickr_id("Flickr8k\\1000268201_693b08cb0e.jpg") == flickr_id("1000268201.jpg") == "flickr-1000268201"
+    assert coco_id("val2014\\COCO_val2014_000000391895.jpg") == "coco-391895"
 
 
 def test_bytes_stay_where_paths_are_respelled(photos, tmp_path):

@@ -391,7 +391,10 @@ def _group_lines(
     finder, names = FileFinder(), dict[Path, str]()  # the first spelling of each file
     for line in lines:
         name = _name_in(folder, line.cells[image_at])
-        name = names.setdefault(finder.find(folder / name) or folder / name, name)
+        file = finder.find(folder / name) or folder / name
+        if file != folder / name:  # it is called as on disk, where the table spells it otherwise
+            name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.as_posix()
+        name = names.setdefault(file, name)
         captions.setdefault(name, []).append(line.cells[caption_at])
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
