@@ -14,6 +14,7 @@ from transformers.utils import has_file
 
 from modeling_dclip.configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
 from modeling_dclip.distillation.arguments import DMCLIPArguments
+from modeling_dclip.encoders.loading import check_values, read_config
 from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -73,6 +74,7 @@ def check_starts(args: DMCLIPArguments) -> None:
                 f"{stored.get('model_type')!r}. Convert published MambaVision and MobileCLIP checkpoints with "
                 "`python -m modeling_dclip.hub.convert`."
             )
+        read_config(path)
         if name != "text_model" and DMCLIPVisionConfig.from_pretrained(path).batch_norm_folded:
             raise ValueError(
                 f"dmclip.{name}: expected an image encoder with its BatchNorms, got {path!r}, where fuse() folded "
@@ -237,6 +239,7 @@ def _load(
             f"dmclip.{name}: expected in {path!r} the weights that its config describes, got {'; '.join(told)}. The "
             "file is damaged, or the config is another model's."
         )
+    check_values(model, path)
     return model, lacking
 
 

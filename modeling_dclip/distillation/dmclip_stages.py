@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, set_seed
+from transformers import AutoModel, PreTrainedTokenizerFast, set_seed
 
 from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.columns import row_keys
@@ -28,8 +28,9 @@ from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, load_captioned
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
-from modeling_dclip.encoders.families import prepare_tokenizer, stated_length
+from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+from modeling_dclip.encoders.loading import load_tokenizer
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ def train_dmclip(
     """
     check_shards(args, shards)
     check_starts(args)
-    tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(tokenizer_path))
+    tokenizer = load_tokenizer(tokenizer_path)
     stated_length(tokenizer, tokenizer_path)
     keys = {"shards": _shards_key(shards), "tokenizer": _tokenizer_key(tokenizer), **_model_keys(args, shared)}
     record = places.record("dmclip", {"arguments": deciding_fields(args), **keys})
@@ -248,7 +249,7 @@ def _model_key(path: str, known: dict[str, str]) -> str:
     if read not in known:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an encoder without a head gets one here: always the same, so that the key recurs
-            known[read] = fingerprint_model(AutoModel.from_pretrained(path))
+            known[read] = fingerprint_model(AutoModel.from_pretrained(path, trust_remote_code=False))
     return known[read]
 
 

@@ -34,9 +34,15 @@ from modeling_dclip.distillation.checkpoints import (
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, check_weights, load_checked
+from modeling_dclip.encoders.loading import (
+    ADAPTER_FOLDER,
+    check_vocabulary,
+    check_weights,
+    load_checked,
+    load_processor,
+    read_config,
+)
 from modeling_dclip.modeling_dclip import DCLIPModel
-from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
 
@@ -591,8 +597,9 @@ def read_clip(path: str) -> Clip:
     Returns:
         [`Clip`]
     """
-    processor = DCLIPProcessor.from_pretrained(path)
-    return Clip(path, combine_keys([fingerprint_model(load_student(path)), fingerprint_processor(processor)]))
+    processor, student = load_processor(path), load_student(path)
+    check_vocabulary(student, processor.tokenizer, path)
+    return Clip(path, combine_keys([fingerprint_model(student), fingerprint_processor(processor)]))
 
 
 def find_teacher(recipe: Recipe, places: Places) -> str:
@@ -641,6 +648,7 @@ def load_student(clip_path: str, position_embedding_type: str = "absolute") -> D
     Raises:
         ValueError: If a weight is missing, as in a teacher's folder or one tower's.
     """
+    read_config(clip_path, ("clip", "dclip"))
     config = DCLIPConfig.from_pretrained(clip_path)
     config.freeze_text = True
     config.vision_config.position_embedding_type = position_embedding_type

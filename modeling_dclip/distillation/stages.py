@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
-from transformers import AutoTokenizer, CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
 
 from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
@@ -61,9 +61,9 @@ from modeling_dclip.distillation.run import (
     student_splits,
 )
 from modeling_dclip.distillation.trainer import AnchorTrainer, StudentTrainer, TeacherTrainer, train_or_resume
-from modeling_dclip.encoders.families import prepare_tokenizer, stated_length
+from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked, load_tokenizer
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -194,7 +194,7 @@ def _anchor_processor(args: AnchorArguments, dataset: Dataset) -> DCLIPProcessor
             sentences = [text for captions in dataset["captions"] for text in captions]
         tokenizer = train_tokenizer(sentences, vocab_size=args.vocab_size, model_max_length=args.max_length)
     else:
-        tokenizer = prepare_tokenizer(AutoTokenizer.from_pretrained(args.tokenizer))
+        tokenizer = load_tokenizer(args.tokenizer)
         stated_length(tokenizer, args.tokenizer)
     side = args.vision_config.get("image_size", 224)
     size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}

@@ -6,18 +6,27 @@
 | [`load_pair`] | model and processor, of any family |
 | [`load_merged`] | a model of this package, its adapters merged |
 | [`load_checked`] | a model of a given class, every weight stored |
+| [`read_config`] | a configuration of one of some kinds, its numbers within bounds |
+
+A folder's files are checked before anything is built of them: kind, sizes, names and types of the weights. Code that
+lies beside a model is run by `trust_remote_code` alone.
 """
 
 import logging
+import math
 import os
 import string
+from collections.abc import Collection
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoProcessor, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 
+from modeling_dclip.configuration_dclip import MODEL_SIZES, check_number, check_sizes
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import WrongModelError, check_end_token, prepare_tokenizer
 from modeling_dclip.encoders.fingerprints import model_revision
@@ -39,6 +48,126 @@ ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # wher
 # By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
 DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 _NAMED = 5  # missing weights in a message
+_POINTER_BYTES = 1024  # git-lfs leaves smaller files in the place of weights
+_WHOLE_NUMBERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}  # as safetensors calls them
+_INDICES = ("position_ids", "num_batches_tracked", "token_type_ids", "relative_position_index")  # integers by design
+_LARGEST_SIDE = MODEL_SIZES["image_size"][1]
+
+
+# What transformers ends in where a file says something else than it expects.
+_UNREADABLE: tuple[type[BaseException], ...] = (
+    *(AttributeError, LookupError, RecursionError, TypeError, ValueError, ZeroDivisionError),
+    StrictDataclassError,
+)
+
+
+class _Reading:
+    """Tells of a model's file that transformers cannot read: by its name, not by what went wrong in between.
+
+    Args:
+        what (`str`): What is read, and where.
+        advice (`str`): What to do.
+        errors (`tuple`): What a wrong file ends in. An error of the bare type `Exception`, which the tokenizers
+            package raises for whatever it cannot parse, is always told.
+    """
+
+    def __init__(self, what: str, advice: str, errors: tuple[type[BaseException], ...] = _UNREADABLE):
+        self.what, self.advice, self.errors = what, advice, errors
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if (
+            kind is not None
+            and not issubclass(kind, WrongModelError)
+            and (kind is Exception or issubclass(kind, self.errors))
+        ):
+            reason = " ".join(str(error).split()) or kind.__name__
+            raise ValueError(f"Expected {self.what}, got: {reason.rstrip('.')}. {self.advice}") from error
+
+
+def read_config(
+    name: str | os.PathLike, kinds: Collection[str] | None = None, *, trust_remote_code: bool = False
+) -> PreTrainedConfig:
+    """Read the configuration of a model, before the model is built.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+        kinds (`Collection[str]`, *optional*): The model types that are expected; any if not given.
+        trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
+
+    Returns:
+        `PreTrainedConfig`: Its numbers are within bounds, and in a folder the weights are as large as it says.
+
+    Raises:
+        OSError: If there is none.
+        WrongModelError: If it is of another kind.
+        ValueError: If it is damaged, asks for a model out of bounds, or for a much larger one than the weights are.
+    """
+    with _Reading(f"a model's configuration at '{name}'", "Save config.json again, or name another model."):
+        try:
+            stored: Any = PreTrainedConfig.get_config_dict(name)[0]
+        except OSError as error:
+            raise _no_model(name, error) from error
+        found = stored.get("model_type")
+        if kinds is not None and found not in kinds:
+            raise WrongModelError(
+                f"Expected a model of type {' or '.join(kinds)} at '{name}', got {found!r}. Name another folder or "
+                "another model."
+            )
+        _check_stored(stored, str(found))
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        check_sizes(config)
+    if Path(name).is_dir():
+        _compare_sizes(config, Path(name))
+    return config
+
+
+def _no_model(name: str | os.PathLike, error: OSError) -> OSError:
+    """The error of a name that is neither a folder nor known to the Hub; of a folder the error itself."""
+    if Path(name).exists():
+        return error
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    return OSError(
+        f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "
+        "the name."
+    )
+
+
+def _check_stored(stored: dict[str, Any], whose: str) -> None:
+    """Check the numbers of a configuration as it is stored: families divide by them, or build lists as long."""
+    for name, value in stored.items():
+        if isinstance(value, dict):
+            _check_stored(value, name)
+        elif name in MODEL_SIZES and isinstance(value, (int, float)) and not isinstance(value, bool):
+            check_number(f"{whose}.{name}", value, *MODEL_SIZES[name])
+
+
+def _least_weights(config: PreTrainedConfig) -> int:
+    """How many weights a model of this configuration has at least: two matrices a layer, and its words."""
+    sizes = [getattr(config, name, None) for name in ("num_hidden_layers", "hidden_size", "intermediate_size")]
+    layers, width, inner = (value if isinstance(value, int) else 0 for value in sizes)
+    vocabulary = getattr(config, "vocab_size", None)
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return (
+        layers * width * inner * 2
+        + (vocabulary * width if isinstance(vocabulary, int) else 0)
+        + sum(_least_weights(one) for one in inside if isinstance(one, PreTrainedConfig))
+    )
+
+
+def _compare_sizes(config: PreTrainedConfig, folder: Path) -> None:
+    stored = 0
+    for path in folder.glob("*.safetensors"):
+        stored += check_weights(path)
+    if stored and (asked := _least_weights(config)) > 4 * stored + 1_000_000:
+        raise ValueError(
+            f"Expected the model that config.json in '{folder}' describes, of {asked:,} weights or more, got files "
+            f"with {stored:,}. The configuration is damaged or another model's."
+        )
 
 
 def require_dual_encoder(model: Any, where: str = "") -> None:
@@ -60,20 +189,60 @@ def require_dual_encoder(model: Any, where: str = "") -> None:
         )
 
 
-def check_weights(path: Path) -> None:
-    """Check that a file of weights has its full length. Its values are not read.
+def check_weights(path: Path) -> int:
+    """Check that a file of weights has its full length, and holds numbers of the right kind. No value is read.
 
     Args:
         path (`Path`): A safetensors file.
 
+    Returns:
+        `int`: How many numbers it holds.
+
     Raises:
-        ValueError: If it is cut or none.
+        ValueError: If it is cut or none, or holds integers as weights.
     """
+    small = path.is_file() and path.stat().st_size < _POINTER_BYTES
+    hint = " A file as small may be a pointer of git-lfs: `git lfs pull` fetches what it stands for." if small else ""
+    numbers = 0
     try:
-        with safe_open(path, "pt"):
-            pass
+        with safe_open(path, "pt") as weights:
+            for name in weights.keys():  # noqa: SIM118  it is no mapping
+                tensor = weights.get_slice(name)
+                numbers += math.prod(tensor.get_shape())
+                if tensor.get_dtype() in _WHOLE_NUMBERS and not name.endswith(_INDICES):
+                    raise ValueError(
+                        f"Expected weights as floating-point numbers in '{path}', got {name!r} as "
+                        f"{tensor.get_dtype()}. Save the model in float32, float16 or bfloat16."
+                    )
     except SafetensorError as error:
-        raise ValueError(f"Expected whole weights in '{path}', got a damaged file ({error}).") from error
+        raise ValueError(
+            f"Expected whole weights in '{path}', got a damaged file ({error}). Fetch it again.{hint}"
+        ) from error
+    return numbers
+
+
+def check_values(model: PreTrainedModel, name: str) -> None:
+    """Refuse weights that no training gives: NaN, infinity, or a part of the model whose matrices are all 0.
+
+    Args:
+        model (`PreTrainedModel`): Loaded.
+        name (`str`): Where it came from, for the message.
+
+    Raises:
+        ValueError: Naming the first weight or part.
+    """
+    odd = [key for key, value in model.named_parameters() if not torch.isfinite(value).all()]
+    if odd:
+        raise ValueError(
+            f"Expected finite weights at '{name}', got NaN or infinity in {odd[0]} ({len(odd)} in all). The "
+            "training diverged, or the file is damaged; take another checkpoint."
+        )
+    for part, module in model.named_children():
+        matrices = [value for value in module.parameters() if value.ndim > 1]
+        if matrices and not any(bool(value.any()) for value in matrices):
+            raise ValueError(
+                f"Expected trained weights at '{name}', got only zeros in {part}. The file is damaged; take another."
+            )
 
 
 def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> Any:
@@ -88,34 +257,51 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
         `PreTrainedModel`: In eval mode, on the CPU.
 
     Raises:
+        OSError: If there is no such model, or a folder without config.json or safetensors.
         WrongModelError: If a teacher is asked for, and it is none.
-        ValueError: If a weight is missing, or the file is damaged.
+        ValueError: If a weight is missing, of another shape, no number, or all of a part are 0; or as [`read_config`].
     """
-    if model_class is DCLIPTeacher and (found := AutoConfig.from_pretrained(name).model_type) != "dclip_teacher":
-        raise WrongModelError(f"Expected a DCLIP teacher at '{name}', got a model of type {found!r}.")
+    kinds = ["dclip_teacher"] if model_class is DCLIPTeacher else None
+    trusted = options.get("trust_remote_code", False)
+    _check_folder(str(name))
+    if "config" not in options:
+        read_config(name, kinds, trust_remote_code=trusted)
+    elif Path(name).is_dir():
+        _compare_sizes(options["config"], Path(name))
+    shapes = {"ignore_mismatched_sizes": True}  # they are told below
+    told = _Reading(
+        f"weights at '{name}' that fit its configuration", "Fetch them again.", (LookupError, RuntimeError)
+    )
     try:
-        model, report = model_class.from_pretrained(
-            name, output_loading_info=True, **({"dtype": torch.float32} | options)
-        )
+        with told:
+            model, report = model_class.from_pretrained(
+                name, output_loading_info=True, **({"dtype": torch.float32} | shapes | options)
+            )
     except OSError as error:
-        if Path(name).exists():
-            raise
-        reason = " ".join(str(error).split()).partition(". ")[0]
-        raise OSError(
-            f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). "
-            "Check the name."
-        ) from error
+        raise _no_model(name, error) from error
     except SafetensorError as error:
         raise ValueError(
             f"Expected whole weights at '{name}', got a damaged file ({error}). Fetch it again."
         ) from error
+    _check_report(report, type(model).__name__, str(name))
+    check_values(model, str(name))
+    return model.eval()
+
+
+def _check_report(report: dict[str, Any], kind: str, name: str) -> None:
+    if other := sorted(report.get("mismatched_keys", ())):
+        key, stored, expected = other[0]
+        raise ValueError(
+            f"Expected the weights of {kind} that config.json at '{name}' describes, got {len(other)} of another "
+            f"shape, such as {key} with {tuple(stored)} in place of {tuple(expected)}. The configuration or the "
+            "weights are another model's."
+        )
     if missing := sorted(report["missing_keys"]):
         named = ", ".join(missing[:_NAMED]) + (", ..." if len(missing) > _NAMED else "")
         raise ValueError(
-            f"Expected all weights of {type(model).__name__} at '{name}', got {len(missing)} missing ({named}): they "
-            "would be random. It is another architecture's checkpoint, or one tower's."
+            f"Expected all weights of {kind} at '{name}', got {len(missing)} missing ({named}): they would be random. "
+            "It is another architecture's checkpoint, or one tower's."
         )
-    return model.eval()
 
 
 def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[DualEncoder, Any]:
@@ -140,13 +326,13 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
     name = str(spec)
     if name.startswith(OPEN_CLIP_PREFIX):
         return load_open_clip(name)
-    _check_folder(name)
     options = {"trust_remote_code": trust_remote_code}
     model = load_checked(AutoModel, name, **options)
     require_dual_encoder(model, name)
     processor = _load_processor(name, options)
     check_processor(processor, name)
     prepare_tokenizer(processor.tokenizer, model.config.model_type)
+    check_vocabulary(model, processor.tokenizer, name)
     check_end_token(model, processor.tokenizer, name)
     if getattr(processor.image_processor, "backend", "pil") != "pil":
         logger.warning(
@@ -158,6 +344,10 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
 def _check_folder(name: str) -> None:
     folder = Path(name)
     if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise FileNotFoundError(
+                f"Expected config.json in '{folder}', got none. Name the folder that a model was saved in."
+            )
         if not any(folder.glob("*.safetensors")):
             raise FileNotFoundError(
                 f"Expected *.safetensors in {name}, got none. Save the model with `save_pretrained`; pickled weights "
@@ -168,14 +358,9 @@ def _check_folder(name: str) -> None:
 
 
 def _load_processor(name: str, options: dict[str, Any]) -> Any:
-    try:
+    what = f"the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer)"
+    with _Reading(what, "Save them beside the weights.", (*_UNREADABLE, OSError)):
         return AutoProcessor.from_pretrained(name, backend="pil", **options)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"Expected the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer), got: "
-            f"{reason} Save them beside the weights."
-        ) from error
 
 
 def check_processor(processor: Any, name: str) -> None:
@@ -195,11 +380,49 @@ def check_processor(processor: Any, name: str) -> None:
             f"without {lacking}. Save both beside the weights."
         )
     # Where the files are missing, transformers makes a tokenizer without a vocabulary, without a warning.
+    _check_pixels(processor.image_processor, name)
     read = processor.tokenizer(list(string.ascii_lowercase))["input_ids"]
     if len({tuple(ids) for ids in read}) == 1:
         raise ValueError(
             f"Expected a tokenizer that tells letters apart in {name!r}, got a {type(processor.tokenizer).__name__} "
             f"of {len(processor.tokenizer)} tokens that does not. Save the tokenizer's files beside the weights."
+        )
+
+
+def _check_pixels(image_processor: Any, name: str) -> None:
+    """Refuse numbers of an image processor that make no picture of a picture."""
+    where = f"preprocessor_config.json of '{name}': "
+    for key in ("image_mean", "image_std"):
+        given: Any = getattr(image_processor, key, None)
+        for value in given if isinstance(given, (list, tuple)) else [] if given is None else [given]:
+            check_number(where + key, value, 0 if key == "image_std" else -1e3, 1e3, above=key == "image_std")
+    if (factor := getattr(image_processor, "rescale_factor", None)) is not None:
+        check_number(f"{where}rescale_factor", factor, 0, 1e3, above=True)
+    for key in ("size", "crop_size"):
+        given = getattr(image_processor, key, None)
+        for side in ("height", "width", "shortest_edge"):
+            value = given.get(side) if hasattr(given, "get") else None
+            if isinstance(value, (int, float)):
+                check_number(f"{where}{key}.{side}", value, 1, _LARGEST_SIDE)
+
+
+def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer that gives ids for which the text encoder has no embedding.
+
+    Args:
+        model ([`DualEncoder`]): Any.
+        tokenizer: The model's.
+        name (`str`): Where both came from, for the message.
+
+    Raises:
+        ValueError: If an id is too large.
+    """
+    words = getattr(getattr(model.config, "text_config", None), "vocab_size", None)
+    known = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else {}
+    if isinstance(words, int) and known and (largest := max(known.values())) >= words:
+        raise ValueError(
+            f"Expected a tokenizer of at most {words} tokens in '{name}', as many as the text encoder embeds, got ids "
+            f"up to {largest}. Save the tokenizer that the model was trained with."
         )
 
 
@@ -246,13 +469,9 @@ def load_merged(model: str | os.PathLike) -> PreTrainedModel:
     """
     if (adapter := find_adapter(model)) is not None:
         return _merge_adapters(adapter)
-    model_type = AutoConfig.from_pretrained(model).model_type
-    if model_type not in DUAL_ENCODERS:
-        raise ValueError(
-            f"Expected a dual encoder ({', '.join(DUAL_ENCODERS)}) at '{model}', got {model_type!r}. Give the folder "
-            "that holds both towers."
-        )
-    return load_checked(DUAL_ENCODERS[model_type], model)
+    if not Path(model).exists():
+        _check_folder(str(model))
+    return load_checked(DUAL_ENCODERS[read_config(model, DUAL_ENCODERS).model_type], model)
 
 
 def _merge_adapters(folder: Path) -> PreTrainedModel:
@@ -282,20 +501,38 @@ def find_adapter(model: str | os.PathLike) -> Path | None:
     return inner if (inner / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file() else None
 
 
-def load_processor(model: str | os.PathLike) -> DCLIPProcessor:
-    """Load the processor of a dual encoder.
+def load_tokenizer(name: str | os.PathLike) -> Any:
+    """Load a tokenizer that a text encoder will be made for.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `PreTrainedTokenizerBase`: As [`~modeling_dclip.encoders.families.prepare_tokenizer`] gives it.
+
+    Raises:
+        ValueError: If it is missing or damaged.
+    """
+    with _Reading(f"the files of a tokenizer at '{name}'", "Name another.", (*_UNREADABLE, OSError)):
+        return prepare_tokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+
+
+def load_processor(model: str | os.PathLike, kind: type = DCLIPProcessor) -> Any:
+    """Load the processor of a model of this package.
 
     Args:
         model (`str` or `os.PathLike`): Folder or Hub id.
+        kind (`type`, *optional*, defaults to [`DCLIPProcessor`]): Its class, for a teacher [`DCLIPTeacherProcessor`].
 
     Returns:
-        [`DCLIPProcessor`]
+        [`DCLIPProcessor`] or [`DCLIPTeacherProcessor`]
 
     Raises:
-        OSError: If the image processor's file is missing.
-        ValueError: If the tokenizer's files are missing.
+        ValueError: If a file is missing or damaged, or the image processor's numbers make no picture.
     """
-    processor = DCLIPProcessor.from_pretrained(model)
+    what = f"the files of a processor in '{model}' (preprocessor_config.json and those of a tokenizer)"
+    with _Reading(what, "Save them beside the weights.", (*_UNREADABLE, OSError)):
+        processor: Any = kind.from_pretrained(model, trust_remote_code=False)  # type: ignore[attr-defined]
     check_processor(processor, str(model))
     prepare_tokenizer(processor.tokenizer)
     return processor

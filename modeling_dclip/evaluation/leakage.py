@@ -49,7 +49,7 @@ from modeling_dclip.data.files import check_output_folder, temporary_folder
 from modeling_dclip.data.specs import Spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
-from modeling_dclip.encoders.loading import load_checked
+from modeling_dclip.encoders.loading import load_checked, load_processor
 from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
 from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
 from modeling_dclip.evaluation.command_line import check_device
@@ -298,7 +298,7 @@ def evaluate_leakage(
     records = []
     for label, folder in teachers:
         teacher = load_checked(DCLIPTeacher, folder).to(device)
-        processor = DCLIPTeacherProcessor.from_pretrained(folder)
+        processor = load_processor(folder, DCLIPTeacherProcessor)
         paths = compute_features(
             dataset,
             teacher,

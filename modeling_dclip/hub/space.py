@@ -21,7 +21,7 @@ from modeling_dclip.data.images import decode_image, open_image
 from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
-from modeling_dclip.encoders.loading import load_checked, load_dual_encoder
+from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_processor
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
 from modeling_dclip.evaluation.reports.document import escape_markdown
@@ -63,7 +63,7 @@ def load_teacher(spec: str) -> tuple[DCLIPTeacher, DCLIPTeacherProcessor]:
         raise ValueError(
             f"Expected a trained teacher at '{spec}', got a model of type {kind!r}. Give the teacher's own folder."
         )
-    return load_checked(DCLIPTeacher, spec), DCLIPTeacherProcessor.from_pretrained(spec)
+    return load_checked(DCLIPTeacher, spec), load_processor(spec, DCLIPTeacherProcessor)
 
 
 def split_lines(text: str | None) -> list[str]:

@@ -257,13 +257,17 @@ class TransformersDetector(RegionDetector):
         # machine.
         if self.labels:
             self.model, load_info = AutoModelForZeroShotObjectDetection.from_pretrained(
-                model, output_loading_info=True
+                model, output_loading_info=True, trust_remote_code=False
             )
-            self.processor = AutoProcessor.from_pretrained(model, backend="pil")
+            self.processor = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
             image_processor = self.processor.image_processor
         else:
-            self.model, load_info = AutoModelForObjectDetection.from_pretrained(model, output_loading_info=True)
-            self.processor = image_processor = AutoImageProcessor.from_pretrained(model, backend="pil")
+            self.model, load_info = AutoModelForObjectDetection.from_pretrained(
+                model, output_loading_info=True, trust_remote_code=False
+            )
+            self.processor = image_processor = AutoImageProcessor.from_pretrained(
+                model, backend="pil", trust_remote_code=False
+            )
         if load_info["missing_keys"]:
             missing = sorted(load_info["missing_keys"])
             raise ValueError(

@@ -172,9 +172,9 @@ class TransformersCaptioner:
             seed,
             device,
         )
-        self.model = AutoModelForImageTextToText.from_pretrained(name).eval().to(device)
-        self.tokenizer = AutoTokenizer.from_pretrained(name)
-        self.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil")
+        self.model = AutoModelForImageTextToText.from_pretrained(name, trust_remote_code=False).eval().to(device)
+        self.tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        self.image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
         processor = SimpleNamespace(image_processor=self.image_processor, tokenizer=self.tokenizer)
         settings = json.dumps([captions, max_new_tokens, seed])
         self.fingerprint = combine_keys([fingerprint_model(self.model), fingerprint_processor(processor), settings])

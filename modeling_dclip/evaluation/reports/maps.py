@@ -37,7 +37,7 @@ from PIL import Image
 from modeling_dclip.data.images import PixelReader, decode_image
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import WrongModelError
-from modeling_dclip.encoders.loading import load_checked
+from modeling_dclip.encoders.loading import load_checked, load_processor
 from modeling_dclip.evaluation.embedding import embed_texts
 from modeling_dclip.evaluation.reports.plots import plot_image_maps, plot_region_attention
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -241,7 +241,7 @@ def draw_teacher_attention(teacher: str | Path, dataset: Dataset, path: str | Pa
     if "boxes" not in dataset.column_names:
         raise ValueError(f"Expected the column 'boxes' to draw attention over, got {dataset.column_names}.")
     model = load_checked(DCLIPTeacher, teacher)
-    processor = DCLIPTeacherProcessor.from_pretrained(teacher)
+    processor = load_processor(teacher, DCLIPTeacherProcessor)
     sample = dataset.remove_columns("image")[row]
     regions = (np.array(sample["boxes"]), np.array(sample["box_scores"]))
     draw_attention(model, processor, decode_image(dataset, row), regions, sample["captions"][0], path)

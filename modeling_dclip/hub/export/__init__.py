@@ -10,13 +10,20 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
 from modeling_dclip.data.files import check_new_folder, holding, replacing, write_bytes, write_json
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import longest_text
-from modeling_dclip.encoders.loading import DUAL_ENCODERS, find_adapter, load_checked, load_merged, load_processor
+from modeling_dclip.encoders.loading import (
+    DUAL_ENCODERS,
+    find_adapter,
+    load_checked,
+    load_merged,
+    load_processor,
+    read_config,
+)
 from modeling_dclip.hub.export.onnx import (
     EXPORTED_TOWERS,
     ONNX_DTYPES,
@@ -128,12 +135,7 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
     if find_adapter(model) is not None:
         loaded = load_merged(model)
     else:
-        model_type = AutoConfig.from_pretrained(model).model_type
-        if model_type not in {**DUAL_ENCODERS, **IMAGE_ENCODERS}:
-            raise ValueError(
-                f"Expected a dual encoder or an image encoder at '{model}' "
-                f"({', '.join([*DUAL_ENCODERS, *IMAGE_ENCODERS])}), got {model_type!r}."
-            )
+        model_type = read_config(model, {**DUAL_ENCODERS, **IMAGE_ENCODERS}).model_type
         if model_type in DUAL_ENCODERS:
             loaded = load_merged(model)
         else:

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import list_folder, read_bytes, read_json
 from modeling_dclip.encoders.fingerprints import model_revision
@@ -23,11 +23,11 @@ from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
-    check_processor,
     find_adapter,
     load_checked,
     load_merged,
     load_processor,
+    read_config,
 )
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.metric_names import metric_of
@@ -277,11 +277,10 @@ def _load_teacher(folder: str, model: PreTrainedModel) -> Teacher:
         raise ValueError(
             f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got '{folder}'."
         )
-    model_type = AutoConfig.from_pretrained(folder).model_type
+    model_type = read_config(folder).model_type
     if model_type != "dclip_teacher":
         raise ValueError(f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{folder}'.")
-    processor = DCLIPTeacherProcessor.from_pretrained(folder)
-    check_processor(processor, folder)
+    processor = load_processor(folder, DCLIPTeacherProcessor)
     return Teacher(load_checked(DCLIPTeacher, folder), processor)
 
 

@@ -186,4 +186,7 @@ def check_folder(repo: StagedRepo) -> None:
 
 
 def _auto_modules(folder: Path) -> set[str]:
-    return {reference.split(".")[0] for reference in AutoConfig.from_pretrained(folder).auto_map.values()}
+    return {
+        reference.split(".")[0]
+        for reference in AutoConfig.from_pretrained(folder, trust_remote_code=False).auto_map.values()
+    }

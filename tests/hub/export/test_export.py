@@ -286,6 +286,6 @@ def test_weights_or_a_tokenizer_that_are_not_there_are_never_made_up(dclip_folde
     with pytest.raises(SystemExit, match=r"all weights .* at '.*vision', got 1 missing \(visual_projection.weight\)"):
         main(command)
     (tmp_path / "vision" / "model.safetensors").write_bytes(b"x" * 99)
-    with pytest.raises(SystemExit, match="Expected whole weights at .*vision', got a damaged file"):
+    with pytest.raises(SystemExit, match="Expected whole weights in .*vision/model.safetensors', got a damaged file"):
         main(command)
     assert not (tmp_path / "out").exists()

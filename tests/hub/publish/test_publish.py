@@ -531,7 +531,7 @@ def leave_adapter_alone(folder):
         (drop("student/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*student"),
         (drop("teacher/tokenizer.json"), ValueError, "a tokenizer that tells letters apart in .*teacher"),
         (replace_bytes("student/model.safetensors", b"x" * 99), ValueError,
-         "whole weights at .*student', got a damaged file"),
+         "whole weights in .*student/model.safetensors', got a damaged file"),
         (replace_bytes("student/arguments.yaml", b"student: [a"), ValueError, "YAML in .*student/arguments.yaml"),
         (replace_bytes("student/arguments.yaml", b"hello"), ValueError, "fields in .*arguments.yaml', got 'hello'"),
         (replace_bytes("results/records.json", b"[\xff\xfe"), ValueError, "JSON in .*records.json"),
