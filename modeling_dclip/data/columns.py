@@ -297,11 +297,13 @@ def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)
 
 
-def _rows_of_lists(dataset: Dataset, name: str) -> tuple[pa.Array, np.ndarray]:
+def _rows_of_lists(dataset: Dataset, name: str, place: str) -> tuple[pa.Array, np.ndarray]:
     """The entries of a column of lists, one after the other, and where each row's begin, `(N + 1,)`."""
     column = arrow_column(dataset, name)
+    if pa.types.is_null(column.type):
+        return column[:0], np.zeros(len(column) + 1, np.int64)
     if not (pa.types.is_list(column.type) or pa.types.is_fixed_size_list(column.type)):
-        raise ValueError(f"Expected a list in each row of the column {name!r}, got {column.type}.")
+        raise ValueError(f"{place}: expected a list in each row of the column {name!r}, got {column.type}.")
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     return column.flatten(), np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
 
@@ -362,12 +364,12 @@ def read_regions(dataset: Dataset, place: str = "The dataset") -> tuple[Ragged, 
         ValueError: If an entry is no box or no score, or a row has another number of scores than of boxes; the message
             names the row.
     """
-    entries, offsets = _rows_of_lists(dataset, "boxes")
+    entries, offsets = _rows_of_lists(dataset, "boxes", place)
     boxes = Ragged(_box_values(entries, offsets, place), offsets)
     scores = np.ones(len(boxes.values), np.float32)
     if "box_scores" not in dataset.column_names:
         return boxes, Ragged(scores, offsets)
-    given, score_offsets = _rows_of_lists(dataset, "box_scores")
+    given, score_offsets = _rows_of_lists(dataset, "box_scores", place)
     if len(given) and not _is_number(given.type):
         raise ValueError(f"{place}: expected lists of numbers in the column 'box_scores', got lists of {given.type}.")
     if given.null_count:

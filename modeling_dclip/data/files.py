@@ -399,7 +399,7 @@ def require_field(
         where (`str`): The object's name in the file, e.g. `"Annotation 3"`.
         path (`str` or `os.PathLike`): The file.
         kind (`type` or `tuple`, *optional*): What the value must be. `True` and `False` are of no kind; a number is
-            finite.
+            finite. Text holds no NUL and no half of a character (`\\ud800`), which JSON can name.
 
     Raises:
         ValueError: If the entry is no object, has no such key, or the value is of another kind; the message names file
@@ -415,6 +415,10 @@ def require_field(
         names = [_KINDS[one] for one in kinds if one is not int or float not in kinds]
         expected = " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
         raise ValueError(f"{where} of '{path}': expected {expected} under {key!r}, got {value!r:.80}.")
+    if isinstance(value, str) and (not is_utf8(value) or "\0" in value):
+        raise ValueError(
+            f"{where} of '{path}': expected text under {key!r}, got half a character or a NUL in {value!a:.80}."
+        )
     return value
 
 
@@ -516,7 +520,7 @@ _BATCH_BYTES = 64 * 2**20
 _MOST_ROWS = 10_000  # of a batch
 _READ_AHEAD = 2**20  # bytes of a column that are read at once
 # What Arrow raises for a damaged file, or for one in a form that it does not know.
-_DAMAGED = (pa.ArrowException, OSError)
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError)
 # Files of a folder whose content a dataset may hold; of others it holds the paths.
 _TABLES = {".arrow", ".csv", ".gz", ".json", ".jsonl", ".md", ".parquet", ".tar", ".tsv", ".txt", ".zip", ".zst"}
 _PATTERN = set("*?[]{}")  # what `datasets` takes for a pattern in a folder's name
@@ -722,7 +726,9 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        return pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
+        file = pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
+        list(file.schema_arrow.names)  # decodes them
+        return file
     except _DAMAGED as error:
         raise ValueError(f"'{path}' is not readable as parquet ({error}). Write or download it again.") from error
 

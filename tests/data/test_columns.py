@@ -160,7 +160,7 @@ def corners(names, sized=False):
     ],
     ids=lambda boxes: str(boxes.type),
 )
-@pytest.mark.parametrize("scores", [None, [[0.5, 0.25], None, [], [1]], [None, [], None, [1.0]]], ids=str)
+@pytest.mark.parametrize("scores", [None, [[0.5, 0.25], None, [], [1]], [None, [], None, [1.0]], [None] * 4], ids=str)
 def test_boxes_of_every_form_are_read_with_their_own_scores(tmp_path, boxes, scores):
     PILImage.new("RGB", (9, 9)).save(tmp_path / "a.png")
     columns = {"image": [str(tmp_path / "a.png")] * 4, "captions": list("abcd"), "boxes": boxes}
@@ -189,7 +189,7 @@ def test_boxes_of_every_form_are_read_with_their_own_scores(tmp_path, boxes, sco
         ([[[1, 2, 3, 4]], [[1, 2, 3, 4], None]], None, "row 1, entry 1 of 'boxes': expected a box of four .*got None"),
         ([[[1, 2, 3, 4], [1, None, 3, 4]], []], None, r"row 0, entry 1 of 'boxes': .*got .1, None, 3, 4."),
         ([[1, 2, 3, 4], [1, 2, 3, 4]], None, "expected boxes of four numbers in the column 'boxes', got int64"),
-        (["[[1, 2, 3, 4]]", ""], None, "Expected a list in each row of the column 'boxes', got string"),
+        (["[[1, 2, 3, 4]]", ""], None, "'a.parquet': expected a list in each row of the column 'boxes', got str"),
         ([[["1", "2", "3", "4"]], []], None, "expected boxes of four numbers .*got list<"),
         ([[{"x1": 1, "y1": 2, "z": 3}], []], None, "expected boxes of four numbers .*got struct<"),
         ([[{"x1": 1, "y1": 2, "x2": 3, "y2": None}], []], None, "row 0, entry 0 of 'boxes': .*'y2': None"),

@@ -184,6 +184,12 @@ def test_damaged_json_is_named(tmp_path, content, message):
         ({"a": float("inf")}, float, "expected a number under 'a', got inf"),
         ({"a": 10**400}, (int, float), "expected a number under 'a', got 1000"),
         ({"a": None}, list, "expected a list under 'a', got None"),
+        (
+            {"a": "x\ud800"},
+            None,
+            r"expected text under 'a', got half a character or a NUL in 'x.ud800'",
+        ),
+        ({"a": "x\0"}, str, "got half a character or a NUL in"),
     ],
 )
 def test_a_field_of_another_type_is_named_with_file_and_entry(entry, kind, message):

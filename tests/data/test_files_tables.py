@@ -215,12 +215,15 @@ def test_bytes_that_are_no_utf8_are_no_captions(tmp_path, draw):
 )
 def test_ids_are_texts_or_whole_numbers(tmp_path, draw, ids, expected):
     pictures = [str(draw(tmp_path / f"{row}.png", row)) for row in range(2)]
-    path = write(tmp_path / "a.parquet", {"image": pictures, "captions": ["a", "b"], "image_id": ids})
+    columns = {"image": pictures, "captions": ["a", "b"], "label": ["x", "y"], "image_id": ids}
+    path = write(tmp_path / "a.parquet", columns)
     if isinstance(expected, list):
         assert load_captions(f"parquet:{path}")["image_id"][:] == expected
+        assert load_classification(f"parquet:{path},label=label").dataset["image_id"][:] == expected
     else:
-        with pytest.raises(ValueError, match=expected):
-            load_captions(f"parquet:{path}")
+        for load in (load_captions, lambda spec: load_classification(f"{spec},label=label")):
+            with pytest.raises(ValueError, match=expected):
+                load(f"parquet:{path}")
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from modeling_dclip.data.columns import arrow_column, as_text, put_columns, with_images
+from modeling_dclip.data.columns import arrow_column, as_text, id_texts, put_columns, with_images
 from modeling_dclip.data.files import (
     is_hidden,
     is_utf8,
@@ -109,6 +109,9 @@ def _from_columns(
     image = _choose_column(dataset, image, ("image",), Image, "image", place)
     label = _choose_column(dataset, label, _LABEL_COLUMNS, ClassLabel, "label", place)
     dataset = dataset.select_columns([*("image_id",) * ("image_id" in dataset.column_names), image, label])
+    if "image_id" in dataset.column_names and dataset.features["image_id"] != Value("string"):
+        ids = id_texts(dataset, "image_id", place)
+        dataset = put_columns(dataset, {"image_id": (ids, Value("string"))}).select_columns(["image_id", image, label])
     dataset, class_names = _numbered(dataset, label, place, names)
     dataset = with_images(dataset, image, place)
     dataset = dataset if label == "label" else dataset.rename_column(label, "label")

@@ -184,7 +184,7 @@ def _box(entry: dict[str, Any], where: str, path: str | Path) -> tuple[float, fl
     if not any(field in entry for field in BOX_FIELDS):
         return None
     numbers = [require_field(entry, field, where, path, (int, float)) for field in BOX_FIELDS]
-    left, top, width, height = numbers
+    left, top, width, height = map(float, numbers)
     if width <= 0 or height <= 0:
         raise ValueError(f"{where} of '{path}': expected bbox_w and bbox_h above 0, got {width} and {height}.")
     return (left, top, left + width, top + height)

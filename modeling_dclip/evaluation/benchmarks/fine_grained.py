@@ -148,7 +148,10 @@ def _cut_out(dataset: Dataset, rows: range) -> Dataset:
     for row in rows:
         image, box = decode_image(dataset, row), dataset.select_columns("crop_box")[row]["crop_box"]
         inside = box[0] < image.width and box[1] < image.height and box[2] > 0 and box[3] > 0
-        if not inside or box[2] <= box[0] or box[3] <= box[1]:
+        # What lies outside is black, as in ARO; a picture of its own size on each side is room for any annotation.
+        near = min(box[0] + image.width, box[1] + image.height) >= 0
+        near = near and box[2] <= 2 * image.width and box[3] <= 2 * image.height
+        if not inside or not near or box[2] <= box[0] or box[3] <= box[1]:
             raise ValueError(
                 f"Image {columns['image_id'][row - rows.start]!r}: expected a box xyxy that meets the picture of "
                 f"{image.width} x {image.height} pixels, got {box}."

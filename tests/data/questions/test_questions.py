@@ -289,6 +289,7 @@ GOOD = {"image": "dog.png", "caption": "a dog", "negative_caption": "a cat"}
         ("aro", [{k: v for k, v in relation("dog.png").items() if k != "bbox_h"}], "no key 'bbox_h'"),
         ("aro", [relation("dog.png"), relation("dog.png", box=None)], "in all entries or in none"),
         ("aro", [relation("dog.png", bbox_x=10**400)], "expected a number under 'bbox_x', got 1000"),
+        ("json", [{**GOOD, "caption": "\ud800"}], "Item 0 of .*expected text under 'caption', got half a character"),
         ("winoground", [winoground_entry(0) | {"id": [0]}], r"Item 0 of .*number or text under 'id', got \[0\]"),
         ("aro", [{"image_path": "dog.png"}], "neither 'true_caption' nor 'caption_options'"),
         ("aro", [{"image": "dog.png", "caption_options": ["a"]}], "list of 2 or more texts under 'caption_options'"),

@@ -221,7 +221,9 @@ def test_only_the_part_in_the_box_is_looked_at(tiny_clip, monkeypatch):
     assert torch.equal(torch.cat(seen), processor(images=parts, return_tensors="pt")["pixel_values"])
 
 
-@pytest.mark.parametrize("box", [[40, 0, 50, 9], [0, 36, 9, 50], [-9, 0, 0, 9], [5, 5, 5, 9]])
+@pytest.mark.parametrize(
+    "box", [[40, 0, 50, 9], [0, 36, 9, 50], [-9, 0, 0, 9], [5, 5, 5, 9], [0, 0, 9, 1e30], [-200, 0, 9, 9]]
+)
 def test_a_box_outside_the_picture_is_named(tiny_clip, box):
     with pytest.raises(ValueError, match="'part-1'.*meets the picture of 40 x 36 pixels"):
         evaluate_fine_grained(Encoder(*tiny_clip), cropped([[0, 0, 9, 9], box]))
