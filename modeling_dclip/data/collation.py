@@ -127,7 +127,7 @@ class SharedNumbers:
     """Whole numbers that a dataset and its copies in the workers of a `DataLoader` have in common.
 
     A worker gets its copy when it starts, and a persistent worker starts once. What is set here afterwards, every
-    worker sees at once. Set between two epochs only: within one, workers are ahead of what was given.
+    worker sees at once. Set an epoch between two epochs only: within one, workers are ahead of what was given.
 
     Args:
         count (`int`): How many; all are 0.
@@ -143,6 +143,14 @@ class SharedNumbers:
     def set(self, *numbers: int) -> None:
         """All numbers."""
         self._values.copy_(torch.tensor(numbers, dtype=torch.int64))
+
+    def add_one(self, index: int) -> None:
+        """Count at a place that only one process counts at, such as a worker's own."""
+        self._values[index] += 1
+
+    def total(self) -> int:
+        """The sum of all numbers."""
+        return int(self._values.sum())
 
 
 class Batches(TorchDataset):

@@ -171,8 +171,8 @@ def train_dmclip(
     batches = _open_batches(args, shards, processor)
     trainer = DMCLIPTrainer(model, args, batches, processor, resolved_arguments)
     train_or_resume(trainer, record.folder)
-    if batches.skipped:
-        logger.warning("dmclip: left out %d damaged samples or shards", sum(batches.skipped.values()))
+    if batches.num_skipped:
+        logger.warning("dmclip: left out %d damaged samples or shards", batches.num_skipped)
     trainer.save_model()
     record.finish()
 

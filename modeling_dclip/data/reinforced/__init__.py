@@ -38,10 +38,12 @@ from modeling_dclip.data.reinforced.shards import (
     find_shards,
     scan_shard,
 )
+from modeling_dclip.data.specs import Range
 from modeling_dclip.encoders.fingerprints import combine_keys
 
 logger = logging.getLogger(__name__)
 
+MOST_WORKERS = 256  # of a data loader
 FIRST_REPORTS = 10  # the first damaged samples are named in the log, then every tenth
 
 
@@ -60,13 +62,26 @@ class DamageReport:
             raise ValueError(f"Expected on_bad_sample to be 'raise' or 'skip', got {on_bad_sample!r}.")
         self.on_bad_sample = on_bad_sample
         self.skipped: Counter[str] = Counter()
+        self._counts = SharedNumbers(1 + MOST_WORKERS)  # of this process, and of each worker
+
+    @property
+    def total(self) -> int:
+        """What this process and its workers left out."""
+        return self._counts.total()
+
+    def clear(self) -> None:
+        """Begin to count anew."""
+        self.skipped.clear()
+        self._counts.set(*[0] * (1 + MOST_WORKERS))
 
     def __call__(self, error: DamagedSampleError) -> None:
         """Raise the error, or count it."""
         if self.on_bad_sample == "raise":
             raise error
+        worker = get_worker_info()
         self.skipped[error.shard.name] += 1
-        total = self.skipped.total()
+        self._counts.add_one(0 if worker is None else 1 + worker.id % MOST_WORKERS)
+        total = self.total
         if total <= FIRST_REPORTS or total % FIRST_REPORTS == 0:
             logger.warning("Left out, number %d: %s", total, error)
 
@@ -133,7 +148,7 @@ class SampleOrder:
         """Count the samples of all shards by the headers of the tars."""
         progress = tqdm(self.shards, desc="Counting samples", unit="shard")
         number = sum(1 for shard in progress for _ in self._scan(shard))
-        self.report.skipped.clear()  # reading meets them again and counts them then
+        self.report.clear()  # reading meets them again and counts them then
         return number
 
     def places(self, epoch: int) -> Iterator[tuple[int, SamplePlace]]:
@@ -221,7 +236,7 @@ class SampleView:
             name (`str`): The spec of the shards, for messages.
 
         Raises:
-            ValueError: If `image_size` or `teacher_widths` is neither given nor in an index.
+            ValueError: If `image_size` or `teacher_widths` is neither given nor in an index, or out of range.
         """
         stored = {} if index is None else index["settings"]
         teachers = [] if index is None else index["teachers"]
@@ -232,6 +247,9 @@ class SampleView:
                 f"Expected image_size and teacher_widths, because '{name}' is no folder with an index, got "
                 f"{self.image_size} and {self.teacher_widths}. The widths of DataCompDR's two ViT-L/14 are (768, 768)."
             )
+        Range(1, 2**13, whole=True).check(size, "image_size")
+        for number in widths:
+            Range(1, 2**16, whole=True).check(number, "teacher_widths")
         if size != stored.get("image_size", size):
             logger.warning(
                 f"{name}: augmentations were drawn for {stored['image_size']} pixels and are replayed at {size}: "
@@ -395,11 +413,16 @@ class ReinforcedDataset(IterableDataset):
 
     @property
     def skipped(self) -> dict[str, int]:
-        """Damaged samples and shards left out by this process so far, by the shard's name.
+        """Damaged samples and shards left out by this process so far, by the shard's name, without its workers.
 
         A sample counts each time it is met.
         """
         return dict(self.report.skipped)
+
+    @property
+    def num_skipped(self) -> int:
+        """Damaged samples and shards left out so far by this process and the workers of its data loader."""
+        return self.report.total
 
     @property
     def teacher_logit_scales(self) -> tuple[float, ...] | None:

@@ -607,6 +607,22 @@ def test_big_endian_embeddings_are_the_same_numbers(tmp_path):
     assert same(*(next(iter(read(path))) for path in (plain, other)))
 
 
+@pytest.mark.parametrize(("workers", "persistent"), [(0, False), (2, False), (2, True)])
+def test_what_workers_leave_out_is_counted_in_the_main_process(tmp_path, workers, persistent):
+    path = write_tar(
+        tmp_path / "some.tar", {key: members(2, txt=b"" if key in "bd" else b"a dog") for key in "abcdef"}
+    )
+    dataset = read(path, on_bad_sample="skip", samples_per_epoch=4)
+    options = {"num_workers": workers, "persistent_workers": persistent, "collate_fn": pass_batch}
+    loader, alone = DataLoader(dataset, batch_size=None, **options), 0
+    for epoch in range(2):
+        dataset.set_epoch(epoch)
+        assert not {"b", "d"} & set(keys(list(loader)))
+        assert dataset.num_skipped > alone
+        alone = dataset.num_skipped
+    assert workers or dataset.num_skipped == sum(dataset.skipped.values())
+
+
 def test_a_member_that_comes_twice_is_damage(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for kind, content in [*members().items(), ("txt", b"a dog")]:
@@ -726,6 +742,14 @@ def test_wrong_arguments_are_refused(folder, tmp_path, tiny_clip_dir):
         read(folder, teacher_widths=None)
     with pytest.raises(ValueError, match="Expected image_size and teacher_widths"):
         read(folder, image_size=None)
+    for wrong in (
+        {"image_size": -64},
+        {"image_size": 10**6},
+        {"teacher_widths": ("4", 3)},
+        {"teacher_widths": (8, -1)},
+    ):
+        with pytest.raises(ValueError, match=f"^{next(iter(wrong))}: expected an integer from 1 to"):
+            read(folder, **wrong)
     with pytest.raises(ValueError, match="on_bad_sample"):
         read(folder, on_bad_sample="ignore")
     with pytest.raises(ValueError, match="process_index"):
