@@ -800,7 +800,7 @@ def test_an_index_says_what_is_needed_and_is_held_to_its_word(tmp_path, caplog):
         ({"shards": [{"file": "../x.tar", "samples": 3}]}, r"Shard 0 .*name of a file beside it .*got '../x.tar'"),
         ({"shards": [{"file": "/etc/x.tar", "samples": 3}]}, "name of a file beside it"),
         ({"shards": [{"file": "..", "samples": 3}]}, "name of a file beside it"),
-        ({"shards": [{"file": "a\0.tar", "samples": 3}]}, "name of a file beside it"),
+        ({"shards": [{"file": "a\0.tar", "samples": 3}]}, "NUL"),
         ({"shards": [{"file": 3, "samples": 3}]}, "Shard 0 .*expected text under 'file', got 3"),
         ({"shards": [{"file": "0000.tar", "samples": "3"}]}, "Shard 0 .*expected an integer under 'samples', got '3'"),
         ({"shards": [{"file": "0000.tar", "samples": -3}]}, "expected 'samples' of at least 0, got -3"),
