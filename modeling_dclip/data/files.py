@@ -25,7 +25,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from pathlib import Path
+from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
@@ -907,6 +907,11 @@ class FoundFiles(NamedTuple):
     passed_over: dict[str, list[Path]]
 
 
+def suffix_of(path: str | os.PathLike) -> str:
+    """The ending of a name with its point, in lower case and without blanks after it: `.jpg` of `A.JPG `."""
+    return PurePath(path).suffix.lower().rstrip()
+
+
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or one that a system made for itself (`Thumbs.db`, `__MACOSX`)."""
     return name.startswith(".") or name.lower() in _SYSTEM_NAMES
@@ -922,7 +927,7 @@ def describe_passed_over(passed_over: Mapping[str, Sequence[Path]], below: str |
     total = sum(map(len, passed_over.values()))
     kinds = sorted(passed_over.items(), key=lambda entry: (-len(entry[1]), entry[0]))
     parts = [
-        f"{len(paths)} {kind} (first: '{printable(os.path.relpath(paths[0], below))}')"
+        f"{len(paths)} {printable(kind)} (first: '{printable(os.path.relpath(paths[0], below))}')"
         for kind, paths in kinds[:_KINDS_SHOWN]
     ]
     more = [f"{len(kinds) - _KINDS_SHOWN} more kinds"] if len(kinds) > _KINDS_SHOWN else []
@@ -989,14 +994,14 @@ class _FolderSearch:
             heapq.heappush(self.links, path)
         elif kind == IRREGULAR:
             self._pass_over(kind, path)
-        elif self.suffixes is None or path.suffix.lower() in self.suffixes:
+        elif self.suffixes is None or suffix_of(path) in self.suffixes:
             # A broken link is a file that is missing: whoever opens it says so.
             if self.suffixes is None or is_utf8(path):
                 self.found.files.append(path)
             else:
                 self._pass_over(NOT_UTF8, path)
         else:
-            self._pass_over(kind if kind == BROKEN_LINK else path.suffix.lower() or NO_ENDING, path)
+            self._pass_over(kind if kind == BROKEN_LINK else suffix_of(path) or NO_ENDING, path)
 
 
 def find_files(folder: str | os.PathLike, suffixes: Collection[str] | None = None) -> FoundFiles:
@@ -1091,7 +1096,8 @@ class FileFinder:
         if folder not in self._listed:
             try:
                 with os.scandir(folder or os.curdir) as entries:
-                    found = {entry.name: entry.is_dir() for entry in entries if entry.is_dir() or entry.is_file()}
+                    kinds = {entry.name: _entry_kind(entry) for entry in entries}
+                found = {name: kind != "file" for name, kind in kinds.items() if kind not in (BROKEN_LINK, IRREGULAR)}
                 self._listed[folder] = found
             except (FileNotFoundError, NotADirectoryError):
                 self._listed[folder] = None

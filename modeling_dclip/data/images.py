@@ -19,7 +19,7 @@ import stat
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import cache
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,6 +37,7 @@ from modeling_dclip.data.files import (
     find_files,
     printable,
     read_bytes,
+    suffix_of,
 )
 from modeling_dclip.processing_dclip import DAMAGED, as_rgb, cut_long, load_whole, orientation_of
 
@@ -69,7 +70,7 @@ def image_suffixes() -> list[str]:
 
 def has_image_suffix(path: str | os.PathLike) -> bool:
     """Whether a name ends as those of pictures do, in any case."""
-    return PurePath(path).suffix.lower() in _suffixes()
+    return suffix_of(path) in _suffixes()
 
 
 def find_images(folder: str | os.PathLike) -> FoundFiles:
@@ -91,10 +92,10 @@ def find_images(folder: str | os.PathLike) -> FoundFiles:
     found = find_files(folder, known)
     files = []
     for path in found.files:
-        if known[path.suffix.lower()] or _begins_as_picture(path):
+        if known[suffix_of(path)] or _begins_as_picture(path):
             files.append(path)
         else:
-            found.passed_over.setdefault(path.suffix.lower(), []).append(path)
+            found.passed_over.setdefault(suffix_of(path), []).append(path)
     return FoundFiles(files, found.passed_over)
 
 

@@ -189,7 +189,12 @@ def test_what_pil_reads_is_taken_and_the_rest_is_counted_and_named(tmp_path, cap
         assert f"1 {other} (first: " in caplog.text
     assert "Convert HEIC photos to JPEG" in caplog.text
     assert not {".mpg", ".pdf", ".eps", ".ps", ".wmf", ".h5"} & set(image_suffixes())
-    assert has_image_suffix("a.JPEG") and has_image_suffix("a.mpo") and not has_image_suffix("jpg")
+    assert (
+        has_image_suffix("a.JPEG")
+        and has_image_suffix("a.png ")
+        and has_image_suffix("a.mpo")
+        and not has_image_suffix("jpg")
+    )
 
 
 def test_a_folder_without_pictures_says_what_it_has(tmp_path):
@@ -229,9 +234,11 @@ def test_every_name_is_printed_in_one_line():
 
 
 def test_a_long_list_of_endings_is_cut(tmp_path, caplog):
-    touch(tmp_path, *(f"a.e{number}" for number in range(20)))
+    touch(tmp_path, *(f"a.e{number}" for number in range(19)), "a.a\nb")
     warn_passed_over(find_images(tmp_path).passed_over, tmp_path)
-    assert "passed over 20 files: " in caplog.text and caplog.text.rstrip().endswith("12 more kinds")
+    assert "passed over 20 files: 1 .a\\nb (first: 'a.a\\nb'), " in caplog.text and caplog.text.rstrip().endswith(
+        "12 more kinds"
+    )
     caplog.clear()
     warn_passed_over({}, tmp_path)
     assert not caplog.text
@@ -274,12 +281,14 @@ def test_a_name_that_leads_to_no_file_is_explained(tmp_path):
     touch(tmp_path, "Photo.JPG", "folder/x")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "gone.jpg").symlink_to("nowhere")
+    (tmp_path / "loop.jpg").symlink_to("loop.jpg")
     finder = FileFinder()
     expected = {
         "photo.jpg": "'Photo.JPG' there differs in case",
         "folder": "a folder",
         "pipe.jpg": "a pipe, a socket or a device",
         "gone.jpg": "a broken link",
+        "loop.jpg": "a broken link",
         "other.jpg": "",
         "FOLDER/X": "'x' there differs in case",
     }
