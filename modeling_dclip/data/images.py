@@ -177,7 +177,7 @@ def _unreadable(name: str, error: BaseException | str, advice: str) -> Unreadabl
     if isinstance(error, UnidentifiedImageError):  # PIL's message names an object in memory
         error = "cannot identify image file: it is damaged, or of a format that is not read"
     reason = error if isinstance(error, str) else " ".join(str(error).split()) or type(error).__name__
-    reason = reason.rstrip(".")
+    reason = reason.removesuffix(", could be decompression bomb DOS attack.").rstrip(".")  # PIL's guess
     kind = MissingImageError if isinstance(error, FileNotFoundError) else UnreadableImageError
     return kind(f"{name} cannot be read: {reason}. {advice}", reason)
 

@@ -4,15 +4,18 @@ import ast
 import importlib.util
 import os
 import re
+import resource
 import shutil
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from fixtures.pictures import png
 from PIL import Image
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
@@ -324,3 +327,69 @@ def upload_file(panel, path):
     panel.locator("input[type=file]").first.set_input_files(path)
     panel.locator("button[aria-label='Remove Image'], button[aria-label='Clear']").first.wait_for(timeout=30_000)
     time.sleep(1)
+
+
+# -- limits ----------------------------------------------------------------------------------------------------------
+
+
+def preprocess(app, path):
+    """What the page makes of an upload."""
+    payload = SimpleNamespace(path=str(path), orig_name=path.name, url=None)
+    return app.make_upload(label="Picture").preprocess(payload)
+
+
+def test_an_upload_is_refused_by_its_pixels_before_it_is_decoded(app, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(png((10_000, 8_000), 8, 2, [b"\0"]))  # 80 million pixels, of which none is there
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    broken = preprocess(app, path)
+    assert isinstance(broken, app.BrokenUpload)
+    assert broken.message.startswith(
+        "'large.png' cannot be read: expected at most 50,000,000 pixels, got 10000 x 8000."
+    )
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+    assert app.said_plainly(lambda given: given)(broken) == (None, f"⚠️ {broken.message}")
+
+
+def test_an_upload_is_upright_and_over_white_whatever_it_is(app, tmp_path):
+    layer = Image.new("RGBA", (20, 10), (0, 0, 0, 0))
+    layer.paste((200, 0, 0, 255), (0, 0, 5, 10))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    layer.save(tmp_path / "a.png", exif=exif)
+    picture = preprocess(app, tmp_path / "a.png")
+    assert picture.mode == "RGB" and picture.size == (10, 20)
+    assert picture.getpixel((5, 2)) == (200, 0, 0) and picture.getpixel((5, 15)) == (255, 255, 255)
+    (tmp_path / "b.jpg").write_text("no picture")
+    broken = preprocess(app, tmp_path / "b.jpg")
+    assert "'b.jpg' cannot be read: cannot identify" in broken.message and str(tmp_path) not in broken.message
+    assert app.make_upload(label="Picture").preprocess(None) is None
+    nowhere = SimpleNamespace(path=None, orig_name=None, url="http://127.0.0.1:9/a.png")
+    assert "is no file" in app.make_upload(label="Picture").preprocess(nowhere).message
+
+
+@pytest.mark.parametrize(
+    "ask, message",
+    [
+        (lambda a, p: a.find_texts(p, "\n".join(map(str, range(501)))), "There are 501 texts, more than 500"),
+        (lambda a, p: a.find_texts(p, "a" * 2001), "2001 characters"),
+        (lambda a, p: a.classify(p, "dog, cat", "{}" + "a" * 500), "prompt has 502 characters, more than 500"),
+        (lambda a, p: a.find_texts(Image.new("L", (8000, 7000)), "a"), "8000x7000 pixels, more than 50,000,000"),
+    ],
+)
+def test_what_a_visitor_may_ask_is_bounded(answers, upload, ask, message):
+    with pytest.raises(UserMistake, match=message):
+        ask(answers, upload)
+
+
+def test_numbers_of_answers_are_bounded(answers, upload):
+    assert len(answers.find_pictures("a dog", 10**9)[0]) == 8 and len(answers.find_pictures("a dog", -5)[0]) == 1
+    assert len(answers.find_texts(upload, "a\nb", 0)[0]) == 1
+
+
+def test_attention_over_a_large_picture_is_drawn_small(taught):
+    picture = Image.new("RGB", (4000, 2500), (10, 200, 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    drawing, remark = taught.attend(picture, "a red dog")
+    assert max(drawing.size) < 4000 and "9 regions" in remark
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # KiB
