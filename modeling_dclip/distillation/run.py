@@ -33,6 +33,7 @@ from modeling_dclip.distillation.checkpoints import (
     read_record,
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
+from modeling_dclip.encoders.families import check_end_token
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
@@ -596,9 +597,13 @@ def read_clip(path: str) -> Clip:
 
     Returns:
         [`Clip`]
+
+    Raises:
+        ValueError: If the tokenizer's end token is not the text encoder's.
     """
     processor, student = load_processor(path), load_student(path)
     check_vocabulary(student, processor.tokenizer, path)
+    check_end_token(student, processor.tokenizer, path)
     return Clip(path, combine_keys([fingerprint_model(student), fingerprint_processor(processor)]))
 
 

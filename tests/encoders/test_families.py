@@ -11,6 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, processors
 from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
 
 from modeling_dclip.data.reinforced.teachers import build_teacher
+from modeling_dclip.distillation.run import read_clip
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import check_end_token, prepare_tokenizer, stated_length, tokenize_texts
 from modeling_dclip.encoders.loading import load_dual_encoder, load_processor
@@ -132,6 +133,16 @@ def test_a_model_whose_config_names_another_end_token_is_refused(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="texts end in the token 5, where the text encoder reads them"):
         load_dual_encoder(folder)
+
+
+def test_a_training_run_refuses_a_clip_whose_texts_all_read_alike(tiny_clip_dir, tmp_path):
+    shutil.copytree(tiny_clip_dir, tmp_path / "clip")
+    assert read_clip(str(tmp_path / "clip")).key
+    config = json.loads((tmp_path / "clip" / "config.json").read_text())
+    config["text_config"]["eos_token_id"] = 5
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="texts end in the token 5, where the text encoder reads them"):
+        read_clip(str(tmp_path / "clip"))
 
 
 def test_a_tokenizer_that_states_no_length_cannot_size_a_text_encoder():

@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisionModel}
-PREPROCESSOR = "preprocessor_config.json"
+PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Runner = Callable[[torch.Tensor], torch.Tensor]  # a tower as a function of pixels or ids
 _WHY = {
     "picture": "The numbers are for the code in the export's README, with PIL's resizing. The default backend of "
@@ -131,7 +131,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
             the size.
     """
     if not Path(model).is_dir():
-        raise FileNotFoundError(f"Expected the folder of a model at '{model}', got nothing there.")
+        found = "a file" if Path(model).exists() else "nothing there"
+        raise FileNotFoundError(f"Expected the folder of a model at '{model}', got {found}.")
     if find_adapter(model) is not None:
         loaded = load_merged(model)
     else:
@@ -271,8 +272,12 @@ def _compare_settings(
     """Compare texts and pictures through the exported tokenizer and preprocessing, where there are any; write the
     README.
     """
-    if not (folder / PREPROCESSOR).is_file():  # an image encoder alone
-        return found
+    if not (folder / PREPROCESSOR).is_file():
+        if not is_dual(model):
+            return found
+        (*_, last) = found
+        said = f"No {PREPROCESSOR} in '{source}', so the export has neither preprocessing nor tokenizer."
+        return found | {last: found[last] | {"differs": [said]}}
     reader = Reader(runtime.name, None, None, _WHY)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -311,7 +316,7 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     config = (to_native_clip(model) if is_dual(model) and has_native_twin(model) else model).config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("auto_map", "_name_or_path")}
     write_json(folder / "config.json", config, indent=2, default=str)
-    if not is_dual(model) or not (Path(source) / PREPROCESSOR).is_file():
+    if not is_dual(model) or not any((Path(source) / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
         return
     processor = to_native_processor(load_processor(source))
     resize_images(processor.image_processor, model, source)
@@ -330,8 +335,13 @@ def resize_images(image_processor: CLIPImageProcessorPil, model: PreTrainedModel
         source (`str` or `os.PathLike`): The model's folder, for messages.
 
     Raises:
-        ValueError: If a ViT's preprocessing is for another size.
+        ValueError: If a ViT's preprocessing is for another size, or images are not cropped to one size.
     """
+    if not image_processor.do_resize or not image_processor.do_center_crop:
+        raise ValueError(
+            f"Expected {PREPROCESSOR} of '{source}' to resize and to crop, so that all images have one size, got "
+            f"do_resize {image_processor.do_resize} and do_center_crop {image_processor.do_center_crop}."
+        )
     size = model.config.vision_config.image_size
     crop = image_processor.crop_size["height"]
     if crop == size:

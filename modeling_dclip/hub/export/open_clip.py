@@ -22,6 +22,7 @@ from modeling_dclip.hub.export.readers import (
 from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
+INTERPOLATIONS = ("bicubic", "bilinear")
 OPEN_CLIP_WEIGHTS, OPEN_CLIP_CONFIG = "open_clip_model.safetensors", "open_clip_config.json"
 _USE = f"""
 import open_clip
@@ -177,15 +178,21 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
     processor = to_native_processor(load_processor(source))
     images = processor.image_processor
     crop, size = images.crop_size["height"], model.config.vision_config.image_size
-    if crop != size or images.size["shortest_edge"] != size or not images.do_center_crop:
+    if crop != size or images.size.get("shortest_edge") != size or not images.do_center_crop:
         raise ValueError(
             f"Expected preprocessing at '{source}' that resizes the shorter side to {size} and crops {size}, as "
             f"open_clip's does, got {dict(images.size)} and {crop}."
         )
+    interpolation = PILImageResampling(images.resample).name.lower()
+    if interpolation not in INTERPOLATIONS:
+        raise ValueError(
+            f"Expected preprocessing at '{source}' with {' or '.join(INTERPOLATIONS)} interpolation, as open_clip "
+            f"has, got {interpolation}."
+        )
     preprocessing = {
         "mean": list(images.image_mean),
         "std": list(images.image_std),
-        "interpolation": PILImageResampling(images.resample).name.lower(),
+        "interpolation": interpolation,
         "resize_mode": "shortest",
     }
     processor.tokenizer.model_max_length = model.config.text_config.max_position_embeddings

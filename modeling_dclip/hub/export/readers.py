@@ -18,7 +18,7 @@ from modeling_dclip.data.failures import BENCHMARK_FAILURES, one_line
 from modeling_dclip.data.files import write_text
 from modeling_dclip.data.images import UnreadableImageError, open_image
 from modeling_dclip.encoders import DualEncoder
-from modeling_dclip.encoders.families import projected, tokenize_texts
+from modeling_dclip.encoders.families import check_end_token, projected, tokenize_texts
 from modeling_dclip.hub.export.onnx import Deviation, check_outputs
 
 # By kind. Those of EQUAL are read alike by every reader, or the export is refused.
@@ -148,9 +148,10 @@ def compare_reader(model: PreTrainedModel, processor: Any, reader: Reader) -> tu
         `tuple[Deviation, list[Reading]]`: Of the kinds that have to be equal; and one reading a kind.
 
     Raises:
-        ValueError: If a kind that has to be equal is not.
+        ValueError: If a kind that has to be equal is not, or the tokenizer's end token is not the text encoder's.
     """
     dual = cast("DualEncoder", model)
+    check_end_token(dual, processor.tokenizer, processor.tokenizer.name_or_path)
 
     def our_texts(texts: list[str]) -> torch.Tensor:
         inputs = tokenize_texts(dual, processor, texts, max_length=model.config.text_config.max_position_embeddings)

@@ -190,3 +190,55 @@ def test_a_full_disk_leaves_nothing_behind(student, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="No space left on device"):
         main(["torch_export", "--model", str(student), "--output", str(tmp_path / "out")])
     assert not list(tmp_path.iterdir())
+
+
+def change(folder, name, **fields):
+    """Other values in a JSON file, or in the part of it that `.` names."""
+    for file, part in (one.partition(":")[::2] for one in name.split()):
+        content = json.loads((folder / file).read_text())
+        (content[part] if part else content).update(fields)
+        (folder / file).write_text(json.dumps(content))
+
+
+IMAGES = "preprocessor_config.json processor_config.json:image_processor"
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "fields", "message"),
+    [
+        (
+            "open_clip",
+            "config.json:text_config",
+            {"eos_token_id": 5},
+            "whose texts end in the token 5, where the text",
+        ),
+        ("torch_export", "config.json:text_config", {"eos_token_id": 5}, "whose texts end in the token 5"),
+        (
+            "open_clip",
+            IMAGES,
+            {"resample": 1},
+            "with bicubic or bilinear interpolation, as open_clip has, got lanczos",
+        ),
+        ("open_clip", IMAGES, {"do_normalize": False}, "open_clip on pictures of the kind 'plain' to give"),
+        ("torch_export", IMAGES, {"do_center_crop": False}, "to resize and to crop, so that all images have one size"),
+    ],
+)
+def test_a_student_that_no_reader_can_read_alike_is_refused(form, name, fields, message, student, tmp_path):
+    pytest.importorskip("open_clip", reason="needs open_clip_torch")
+    shutil.copytree(student, tmp_path / "student")
+    change(tmp_path / "student", name, **fields)
+    with pytest.raises(SystemExit, match=re.escape(message)):
+        main([form, "--model", str(tmp_path / "student"), "--output", str(tmp_path / "out")])
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("left", ["processor_config.json", None])
+def test_preprocessing_is_exported_from_either_file_and_its_lack_is_said(left, student, tmp_path, capsys):
+    shutil.copytree(student, tmp_path / "student")
+    for name in {"processor_config.json", "preprocessor_config.json"} - {left}:
+        (tmp_path / "student" / name).unlink()
+    command = ["torch_export", "--model", str(tmp_path / "student"), "--output", str(tmp_path / "out")]
+    main(command)
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert ({"README.md", "preprocessor_config.json", "tokenizer.json"} <= written) == (left is not None)
+    assert ("so the export has neither preprocessing nor tokenizer" in capsys.readouterr().out) == (left is None)
