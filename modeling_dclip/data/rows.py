@@ -60,6 +60,23 @@ def flickr_id(value: str | int) -> str:
 ID_RULES = {"coco": coco_id, "flickr": flickr_id}
 
 
+def apply_rule(source: str, value: str, where: str) -> str:
+    """The id that a source's rule gives.
+
+    Args:
+        source (`str`): A key of `ID_RULES`.
+        value (`str`): An id or a file name of the source.
+        where (`str`): Where it stands, for messages, e.g. `"'a.parquet', row 3"`.
+
+    Raises:
+        ValueError: If it is no id of the source; the message says where.
+    """
+    try:
+        return ID_RULES[source](value)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
 def first(ids: Iterable[str]) -> str:
     """The first few ids, for a message."""
     return ", ".join(map(printable, list(ids)[:FIRST_IDS]))

@@ -380,6 +380,7 @@ OTHER_READS = {
     "encoders/fingerprints.py": {"path.open", "folder.glob"},  # below the door: hashes files of any kind
     "encoders/loading.py": {"folder.glob"},  # below the door: whether a folder has weights
     "evaluation/records.py": {"os.open"},  # a lock
+    "hub/export/readers.py": {"Image.open"},  # as the programs open pictures that an export is made for
 }
 
 

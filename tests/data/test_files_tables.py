@@ -226,6 +226,34 @@ def test_ids_are_texts_or_whole_numbers(tmp_path, draw, ids, expected):
                 load(f"parquet:{path}")
 
 
+def test_an_id_that_is_none_of_its_source_is_named_with_its_row(tmp_path, draw):
+    picture = str(draw(tmp_path / "a.png"))
+    columns = {"image": [picture] * 2, "captions": ["a", "b"], "image_id": ["7", "seven"]}
+    path = write(tmp_path / "a.parquet", columns)
+    with pytest.raises(ValueError, match="a.parquet', row 1: Expected a COCO image id .*got 'seven'"):
+        load_captions(f"parquet:{path},source=coco")
+    (tmp_path / "a.csv").write_text("image,caption\na.png,a dog\n")
+    with pytest.raises(ValueError, match="a.csv': Expected a COCO image id .*got 'a.png'"):
+        load_captions(f"csv:{tmp_path}/a.csv:{tmp_path},source=coco")
+
+
+@pytest.mark.parametrize("stored", ["path", "bytes"])
+def test_rows_of_one_image_may_differ_in_captions_only(tmp_path, draw, stored):
+    paths = [draw(tmp_path / "a.png", 1), draw(tmp_path / "b.png", 2, size=(8, 8))]
+    pictures = [str(path) if stored == "path" else path.read_bytes() for path in paths]
+    columns = {"captions": ["a", "b", "c"], "image_id": [7, 7, 8]}
+    boxes = [[[0, 0, 1, 1]], [[0, 0, 1, 1]], []]
+    same = {"image": [pictures[0], pictures[0], pictures[1]], "boxes": boxes, **columns}
+    dataset = load_captions(f"parquet:{write(tmp_path / 'a.parquet', same)}")
+    assert dataset["captions"][:] == [["a", "b"], ["c"]] and dataset["boxes"][:] == boxes[1:]
+    path = write(tmp_path / "b.parquet", {"image": [pictures[0], pictures[1], pictures[1]], **columns})
+    with pytest.raises(ValueError, match="rows 0 and 1 have the image id '7' and different pictures.*,image_id="):
+        load_captions(f"parquet:{path}")
+    path = write(tmp_path / "c.parquet", same | {"boxes": [boxes[0], None, []]})
+    with pytest.raises(ValueError, match="rows 0 and 1 have the image id '7' and different boxes"):
+        load_captions(f"parquet:{path}")
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     FIRST_IDS,
     ID_RULES,
+    apply_rule,
     build_rows,
     coco_id,
     first,
@@ -399,9 +400,9 @@ def _group_lines(
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
     root = folder.resolve().name
-    ids = [
-        ID_RULES[source](name) if source else name if name.startswith("/") else f"{root}/{name}" for name in captions
-    ]
+    ids = [name if name.startswith("/") else f"{root}/{name}" for name in captions]
+    if source is not None:
+        ids = [apply_rule(source, name, f"'{path}'") for name in captions]
     return build_rows(ids, [folder / name for name in captions], list(captions.values()), f"'{path}'", missing)
 
 
@@ -432,7 +433,9 @@ def read_images(folder: str, *, source: str | None = None) -> Dataset:
         )
     warn_passed_over(passed_over, root)
     name = root.resolve().name
-    ids = [ID_RULES[source](path.name) if source else f"{name}/{path.relative_to(root).as_posix()}" for path in paths]
+    ids = [f"{name}/{path.relative_to(root).as_posix()}" for path in paths]
+    if source is not None:
+        ids = [apply_rule(source, path.name, f"'{folder}'") for path in paths]
     require_unique(ids, f"'{folder}'")
     columns = {"image_id": ids, "image": [str(path) for path in paths], "captions": [[] for _ in paths]}
     return Dataset.from_dict(columns, features=CAPTION_FEATURES)

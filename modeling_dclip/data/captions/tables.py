@@ -2,13 +2,16 @@
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_from_disk
 
 from modeling_dclip.data.columns import (
     holds_pictures,
     id_texts,
     put_columns,
+    read_regions,
     same_values,
     text_lists,
     with_images,
@@ -18,6 +21,7 @@ from modeling_dclip.data.files import load_hub, load_parquet, match_parquet, req
 from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     ID_RULES,
+    apply_rule,
     clean_captions,
     present_images,
     require_rows,
@@ -45,7 +49,7 @@ def _image_ids(dataset: Dataset, column: str | None, source: str | None, name: s
         return [f"{name}-{row}" for row in range(len(dataset))]
     _require_column(dataset, column, "image_id", name)
     values = id_texts(dataset, column, name)
-    return [ID_RULES[source](value) if source else value for value in values]
+    return values if source is None else [apply_rule(source, v, f"{name}, row {row}") for row, v in enumerate(values)]
 
 
 def _merge_captions(image_ids: list[str], captions: list[list[str | None] | None]) -> dict[int, list[str | None]]:
@@ -55,6 +59,32 @@ def _merge_captions(image_ids: list[str], captions: list[list[str | None] | None
     for row, (image_id, texts) in enumerate(zip(image_ids, captions, strict=True)):
         merged.setdefault(first_row.setdefault(image_id, row), []).extend(texts or ())
     return merged
+
+
+def _require_one_picture(table: Dataset, image_ids: list[str], name: str) -> None:
+    """Refuse rows of one image id whose pictures or boxes differ: only those of the first row would be kept.
+
+    Pictures are compared by their length in bytes, or by their paths.
+    """
+    chunks = table.select_columns(["image"]).with_format("arrow")[:]["image"].chunks
+    lengths = [length for chunk in chunks for length in pc.binary_length(pc.struct_field(chunk, "bytes")).to_pylist()]
+    paths = [path for chunk in chunks for path in pc.struct_field(chunk, "path").to_pylist()]
+    regions = read_regions(table, name) if "boxes" in table.column_names else ()
+    first_row: dict[str, int] = {}
+    for row, image_id in enumerate(image_ids):
+        first = first_row.setdefault(image_id, row)
+        what = "pictures" if lengths[row] != lengths[first] else ""
+        if lengths[row] is None and paths[row] != paths[first]:
+            what = "pictures"
+        for column in regions:
+            one, other = (column.values[column.offsets[i] : column.offsets[i + 1]] for i in (first, row))
+            if not np.array_equal(one, other, equal_nan=True):
+                what = what or "boxes"
+        if what:
+            raise ValueError(
+                f"{name}: rows {first} and {row} have the image id {image_id!r} and different {what}. Expected rows "
+                "of one image to differ in their captions only; name the right column with ',image_id=COLUMN'."
+            )
 
 
 def standardise_columns(
@@ -88,8 +118,8 @@ def standardise_columns(
 
     Raises:
         FileNotFoundError: If the file of a picture given by path is missing.
-        ValueError: If a column is missing (the message names those present) or of a wrong type, an id or a box is none
-            (the row is named), or no row is left.
+        ValueError: If a column is missing (the message names those present) or of a wrong type, an id or a box is
+            none, rows of one image differ in picture or boxes (the rows are named), or no row is left.
     """
     _require_column(dataset, image, "image", name)
     _require_column(dataset, captions, "captions", name)
@@ -107,7 +137,10 @@ def standardise_columns(
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
     table = table.select_columns(["image_id", image, "captions", *regions])
-    table, present = present_images(with_images(table, image, name), ids, name, missing)
+    table = with_images(table, image, name)
+    if len(merged) < len(ids):
+        _require_one_picture(table, ids, name)
+    table, present = present_images(table, ids, name, missing)
     firsts = list(merged)
     keep = set(present) & {firsts[i] for i in kept}
     require_rows(len(keep), name)
