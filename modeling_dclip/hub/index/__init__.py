@@ -124,8 +124,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise ValueError(f"Expected an index of format {MANIFEST_FORMAT} in '{path}', got {found!r}. Build it again.")
     for name, kind in _MANIFEST_KINDS.items():
         require_field(manifest, name, "The object", path, kind)
-    for kind in FILE_SUFFIXES:
-        entry = require_field(manifest["files"], kind, "Under 'files', the object", path, dict)
+    for file in FILE_SUFFIXES:
+        entry = require_field(manifest["files"], file, "Under 'files', the object", path, dict)
         for name in ("name", "sha256"):
             require_field(entry, name, f"Under 'files', {kind!r}", path, str)
     return cast("Manifest", manifest)
