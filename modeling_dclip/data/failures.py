@@ -5,18 +5,24 @@ in this code keeps its traceback, so that it can be reported and mended.
 """
 
 import argparse
+import csv
 import functools
 import io
 import logging
+import lzma
 import os
 import pickle
 import re
 import shlex
 import signal
+import struct
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, ParamSpec, TypeVar
@@ -32,9 +38,9 @@ from transformers.utils import logging as transformers_logging
 from modeling_dclip.interruption import INTERRUPTED, SIGNALS, end_now, exit_status
 
 try:
-    from httpx2 import TransportError  # huggingface_hub 2
+    from httpx2 import HTTPError, InvalidURL, TransportError  # huggingface_hub 2
 except ImportError:
-    from httpx import TransportError
+    from httpx import HTTPError, InvalidURL, TransportError
 
 logger = transformers_logging.get_logger(__name__)
 
@@ -50,20 +56,42 @@ FAILURES = (
     MemoryError,  # an input too large for this machine
     torch.OutOfMemoryError,  # or for its GPU
     TransportError,  # a connection to the Hub that broke off
+    HTTPError,  # an answer of the Hub that is none
+    InvalidURL,
     DatasetsError,
     SafetensorError,
     StrictDataclassError,  # a field of a configuration of transformers
     pa.ArrowException,
     pickle.UnpicklingError,  # a checkpoint that is none
     yaml.YAMLError,
+    csv.Error,
+    *(lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, zlib.error),  # a compressed file that is damaged
 )
 
 # Errors of one benchmark, model or picture that do not stop the others of an evaluation. Wider than FAILURES, as the
 # measurements of hours are worth more than a traceback: a shape that does not fit, a device without memory or a
 # missing method is reported with the error's type, and `TRANSFORMERS_VERBOSITY=info` shows its traceback.
-BENCHMARK_FAILURES = (*FAILURES, ArithmeticError, LookupError, RuntimeError, TypeError)
+BENCHMARK_FAILURES = (
+    *FAILURES,
+    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, struct.error),
+)
 
-_OF_WORKER = re.compile(r"Caught \w+ in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w+: (.*)", re.DOTALL)
+# What PyTorch, FAISS and the workers of a loader tell of the machine as a bare RuntimeError, and what to do. Any other
+# RuntimeError is a bug, or belongs to the place that knows what was read.
+_OF_MACHINE = {
+    r"can't allocate memory|DefaultCPUAllocator|Cannot allocate memory|CUDA out of memory|CUDA error: out of memory": (
+        "This machine has too little memory for it. Lower the batch size or num_workers, or take smaller images"
+    ),
+    r"inline_container|PytorchStreamWriter|PytorchStreamReader|No space left": (
+        "A file of PyTorch could not be written or read whole. Is the disk full, or the file damaged?"
+    ),
+    r"DataLoader worker.* (?:is killed|exited unexpectedly)|shared memory|[Bb]us error": (
+        "A worker process ended. Set num_workers to 0, or give the machine more memory and a larger /dev/shm"
+    ),
+    r"faiss": "FAISS refuses it. Check the index's factory string and the number of images",
+}
+
+_OF_WORKER = re.compile(r"Caught (?P<kind>\w+) in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w+: (?P<text>.*)", re.DOTALL)
 # Of an address: user and password before the host, and what follows the path.
 _SECRETS = re.compile(r"(https?://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")
 _LONG = re.compile(r"(\S{60})\S{500,}")  # a value of a thousand digits, say; no path is as long
@@ -91,8 +119,42 @@ def one_line(error: BaseException) -> str:
     """
     text = str(error)
     if match := _OF_WORKER.fullmatch(text):
-        text = match[1]
+        text = match["text"]
+    if (advice := _of_machine(error)) is not None:
+        text = f"{advice} ({text.splitlines()[0] if text else type(error).__name__})."
     return without_secrets(_LONG.sub(r"\1...", " ".join(text.split()))) or type(error).__name__
+
+
+def _of_machine(error: BaseException) -> str | None:
+    """What to do about an error by which a library tells of the machine; `None` of any other error."""
+    if not isinstance(error, (RuntimeError, MemoryError)):
+        return None
+    if isinstance(error, MemoryError) or isinstance(error, torch.OutOfMemoryError):
+        return next(iter(_OF_MACHINE.values())) if not str(error).startswith("Expected") else None
+    return next((advice for pattern, advice in _OF_MACHINE.items() if re.search(pattern, str(error))), None)
+
+
+def _names(kinds: Iterable[type]) -> set[str]:
+    """The names of classes and of all that are derived from them."""
+    return {name for kind in kinds for name in (kind.__name__, *_names(kind.__subclasses__()))}
+
+
+def is_mistake(error: BaseException) -> bool:
+    """Whether an error comes from what a user gave or from the machine. All others are bugs, and keep their traceback.
+
+    An error of a worker process counts as what it was there: PyTorch passes some on as a bare RuntimeError.
+
+    Args:
+        error (`BaseException`): Any.
+
+    Example:
+        >>> is_mistake(ValueError("a")), is_mistake(RuntimeError("a"))
+        (True, False)
+    """
+    if isinstance(error, FAILURES) or _of_machine(error) is not None:
+        return True
+    match = _OF_WORKER.fullmatch(str(error)) if isinstance(error, RuntimeError) else None
+    return match is not None and match["kind"] in _names(FAILURES)
 
 
 def describe_failure(what: str, error: BaseException) -> str:
@@ -273,7 +335,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         main (`Callable`): The function; what it returns is passed on.
 
     Returns:
-        `Callable`: It raises `SystemExit` instead of any of [`FAILURES`] and of `KeyboardInterrupt`.
+        `Callable`: It raises `SystemExit` instead of any error that [`is_mistake`] and of `KeyboardInterrupt`.
     """
 
     @functools.wraps(main)
@@ -288,8 +350,8 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
             except KeyboardInterrupt:
                 interruption.end()
                 raise
-            except FAILURES as error:
-                if transformers_logging.get_verbosity() <= logging.INFO:
+            except (*FAILURES, RuntimeError) as error:
+                if transformers_logging.get_verbosity() <= logging.INFO or not is_mistake(error):
                     raise
                 sys.exit(f"Failed: {redact(one_line(error))} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
 

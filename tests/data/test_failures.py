@@ -1,22 +1,29 @@
 """A user's mistake ends every command in one line on stderr and status 1; an error in the code keeps its traceback."""
 
 import argparse
+import csv
+import gzip
 import importlib
 import importlib.util
 import io
 import json
+import lzma
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
+import tarfile
 import time
+import zipfile
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, StrictDataclassError
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers.utils import logging
@@ -25,9 +32,11 @@ from modeling_dclip.data.failures import (
     BENCHMARK_FAILURES,
     FAILURES,
     HelpFormatter,
+    HTTPError,
     TransportError,
     command,
     describe_failure,
+    is_mistake,
     one_line,
     recorded_command,
     redact,
@@ -65,6 +74,65 @@ def test_a_mistake_is_one_line(error):
         fail(error)
     assert ended.value.code == "Failed: Expected one, got two. (TRANSFORMERS_VERBOSITY=info shows where in the code)"
     assert ended.value.__context__ is error and isinstance(error, BENCHMARK_FAILURES)
+
+
+OF_MACHINE = {
+    "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you": "too little",
+    "[enforce fail at inline_container.cc:664] . unexpected pos 128 vs 22": "Is the disk full, or the file damaged?",
+    "DataLoader worker (pid 12) is killed by signal: Killed. ": "Set num_workers to 0",
+    "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "Set num_workers to 0",
+    "Error in virtual void faiss::Clustering::train_encoded(...) at Clustering.cpp:275: Error: 'nx >= k'": "FAISS",
+}
+
+
+@pytest.mark.parametrize("text", OF_MACHINE)
+def test_what_a_library_tells_of_the_machine_is_one_line_with_a_remedy(text):
+    with pytest.raises(SystemExit, match=f"^Failed: .*{re.escape(OF_MACHINE[text])}") as ended:
+        fail(RuntimeError(text))
+    assert text.split()[0] in ended.value.code and "\n" not in ended.value.code
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        zlib.error("a"),
+        tarfile.ReadError("a"),
+        zipfile.BadZipFile("a"),
+        gzip.BadGzipFile("a"),
+        lzma.LZMAError("a"),
+        csv.Error("a"),
+        LocalEntryNotFoundError("a"),
+        OfflineModeIsEnabled("a"),
+        HTTPError("a"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_damaged_file_and_a_server_that_is_not_there_are_one_line(error):
+    with pytest.raises(SystemExit, match="^Failed: "):
+        fail(error)
+
+
+class Undecodable(torch.utils.data.Dataset):
+    """A row whose error no loader can make again from its text."""
+
+    def __len__(self):
+        return 1
+
+    def __getitem__(self, row):
+        if row:
+            raise KeyError(row)
+        b"\xff".decode("utf-8")
+
+
+def test_an_error_that_a_worker_passes_on_as_another_type_counts_as_what_it_was():
+    (error,) = [None]
+    try:
+        list(DataLoader(Undecodable(), num_workers=1))
+    except (RuntimeError, ValueError) as raised:
+        error = raised
+    assert is_mistake(error) and one_line(error).startswith("'utf-8' codec can't decode byte 0xff")
+    other = RuntimeError("Caught KeyError in DataLoader worker process 0.\nOriginal Traceback (most):\nKeyError: 1")
+    assert not is_mistake(other)
 
 
 @pytest.mark.parametrize("error", [KeyError("a"), TypeError("a"), AttributeError("a"), RuntimeError("a")])
@@ -118,7 +186,8 @@ def test_help_shows_the_defaults_that_there_are_and_the_description_as_it_is():
 
 
 def test_an_error_without_a_message_is_named():
-    assert one_line(MemoryError()) == "MemoryError"
+    assert one_line(ValueError()) == "ValueError"
+    assert "too little memory" in one_line(MemoryError())
     assert describe_failure("a set", ValueError("a\nb")) == "a set: ValueError: a b"
 
 
