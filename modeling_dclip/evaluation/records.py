@@ -16,10 +16,12 @@ The module reads in this order: the environment, the format of a record, its key
 
 import os
 import platform
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
@@ -56,6 +58,11 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
 OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
+
+# Metrics that are shares of images, captions or questions, by their names.
+_SHARES = re.compile(r"(?:recall@\d+|accuracy|mrr|map|^top\d+|mean_per_class)$")
+_ROUNDING = 1e-6
+MOST_RESULTS_BYTES = 256 << 20
 
 Metrics = dict[str, float]  # by name
 Outcomes = dict[str, torch.Tensor]  # by metric, each (I, 2): the sum and the count of every image
@@ -196,8 +203,8 @@ def validate_record(record: Any, where: str) -> None:
         where (`str`): File and position, for messages.
 
     Raises:
-        ValueError: If a field is missing, unknown, of another type or version, or a metric is not a finite number; the
-            message names the field.
+        ValueError: If a field is missing, unknown, of another type or version, a date is none, a number is not finite,
+            a share is not in [0, 1] or nothing was counted; the message names the field.
     """
     if not isinstance(record, dict):
         raise ValueError(f"Expected a record (a JSON object) in {where}, got {type(record).__name__}.")
@@ -213,10 +220,49 @@ def validate_record(record: Any, where: str) -> None:
         if not isinstance(value, known[name]) or isinstance(value, bool):
             kinds = " or ".join(kind.__name__ for kind in known[name])
             raise ValueError(f"Expected {kinds} in the field {name!r} of {where}, got {value!r}.")
-    for name, value in record["metrics"].items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and -1e300 < value < 1e300):  # NaN fails this too
-            raise ValueError(f"Expected a finite number in 'metrics' / {name!r} of {where}, got {value!r}.")
+    _check_values(record, where)
+
+
+def _check_values(record: dict[str, Any], where: str) -> None:
+    """Check what the types of the fields leave open: numbers, their ranges, and the date."""
+    for name, least in (("n", 1), ("n_captions", 0), ("seed", 0)):
+        if name in record and not least <= record[name] < 2**63:
+            raise ValueError(
+                f"Expected an integer from {least} in the field {name!r} of {where}, got {record[name]!r}."
+            )
+    try:
+        datetime.fromisoformat(record["created"])
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a time as 2025-01-31T12:00:00+00:00 in the field 'created' of {where}, got "
+            f"{record['created']!r:.80}."
+        ) from error
+    for field in ("metrics", "chance"):
+        for name, value in record.get(field, {}).items():
+            _check_number(value, f"{field!r} / {name!r} of {where}", name)
+    for name, interval in record.get("intervals", {}).items():
+        if not isinstance(interval, dict):
+            raise ValueError(f"Expected an object in 'intervals' / {name!r} of {where}, got {interval!r:.80}.")
+        for key, value in interval.items():
+            if key in ("estimate", "low", "high") and value is not None:  # an end without bound is null
+                _check_number(value, f"'intervals' / {name!r} / {key!r} of {where}", name)
+    for name, values in record.get("draws", {}).items():
+        if not isinstance(values, list):
+            raise ValueError(f"Expected a list in 'draws' / {name!r} of {where}, got {values!r:.80}.")
+        for value in values:
+            _check_number(value, f"'draws' / {name!r} of {where}", name)
+    for field in ("versions", "hardware"):
+        if odd := [key for key, value in record[field].items() if isinstance(value, float) and not isfinite(value)]:
+            raise ValueError(f"Expected a finite number in {field!r} / {odd[0]!r} of {where}.")
+
+
+def _check_number(value: Any, place: str, metric: str) -> None:
+    """Refuse what is no finite number, and a share that is none."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not (is_number and -1e300 < value < 1e300):  # NaN fails this too
+        raise ValueError(f"Expected a finite number in {place}, got {value!r:.80}.")
+    if _SHARES.search(metric) and not -_ROUNDING <= value <= 1 + _ROUNDING:
+        raise ValueError(f"Expected a share from 0 to 1 in {place}, got {value!r}.")
 
 
 class Measurement(NamedTuple):
@@ -298,6 +344,12 @@ def read_results(path: str | os.PathLike) -> list[Record]:
         FileNotFoundError: If it is missing.
         ValueError: If it is not a JSON list of valid records; the message names file and field.
     """
+    size = Path(path).stat().st_size if Path(path).is_file() else 0
+    if size > MOST_RESULTS_BYTES:
+        raise ValueError(
+            f"Expected a results file of at most {MOST_RESULTS_BYTES >> 20} MiB at {path}, got {size >> 20} MiB. "
+            "It is something else."
+        )
     records = read_json(path, "results file", advice="Evaluate again.")
     if not isinstance(records, list) or not records:
         raise ValueError(f"Expected a JSON list of one or more records in {path}, got {type(records).__name__}.")
