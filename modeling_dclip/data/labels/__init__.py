@@ -5,7 +5,6 @@ Each source knows its classes' names and, where the data brings them, its prompt
 take others: a file with one a line, or `open_clip` for OpenAI's ImageNet lists out of that package.
 """
 
-import logging
 import math
 import re
 from collections import Counter
@@ -18,6 +17,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from modeling_dclip.data.columns import arrow_column, as_text, id_texts, put_columns, with_images
 from modeling_dclip.data.files import (
+    BROKEN_LINK,
+    HIDDEN,
+    LINKED_TWICE,
     is_hidden,
     is_utf8,
     list_folder,
@@ -49,8 +51,6 @@ from modeling_dclip.data.labels.prompts import (
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
 from modeling_dclip.data.rows import FIX_PATHS, present_images
 from modeling_dclip.data.specs import Source, Spec, parse_spec
-
-logger = logging.getLogger(__name__)
 
 # Where several columns hold class numbers: CIFAR-100's finer ones.
 _LABEL_COLUMNS = ("label", "fine_label")
@@ -186,9 +186,25 @@ def _read_hub(
 
 
 def _class_folders(top: Path) -> list[Path]:
-    """The folders of the classes, in order of their names; of numbers as numbers."""
-    folders = {path.name: path for path in list_folder(top) if path.is_dir()}
-    classes = [name for name in folders if not is_hidden(name)]
+    """The folders of the classes, in order of their names; of numbers as numbers. What looks like a class or a picture
+    and is none is counted and named.
+    """
+    folders: dict[str, Path] = {}
+    seen, passed_over = {top.resolve(), *top.resolve().parents}, dict[str, list[Path]]()
+    for path in sorted(list_folder(top), key=Path.is_symlink):  # real folders first, links to them are no classes
+        if is_hidden(path.name):
+            kind = HIDDEN if path.is_dir() else ""
+        elif path.is_dir():
+            kind = LINKED_TWICE if path.resolve() in seen else "class"
+            seen.add(path.resolve())
+        else:
+            kind = BROKEN_LINK if not path.exists() else "picture beside the classes" if has_image_suffix(path) else ""
+        if kind == "class":
+            folders[path.name] = path
+        elif kind:
+            passed_over.setdefault(kind, []).append(path)
+    warn_passed_over(passed_over, top)
+    classes = list(folders)
     odd = [name for name in classes if not is_utf8(name)]
     if odd:
         raise ValueError(
@@ -203,9 +219,6 @@ def _class_folders(top: Path) -> list[Path]:
     twice = [name for name, count in Counter(map(normal_name, classes)).items() if count > 1]
     if twice:
         raise ValueError(f"Two folders in '{top}' are called {twice[0]!r}, spelled in two ways. Merge them.")
-    beside = [path for path in list_folder(top) if not path.is_dir() and has_image_suffix(path)]
-    if beside:
-        logger.warning("'%s': passed over %d pictures beside the folders of the classes", top, len(beside))
     return [folders[name] for name in order_classes(classes)]
 
 

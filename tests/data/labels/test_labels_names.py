@@ -3,6 +3,8 @@ data's own order, or nothing is joined.
 """
 
 import json
+import sys
+import types
 import unicodedata
 
 import pytest
@@ -240,6 +242,29 @@ def test_folders_that_name_no_class_are_refused(tmp_path):
     assert load_classification(f"imagefolder:{root}").class_names == ["café", "dog"]
 
 
+def test_links_that_lead_to_no_class_of_their_own_are_passed_over(tmp_path, caplog):
+    root = write_folders(tmp_path / "set", ["cat", "dog", "__MACOSX"])
+    (tmp_path / "pool").mkdir()
+    (tmp_path / "pool" / "0.png").write_bytes(picture(9))
+    for name, target in {"fox": "../pool", "itself": ".", "up": "..", "kitty": "cat", "gone": "none"}.items():
+        (root / name).symlink_to(target, target_is_directory=True)
+    found = load_classification(f"imagefolder:{root}")
+    assert (found.class_names, found.dataset["label"][:]) == (["cat", "dog", "fox"], [0, 1, 2])
+    assert (
+        "3 linked to a folder that is searched already (first: 'itself'), 1 broken link (first: 'gone')" in caplog.text
+    )
+    assert "1 hidden (first: '__MACOSX')" in caplog.text
+
+
+def test_numbered_folders_take_imagenets_names_from_open_clip(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "open_clip", types.SimpleNamespace(IMAGENET_CLASSNAMES=NAMES))
+    root = write_folders(tmp_path / "imagenetv2", [str(number) for number in range(13)])  # 0, 1, 10, 11... as text
+    assert load_classification(f"imagefolder:{root},names=open_clip").class_names == NAMES
+    root = write_folders(tmp_path / "words", [f"w{number}" for number in range(13)])
+    with pytest.raises(ValueError, match="joining them by place would be a guess"):
+        load_classification(f"imagefolder:{root},names=open_clip")
+
+
 def test_what_is_passed_over_in_classes_is_counted_and_named(tmp_path, caplog):
     root = write_folders(tmp_path / "set", ["cat", "dog"])
     for name in ("cat/a.txt", "cat/b.heic", "dog/c.txt"):
@@ -247,7 +272,7 @@ def test_what_is_passed_over_in_classes_is_counted_and_named(tmp_path, caplog):
     (root / "beside.jpg").write_bytes(picture(0, "jpg"))
     load_classification(f"imagefolder:{root}")
     assert "passed over 3 files: 2 .txt (first: 'cat/a.txt'), 1 .heic (first: 'cat/b.heic')" in caplog.text
-    assert "passed over 1 pictures beside the folders of the classes" in caplog.text
+    assert "passed over 1 file: 1 picture beside the classes (first: 'beside.jpg')" in caplog.text
     (root / "dog" / "0.png").unlink()
     with pytest.raises(ValueError, match=r"none in \['dog'\] among 1 file: 1 .txt .first: 'dog/c.txt'."):
         load_classification(f"imagefolder:{root}")
