@@ -148,6 +148,13 @@ def publish_model(plan: PublishArguments) -> None:
         sys.exit(f"Failed: trained, but not published: {one_line(error)} {advice}")
 
 
+def end_processes() -> None:
+    """Leave the group of processes together. What follows is the main process's alone, however long it takes."""
+    state = PartialState()
+    state.wait_for_everyone()
+    state.destroy_process_group()
+
+
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
     runs = expand_arms(recipe)
@@ -161,6 +168,7 @@ def run_recipe(recipe: Recipe) -> None:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):
         train_runs(recipe, runs)
+        end_processes()
         if not is_main:
             return
         draw_training_curves(results.parent)

@@ -1,5 +1,6 @@
 """train.py as users start it: through accelerate, with help, with a recipe, and with a word that is wrong."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -133,3 +134,28 @@ def test_an_error_in_a_stage_ends_with_one_clear_line_and_writes_nothing(tmp_pat
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     assert last.startswith("Failed: Expected one column 'image'") and "captions.csv" in last and "',sep=;'" in last
     assert "TRANSFORMERS_VERBOSITY=info" in last and not (tmp_path / "run").exists()
+
+
+def test_the_processes_part_together_before_the_main_one_reports(tmp_path, monkeypatch):
+    script, done = importlib.import_module("train"), []
+
+    class State:
+        is_main_process = True
+
+        def wait_for_everyone(self):
+            done.append("wait")
+
+        def destroy_process_group(self):
+            done.append("part")
+
+    monkeypatch.setattr(script, "PartialState", State)
+    monkeypatch.setattr(script, "train_runs", lambda *args: done.append("train"))
+    monkeypatch.setattr(script, "draw_training_curves", lambda folder: done.append("draw"))
+    monkeypatch.setattr(script, "report", lambda *args: done.append("report"))
+    (tmp_path / "recipe.yaml").write_text(f"output_dir: {tmp_path / 'run'}\nevaluate: ['retrieval=scenes:test,n=8']\n")
+    script.run_recipe(script.parse_recipe([], tmp_path / "recipe.yaml"))
+    assert done == ["train", "wait", "part", "draw", "report"]
+    done.clear()
+    State.is_main_process = False
+    script.run_recipe(script.parse_recipe([], tmp_path / "recipe.yaml"))
+    assert done == ["train", "wait", "part"]

@@ -3,37 +3,81 @@
 A run that was killed continues at the next chunk. Several processes share the chunks.
 """
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load_file, save_file
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.files import remove_leftovers, replacing
-from modeling_dclip.encoders.fingerprints import combine_keys
+from modeling_dclip.encoders.fingerprints import combine_keys, hash_parts
+
+logger = logging.getLogger(__name__)
 
 Chunk = dict[str, np.ndarray]
 
 
+_CHECKSUM = "sha256"  # in a file's metadata; files of earlier versions have none
+
+
 def write_chunk(path: Path, chunk: Chunk) -> None:
-    """Write a chunk atomically: a reader sees the whole file or none."""
+    """Write a chunk atomically, with a checksum: a reader sees the whole file or none."""
+    arrays = {name: np.ascontiguousarray(array) for name, array in chunk.items()}
     with replacing(path) as temporary:
-        save_file({name: np.ascontiguousarray(array) for name, array in chunk.items()}, temporary)
+        save_file(arrays, temporary, metadata={_CHECKSUM: _checksum(arrays)})
 
 
 def read_chunk(path: Path) -> Chunk:
     """Read a chunk.
 
     Raises:
-        ValueError: If the file is damaged.
+        ValueError: If the file is damaged, or a number in it is not finite.
     """
     try:
-        return load_file(path)
+        with safe_open(path, "np") as file:
+            expected = (file.metadata() or {}).get(_CHECKSUM)
+        chunk = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"The cached chunk '{path}' is damaged ({error}). Delete the file and run again.") from error
+    if expected is not None and expected != _checksum(chunk):
+        raise ValueError(
+            f"The cached chunk '{path}' is damaged (its content is not what was written). Delete the file and run "
+            "again."
+        )
+    for name, array in chunk.items():
+        if not _is_finite(array):
+            raise ValueError(
+                f"The cached chunk '{path}' holds NaN or infinity under {name!r}. Delete the file and run again; if "
+                "that is the same, the model or an image gives no finite numbers."
+            )
+    return chunk
+
+
+def _checksum(chunk: Chunk) -> str:
+    names = sorted(chunk)
+    return hash_parts(part for name in names for part in (f"{name} {chunk[name].shape}", chunk[name].tobytes()))
+
+
+def _is_finite(array: np.ndarray) -> bool:
+    if array.dtype == np.float16:  # by the bits of the exponent: numpy has no fast test for it
+        return not ((array.view(np.uint16) & 0x7C00) == 0x7C00).any()
+    return bool(np.isfinite(array).all())
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a chunk's file is there with its full length; its values are checked where they are read."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except FileNotFoundError:
+        return False
+    except SafetensorError as error:
+        logger.warning("The cached chunk '%s' is damaged (%s) and computed again", path, error)
+        return False
 
 
 def compute_chunks(
@@ -72,7 +116,7 @@ def compute_chunks(
     remove_leftovers(cache_dir)
     with tqdm(total=len(keys), desc=desc, unit="image", disable=not state.is_local_main_process) as progress:
         for index, (rows, path) in enumerate(zip(rows_of, paths, strict=True)):
-            if index % processes == process and not path.is_file():
+            if index % processes == process and not _is_whole(path):
                 write_chunk(path, compute(rows))
             progress.update(len(rows))
     if not alone:

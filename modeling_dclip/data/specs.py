@@ -131,8 +131,8 @@ def check_numbers(arguments: Any, name: str = "", inherited: Mapping[str, Range]
     """Check every number of a dataclass against the range in its field's metadata.
 
     Args:
-        arguments: An instance of a dataclass. `None` is allowed where it is the default, and a list is checked number
-            by number.
+        arguments: An instance of a dataclass. `None` is allowed where it is the default or of the field's type, and a
+            list is checked number by number.
         name (`str`, *optional*): Its section, which goes before the field in the message: `"student."`.
         inherited (`Mapping[str, Range]`, *optional*): Ranges of fields without one in their metadata.
 
@@ -141,7 +141,7 @@ def check_numbers(arguments: Any, name: str = "", inherited: Mapping[str, Range]
     """
     for one in fields(arguments):
         allowed, value = range_of(one, inherited), getattr(arguments, one.name)
-        if allowed is None or (value is None and one.default is None):
+        if allowed is None or (value is None and (one.default is None or type(None) in get_args(one.type))):
             continue
         for number in value if isinstance(value, list) and callable(one.default_factory) else [value]:
             allowed.check(number, f"{name}{one.name}")

@@ -32,6 +32,32 @@ from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, f
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, check_boxes, cut_long
 
+# Arrays with several entries a row, and the array that counts them.
+_LENGTHS = {
+    "region_embeds": "regions_per_image",
+    "region_boxes": "regions_per_image",
+    "region_scores": "regions_per_image",
+    "text_embeds": "captions_per_image",
+    "token_embeds": "tokens_per_caption",
+}
+
+
+def _check_counts(chunk: Chunk, path: Path) -> Chunk:
+    """Refuse a chunk whose arrays do not belong to the same rows."""
+    required = ("image_embeds", "text_embeds", "captions_per_image")
+    missing = [name for name in required if name not in chunk]
+    missing += [lengths for name, lengths in _LENGTHS.items() if name in chunk and lengths not in chunk]
+    odd = (
+        []
+        if missing
+        else [name for name, n in _LENGTHS.items() if name in chunk and chunk[n].sum() != len(chunk[name])]
+    )
+    rows = {len(chunk[name]) for name in ("image_embeds", "captions_per_image", "regions_per_image") if name in chunk}
+    if missing or odd or len(rows) > 1:
+        problem = f"it lacks {missing[0]}" if missing else f"{(odd or ['image_embeds'])[0]} is of another length"
+        raise ValueError(f"The cached chunk '{path}' is damaged ({problem}). Delete the file and run again.")
+    return chunk
+
 
 @dataclass
 class TeacherFeatures:
@@ -56,18 +82,16 @@ class TeacherFeatures:
 
     @classmethod
     def load(cls, paths: Sequence[Path]) -> "TeacherFeatures":
-        """Join chunks."""
-        chunks = [read_chunk(path) for path in paths]
+        """Join chunks.
+
+        Raises:
+            ValueError: If a chunk is damaged; its file is named.
+        """
+        chunks = [_check_counts(read_chunk(path), path) for path in paths]
         joined = {name: np.concatenate([chunk.pop(name) for chunk in chunks]) for name in list(chunks[0])}
         columns: dict[str, Any] = {
             name: Ragged.from_lengths(joined[name], joined[lengths])
-            for name, lengths in (
-                ("region_embeds", "regions_per_image"),
-                ("region_boxes", "regions_per_image"),
-                ("region_scores", "regions_per_image"),
-                ("text_embeds", "captions_per_image"),
-                ("token_embeds", "tokens_per_caption"),
-            )
+            for name, lengths in _LENGTHS.items()
             if name in joined
         }
         return cls(image_embeds=joined["image_embeds"], **({"token_embeds": None} | columns))
@@ -198,6 +222,18 @@ def _encode_captions(
     return chunk
 
 
+def _require_finite(dataset: Dataset, rows: range, name: str, values: np.ndarray, lengths: np.ndarray) -> None:
+    """Refuse NaN and infinity before a chunk is kept: embeddings `(entries, D)` of rows with so many entries each."""
+    bad = np.flatnonzero(~np.isfinite(values).all(axis=1))
+    if len(bad):
+        row = rows.start + int(np.searchsorted(np.cumsum(lengths), bad[0], side="right"))
+        raise ValueError(
+            f"Column {name!r}, row {row} (image {dataset['image_id'][row]!r}): expected finite numbers of the model, "
+            f"got NaN or infinity ({len(bad)} such entries among {len(rows)} rows). Check the model's weights and the "
+            "image."
+        )
+
+
 def _no_captions(dataset: Dataset, teacher: DCLIPTeacher, reads_text: bool) -> Ragged:
     if reads_text:
         raise ValueError(
@@ -256,7 +292,12 @@ def compute_features(
             chunk |= _encode_captions(texts, processor, teacher, options.text_batch_size, reads_text)
         else:
             chunk["text_embeds"] = np.zeros((0, chunk["image_embeds"].shape[1]), np.float16)
-        return chunk | {"captions_per_image": captions.lengths[rows.start : rows.stop]}
+        chunk |= {"captions_per_image": captions.lengths[rows.start : rows.stop]}
+        ones = np.ones(len(rows), np.int64)
+        for name in ("image_embeds", "region_embeds", "text_embeds"):
+            if name in chunk:
+                _require_finite(dataset, rows, name, chunk[name], chunk.get(_LENGTHS.get(name, ""), ones))
+        return chunk
 
     settings = {"regions": regions, "max_regions": options.max_regions, "reads_text": reads_text}
     made_by = combine_keys(
@@ -321,7 +362,16 @@ def teach(teacher: DCLIPTeacher, features: TeacherFeatures) -> np.ndarray:
 
 
 def _read(paths: Sequence[Path], name: str) -> np.ndarray:
-    return np.concatenate([read_chunk(path)[name] for path in paths])
+    found = []
+    for path in paths:
+        if name not in (chunk := read_chunk(path)):
+            raise ValueError(f"The cached chunk '{path}' is damaged (it lacks {name}). Delete the file and run again.")
+        found.append(chunk[name])
+    if odd := [path for path, array in zip(paths, found, strict=True) if array.shape[1:] != found[0].shape[1:]]:
+        raise ValueError(
+            f"The cached chunk '{odd[0]}' is damaged ({name} is of another width). Delete it and run again."
+        )
+    return np.concatenate(found)
 
 
 def add_teacher_targets(
@@ -365,10 +415,12 @@ def add_teacher_targets(
     text_embeds = Ragged.from_lengths(_read(paths, "text_embeds"), _read(paths, "captions_per_image"))
     columns = {"text_embeds": text_embeds}
     if with_teacher:
-        chunk_rows = options.chunk_rows
+        chunk_rows, entries = options.chunk_rows, np.maximum(text_embeds.lengths, 1)
 
         def compute(rows: range) -> Chunk:
-            return {"teacher_embeds": teach(teacher, TeacherFeatures.load([paths[rows.start // chunk_rows]]))}
+            values = teach(teacher, TeacherFeatures.load([paths[rows.start // chunk_rows]]))
+            _require_finite(dataset, rows, "teacher_embeds", values, entries[rows.start : rows.stop])
+            return {"teacher_embeds": values}
 
         targets = compute_chunks(
             [paths[row // chunk_rows].stem for row in range(len(dataset))],
@@ -378,7 +430,6 @@ def add_teacher_targets(
             chunk_rows=chunk_rows,
             desc="Writing teacher targets",
         )
-        entries = np.maximum(text_embeds.lengths, 1)
         columns["teacher_embeds"] = Ragged.from_lengths(_read(targets, "teacher_embeds"), entries)
     for name, embeds in columns.items():
         check_finite(dataset, name, embeds)

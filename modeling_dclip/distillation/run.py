@@ -32,6 +32,7 @@ from modeling_dclip.distillation.checkpoints import (
     read_notes,
     read_record,
 )
+from modeling_dclip.distillation.guard import require_finite_weights
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.encoders.families import check_end_token
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
@@ -651,10 +652,12 @@ def load_student(clip_path: str, position_embedding_type: str = "absolute") -> D
         [`DCLIPModel`]: Pretrained weights in float32, the text tower frozen.
 
     Raises:
-        ValueError: If a weight is missing, as in a teacher's folder or one tower's.
+        ValueError: If a weight is missing, as in a teacher's folder or one tower's, or one is NaN or infinite.
     """
     read_config(clip_path, ("clip", "dclip"))
     config = DCLIPConfig.from_pretrained(clip_path)
     config.freeze_text = True
     config.vision_config.position_embedding_type = position_embedding_type
-    return load_checked(DCLIPModel, clip_path, config=config)
+    model = load_checked(DCLIPModel, clip_path, config=config)
+    require_finite_weights(model, f"the CLIP '{clip_path}'")
+    return model

@@ -40,6 +40,7 @@ from modeling_dclip.distillation.arguments import (
 )
 from modeling_dclip.distillation.checkpoints import RECORD_NAME
 from modeling_dclip.distillation.dmclip_stages import run_dmclip_stages
+from modeling_dclip.distillation.guard import require_finite_weights
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     UNCAPTIONED,
@@ -63,7 +64,7 @@ from modeling_dclip.distillation.run import (
 from modeling_dclip.distillation.trainer import AnchorTrainer, StudentTrainer, TeacherTrainer, train_or_resume
 from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked, load_tokenizer
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked, load_tokenizer, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -310,11 +311,12 @@ def write_targets(
         places ([`Places`]): Of the run.
 
     Raises:
-        ValueError: If the teacher is around another CLIP, or the folder was made from other inputs.
+        ValueError: If the teacher is around another CLIP or holds NaN, or the folder was made from other inputs.
     """
     with_teacher = teacher_path is not None
     if teacher_path is not None:
         teacher = load_checked(DCLIPTeacher, teacher_path, dtype="auto")
+        require_finite_weights(teacher, f"the teacher '{teacher_path}'")
         _check_same_clip(teacher, teacher_path, clip.path)
     else:
         teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
@@ -392,6 +394,13 @@ def train_student(
     processor = DCLIPProcessor.from_pretrained(clip.path)
     pixels = share_pixels(data, processor.image_processor, args.image_cache_mib, shared)
     fit_student(model, args, train, processor, resolved_arguments, validation=validation, pixels=pixels)
+    stored = stored_dtype(clip.path)
+    if stored != "float32":
+        logger.info(
+            "student: the CLIP '%s' is stored in %s. The student is trained and saved in float32: the shorter type "
+            "would round most of what it learned away. Load it with dtype=torch.%s where memory is short.",
+            *(clip.path, stored, stored),
+        )
     record.finish()
 
 
@@ -489,7 +498,9 @@ def _finish_adapters(trainer: StudentTrainer, args: StudentArguments) -> None:
         trainer.save_model()  # writes the adapter too
         trainer.adapters.merge_and_unload()
         trainer.adapters, model.config.freeze_text = None, True
-    elif args.should_save:
-        save_adapters(trainer.adapters, folder)
-        trainer.save_beside(folder)
+    else:
+        trainer.guard.check_weights(model, trainer.state.global_step)
+        if args.should_save:
+            save_adapters(trainer.adapters, folder)
+            trainer.save_beside(folder)
     logger.info("student: the adapter is in %s", folder / ADAPTER_FOLDER)

@@ -157,6 +157,17 @@ class BatchesTrainer(Trainer):
         # accepts.
         self.model_accepts_loss_kwargs = False
 
+    def _refuse_reentrant_checkpoints(self) -> None:
+        """Behind frozen weights reentrant checkpointing gives no gradient to a layer, with a warning of PyTorch."""
+        args = self.args
+        options = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs or {}
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        if args.gradient_checkpointing and options.get("use_reentrant") and frozen:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs: expected use_reentrant false beside frozen weights ({len(frozen)} "
+                f"tensors, such as {frozen[0]}), got true: layers behind them would get no gradient. Leave it out."
+            )
+
     def loss_terms(self, model: nn.Module, batch: dict[str, torch.Tensor]) -> LossTerms:
         """The terms of a batch's loss.
 
@@ -174,7 +185,12 @@ class BatchesTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
 
     def train(self, *args, **kwargs):
-        """As the base class; a checkpoint at the last step is loaded, and no step is taken."""
+        """As the base class; a checkpoint at the last step is loaded, and no step is taken.
+
+        Raises:
+            ValueError: If reentrant checkpointing is asked for and a weight is frozen.
+        """
+        self._refuse_reentrant_checkpoints()
         try:
             return super().train(*args, **kwargs)
         except _AllStepsTaken:

@@ -25,6 +25,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_NAME
 
 from modeling_dclip.configuration_dclip import MODEL_SIZES, check_number, check_sizes
 from modeling_dclip.encoders import DualEncoder
@@ -48,6 +49,7 @@ ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # wher
 # By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
 DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 _NAMED = 5  # missing weights in a message
+_DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
 _POINTER_BYTES = 1024  # git-lfs leaves smaller files in the place of weights
 _WHOLE_NUMBERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}  # as safetensors calls them
 _INDICES = ("position_ids", "num_batches_tracked", "token_type_ids", "relative_position_index")  # integers by design
@@ -243,6 +245,24 @@ def check_values(model: PreTrainedModel, name: str) -> None:
             raise ValueError(
                 f"Expected trained weights at '{name}', got only zeros in {part}. The file is damaged; take another."
             )
+
+
+def stored_dtype(name: str | os.PathLike) -> str:
+    """The type of a model's weights as they are stored, such as `"float16"`.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `str`: Of the matrices in a folder's file; else what the config says, `"float32"` if it says nothing.
+    """
+    path = Path(name) / SAFE_WEIGHTS_NAME
+    if path.is_file():
+        with safe_open(path, "pt") as file:
+            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
+            kinds = {one.get_dtype() for one in slices if len(one.get_shape()) > 1}
+        return _DTYPES.get(min(kinds), "float32") if len(kinds) == 1 else "float32"
+    return str(AutoConfig.from_pretrained(name).dtype or "float32").removeprefix("torch.")
 
 
 def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> Any:

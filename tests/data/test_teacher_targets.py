@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from safetensors.numpy import load_file, save_file
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions.files import drop_captions
@@ -197,13 +198,66 @@ def test_keys_of_models_and_processors_follow_what_they_compute(tiny_clip_dir, p
     assert fingerprint_processor(processor) == key
 
 
-def test_a_damaged_chunk_is_named(tiny_clip_dir, scenes, processor, tmp_path):
+def test_a_cut_chunk_is_computed_again(tiny_clip_dir, scenes, processor, tmp_path, caplog):
     teacher = make_teacher(tiny_clip_dir)
-    targets_of(scenes, teacher, processor, tmp_path)
-    victim = sorted(tmp_path.iterdir())[0]
-    victim.write_bytes(victim.read_bytes()[:50])
-    with pytest.raises(ValueError, match=f"{victim.name}' is damaged.*Delete the file"):
+    whole = targets_of(scenes, teacher, processor, tmp_path)
+    for victim, share in zip(sorted(tmp_path.glob("*.safetensors")), (0.1, 0, 0.5, 0.01, 0.9, 0.3), strict=True):
+        victim.write_bytes(victim.read_bytes()[: int(share * victim.stat().st_size)])
+    again = targets_of(scenes, teacher, processor, tmp_path)
+    assert caplog.text.count("is damaged") == caplog.text.count("computed again") == 6
+    for name in ("teacher_embeds", "text_embeds", "anchor_embeds"):
+        assert again.with_format(None)[name][:] == whole.with_format(None)[name][:]
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+
+
+def spoil(name, value):
+    def change(path):
+        chunk = load_file(path)
+        if name in chunk:
+            chunk[name] = value(chunk[name])
+        save_file({key: array for key, array in chunk.items() if array is not None}, path)
+
+    return change
+
+
+def with_nan(array):
+    array = array.copy()
+    array.flat[0] = np.nan
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (flip, "its content is not what was written"),
+        (spoil("image_embeds", with_nan), "holds NaN or infinity under 'image_embeds'"),
+        (spoil("text_embeds", lambda array: array[:-1]), "text_embeds is of another length"),
+        (spoil("image_embeds", lambda array: array[:-1]), "image_embeds is of another length"),
+        (spoil("captions_per_image", lambda array: None), "it lacks captions_per_image"),
+        (spoil("image_embeds", lambda array: None), "it lacks image_embeds"),
+    ],
+)
+def test_a_damaged_chunk_is_named(change, message, tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    paths = compute_features(scenes, teacher, processor, FeatureOptions(tmp_path, chunk_rows=3), keys=row_keys(scenes))
+    TeacherFeatures.load(paths)
+    change(paths[1])
+    with pytest.raises(ValueError, match=f"{paths[1].name}' .*{message}.*Delete the file"):
+        TeacherFeatures.load(paths)
+
+
+def test_a_model_that_answers_nan_leaves_no_chunk(tiny_clip_dir, scenes, processor, tmp_path):
+    teacher = make_teacher(tiny_clip_dir)
+    with torch.no_grad():
+        teacher.clip.visual_projection.weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="Column 'image_embeds', row 0 .image 'scenes-train-0-0'.*Check the model"):
         targets_of(scenes, teacher, processor, tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_teacher_that_answers_nan_is_told_by_image(tiny_clip_dir, scenes, processor, tmp_path):

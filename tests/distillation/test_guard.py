@@ -14,6 +14,8 @@ from transformers import TrainerCallback
 from modeling_dclip.data.columns import Ragged
 from modeling_dclip.distillation import guard
 from modeling_dclip.distillation.guard import TrainingGuard, nonfinite_weights, odd_columns, require_finite_weights
+from modeling_dclip.distillation.run import load_student
+from modeling_dclip.distillation.stages import fit_student
 from modeling_dclip.distillation.trainer import DMCLIPTrainer
 
 
@@ -259,3 +261,30 @@ def test_nonfinite_weights_and_columns_are_named():
     batch = {"a": torch.tensor([[1.0], [math.nan]]), "b": torch.tensor([math.inf, 1]), "ids": torch.tensor([1, 2])}
     assert odd_columns(batch, ["x", "y"]) == ["a of image 'y'", "b of image 'x'"]
     assert odd_columns(batch, []) == ["a of row 1", "b of row 0"]
+
+
+def test_a_clip_that_holds_nan_is_named_where_it_is_loaded(tiny_clip_dir, tmp_path):
+    model = load_student(str(tiny_clip_dir))
+    with torch.no_grad():
+        model.visual_projection.weight[0, 0] = math.nan
+    model.save_pretrained(tmp_path / "clip")
+    with pytest.raises(ValueError, match="the CLIP '.*clip': visual_projection.weight holds NaN"):
+        load_student(str(tmp_path / "clip"))
+
+
+@pytest.mark.parametrize("freeze", [[], ["vision_model.embeddings.*", "vision_model.pre_layrnorm.*"]])
+def test_reentrant_checkpoints_train_every_layer_or_are_refused(freeze, tiny_clip_dir, data, processor, tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    model = load_student(str(tiny_clip_dir))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    args = student_arguments(tmp_path, freeze=freeze, **options)
+    if freeze:
+        with pytest.raises(ValueError, match="expected use_reentrant false beside frozen weights .*, got true"):
+            fit_student(model, args, data, processor, {})
+        assert equal(model.state_dict(), before)
+        return
+    fit_student(model, args, data, processor, {})
+    layers = [name for name in before if "encoder.layers" in name and not name.endswith("k_proj.bias")]
+    assert layers and not [
+        name for name in layers if name.startswith("vision") and torch.equal(model.state_dict()[name], before[name])
+    ]
