@@ -289,20 +289,6 @@ def nonfinite_weights(model: nn.Module) -> list[str]:
     return [name for name, fine in zip(tensors, torch.stack(finite).tolist(), strict=True) if not fine]
 
 
-def require_finite_weights(model: nn.Module, where: str) -> None:
-    """Refuse a model that holds NaN or infinity.
-
-    Args:
-        model (`nn.Module`): Any.
-        where (`str`): What it is and where it came from, for the message, such as `"the CLIP 'folder'"`.
-
-    Raises:
-        ValueError: If a weight or a buffer is not finite.
-    """
-    if names := nonfinite_weights(model):
-        raise ValueError(f"Expected finite weights in {where}: {_name_weights(names)} NaN or infinity. Make it again.")
-
-
 def name_images(batches: Batches | ReinforcedBatches, inputs: Mapping[str, Any]) -> list[str]:
     """The ids of a batch's images, or the keys of its samples.
 

@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 
 from modeling_dclip.data.columns import Ragged
 from modeling_dclip.distillation import guard
-from modeling_dclip.distillation.guard import TrainingGuard, nonfinite_weights, odd_columns, require_finite_weights
+from modeling_dclip.distillation.guard import TrainingGuard, nonfinite_weights, odd_columns
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
 from modeling_dclip.distillation.trainer import DMCLIPTrainer
@@ -256,20 +256,9 @@ def test_nonfinite_weights_and_columns_are_named():
     model.running_var[1] = math.inf
     model.weight.data[0] = math.nan
     assert nonfinite_weights(model) == ["weight", "running_var"]
-    with pytest.raises(ValueError, match="in the CLIP 'x': weight, running_var hold NaN or infinity"):
-        require_finite_weights(model, "the CLIP 'x'")
     batch = {"a": torch.tensor([[1.0], [math.nan]]), "b": torch.tensor([math.inf, 1]), "ids": torch.tensor([1, 2])}
     assert odd_columns(batch, ["x", "y"]) == ["a of image 'y'", "b of image 'x'"]
     assert odd_columns(batch, []) == ["a of row 1", "b of row 0"]
-
-
-def test_a_clip_that_holds_nan_is_named_where_it_is_loaded(tiny_clip_dir, tmp_path):
-    model = load_student(str(tiny_clip_dir))
-    with torch.no_grad():
-        model.visual_projection.weight[0, 0] = math.nan
-    model.save_pretrained(tmp_path / "clip")
-    with pytest.raises(ValueError, match="the CLIP '.*clip': visual_projection.weight holds NaN"):
-        load_student(str(tmp_path / "clip"))
 
 
 @pytest.mark.parametrize("freeze", [[], ["vision_model.embeddings.*", "vision_model.pre_layrnorm.*"]])
