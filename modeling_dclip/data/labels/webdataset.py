@@ -58,7 +58,7 @@ from modeling_dclip.data.reinforced.shards import (
     DamagedSampleError,
     SamplePlace,
     as_problem,
-    is_encodable,
+    is_plain_text,
     read_array,
     scan_shard,
 )
@@ -579,7 +579,7 @@ def _read_captions(place: SamplePlace, content: pa.Buffer) -> _Sample:
             captions = source.get("captions", [source.get("caption")]) if isinstance(source, dict) else None
     except ValueError as error:
         raise _wrong_member(place, member, as_problem(error)) from error
-    if not isinstance(captions, list) or not all(isinstance(text, str) and is_encodable(text) for text in captions):
+    if not isinstance(captions, list) or not all(map(is_plain_text, captions)):
         raise _wrong_member(place, member, f"expected captions, got {captions!r:.80}")
     return _sample(place, picture, [text.strip() for text in captions if text.strip()])
 

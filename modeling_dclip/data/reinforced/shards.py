@@ -30,7 +30,15 @@ import numpy as np
 import torch
 
 from modeling_dclip.data.failures import one_line
-from modeling_dclip.data.files import decode_text, list_folder, match_files, parse_json, read_json, require_field
+from modeling_dclip.data.files import (
+    decode_text,
+    is_utf8,
+    list_folder,
+    match_files,
+    parse_json,
+    read_json,
+    require_field,
+)
 from modeling_dclip.data.images import open_image, read_header
 
 INDEX_NAME = "reinforced.json"
@@ -256,6 +264,9 @@ def _expand_braces(pattern: str) -> list[str]:
     return [pattern]
 
 
+_OCTAL = re.compile(rb" *([0-7]*) *(?:\0.*)?", re.DOTALL)
+
+
 class _Header(NamedTuple):
     """A header of a tar: what it is of, its name, and the bytes of content that follow."""
 
@@ -265,7 +276,7 @@ class _Header(NamedTuple):
 
 
 def _decode_name(name: bytes) -> str:
-    return name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
+    return name.split(b"\0", 1)[0].decode("utf-8", "backslashreplace")
 
 
 def _read_number(field: bytes) -> int:
@@ -276,10 +287,10 @@ def _read_number(field: bytes) -> int:
     """
     if field[:1] == b"\x80":
         return int.from_bytes(field[1:], "big")
-    digits = field.partition(b"\0")[0].strip()
-    if digits and not re.fullmatch(rb"[0-7]+", digits):
+    digits = _OCTAL.fullmatch(field)
+    if digits is None:
         raise ValueError(f"no number: {field!r}")
-    return int(digits or b"0", 8)
+    return int(digits[1] or b"0", 8)
 
 
 def _read_tar_header(header: bytes) -> _Header:
@@ -344,15 +355,15 @@ def _members(path: Path) -> Iterator[_Member]:
         while offset < end:
             file.seek(offset)
             block = file.read(_BLOCK)
-            if len(block) == _BLOCK and not block.strip(b"\0"):
+            if block[:1] == b"\0" and len(block) == _BLOCK and not block.strip(b"\0"):
                 return
             try:
                 kind, name, size = _read_tar_header(block)
                 if kind in b"xLKg" and size > _MOST_NAME_BYTES:
                     raise ValueError(f"a header of {size} bytes")
-                if b"size" in fields:
-                    size = _read_number(b"%o" % int(fields[b"size"]))
-                name = _decode_name(fields[b"path"]) if b"path" in fields else name
+                if fields:
+                    size = _read_number(b"%o" % int(fields.get(b"size", size)))
+                    name = _decode_name(fields[b"path"]) if b"path" in fields else name
                 start, next_offset = offset + _BLOCK, offset + _BLOCK + -(-size // _BLOCK) * _BLOCK
                 if kind in b"123456":
                     next_offset = start  # a size there is of no content
@@ -369,8 +380,8 @@ def _members(path: Path) -> Iterator[_Member]:
             offset = next_offset
             if kind in b"xLKg":
                 continue
-            sparse = any(key.startswith(b"GNU.sparse.") for key in fields)
             if kind != b"5":
+                sparse = fields and any(key.startswith(b"GNU.sparse.") for key in fields)
                 yield _Member(name, start, size, "a sparse file" if sparse else _NO_FILES.get(kind, ""))
             fields = {}
     raise DamagedSampleError.at(path, f"expected the archive's closing zeros, got the end of the file at byte {end}")
@@ -510,16 +521,16 @@ def _present(place: SamplePlace, members: Sequence[str], what: str) -> str:
     return found[0]
 
 
-def is_encodable(text: str) -> bool:
-    """Whether a text can be written as UTF-8: JSON may hold half a character, `"\\ud83d"`."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def is_plain_text(value: Any) -> bool:
+    """Whether a value of JSON is a text that a file can hold: JSON may write half a character, and NUL."""
+    return isinstance(value, str) and is_utf8(value) and "\0" not in value
 
 
 def _texts(value: Any) -> list[str] | None:
     """The stripped texts, or `None` if the value is no list of texts with words."""
-    if not isinstance(value, list) or not all(isinstance(text, str) and text.strip() for text in value):
+    if not isinstance(value, list) or not all(is_plain_text(text) and text.strip() for text in value):
         return None
-    return [text.strip() for text in value] if all(map(is_encodable, value)) else None
+    return [text.strip() for text in value]
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor | None:

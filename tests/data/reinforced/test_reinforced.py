@@ -444,6 +444,7 @@ DAMAGE = {
     "a number of 5000 digits": ({"paug.json": b"9" * 5000}, "paug.json", "expected JSON in it, got .*digits"),
     "a caption in another encoding": ({"txt": b"caf\xe9"}, "txt", "expected UTF-8 text in .*0xe9"),
     "half a character": ({"syn.json": rb'{"syn_text": ["a \ud83d"]}'}, "syn.json", "captions with words"),
+    "a NUL in a caption": ({"syn.json": text({"syn_text": ["a\0b"]})}, "syn.json", "captions with words"),
     "numbers for captions": ({"syn.json": text({"syn_text": [1, 2]})}, "syn.json", r"with words.*got \[1, 2\]"),
     "an object for captions": ({"txt": None, "json": text({"captions": {"a": "b"}})}, "json", "captions with words"),
     "a crop of booleans": ({"paug.json": text({"param_aug": [[[True, 0, 5, 5], []]] * 3})}, "paug.json", "top, left"),
