@@ -127,7 +127,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     for file in FILE_SUFFIXES:
         entry = require_field(manifest["files"], file, "Under 'files', the object", path, dict)
         for name in ("name", "sha256"):
-            require_field(entry, name, f"Under 'files', {kind!r}", path, str)
+            require_field(entry, name, f"Under 'files', {file!r}", path, str)
     return cast("Manifest", manifest)
 
 
