@@ -657,6 +657,7 @@ def load_parquet(paths: Sequence[Path], pattern: str) -> Dataset:
     rows = sum(_open_parquet(path).metadata.num_rows for path in paths)
     dataset = _open_copy(copy, rows)
     if dataset is None:
+        remove_leftovers(copy.parent)
         with replacing(copy) as temporary:
             _convert(paths, temporary)
             if [_file_state(path) for path in paths] != before:

@@ -9,8 +9,9 @@ import pytest
 from datasets import ClassLabel, Dataset, Features, Image, List, Value, load_dataset
 from PIL import Image as PILImage
 
+from modeling_dclip.data import files
 from modeling_dclip.data.captions import load_captions
-from modeling_dclip.data.columns import plain_array, plain_type
+from modeling_dclip.data.columns import BOXES_FEATURE, plain_array, plain_type
 from modeling_dclip.data.files import load_hub, load_parquet, match_parquet
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.labels import load_classification
@@ -254,6 +255,31 @@ def test_rows_of_one_image_may_differ_in_captions_only(tmp_path, draw, stored):
         load_captions(f"parquet:{path}")
 
 
+def test_a_saved_dataset_is_read_in_every_form_of_its_columns(tmp_path, draw):
+    picture = str(draw(tmp_path / "a.png"))
+    table = pa.table(
+        {
+            "image_id": pa.array(["i"]).cast(pa.large_string()),
+            "image": pa.array([picture]).cast(pa.large_string()),
+            "captions": pa.array([["a cat"]], pa.large_list(pa.large_string())),
+            "boxes": pa.array([[[0.0, 0.0, 4.0, 4.0]]]),
+            "box_scores": pa.array([None], pa.list_(pa.float64())),
+            "more": [3],
+        }
+    )
+    Dataset(table).save_to_disk(tmp_path / "saved")
+    dataset = load_captions(f"disk:{tmp_path / 'saved'}")
+    assert dataset.features["captions"] == List(Value("string")) and dataset.features["boxes"] == BOXES_FEATURE
+    row = dataset[0]
+    assert row.pop("image").size == (32, 24)
+    assert row == {
+        "image_id": "i", "captions": ["a cat"], "boxes": [[0, 0, 4, 4]], "box_scores": None, "more": 3,
+    }  # fmt: skip
+    Dataset(table.set_column(2, "captions", pa.array([[1]]))).save_to_disk(tmp_path / "numbers")
+    with pytest.raises(ValueError, match="Expected the column 'captions' as .*numbers"):
+        load_captions(f"disk:{tmp_path / 'numbers'}")
+
+
 # --- labels ----------------------------------------------------------------------------------------------------------
 
 
@@ -326,6 +352,13 @@ def test_equal_files_share_a_copy_and_a_damaged_copy_is_made_again(tmp_path, cap
     for damaged in (copy.read_bytes()[:700], b"", copy.read_bytes()[:-600]):
         copy.write_bytes(damaged)
         assert read(other)["a"][:] == ["x" * 1000]
+
+
+def test_what_killed_conversions_left_is_removed(tmp_path):
+    left = tmp_path / "datasets_cache" / "modeling_dclip_parquet" / f".x{files._SUFFIX}"
+    left.mkdir(parents=True)
+    read(write(tmp_path / "a.parquet", {"a": [1]}))
+    assert [path.suffix for path in left.parent.iterdir()] == [".arrow"]
 
 
 def test_pictures_stay_on_disk_and_batches_join_to_all_rows(tmp_path, monkeypatch):
