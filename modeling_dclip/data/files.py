@@ -122,7 +122,7 @@ _RESERVED_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{number}" for port in (
 
 
 def require_file(path: str | os.PathLike, what: str) -> Path:
-    """The path of a file that is there and not empty.
+    """The path of a file that is there and not empty; as it is on disk, see [`FileFinder`].
 
     Raises:
         FileNotFoundError: If there is no such file, or there is a folder, a pipe or a device.
@@ -137,14 +137,14 @@ def require_file(path: str | os.PathLike, what: str) -> Path:
             f"Expected a file, the {what}, at '{path}', got a pipe, a socket or a device. Write it to a file first."
         )
     if not path.is_file():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
+        path = _spelled_otherwise(path, what, is_folder=False)
     if path.stat().st_size == 0:
         raise ValueError(f"The {what} '{path}' is empty (0 bytes). Download or write it again.")
     return path
 
 
 def require_folder(path: str | os.PathLike, what: str) -> Path:
-    """The path of a folder that is there.
+    """The path of a folder that is there; as it is on disk, see [`FileFinder`].
 
     Raises:
         FileNotFoundError: If there is no such folder.
@@ -155,9 +155,22 @@ def require_folder(path: str | os.PathLike, what: str) -> Path:
     if path.exists() and not path.is_dir():
         raise FileNotFoundError(f"Expected a folder, the {what}, at '{path}', got a file. Check the path.")
     if not path.is_dir():
-        raise FileNotFoundError(f"No {what} at '{path}'. Check the path.")
+        path = _spelled_otherwise(path, what, is_folder=True)
     _require_utf8(path.resolve(), what)
     return path
+
+
+def _spelled_otherwise(path: Path, what: str, *, is_folder: bool) -> Path:
+    """What is there under another spelling of a path that is not there."""
+    finder = FileFinder()
+    try:
+        found = finder.find(path, is_folder=is_folder)
+        reason = finder.explain(path, is_folder=is_folder) if found is None else ""
+    except OSError:  # a folder on the way cannot be listed
+        found, reason = None, ""
+    if found is None:
+        raise FileNotFoundError(f"No {what} at '{printable(path)}'{': ' if reason else ''}{reason}. Check the path.")
+    return found
 
 
 def check_name(name: str, what: str) -> str:
@@ -1044,20 +1057,20 @@ class FileFinder:
         self._listed: dict[str, dict[str, bool] | None] = {}  # of a folder: its files (False) and folders (True)
         self._by_key: dict[tuple[str, Callable[[str], str]], dict[str, list[str]]] = {}
 
-    def find(self, path: str | os.PathLike) -> Path | None:
-        """The file of that path, or `None`.
+    def find(self, path: str | os.PathLike, *, is_folder: bool = False) -> Path | None:
+        """The file, or the folder, of that path, or `None`.
 
         Raises:
             OSError: If a folder cannot be read.
             ValueError: If two files fit and neither has exactly this name.
         """
-        return self._find(os.fspath(path), _same_name)
+        return self._find(os.fspath(path), _same_name, is_folder)
 
-    def explain(self, path: str | os.PathLike) -> str:
-        """Why a path leads to no file, as far as one can tell; an empty text if not."""
+    def explain(self, path: str | os.PathLike, *, is_folder: bool = False) -> str:
+        """Why a path leads to no file, or no folder, as far as one can tell; an empty text if not."""
         text = os.fspath(path)
         try:
-            other = self._find(text, _same_letters)
+            other = self._find(text, _same_letters, is_folder)
         except ValueError as error:
             return str(error)
         if other is not None:
@@ -1069,14 +1082,14 @@ class FileFinder:
         odd = [name for name in self._list(os.path.dirname(text)) or () if not is_utf8(name)]
         return f"{len(odd)} names there are no UTF-8, first '{printable(odd[0])}'" if odd else ""
 
-    def _find(self, text: str, key: Callable[[str], str]) -> Path | None:
+    def _find(self, text: str, key: Callable[[str], str], is_folder: bool) -> Path | None:
         for spelling in dict.fromkeys((text, text.replace("\\", "/"))):
-            if (found := self._resolve(spelling, key)) is not None:
+            if (found := self._resolve(spelling, key, is_folder)) is not None:
                 return Path(found)
         return None
 
-    def _resolve(self, text: str, key: Callable[[str], str]) -> str | None:
-        """The file of a path. Only the folders that are not there as they are written are looked for by their key."""
+    def _resolve(self, text: str, key: Callable[[str], str], is_folder: bool) -> str | None:
+        """The file or folder of a path. Only folders that are not there as they are written are looked for by key."""
         if len(text) > _LONGEST_PATH or not is_utf8(text) or "\0" in text:
             return None
         place, name = os.path.split(text)
@@ -1091,7 +1104,7 @@ class FileFinder:
             if found is None or self._list(found) is None:
                 return None
             place = found
-        return self._entry(place, name, key, is_folder=False)
+        return self._entry(place, name, key, is_folder=is_folder)
 
     def _list(self, folder: str) -> dict[str, bool] | None:
         if folder not in self._listed:
@@ -1100,7 +1113,9 @@ class FileFinder:
                     kinds = {entry.name: _entry_kind(entry) for entry in entries}
                 found = {name: kind != "file" for name, kind in kinds.items() if kind not in (BROKEN_LINK, IRREGULAR)}
                 self._listed[folder] = found
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):
+                    raise
                 self._listed[folder] = None
         return self._listed[folder]
 

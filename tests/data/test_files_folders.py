@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,18 @@ def test_an_exact_name_comes_first_and_two_that_fit_are_named(tmp_path):
     assert "2 entries" in finder.explain(tmp_path / f" {NFC}")
 
 
+def test_a_path_that_is_given_is_found_by_its_normal_form_too(tmp_path):
+    (tmp_path / "Übung").mkdir()
+    (tmp_path / "Übung" / NFD).write_text("a")
+    assert require_folder(unicodedata.normalize("NFD", f"{tmp_path}/Übung"), "folder") == tmp_path / "Übung"
+    assert require_file(unicodedata.normalize("NFC", f"{tmp_path}/Übung/{NFC}"), "table") == tmp_path / "Übung" / NFD
+    assert read_text(require_file(f"{tmp_path}\\Übung\\{NFC}", "table")) == "a"
+    with pytest.raises(
+        FileNotFoundError, match="No folder at '.*übung': 'Übung' there differs in case. Check the path"
+    ):
+        require_folder(tmp_path / "übung", "folder")
+
+
 def test_a_name_that_leads_to_no_file_is_explained(tmp_path):
     touch(tmp_path, "Photo.JPG", "folder/x")
     os.mkfifo(tmp_path / "pipe.jpg")
@@ -292,7 +305,16 @@ def test_a_name_that_leads_to_no_file_is_explained(tmp_path):
         "other.jpg": "",
         "FOLDER/X": "'x' there differs in case",
     }
-    for name in (*expected, "", "\0.jpg", "\ud800.jpg", "x" * 300, "a/" * 20_000 + "b"):
+    for name in (
+        *expected,
+        "",
+        "\0.jpg",
+        "\ud800.jpg",
+        "x" * 300,
+        "x" * 300 + "/y",
+        "a/" * 20_000 + "b",
+        "loop.jpg/y",
+    ):
         assert finder.find(f"{tmp_path}/{name}") is None
     assert {name: finder.explain(f"{tmp_path}/{name}") for name in expected} == expected
     os.rename(tmp_path / "Photo.JPG", os.fsencode(tmp_path) + b"/caf\xe9.jpg")

@@ -186,7 +186,9 @@ def read_names(source: str | Sequence[str] | None, default: Sequence[str], *, or
     if keyed is not None and numbers is None and set(keyed) == set(map(str, range(len(default)))):
         lines, keyed = [keyed[str(number)] for number in range(len(default))], None  # by the classes' places
     if keyed is not None:
-        return _by_key(keyed, default, place)
+        names = _by_key(keyed, default, place)
+        _log_pairs("key", default, names, place, 0)
+        return names
     if numbers is not None:
         first = first_number(numbers, len(lines), place)
         names = [lines[number - first] for number in numbers]

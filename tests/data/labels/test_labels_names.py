@@ -152,9 +152,10 @@ def test_json_of_another_form_is_named(tmp_path, content, message):
 @pytest.mark.parametrize(
     "lines", ["0 a\n1 b\n2 c\n", "2: c\n0: a\n1: b\n", "0,a\n1,b\n2,c\n9,x\n", "0\ta\n1\tb\n2\tc"]
 )
-def test_lines_may_begin_with_the_number_of_the_class(tmp_path, lines):
+def test_lines_may_begin_with_the_number_of_the_class(tmp_path, lines, caplog):
     (tmp_path / "names.txt").write_text(lines)
     assert read_names(str(tmp_path / "names.txt"), ["0", "1", "2"], ordered=False) == ["a", "b", "c"]
+    assert "are joined with the classes by key: 0 = 'a', 1 = 'b', 2 = 'c', ..." in caplog.text
 
 
 def test_names_that_begin_with_numbers_are_no_keys(tmp_path):
