@@ -60,8 +60,8 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Runner = Callable[[torch.Tensor], torch.Tensor]  # a tower as a function of pixels or ids
 _WHY = {
     "picture": "The numbers are for the code in the export's README, with PIL's resizing. The default backend of "
-    "transformers differs by 1 to 2 grey levels, transformers.js resizes in its own way, and none turns a picture as "
-    "EXIF says: `open_picture` in the README does.",
+    "transformers differs by 1 to 2 grey levels, and transformers.js resizes in its own way. None turns a picture as "
+    "EXIF says, and 16 bits a pixel become white: `open_picture` in the README makes up for both.",
 }
 # The code in a README: for each tower how to make its input, and how each runtime computes it.
 _INPUTS = {

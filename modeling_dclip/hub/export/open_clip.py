@@ -39,8 +39,9 @@ _WHY = {
     "text": "Before its tokenizer, open_clip repairs every text with ftfy (quotes, ligatures, widths, encodings) and "
     "resolves HTML entities; no setting turns that off. The model reads texts as they are. Give both the repaired "
     "text where the two have to agree.",
-    "picture": "open_clip leaves out what transparency and EXIF say, resizes before it converts to RGB, and rounds "
-    "the margins of its crop to even numbers. `open_picture` in the export's README does all but the margins.",
+    "picture": "open_clip leaves out what transparency and EXIF say, makes 16 bits a pixel white, resizes before it "
+    "converts to RGB, and rounds the margins of its crop to even numbers. `open_picture` in the export's README makes "
+    "up for all but the margins.",
 }
 NAMES = {  # of a layer's parts, ours to open_clip's, which has the projections of attention in one matrix
     "layer_norm1": "ln_1",

@@ -50,8 +50,11 @@ OPEN_PICTURE = """
 from PIL import Image, ImageOps
 
 
-def open_picture(path):  # upright, and transparent pixels over white
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+def open_picture(path):  # upright, in 8 bits, and transparent pixels over white
+    image = ImageOps.exif_transpose(Image.open(path))
+    if image.mode.startswith("I"):  # 16 bits a pixel
+        image = image.convert("I").point(lambda value: value / 257).convert("L")
+    image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 """
 DIFFERENT = 1e-5  # 1 - cosine: an input is read otherwise; float32 rounding stays far below

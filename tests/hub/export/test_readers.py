@@ -1,5 +1,6 @@
 """Users of an export get the model's embeddings of their texts and pictures, or it says where they do not."""
 
+import io
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ from modeling_dclip.data.images import open_image
 from modeling_dclip.encoders.families import projected, tokenize_texts
 from modeling_dclip.hub.export import load_model
 from modeling_dclip.hub.export.__main__ import main
-from modeling_dclip.hub.export.readers import Reader, compare_reader, describe_readings, make_pictures
+from modeling_dclip.hub.export.readers import OPEN_PICTURE, Reader, compare_reader, describe_readings, make_pictures
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
@@ -180,6 +181,15 @@ def test_pictures_of_every_kind_are_read_by_the_models_own_commands(size):
     for files in make_pictures(size).values():
         pixels = processor([open_image(file) for file in files], return_tensors="pt")["pixel_values"]
         assert pixels.shape[1:] == (3, size, size)
+
+
+def test_pictures_opened_as_the_readme_says_are_those_of_the_models_own_commands():
+    scope = {}
+    exec(OPEN_PICTURE, scope)
+    for kind, files in make_pictures(32).items():
+        for file in files:
+            opened, expected = scope["open_picture"](io.BytesIO(file)), open_image(file)
+            assert np.array_equal(np.asarray(opened), np.asarray(expected)), kind
 
 
 def test_a_full_disk_leaves_nothing_behind(student, tmp_path, monkeypatch):
