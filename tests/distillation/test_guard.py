@@ -2,12 +2,14 @@
 
 import math
 import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import load_from_disk
 from fixtures.training import equal, make_inputs, make_trainer, student_arguments, train, weights
+from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -277,3 +279,13 @@ def test_reentrant_checkpoints_train_every_layer_or_are_refused(freeze, tiny_cli
     assert layers and not [
         name for name in layers if name.startswith("vision") and torch.equal(model.state_dict()[name], before[name])
     ]
+
+
+def test_all_processes_decide_alike_and_name_the_images_of_all(tiny_clip_dir, distillation_data, tmp_path, launch):
+    launch(Path(__file__).with_name("run_guard.py"), 2, tiny_clip_dir, distillation_data, tmp_path)
+    results = [load_file(tmp_path / f"{index}.safetensors") for index in range(2)]
+    assert equal(*results)
+    message = bytes(results[0]["message"].tolist()).decode()
+    assert "the loss is not finite at step 2" in message and "(8 images: " in message and message.count("scenes-") == 8
+    assert results[0]["skipped"] == 1
+    assert all(finite(tensor) for name, tensor in results[0].items() if name.startswith("weights/"))
