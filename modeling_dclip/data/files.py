@@ -740,7 +740,8 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 def _open_parquet(path: Path) -> pq.ParquetFile:
     try:
-        file = pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False)
+        # Checksums are compared where the file has them.
+        file = pq.ParquetFile(path, buffer_size=_READ_AHEAD, pre_buffer=False, page_checksum_verification=True)
         list(file.schema_arrow.names)  # decodes them
         return file
     except _DAMAGED as error:

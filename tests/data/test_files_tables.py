@@ -435,6 +435,11 @@ def test_damaged_and_odd_files_are_named(tmp_path, caplog):
     (tmp_path / "b.parquet").write_bytes(content)
     with pytest.raises(ValueError, match="b.parquet' is not readable as parquet in row group 1, rows 100 to 199 "):
         read(tmp_path / "b.parquet")
+    options = {"compression": "none", "use_dictionary": False, "write_page_checksum": True}
+    summed = write(tmp_path / "sums.parquet", {"a": ["first caption", "other caption"]}, **options)
+    summed.write_bytes(summed.read_bytes().replace(b"first caption", b"worst caption"))
+    with pytest.raises(ValueError, match="sums.parquet' is not readable as parquet in row group 0, rows 0 to 1 .*CRC"):
+        read(summed)
     for cut in (b"", path.read_bytes()[:-1000], b"image,captions\n"):
         (tmp_path / "c.parquet").write_bytes(cut)
         with pytest.raises(ValueError, match="c.parquet' is not readable as parquet"):

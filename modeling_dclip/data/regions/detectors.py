@@ -412,7 +412,8 @@ class AnnotationDetector(RegionDetector):
                 f"{self.sizes[image_id][0]}x{self.sizes[image_id][1]}. Use the original picture or another detector."
             )
         found = self.annotations[image_id]
-        return [(one.name, one.corners, 1.0) for one in found if self.keep_crowd or not one.is_crowd]
+        kept = [one for one in found if self.keep_crowd or not one.is_crowd]
+        return [(f"{one.name} of '{self.instances}'", one.corners, 1.0) for one in kept]
 
     def _of_row(self, row: dict[str, Any]) -> list[tuple[str, list[float], float]]:
         if row.get("boxes") is None:
