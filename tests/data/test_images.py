@@ -33,9 +33,11 @@ from modeling_dclip.data.images import (
     undecoded_images,
 )
 from modeling_dclip.data.regions import add_regions, build_detector
+from modeling_dclip.data.reinforced.shards import storable_image
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.encoders.open_clip import OpenClipImageProcessor
 from modeling_dclip.hub.index.embeddings import hash_images
-from modeling_dclip.processing_dclip import as_rgb
+from modeling_dclip.processing_dclip import as_rgb, cut_long
 
 SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 
@@ -409,3 +411,29 @@ def test_a_long_picture_is_cut_or_refused_by_its_name():
     whole = WholePictures(size={"shortest_edge": 32}, do_center_crop=False)
     with pytest.raises(UnreadableImageError, match=r"^Image 'image 0' \(row 0\) cannot be read: .* 3000 x 4 pixels"):
         PixelReader(images, whole, cache_mib=0).decode([0])
+
+
+def test_a_long_picture_is_cut_for_open_clip_too():
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    transform = open_clip.image_transform(32, is_train=False)
+    processor = OpenClipImageProcessor(transform)
+    for picture in noise_images(((3000, 4), "RGB"), ((5, 3001), "RGB")):
+        cut = cut_long(picture, processor)
+        assert max(cut.size) < 40
+        pixels = 255 * (transform(cut) - transform(picture)).abs() * torch.tensor(transform.transforms[-1].std)[0]
+        assert pixels.max() <= 1.1 and (pixels > 0.1).float().mean() < 1e-2  # of 255; where a rounding is a tie
+    squashed = OpenClipImageProcessor(open_clip.image_transform(32, is_train=False, resize_mode="squash"))
+    assert cut_long(picture, squashed) is picture
+
+
+def test_shards_store_16_bits_as_rgb_and_others_as_they_are():
+    grey = noise_images(((12, 9), "L"))[0]
+    deep = PILImage.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    buffer = io.BytesIO()
+    deep.save(buffer, "PNG")
+    kind, stored = storable_image(buffer.getvalue())
+    with PILImage.open(io.BytesIO(stored)) as image:
+        assert kind == "png" and image.mode == "RGB"
+        assert np.array_equal(np.asarray(image), np.asarray(grey.convert("RGB")))
+    for mode in ("RGB", "L", "P", "RGBA"):
+        assert storable_image(encode("PNG", mode)) == ("png", encode("PNG", mode))
