@@ -352,7 +352,7 @@ def as_rgb(image, upright=True):
             turned says so no more.
 
     Returns:
-        `PIL.Image`: RGB, without EXIF. The picture itself if nothing is to be done.
+        `PIL.Image`: RGB, of EXIF orientation 1. The picture itself if nothing is to be done.
 
     Raises:
         ValueError: If it is on no scale of [`eight_bits`], or PIL cannot convert its mode.
@@ -363,7 +363,8 @@ def as_rgb(image, upright=True):
         (90, 90, 90)
     """
     load_whole(image)  # a TIFF turns itself here
-    turn = _TURNS.get(orientation_of(image)) if upright else None
+    orientation = orientation_of(image)
+    turn = _TURNS.get(orientation) if upright else None
     if image.mode == "RGB" and "transparency" not in image.info:
         rgb = image
     elif image.mode[0] in "IF":  # I, F, I;16 and its byte orders
@@ -374,7 +375,7 @@ def as_rgb(image, upright=True):
         rgb = image.convert("RGB")
     if turn is not None:
         rgb = rgb.transpose(turn)
-    if any(name in rgb.info for name in _METADATA):  # what is copied to every picture made from this one
+    if orientation != 1 or "transparency" in rgb.info:  # or pictures made from this one would have it too
         rgb = rgb.copy() if rgb is image else rgb
         rgb.info = {name: value for name, value in rgb.info.items() if name not in _METADATA}
     return rgb
