@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from transformers import set_seed
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure, recorded_command
+from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.evaluation.arms import plot_curve
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
@@ -95,7 +96,7 @@ def run(argv: Sequence[str]) -> int:
 
 def report(argv: Sequence[str]) -> int:
     """Run `eval.py report`."""
-    parser = argparse.ArgumentParser(prog="eval.py report", description="Render results files as Markdown and HTML.")
+    parser = CommandParser(prog="eval.py report", description="Render results files as Markdown and HTML.")
     parser.add_argument("results", nargs="+", help="results files, or folders of them")
     parser.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
     arguments = parser.parse_args(argv)
@@ -106,7 +107,7 @@ def report(argv: Sequence[str]) -> int:
 
 def compare(argv: Sequence[str]) -> int:
     """Run `eval.py compare`."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="eval.py compare", description="Say what differs between two results files, and whether beyond noise."
     )
     parser.add_argument("a", metavar="A.json")

@@ -184,12 +184,18 @@ def test_a_gallery_a_report_and_a_comparison_come_from_what_was_measured(
         (["--benchmark", "retrieval", "--alphas", "0.5"], "expected an --anchor"),
         (["--benchmark", "retrieval", "--label", "a", "b"], "one name for each of 1 models"),
         (["--benchmark", "hessian", "--hessian", "tower"], "expected KEY=VALUE, got 'tower'"),
-        (["--benchmark", "retrieval", "--anchor", "y", "--alphas", "5"], "expected points from 0 (the anchor) to 1"),
-        (["--benchmark", "retrieval", "--batch_size", "0"], "expected an integer >= 1, got '0'"),
-        (["--benchmark", "retrieval", "--num_workers", "-1"], "expected an integer >= 0, got '-1'"),
-        (["--benchmark", "retrieval", "--seed", "x"], "expected an integer >= 0, got 'x'"),
+        (["--benchmark", "retrieval", "--anchor", "y", "--alphas", "5"], "--alphas: expected a number from 0 to 1"),
+        (["--benchmark", "retrieval", "--batch_size", "0"], "--batch_size: expected an integer from 1 to 1048576"),
+        (["--benchmark", "retrieval", "--num_workers", "-1"], "--num_workers: expected an integer from 0 to 256"),
+        (["--benchmark", "retrieval", "--seed", "x"], "--seed: expected an integer from 0 to 4294967295, got 'x'"),
+        (["--benchmark", "retrieval", "--seed", "-1"], "--seed: expected an integer from 0 to 4294967295, got '-1'"),
+        (["--benchmark", "retrieval", "--num_workers", "1000"], "--num_workers: expected an integer from 0 to 256"),
+        (["--benchmark", "retrieval", "--alphas", "nan"], "--alphas: expected a number from 0 to 1, got 'nan'"),
+        (["--benchmark", "retrieval", "--gallery", f"{__file__}/x"], "--gallery: Expected a folder to write at"),
+        (["--benchmark", "retrieval", "--batch_siz", "3"], "--batch_siz 3. Did you mean --batch_size?"),
+        (["--benchmark", "retrieval", "--device", "cuda:99"], "--device: expected a device of this machine"),
         (["--benchmark", "retrieval", "--device", "gpu"], "expected a device of this machine, got 'gpu'"),
-        (["--benchmark", "retrieval", "--gallery", __file__], "expected a folder, got the file"),
+        (["--benchmark", "retrieval", "--gallery", __file__], "test_eval_script.py' is a file"),
         (["--benchmark", "retrieval", "--plot", "a.png"], "expected the benchmarks retrieval and zero_shot"),
         (["--benchmark", "retrieval", "zero_shot", "--plot", "a.jpg"], "expected a .png file, got a.jpg"),
         (
@@ -203,15 +209,14 @@ def test_a_gallery_a_report_and_a_comparison_come_from_what_was_measured(
 def test_bad_arguments_are_named(script, capsys, arguments, message):
     with pytest.raises(SystemExit) as stop:
         script.main(["--model", "x", *arguments])
-    assert stop.value.code == 2
-    assert message in capsys.readouterr().err
+    assert stop.value.code.startswith("Failed: ") and message in stop.value.code
+    assert capsys.readouterr().err == ""  # no usage, which would hide it
 
 
 def test_lines_of_class_names_are_not_dropped_unnoticed(script, tmp_path, capsys):
     (tmp_path / "names.txt").write_text("cat\n\ndog\n")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="line 2 is empty"):
         script.main(["--model", "x", "--benchmark", "zero_shot", "--class_names", str(tmp_path / "names.txt")])
-    assert "line 2 is empty" in capsys.readouterr().err
 
 
 def test_wrong_files_are_one_line_and_not_touched(script, tmp_path, capsys):

@@ -199,11 +199,15 @@ class CommandParser(HfArgumentParser):
             SystemExit: After `--help`.
             ValueError: If a word is unknown, or a value of another type or outside its range.
         """
-        parsed = self.parse_args_into_dataclasses(words, look_for_args_file=False)
+        *parsed, unknown = self.parse_args_into_dataclasses(
+            words, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
         for one in parsed:
             if not isinstance(one, argparse.Namespace):
                 check_numbers(one, "--")
-        return parsed
+        return tuple(parsed)
 
 
 class Source(NamedTuple):

@@ -1,12 +1,14 @@
 """The arguments of `eval.py`, checked before anything is loaded."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from modeling_dclip.data.files import check_output_folder
 from modeling_dclip.data.labels.prompts import read_lines
+from modeling_dclip.data.specs import BATCH, PART, SEED, WORKERS, CommandParser
 from modeling_dclip.evaluation.benchmarks.kinds import describe_kinds, kind_of
 
 # Each of these arguments needs a benchmark of this kind.
@@ -33,9 +35,10 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
         `argparse.Namespace`: `class_names` and `templates` are the lines of their files, `None` where not given.
 
     Raises:
-        SystemExit: With status 2 and one line if an argument is wrong.
+        SystemExit: After `--help`.
+        ValueError: If an argument is wrong.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="eval.py",
         description=f"{description}\n{describe_kinds()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -50,17 +53,6 @@ def parse_arguments(argv: Sequence[str] | None, description: str) -> argparse.Na
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return arguments
-
-
-def _at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: an integer of at least `least`."""
-
-    def convert(text: str) -> int:
-        if not text.isascii() or not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"expected an integer >= {least}, got {text!r}")
-        return int(text)
-
-    return convert
 
 
 def check_device(name: str) -> None:
@@ -87,24 +79,24 @@ def _device(text: str) -> str:
     return text
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
+def _add_arguments(parser: CommandParser) -> None:
     add = parser.add_argument
     add("--model", required=True, nargs="+", metavar="MODEL", help="folders, Hub ids or open_clip:NAME:PRETRAINED")
     add("--benchmark", required=True, nargs="+", metavar="KIND[=SPEC]", help="see above")
     add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
-    add("--alphas", nargs="+", type=float, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
+    add("--alphas", nargs="+", range=PART, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
     add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
     add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
     add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
     add("--output", default="results.json", help="results file (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace the results file instead of adding to it")
     add("--label", nargs="+", help="names to show in tables instead of the models' paths")
-    add("--batch_size", type=_at_least(1), default=64, metavar="N", help="images at a time (default: %(default)s)")
-    add("--num_workers", type=_at_least(0), default=0, metavar="N", help="processes that decode images (default: 0)")
+    add("--batch_size", range=BATCH, default=64, metavar="N", help="images at a time (default: %(default)s)")
+    add("--num_workers", range=WORKERS, default=0, metavar="N", help="processes that decode images (default: 0)")
     default = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=default, help="default here: %(default)s")
     seed_help = "of the draw of @COUNT and of the bootstrap (default: 0)"
-    add("--seed", type=_at_least(0), default=0, metavar="N", help=seed_help)
+    add("--seed", range=SEED, default=0, metavar="N", help=seed_help)
     add("--class_names", metavar="FILE", help="zero_shot: class names, one a line, in the order of the labels")
     add("--templates", metavar="FILE", help="zero_shot: prompt templates, one a line, each with {}")
     add("--classifier_cache", metavar="DIR", help="zero_shot: keep classifiers here from run to run")
@@ -125,15 +117,22 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         )
     if arguments.alphas and arguments.anchor is None:
         raise ValueError("--alphas: expected an --anchor, where the line to the model begins")
-    if odd := [alpha for alpha in arguments.alphas or () if not 0 <= alpha <= 1]:
-        raise ValueError(f"--alphas: expected points from 0 (the anchor) to 1 (the model), got {odd[0]:g}")
     if odd := [pair for pair in arguments.hessian if not pair.partition("=")[0] or "=" not in pair]:
         raise ValueError(f"--hessian: expected KEY=VALUE, got {odd[0]!r}")
     if arguments.plot:
         _check_plot(arguments, kinds)
     for name in _FOLDERS:
-        if getattr(arguments, name) and Path(getattr(arguments, name)).is_file():
-            raise ValueError(f"--{name}: expected a folder, got the file {getattr(arguments, name)}")
+        if folder := getattr(arguments, name):
+            _check_place(f"--{name}", folder)
+    if arguments.plot:
+        _check_place("--plot", Path(arguments.plot).parent)
+
+
+def _check_place(option: str, folder: str | Path) -> None:
+    try:
+        check_output_folder(folder)
+    except OSError as error:
+        raise ValueError(f"{option}: {error}") from error
 
 
 def _check_plot(arguments: argparse.Namespace, kinds: set[str]) -> None:

@@ -40,13 +40,12 @@ from typing import NamedTuple, TypedDict
 import numpy as np
 import torch
 from datasets import Dataset
-from transformers import HfArgumentParser
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.columns import row_keys
-from modeling_dclip.data.failures import HelpFormatter, command, recorded_command
+from modeling_dclip.data.failures import command, recorded_command
 from modeling_dclip.data.files import check_output_folder, temporary_folder
-from modeling_dclip.data.specs import Spec
+from modeling_dclip.data.specs import BATCH, COUNT, SEED, WORKERS, CommandParser, Range, Spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked, load_processor
@@ -112,15 +111,21 @@ class ConditionResult(TypedDict, total=False):
 class LeakageOptions:
     """How to measure, and how to compute the features of the frozen CLIP."""
 
-    draws: int = field(default=5, metadata={"help": "Draws of captions and shuffles."})
+    draws: int = field(
+        default=5, metadata={"help": "Draws of captions and shuffles.", "range": Range(1, 1000, whole=True)}
+    )
     seed: int = field(
-        default=0, metadata={"help": "Seed of the draws, of the intervals, and of the images that @COUNT draws."}
+        default=0,
+        metadata={"help": "Seed of the draws, of the intervals, and of the images that @COUNT draws.", "range": SEED},
     )
     max_regions: int | None = field(
-        default=None, metadata={"help": "Keep this many regions per image, as in training. By default all."}
+        default=None,
+        metadata={"help": "Keep this many regions per image, as in training. By default all.", "range": COUNT},
     )
-    batch_size: int = field(default=16, metadata={"help": "Images per forward pass, each with all its regions."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode and crop."})
+    batch_size: int = field(
+        default=16, metadata={"help": "Images per forward pass, each with all its regions.", "range": BATCH}
+    )
+    num_workers: int = field(default=0, metadata={"help": "Processes that decode and crop.", "range": WORKERS})
 
 
 def make_draws(offsets: np.ndarray, count: int, seed: int = 0) -> list[Draw]:
@@ -340,15 +345,16 @@ def _labelled(name: str) -> tuple[str, str]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     words = sys.argv[1:] if argv is None else list(argv)
-    parser = HfArgumentParser(
+    parser = CommandParser(
         (LeakageArguments, LeakageOptions),
         prog="python -m modeling_dclip.evaluation.leakage",
         description="Measure what a teacher's embeddings take from the caption instead of the image.",
-        formatter_class=HelpFormatter,
     )
-    arguments, options = parser.parse_args_into_dataclasses(words)
+    arguments, options = parser.parse(words)
     check_device(arguments.device)
     check_output_folder(Path(arguments.output).parent)
+    if arguments.cache_dir is not None:
+        check_output_folder(arguments.cache_dir)
     teachers = [_labelled(name) for name in arguments.teacher]
     spec = parse_caption_spec(arguments.dataset)
     dataset = load_captions(spec, seed=options.seed)

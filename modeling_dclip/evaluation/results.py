@@ -9,7 +9,6 @@ names its source and its kind of table. `python -m modeling_dclip.evaluation.res
 blocks; with `--check` it says which are out of date, and changes nothing.
 """
 
-import argparse
 import os
 import re
 import shlex
@@ -20,6 +19,7 @@ from typing import Any
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import list_folder, read_json, read_text, require_file, write_text
+from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.document import render_markdown
 from modeling_dclip.evaluation.reports.tables import (
@@ -139,7 +139,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """Render, or with `--check` only compare (exit status 1 if a block is out of date)."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m modeling_dclip.evaluation.results",
         description="Render the results blocks of a Markdown file from results files.",
     )

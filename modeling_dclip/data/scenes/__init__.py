@@ -14,7 +14,7 @@ import json
 import random
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Image, List, Value
@@ -36,7 +36,10 @@ from modeling_dclip.data.scenes.drawing import (
     random_scene,
     siblings,
 )
+from modeling_dclip.data.specs import PART, SEED, Range
 
+MOST_SCENES = Range(1, 10**7, whole=True)
+SIDES = Range(8, 2**12, whole=True)  # of a drawn image, in pixels
 SPLITS = ("pretrain", "train", "validation", "test")
 CAPTION_KINDS = ("coarse", "detailed")
 
@@ -61,6 +64,7 @@ def check_request(split: str, n: int) -> None:
         raise ValueError(f"Expected a split of the drawn scenes, one of {SPLITS}, got {split!r}.")
     if n < 1:
         raise ValueError(f"Expected at least one drawn scene, got n={n}.")
+    MOST_SCENES.check(n, "n")
 
 
 def iterate_scenes(
@@ -89,13 +93,13 @@ def iterate_scenes(
 def load_scenes(
     split: str,
     *,
-    n: int = 1000,
-    seed: int = 0,
+    n: Annotated[int, MOST_SCENES] = 1000,
+    seed: Annotated[int, SEED] = 0,
     captions: str = "detailed",
-    captions_per_image: int = 5,
-    image_size: int = 128,
-    singles: float = 0.0,
-    max_siblings: int = 3,
+    captions_per_image: Annotated[int, Range(1, 1000, whole=True)] = 5,
+    image_size: Annotated[int, SIDES] = 128,
+    singles: Annotated[float, PART] = 0.0,
+    max_siblings: Annotated[int, Range(0, 1000, whole=True)] = 3,
 ) -> Dataset:
     """Draw a split of the scenes.
 
@@ -125,6 +129,7 @@ def load_scenes(
         (128, 128)
     """
     check_request(split, n)
+    SIDES.check(image_size, "image_size")
     if captions not in CAPTION_KINDS:
         raise ValueError(f"Expected captions to be one of {CAPTION_KINDS}, got {captions!r}.")
     if max_siblings < 0:
@@ -155,7 +160,13 @@ def load_scenes(
     return Dataset.from_dict(columns, features=features)
 
 
-def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size: int = 128) -> Dataset:
+def load_single_objects(
+    split: str,
+    *,
+    n: Annotated[int, MOST_SCENES] = 1024,
+    seed: Annotated[int, SEED] = 0,
+    image_size: Annotated[int, SIDES] = 128,
+) -> Dataset:
     """Draw one object an image, for zero-shot classification into [`CLASS_NAMES`] (colour and shape; the rest varies
     freely).
 
@@ -172,6 +183,7 @@ def load_single_objects(split: str, *, n: int = 1024, seed: int = 0, image_size:
         ValueError: If the split is unknown or `n < 1`.
     """
     check_request(split, n)
+    SIDES.check(image_size, "image_size")
     columns: dict[str, list[Any]] = {"image_id": [], "image": [], "label": []}
     for index in tqdm(range(n), desc=f"Drawing single objects ({split})", unit="image"):
         rng = random.Random(f"single/{split}/{seed}/{index}")

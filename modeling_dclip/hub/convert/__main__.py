@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.failures import command
+from modeling_dclip.data.specs import CommandParser, Range
 from modeling_dclip.hub.convert import MAMBAVISION_NOTE, MOBILECLIP_NOTE, convert_mambavision, convert_mobileclip
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Convert, and print what was written."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m modeling_dclip.hub.convert", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     kinds = parser.add_subparsers(dest="kind", required=True)
@@ -33,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     mambavision = kinds.choices["mambavision"]
     mambavision.add_argument("--config", help="published config as JSON, needed if the shapes are those of no preset")
     mambavision.add_argument(
-        "--projection_dim", type=int, help="width of a new, untrained projection in place of the head"
+        "--projection_dim",
+        range=Range(1, 2**16, whole=True),
+        help="width of a new, untrained projection in place of the head",
     )
     args = parser.parse_args(argv)
     note = MAMBAVISION_NOTE

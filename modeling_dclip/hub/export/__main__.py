@@ -18,8 +18,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import check_new_folder
+from modeling_dclip.data.specs import CommandParser, Range
 from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES
 from modeling_dclip.hub.export.open_clip import write_open_clip
@@ -27,20 +28,23 @@ from modeling_dclip.hub.export.sentence_transformers import write_sentence_trans
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="python -m modeling_dclip.hub.export",
         description=__doc__,
-        formatter_class=HelpFormatter,
     )
     formats = parser.add_subparsers(dest="format", required=True)
     for name in ("onnx", "torch_export", "open_clip", "sentence_transformers"):
-        options = formats.add_parser(name, formatter_class=HelpFormatter)
+        options = formats.add_parser(name)
         options.add_argument("--model", required=True, help="folder of a dual encoder")
         options.add_argument("--output", required=True, help="a new folder")
         if name in ("onnx", "torch_export"):
             towers = list(EXPORTED_TOWERS)
             options.add_argument("--towers", nargs="+", default=towers, choices=towers, help="encoders to export")
-            options.add_argument("--image_size", type=int, help="pixels; DM-CLIP gets windows that fit this size")
+            options.add_argument(
+                "--image_size",
+                range=Range(1, 2**13, whole=True),
+                help="pixels; DM-CLIP gets windows that fit this size",
+            )
         if name == "onnx":
             dtypes = list(ONNX_DTYPES)
             options.add_argument("--dtypes", nargs="+", default=dtypes, choices=dtypes, help="precisions to write")

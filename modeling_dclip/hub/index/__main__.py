@@ -15,16 +15,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import printable, read_text
 from modeling_dclip.data.images import has_image_suffix
+from modeling_dclip.data.specs import BATCH, WORKERS, CommandParser, Range
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
 
 COMMAND = "python -m modeling_dclip.hub.index"
+_MANY = Range(1, 10**6, whole=True)
 SHOWN = 10  # images that could not be read
 
 
@@ -46,9 +47,11 @@ class BuildArguments:
         metadata={"help": "Text file with one typical query in a line, to tune and measure an approximate index."},
     )
     on_bad_image: str = field(default="raise", metadata={"help": "raise or skip, for images that cannot be read."})
-    batch_size: int = field(default=64, metadata={"help": "Images in one forward pass."})
-    chunk_rows: int = field(default=1024, metadata={"help": "Images in one file of embeddings."})
-    num_workers: int = field(default=0, metadata={"help": "Processes that decode images, for each GPU."})
+    batch_size: int = field(default=64, metadata={"help": "Images in one forward pass.", "range": BATCH})
+    chunk_rows: int = field(default=1024, metadata={"help": "Images in one file of embeddings.", "range": _MANY})
+    num_workers: int = field(
+        default=0, metadata={"help": "Processes that decode images, for each GPU.", "range": WORKERS}
+    )
     overwrite: bool = field(default=False, metadata={"help": "Replace an index of another model or of other images."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -58,9 +61,13 @@ class SearchArguments:
     """Arguments of searching."""
 
     index: str = field(metadata={"help": "Folder of the index."})
-    top_k: int = field(default=10, metadata={"help": "Number of pictures to show."})
+    top_k: int = field(default=10, metadata={"help": "Number of pictures to show.", "range": _MANY})
     effort: int | None = field(
-        default=None, metadata={"help": "Cells (ivf) or candidates (hnsw) to look at; more finds more and is slower."}
+        default=None,
+        metadata={
+            "help": "Cells (ivf) or candidates (hnsw) to look at; more finds more and is slower.",
+            "range": _MANY,
+        },
     )
     model: str | None = field(default=None, metadata={"help": "Where the model is now, if it has moved."})
     json: bool = field(default=False, metadata={"help": "Print one JSON object in a line, for other programs."})
@@ -114,8 +121,8 @@ def describe_hits(hits: Sequence[Hit], as_json: bool = False) -> str:
 
 
 def _build(argv: Sequence[str]) -> str | None:
-    parser = HfArgumentParser(BuildArguments, prog=COMMAND, description=__doc__, formatter_class=HelpFormatter)
-    (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    parser = CommandParser(BuildArguments, prog=COMMAND, description=__doc__)
+    (arguments,) = parser.parse(argv)
     index = build_index(
         arguments.model,
         arguments.images,
@@ -131,11 +138,9 @@ def _build(argv: Sequence[str]) -> str | None:
 
 
 def _search(argv: Sequence[str]) -> str:
-    parser = HfArgumentParser(
-        SearchArguments, prog=f"{COMMAND} search", description="Search an index.", formatter_class=HelpFormatter
-    )
+    parser = CommandParser(SearchArguments, prog=f"{COMMAND} search", description="Search an index.")
     parser.add_argument("query", help="Words, or the path of a picture.")
-    arguments, asked = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    arguments, asked = parser.parse(argv)
     index = SearchIndex.load(arguments.index, model=arguments.model, trust_remote_code=arguments.trust_remote_code)
     if arguments.effort is not None:
         index.set_effort(arguments.effort)

@@ -17,9 +17,8 @@ differs. With `--dry_run` they are written and listed, and nothing leaves the ma
 import sys
 from collections.abc import Sequence
 
-from transformers import HfArgumentParser
-
-from modeling_dclip.data.failures import HelpFormatter, command
+from modeling_dclip.data.failures import command
+from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
 
@@ -27,13 +26,12 @@ from modeling_dclip.hub.publish.facts import PublishArguments
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Publish, and print the addresses of the repositories."""
-    parser = HfArgumentParser(
+    parser = CommandParser(
         PublishArguments,
         prog="python -m modeling_dclip.hub.publish",
         description=__doc__,
-        formatter_class=HelpFormatter,
     )
-    (arguments,) = parser.parse_args_into_dataclasses(argv, look_for_args_file=False)
+    (arguments,) = parser.parse(argv)
     sys.stdout.write(describe_publication(publish(arguments)) + "\n")
 
 

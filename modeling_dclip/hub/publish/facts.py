@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.files import list_folder, read_bytes, read_json
+from modeling_dclip.data.specs import Range
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
@@ -72,7 +73,10 @@ class PublishArguments:
     license_link: str | None = _help("Address of the licence's text, if the licence is `other`.")
     base_model: str | None = _help("Hub id of the model that training started from, if that was a local copy.")
     hardware: str | None = _help("Hardware that it was trained on, for the card.")
-    emissions_grams: float | None = _help("CO2-equivalent of the training in grams, for the card.")
+    emissions_grams: float | None = field(
+        default=None,
+        metadata={"help": "CO2-equivalent of the training in grams, for the card.", "range": Range(0, 1e15)},
+    )
     private: bool = _help("Make the repositories private.", False)
     dry_run: bool = _help("Write the folders and list what would be pushed. Nothing leaves this machine.", False)
     staging: str | None = _help(
