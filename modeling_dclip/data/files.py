@@ -9,22 +9,26 @@ temporary folder is locked by the process that uses it, so the next run can remo
 import csv
 import errno
 import fnmatch
+import functools
 import glob
 import heapq
 import io
 import json
 import logging
 import os
+import platform
 import re
 import shutil
 import socket
 import stat
+import subprocess
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
+from importlib import metadata
 from pathlib import Path, PurePath
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -38,7 +42,7 @@ import yaml
 from datasets import Dataset, Features, List, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
-from modeling_dclip.data.failures import one_line
+from modeling_dclip.data.failures import one_line, recorded_command, redact_values
 from modeling_dclip.encoders.fingerprints import combine_keys, hash_file
 
 try:
@@ -896,7 +900,7 @@ def entry_names(folder: str | os.PathLike) -> set[str]:
     files are asked for.
     """
     names = os.listdir(folder) if os.path.isdir(folder) else ()
-    return {name for name in names if not name.endswith(_SUFFIX)}
+    return {name for name in names if not is_temporary(name)}
 
 
 # What systems and programs put beside pictures; hidden are also all names that begin with a point.
@@ -1373,6 +1377,11 @@ def temporary_folder(beside: str | os.PathLike | None = None, prefix: str = "tmp
             shutil.rmtree(folder)
 
 
+def is_temporary(path: str | os.PathLike) -> bool:
+    """Whether a path has the name of a temporary folder of this package."""
+    return os.fspath(path).endswith(_SUFFIX)
+
+
 def remove_leftovers(folder: str | os.PathLike, *, below: bool = False) -> int:
     """Remove the temporary folders that killed processes left in a folder. Those in use stay.
 
@@ -1389,7 +1398,7 @@ def remove_leftovers(folder: str | os.PathLike, *, below: bool = False) -> int:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_dir(follow_symlinks=False):
             continue
-        if entry.name.endswith(_SUFFIX):
+        if is_temporary(entry.name):
             with suppress(OSError):  # of another user, or just removed
                 removed += _remove_leftover(Path(entry.path))
         elif below:
@@ -1532,3 +1541,64 @@ def write_json(
     results = indent == 1
     text = json.dumps(content, indent=indent, ensure_ascii=not results, allow_nan=not results, default=default)
     write_text(path, text + "\n")
+
+
+# What made an output.
+
+MANIFEST_NAME = "manifest.json"
+PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "open_clip_torch")
+
+
+@functools.cache
+def package_version(package: str) -> str:
+    """The version of an installed package, else `"not installed"`."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def git_revision() -> str | None:
+    """The commit of this package, with `-dirty` if files were changed since; `None` if it is no checkout of git."""
+    own = Path(__file__).parents[1]
+    described = []
+    for words in (("ls-files", "--error-unmatch", "__init__.py"), ("describe", "--always", "--abbrev=40", "--dirty")):
+        options = ("--exclude=*",) if words[0] == "describe" else ()
+        try:
+            done = subprocess.run(["git", "-C", own, *words, *options], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        if done.returncode:
+            return None
+        described.append(done.stdout.strip())
+    return described[-1]
+
+
+def describe_run(processes: int = 1) -> dict[str, Any]:
+    """What an output's manifest says of the run that made it: command, time, processes, commit and versions.
+
+    Args:
+        processes (`int`, *optional*, defaults to 1): Of the run.
+
+    Returns:
+        `dict[str, Any]`: Without secrets. Equal runs differ in `created` alone.
+    """
+    return {
+        "command": recorded_command("python", sys.orig_argv[1:]),
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "processes": processes,
+        "git_revision": git_revision(),
+        "versions": {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES},
+    }
+
+
+def write_manifest(path: str | os.PathLike, *, processes: int = 1, **told: Any) -> None:
+    """Write beside an output what made it.
+
+    Args:
+        path (`str` or `os.PathLike`): The file, e.g. `FOLDER/manifest.json`.
+        processes (`int`, *optional*, defaults to 1): Of the run.
+        told: What else decided it: `seed`, `data` (specs and keys), and so on. Secrets are left out.
+    """
+    write_json(path, {**redact_values(told), **describe_run(processes)}, indent=2)

@@ -21,7 +21,7 @@ from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
-from modeling_dclip.data.files import holding, list_folder, remove_leftovers, write_json
+from modeling_dclip.data.files import MANIFEST_NAME, holding, list_folder, remove_leftovers, write_json, write_manifest
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS
@@ -62,19 +62,24 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
 class StageRecord:
     """The record of one stage, in `stage.json`: what decided its result, and whether it finished.
 
-    Beside it, `stage_notes.json` names the files that the finished stage consists of.
+    Beside it, `stage_notes.json` names the files that the finished stage consists of, and `manifest.json` says what
+    made it.
 
     Args:
         folder (`Path`): The stage's own folder.
         inputs (`dict`): Everything that decides the result, as plain values: arguments, keys of data and of models.
         overwrite (`bool`): Delete a result of other inputs, or a damaged one, instead of raising.
+        told (`Mapping`, *optional*): What else the manifest says: seed, specs of data.
 
     Raises:
         ValueError: If the folder was made from other inputs, the record is damaged, a file of a finished stage is
             missing or cut, or another number of processes trained it so far; the message says what to do.
     """
 
-    def __init__(self, folder: Path, inputs: dict[str, Any], overwrite: bool = False):
+    def __init__(
+        self, folder: Path, inputs: dict[str, Any], overwrite: bool = False, told: Mapping[str, Any] | None = None
+    ):
+        self.told = dict(told or {})
         self.folder, self.inputs = folder, redact_values(json.loads(json.dumps(inputs)))
         self.path = folder / RECORD_NAME
         state = PartialState()
@@ -124,6 +129,10 @@ class StageRecord:
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:
             outputs = _sizes_of_outputs(self.folder) if finished else None
+            if finished:
+                keys = {name: value for name, value in self.inputs.items() if name != "arguments"}
+                told = {"stage": self.folder.name, **self.told, "keys": keys}
+                write_manifest(self.folder / MANIFEST_NAME, processes=PartialState().num_processes, **told)
             write_json(self.folder / NOTES_NAME, {"world_size": PartialState().num_processes, "outputs": outputs})
             write_json(self.path, {"finished": finished, "inputs": self.inputs}, indent=2)
         PartialState().wait_for_everyone()
@@ -131,7 +140,7 @@ class StageRecord:
 
 # The files of a stage that later ones read, by suffix; not logs, checkpoints, code and reports.
 _OUTPUTS = (".safetensors", ".arrow", ".tar", ".json")
-_NO_OUTPUTS = ("trainer_state.json", RECORD_NAME, NOTES_NAME)
+_NO_OUTPUTS = ("trainer_state.json", RECORD_NAME, NOTES_NAME, MANIFEST_NAME)
 _DELETING = "deleting"  # in a record whose folder is being deleted
 
 
@@ -258,6 +267,9 @@ def holding_folders(folders: Sequence[str]) -> Iterator[None]:
         yield
 
 
+_DATA_FIELDS = ("train_datasets", "uncaptioned_datasets", "exclude_karpathy", "train_fraction")
+
+
 @dataclass(frozen=True)
 class Places:
     """Where a run reads and writes.
@@ -267,12 +279,14 @@ class Places:
         cache_dir (`Path`): Of what is cached by content; runs may share it.
         reinforced (`Path`): Folder of the stage reinforce; runs may share it.
         overwrite (`bool`): Whether a stage replaces a result of other inputs.
+        told (`Mapping`): What the manifest of each stage says of the recipe: its seed and the specs of its data.
     """
 
     folder: Path
     cache_dir: Path
     reinforced: Path
     overwrite: bool = False
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, recipe: Recipe) -> "Places":
@@ -283,6 +297,11 @@ class Places:
             cache_dir=Path(recipe.run.cache_dir or folder / "cache"),
             reinforced=Path(recipe.reinforce.folder or folder / "reinforce"),
             overwrite=recipe.run.overwrite,
+            told={
+                "recipe": recipe.path,
+                "seed": recipe.run.seed,
+                "data": {name: getattr(recipe.run, name) for name in _DATA_FIELDS},
+            },
         )
 
     def made(self, stage: str, file: str, instead: str = "") -> Path:
@@ -320,7 +339,7 @@ class Places:
         Raises:
             ValueError: As [`StageRecord`].
         """
-        record = StageRecord(folder or self.folder / stage, inputs, self.overwrite)
+        record = StageRecord(folder or self.folder / stage, inputs, self.overwrite, self.told)
         if record.finished:
             logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
         return record

@@ -20,7 +20,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from importlib import metadata
 from math import isfinite
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
@@ -30,7 +29,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from modeling_dclip.data.failures import redact
-from modeling_dclip.data.files import check_writable, read_bytes, read_json, remove_leftovers, replacing, write_json
+from modeling_dclip.data.files import (
+    PACKAGES,
+    check_writable,
+    git_revision,
+    package_version,
+    read_bytes,
+    read_json,
+    remove_leftovers,
+    replacing,
+    write_json,
+)
 from modeling_dclip.encoders.fingerprints import hash_json
 from modeling_dclip.evaluation.statistics import IntervalDict
 
@@ -39,7 +48,6 @@ try:
 except ImportError:  # not on this system: then only one process may write at a time
     fcntl = None  # type: ignore[assignment]
 
-PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "open_clip_torch")
 FORMAT_VERSION = 1
 FIELDS: dict[str, tuple[type, ...]] = {
     "format_version": (int,),
@@ -75,7 +83,7 @@ class Environment(NamedTuple):
     """The software and the machine of a run.
 
     Attributes:
-        versions (`dict[str, str]`): By package, `python` included.
+        versions (`dict[str, str]`): By package, `python` included, and the commit of a checkout as `git_revision`.
         hardware (`dict`): `cpu`, `cpu_count` usable by this process, `torch_threads`, `gpus` (names) and `platform`.
     """
 
@@ -89,12 +97,9 @@ def environment() -> Environment:
     Returns:
         [`Environment`]: Packages that are missing have the version `"not installed"`.
     """
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
+    versions = {"python": platform.python_version()} | {name: package_version(name) for name in PACKAGES}
+    if (revision := git_revision()) is not None:
+        versions["git_revision"] = revision
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     hardware = {
         "cpu": _cpu_name(),

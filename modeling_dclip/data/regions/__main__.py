@@ -15,7 +15,14 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import check_output_folder, holding, replacing, user_cache_dir
+from modeling_dclip.data.files import (
+    MANIFEST_NAME,
+    check_output_folder,
+    holding,
+    replacing,
+    user_cache_dir,
+    write_manifest,
+)
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import RegionDetector, build_detector
 from modeling_dclip.data.specs import BATCH, COUNT, SEED, CommandParser
@@ -83,6 +90,8 @@ def _write(arguments: RegionArguments, dataset: Dataset, detector: RegionDetecto
     )
     with replacing(output) as folder:
         dataset.save_to_disk(folder)  # pictures go in too
+        about = {name: getattr(arguments, name) for name in ("detector", "max_regions", "on_bad_image")}
+        write_manifest(folder / MANIFEST_NAME, seed=arguments.seed, data=arguments.dataset, **about)
     boxes = sum(map(len, dataset["box_scores"]))
     sys.stdout.write(f"Wrote {len(dataset)} images with {boxes} boxes to {output} (report: {report_file})\n")
     return output

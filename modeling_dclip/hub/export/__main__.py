@@ -5,7 +5,8 @@
     python -m modeling_dclip.hub.export open_clip --model runs/student --output runs/open_clip
     python -m modeling_dclip.hub.export sentence_transformers --model runs/student --output runs/sentence_transformers
 
-The output is a new folder. The export is checked against the model, and deleted if the outputs differ.
+The output is a new folder; OUTPUT.manifest.json beside it says what made it. The export is checked against the model,
+and deleted if the outputs differ.
 
 `onnx` writes the layout of transformers.js and optimum: `onnx/vision_model.onnx` and `onnx/text_model.onnx`, the same
 with `_fp16` and `_quantized` (8-bit integers), and the configuration, tokenizer and preprocessing. With
@@ -19,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import check_new_folder
+from modeling_dclip.data.files import MANIFEST_NAME, check_new_folder, write_manifest
 from modeling_dclip.data.specs import CommandParser, Range
 from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES
@@ -66,7 +67,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         "open_clip": lambda folder: write_open_clip(model, args.model, folder),
         "sentence_transformers": lambda folder: write_sentence_transformers(model, args.model, folder),
     }
-    for name, measured in write_export(args.output, writers[args.format]).items():
+    written = write_export(args.output, writers[args.format])
+    output = Path(args.output)
+    options = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
+    manifest = output.with_name(f"{output.name}.{MANIFEST_NAME}")  # beside the folder, which other programs read
+    write_manifest(manifest, seed=None, data={"model": args.model}, **options)
+    for name, measured in written.items():
         size_mib = (Path(args.output) / name).stat().st_size / 2**20
         sys.stdout.write(
             f"{args.output}/{name}: {size_mib:.1f} MiB; largest difference from the model's outputs "
