@@ -1292,7 +1292,7 @@ def holding(output: str | os.PathLike, *, beside: bool = False) -> Iterator[None
     output = Path(output)
     folder = output.parent if beside else output
     path = folder / f".{output.name}.lock" if beside else folder / LOCK_NAME
-    made = [one for one in (folder, *folder.parents) if not one.exists()]
+    made = [] if beside else [one for one in (folder, *folder.parents) if not one.exists()]
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         handle = _take(path, output)
