@@ -1,9 +1,13 @@
 """Writing: whole or not at all, in a folder of one run at a time, nothing left behind, and errors that say where."""
 
 import errno
+import json
 import os
+import re
 import resource
 import signal
+import subprocess
+import sys
 import tarfile
 
 import numpy as np
@@ -24,9 +28,11 @@ from modeling_dclip.data.files import (
     check_name,
     check_new_folder,
     check_output_folder,
+    git_revision,
     holding,
     remove_leftovers,
     replacing,
+    write_manifest,
     write_text,
     writing,
 )
@@ -233,3 +239,39 @@ def test_an_error_of_something_else_passes_through_a_writer(tmp_path, error):
     with pytest.raises(type(error)) as raised, writing(tmp_path / "a"):
         raise error
     assert raised.value is error
+
+
+def test_a_manifest_says_what_made_an_output_and_no_secret(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["python", "train.py", "--hub_token", "s3cr3t", "--seed", "3"])
+    data = {"train_datasets": ["csv:https://me:s3cr3t@host/a.csv"], "hub_token": "s3cr3t"}
+    write_manifest(tmp_path / "manifest.json", processes=2, seed=3, data=data)
+    text = (tmp_path / "manifest.json").read_text()
+    told = json.loads(text)
+    assert "s3cr3t" not in text and told["command"] == "python train.py --hub_token *** --seed 3"
+    assert told["seed"] == 3 and told["processes"] == 2 and "csv:https://***@host/a.csv" in text
+    assert torch.__version__.startswith(told["versions"]["torch"]) and told["versions"]["python"] and told["created"]
+    write_manifest(tmp_path / "again.json", processes=2, seed=3, data=data)
+    again = json.loads((tmp_path / "again.json").read_text())
+    assert told | {"created": ""} == again | {"created": ""}
+
+
+def test_the_revision_is_of_this_package_and_not_of_a_repository_around_it(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", tmp_path, *words], check=True)
+
+    package = tmp_path / "modeling_dclip"
+    (package / "data").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    monkeypatch.setattr(files, "__file__", str(package / "data" / "files.py"))
+    revision = git_revision.__wrapped__
+    assert revision() is None, "no repository"
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "a")
+    assert revision() is None, "installed into a folder of another repository"
+    git("add", "-A")
+    git("commit", "-q", "-m", "b")
+    assert re.fullmatch("[0-9a-f]{40}", revision())
+    (package / "__init__.py").write_text("1")
+    assert revision().endswith("-dirty")
+    monkeypatch.setenv("PATH", "")
+    assert revision() is None, "no git"
