@@ -178,10 +178,14 @@ def reinforced(folder: Path) -> None:
 
 def regions(folder: Path) -> None:
     """Write regions. A finished output is refused, which is no failure here."""
-    if (folder / "run" / "out").exists():
-        return
-    words = ("--dataset", SCENES, "--detector", "grid:2x2", "--output", str(folder / "run" / "out"))
-    call("modeling_dclip.data.regions.__main__", *words, "--cache_dir", str(folder / "run" / "cache"))
+    output = folder / "run" / "out"
+    finished = output.exists()
+    words = ("--dataset", SCENES, "--detector", "grid:2x2", "--output", str(output))
+    try:
+        call("modeling_dclip.data.regions.__main__", *words, "--cache_dir", str(folder / "run" / "cache"))
+    except SystemExit as ended:
+        if not (finished and f"'{output}' exists." in str(ended.code)):
+            raise
 
 
 def evaluate(folder: Path) -> None:
@@ -307,7 +311,7 @@ def contents(folder: Path) -> dict[str, str]:
 def leftovers(folder: Path) -> list[str]:
     """Temporary folders and locks that a finished run left behind."""
     places = (Path(parent, name) for parent, folders, names in os.walk(folder) for name in [*folders, *names])
-    return sorted(str(path) for path in places if is_temporary(path) or path.name == LOCK_NAME)
+    return sorted(str(path) for path in places if is_temporary(path) or path.name in (LOCK_NAME, ".out.lock"))
 
 
 @dataclass

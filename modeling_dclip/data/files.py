@@ -236,7 +236,7 @@ def check_output_folder(folder: str | os.PathLike) -> None:
 
 
 def check_new_folder(folder: str | os.PathLike) -> None:
-    """Say early that an output folder is taken or cannot be written.
+    """Say early that an output folder is taken or cannot be written. What killed processes left beside it is removed.
 
     Raises:
         FileExistsError: If it is a file, a folder with something in it, or the working folder.
@@ -245,6 +245,7 @@ def check_new_folder(folder: str | os.PathLike) -> None:
     """
     _check_path(folder)
     folder = Path(folder)
+    remove_leftovers(folder.parent)
     if folder.is_file() or entry_names(folder):
         raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
     if folder.is_dir() and folder.samefile(Path.cwd()):

@@ -19,6 +19,7 @@ from modeling_dclip.data.files import (
     MANIFEST_NAME,
     check_output_folder,
     holding,
+    remove_leftovers,
     replacing,
     user_cache_dir,
     write_manifest,
@@ -67,6 +68,8 @@ def main(argv: list[str] | None = None) -> Path:
     (arguments,) = parser.parse(argv)
     output = Path(arguments.output)
     if output.exists():
+        with holding(output, beside=True):  # a run that was killed after its last step left its lock, too
+            remove_leftovers(output.parent)
         raise FileExistsError(f"'{output}' exists. Remove it or name another --output.")
     check_output_folder(output)
     if arguments.cache_dir is not None:

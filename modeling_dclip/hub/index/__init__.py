@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
-from modeling_dclip.data.files import list_folder, read_json, require_field, temporary_folder, write_json
+from modeling_dclip.data.files import list_folder, read_json, require_field, temporary_folder, write_json, writing
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -132,6 +132,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         entry = require_field(manifest["files"], file, "Under 'files', the object", path, dict)
         for name in ("name", "sha256"):
             require_field(entry, name, f"Under 'files', {file!r}", path, str)
+    for kind in FILE_SUFFIXES:
+        entry = require_field(manifest["files"], kind, "Under 'files', the object", path, dict)
+        for part in ("name", "sha256"):
+            require_field(entry, part, f"Under 'files', {kind!r}", path, str)
     return cast("Manifest", manifest)
 
 
@@ -152,7 +156,7 @@ def write_index(
     faiss = find_faiss("faiss")
     schema = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
     files: dict[str, IndexedFile] = {}
-    with temporary_folder(folder, prefix=".new.") as scratch, WeakFileLock(folder / LOCK):
+    with writing(folder), temporary_folder(folder, prefix=".new.") as scratch, WeakFileLock(folder / LOCK):
         written = {kind: scratch / f"{kind}.{suffix}" for kind, suffix in FILE_SUFFIXES.items()}
         faiss.write_index(vectors, str(written["vectors"]))
         pq.write_table(pa.table(columns, schema=schema), written["images"])
