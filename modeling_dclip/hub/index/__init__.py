@@ -135,7 +135,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     for kind in FILE_SUFFIXES:
         entry = require_field(manifest["files"], kind, "Under 'files', the object", path, dict)
         for part in ("name", "sha256"):
-            require_field(entry, part, f"Under 'files', {kind!r}", path, str)
+            require_field(entry, part, f"Under 'files', {file!r}", path, str)
     return cast("Manifest", manifest)
 
 
