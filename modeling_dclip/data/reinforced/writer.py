@@ -461,14 +461,6 @@ def write_reinforced(
             versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
             names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
             told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
+            told["made"] = describe_run(state.num_processes)  # aside, for a reader's key leaves it out
             write_json(output / INDEX_NAME, made_from | told, indent=2)
-    shards, num_synthetic = _write_shards(reinforcer, output, keys, made_by, samples_per_shard)
-    if state.is_main_process:
-        counts = {"samples": len(keys), "captions": sum(map(len, captions)), "synthetic_captions": num_synthetic}
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
-        names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
-        told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
-        told["made"] = describe_run(state.num_processes)  # aside, for a reader's key leaves it out
-        write_json(output / INDEX_NAME, made_from | told, indent=2)
-    state.wait_for_everyone()
     return output / INDEX_NAME
