@@ -97,10 +97,10 @@ RECIPES: dict[str, dict[str, Any]] = {
         "reinforce": {"teachers": [CLIP], "augmentations": 2, "samples_per_shard": 4, "image_size": 32},
         "dmclip": DMCLIP,
     },
-    "--overwrite": {"clip_model": CLIP, "teacher": {**TEACHER, "max_steps": 1}, "student": STEPS},
+    "overwrite": {"clip_model": CLIP, "teacher": {**TEACHER, "max_steps": 1}, "student": STEPS},
 }
 # What may differ between equal runs, by key of a JSON object: times, and what was computed now and what was there.
-VOLATILE = {"created", "_fingerprint", "computed", "changes", "command", "hardware"}
+VOLATILE = {"created", "git_revision", "_fingerprint", "computed", "changes", "command", "hardware"}
 LOGS = {"trainer_state.json", "manifest.json", "stage_notes.json", "training_args.bin"}
 VOLATILE_SUFFIXES = (".png", ".log")
 OPERATIONS = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "shutil.rmtree"}
@@ -198,12 +198,12 @@ def evaluate(folder: Path) -> None:
 SUBJECTS = {
     one.what: one
     for one in (
-        *(Subject("train.py", what, train(what)) for what in RECIPES if what != "--overwrite"),
+        *(Subject("train.py", what, train(what)) for what in RECIPES if what != "overwrite"),
         Subject(
             "train.py",
-            "--overwrite",
-            train("--overwrite", "--overwrite", "true"),
-            train("--overwrite", "--student.learning_rate", "5e-4", "--teacher.learning_rate", "5e-4"),
+            "overwrite",
+            train("overwrite", "--overwrite", "true"),
+            train("overwrite", "--student.learning_rate", "5e-4", "--teacher.learning_rate", "5e-4"),
         ),
         Subject("python -m modeling_dclip.hub.index", "index", index),
         Subject("python -m modeling_dclip.data.reinforced", "reinforced", reinforced),

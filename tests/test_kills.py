@@ -56,7 +56,7 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("what", "share"),
-    [*((what, share) for what in ("regions", "reinforced", "index") for share in (0.0, 0.4, 0.9)), ("student", 0.7)],
+    [*((what, share) for what in ("regions", "reinforced", "index") for share in (0.0, 0.4, 0.8)), ("student", 0.7)],
 )
 def test_a_command_that_was_killed_ends_as_one_that_was_not(undisturbed, what, share):
     subject, folder, whole = undisturbed(what)
