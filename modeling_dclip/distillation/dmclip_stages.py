@@ -257,8 +257,7 @@ def _shards_key(shards: str) -> str:
     """A key of the shards: of their index if there is one, else of names and sizes, for shards may be terabytes."""
     paths, index = find_shards(shards)
     if index is not None:
-        content = {name: value for name, value in index.items() if name != "made"}  # when and how they were written
-        return combine_keys([json.dumps(content, sort_keys=True)])
+        return combine_keys([json.dumps(index, sort_keys=True)])
     return combine_keys([f"{path.name}/{path.stat().st_size}" for path in paths])
 
 

@@ -15,7 +15,13 @@ from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import check_output_folder, holding, read_json
+from modeling_dclip.data.files import (
+    MANIFEST_NAME,
+    check_output_folder,
+    holding,
+    read_json,
+    write_manifest,
+)
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
@@ -123,6 +129,8 @@ def main(argv: list[str] | None = None) -> Path:
     counts = read_json(index)["counts"]
     told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
     if PartialState().is_main_process:
+        about = {"seed": seed, "data": arguments.dataset, "teachers": teachers, "key": read_json(index)["rows"]}
+        write_manifest(index.with_name(MANIFEST_NAME), processes=PartialState().num_processes, **about)
         sys.stdout.write(f"Wrote {told} to {arguments.output}\n")
     return index
 

@@ -29,7 +29,6 @@ from modeling_dclip.data.collation import pass_batch
 from modeling_dclip.data.columns import arrow_column, encoded_images, row_keys
 from modeling_dclip.data.files import (
     LOCK_NAME,
-    describe_run,
     entry_names,
     holding,
     read_json,
@@ -461,6 +460,5 @@ def write_reinforced(
             versions = {module.__name__: module.__version__ for module in (torch, transformers, PIL)}
             names = {"teachers": [teacher.name for teacher in teachers], "captioner": captioner and captioner.name}
             told = {"counts": counts, "shards": shards, "names": names, "versions": versions}
-            told["made"] = describe_run(state.num_processes)  # aside, for a reader's key leaves it out
             write_json(output / INDEX_NAME, made_from | told, indent=2)
     return output / INDEX_NAME

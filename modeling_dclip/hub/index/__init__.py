@@ -63,10 +63,6 @@ Manifest = TypedDict(
         "effort": int | None,
         "recall@10": float | None,
         "computed": int,  # images that this build embedded
-        "seed": int | None,
-        "command": str,
-        "created": str,
-        "git_revision": str | None,
         "processes": int,
         "changes": dict[str, int] | None,  # images `added` and `removed` since the index that was there before
         "skipped": list[UnreadableImage],

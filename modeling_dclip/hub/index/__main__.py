@@ -18,7 +18,12 @@ from pathlib import Path
 from transformers.utils import logging
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import printable, read_text
+from modeling_dclip.data.files import (
+    MANIFEST_NAME,
+    printable,
+    read_text,
+    write_manifest,
+)
 from modeling_dclip.data.images import has_image_suffix
 from modeling_dclip.data.specs import BATCH, WORKERS, CommandParser, Range
 from modeling_dclip.hub.index import Hit, SearchIndex
@@ -134,7 +139,15 @@ def _build(argv: Sequence[str]) -> str | None:
         overwrite=arguments.overwrite,
         trust_remote_code=arguments.trust_remote_code,
     )
-    return None if index is None else describe_build(index)
+    if index is None:  # not the main process
+        return None
+    about = {name: getattr(arguments, name) for name in ("model", "index", "on_bad_image")}
+    processes = index.manifest["processes"]
+    manifest = index.folder / MANIFEST_NAME
+    write_manifest(
+        manifest, processes=processes, seed=None, data=arguments.images, key=index.manifest["encoder"], **about
+    )
+    return describe_build(index)
 
 
 def _search(argv: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
-from modeling_dclip.data.files import check_output_folder, describe_run
+from modeling_dclip.data.files import check_output_folder
 from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
 from modeling_dclip.data.rows import first
 from modeling_dclip.encoders import Encoder
@@ -143,7 +143,7 @@ def build_index(
         **{"n": len(kept), "dim": embeds.shape[1], "index": index},
         **_set_effort(faiss, vectors, embeds, texts),
         "computed": computed,
-        **{"seed": None, **describe_run(state.num_processes)},
+        "processes": state.num_processes,
         "changes": _changes(before, output, hashes),
         "skipped": [describe_fault(dataset, row) for row in bad],
         "versions": {**environment()[0], "faiss": faiss.__version__},
