@@ -128,10 +128,6 @@ def read_manifest(folder: str | Path) -> Manifest:
         entry = require_field(manifest["files"], file, "Under 'files', the object", path, dict)
         for name in ("name", "sha256"):
             require_field(entry, name, f"Under 'files', {file!r}", path, str)
-    for kind in FILE_SUFFIXES:
-        entry = require_field(manifest["files"], kind, "Under 'files', the object", path, dict)
-        for part in ("name", "sha256"):
-            require_field(entry, part, f"Under 'files', {file!r}", path, str)
     return cast("Manifest", manifest)
 
 
