@@ -71,16 +71,18 @@ class RunNotes:
     Args:
         inputs_key (`str` or `None`): Of the stage's record; `None` if it has none.
         world_size (`int`): Number of processes.
+        log (`dict`, *optional*): What was added up since the last log.
     """
 
     inputs_key: str | None
     world_size: int
+    log: dict[str, Any] | None = None
 
     @classmethod
-    def current(cls, folder: Path, world_size: int) -> "RunNotes":
+    def current(cls, folder: Path, world_size: int, log: dict[str, Any] | None = None) -> "RunNotes":
         """Of this run of the stage in a folder."""
         record = read_record(folder)
-        return cls(None if record is None else key_of_inputs(record["inputs"]), world_size)
+        return cls(None if record is None else key_of_inputs(record["inputs"]), world_size, log)
 
     def write(self, checkpoint: Path) -> None:
         """Write them into a checkpoint."""

@@ -33,7 +33,7 @@ from modeling_dclip.distillation.arguments import (
     StageTrainingArguments,
     StudentArguments,
 )
-from modeling_dclip.distillation.checkpoints import RunNotes, last_checkpoint, reading_checkpoint
+from modeling_dclip.distillation.checkpoints import RunNotes, last_checkpoint, read_notes, reading_checkpoint
 from modeling_dclip.distillation.guard import LossTerms, TrainingGuard
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
@@ -97,6 +97,17 @@ class _StopAtLastStep(TrainerCallback):
             raise _AllStepsTaken
 
 
+class _ContinueLog(TrainerCallback):
+    """Takes over what a checkpoint's run added up since its last log: the next log is a mean over all of its steps."""
+
+    def __init__(self, trainer: "BatchesTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resumed_from is not None:
+            self.trainer.continue_log(read_notes(Path(self.trainer.resumed_from)).get("log"))
+
+
 class BatchesTrainer(Trainer):
     """The base of all trainers: takes whole batches, and logs each term of the loss under its name.
 
@@ -152,6 +163,8 @@ class BatchesTrainer(Trainer):
         )
         self.guard = TrainingGuard(self.accelerator, train_batches, Path(args.output_dir).name, self._add_terms)
         self.add_callback(self.guard)
+        self.add_callback(_ContinueLog(self))
+        self.resumed_from: str | None = None
         # The base class does not get the processor: it would write the tokenizer's special tokens into the model's
         # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
         # accepts.
@@ -191,6 +204,7 @@ class BatchesTrainer(Trainer):
             ValueError: If reentrant checkpointing is asked for and a weight is frozen.
         """
         self._refuse_reentrant_checkpoints()
+        self.resumed_from = kwargs.get("resume_from_checkpoint")
         try:
             return super().train(*args, **kwargs)
         except _AllStepsTaken:
@@ -286,6 +300,34 @@ class BatchesTrainer(Trainer):
                     logs[f"{prefix}{name}"] = mean
         super().log(logs, start_time)
 
+    def _open_log(self) -> dict[str, Any] | None:
+        """What was added up since the last log, as plain numbers; `None` before training."""
+        if not hasattr(self, "_tr_loss"):
+            return None
+        return {
+            "last_step": self._globalstep_last_logged,
+            "loss": float(self._tr_loss),
+            "batches": self._counts[""],
+            "terms": {name: float(total) for name, total in self._sums[""].items()},
+            "skipped": self.guard.skipped,
+        }
+
+    def continue_log(self, log: dict[str, Any] | None) -> None:
+        """Go on with what a checkpoint's run had added up.
+
+        Args:
+            log (`dict`, *optional*): From its notes; earlier versions wrote none.
+        """
+        if log is None:
+            return
+        with reading_checkpoint(str(self.resumed_from)):
+            self._globalstep_last_logged = int(log["last_step"])
+            self._tr_loss += float(log["loss"])
+            self._counts[""] = int(log["batches"])
+            device = self.args.device
+            self._sums[""] = {name: torch.tensor(float(total), device=device) for name, total in log["terms"].items()}
+            self.guard.skipped = int(log["skipped"])
+
     def _log_without_skipped(self, logs: dict[str, Any]) -> None:
         """Log the mean loss of the steps that were kept; none if all since the last log were left out."""
         logs["skipped_steps"] = self.guard.skipped
@@ -349,7 +391,7 @@ class BatchesTrainer(Trainer):
             self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
         self.save_beside(folder)
         if folder != Path(self.args.output_dir):
-            RunNotes.current(Path(self.args.output_dir), self.args.world_size).write(folder)
+            RunNotes.current(Path(self.args.output_dir), self.args.world_size, self._open_log()).write(folder)
 
     def _save_checkpoint(self, model, trial):
         """Save as the base class. An error names the folder if its disk is full."""

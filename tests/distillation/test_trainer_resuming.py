@@ -79,6 +79,17 @@ def test_a_checkpoint_leads_to_the_same_weights(kind, accumulation, schedule, ch
     sweep(kind, accumulation, schedule, inputs, tmp_path, checkpoints)
 
 
+@pytest.mark.parametrize("kind", ["teacher", "dmclip"])
+def test_a_log_over_several_steps_is_the_same_where_a_run_was_stopped_between(kind, inputs, tmp_path):
+    options = {"max_steps": 7, "logging_steps": 3}
+    train(kind, inputs, tmp_path / "whole", **options)
+    for step in (2, 4):
+        stop_at(tmp_path / "whole", tmp_path / f"from-{step}", step)
+        train(kind, inputs, tmp_path / f"from-{step}", **options)
+        assert history(tmp_path / f"from-{step}") == history(tmp_path / "whole")
+    assert [log["step"] for log in history(tmp_path / "whole")] == [3, 6]
+
+
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(inputs, tmp_path, caplog):
     train("teacher", inputs, tmp_path / "whole", max_steps=4)
     stop_at(tmp_path / "whole", tmp_path / "damaged", 3)
