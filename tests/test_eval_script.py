@@ -95,7 +95,7 @@ def test_class_names_and_templates_come_from_files(script, tiny_clip_dir, tmp_pa
     (tmp_path / "templates").write_text("a {}\n\n")
     arguments = ["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[1], "--output", str(tmp_path / "r.json")]
     assert script.main([*arguments, "--class_names", str(tmp_path / "names")]) == 1
-    assert "class names, one per class of the dataset in its order, got 2" in capsys.readouterr().err
+    assert "one per class of the data in its order, got 2" in capsys.readouterr().err
     assert script.main([*arguments, "--templates", str(tmp_path / "templates")]) == 0
     (tmp_path / "templates").write_text("no place\n")
     assert script.main([*arguments, "--templates", str(tmp_path / "templates")]) == 1

@@ -221,7 +221,7 @@ def _own_names(default: Sequence[str]) -> list[str]:
 def _read_source(source: str | Sequence[str]) -> tuple[str, list[str], dict[str, str] | None]:
     """What messages call a source of names; the names in its order, or by class if it is a JSON object."""
     if not isinstance(source, str):
-        return "the list of class names", list(source), None
+        return "class_names", list(source), None
     if source == OPEN_CLIP:
         return source, _open_clip_list("IMAGENET_CLASSNAMES"), None
     lines = [] if Path(source).suffix.lower() == ".json" else read_lines(source)
