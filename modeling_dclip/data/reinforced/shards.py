@@ -76,6 +76,10 @@ def as_problem(error: ValueError) -> str:
     return message[:1].lower() + message[1:]
 
 
+def _unreadable(error: OSError) -> str:
+    return f"expected a file that can be read, got {error.strerror or error}"
+
+
 class SamplePlace(NamedTuple):
     """Where a sample is.
 
@@ -111,22 +115,25 @@ class ShardFiles:
 
         Raises:
             DamagedSampleError: If the sample lacks the member or has it twice, it is too large, or the file ends
-                before it.
+                before it or cannot be read.
         """
         if f"{member} (repeated)" in place.members:
             raise DamagedSampleError.at(place.shard, "expected it once, got it twice", place.key, member)
         if member not in place.members:
             raise DamagedSampleError.at(place.shard, f"expected it, got {sorted(place.members)}", place.key, member)
-        if place.shard not in self._open:
-            while len(self._open) >= self.limit:
-                self._open.pop(next(iter(self._open))).close()
-            self._open[place.shard] = open(place.shard, "rb")
         offset, size = place.members[member]
         if size > most:
             problem = f"expected at most {most >> 20} MiB, got {size} bytes"
             raise DamagedSampleError.at(place.shard, problem, place.key, member)
-        self._open[place.shard].seek(offset)
-        content = self._open[place.shard].read(size)
+        try:
+            if place.shard not in self._open:
+                while len(self._open) >= self.limit:
+                    self._open.pop(next(iter(self._open))).close()
+                self._open[place.shard] = open(place.shard, "rb")
+            self._open[place.shard].seek(offset)
+            content = self._open[place.shard].read(size)
+        except OSError as error:
+            raise DamagedSampleError.at(place.shard, _unreadable(error), place.key, member) from error
         if len(content) < size:
             raise DamagedSampleError.at(place.shard, f"expected {size} bytes, got {len(content)}", place.key, member)
         return content
@@ -414,7 +421,8 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
     `jpg (a link)`, and `txt (repeated)` where a sample has it twice or its key came before.
 
     Raises:
-        DamagedSampleError: If the tar is damaged, after the samples before the damage; or if it holds no sample.
+        DamagedSampleError: If the tar is damaged, after the samples before the damage; or if it holds no sample or
+            cannot be read.
     """
     current = ""
     before: set[str] = set()
@@ -435,6 +443,8 @@ def scan_shard(path: Path) -> Iterator[SamplePlace]:
         if members and error.key != current:
             yield SamplePlace(path, current, members)
         raise
+    except OSError as error:
+        raise DamagedSampleError.at(path, _unreadable(error)) from error
     if not members:
         raise DamagedSampleError.at(path, "expected samples, got an empty shard")
     yield SamplePlace(path, current, members)

@@ -666,6 +666,19 @@ def test_a_shard_without_samples_is_named_or_skipped(tmp_path, content, problem)
     assert len(keys(dataset)) == 6 and dataset.skipped["bad.tar"] >= 1
 
 
+def test_a_shard_that_goes_away_is_named_or_skipped(tmp_path):
+    whole = read(write_shards(tmp_path, [3, 2]), on_bad_sample="skip", samples_per_epoch=4)
+    strict = read(tmp_path)
+    (tmp_path / "0001.tar").unlink()
+    with pytest.raises(DamagedSampleError, match="0001.tar': expected a file that can be read, got No such file"):
+        list(strict)
+    assert len(keys(whole)) == 4 and whole.skipped["0001.tar"] >= 1
+    files, place = shards_module.ShardFiles(), next(scan_shard(tmp_path / "0000.tar"))
+    (tmp_path / "0000.tar").unlink()
+    with pytest.raises(DamagedSampleError, match="sample '00000', member 'txt': expected a file that can be read"):
+        files.read(place, "txt")
+
+
 def test_where_all_is_damaged_the_reader_stops(tmp_path):
     path = write_tar(tmp_path / "a.tar", {key: members(npz=b"") for key in "abc"})
     with pytest.raises(ValueError, match="got 3 damaged and no other"):
