@@ -36,7 +36,7 @@ from modeling_dclip.distillation.recipes import (
     shared_anchor,
 )
 from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders
-from modeling_dclip.distillation.stages import run_stages
+from modeling_dclip.distillation.stages import check_models, run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
 from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark
 from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
@@ -158,8 +158,10 @@ def end_processes() -> None:
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
     runs = expand_arms(recipe)
-    for benchmark in recipe.run.evaluate:
-        check_benchmark(benchmark)
+    for run in runs:
+        for benchmark in run.recipe.run.evaluate:
+            check_benchmark(benchmark)
+        check_models(run.recipe, recipe)
     check_output_folder(recipe.run.output_dir)
     results = Path(recipe.run.output_dir) / "results"
     publication = plan_publication(runs, results)
