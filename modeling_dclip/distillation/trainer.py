@@ -404,6 +404,9 @@ class BatchesTrainer(Trainer):
         Args:
             folder (`Path`): Of the model or the checkpoint.
         """
+        if self.processor.tokenizer.is_fast:  # it keeps how the last batch was cut; a resumed run may have had none
+            self.processor.tokenizer.backend_tokenizer.no_truncation()
+            self.processor.tokenizer.backend_tokenizer.no_padding()
         with writing(folder):
             self.processor.save_pretrained(folder)
         write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(redact_values(self.resolved_arguments), sort_keys=False))

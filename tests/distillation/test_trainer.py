@@ -278,3 +278,12 @@ def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, partl
         torch.testing.assert_close(
             shared[name], value, rtol=1e-4, atol=2e-6, msg=lambda message, name=name: f"{name}: {message}"
         )
+
+
+def test_the_tokenizer_is_saved_alike_whatever_text_it_read_last(tiny_clip_dir, data, processor, tmp_path):
+    trainer = make_trainer(tiny_clip_dir, data, processor, student_arguments(tmp_path))
+    trainer.save_beside(tmp_path / "before")
+    trainer.processor.tokenizer(["a red circle", "a"], truncation=True, padding=True, max_length=4)
+    trainer.save_beside(tmp_path / "after")
+    before, after = ((tmp_path / name / "tokenizer.json").read_bytes() for name in ("before", "after"))
+    assert before == after
