@@ -229,19 +229,12 @@ def validate_record(record: Any, where: str) -> None:
 
 
 def _check_values(record: dict[str, Any], where: str) -> None:
-    """Check what the types of the fields leave open: numbers, their ranges, and the date."""
-    for name, least in (("n", 1), ("n_captions", 0), ("seed", 0)):
+    """Check what the types of the fields leave open: numbers, their and their ranges."""
+    for name, least in (("n", 0), ("n_captions", 0), ("seed", 0)):
         if name in record and not least <= record[name] < 2**63:
             raise ValueError(
                 f"Expected an integer from {least} in the field {name!r} of {where}, got {record[name]!r}."
             )
-    try:
-        datetime.fromisoformat(record["created"])
-    except ValueError as error:
-        raise ValueError(
-            f"Expected a time as 2025-01-31T12:00:00+00:00 in the field 'created' of {where}, got "
-            f"{record['created']!r:.80}."
-        ) from error
     for field in ("metrics", "chance"):
         for name, value in record.get(field, {}).items():
             _check_number(value, f"{field!r} / {name!r} of {where}", name)
@@ -336,11 +329,13 @@ def write_results(path: str | os.PathLike, records: Record | Sequence[Record]) -
     write_json(path, records)
 
 
-def read_results(path: str | os.PathLike) -> list[Record]:
+def read_results(path: str | os.PathLike, *, shown: bool = True) -> list[Record]:
     """Read and validate a results file.
 
     Args:
         path (`str` or `os.PathLike`): Written by [`write_results`].
+        shown (`bool`, *optional*, defaults to `True`): Whether each must count something and say when it was made, as
+            a page that shows it does.
 
     Returns:
         `list[Record]`: One or more.
@@ -360,7 +355,22 @@ def read_results(path: str | os.PathLike) -> list[Record]:
         raise ValueError(f"Expected a JSON list of one or more records in {path}, got {type(records).__name__}.")
     for index, record in enumerate(records):
         validate_record(record, f"record {index} of {path}")
+        if shown:
+            _check_shown(record, f"record {index} of {path}")
     return records
+
+
+def _check_shown(record: Record, where: str) -> None:
+    """Refuse a record of nothing, or of no time. Such a record is kept, but not shown."""
+    if not record["n"]:
+        raise ValueError(f"Expected an integer from 1 in the field 'n' of {where}, got 0.")
+    try:
+        datetime.fromisoformat(record["created"])
+    except ValueError as error:
+        raise ValueError(
+            f"Expected a time as 2025-01-31T12:00:00+00:00 in the field 'created' of {where}, got "
+            f"{record['created']!r:.80}."
+        ) from error
 
 
 def outcomes_path(results: str | os.PathLike) -> Path:
@@ -481,7 +491,7 @@ class RecordStore:
 
     def _read(self) -> None:
         if not self.overwrite and self.path.exists():
-            self.records, self.outcomes = read_results(self.path), read_outcomes(self.path)
+            self.records, self.outcomes = read_results(self.path, shown=False), read_outcomes(self.path)
 
     def _write(self) -> None:
         keys = {record_key(record) for record in self.records}

@@ -53,6 +53,12 @@ def test_a_value_that_cannot_be_is_named_with_file_record_and_field(tmp_path, ch
     assert f"record 1 of {path}" in str(raised.value)
 
 
+def test_a_run_keeps_a_record_that_no_page_shows(tmp_path):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([broken(created="x", n=0)]))
+    assert read_results(path, shown=False) == [json.loads(path.read_text())[0]]
+
+
 def test_a_whole_record_is_read(tmp_path):
     path = tmp_path / "results.json"
     whole = broken(
