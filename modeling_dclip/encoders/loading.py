@@ -502,12 +502,18 @@ def _merge_adapters(folder: Path) -> PreTrainedModel:
             f"'{folder}' holds adapters: expected peft, got {error}. Install it with `pip install "
             "modeling_dclip[peft]`."
         ) from error
-    base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    told = _Reading(f"an adapter at '{folder}'", "Save it again.", (*_UNREADABLE, RuntimeError, SafetensorError))
+    with told:
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     if not base:
         raise ValueError(
             f"Expected base_model_name_or_path in {folder / ADAPTER_CONFIG}, got none. Name the model there."
         )
-    return PeftModel.from_pretrained(load_merged(base), str(folder)).merge_and_unload().eval()
+    model = load_merged(base)
+    with told:
+        merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    check_values(merged, str(folder))
+    return merged
 
 
 def find_adapter(model: str | os.PathLike) -> Path | None:

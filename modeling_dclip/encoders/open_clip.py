@@ -13,6 +13,7 @@ the length that the model was trained with.
 import difflib
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -194,6 +195,11 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
         _check_names(open_clip, name, pretrained, spec)
     try:
         model, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained, precision="fp32")
+    except UnpicklingError as error:  # torch's text would have the reader run what the file holds
+        raise ValueError(
+            f"Expected tensors in the weights of {spec}, got a damaged file, or one that only running its code could "
+            "read, which is not done. Save its state dict as safetensors."
+        ) from error
     except RuntimeError as error:
         raise ValueError(
             f"Expected whole weights of the architecture {name!r}, got none that load with {spec}: {error}"

@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -214,3 +215,35 @@ def test_code_beside_a_model_is_not_run_unless_asked_for(model, tmp_path, known,
         except (ValueError, OSError) as error:
             assert str(model) in str(error)
     assert not written.exists()
+
+
+class Payload:
+    """What writes a file when it is unpickled."""
+
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_of_open_clip_runs_no_code(tmp_path):
+    pytest.importorskip("open_clip")
+    written = tmp_path / "written"
+    torch.save({"state_dict": {"a": Payload(written)}}, tmp_path / "evil.pt")
+    with pytest.raises(ValueError, match="or one that only running its code could read, which is not done"):
+        load_dual_encoder(f"open_clip:RN50:{tmp_path / 'evil.pt'}")
+    assert not written.exists()
+
+
+def test_a_damaged_adapter_is_named(model):
+    pytest.importorskip("peft")
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(model), "r": 2, "target_modules": ["q_proj"]}
+    adapter = model.parent / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").write_bytes(b"cut")
+    for content in (config, config | {"peft_type": "nope"}, config | {"r": "two"}):
+        (adapter / "adapter_config.json").write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=f"Expected an adapter at '{adapter}', got: "):
+            load_merged(adapter)
