@@ -8,6 +8,7 @@ import json
 import logging
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -104,6 +105,22 @@ def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
     found = [(re.fullmatch(r"checkpoint-([0-9]+)", path.name), path) for path in list_folder(folder, "checkpoint-*")]
     numbered = [(int(match[1]), path) for match, path in found if match is not None and path.is_dir()]
     return sorted(numbered, reverse=True)
+
+
+def delete_old_checkpoints(folder: Path, keep: int, newest: int, best: str | None = None) -> None:
+    """Delete the checkpoints that were written first. Folders of other names are let be.
+
+    Args:
+        folder (`Path`): The stage's own folder.
+        keep (`int`): How many stay, those below included.
+        newest (`int`): The step of the one that was written last; it stays.
+        best (`str`, *optional*): The folder of another one that stays.
+    """
+    found = {path: (path.stat().st_mtime_ns, step) for step, path in numbered_checkpoints(folder)}
+    stay = {path for path, (_, step) in found.items() if step == newest or str(path) == str(Path(best or ""))}
+    old = sorted(found.keys() - stay, key=lambda path: found[path])
+    for path in old[: max(0, len(found) - max(keep, len(stay)))]:
+        shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted is tried again at the next checkpoint
 
 
 def last_checkpoint(folder: Path, world_size: int = 1, weights: str = SAFE_WEIGHTS_NAME) -> str | None:

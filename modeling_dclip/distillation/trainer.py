@@ -33,7 +33,13 @@ from modeling_dclip.distillation.arguments import (
     StageTrainingArguments,
     StudentArguments,
 )
-from modeling_dclip.distillation.checkpoints import RunNotes, last_checkpoint, read_notes, reading_checkpoint
+from modeling_dclip.distillation.checkpoints import (
+    RunNotes,
+    delete_old_checkpoints,
+    last_checkpoint,
+    read_notes,
+    reading_checkpoint,
+)
 from modeling_dclip.distillation.guard import LossTerms, TrainingGuard
 from modeling_dclip.distillation.losses import (
     contrastive_loss,
@@ -394,9 +400,20 @@ class BatchesTrainer(Trainer):
             RunNotes.current(Path(self.args.output_dir), self.args.world_size, self._open_log()).write(folder)
 
     def _save_checkpoint(self, model, trial):
-        """Save as the base class. An error names the folder if its disk is full."""
-        with writing(self.args.output_dir):
-            super()._save_checkpoint(model, trial)
+        """Save as the base class. An error names the folder if its disk is full.
+
+        Old checkpoints are deleted here: the base class would delete any folder called `checkpoint-NAME`.
+        """
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with writing(self.args.output_dir):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        if limit is not None and self.args.should_save:
+            delete_old_checkpoints(
+                Path(self.args.output_dir), limit, self.state.global_step, self.state.best_model_checkpoint
+            )
 
     def save_beside(self, folder: Path) -> None:
         """Save what belongs beside the weights: the processor and the resolved arguments.

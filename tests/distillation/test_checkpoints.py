@@ -7,7 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from modeling_dclip.distillation.checkpoints import RunNotes, check_processes, last_checkpoint, reading_checkpoint
+from modeling_dclip.distillation.checkpoints import (
+    RunNotes,
+    check_processes,
+    delete_old_checkpoints,
+    last_checkpoint,
+    reading_checkpoint,
+)
 from modeling_dclip.distillation.run import StageRecord
 
 INPUTS = {"arguments": {"learning_rate": 0.1}}
@@ -39,6 +45,18 @@ def folder(tmp_path):
 
 def test_the_newest_checkpoint_is_gone_on_from(folder):
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
+
+
+def test_the_checkpoints_written_first_are_deleted_and_no_other_folder(folder):
+    (folder / "checkpoint-mine").mkdir()
+    for seconds, step in enumerate((9, 2, 4, 6)):  # 9 is left over from a run that went on from 2
+        path = folder / f"checkpoint-{step}"
+        path.mkdir(exist_ok=True)
+        os.utime(path, (1000 + seconds, 1000 + seconds))
+    delete_old_checkpoints(folder, 2, newest=6, best=str(folder / "checkpoint-2"))
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-mine", "checkpoint-2", "checkpoint-6"}
+    delete_old_checkpoints(folder, 1, newest=6)
+    assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-mine", "checkpoint-6"}
 
 
 def cut(path):
