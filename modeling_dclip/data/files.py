@@ -700,7 +700,7 @@ def load_hub(name: str, split: str, *, config: str | None = None, revision: str 
 
     Raises:
         FileNotFoundError: If there is no such dataset.
-        ValueError: If there is no such split, or the dataset cannot be read as one table.
+        ValueError: If there is no such split, the dataset is a script, or cannot be read as one table; it is named.
     """
     source, cache = name, None
     if Path(name).is_dir():
@@ -711,6 +711,15 @@ def load_hub(name: str, split: str, *, config: str | None = None, revision: str 
     except DatasetGenerationError as error:
         reason = one_line(error.__cause__ or error)
         raise ValueError(f"The dataset '{name}', split {split!r}, cannot be read as one table ({reason}).") from error
+    except RuntimeError as error:
+        if "scripts" not in str(error):
+            raise
+        raise ValueError(
+            f"The dataset '{name}' is a program that loads data ({one_line(error)}), and none is run. Name a folder "
+            "or a revision with the data as parquet, such as refs/convert/parquet of the Hub."
+        ) from error
+    except ValueError as error:
+        raise ValueError(f"The dataset '{name}', split {split!r}: {one_line(error)}") from error
 
 
 def _folder_cache(folder: Path) -> Path:

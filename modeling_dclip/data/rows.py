@@ -3,6 +3,7 @@
 A rejected row is counted, and a warning names the first ids. No row is replaced silently.
 """
 
+import ast
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, Features, Image, List, Value
 
 from modeling_dclip.data.columns import put_columns
-from modeling_dclip.data.files import FileFinder, is_utf8, printable
+from modeling_dclip.data.files import FileFinder, is_utf8, parse_json, printable
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ CAPTION_FEATURES = Features(image_id=Value("string"), image=Image(), captions=Li
 MISSING_MODES = ("raise", "skip")
 # How programs write a missing value as text: pandas, numpy, spreadsheets, databases.
 _NO_CAPTION = {"nan", "NaN", "NAN", "<NA>", "#N/A", "N/A", "null", "NULL", "None", "NaT"}
+# A list of texts written as one text, as tables without lists hold it: of JSON or of Python.
+_LISTED = re.compile(r"""\[\s*["'].*["']\s*,?\s*\]""", re.DOTALL)
 _FLICKR_NAME = re.compile(r"(\d+)_[0-9a-f]{6,}")
 
 
@@ -112,10 +115,31 @@ def require_rows(number: int, source: str, what: str = "an image and a caption")
         raise ValueError(f"No row with {what} is left of {source}. Expected at least one.")
 
 
+def _without_marks(text: str) -> str:
+    return text.strip().strip("\ufeff").strip()
+
+
+def _listed_texts(text: str) -> list[str]:
+    """The texts of a list that is written as one text; any other text is a list of itself."""
+    if not _LISTED.fullmatch(text.strip()):
+        return [text]
+    try:
+        values = parse_json(text.strip(), "a caption")
+    except ValueError:
+        try:
+            values = ast.literal_eval(text.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            return [text]
+    return values if all(isinstance(value, str) for value in values) else [text]
+
+
 def clean_captions(
     image_ids: Sequence[str], captions: Sequence[Sequence[str | None] | None], source: str
 ) -> tuple[list[list[str]], list[int]]:
     """Strip captions and leave out empty ones; a row with none left is rejected and reported.
+
+    A caption that is a list of texts, written as one text (`["a dog", "a cat"]`, in JSON's way or in Python's), is
+    read as these texts; such images are counted and reported. A byte order mark around a caption is no part of it.
 
     A caption that is nothing but `nan`, `null` or another of the words that programs write for a missing value counts
     as empty; such captions are counted and reported.
@@ -123,7 +147,14 @@ def clean_captions(
     Returns:
         `tuple`: The captions of every row (maybe empty), and the indices of the rows to keep.
     """
-    stripped = [[text.strip() for text in row or () if text and text.strip()] for row in captions]
+    read = [[one for text in row or () if text for one in _listed_texts(text)] for row in captions]
+    given = [[text for text in row or () if text] for row in captions]
+    if listed := [i for i, (texts, row) in enumerate(zip(read, given, strict=True)) if texts != row]:
+        logger.warning(
+            "%s: read captions that are lists, written as one text, of %d images, first ids: %s",
+            *(source, len(listed), first(image_ids[i] for i in listed)),
+        )
+    stripped = [[text for text in map(_without_marks, row) if text] for row in read]
     cleaned = [[text for text in row if text not in _NO_CAPTION] for row in stripped]
     missing = [i for i, (all_of, kept) in enumerate(zip(stripped, cleaned, strict=True)) if len(all_of) > len(kept)]
     if missing:

@@ -477,3 +477,14 @@ def test_a_local_folder_is_read_as_it_is_now(tmp_path):
     write(tmp_path / "repo" / "train-2.parquet", {"b": [1]})
     with pytest.raises(ValueError, match="The dataset '.*repo', split 'train', cannot be read as one table"):
         load_hub(str(tmp_path / "repo"), "train")
+
+
+def test_a_dataset_that_is_a_script_or_lacks_the_split_is_named(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "mine.py").write_text("raise SystemExit('ran')\n")
+    with pytest.raises(ValueError, match="The dataset '.*mine' is a program that loads data .*mine.py.*none is run"):
+        load_hub(str(tmp_path / "mine"), "train")
+    (tmp_path / "mine" / "mine.py").unlink()
+    (tmp_path / "mine" / "train.csv").write_text("a\nb\n")
+    with pytest.raises(ValueError, match="The dataset '.*mine', split 'dev': Unknown split"):
+        load_hub(str(tmp_path / "mine"), "dev")

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import logging
 import os
 import unicodedata
 
@@ -22,7 +23,7 @@ from modeling_dclip.data.captions.tables import read_parquet
 from modeling_dclip.data.labels import load_classification
 from modeling_dclip.data.questions.files import read_aro, read_questions, read_sugarcrepe, read_winoground
 from modeling_dclip.data.questions.tables import read_item_tables
-from modeling_dclip.data.rows import coco_id, flickr_id
+from modeling_dclip.data.rows import clean_captions, coco_id, flickr_id
 
 
 def write_json(path, content):
@@ -222,3 +223,31 @@ def test_names_with_line_breaks_do_not_break_a_message(photos):
     with pytest.raises(FileNotFoundError) as caught:
         rows_of_coco(photos("1.jpg"), ["a\nb\t<script>|.jpg"])
     assert "a\\nb\\t<script>|.jpg" in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "captions"),
+    [
+        ('["a dog", "two \\"cats\\""]', ["a dog", 'two "cats"']),
+        ("['a dog', \"it's\"]", ["a dog", "it's"]),
+        ('["caf\\u00e9"]', ["café"]),
+        ("['a dog',]", ["a dog"]),
+    ],
+)
+def test_a_list_written_as_one_text_is_read_as_its_captions(text, captions, caplog):
+    with caplog.at_level(logging.WARNING):
+        cleaned, kept = clean_captions(["x", "y"], [[text], ["a bird"]], "here")
+    assert cleaned == [captions, ["a bird"]] and kept == [0, 1]
+    assert "here: read captions that are lists, written as one text, of 1 images, first ids: x" in caplog.text
+
+
+@pytest.mark.parametrize("text", ["[a dog]", '["a dog"', '["a", 3]', "['a' b 'c']", '["a"] and ["b"]', "[]"])
+def test_a_text_that_is_no_list_stays_one_caption(text, caplog):
+    assert clean_captions(["x"], [[text]], "here")[0] == [[text]]
+    assert "lists" not in caplog.text
+
+
+def test_byte_order_marks_around_a_caption_are_no_part_of_it():
+    assert clean_captions(["x"], [["\ufeffa dog", " \ufeff ", "a\ufeffb \ufeff"]], "here")[0] == [
+        ["a dog", "a\ufeffb"]
+    ]

@@ -41,6 +41,8 @@ from modeling_dclip.data.rows import (
 
 logger = logging.getLogger(__name__)
 
+_ADDRESS = re.compile(r"\s*https?://")
+_ADDRESS_NAMES = {"url", "urls", "image_url", "imageurl", "link", "image"}  # what the column of addresses is called
 _COMMENT = re.compile(r"\s*(\d+)\s+(\S.*)", re.DOTALL)
 
 
@@ -274,7 +276,8 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
 
     Raises:
         FileNotFoundError: If the table, the folder or an image is missing.
-        ValueError: If a row has no tab, two files stand for one row, or a third-column name is repeated.
+        ValueError: If a row has no tab, the first is a header, a row has its address first, two files stand for one
+            row, or a third-column name is repeated.
     """
     path = require_file(table, "Conceptual Captions table")
     folder = require_folder(image_folder, "image folder")
@@ -286,6 +289,15 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
         parts = line.rstrip("\r").split("\t")
         if len(parts) not in (2, 3):
             raise ValueError(f"Expected 'caption<tab>url[<tab>file]' in line {row + 1} of '{path}', got {line!r}.")
+        if row == 0 and parts[1].strip().casefold() in _ADDRESS_NAMES:
+            raise ValueError(
+                f"Line 1 of '{path}' is the header {line!r:.80}. Expected a caption there, as in the published file, "
+                "or each picture would get the caption of the row before. Remove it, or read the table with csv:."
+            )
+        if _ADDRESS.match(parts[0]) and not _ADDRESS.match(parts[1]):
+            raise ValueError(
+                f"Expected 'caption<tab>url' in line {row + 1} of '{path}', got {line!r:.160}: swap them."
+            )
         if len(parts) == 3:
             image_ids.append(f"conceptual-{parts[2]}")
             paths.append(folder / parts[2])

@@ -211,10 +211,11 @@ def _class_folders(top: Path) -> list[Path]:
             f"The folder '{printable(odd[0])}' in '{top}' has a name that is no UTF-8, so that it names no class. "
             "Rename it."
         )
-    if classes and {name.lower() for name in classes} <= _SPLITS:
+    splits = sorted(name for name in classes if name.lower() in _SPLITS)
+    if splits and (len(splits) > 1 or len(classes) == 1):
         raise ValueError(
-            f"Expected one folder a class in '{top}', got the splits {sorted(classes)}. Name one: "
-            f"imagefolder:{top}:{sorted(classes)[0]}."
+            f"Expected one folder a class in '{top}', got the splits {splits}. Name one: "
+            f"imagefolder:{top}:{splits[0]}."
         )
     twice = [name for name, count in Counter(map(normal_name, classes)).items() if count > 1]
     if twice:

@@ -36,6 +36,13 @@ _KEYED = re.compile(r"(n\d{8})[\s,:]+(.+)")
 _NUMBER = re.compile(r"[+-]?[0-9]{1,18}(\.0+)?")
 _NUMBERED = re.compile(r"([0-9]{1,18})[\s,:]+(.+)")
 _SHOWN = 3  # pairs that the log names
+# What tables have in their first line where a list of names has a name.
+_HEADERS = {
+    *("id", "index", "label", "labels", "class", "classes", "classname", "classnames", "class_name", "class_names"),
+    *("category", "categories", "name", "names", "template", "templates"),
+}
+_SEPARATOR = re.compile(r"[,;:\s]")
+_QUOTED = re.compile(r"""(["']).*\1[,;]?""")
 
 
 def check_prompts(class_names: Sequence[str], templates: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -69,13 +76,30 @@ def parse_lines(text: str, place: str) -> list[str]:
     """Split the text of a file of names or templates into stripped lines. Empty lines at the end are ignored.
 
     Raises:
-        ValueError: If there is none, or an empty one stands between others, which would shift all classes after it.
+        ValueError: If there is none, an empty one stands between others, the first is the header of a table or a
+            comment, or they are JSON or quoted: each would shift the classes after it, or give them wrong words.
     """
     lines = [line.strip() for line in text.rstrip().split("\n")] if text.strip() else []
     if not lines or "" in lines:
         where = f"line {lines.index('') + 1} is empty" if lines else "the file is empty"
         raise ValueError(f"Expected one name or template a line in '{place}', but {where}. Repair the file.")
+    if (fault := _line_fault(lines)) is not None:
+        raise ValueError(f"Expected one name or template a line in '{place}', but {fault}.")
     return lines
+
+
+def _line_fault(lines: Sequence[str]) -> str | None:
+    """Why lines are no list of names; `None` if they may be one."""
+    cells = {cell.strip().strip("\"'").lower() for cell in _SEPARATOR.split(lines[0])} - {""}
+    if len(lines) > 1 and cells and cells <= _HEADERS:
+        return f"line 1 is {lines[0]!r:.80}, the header of a table. Remove it"
+    if comment := next((line for line in lines if line.startswith(("# ", "//"))), None):
+        return f"line {lines.index(comment) + 1} is the comment {comment!r:.80}. Remove it"
+    if lines[0] in ("{", "[") or lines[0].startswith(('{"', '["', "['", "{'")):
+        return f"line 1 is {lines[0]!r:.80}, as in JSON. Call the file NAME.json if it is JSON"
+    if all(_QUOTED.fullmatch(line) for line in lines):
+        return f"its lines stand between quotes (line 1 is {lines[0]!r:.80}). Remove them"
+    return None
 
 
 def read_lines(path: str | Path) -> list[str]:

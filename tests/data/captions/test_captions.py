@@ -546,3 +546,20 @@ def test_flickr8k_parquet_has_7000_different_photos_with_five_captions():
     assert all(image_id.removeprefix("flickr-").isdigit() for image_id in dataset["image_id"][:])
     assert set(map(len, dataset["captions"])) == {5}
     assert dataset[0]["image"].size == (224, 224)
+
+
+@pytest.mark.parametrize(
+    ("first", "message"),
+    [
+        ("caption\turl", "Line 1 of '.*t.tsv' is the header 'caption.turl'"),
+        ("Text\tIMAGE_URL\timage", "Line 1 of '.*t.tsv' is the header"),
+        ("http://host/a.jpg\ta dog", "Expected 'caption<tab>url' in line 1 of '.*t.tsv', got .*: swap them"),
+    ],
+)
+def test_a_conceptual_table_with_a_header_or_swapped_columns_pairs_no_picture_wrongly(tmp_path, draw, first, message):
+    for row in range(3):
+        draw(tmp_path / "images" / f"{row}.jpg", row)
+    rest = "a cat\thttp://host/b.jpg\ta bird\n" if first.count("\t") == 2 else "a cat\thttp://host/b.jpg\n"
+    (tmp_path / "t.tsv").write_text(f"{first}\n{rest}", encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        load_captions(f"conceptual:{tmp_path / 't.tsv'}:{tmp_path / 'images'},missing=skip")

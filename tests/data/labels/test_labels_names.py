@@ -231,7 +231,7 @@ def test_folders_that_name_no_class_are_refused(tmp_path):
     root = write_folders(tmp_path / "twice", [nfd, "café", "dog"])
     with pytest.raises(ValueError, match="Two folders in '.*twice' are called 'café', spelled in two ways"):
         load_classification(f"imagefolder:{root}")
-    root = write_folders(tmp_path / "splits", ["train/a", "train/b", "val/a", "val/b"])
+    root = write_folders(tmp_path / "splits", ["train/a", "train/b", "val/a", "val/b", "extra/a"])
     with pytest.raises(
         ValueError, match=r"one folder a class in '.*', got the splits \['train', 'val'\]. Name one: imag"
     ):

@@ -51,3 +51,30 @@ def test_other_json_is_no_list_of_names(tmp_path, text, message):
 
 def test_without_a_source_the_datas_own_names_are_taken():
     assert read_names(None, ["dog", "cat"]) == ["dog", "cat"]
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("id,name\n0,dog\n1,cat\n", "line 1 is 'id,name', the header of a table"),
+        ("\ufeffName\ndog\ncat\n", "line 1 is 'Name', the header of a table"),
+        ("names:\n  0: dog\n  1: cat\n", "line 1 is 'names:', the header"),
+        ("class name\ndog\ncat\n", "line 1 is 'class name', the header"),
+        ("# my classes\ndog\ncat\n", "line 1 is the comment '# my classes'"),
+        ("dog\n// birds\ncat\n", "line 2 is the comment '// birds'"),
+        ('{"0": "dog",\n"1": "cat"}\n', "line 1 is .*as in JSON. Call the file NAME.json"),
+        ("['dog', 'cat']\n", "line 1 is .*as in JSON"),
+        ('"dog",\n"cat"\n', "its lines stand between quotes .line 1 is"),
+    ],
+)
+def test_lines_that_would_shift_the_classes_or_misname_them_are_refused(tmp_path, text, fault):
+    (tmp_path / "names.txt").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"one name or template a line in '.*names.txt', but {fault}"):
+        read_names(str(tmp_path / "names.txt"), ["0", "1"])
+
+
+@pytest.mark.parametrize(
+    "text", ["{} on a desk\na {}", "label maker\nclass ring", "#1 shirt\ndog", '"a" {}\n{}', "id"]
+)
+def test_lines_that_only_look_like_a_header_stay(text):
+    assert parse_lines(text, "here") == text.split("\n")
