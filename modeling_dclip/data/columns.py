@@ -396,7 +396,8 @@ def check_regions(dataset: Dataset, boxes: Ragged, scores: Ragged) -> None:
 
     Raises:
         ValueError: If a number is not finite, a box has no area or begins left of or above its image, or a score is
-            not in [0, 1]. The message names image, row and box of the first, and counts them.
+            not in [0, 1]. The message names image, row and box of the first, and counts them. Also if all boxes lie in
+            their image's first pixel, as fractions do.
     """
     x1, y1, x2, y2 = boxes.values.T
     problems = (
@@ -405,6 +406,11 @@ def check_regions(dataset: Dataset, boxes: Ragged, scores: Ragged) -> None:
         (~((x1 >= 0) & (y1 >= 0)), "a box inside the image", boxes.values),
         (~((scores.values >= 0) & (scores.values <= 1)), "a score in [0, 1]", scores.values),
     )
+    if len(boxes.values) and (boxes.values <= 1).all() and (boxes.values >= 0).all():
+        raise ValueError(
+            f"Expected boxes in pixels, got {len(boxes.values)} boxes within one pixel, first "
+            f"{boxes.values[0].tolist()}: they seem to be fractions of the image. Multiply them by its size."
+        )
     for wrong, expected, given in problems:
         if wrong.any():
             entry = int(wrong.argmax())

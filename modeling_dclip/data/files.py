@@ -59,6 +59,10 @@ MOST_YAML_BYTES = 1 << 20
 MOST_YAML_VALUES = 100_000  # with those that aliases repeat
 _WHOLE_FLOATS = 2**53  # above it a float skips whole numbers
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # the byte order mark that some programs write before UTF-8
+_NAMED_SEPARATOR = re.compile(r"sep=([^\w\s]|\t)[,;\t]*(?:\r\n|\r|\n)")
+# As what stands in a path's place may look: an address (of which `Path` leaves one `/`), and a picture as text.
+_ADDRESS = re.compile(r"(?:^|/)(?:https?|ftp|s3|gs|hf|file|zip):+/")
+_BASE64 = re.compile(r"(?:^|/)data:image/|[A-Za-z0-9+/]{200}[A-Za-z0-9+/=\s]*$")
 _LINE_BREAK = re.compile(rb"\r\n|\r|\n")
 # How files begin that are no UTF-8 text.
 _FIRST_BYTES = {
@@ -556,11 +560,17 @@ class TableRow(NamedTuple):
 def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
     """The rows of a CSV or TSV file that are not blank, the header first.
 
+    A first line `sep=;`, which spreadsheets write and read, names the separator in place of the one given.
+
     Raises:
         OSError: If it cannot be read.
         ValueError: If it is no such table or no UTF-8; the message names the line.
     """
-    reader = csv.reader(io.StringIO(read_text(path, keep_newlines=True), newline=""), delimiter=separator, strict=True)
+    text = read_text(path, keep_newlines=True)
+    if match := _NAMED_SEPARATOR.match(text):
+        separator, text = match[1], text[match.end() :]
+        text = "\n" + text  # lines keep their numbers
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     rows, begins = [], 1
     try:
         for cells in reader:
@@ -1084,6 +1094,10 @@ class FileFinder:
     def explain(self, path: str | os.PathLike, *, is_folder: bool = False) -> str:
         """Why a path leads to no file, or no folder, as far as one can tell; an empty text if not."""
         text = os.fspath(path)
+        if _ADDRESS.search(text):
+            return "an address, and none is fetched: download the pictures and give their paths"
+        if _BASE64.search(text):
+            return "perhaps a picture in base64: store its bytes instead"
         try:
             other = self._find(text, _same_letters, is_folder)
         except ValueError as error:

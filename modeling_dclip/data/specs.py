@@ -4,6 +4,9 @@ A spec is one line that names a source and its options. The grammar is `KIND[:FI
 literal of [`Source`] lists the kinds. A kind's fields are the positional parameters of its function, and its options
 are the keyword-only ones.
 
+A field, or the value of an option, that has `:`, `,key=` or `@7` in itself stands between double quotes:
+`csv:"a:b/table.csv":"photos@2"@100`.
+
 A spec is parsed once, into a [`Spec`]. What takes a spec takes the text or the parsed value.
 
 A number of a setting has a [`Range`]: a field of an `*Arguments` class in its metadata (`"range"`), an option of a
@@ -14,6 +17,7 @@ import argparse
 import difflib
 import inspect
 import math
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
@@ -27,6 +31,8 @@ from modeling_dclip.data.files import is_utf8, printable
 _COUNT = re.compile(r"@([0-9]+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
 _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
+_QUOTED = re.compile(r'(?<=[:=])"([^"]*)"(?=[:,@]|$)')
+_HELD = re.compile(r"\0([0-9]+)\0")  # what stands for a quoted text while a spec is taken apart
 # The colons of an address do not separate fields.
 _ORIGIN = re.compile(r"https?://[^/,]*")
 _ARGUMENT = re.compile("^argument (-[^/:]*)[^:]*:")  # how argparse's messages name an option, with its other spellings
@@ -283,6 +289,18 @@ def _split_fields(body: str) -> list[str]:
     return [kind, origin[0] + first, *others]
 
 
+def _require_one_reading(spec: str, fields: Sequence[str]) -> None:
+    """Refuse a spec that cuts the path of something that is there."""
+    parts = spec.split(":")[1:]
+    runs = [":".join(parts[i:j]) for i in range(len(parts)) for j in range(i + 1, len(parts) + 1)]
+    cut = next((path for path in runs if path not in fields and os.path.exists(path)), None)
+    if cut is not None:
+        raise ValueError(
+            f"Expected a spec with one meaning, got {spec!r}: '{printable(cut)}' is there, but ':', ',key=' and '@7' "
+            f"end a path in a spec. Write each path between double quotes: '{spec.partition(':')[0]}:\"{cut}\"'."
+        )
+
+
 def _value(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
@@ -352,13 +370,15 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
 
     Raises:
         ValueError: If the kind, the number of fields, an option or the count is wrong (the message lists the known
-            forms), or an address holds a password or a token.
+            forms), the path of something that is there would be cut, or an address holds a password or a token.
 
     Example:
         >>> parse_spec("grid:2x3", {"grid": Source("grid:ROWSxCOLUMNS", len)}).fields
         ['2x3']
         >>> parse_spec("a:https://example.org:8000/b:c", {"a": Source("a:DIR_OR_URL:SPLIT", print)}).fields
         ['https://example.org:8000/b', 'c']
+        >>> parse_spec('a:"b:c@2":d', {"a": Source("a:DIR:SPLIT", print)}).fields
+        ['b:c@2', 'd']
     """
     if isinstance(spec, Spec):
         return spec
@@ -367,9 +387,11 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
             f"Expected names in UTF-8 in the spec '{printable(spec)}', got other bytes. Rename the file or folder."
         )
     require_open_address(spec)
-    body, count = spec, None
-    if counted and (match := _COUNT.search(spec)):
-        body = spec[: match.start()]
+    quoted = _QUOTED.findall(spec)
+    places = iter(range(len(quoted)))
+    body, count = _QUOTED.sub(lambda _: f"\0{next(places)}\0", spec.replace("\0", "")), None
+    if counted and (match := _COUNT.search(body)):
+        body = body[: match.start()]
         if len(match[1]) > len(str(COUNT.high)):
             raise ValueError(f"Expected a count up to {COUNT.high} in {shown(spec)}, got more.")
         count = int(match[1])
@@ -377,16 +399,20 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     if match := _OPTIONS.search(body):
         body = body[: match.start()]
         options = dict(part.split("=", 1) for part in match[1][1:].split(","))
-    kind, *fields = _split_fields(body)
+    kind, *fields = [_HELD.sub(lambda held: quoted[int(held[1])], field) for field in _split_fields(body)]
+    options = {key: _HELD.sub(lambda held: quoted[int(held[1])], value) for key, value in options.items()}
     forms = "; ".join(source.form + ("[@COUNT]" if counted else "") for source in sources.values())
     if kind not in sources:
         raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}. Known forms: {forms}.")
     source = sources[kind]
+    if not quoted and "://" not in spec:
+        _require_one_reading(spec, fields)
     most = source.form.count(":")
     fewest = most - source.form.count("[:")
     if not fewest <= len(fields) <= most or not all(fields):
         raise ValueError(
-            f"Expected the form {source.form!r}, got {spec!r} with fields {fields}. Known forms: {forms}."
+            f"Expected the form {source.form!r}, got {spec!r} with fields {fields}. Known forms: {forms}. A path with "
+            "':', ',key=' or '@7' in it stands between double quotes."
         )
     if count == 0:
         raise ValueError(f"Expected a count of at least 1 in {spec!r}, got @0.")

@@ -29,6 +29,7 @@ READ_PADDING = ("siglip", "siglip2")
 READ_AT_END = ("clip", "dclip", "dmclip", "metaclip_2")
 # Text of these is lower-cased wherever the tokenizer does not say otherwise: Gemma's, as SigLIP 2 has it, does not.
 LOWER_CASED = ("siglip", "siglip2")
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 _LETTERS = string.ascii_lowercase
 _CASED_TOKENIZERS = ("GemmaTokenizer", "GemmaTokenizerFast")
 # No tokenizer counts so far: transformers' number for one that does not say how much it reads.
@@ -166,9 +167,15 @@ def tokenize_texts(
     Returns:
         `dict[str, torch.Tensor]`: Arguments of `get_text_features`, on the CPU: `input_ids` `(B, T)` and, where the
             family reads it, `attention_mask`.
+
+    Raises:
+        ValueError: If a text holds half a character, as bytes that are no UTF-8 become on a command line.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
     longest, texts = longest_text(model, tokenizer), list(texts)
+    halved = next((text for text in texts if _HALF_CHARACTER.search(text)), None)
+    if halved is not None:
+        raise ValueError(f"Expected texts in UTF-8, got half a character in {halved!a:.80}. Write it again in UTF-8.")
     fixed = model.config.model_type in READ_PADDING
     if max_length is not None and not fixed:
         longest = min(longest, max_length)

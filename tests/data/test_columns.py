@@ -13,6 +13,7 @@ from modeling_dclip.data.columns import (
     Ragged,
     attach_columns,
     check_finite,
+    check_regions,
     flat_column,
     ragged_column,
     read_regions,
@@ -220,3 +221,13 @@ def test_empty_entries_do_not_move_the_rows_after_them():
         flat_column(Dataset(pa.table({"e": pa.array([None, [1.0]], pa.list_(pa.float32(), 1))})), "e")
     with pytest.raises(ValueError, match="Expected entries of one shape in the column 'e'"):
         ragged_column(Dataset(pa.table({"e": [[[1.0], [2.0, 3.0]]]})), "e")
+
+
+def test_boxes_that_are_fractions_of_the_image_are_refused():
+    dataset = Dataset.from_dict({"image_id": ["a", "b"], "boxes": [[[0.1, 0.2, 0.5, 1.0]], [[0.0, 0.0, 1.0, 1.0]]]})
+    with pytest.raises(
+        ValueError, match="in pixels, got 2 boxes within one pixel, first .0.1.*fractions of the image"
+    ):
+        check_regions(dataset, *read_regions(dataset))
+    pixels = Dataset.from_dict({"image_id": ["a", "b"], "boxes": [[[0.1, 0.2, 0.5, 1.0]], [[0.0, 0.0, 2.0, 1.0]]]})
+    check_regions(pixels, *read_regions(pixels))

@@ -2,7 +2,13 @@
 
 import pytest
 
-from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, load_mix, parse_caption_spec
+from modeling_dclip.data.captions import (
+    CAPTION_SOURCES,
+    load_captions,
+    load_mix,
+    load_uncaptioned,
+    parse_caption_spec,
+)
 from modeling_dclip.data.labels import load_classification, parse_label_spec
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
 from modeling_dclip.data.regions.detectors import DETECTORS, build_detector
@@ -76,3 +82,47 @@ def test_the_split_is_read_off_the_source(spec, sources, split):
 def test_a_spec_with_a_name_that_is_no_utf8_is_refused_by_name():
     with pytest.raises(ValueError, match=r"Expected names in UTF-8 in the spec 'a:caf\\xe9.csv', got other bytes"):
         parse_spec("a:caf\udce9.csv", {"a": Source("a:FILE", len)})
+
+
+@pytest.mark.parametrize(
+    ("text", "fields", "options", "count"),
+    [
+        ('one:"/a:b/c@2":d', ["/a:b/c@2", "d"], {}, None),
+        ('one:"/a,b=c"@7', ["/a,b=c"], {}, 7),
+        ('one:a:"d@3",name="x,size=2:y",size=1@7', ["a", "d@3"], {"name": "x,size=2:y", "size": 1}, 7),
+        ('one:a"b"', ['a"b"'], {}, None),
+        ("one:C:", None, {}, None),
+    ],
+)
+def test_a_path_with_the_signs_of_a_spec_stands_between_quotes(text, fields, options, count):
+    def build(first, second=None, *, name: str = "", size: float = 1.0):
+        raise AssertionError("parsing builds nothing")
+
+    sources = {"one": Source("one:FIRST[:SECOND]", build)}
+    if fields is None:
+        with pytest.raises(ValueError, match="Expected the form .*stands between double quotes"):
+            parse_spec(text, sources, counted=True)
+        return
+    spec = parse_spec(text, sources, counted=True)
+    assert (spec.fields, spec.options, spec.count, spec.text) == (fields, options, count, text)
+
+
+@pytest.mark.parametrize("name", ["photos@2", "a:b", "a,b=c", "photos,source=coco"])
+def test_a_path_that_a_spec_would_cut_is_refused_and_read_between_quotes(tmp_path, draw, name):
+    draw(tmp_path / name / "right.jpg", 0)
+    draw(tmp_path / "photos" / "wrong.jpg", 1)
+    draw(tmp_path / "photos" / "wrong2.jpg", 2)
+    with pytest.raises(ValueError, match=f"one meaning, got 'images:.*': '.*{name}' is there.*between double quotes"):
+        load_uncaptioned([f"images:{tmp_path / name}"], seed=0)
+    found = load_uncaptioned([f'images:"{tmp_path / name}"'], seed=0)
+    assert found["image_id"][:] == [f"{name}/right.jpg"]
+    assert len(load_uncaptioned([f'images:"{tmp_path / "photos"}"@2'], seed=0)) == 2
+
+
+def test_a_table_and_a_folder_with_the_signs_of_a_spec_are_read_between_quotes(tmp_path, draw):
+    draw(tmp_path / "a:b,c=d" / "x.jpg", 0)
+    (tmp_path / "a:b,c=d" / "t.csv").write_text("image,caption\nx.jpg,a dog\n")
+    folder = tmp_path / "a:b,c=d"
+    with pytest.raises(ValueError, match="a:b,c=d/t.csv' is there"):
+        load_captions(f"csv:{folder / 't.csv'}:{folder}")
+    assert load_captions(f'csv:"{folder / "t.csv"}":"{folder}"@1')["captions"][:] == [["a dog"]]

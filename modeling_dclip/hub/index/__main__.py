@@ -158,6 +158,8 @@ def _search(argv: Sequence[str]) -> str:
     if arguments.effort is not None:
         index.set_effort(arguments.effort)
     query = Path(asked.query) if has_image_suffix(asked.query) else asked.query
+    if isinstance(query, str) and "/" in query and Path(query).exists():
+        raise ValueError(f"Expected words or the path of a picture, got '{query}', which is a folder or another file.")
     return describe_hits(index.search(query, arguments.top_k), arguments.json)
 
 

@@ -144,3 +144,27 @@ def test_one_image_in_two_tables_is_refused_and_a_count_draws(tmp_path, draw):
     with pytest.raises(ValueError, match="2 image ids come more than once"):
         load_mix(specs, seed=0)
     assert len(load_captions(f"{specs[0]}@1")) == 1
+
+
+@pytest.mark.parametrize("first", ["sep=;\r\n", "\ufeffsep=;\n", "sep=;;;\r"])
+def test_a_first_line_names_the_separator_as_spreadsheets_do(tmp_path, draw, first):
+    end = first[-2:] if first.endswith("\r\n") else first[-1]
+    text = first + end.join(["image;caption", "a.jpg;a dog, and a cat", "sub/b.jpg;one;two", ""])
+    with pytest.raises(ValueError, match="Expected 2 values .image, caption. in line 4 of"):
+        load_captions(write(tmp_path, text, draw))
+    dataset = load_captions(write(tmp_path, text.replace("one;two", "two birds")))
+    assert dataset["captions"][:] == [["a dog, and a cat"], ["two birds"]]
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("http://host/a.jpg", "an address, and none is fetched: download"),
+        ("s3://bucket/a.jpg", "an address"),
+        ("data:image/png;base64;iVBORw0KGgo", "perhaps a picture in base64"),
+        ("iVBORw0KGgo" * 40 + "==", "perhaps a picture in base64: store its bytes"),
+    ],
+)
+def test_an_address_or_base64_in_a_paths_place_is_called_so(tmp_path, draw, cell, reason):
+    with pytest.raises(FileNotFoundError, match=f"1 of 2 image files are missing, first: .*: {reason}"):
+        load_captions(write(tmp_path, f"image,caption\na.jpg,a dog\n{cell},a cat\n", draw))

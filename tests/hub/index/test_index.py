@@ -496,3 +496,9 @@ def test_builds_of_other_pictures_that_end_together_leave_one_whole_index(built,
     assert len(SearchIndex.load(copied)) in (12, 5)
     assert len(list(copied.glob("vectors-*"))) == len(list(copied.glob("images-*"))) == 1
     assert not list(copied.glob(".new*"))
+
+
+def test_a_query_that_is_a_folder_or_no_utf8_is_refused(built, tmp_path, capsys):
+    for query, message in ((str(tmp_path), "which is a folder or another file"), ("caf\udce9", "half a character")):
+        with pytest.raises(SystemExit, match=f"Failed: .*{message}"):
+            main(["search", query, "--index", str(built.folder)])
