@@ -223,12 +223,12 @@ def test_wrong_files_are_one_line_and_not_touched(script, tmp_path, capsys):
     (tmp_path / "r.json").write_bytes(b"\xff\xfe")
     wrong, missing = str(tmp_path / "r.json"), str(tmp_path / "missing.json")
     commands = [
-        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", wrong], "Expected JSON in"),
+        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", wrong], "Expected UTF-8 text in"),
         (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", str(tmp_path)], "it is a folder"),
         (["report", missing], "which does not exist"),
         (["report", wrong], "none of these"),
         (["compare", missing, wrong], "No results file at"),
-        (["compare", wrong, wrong], "Expected JSON in"),
+        (["compare", wrong, wrong], "Expected UTF-8 text in"),
     ]
     for command, message in commands:
         with pytest.raises(SystemExit) as ended:

@@ -31,7 +31,8 @@ from modeling_dclip.data.files import is_utf8, printable
 _COUNT = re.compile(r"@([0-9]+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
 _OPTIONS = re.compile(r"((?:,[A-Za-z_]+=[^,]*)+)$")
-_QUOTED = re.compile(r'(?<=[:=])"([^"]*)"(?=[:,@]|$)')
+# A path between quotes. Quotes around anything else are a part of it.
+_QUOTED = re.compile(r'(?<=[:=])"([^"]*[:,@/\\][^"]*)"(?=[:,@]|$)')
 _HELD = re.compile(r"\0([0-9]+)\0")  # what stands for a quoted text while a spec is taken apart
 # The colons of an address do not separate fields.
 _ORIGIN = re.compile(r"https?://[^/,]*")

@@ -90,7 +90,7 @@ def test_a_spec_with_a_name_that_is_no_utf8_is_refused_by_name():
         ('one:"/a:b/c@2":d', ["/a:b/c@2", "d"], {}, None),
         ('one:"/a,b=c"@7', ["/a,b=c"], {}, 7),
         ('one:a:"d@3",name="x,size=2:y",size=1@7', ["a", "d@3"], {"name": "x,size=2:y", "size": 1}, 7),
-        ('one:a"b"', ['a"b"'], {}, None),
+        ('one:a"b":"c"', ['a"b"', '"c"'], {}, None),
         ("one:C:", None, {}, None),
     ],
 )

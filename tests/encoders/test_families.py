@@ -178,6 +178,6 @@ def test_the_end_token_of_every_text_fits_a_fixed_text_length():
 
 
 def test_half_a_character_in_a_text_is_refused_by_its_text(tiny_clip_dir):
-    model, processor = load_dual_encoder(tiny_clip_dir)
+    model, processor, _ = load_dual_encoder(tiny_clip_dir)
     with pytest.raises(ValueError, match=r"Expected texts in UTF-8, got half a character in 'a caf\\udce9'"):
         tokenize_texts(model, processor, ["a dog", "a caf\udce9"])

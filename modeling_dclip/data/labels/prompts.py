@@ -97,6 +97,8 @@ def _line_fault(lines: Sequence[str]) -> str | None:
         return f"line {lines.index(comment) + 1} is the comment {comment!r:.80}. Remove it"
     if lines[0] in ("{", "[") or lines[0].startswith(('{"', '["', "['", "{'")):
         return f"line 1 is {lines[0]!r:.80}, as in JSON. Call the file NAME.json if it is JSON"
+    if code := next((line for line in lines if line.startswith("lambda ")), None):
+        return f"line {lines.index(code) + 1} is {code!r:.80}, a line of Python. Write a text with a place, {{}}"
     if all(_QUOTED.fullmatch(line) for line in lines):
         return f"its lines stand between quotes (line 1 is {lines[0]!r:.80}). Remove them"
     return None

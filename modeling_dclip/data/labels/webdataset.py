@@ -13,6 +13,7 @@ Beside the folders of the splits lie `classnames.txt`, `zeroshot_classification_
 `dataset_type.txt`. A split's folder holds `nshards.txt` and `0.tar`, `1.tar`, ...
 """
 
+import logging
 import mmap
 import os
 import re
@@ -65,6 +66,8 @@ from modeling_dclip.data.reinforced.shards import (
 from modeling_dclip.data.rows import CAPTION_FEATURES, clean_captions, require_rows, require_unique
 from modeling_dclip.data.specs import require_open_address
 from modeling_dclip.encoders.fingerprints import combine_keys
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     from fsspec.implementations.http import HTTPFileSystem
@@ -360,6 +363,8 @@ def _count_shards(files: WebdatasetFiles, split: str) -> int:
     count = files.text(counted).strip()
     if not re.fullmatch(r"[0-9]{1,9}", count) or int(count) < 1:
         raise ValueError(f"Expected the number of shards in '{files.place(counted)}', got {count[:40]!r}.")
+    if not files.remote and Path(files.root, split, f"{int(count)}.tar").is_file():
+        logger.warning("'%s' says %s, so that '%s.tar' beside it is not read", files.place(counted), count, int(count))
     return int(count)
 
 

@@ -64,6 +64,10 @@ def test_without_a_source_the_datas_own_names_are_taken():
         ("dog\n// birds\ncat\n", "line 2 is the comment '// birds'"),
         ('{"0": "dog",\n"1": "cat"}\n', "line 1 is .*as in JSON. Call the file NAME.json"),
         ("['dog', 'cat']\n", "line 1 is .*as in JSON"),
+        (
+            "lambda c: f'a photo of a {c}.',\n",
+            "line 1 is .lambda c.*, a line of Python. Write a text with a place, {}",
+        ),
         ('"dog",\n"cat"\n', "its lines stand between quotes .line 1 is"),
     ],
 )

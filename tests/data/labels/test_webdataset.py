@@ -591,3 +591,9 @@ def test_a_password_in_an_address_is_refused_and_not_repeated(shown):
         WebdatasetFiles(shown)
     assert one_line(ValueError(f"'{shown}' refused")) == "'https://a.example/x' refused"
     assert "word" not in describe_failure(f"retrieval=wds:{shown}", ValueError("x"))
+
+
+def test_a_shard_that_nshards_leaves_out_is_named(tmp_path, caplog):
+    root = write_set(tmp_path / "wds_x", [[*sample(0, 0), *sample(1, 1)], [*sample(2, 2)]], nshards="1\n")
+    assert len(load_classification(f"wds:{root}").dataset) == 2
+    assert "nshards.txt' says 1, so that '1.tar' beside it is not read" in caplog.text

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from PIL import Image
 
 from modeling_dclip.evaluation.benchmarks import kinds as benchmarks
 from modeling_dclip.evaluation.records import Environment
@@ -63,3 +64,22 @@ def test_costs_of_another_machine_are_another_measurement(monkeypatch):
     settings = benchmarks.load_benchmark("efficiency").settings
     monkeypatch.setattr(benchmarks, "environment", lambda: Environment({}, {"cpu": "another"}))
     assert settings and benchmarks.load_benchmark("efficiency").settings != settings
+
+
+def names_of(benchmark, lines):
+    return benchmarks.load_benchmark(benchmark, benchmarks.EvaluationOptions(class_names=lines)).evaluate.keywords[
+        "class_names"
+    ]
+
+
+def test_class_names_are_joined_with_folders_by_key_name_or_number_and_else_by_place_in_the_log(tmp_path, caplog):
+    for folder in ("words/red", "words/blue", "numbers/9", "numbers/10", "numbers/8"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / folder / "a.png")
+    words, numbers = f"zero_shot=imagefolder:{tmp_path}/words", f"zero_shot=imagefolder:{tmp_path}/numbers"
+    assert names_of(words, ["red\tcrimson", "blue\tnavy"]) == ["navy", "crimson"]
+    assert names_of(words, ["red", "blue"]) == ["blue", "red"]
+    assert names_of(numbers, [f"no {n}" for n in range(1, 11)]) == ["no 8", "no 9", "no 10"]
+    caplog.clear()
+    assert names_of(words, ["navy", "crimson"]) == ["navy", "crimson"]
+    assert "joined with the classes by place: blue = 'navy', red = 'crimson'" in caplog.text
