@@ -88,6 +88,10 @@ _OF_MACHINE = {
     r"DataLoader worker.* (?:is killed|exited unexpectedly)|shared memory|[Bb]us error": (
         "A worker process ended. Set num_workers to 0, or give the machine more memory and a larger /dev/shm"
     ),
+    r"gloo|NCCL|ProcessGroup|TCPStore|Connection (?:reset|closed) by peer": (
+        "Another process of this run has ended, or cannot be reached: its own message says why. Run the same command "
+        "again; it continues from what was saved"
+    ),
     r"faiss": "FAISS refuses it. Check the index's factory string and the number of images",
 }
 

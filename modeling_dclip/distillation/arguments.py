@@ -87,6 +87,14 @@ def _help(text: str, default: Any = None, **metadata: Any) -> Any:
 
 STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dmclip")
 
+# Switches of `TrainingArguments` with which the same recipe gives another result where it is interrupted or short of
+# memory, and says nothing.
+_OTHER_RESULTS = {
+    "ignore_data_skip": "A resumed run would see other batches than one that was never interrupted.",
+    "auto_find_batch_size": "A smaller batch has fewer negatives: set per_device_train_batch_size.",
+    "save_only_model": "No run could resume from such a checkpoint. Set save_strategy no to save the model alone.",
+}
+
 # Fields that decide where and how loudly a stage runs, not what comes out of it.
 _SIDE_FIELDS = {
     "output_dir", "logging_dir", "logging_strategy", "logging_steps", "logging_first_step", "log_level",
@@ -221,6 +229,9 @@ class StageTrainingArguments(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns: expected false, got true. Batches hold columns that no forward method names."
             )
+        for name, reason in _OTHER_RESULTS.items():
+            if getattr(self, name) and default_of(type(self).__dataclass_fields__[name]) is False:
+                raise ValueError(f"{name}: expected false, got true. {reason}")
         self.report_to = _find_trackers(self.report_to)
         package = EIGHT_BIT_PACKAGES.get(str(self.optim))
         if package is not None and not is_installed(package):

@@ -108,7 +108,10 @@ def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
 
 
 def delete_old_checkpoints(folder: Path, keep: int, newest: int, best: str | None = None) -> None:
-    """Delete the checkpoints that were written first. Folders of other names are let be.
+    """Delete the older checkpoints, by their steps. Folders of other names are let be.
+
+    Those of later steps than the newest are left over from another run, and go first. Their times say nothing: a copy
+    of the folder or a jump of the clock changes them.
 
     Args:
         folder (`Path`): The stage's own folder.
@@ -116,9 +119,10 @@ def delete_old_checkpoints(folder: Path, keep: int, newest: int, best: str | Non
         newest (`int`): The step of the one that was written last; it stays.
         best (`str`, *optional*): The folder of another one that stays.
     """
-    found = {path: (path.stat().st_mtime_ns, step) for step, path in numbered_checkpoints(folder)}
-    stay = {path for path, (_, step) in found.items() if step == newest or str(path) == str(Path(best or ""))}
-    old = sorted(found.keys() - stay, key=lambda path: found[path])
+    found = numbered_checkpoints(folder)
+    stay = [path for step, path in found if step == newest or str(path) == str(Path(best or ""))]
+    old = [path for step, path in reversed(found) if step < newest and path not in stay]
+    old = [path for step, path in found if step > newest and path not in stay] + old
     for path in old[: max(0, len(found) - max(keep, len(stay)))]:
         shutil.rmtree(path, ignore_errors=True)  # what cannot be deleted is tried again at the next checkpoint
 
@@ -258,15 +262,7 @@ def reading_checkpoint(checkpoint: str | Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (
-        RuntimeError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-        EOFError,
-        pickle.UnpicklingError,
-    ) as error:
+    except _DAMAGE as error:
         raise ValueError(
             f"The checkpoint '{checkpoint}' cannot be loaded ({one_line(error)}). Delete its folder: the stage goes "
             "on from an earlier checkpoint, or begins anew."

@@ -79,6 +79,7 @@ class TrainingGuard(TrainerCallback):
         self.accelerator, self.batches, self.stage, self.add = accelerator, batches, stage, add
         self.norm: torch.Tensor | None = None  # of this step's gradient, if the trainer computed it
         self.skipped = self.skipped_in_a_row = 0
+        self.last_inputs: Mapping[str, Any] | None = None  # the last batch of a step that was kept
         self._taken: list[_MicroBatch] = []
         self._waiting: _Step | None = None
         self._buffers: dict[str, torch.Tensor] = {}
@@ -92,11 +93,6 @@ class TrainingGuard(TrainerCallback):
         batch = self._taken[-1]
         batch.terms = {name: (term.detach(), weight) for name, (term, weight) in terms.items()}
         batch.loss = loss.detach()
-
-    @property
-    def last_inputs(self) -> Mapping[str, Any] | None:
-        """The batch that went through the model last."""
-        return self._taken[-1].inputs if self._taken else None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Refuse a model that holds NaN before it trains."""
@@ -204,7 +200,7 @@ class TrainingGuard(TrainerCallback):
         self._keep(step)
 
     def _keep(self, step: _Step) -> None:
-        self.skipped_in_a_row = 0
+        self.skipped_in_a_row, self.last_inputs = 0, step.batches[-1].inputs
         for batch in step.batches:
             if batch.loss is not None:
                 self.add(batch.terms, batch.loss)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -103,6 +104,49 @@ class _StopAtLastStep(TrainerCallback):
             raise _AllStepsTaken
 
 
+class _SaveAfterEpoch(TrainerCallback):
+    """Puts a checkpoint of an epoch's last step off until the epoch has ended, with what is logged and measured then.
+
+    A run that resumes from it begins with the next epoch, and would leave out these logs and measurements.
+    """
+
+    def __init__(self) -> None:
+        self.is_due = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        ends = control.should_training_stop or float(state.epoch or 0).is_integer()
+        self.is_due = control.should_save and ends
+        control.should_save &= not ends
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_save |= self.is_due
+        self.is_due = False
+
+
+class _FindBest(TrainerCallback):
+    """Finds the best checkpoint so far in the folder as it is called now: its name in a checkpoint is a whole path.
+
+    The base class goes on without a best checkpoint where that path has gone.
+    """
+
+    def __init__(self, trainer: "BatchesTrainer"):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if self.trainer.resumed_from is None:
+            return
+        path = Path(self.trainer.resumed_from) / TRAINER_STATE_NAME
+        if (stored := read_json(path, "state of the trainer", ()).get("best_model_checkpoint")) is None:
+            return
+        best = Path(args.output_dir) / Path(stored).name
+        if args.load_best_model_at_end and not best.is_dir():
+            raise ValueError(
+                f"The best checkpoint so far, '{best}', is missing, so it cannot be loaded at the end. Put it back, "
+                "or pass --overwrite true to make the stage again."
+            )
+        state.best_model_checkpoint = str(best)
+
+
 class _ContinueLog(TrainerCallback):
     """Takes over what a checkpoint's run added up since its last log: the next log is a mean over all of its steps."""
 
@@ -165,11 +209,12 @@ class BatchesTrainer(Trainer):
             train_dataset=train_batches,
             eval_dataset=eval_batches,
             data_collator=pass_batch,
-            callbacks=[_StopAtLastStep(), _TellEpoch(train_batches)],
+            callbacks=[_StopAtLastStep(), _TellEpoch(train_batches), _SaveAfterEpoch()],
         )
         self.guard = TrainingGuard(self.accelerator, train_batches, Path(args.output_dir).name, self._add_terms)
         self.add_callback(self.guard)
         self.add_callback(_ContinueLog(self))
+        self.add_callback(_FindBest(self))
         self.resumed_from: str | None = None
         # The base class does not get the processor: it would write the tokenizer's special tokens into the model's
         # config. The loss is a mean over the micro-batch, so accumulation has to divide it, whatever `forward`
@@ -369,6 +414,12 @@ class BatchesTrainer(Trainer):
         with reading_checkpoint(resume_from_checkpoint):
             self._take_weights(load_weights(Path(resume_from_checkpoint)))
 
+    def _load_best_model(self):
+        """As for resuming: the base class would go on without a word if the weights were missing."""
+        if self.is_fsdp_enabled:
+            return super()._load_best_model()
+        return self._load_from_checkpoint(self.state.best_model_checkpoint)
+
     def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Load the weights of a checkpoint into what trains."""
         self.model.load_state_dict(weights)
@@ -400,10 +451,12 @@ class BatchesTrainer(Trainer):
             RunNotes.current(Path(self.args.output_dir), self.args.world_size, self._open_log()).write(folder)
 
     def _save_checkpoint(self, model, trial):
-        """Save as the base class. An error names the folder if its disk is full.
+        """Save as the base class, if the loss after the last step is finite. An error names a folder that is full.
 
         Old checkpoints are deleted here: the base class would delete any folder called `checkpoint-NAME`.
         """
+        self.guard.check_weights(self.model_to_save(), self.state.global_step)
+        self.check_result()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             with writing(self.args.output_dir):
@@ -581,12 +634,6 @@ class StudentTrainer(BatchesTrainer):
     def _take_weights(self, weights):
         """The image encoder's of the dual encoder."""
         self.model.load_state_dict({name: weights[name] for name in self.model.state_dict()})
-
-    def _load_best_model(self):
-        """As for resuming: a checkpoint has the names without adapters."""
-        if self.adapters is None:
-            return super()._load_best_model()
-        return self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale

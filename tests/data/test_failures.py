@@ -81,6 +81,8 @@ OF_MACHINE = {
     "[enforce fail at inline_container.cc:664] . unexpected pos 128 vs 22": "Is the disk full, or the file damaged?",
     "DataLoader worker (pid 12) is killed by signal: Killed. ": "Set num_workers to 0",
     "DataLoader worker (pid(s) 12, 13) exited unexpectedly": "Set num_workers to 0",
+    "[gloo/transport/tcp/pair.cc:545] Read error [127.0.0.1]:24297: Connection reset by peer.": "Another process of",
+    "NCCL error in: ProcessGroupNCCL.cpp:3384, remote process exited or there was a network error": "Another process",
     "Error in virtual void faiss::Clustering::train_encoded(...) at Clustering.cpp:275: Error: 'nx >= k'": "FAISS",
 }
 

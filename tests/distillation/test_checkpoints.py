@@ -47,7 +47,7 @@ def test_the_newest_checkpoint_is_gone_on_from(folder):
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
-def test_the_checkpoints_written_first_are_deleted_and_no_other_folder(folder):
+def test_old_checkpoints_are_deleted_and_no_other_folder(folder):
     (folder / "checkpoint-mine").mkdir()
     for seconds, step in enumerate((9, 2, 4, 6)):  # 9 is left over from a run that went on from 2
         path = folder / f"checkpoint-{step}"
@@ -159,3 +159,24 @@ def test_a_state_that_cannot_be_loaded_is_named_with_what_to_delete():
                 raise error
     with pytest.raises(torch.OutOfMemoryError), reading_checkpoint("here"):
         raise torch.OutOfMemoryError("full")
+
+
+@pytest.mark.parametrize(
+    ("keep", "best", "kept"),
+    [
+        (1, None, [6]),
+        (2, None, [5, 6]),
+        (3, None, [4, 5, 6]),
+        (1, 3, [3, 6]),
+        (3, 3, [3, 5, 6]),
+        (5, None, [3, 4, 5, 6]),
+    ],
+)
+def test_the_newest_checkpoints_are_kept_by_their_steps_whatever_their_times_say(keep, best, kept, tmp_path):
+    for step in (3, 4, 5, 6, 9):  # 9 is left over
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        os.utime(folder, (1e9 - 100 * step, 1e9 - 100 * step))
+    delete_old_checkpoints(tmp_path, keep, newest=6, best=best and str(tmp_path / f"checkpoint-{best}"))
+    left = [tmp_path / f"checkpoint-{step}" for step in kept + [9] * (keep == 5)]
+    assert sorted(tmp_path.iterdir()) == left

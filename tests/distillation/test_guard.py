@@ -18,7 +18,7 @@ from modeling_dclip.distillation import guard
 from modeling_dclip.distillation.guard import TrainingGuard, nonfinite_weights, odd_columns
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.distillation.trainer import DMCLIPTrainer
+from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,35 @@ def test_one_single_step_that_diverges_is_no_finished_model(inputs, tmp_path):
     assert not (tmp_path / "model.safetensors").exists()
 
 
-def test_an_adapter_that_makes_the_merged_weights_infinite_is_not_saved(inputs, tmp_path):
+@pytest.mark.parametrize("kind", ["teacher", "student", "lora", "dmclip"])
+def test_a_run_that_diverged_at_its_last_step_says_so_again_when_it_is_started_again(kind, inputs, tmp_path):
+    rate = 1e18 if kind == "lora" else 1e30  # finite weights with a loss that is not
+    for _ in range(2):
+        with pytest.raises(FloatingPointError, match="After the last step, .* is not finite at step 1"):
+            train(kind, inputs, tmp_path, rate=rate, max_steps=1)
+    assert not list(tmp_path.glob("checkpoint-*")) and not (tmp_path / "model.safetensors").exists()
+
+
+def test_weights_whose_loss_is_not_finite_replace_no_checkpoint(tiny_clip_dir, data, processor, tmp_path):
+    for number in (2, 3):  # started again, it goes on from the last good checkpoint and ends alike
+        trainer = spoilt_trainer(tiny_clip_dir, data, processor, tmp_path, "huge", steps=(number,), save_total_limit=1)
+        trainer.remove_callback(type(trainer.callback_handler.callbacks[-1]))
+        trainer.callback_handler.callbacks.insert(0, Spoil(trainer, (number,), "huge"))
+        with pytest.raises(FloatingPointError, match=f"the loss is not finite at step {number}"):
+            train_or_resume(trainer, tmp_path)
+        assert [path.name for path in tmp_path.glob("checkpoint-*")] == [f"checkpoint-{number - 1}"]
+
+
+def test_a_last_batch_that_is_left_out_does_not_end_the_run(tiny_clip_dir, data, processor, tmp_path):
+    trainer = spoilt_trainer(
+        *(tiny_clip_dir, data, processor, tmp_path, "batch"), steps=(3,), on_nonfinite="skip", max_steps=3
+    )
+    train_or_resume(trainer, tmp_path)
+    assert trainer.guard.skipped == 1 and (tmp_path / "checkpoint-3").is_dir()
+
+
+def test_an_adapter_that_makes_the_merged_weights_infinite_is_not_saved(inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingGuard, "check_loss", lambda *_: None)  # which would say it before
     with pytest.raises(FloatingPointError, match="with its adapter merged in holds NaN or infinity"):
         train("lora", inputs, tmp_path, rate=1e30, max_steps=4)
     assert not list(tmp_path.glob("*/model.safetensors"))
@@ -74,18 +102,28 @@ class Spoil(TrainerCallback):
             terms = trainer.loss_terms
 
             def spoilt(model, batch):
-                odd = trainer.state.global_step + 1 in steps
+                odd = model.training and trainer.state.global_step + 1 in steps
                 return {name: (term * math.nan if odd else term, w) for name, (term, w) in terms(model, batch).items()}
 
             trainer.loss_terms = spoilt
+        if what == "batch":
+            training_step = trainer.training_step
+
+            def with_nan(model, inputs, *args):
+                if trainer.state.global_step + 1 in steps:
+                    inputs["pixel_values"] = inputs["pixel_values"] * math.nan
+                return training_step(model, inputs, *args)
+
+            trainer.training_step = with_nan
         if what == "gradient":
             weight = trainer.model.visual_projection.weight
             weight.register_hook(lambda g: g * math.inf if trainer.state.global_step + 1 in steps else g)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.what == "weights" and state.global_step in self.steps:
+        if self.what in ("weights", "huge") and state.global_step in self.steps:
             with torch.no_grad():
-                self.trainer.model.visual_projection.weight[0, 0] = math.inf
+                for weight in self.trainer.model.parameters():
+                    weight.mul_(1e30) if self.what == "huge" else weight.fill_(math.inf)
 
 
 def spoilt_trainer(clip_dir, data, processor, folder, what, steps=(2,), **options):
@@ -179,7 +217,7 @@ def test_batch_norms_keep_their_statistics_where_a_step_is_skipped(inputs, tmp_p
     real = DMCLIPTrainer.loss_terms
 
     def spoilt(self, model, batch):
-        if self.state.global_step == 1:
+        if self.state.global_step == 1 and model.training:
             batch["pixel_values"] = batch["pixel_values"] * math.nan
         return real(self, model, batch)
 

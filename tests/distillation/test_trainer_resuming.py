@@ -5,8 +5,13 @@ import os
 import shutil
 
 import pytest
-from fixtures.training import equal, make_inputs, train
+from fixtures.training import TRAINER_STEPS, equal, make_inputs, student_arguments, train
 from safetensors.torch import load_file
+from transformers import set_seed
+
+from modeling_dclip import DCLIPProcessor
+from modeling_dclip.distillation.run import load_student
+from modeling_dclip.distillation.stages import fit_student
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +103,54 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(in
     assert "checkpoint-3 is incomplete" in caplog.text
     assert equal(weights(tmp_path / "damaged"), weights(tmp_path / "whole"))
     assert history(tmp_path / "damaged") == history(tmp_path / "whole")
+
+
+def train_validated(inputs, folder, **options):
+    """A student that is measured on nine rows."""
+    options = {**TRAINER_STEPS, "max_steps": -1, "num_train_epochs": 2, "per_device_eval_batch_size": 4, **options}
+    set_seed(0)
+    processor, rows = DCLIPProcessor.from_pretrained(inputs["clip"]), inputs["targets"]
+    args = student_arguments(folder, **options)
+    return fit_student(load_student(inputs["clip"]), args, rows, processor, {}, validation=rows.select(range(9)))
+
+
+def test_measuring_and_logging_at_an_epochs_end_is_not_left_out_where_a_run_was_stopped_there(inputs, tmp_path):
+    options = {"eval_strategy": "epoch", "logging_strategy": "epoch", "lora_rank": 2, "lora_dropout": 0.1}
+    train_validated(inputs, tmp_path / "whole", **options)
+    logged = [(log["step"], "eval_loss" in log) for log in history(tmp_path / "whole")]
+    assert logged == [(5, False), (5, True), (10, False), (10, True)]
+    for step in (5, 10):
+        stop_at(tmp_path / "whole", tmp_path / f"from-{step}", step)
+        train_validated(inputs, tmp_path / f"from-{step}", **options)
+        assert history(tmp_path / f"from-{step}") == history(tmp_path / "whole")
+        assert equal(weights(tmp_path / f"from-{step}"), weights(tmp_path / "whole"))
+
+
+# The first checkpoint is the best, because the loss is asked to grow small in the wrong sense.
+BEST_IS_FIRST = {
+    **{"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True},
+    "max_steps": 4,
+}
+
+
+@pytest.mark.parametrize("step", [2, 4])
+def test_the_best_model_is_found_where_the_folder_was_moved(step, inputs, tmp_path):
+    first = train_validated(inputs, tmp_path / "run", **BEST_IS_FIRST).state
+    assert first.best_global_step == 1
+    expected = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
+    assert equal(weights(tmp_path / "run"), expected)
+    stop_at(tmp_path / "run", tmp_path / "moved", step)
+    shutil.rmtree(tmp_path / "run")
+    train_validated(inputs, tmp_path / "moved", **BEST_IS_FIRST, save_total_limit=1)
+    assert equal(weights(tmp_path / "moved"), expected)
+
+
+def test_a_best_checkpoint_that_is_missing_is_said_before_training(inputs, tmp_path):
+    train_validated(inputs, tmp_path / "run", **BEST_IS_FIRST)
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    with pytest.raises(ValueError, match="The best checkpoint so far, '.*/checkpoint-1', is missing"):
+        train_validated(inputs, tmp_path / "run", **BEST_IS_FIRST)
 
 
 @pytest.mark.slow
