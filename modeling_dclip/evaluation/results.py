@@ -70,7 +70,8 @@ def _find_sources(page: Path, name: str, patterns: str) -> list[Path]:
     """The files of a block, relative to its page."""
     paths = []
     for pattern in patterns.split(","):
-        if not (found := list_folder(page.parent, pattern)):
+        exact = page.parent / pattern  # a name with brackets is a file before it is a pattern
+        if not (found := [exact] if exact.is_file() else list_folder(page.parent, pattern)):
             raise FileNotFoundError(f"Expected files at {pattern!r} beside {page} for its block {name!r}, got none.")
         paths += found
     return paths

@@ -320,3 +320,16 @@ def test_bad_markers_are_named(readme, marker, error, message):
     readme.write_text(f"<!-- results:x {marker} -->\n<!-- /results:x -->\n")
     with pytest.raises(error, match=message):
         render_readme(readme)
+
+
+def test_a_blocks_source_with_brackets_is_the_file_of_this_name(tmp_path):
+    write_results(tmp_path / "r[1].json", record(label="right"))
+    write_results(tmp_path / "r1.json", record(label="wrong"))
+    block = "<!-- results:x source={} table=results -->\n<!-- /results:x -->\n"
+    (tmp_path / "page.md").write_text(block.format("r[1].json"))
+    render_readme(tmp_path / "page.md")
+    text = (tmp_path / "page.md").read_text()
+    assert "right" in text and "wrong" not in text
+    (tmp_path / "page.md").write_text(block.format("r[0-9].json"))
+    render_readme(tmp_path / "page.md")
+    assert "wrong" in (tmp_path / "page.md").read_text()
