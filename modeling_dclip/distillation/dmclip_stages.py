@@ -24,9 +24,10 @@ from modeling_dclip.distillation.arguments import (
     RunArguments,
     deciding_fields,
 )
+from modeling_dclip.distillation.checkpoints import read_record
 from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_image_processor, find_image_size
 from modeling_dclip.distillation.recipes import Recipe
-from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, load_captioned
+from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, holding_folders, load_captioned
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
 from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
@@ -89,6 +90,7 @@ def reinforce(
 
     Raises:
         FileNotFoundError: If a file of the datasets is missing.
+        OSError: If another run writes the folder.
         ValueError: If a dataset or a teacher is wrong, or the folder was made from other inputs.
     """
     specs = [PRESETS.get(name, name) for name in teachers]
@@ -100,31 +102,45 @@ def reinforce(
     dataset, keys = _captioned_images(run, args.seed, shared)
     inputs = {"arguments": deciding_fields(args), "image_size": image_size, "dataset": combine_keys(keys)}
     inputs["teachers"] = [shared.fingerprints[spec] for spec in specs]
-    record = places.record("reinforce", inputs, places.reinforced)
-    if record.finished:
-        return
-    loaded |= {spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in loaded}
-    captioner = None
-    if args.captioner is not None:
-        options = {"captions": args.captions_per_image, "seed": args.seed, "device": device}
-        captioner = TransformersCaptioner(args.captioner, **options)
-    write_reinforced(
-        dataset,
-        [loaded[spec] for spec in specs],
-        output=record.folder / SHARDS_NAME,
-        settings=AugmentationSettings(
-            image_size, scale=(args.min_crop_area, 1.0), num_operations=args.num_operations, magnitude=args.magnitude
-        ),
-        augmentations=args.augmentations,
-        synthetic_captions=args.synthetic_captions,
-        captioner=captioner,
-        samples_per_shard=args.samples_per_shard,
-        seed=args.seed,
-        dtype=args.dtype,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-    )
-    record.finish()
+    # Runs may share the folder: none deletes or writes what another one is writing.
+    with holding_folders([str(places.reinforced)] if _may_write(places) else []):
+        record = places.record("reinforce", inputs, places.reinforced)
+        if record.finished:
+            return
+        loaded |= {spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in loaded}
+        captioner = None
+        if args.captioner is not None:
+            options = {"captions": args.captions_per_image, "seed": args.seed, "device": device}
+            captioner = TransformersCaptioner(args.captioner, **options)
+        write_reinforced(
+            dataset,
+            [loaded[spec] for spec in specs],
+            output=record.folder / SHARDS_NAME,
+            settings=AugmentationSettings(
+                image_size,
+                scale=(args.min_crop_area, 1.0),
+                num_operations=args.num_operations,
+                magnitude=args.magnitude,
+            ),
+            augmentations=args.augmentations,
+            synthetic_captions=args.synthetic_captions,
+            captioner=captioner,
+            samples_per_shard=args.samples_per_shard,
+            seed=args.seed,
+            dtype=args.dtype,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+        )
+        record.finish()
+
+
+def _may_write(places: Places) -> bool:
+    """Whether the stage may write its folder. A finished one is only read, and may be read-only."""
+    try:
+        record = read_record(places.reinforced)
+    except ValueError:  # damaged: said where it is opened
+        return True
+    return record is None or not record["finished"] or places.overwrite
 
 
 def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> KeyedRows:

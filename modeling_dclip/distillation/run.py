@@ -21,7 +21,15 @@ from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
-from modeling_dclip.data.files import MANIFEST_NAME, holding, list_folder, remove_leftovers, write_json, write_manifest
+from modeling_dclip.data.files import (
+    LOCK_NAME,
+    MANIFEST_NAME,
+    holding,
+    list_folder,
+    remove_leftovers,
+    write_json,
+    write_manifest,
+)
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS
@@ -211,7 +219,7 @@ def _delete_stage(folder: Path) -> None:
     """Delete what is in a stage's folder. It is marked first: if the deletion is stopped, the next run ends it."""
     write_json(folder / RECORD_NAME, {"finished": False, "inputs": {}, _DELETING: True}, indent=2)
     for path in list_folder(folder):
-        if path.name != RECORD_NAME:
+        if path.name not in (RECORD_NAME, LOCK_NAME):
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             else:

@@ -18,6 +18,7 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
+from modeling_dclip.data.files import holding
 from modeling_dclip.distillation import arguments as reinforced_arguments
 from modeling_dclip.distillation import dmclip_stages as reinforced_stages
 from modeling_dclip.distillation.arguments import DMCLIPArguments
@@ -120,6 +121,22 @@ def test_finished_stages_are_skipped_and_changed_ones_refused(finished, caplog):
         run(finished / "recipe.yaml", "--dmclip.distillation_loss_weight", "0.5")
     with pytest.raises(ValueError, match="arguments.augmentations: 2 -> 3"):
         run(finished / "recipe.yaml", "--reinforce.augmentations", "3")
+
+
+def test_shards_that_another_run_writes_are_neither_deleted_nor_written(tiny_clip_dir, tmp_path):
+    shared = tmp_path / "shared"
+    recipe = write_recipe(tmp_path, tiny_clip_dir, reinforce={"folder": str(shared)}, stages=["reinforce"])
+    run(recipe)
+    before = {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()}
+    changed = ("--reinforce.augmentations", "1", "--overwrite", "true")
+    with holding(shared):
+        with pytest.raises(OSError, match=f"'{shared}' is in use by another run"):
+            run(recipe, *changed)
+        run(recipe)  # what is finished is read
+    assert {path: path.read_bytes() for path in shared.rglob("*") if path.is_file()} == before
+    run(recipe, *changed)
+    assert json.loads((shared / "shards" / "reinforced.json").read_text())["settings"]["augmentations"] == 1
+    assert not list(shared.glob("*.lock")) and not list(shared.glob(".*.lock"))
 
 
 def test_arms_and_seeds_share_one_set_of_shards(tiny_clip_dir, tmp_path, caplog, monkeypatch):
