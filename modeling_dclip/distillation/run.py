@@ -61,8 +61,11 @@ UNCAPTIONED = "uncaptioned"  # the split of images without captions, which only 
 def _differences(old: object, new: object, path: str = "") -> list[str]:
     if isinstance(old, dict) and isinstance(new, dict):
         names = sorted(old.keys() | new.keys())
+        none = "its default" if path.startswith("arguments") else None  # defaults are not recorded
         return [
-            line for name in names for line in _differences(old.get(name), new.get(name), f"{path}.{name}".lstrip("."))
+            line
+            for name in names
+            for line in _differences(old.get(name, none), new.get(name, none), f"{path}.{name}".lstrip("."))
         ]
     return [] if old == new else [f"{path}: {str(old)[:60]} -> {str(new)[:60]}"]
 

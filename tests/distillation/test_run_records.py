@@ -163,3 +163,9 @@ def test_a_finished_stage_serves_any_number_of_processes(tmp_path):
     notes = json.loads((folder / "stage_notes.json").read_text())
     (folder / "stage_notes.json").write_text(json.dumps({**notes, "world_size": 8}))
     assert StageRecord(folder, OLD).finished
+
+
+def test_a_field_that_went_back_to_its_default_is_said_so(tmp_path):
+    StageRecord(tmp_path / "student", {"arguments": {"num_train_epochs": 2.0}})
+    with pytest.raises(ValueError, match=r"\(arguments.num_train_epochs: 2.0 -> its default\)"):
+        StageRecord(tmp_path / "student", {"arguments": {}})
