@@ -294,8 +294,8 @@ def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation
     [
         ({"use_dora": True}, "use_dora: expected lora_rank beside it"),
         ({"lora_target_modules": ["fc1"]}, "lora_target_modules: expected lora_rank"),
-        ({"lora_rank": 0}, "lora_rank: expected 1 or more, got 0"),
-        ({"lora_rank": 4, "lora_dropout": 1.0}, r"lora_dropout: expected a share in \[0, 1\), got 1.0"),
+        ({"lora_rank": 0}, "lora_rank: expected an integer from 1 to 8192, got 0"),
+        ({"lora_rank": 4, "lora_dropout": 1.0}, "lora_dropout: expected a number from 0 and below 1, got 1.0"),
         ({"lora_rank": 4, "use_dora": True, "wise_ft_alpha": 0.5}, "wise_ft_alpha: expected 1 with use_dora.*got 0.5"),
         (
             {"lora_rank": 4, "lora_text": True, "contrastive_loss_weight": 0.0},
@@ -352,7 +352,9 @@ def test_trackers_are_tensorboard_where_it_is_there_and_else_by_name(monkeypatch
     monkeypatch.setattr(stage_arguments, "get_available_reporting_integrations", lambda: ["wandb", "trackio"])
     recipe = parse_recipe(["--train_datasets", "scenes:train", "--student.report_to", "wandb", "trackio"])
     assert recipe.student.report_to == ["wandb", "trackio"]
-    with pytest.raises(ImportError, match=r"expected an installed tracker \(wandb, trackio\), got 'tensorbored'"):
+    with pytest.raises(ImportError, match=r"expected an installed tracker \(wandb, trackio\), got 'mlflow'"):
+        TeacherArguments(output_dir="x", report_to=["mlflow"])
+    with pytest.raises(ValueError, match="expected trackers, of .*, got 'tensorbored'"):
         TeacherArguments(output_dir="x", report_to=["tensorbored"])
 
 
