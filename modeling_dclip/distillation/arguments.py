@@ -85,6 +85,19 @@ def _help(text: str, default: Any = None, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": text, **metadata})
 
 
+SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
+_STORED = "auto"  # decides nothing: records written before these fields existed lack them
+
+
+def _save_dtype() -> Any:
+    """The field `save_dtype` of a stage that starts from a model."""
+    return _help(
+        "Type of the saved weights; training and checkpoints are float32. auto: the type that the starting model is "
+        "stored in.",
+        _STORED,
+    )
+
+
 STAGES = ("anchor", "regions", "teacher", "targets", "student", "reinforce", "dmclip")
 
 # Switches of `TrainingArguments` with which the same recipe gives another result where it is interrupted or short of
@@ -442,6 +455,7 @@ class TeacherArguments(StageTrainingArguments):
     num_region_layers: int = _help("Self-attention layers over regions.", 2, range=LAYERS)
     region_feedforward_ratio: int = _help("Width of their MLPs, as a multiple of the embedding's.", 2, range=LAYERS)
     loss_temperature: float = _help("Temperature of the teacher's InfoNCE.", 0.05, range=TEMPERATURE)
+    save_dtype: SaveDtype = _save_dtype()
     learning_rate: float = _help("Peak learning rate.", 1e-5)
     num_train_epochs: float = _help("Passes over the images.", 3.0)
     per_device_train_batch_size: int = _help("Pairs per step and process.", 64)
@@ -512,6 +526,7 @@ class StudentArguments(AdapterArguments):
     min_crop_area: float = _help(
         "If below 1, train on random square crops of at least this share of the image's area.", 1.0, range=AREA
     )
+    save_dtype: SaveDtype = _save_dtype()
     learning_rate: float = _help("Peak learning rate.", 1e-6)
     weight_decay: float = _help("Weight decay of matrices.", 0.01)
     num_train_epochs: float = _help("Passes over the images.", 2.0)
@@ -545,6 +560,11 @@ class StudentArguments(AdapterArguments):
                 "wise_ft_alpha: expected 1 with use_dora, whose adapter cannot be scaled between anchor and "
                 f"student, got {self.wise_ft_alpha}. Leave use_dora out, or interpolate the saved weights when you "
                 "evaluate them."
+            )
+        if self.lora_rank is not None and not self.merge_adapter and self.save_dtype not in ("auto", "float32"):
+            raise ValueError(
+                "save_dtype: expected auto or float32 without merge_adapter, which saves the adapter alone, in "
+                f"float32, got {self.save_dtype}. Leave one of both out."
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")
@@ -673,6 +693,7 @@ class DMCLIPArguments(StageTrainingArguments):
     on_bad_sample: Literal["raise", "skip"] = _help(
         "What to do with a damaged shard or sample. skip: leave it out and report it.", "raise"
     )
+    save_dtype: SaveDtype = _save_dtype()
     learning_rate: float = _help("Peak learning rate.", 1e-4)
     adam_beta2: float = _help("Second beta of AdamW.", 0.95)
     weight_decay: float = _help("Weight decay of matrices.", 0.2)
@@ -768,8 +789,9 @@ Section = (
 def deciding_fields(arguments: Section) -> dict[str, Any]:
     """The fields of a section that decide the stage's result, as JSON values.
 
-    These are all fields of this package, and those of `TrainingArguments` and of adapters that differ from their
-    defaults. Fields that decide only where and how loudly a stage runs are left out.
+    These are all fields of this package; those of `TrainingArguments`, those of adapters and a `save_dtype` whose
+    default is auto only where they differ from their defaults. Fields that decide only where and how loudly a stage
+    runs are left out.
 
     Args:
         arguments ([`Section`]): A section.
@@ -781,7 +803,8 @@ def deciding_fields(arguments: Section) -> dict[str, Any]:
         >>> deciding_fields(RegionsArguments(max_regions=3))
         {'detector': None, 'ignore_boxes': False, 'max_regions': 3}
     """
-    inherited = {f.name: default_of(f) for f in fields(arguments) if f.name in ADAPTER_FIELDS}
+    later = {f.name for f in fields(arguments) if f.name == "save_dtype" and f.default == _STORED}
+    inherited = {f.name: default_of(f) for f in fields(arguments) if f.name in later.union(ADAPTER_FIELDS)}
     if isinstance(arguments, TrainingArguments):
         inherited |= {f.name: f.default for f in fields(TrainingArguments)}
     resolved = as_plain(arguments)

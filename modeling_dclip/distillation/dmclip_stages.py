@@ -31,7 +31,7 @@ from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
 from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
-from modeling_dclip.encoders.loading import load_tokenizer
+from modeling_dclip.encoders.loading import load_tokenizer, stored_dtype
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -189,8 +189,32 @@ def train_dmclip(
     train_or_resume(trainer, record.folder)
     if batches.num_skipped:
         logger.warning("dmclip: left out %d damaged samples or shards", batches.num_skipped)
-    trainer.save_model()
+    trainer.save_result(find_dtype(args))
     record.finish()
+
+
+def find_dtype(args: DMCLIPArguments) -> str:
+    """The type to save a DM-CLIP in: the one that is asked for, or that of the weights that it starts from.
+
+    Args:
+        args ([`DMCLIPArguments`]): The section.
+
+    Returns:
+        `str`: With `save_dtype: auto` that of `model`, or of `vision_model` and `text_model` if both have the same;
+        float32 if a part is made from nothing.
+    """
+    if args.save_dtype != "auto":
+        return args.save_dtype
+    starts = [args.model] if args.model is not None else [args.vision_model, args.text_model]
+    stored = {"float32" if start is None else stored_dtype(start) for start in starts}
+    if len(stored) > 1 or stored == {"float32"}:  # new weights are float32
+        return "float32"
+    logger.info(
+        "dmclip: trained in float32, and saved in %s, as %s is stored. dmclip.save_dtype float32 keeps what the "
+        "shorter type rounds away.",
+        *(min(stored), " and ".join(repr(start) for start in starts)),
+    )
+    return min(stored)
 
 
 def check_shards(args: DMCLIPArguments, shards: str) -> None:

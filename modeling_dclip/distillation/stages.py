@@ -68,6 +68,10 @@ from modeling_dclip.distillation.trainer import (
     AnchorTrainer,
     StudentTrainer,
     TeacherTrainer,
+    cast_weights,
+    find_overflows,
+    require_fit,
+    save_weights,
     share_image_encoder,
     train_or_resume,
 )
@@ -238,9 +242,7 @@ def make_anchor(
     trainer = AnchorTrainer(model, args, batches, processor, resolved_arguments)
     train_or_resume(trainer, record.folder)
     model.config.freeze_text = True  # fine-tuning keeps the text tower
-    logit_scale = model.logit_scale.data
-    model.to(getattr(torch, args.save_dtype)).logit_scale.data = logit_scale  # float32 in every model
-    trainer.save_model()
+    trainer.save_result(args.save_dtype)
     record.finish()
 
 
@@ -345,13 +347,14 @@ def train_teacher(
     if record.finished:
         return
     set_seed(args.seed)
-    teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture())
-    processor = _teacher_processor(clip.path)
+    teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture()).float()
+    processor, dtype = _teacher_processor(clip.path), _resolve_dtype(args.save_dtype, "teacher", clip.path)
     if not any(parameter.requires_grad for parameter in teacher.parameters()):
         logger.info("teacher: cross_attention=%r has nothing to train", args.cross_attention)
+        require_fit(find_overflows(teacher.state_dict(), dtype), dtype, "teacher")
         if PartialState().is_main_process:
+            save_weights(teacher, record.folder, teacher.state_dict(), dtype)
             with writing(record.folder):
-                teacher.save_pretrained(record.folder)
                 processor.save_pretrained(record.folder)
         record.finish()
         return
@@ -363,8 +366,21 @@ def train_teacher(
     train, validation = batches["train"], batches.get("validation")
     trainer = TeacherTrainer(teacher, args, train, processor, resolved_arguments, validation)
     train_or_resume(trainer, record.folder)
-    trainer.save_model()
+    trainer.save_result(dtype)
     record.finish()
+
+
+def _resolve_dtype(save_dtype: str, stage: str, clip_path: str) -> str:
+    """The type to save a stage's model in: the one that is asked for, or that of the CLIP that it starts from."""
+    stored = stored_dtype(clip_path)
+    if save_dtype != "auto" or stored == "float32":
+        return "float32" if save_dtype == "auto" else save_dtype
+    logger.info(
+        "%s: trained in float32, and saved in %s, as the CLIP '%s' is stored. %s.save_dtype float32 keeps what the "
+        "shorter type rounds away.",
+        *(stage, stored, clip_path, stage),
+    )
+    return stored
 
 
 def write_targets(
@@ -386,7 +402,7 @@ def write_targets(
     """
     with_teacher = teacher_path is not None
     if teacher_path is not None:
-        teacher = load_checked(DCLIPTeacher, teacher_path, dtype="auto")
+        teacher = load_checked(DCLIPTeacher, teacher_path)
         _check_same_clip(teacher, teacher_path, clip.path)
     else:
         teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
@@ -415,8 +431,9 @@ def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -
             f"Expected a teacher of the student's width {expected} ({clip_path}), got {got} ({teacher_path}). Distil "
             "from a teacher around the same CLIP."
         )
-    theirs, ours = teacher.clip.state_dict(), student.state_dict()
-    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name]) for name in ours):
+    # A teacher saved in a shorter type than its CLIP holds the CLIP's weights rounded.
+    theirs, ours = teacher.clip.state_dict(), cast_weights(student.state_dict(), stored_dtype(teacher_path))
+    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name].float()) for name in ours):
         raise ValueError(
             f"The teacher '{teacher_path}' holds another CLIP than the student starts from ('{clip_path}'), so their "
             "embeddings are in different spaces. Train the teacher around this CLIP, or set clip_model to the "
@@ -463,14 +480,10 @@ def train_student(
     model = load_student(clip.path, args.position_embedding_type)
     processor = DCLIPProcessor.from_pretrained(clip.path)
     pixels = share_pixels(data, processor.image_processor, args.image_cache_mib, shared)
-    fit_student(model, args, train, processor, resolved_arguments, validation=validation, pixels=pixels)
-    stored = stored_dtype(clip.path)
-    if stored != "float32":
-        logger.info(
-            "student: the CLIP '%s' is stored in %s. The student is trained and saved in float32: the shorter type "
-            "would round most of what it learned away. Load it with dtype=torch.%s where memory is short.",
-            *(clip.path, stored, stored),
-        )
+    adapter_alone = args.lora_rank is not None and not args.merge_adapter
+    dtype = "float32" if adapter_alone else _resolve_dtype(args.save_dtype, "student", clip.path)
+    options: dict[str, Any] = {"validation": validation, "pixels": pixels, "save_dtype": dtype}
+    fit_student(model, args, train, processor, resolved_arguments, **options)
     record.finish()
 
 
@@ -483,6 +496,7 @@ def fit_student(
     *,
     validation: Dataset | None = None,
     pixels: PixelReader | None = None,
+    save_dtype: str = "float32",
 ) -> StudentTrainer:
     """Fine-tune the image encoder of a dual encoder on stored targets, and save it in `args.output_dir`.
 
@@ -496,14 +510,16 @@ def fit_student(
         resolved_arguments (`dict`): Saved beside the weights.
         validation (`datasets.Dataset`, *optional*): Rows for `args.eval_strategy`.
         pixels ([`PixelReader`], *optional*): Of the same rows, shared by several runs in one process.
+        save_dtype (`str`, *optional*, defaults to `"float32"`): Of the saved weights; an adapter stays float32.
 
     Returns:
-        [`StudentTrainer`]: After training; its `dual_encoder` is the student.
+        [`StudentTrainer`]: After training; its `dual_encoder` is the student, in float32.
 
     Raises:
         ImportError: If adapters are asked for and peft is not installed.
         RuntimeError: If a frozen weight has changed.
-        ValueError: If a column is missing or wrong, or a freeze pattern matches nothing.
+        ValueError: If a column is missing or wrong, a freeze pattern matches nothing, or a weight is too large for
+            `save_dtype`.
     """
     anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = None
@@ -521,11 +537,11 @@ def fit_student(
     trained = {name: tensor.cpu() for name, tensor in plain_state(model, merged=False).items()}
     _check_frozen(anchor, trained, whole_model=adapters is not None)
     if adapters is not None:
-        _finish_adapters(trainer, args)
+        _finish_adapters(trainer, args, save_dtype)
         return trainer
     if args.wise_ft_alpha < 1:
         model.load_state_dict(interpolate_weights(anchor, trained, args.wise_ft_alpha))
-    trainer.save_model()
+    trainer.save_result(save_dtype)
     return trainer
 
 
@@ -559,13 +575,13 @@ def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tens
         )
 
 
-def _finish_adapters(trainer: StudentTrainer, args: StudentArguments) -> None:
+def _finish_adapters(trainer: StudentTrainer, args: StudentArguments, save_dtype: str) -> None:
     """Scale the adapter by `wise_ft_alpha` and save it, and with `merge_adapter` the student with it merged in."""
     model, folder = trainer.dual_encoder, Path(args.output_dir)
     if args.wise_ft_alpha < 1:
         scale_adapters(model, args.wise_ft_alpha)
     if args.merge_adapter:
-        trainer.save_model()  # writes the adapter too
+        trainer.save_result(save_dtype)  # writes the adapter too
         trainer.adapters.merge_and_unload()
         trainer.adapters, model.config.freeze_text = None, True
     else:

@@ -7,7 +7,7 @@ of micro-batches are averaged; the negatives are those of one micro-batch over a
 import copy
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,18 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, pass_batch
 from modeling_dclip.data.failures import redact_values
-from modeling_dclip.data.files import read_json, write_text, writing
+from modeling_dclip.data.files import read_json, write_json, write_text, writing
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
@@ -50,7 +51,7 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS, stays_float32
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
@@ -90,6 +91,88 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     index = read_json(folder / SAFE_WEIGHTS_INDEX_NAME, "index of weights", ("weight_map",))
     files = sorted(set(index["weight_map"].values()))
     return {name: tensor for file in files for name, tensor in load_file(folder / file).items()}
+
+
+def _is_cast(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and not stays_float32(name)
+
+
+def cast_weights(weights: Mapping[str, torch.Tensor], dtype: str) -> dict[str, torch.Tensor]:
+    """Weights in the type that a model is saved in. Integers and what every model keeps in float32 stay as they are.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): By name.
+        dtype (`str`): `"float32"`, `"float16"` or `"bfloat16"`.
+
+    Returns:
+        `dict[str, torch.Tensor]`: In the same order; tensors of that type are not copied.
+
+    Example:
+        >>> cast = cast_weights({"weight": torch.ones(2), "logit_scale": torch.ones(())}, "float16")
+        >>> cast["weight"].dtype, cast["logit_scale"].dtype
+        (torch.float16, torch.float32)
+    """
+    kind = getattr(torch, dtype)
+    return {name: tensor.to(kind) if _is_cast(name, tensor) else tensor for name, tensor in weights.items()}
+
+
+@torch.no_grad()
+def find_overflows(weights: Mapping[str, torch.Tensor], dtype: str) -> list[str]:
+    """The weights that hold a number too large for a type, each with that number.
+
+    Args:
+        weights (`Mapping[str, torch.Tensor]`): By name.
+        dtype (`str`): As for [`cast_weights`].
+
+    Returns:
+        `list[str]`
+
+    Example:
+        >>> find_overflows({"weight": torch.tensor([1.0, -7e4])}, "float16")
+        ['weight (7e+04)']
+    """
+    found, kind = [], getattr(torch, dtype)
+    for name, tensor in weights.items():
+        local: Any = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # of sharded training
+        if _is_cast(name, local) and local.numel() and torch.isinf((largest := local.abs().max()).to(kind)):
+            found.append(f"{name} ({float(largest):.6g})")
+    return found
+
+
+def require_fit(found: list[str], dtype: str, stage: str) -> None:
+    """Refuse to save weights that a type would turn into infinity.
+
+    Args:
+        found (`list[str]`): Of [`find_overflows`].
+        dtype (`str`): The type.
+        stage (`str`): Whose `save_dtype` it is.
+
+    Raises:
+        ValueError: If there is one; the message names the first, and what to do.
+    """
+    if found:
+        largest = torch.finfo(getattr(torch, dtype)).max
+        others = [kind for kind in ("float32", "bfloat16") if kind != dtype]
+        raise ValueError(
+            f"{stage}: expected weights within +-{largest:.6g} to save them in {dtype}, got {len(found)} with larger "
+            f"numbers, such as {found[0]}. Nothing was saved. Set {stage}.save_dtype to {' or '.join(others)}."
+        )
+
+
+def save_weights(model: PreTrainedModel, folder: Path, weights: Mapping[str, torch.Tensor], dtype: str) -> None:
+    """Save a model's weights, config and code. The config says which type the weights have.
+
+    Args:
+        model (`PreTrainedModel`): Gives config and code; not changed.
+        folder (`Path`): Where to.
+        weights (`Mapping[str, torch.Tensor]`): The model's, by name.
+        dtype (`str`): As for [`cast_weights`].
+    """
+    with writing(folder):
+        model.save_pretrained(folder, state_dict=cast_weights(weights, dtype))
+    if dtype != "float32":  # transformers writes the type of the first weight, the logit scale's
+        config = read_json(folder / CONFIG_NAME, "configuration of a model")
+        write_json(folder / CONFIG_NAME, config | {"dtype": dtype}, indent=2)
 
 
 class _AllStepsTaken(Exception):
@@ -174,6 +257,7 @@ class BatchesTrainer(Trainer):
     """
 
     args: StageTrainingArguments
+    saved_dtype = "float32"  # of every checkpoint, so that a resumed run goes on exactly
 
     def __init__(
         self,
@@ -306,6 +390,29 @@ class BatchesTrainer(Trainer):
         """
         self.guard.check_weights(self.model_to_save(), self.state.global_step)
         super().save_model(output_dir, _internal_call)
+
+    def save_result(self, dtype: str) -> None:
+        """Save the model after training in the stage's own folder.
+
+        Args:
+            dtype (`str`): Of the saved weights: `"float32"`, `"float16"` or `"bfloat16"`. Logit scales stay float32,
+                and so does the model in memory.
+
+        Raises:
+            FloatingPointError: If a weight is NaN or infinite. Nothing is written.
+            ValueError: If a weight is too large for the type. Nothing is written.
+        """
+        if dtype != "float32":
+            self._check_fits(dtype)
+        self.saved_dtype = dtype
+        self.save_model()
+        self.saved_dtype = "float32"
+
+    def _check_fits(self, dtype: str) -> None:
+        """Raise in every process if a weight of one is too large for the type that it would be saved in."""
+        found = find_overflows(self._weights_to_save(None), dtype)
+        found = gather_object(found) if self.args.world_size > 1 else found
+        require_fit(found, dtype, self.guard.stage)
 
     def check_result(self) -> None:
         """Compute the loss of the last batch once more, after the last step.
@@ -444,8 +551,7 @@ class BatchesTrainer(Trainer):
         if not self.args.should_save:
             return
         folder = Path(output_dir or self.args.output_dir)
-        with writing(folder):
-            self.model_to_save().save_pretrained(folder, state_dict=self._complete(state_dict))
+        save_weights(self.model_to_save(), folder, self._weights_to_save(state_dict), self.saved_dtype)
         self.save_beside(folder)
         if folder != Path(self.args.output_dir):
             RunNotes.current(Path(self.args.output_dir), self.args.world_size, self._open_log()).write(folder)
@@ -481,9 +587,9 @@ class BatchesTrainer(Trainer):
             self.processor.save_pretrained(folder)
         write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(redact_values(self.resolved_arguments), sort_keys=False))
 
-    def _complete(self, state_dict):
-        """The weights to save: by default those that the base class hands over."""
-        return state_dict
+    def _weights_to_save(self, state_dict):
+        """By default those that the base class hands over, or else the model's own."""
+        return self.model_to_save().state_dict() if state_dict is None else state_dict
 
 
 class TeacherTrainer(BatchesTrainer):
@@ -613,7 +719,7 @@ class StudentTrainer(BatchesTrainer):
         if self.adapters is not None and self.args.should_save:
             save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
 
-    def _complete(self, state_dict):
+    def _weights_to_save(self, state_dict):
         """The dual encoder's weights, with those that sharded training hands over, or with adapters merged in."""
         if self.adapters is not None:
             return plain_state(self.dual_encoder, merged=True)

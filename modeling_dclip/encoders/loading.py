@@ -50,6 +50,7 @@ ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # wher
 DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
 _NAMED = 5  # missing weights in a message
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
+_FLOAT32_WEIGHTS = ("logit_scale", "logit_bias", "A_log", "D")  # the last part of names that every model keeps so
 _POINTER_BYTES = 1024  # git-lfs leaves smaller files in the place of weights
 _WHOLE_NUMBERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}  # as safetensors calls them
 _INDICES = ("position_ids", "num_batches_tracked", "token_type_ids", "relative_position_index")  # integers by design
@@ -254,15 +255,35 @@ def stored_dtype(name: str | os.PathLike) -> str:
         name (`str` or `os.PathLike`): Folder or Hub id.
 
     Returns:
-        `str`: Of the matrices in a folder's file; else what the config says, `"float32"` if it says nothing.
+        `str`: float16 or bfloat16 if all matrices in a folder's files have it, without those that every model keeps
+        in float32; else float32. Of a Hub id, what its config says.
     """
-    path = Path(name) / SAFE_WEIGHTS_NAME
-    if path.is_file():
+    whole = Path(name) / SAFE_WEIGHTS_NAME
+    files = [whole] if whole.is_file() else sorted(Path(name).glob(f"{whole.stem}-*-of-*{whole.suffix}"))
+    if not files:
+        stated = str(AutoConfig.from_pretrained(name).dtype).removeprefix("torch.")
+        return stated if stated in _DTYPES.values() else "float32"
+    kinds = set()
+    for path in files:
         with safe_open(path, "pt") as file:
-            slices = [file.get_slice(key) for key in file.keys()]  # noqa: SIM118
-            kinds = {one.get_dtype() for one in slices if len(one.get_shape()) > 1}
-        return _DTYPES.get(min(kinds), "float32") if len(kinds) == 1 else "float32"
-    return str(AutoConfig.from_pretrained(name).dtype or "float32").removeprefix("torch.")
+            slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+            kinds |= {
+                one.get_dtype() for key, one in slices.items() if len(one.get_shape()) > 1 and not stays_float32(key)
+            }
+    return _DTYPES.get(min(kinds), "float32") if len(kinds) == 1 else "float32"
+
+
+def stays_float32(name: str) -> bool:
+    """Whether every model keeps a weight of this name in float32, whatever type the others have.
+
+    Args:
+        name (`str`): In a state dict.
+
+    Example:
+        >>> stays_float32("clip.logit_scale"), stays_float32("visual_projection.weight")
+        (True, False)
+    """
+    return name.rpartition(".")[2] in _FLOAT32_WEIGHTS
 
 
 def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> Any:

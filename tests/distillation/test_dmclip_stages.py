@@ -27,6 +27,8 @@ from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import SharedData
 from modeling_dclip.distillation.stages import run_stages
+from modeling_dclip.distillation.trainer import cast_weights
+from modeling_dclip.encoders.loading import stored_dtype
 
 STEPS = {"use_cpu": True, "disable_tqdm": True, "logging_steps": 1, "per_device_train_batch_size": 4}
 DMCLIP = {
@@ -98,6 +100,39 @@ def test_a_run_from_nothing_makes_shards_and_a_model_that_loads(finished, shards
     arguments = yaml.safe_load((finished / "run" / "dmclip" / "arguments.yaml").read_text())
     assert arguments["dmclip"]["distillation_loss_weight"] == 0.75 and arguments["reinforce"]["augmentations"] == 2
     assert not (finished / "run" / "student").exists() and not (finished / "run" / "targets").exists()
+
+
+def test_a_model_that_goes_on_from_float16_weights_is_saved_in_float16(finished, shards, tiny_clip_dir, tmp_path):
+    start = DMCLIPModel.from_pretrained(finished / "run" / "dmclip")
+    start.save_pretrained(tmp_path / "start", state_dict=cast_weights(start.state_dict(), "float16"))
+    DCLIPProcessor.from_pretrained(finished / "run" / "dmclip").save_pretrained(tmp_path / "start")
+    section = {"model": str(tmp_path / "start"), "train_shards": str(shards), "max_steps": 2}
+    section |= dict.fromkeys(("image_size", "projection_dim"), None) | dict.fromkeys(
+        ("vision_config", "text_config"), {}
+    )
+    path, saved = write_recipe(tmp_path, tiny_clip_dir, section), {}
+    for name, words in (("auto", ()), ("float32", ("--dmclip.save_dtype", "float32"))):
+        out = run(path, "--stages", "dmclip", "--output_dir", str(tmp_path / name), *words)
+        saved[name] = weights(out / "dmclip")
+        assert (
+            json.loads((out / "dmclip" / "config.json").read_text())["dtype"] == ("float16", "float32")[len(words) > 0]
+        )
+    assert equal(saved["auto"], cast_weights(saved["float32"], "float16"))
+    kept = {name.rpartition(".")[2] for name, one in saved["auto"].items() if one.dtype == torch.float32}
+    assert kept == {"A_log", "D", "logit_scale"}
+    assert {one.dtype for one in saved["auto"].values()} == {torch.float16, torch.float32, torch.int64}
+    assert stored_dtype(out / "dmclip") == "float32" and stored_dtype(tmp_path / "auto" / "dmclip") == "float16"
+
+
+@pytest.mark.parametrize(("text", "expected"), [("float16", "float16"), ("float32", "float32"), (None, "float32")])
+def test_a_model_around_towers_has_their_type_only_if_both_share_it(tmp_path, monkeypatch, text, expected):
+    monkeypatch.setattr(reinforced_stages, "stored_dtype", lambda path: path)
+    args = DMCLIPArguments(output_dir="x", use_cpu=True, vision_model="float16", text_model=text)
+    assert reinforced_stages.find_dtype(args) == expected
+    args.save_dtype = "bfloat16"
+    assert reinforced_stages.find_dtype(args) == "bfloat16"
+    args = DMCLIPArguments(output_dir="x", use_cpu=True)
+    assert reinforced_stages.find_dtype(args) == "float32"
 
 
 def test_the_loss_is_the_weighted_sum_of_four_logged_terms(finished):

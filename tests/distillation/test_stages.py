@@ -112,23 +112,6 @@ def test_a_trained_teacher_can_be_taken_from_elsewhere(finished, tmp_path):
     assert equal(weights(out / "student"), weights(source / "student"))
 
 
-def test_a_student_of_a_clip_in_float16_is_trained_and_saved_in_float32_and_that_is_said(finished, tmp_path, caplog):
-    clip = DCLIPModel.from_pretrained(finished / "run" / "anchor", dtype=torch.float32)
-    logit_scale = clip.logit_scale.data
-    clip.half().logit_scale.data = logit_scale
-    clip.save_pretrained(tmp_path / "clip")
-    DCLIPProcessor.from_pretrained(finished / "run" / "anchor").save_pretrained(tmp_path / "clip")
-    student = {**RECIPE["student"], "cosine_distillation_loss_weight": 0.0}
-    path = write_recipe(tmp_path, student=student, clip_model=str(tmp_path / "clip"))
-    with caplog.at_level(logging.INFO):
-        out = run(path, "--stages", "targets,student")
-    stored, saved = weights(tmp_path / "clip"), weights(out / "student")
-    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
-    texts = [name for name in saved if name.startswith("text_")]
-    assert texts and all(torch.equal(saved[name], stored[name].float()) for name in texts)
-    assert "is stored in float16. The student is trained and saved in float32" in caplog.text
-
-
 def test_runs_of_one_process_read_their_images_once(finished, tmp_path, monkeypatch):
     loaded = []
     monkeypatch.setattr(

@@ -38,7 +38,7 @@ from modeling_dclip.distillation.run import load_student
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import WrongModelError, tokenize_texts
 from modeling_dclip.encoders.fingerprints import model_revision
-from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged
+from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged, stored_dtype
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.hub.index import SearchIndex
 from modeling_dclip.hub.index.build import build_index
@@ -293,6 +293,23 @@ def test_a_checked_model_has_every_weight_stored_and_the_type_asked_for(tiny_cli
     assert load_checked(DCLIPModel, tmp_path / "half").visual_projection.weight.dtype == torch.float32
     half = load_checked(AutoModel, tmp_path / "half", dtype=torch.bfloat16)
     assert half.visual_projection.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_stored_type_is_that_of_all_matrices_in_any_number_of_files(tiny_clip_dir, tmp_path, dtype):
+    model = DCLIPModel.from_pretrained(tiny_clip_dir, dtype=getattr(torch, dtype))  # the logit scale stays float32
+    for name, size in (("one", "1GB"), ("several", "20KB")):
+        model.save_pretrained(tmp_path / name, max_shard_size=size)
+        assert stored_dtype(tmp_path / name) == dtype
+    assert len(list((tmp_path / "several").glob("*.safetensors"))) > 1
+    model.visual_projection.double()
+    model.save_pretrained(tmp_path / "mixed")
+    assert stored_dtype(tmp_path / "mixed") == "float32"
+    for path in (tmp_path / "one").glob("*.safetensors"):
+        path.unlink()  # the config alone, as of a Hub id
+    model.config.dtype = dtype
+    model.config.save_pretrained(tmp_path / "one")
+    assert stored_dtype(tmp_path / "one") == dtype
 
 
 def save_without(model, folder, start):
