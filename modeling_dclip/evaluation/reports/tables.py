@@ -609,11 +609,86 @@ def tabulate_index(data: Mapping[str, Any]) -> list[Table | Text]:
     return [Table(header, lines, left=2), _note(data, note)]
 
 
+def tabulate_fuzz(data: Mapping[str, Any]) -> list[Table | Text]:
+    """What happened to malformed inputs, by kind.
+
+    Args:
+        data (`Mapping`): What `benchmarks/fuzz.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: The table, and a line on what it was measured on.
+    """
+    outcomes = {
+        "tried": "tried",
+        "right": "read right",
+        "skipped": "left out and named",
+        "clear_line": "one clear line",
+        "unplaced_line": "line without file or field",
+        "silent": "read wrong",
+        "traceback": "traceback",
+        "hang": "hang",
+    }
+    lines = [[row["kind"], *(f"{row[name]:,}" for name in outcomes)] for row in data["rows"]]
+    lines.append(["all", *(f"{sum(row[name] for row in data['rows']):,}" for name in outcomes)])
+    note = f"Different changes drawn with seed {data['arguments']['seed']}."
+    return [Table(["Input", *outcomes.values()], lines), _note(data, note)]
+
+
+def tabulate_kills(data: Mapping[str, Any]) -> list[Table | Text]:
+    """What became of commands that were killed and started again.
+
+    Args:
+        data (`Mapping`): What `benchmarks/kills.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: The table, and a line on what it was measured on.
+    """
+    counts = {
+        "runs": "runs",
+        "kills": "kills",
+        "resumed_equal": "ended bit-equal",
+        "different": "ended otherwise",
+        "errors": "ended in an error",
+        "leftovers": "left files behind",
+    }
+    lines = [[row["command"], row["what"], *(f"{row[name]:,}" for name in counts)] for row in data["rows"]]
+    lines.append(["all", "", *(f"{sum(row[name] for row in data['rows']):,}" for name in counts)])
+    note = "Each run is killed by SIGKILL and started again until it ends, then compared with an undisturbed one."
+    return [Table(["Command", "what", *counts.values()], lines, left=2), _note(data, note)]
+
+
+def tabulate_pictures(data: Mapping[str, Any]) -> list[Table | Text]:
+    """How alike one picture's embeddings are through every door, for many pictures.
+
+    Args:
+        data (`Mapping`): What `benchmarks/pictures.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: The table, and a line on what it was measured on.
+    """
+    doors = data["doors"]
+    lines: list[list[str]] = []
+    for row in data["pictures"]:
+        cosines = [f"{row['cosines'][door]:.4f}" if door in row["cosines"] else ABSENT for door in doors]
+        lines.append([row["name"], row["what"], *cosines] if row["outcome"] == "read" else _refused(row, len(doors)))
+    note = (
+        "Cosine to the embedding of the same picture in 8-bit RGB; a picture that cannot be read is refused by name."
+    )
+    return [Table(["Picture", "what", *doors], lines, left=2), _note(data, note)]
+
+
+def _refused(row: Mapping[str, Any], doors: int) -> list[str]:
+    return [row["name"], row["what"], *["refused"] * doors]
+
+
 # By the name of the table in a Markdown page: the function that makes it, and its options.
 BENCHMARK_TABLES: dict[str, tuple[Callable[..., list[Table | Text]], set[str]]] = {
     "encoders": (tabulate_encoders, {"cells", "over"}),
+    "fuzz": (tabulate_fuzz, set()),
     "index": (tabulate_index, set()),
+    "kills": (tabulate_kills, set()),
     "onnx_towers": (tabulate_onnx_towers, set()),
+    "pictures": (tabulate_pictures, set()),
     "retrieval": (tabulate_retrieval, set()),
     "scan": (tabulate_scan, set()),
     "student_step": (tabulate_student_step, set()),
