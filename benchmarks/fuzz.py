@@ -82,9 +82,8 @@ def main() -> None:
         rows.append(row | {outcome.value: counts[outcome] for outcome in Outcome})
         seen = ", ".join(f"{outcome.value} {counts[outcome]}" for outcome in Outcome if counts[outcome])
         print(f"{name}: {seen} ({time.perf_counter() - started:.0f} s)", flush=True)
-    versions, hardware = environment()
     created = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    about = {"created": created, "arguments": asdict(args), "versions": versions, "hardware": hardware}
+    about = {"created": created, "environment": environment()._asdict(), "arguments": asdict(args)}
     write_json(args.output, {**about, "rows": rows})
     print(f"Written to {args.output}")
 

@@ -631,7 +631,7 @@ def tabulate_fuzz(data: Mapping[str, Any]) -> list[Table | Text]:
     lines = [[row["kind"], *(f"{row[name]:,}" for name in outcomes)] for row in data["rows"]]
     lines.append(["all", *(f"{sum(row[name] for row in data['rows']):,}" for name in outcomes)])
     note = f"Different changes drawn with seed {data['arguments']['seed']}."
-    return [Table(["Input", *outcomes.values()], lines), _note(data, note)]
+    return [Table(["Input", *outcomes.values()], lines), _note({"arguments": {}, **data["environment"]}, note)]
 
 
 def tabulate_kills(data: Mapping[str, Any]) -> list[Table | Text]:
@@ -654,7 +654,8 @@ def tabulate_kills(data: Mapping[str, Any]) -> list[Table | Text]:
     lines = [[row["command"], row["what"], *(f"{row[name]:,}" for name in counts)] for row in data["rows"]]
     lines.append(["all", "", *(f"{sum(row[name] for row in data['rows']):,}" for name in counts)])
     note = "Each run is killed by SIGKILL and started again until it ends, then compared with an undisturbed one."
-    return [Table(["Command", "what", *counts.values()], lines, left=2), _note(data, note)]
+    table = Table(["Command", "what", *counts.values()], lines, left=2)
+    return [table, _note({"arguments": {}, **data["environment"]}, note)]
 
 
 def tabulate_pictures(data: Mapping[str, Any]) -> list[Table | Text]:
@@ -667,18 +668,16 @@ def tabulate_pictures(data: Mapping[str, Any]) -> list[Table | Text]:
         `list[Table | Text]`: The table, and a line on what it was measured on.
     """
     doors = data["doors"]
-    lines: list[list[str]] = []
+    lines = []
     for row in data["pictures"]:
-        cosines = [f"{row['cosines'][door]:.4f}" if door in row["cosines"] else ABSENT for door in doors]
-        lines.append([row["name"], row["what"], *cosines] if row["outcome"] == "read" else _refused(row, len(doors)))
+        other = ABSENT if row["outcome"] == "read" else row["outcome"]
+        cosines = [f"{row['cosines'][door]:.4f}" if door in row["cosines"] else other for door in doors]
+        lines.append([row["name"], row["what"], *cosines])
     note = (
         "Cosine to the embedding of the same picture in 8-bit RGB; a picture that cannot be read is refused by name."
     )
-    return [Table(["Picture", "what", *doors], lines, left=2), _note(data, note)]
-
-
-def _refused(row: Mapping[str, Any], doors: int) -> list[str]:
-    return [row["name"], row["what"], *["refused"] * doors]
+    table = Table(["Picture", "what", *doors], lines, left=2)
+    return [table, _note({"arguments": {}, **data["environment"]}, note)]
 
 
 # By the name of the table in a Markdown page: the function that makes it, and its options.

@@ -9,6 +9,7 @@ from modeling_dclip.evaluation.reports import tables
 from modeling_dclip.evaluation.reports.document import render_markdown
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+ENVIRONMENT = {"hardware": {"cpu": "a CPU"}, "versions": {"torch": "2"}}
 
 
 def as_markdown(tabulate):
@@ -125,3 +126,38 @@ def test_retrieval_that_was_not_run_says_why():
     row = {"images": 99, "captions": 495, "rounds": 0, "not_run": "9 MiB are not free"}
     text = render_retrieval(data | {"rows": [row]})
     assert cells_of(text)[2] == ["99", "495", *["–"] * 6] and "At 99 images: 9 MiB are not free." in text
+
+
+def test_reliability_is_counted_by_kind_and_in_all():
+    outcomes = ("tried", "right", "skipped", "clear_line", "unplaced_line", "silent", "traceback", "hang")
+    rows = [dict(zip(("kind", *outcomes), (name, *counts), strict=True)) for name, *counts in
+            [("CSV", 10, 3, 2, 5, 0, 0, 0, 0), ("JSON", 1200, 3, 0, 1194, 0, 1, 2, 0)]]  # fmt: skip
+    data = {"rows": rows, "arguments": {"seed": 7}, "environment": ENVIRONMENT}
+    text = render_markdown(tables.tabulate_fuzz(data))
+    header, _, *lines = cells_of(text)
+    assert header[:3] == ["Input", "tried", "read right"] and "seed 7" in text and "a CPU" in text
+    assert lines[0] == ["CSV", "10", "3", "2", "5", "0", "0", "0", "0"]
+    assert lines[-1] == ["all", "1,210", "6", "2", "1,199", "0", "1", "2", "0"]
+
+
+def test_kills_are_counted_by_command_and_in_all():
+    row = {"command": "train.py", "what": "teacher", "runs": 3, "kills": 5, "resumed_equal": 2, "different": 1}
+    other = {**row, "what": "student", "kills": 4, "different": 0}
+    rows = [one | {"errors": 0, "leftovers": 0} for one in (row, other)]
+    text = render_markdown(tables.tabulate_kills({"rows": rows, "environment": ENVIRONMENT}))
+    header, _, *lines = cells_of(text)
+    shown = [dict(zip(header, line, strict=True)) for line in lines]
+    assert shown[1]["what"] == "student" and shown[1]["kills"] == "4" and shown[-1]["kills"] == "9"
+    assert [line["ended otherwise"] for line in shown] == ["1", "0", "1"]
+
+
+def test_a_picture_stands_with_its_cosine_at_each_door_or_is_refused():
+    read = {"name": "grey16", "what": "16 bits", "outcome": "read", "cosines": {"index": 0.99996, "space": 1.0}}
+    refused = {"name": "cut", "what": "half a file", "outcome": "refused", "cosines": {}}
+    data = {"doors": ["index", "space", "query"], "pictures": [read, refused], "environment": ENVIRONMENT}
+    header, _, *lines = cells_of(render_markdown(tables.tabulate_pictures(data)))
+    assert header == ["Picture", "what", "index", "space", "query"]
+    assert lines == [
+        ["grey16", "16 bits", "1.0000", "1.0000", tables.ABSENT],
+        ["cut", "half a file", *["refused"] * 3],
+    ]
