@@ -1,10 +1,10 @@
 """Malformed inputs of every kind end right, in one clear line, or are left out and named."""
 
 import pytest
-from fixtures.malformed import FAULTS, KINDS, Edit, Kind, Outcome, judge
+from fixtures.malformed import FAULTS, KEPT, KINDS, Attempt, Edit, Kind, Outcome, judge
 from hypothesis import HealthCheck, Phase, given, settings
 
-CASES = [(name, change) for name, kind in KINDS.items() for change in kind.kept]
+CASES = [(name, change) for name, changes in KEPT.items() for change in changes]
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +33,7 @@ def test_a_changed_input_is_read_right_or_refused_by_name(name):
     attempt()
 
 
-@pytest.mark.parametrize(("name", "change"), CASES)
+@pytest.mark.parametrize(("name", "change"), CASES, ids=[name for name, _ in CASES])
 def test_an_input_that_once_failed_is_read_right_or_refused_by_name(name, change):
     judgement = judge(KINDS[name], change)
     assert judgement.outcome not in FAULTS, f"{judgement.outcome.value}\n{judgement.detail}"
@@ -56,7 +56,5 @@ def _raise(error):
     ],
 )
 def test_the_judge_tells_the_outcomes_apart(read, complaint, outcome):
-    from fixtures.malformed import Attempt
-
     kind = Kind("", None, lambda change, folder: Attempt(read, ("a.json",), lambda result: complaint))
     assert judge(kind, Edit(()), seconds=0.3).outcome is outcome

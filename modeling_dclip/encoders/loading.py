@@ -412,7 +412,8 @@ def check_processor(processor: Any, name: str) -> None:
         name (`str`): Where it came from, for the message.
 
     Raises:
-        ValueError: If something is missing; the message says what.
+        ValueError: If something is missing, or the tokenizer's longest text is no number of tokens; the message says
+            what.
     """
     lacking = [half for half in ("image_processor", "tokenizer") if getattr(processor, half, None) is None]
     if lacking:
@@ -422,11 +423,22 @@ def check_processor(processor: Any, name: str) -> None:
         )
     # Where the files are missing, transformers makes a tokenizer without a vocabulary, without a warning.
     _check_pixels(processor.image_processor, name)
+    _check_length(processor.tokenizer, name)
     read = processor.tokenizer(list(string.ascii_lowercase))["input_ids"]
     if len({tuple(ids) for ids in read}) == 1:
         raise ValueError(
             f"Expected a tokenizer that tells letters apart in {name!r}, got a {type(processor.tokenizer).__name__} "
             f"of {len(processor.tokenizer)} tokens that does not. Save the tokenizer's files beside the weights."
+        )
+
+
+def _check_length(tokenizer: Any, name: str) -> None:
+    """Refuse a tokenizer whose longest text is no number of tokens."""
+    length = getattr(tokenizer, "model_max_length", 1)
+    if not isinstance(length, (int, float)) or isinstance(length, bool) or not length >= 1:
+        raise ValueError(
+            f"Expected a number of tokens from 1 under 'model_max_length' of the tokenizer in {name!r}, got "
+            f"{length!r:.80}. Save the tokenizer that the model was trained with."
         )
 
 
@@ -561,7 +573,9 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         ValueError: If it is missing or damaged.
     """
     with _Reading(f"the files of a tokenizer at '{name}'", "Name another.", (*_UNREADABLE, OSError)):
-        return prepare_tokenizer(AutoTokenizer.from_pretrained(name, trust_remote_code=False))
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        _check_length(tokenizer, str(name))
+        return prepare_tokenizer(tokenizer)
 
 
 def load_processor(model: str | os.PathLike, kind: type = DCLIPProcessor) -> Any:

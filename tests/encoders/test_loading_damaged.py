@@ -180,6 +180,14 @@ def test_a_damaged_tokenizer_is_named(model):
                 load(str(model))
 
 
+@pytest.mark.parametrize("length", [[77], "77", 0, -3, True])
+def test_a_tokenizer_whose_longest_text_is_no_number_of_tokens_is_refused(model, length):
+    edit(model / "tokenizer_config.json", lambda content: content | {"model_max_length": length})
+    for load in (load_dual_encoder, load_processor, load_tokenizer):
+        with pytest.raises(ValueError, match="number of tokens from 1 under 'model_max_length' .*model', got"):
+            load(model)
+
+
 def test_a_tokenizer_of_more_words_than_the_text_encoder_embeds_is_refused(model):
     width = json.loads((model / "config.json").read_text())["text_config"]["hidden_size"]
     change_weights(
