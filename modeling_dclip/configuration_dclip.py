@@ -57,13 +57,17 @@ def check_choice(name, value, choices):
 
 
 def check_number(name, value, low, high, above=False):
-    """Refuse a number outside `low` to `high` (`above`: without `low` itself); NaN and infinity are outside.
+    """Refuse a number outside `low` to `high` (`above`: without `low` itself), and what is no number; NaN and infinity
+    are outside.
 
     Raises:
         ValueError: Naming the field, the range and what came.
     """
-    if not (low < value if above else low <= value) or not value <= high:
-        raise ValueError(f"{name}: expected a number {'above' if above else 'from'} {low} to {high}, got {value}.")
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not (low < value if above else low <= value) or not value <= high:
+        raise ValueError(
+            f"{name}: expected a number {'above' if above else 'from'} {low} to {high}, got {value!r:.80}."
+        )
 
 
 def _check_fields(whose, values):

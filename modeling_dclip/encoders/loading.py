@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
@@ -55,6 +56,8 @@ _POINTER_BYTES = 1024  # git-lfs leaves smaller files in the place of weights
 _WHOLE_NUMBERS = {"I8", "I16", "I32", "I64", "U8", "U16", "U32", "U64", "BOOL"}  # as safetensors calls them
 _INDICES = ("position_ids", "num_batches_tracked", "token_type_ids", "relative_position_index")  # integers by design
 _LARGEST_SIDE = MODEL_SIZES["image_size"][1]
+# Families whose image encoders take square images and patches alone.
+_SQUARE = ("clip", "dclip", "siglip", "altclip", "chinese_clip", "metaclip_2")
 
 
 # What transformers ends in where a file says something else than it expects.
@@ -108,8 +111,10 @@ def read_config(
     Raises:
         OSError: If there is none.
         WrongModelError: If it is of another kind.
-        ValueError: If it is damaged, asks for a model out of bounds, or for a much larger one than the weights are.
+        ValueError: If it is damaged, asks for a model out of bounds, or for a much larger one than the weights are, or
+            if its folder holds a pipe, a device or a link to nothing.
     """
+    _require_files(name)
     with _Reading(f"a model's configuration at '{name}'", "Save config.json again, or name another model."):
         try:
             stored: Any = PreTrainedConfig.get_config_dict(name)[0]
@@ -124,6 +129,7 @@ def read_config(
         _check_stored(stored, str(found))
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         check_sizes(config)
+        _require_square(config)
     if Path(name).is_dir():
         _compare_sizes(config, Path(name))
     return config
@@ -138,6 +144,26 @@ def _no_model(name: str | os.PathLike, error: OSError) -> OSError:
         f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "
         "the name."
     )
+
+
+def _require_files(name: str | os.PathLike) -> None:
+    """Refuse a folder with a pipe, a device or a link to nothing in it: opening one may never end."""
+    if not Path(name).is_dir():
+        return
+    for path in sorted(Path(name).glob("*")):
+        if not path.is_file() and not path.is_dir():
+            raise ValueError(
+                f"Expected files in the model's folder '{name}', got a pipe, a device or a link to nothing: "
+                f"'{path.name}'. Remove it or fetch the model again."
+            )
+
+
+def _require_square(config: PreTrainedConfig) -> None:
+    """Refuse lists as sizes where the family divides one number by the other."""
+    vision = getattr(config, "vision_config", None)
+    for name in ("image_size", "patch_size"):
+        if config.model_type in _SQUARE and not isinstance(value := getattr(vision, name, 1), int):
+            raise ValueError(f"vision_config.{name}: expected an integer, got {value!r:.80}")
 
 
 def _check_stored(stored: dict[str, Any], whose: str) -> None:
@@ -383,6 +409,7 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
 
 
 def _check_folder(name: str) -> None:
+    _require_files(name)
     folder = Path(name)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -399,6 +426,7 @@ def _check_folder(name: str) -> None:
 
 
 def _load_processor(name: str, options: dict[str, Any]) -> Any:
+    _require_files(name)
     what = f"the files of a processor in {name!r} (preprocessor_config.json and those of a tokenizer)"
     with _Reading(what, "Save them beside the weights.", (*_UNREADABLE, OSError)):
         return AutoProcessor.from_pretrained(name, backend="pil", **options)
@@ -457,6 +485,10 @@ def _check_pixels(image_processor: Any, name: str) -> None:
             value = given.get(side) if hasattr(given, "get") else None
             if isinstance(value, (int, float)):
                 check_number(f"{where}{key}.{side}", value, 1, _LARGEST_SIDE)
+    with _Reading(f"an image processor in '{name}' that makes pixels of a picture", "Save the model's own beside it."):
+        pixels = image_processor(images=[Image.new("RGB", (40, 36))], return_tensors="pt")["pixel_values"]
+        if not torch.isfinite(pixels).all():
+            raise ValueError("pixels that are not finite")
 
 
 def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
@@ -572,6 +604,7 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
     Raises:
         ValueError: If it is missing or damaged.
     """
+    _require_files(name)
     with _Reading(f"the files of a tokenizer at '{name}'", "Name another.", (*_UNREADABLE, OSError)):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         _check_length(tokenizer, str(name))
@@ -591,6 +624,7 @@ def load_processor(model: str | os.PathLike, kind: type = DCLIPProcessor) -> Any
     Raises:
         ValueError: If a file is missing or damaged, or the image processor's numbers make no picture.
     """
+    _require_files(model)
     what = f"the files of a processor in '{model}' (preprocessor_config.json and those of a tokenizer)"
     with _Reading(what, "Save them beside the weights.", (*_UNREADABLE, OSError)):
         processor: Any = kind.from_pretrained(model, trust_remote_code=False)  # type: ignore[attr-defined]

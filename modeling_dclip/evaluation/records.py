@@ -364,6 +364,8 @@ def _check_shown(record: Record, where: str) -> None:
     """Refuse a record of nothing, or of no time. Such a record is kept, but not shown."""
     if not record["n"]:
         raise ValueError(f"Expected an integer from 1 in the field 'n' of {where}, got 0.")
+    if not record["metrics"]:
+        raise ValueError(f"Expected one or more metrics in the field 'metrics' of {where}, got none.")
     try:
         datetime.fromisoformat(record["created"])
     except ValueError as error:

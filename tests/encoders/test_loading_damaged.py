@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import time
 from pathlib import Path
@@ -140,6 +141,26 @@ def test_an_index_that_names_files_that_are_not_there_is_named(model):
         load_merged(model)
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_pipe_or_a_link_to_nothing_in_a_folder_is_named_and_never_opened(model, name):
+    (model / name).unlink()
+    os.mkfifo(model / name)
+    for load in (*DOORS.values(), load_processor, load_tokenizer):
+        with pytest.raises(ValueError, match=f"a pipe, a device or a link to nothing: '{name}'"):
+            load(model)
+    (model / name).unlink()
+    (model / name).symlink_to(model / "nowhere")
+    with pytest.raises(ValueError, match=f"a link to nothing: '{name}'"):
+        load_dual_encoder(model)
+
+
+@pytest.mark.parametrize(("field", "value"), [("image_size", []), ("image_size", [32, 32]), ("patch_size", [8])])
+def test_sizes_that_are_lists_are_refused_where_the_family_takes_squares(model, field, value):
+    edit(model / "config.json", lambda content: content["vision_config"].update({field: value}))
+    with pytest.raises(ValueError, match=f"vision_config.{field}: expected an integer, got"):
+        load_dual_encoder(model)
+
+
 def test_a_folder_without_a_configuration_is_named(model):
     (model / "config.json").unlink()
     for door in DOORS.values():
@@ -157,6 +178,9 @@ def test_a_folder_without_a_configuration_is_named(model):
         (put("crop_size", value={"height": -1, "width": 8}), "crop_size.height: expected .* got -1"),
         (put("crop_size", value={"height": 10**6, "width": 8}), "crop_size.height: expected .* got 1000000"),
         (lambda content: [1], "the files of a processor"),
+        (put("image_mean", value=[None]), "image_mean: expected a number .* got None"),
+        (put("image_mean", value=[]), "an image processor .* that makes pixels of a picture, got: mean must have 3"),
+        (put("rescale_factor", value={"a": 1}), "rescale_factor: expected a number .* got {'a': 1}"),
     ],
 )
 def test_an_image_processor_that_makes_no_picture_is_refused(model, change, message):

@@ -33,6 +33,7 @@ def broken(**changes):
         ({"metrics": {"rsum": math.inf}}, "Expected a finite number in 'metrics' / 'rsum'"),
         ({"metrics": {"rsum": "5"}}, "Expected a finite number in 'metrics' / 'rsum'"),
         ({"metrics": {"rsum": True}}, "Expected a finite number in 'metrics' / 'rsum'"),
+        ({"metrics": {}}, "Expected one or more metrics in the field 'metrics'"),
         ({"metrics": []}, "Expected dict in the field 'metrics'"),
         ({"chance": {"top1": 7}}, "Expected a share from 0 to 1 in 'chance' / 'top1'"),
         ({"draws": {"top1": 7}}, "Expected a list in 'draws' / 'top1'"),
