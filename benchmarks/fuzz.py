@@ -10,6 +10,7 @@ with the change that made it. `--seed` gives the same changes again.
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -67,9 +68,9 @@ def count(name: str, args: FuzzArguments) -> Counter:
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Count, and write the results file."""
-    (args,) = HfArgumentParser(FuzzArguments).parse_args_into_dataclasses()
+    (args,) = HfArgumentParser(FuzzArguments).parse_args_into_dataclasses(argv)
     if unknown := [name for name in args.kinds if name not in KINDS]:
         raise ValueError(f"Unknown kind {unknown[0]!r}. Known kinds: {', '.join(KINDS)}.")
     transformers_logging.set_verbosity_error()

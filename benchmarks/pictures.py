@@ -10,6 +10,7 @@ another part of a picture, the plain picture through the same door.
 import sys
 import tempfile
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -79,9 +80,9 @@ def measure() -> dict[str, Any]:
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measure, and write the results file."""
-    (arguments,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(BenchmarkArguments, description=__doc__).parse_args_into_dataclasses(argv)
     results = measure()
     versions, hardware = environment()
     differing = [one["name"] for one in results["pictures"] if one["outcome"] == "differs"]
