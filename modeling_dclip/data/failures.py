@@ -73,7 +73,7 @@ FAILURES = (
 # missing method is reported with the error's type, and `TRANSFORMERS_VERBOSITY=info` shows its traceback.
 BENCHMARK_FAILURES = (
     *FAILURES,
-    *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, struct.error),
+    *(ArithmeticError, AttributeError, EOFError, LookupError, RuntimeError, TypeError, struct.error),
 )
 
 # What PyTorch, FAISS and the workers of a loader tell of the machine as a bare RuntimeError, and what to do. Any other

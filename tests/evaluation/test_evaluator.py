@@ -230,17 +230,12 @@ def test_the_same_weights_from_another_place_have_their_own_label_and_outcomes(w
 
 
 def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
-    for name in (
-        ".r.json.a1b2c3d4",
-        ".r.outcomes.safetensors.a_b2c3d4",
-        ".other.json.a1b2c3d4",
-        ".r.json.backup-of-mine",
-    ):
+    for name in (".r.json.a1b2c3d4.modeling_dclip", ".r.json.backup-of-mine"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "r.json").write_text("[")
+    (tmp_path / ".r.json.a1b2c3d4.modeling_dclip" / ".in_use").touch()  # locked by nobody
     evaluate([Candidate("student")], BENCHMARKS[:1], tmp_path / "r.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        ".other.json.a1b2c3d4",
         ".r.json.backup-of-mine",
         "r.json",
         "r.outcomes.safetensors",
