@@ -534,7 +534,7 @@ def leave_adapter_alone(folder):
          "whole weights in .*student/model.safetensors', got a damaged file"),
         (replace_bytes("student/arguments.yaml", b"student: [a"), ValueError, "YAML in .*student/arguments.yaml"),
         (replace_bytes("student/arguments.yaml", b"hello"), ValueError, "fields in .*arguments.yaml', got 'hello'"),
-        (replace_bytes("results/records.json", b"[\xff\xfe"), ValueError, "UTF-8 text in the results file .*records.json"),
+        (replace_bytes("results/records.json", b"[\xff\xfe"), ValueError, "UTF-8 text in .*records.json"),
         (lambda folder: edit_records(folder, hardware={}), ValueError,
          "gpus, .* in 'hardware' of record 0 of .*records"),
         (lambda folder: edit_records(folder, versions={}), ValueError,
