@@ -129,7 +129,7 @@ def find_overflows(weights: Mapping[str, torch.Tensor], dtype: str) -> list[str]
 
     Example:
         >>> find_overflows({"weight": torch.tensor([1.0, -7e4])}, "float16")
-        ['weight (7e+04)']
+        ['weight (70000)']
     """
     found, kind = [], getattr(torch, dtype)
     for name, tensor in weights.items():

@@ -148,9 +148,8 @@ def _no_model(name: str | os.PathLike, error: OSError) -> OSError:
 
 def _require_files(name: str | os.PathLike) -> None:
     """Refuse a folder with a pipe, a device or a link to nothing in it: opening one may never end."""
-    if not Path(name).is_dir():
-        return
-    for path in sorted(Path(name).glob("*")):
+    folder = Path(name)
+    for path in sorted(folder.glob("*")) if folder.is_dir() else ():
         if not path.is_file() and not path.is_dir():
             raise ValueError(
                 f"Expected files in the model's folder '{name}', got a pipe, a device or a link to nothing: "
