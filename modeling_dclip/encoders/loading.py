@@ -283,8 +283,9 @@ def stored_dtype(name: str | os.PathLike) -> str:
         `str`: float16 or bfloat16 if all matrices in a folder's files have it, without those that every model keeps
         in float32; else float32. Of a Hub id, what its config says.
     """
-    whole = Path(name) / SAFE_WEIGHTS_NAME
-    files = [whole] if whole.is_file() else sorted(Path(name).glob(f"{whole.stem}-*-of-*{whole.suffix}"))
+    folder = Path(name)
+    whole = folder / SAFE_WEIGHTS_NAME
+    files = [whole] if whole.is_file() else sorted(folder.glob(f"{whole.stem}-*-of-*{whole.suffix}"))
     if not files:
         stated = str(AutoConfig.from_pretrained(name).dtype).removeprefix("torch.")
         return stated if stated in _DTYPES.values() else "float32"
