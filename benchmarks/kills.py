@@ -401,6 +401,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if unknown:
         raise ValueError(f"Expected what to be of {', '.join(SUBJECTS)}, got {unknown[0]!r}.")
     torch.set_num_threads(1)
+    tqdm.monitor_interval = 0  # its thread may hold the bars' lock while this process forks, and no child would get it
     work, output = Path(args.work).resolve(), Path(args.output)
     os.environ.update(XDG_CACHE_HOME=str(work / "cache"), HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     stored = read_json(output, "results file", ["rows"])["rows"] if output.is_file() else []
