@@ -407,16 +407,18 @@ def check_regions(dataset: Dataset, boxes: Ragged, scores: Ragged) -> None:
         (~((scores.values >= 0) & (scores.values <= 1)), "a score in [0, 1]", scores.values),
     )
     if len(boxes.values) and (boxes.values <= 1).all() and (boxes.values >= 0).all():
+        row = int(np.searchsorted(boxes.offsets, 0, side="right")) - 1
         raise ValueError(
             f"Expected boxes in pixels, got {len(boxes.values)} boxes within one pixel, first "
-            f"{boxes.values[0].tolist()}: they seem to be fractions of the image. Multiply them by its size."
+            f"{boxes.values[0].tolist()} of image {dataset['image_id'][row]!r} (row {row}): they seem to be fractions "
+            "of the image. Multiply them by its size."
         )
     for wrong, expected, given in problems:
         if wrong.any():
             entry = int(wrong.argmax())
             row = int(np.searchsorted(boxes.offsets, entry, side="right")) - 1
             raise ValueError(
-                f"Box {entry - boxes.offsets[row]} of image {dataset[row]['image_id']!r} (row {row}): expected "
+                f"Box {entry - boxes.offsets[row]} of image {dataset['image_id'][row]!r} (row {row}): expected "
                 f"{expected}, got {given[entry].tolist()} ({wrong.sum()} such in all). Correct or drop it, as the "
                 "detector annotations,on_bad_box=skip does."
             )

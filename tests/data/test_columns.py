@@ -226,7 +226,7 @@ def test_empty_entries_do_not_move_the_rows_after_them():
 def test_boxes_that_are_fractions_of_the_image_are_refused():
     dataset = Dataset.from_dict({"image_id": ["a", "b"], "boxes": [[[0.1, 0.2, 0.5, 1.0]], [[0.0, 0.0, 1.0, 1.0]]]})
     with pytest.raises(
-        ValueError, match="in pixels, got 2 boxes within one pixel, first .0.1.*fractions of the image"
+        ValueError, match="in pixels, got 2 boxes within one pixel, first .0.1.* image 'a' .row 0.*fractions of"
     ):
         check_regions(dataset, *read_regions(dataset))
     pixels = Dataset.from_dict({"image_id": ["a", "b"], "boxes": [[[0.1, 0.2, 0.5, 1.0]], [[0.0, 0.0, 2.0, 1.0]]]})
