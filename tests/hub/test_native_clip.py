@@ -1,13 +1,17 @@
 """The native twin is the student, bit for bit, in what loads it everywhere; what has no twin is said."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 from fixtures.publications import make_dmclip, make_student
 from PIL import Image
-from transformers import CLIPModel, CLIPProcessor
+from transformers import AutoModel, AutoProcessor, CLIPModel, CLIPProcessor
 
 from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
+from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.hub.native_clip import (
     check_twin,
@@ -16,10 +20,13 @@ from modeling_dclip.hub.native_clip import (
     to_native_processor,
 )
 
+ROOT = Path(__file__).parents[2]
+PICTURES = [Image.fromarray(np.arange(40 * width * 3, dtype=np.uint8).reshape(40, width, 3)) for width in (50, 60)]
+TEXTS = ["a red dog", "a"]
+
 
 def make_batch(folder):
-    pictures = [Image.fromarray(np.arange(40 * width * 3, dtype=np.uint8).reshape(40, width, 3)) for width in (50, 60)]
-    return dict(DCLIPProcessor.from_pretrained(folder)(images=pictures, text=["a red dog", "a"], return_tensors="pt"))
+    return dict(DCLIPProcessor.from_pretrained(folder)(images=PICTURES, text=TEXTS, return_tensors="pt"))
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
@@ -99,3 +106,17 @@ def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     (tmp_path / "trained").mkdir()  # as training without merged weights leaves it
     (tmp_path / "adapters").rename(tmp_path / "trained" / "adapter")
     assert torch.equal(load_merged(tmp_path / "trained").state_dict()[MOVED], merged.state_dict()[MOVED])
+
+
+@pytest.mark.parametrize("name", ["demo_anchor", "demo_anchor_2"])
+def test_the_committed_small_clips_load_without_this_packages_code_and_are_the_measured_ones(name):
+    folder = ROOT / "recipes" / name
+    assert not [path.name for path in folder.glob("*.json") if "auto_map" in path.read_text(encoding="utf-8")]
+    stock, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, backend="pil")
+    assert (type(stock), type(processor)) == (CLIPModel, CLIPProcessor)
+    batch = make_batch(folder)
+    check_twin(load_merged(folder), stock, batch)
+    theirs = processor(images=PICTURES, text=TEXTS, return_tensors="pt", padding=True)
+    assert all(torch.equal(theirs[key], batch[key]) for key in batch)
+    records = json.loads((ROOT / "results" / name / "records.json").read_text(encoding="utf-8"))
+    assert {record["revision"] for record in records} == {model_revision(folder, stock)}
