@@ -32,6 +32,7 @@ from modeling_dclip.evaluation.reports.comparison import compare_results, render
 from modeling_dclip.evaluation.reports.gallery import write_pages
 from modeling_dclip.evaluation.reports.report import write_report
 from modeling_dclip.evaluation.reports.tables import render_averages, render_table
+from modeling_dclip.evaluation.reports.verdict import verdict_lines
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
@@ -45,7 +46,9 @@ def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
 
 
 def show(done: Evaluation, arguments: argparse.Namespace) -> None:
-    """Print what was measured, and draw the pictures that were asked for."""
+    """Print what was found and what was measured, and draw the pictures that were asked for."""
+    for line in verdict_lines(done.records):
+        print(f"{line}\n")
     print(render_table(done.records))
     kept = f"; {done.kept} of these records were there already" * bool(done.kept)
     print(f"\nWritten to {arguments.output}{kept}")

@@ -24,7 +24,7 @@ from modeling_dclip.evaluation.benchmarks.kinds import (
     load_benchmark,
 )
 from modeling_dclip.evaluation.records import Measurement, Outcomes, Record, RecordStore
-from modeling_dclip.evaluation.statistics import IntervalDict, compare_to_anchor
+from modeling_dclip.evaluation.statistics import IntervalDict, compare_to_anchor, differences_to_anchor
 
 logger = logging.get_logger(__name__)
 
@@ -237,8 +237,9 @@ def _rename(record: Record, candidate: Candidate) -> Record:
 
 
 def _compare(reference: _Reference, outcomes: Outcomes, seed: int) -> dict[str, str | IntervalDict]:
-    ratios = compare_to_anchor(outcomes, reference.outcomes, seed=seed)
-    return {"anchor": reference.anchor, "anchor_revision": reference.revision, **ratios}
+    both = outcomes, reference.outcomes
+    found = compare_to_anchor(*both, seed=seed) | differences_to_anchor(*both, seed=seed)
+    return {"anchor": reference.anchor, "anchor_revision": reference.revision, **found}
 
 
 def _leave_out(failures: list[str], what: str, error: BaseException) -> None:

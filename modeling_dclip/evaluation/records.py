@@ -156,7 +156,8 @@ class Record(_RequiredFields, total=False):
         condition (`str`): Which of several conditions, such as `alpha=0.5` on the line between two models.
         n_captions (`int`): Captions of the n images.
         chance (`dict[str, float]`): What guessing scores, by metric.
-        comparison (`dict`): Gain or retention against an anchor, as intervals, with `anchor` and `anchor_revision`.
+        comparison (`dict`): Gain or retention against an anchor and the differences, as intervals, with `anchor` and
+            `anchor_revision`.
         draws (`dict[str, list[float]]`): The single values whose mean a metric is.
         intervals (`dict`): An [`~modeling_dclip.evaluation.statistics.IntervalDict`] by metric.
         settings (`dict`): What else the metrics depend on.

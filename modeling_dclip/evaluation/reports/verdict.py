@@ -1,0 +1,405 @@
+"""Did training help? One line for each model that was measured beside its anchor, from results records or a summary.
+
+A claim ("better", "worse", "lost") is made only where the interval of the difference excludes 0. Everything else is
+"not told apart", with the size of a difference that so few images cannot show.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from modeling_dclip.evaluation.arms import arm_of
+from modeling_dclip.evaluation.records import Record
+from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
+from modeling_dclip.evaluation.reports.tables import (
+    interval_cell,
+    name_of,
+    row_title,
+    shorten_benchmark,
+    shorten_paths,
+)
+from modeling_dclip.evaluation.statistics import (
+    DIFFERENCE,
+    GAIN_METRIC,
+    RETENTION_METRIC,
+    IntervalDict,
+    Summary,
+    seed_interval,
+    unpaired_difference,
+)
+
+IMAGE_TO_TEXT = "image_to_text_recall@1"
+# A claim needs this many images. With five, all of them change to one side by chance one time in 16.
+FEWEST_IMAGES = 6
+_DIRECTIONS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
+_OTHER_METRICS = ("map", "group_score", "accuracy")  # what else is judged, the first that a benchmark has
+_METHODS = {
+    "paired": "95 % intervals over images, paired",
+    "unpaired": "95 % intervals over images, as if the images were not the same",
+    "seeds": "95 % intervals over training seeds, on one test set",
+}
+
+
+class Effect(NamedTuple):
+    """How far a model is from its anchor in one metric.
+
+    Attributes:
+        metric (`str`): Its name.
+        before (`float`), after (`float`): The anchor's value and the model's.
+        interval (`IntervalDict`, *optional*): Of the difference, or with `relative` of the gain; `None` if unknown.
+        method (`str`): What the interval covers: `"paired"` or `"unpaired"` images, or `"seeds"`.
+        n (`int`): Images, questions, or with `"seeds"` runs.
+        relative (`bool`): Whether the interval is of after / before - 1.
+        over_images (`IntervalDict`, *optional*): With `"seeds"`: the interval over images, the mean of those of the
+            runs. A claim has to be beyond this noise too, where it is known.
+    """
+
+    metric: str
+    before: float
+    after: float
+    interval: IntervalDict | None
+    method: str
+    n: int
+    relative: bool = False
+    over_images: IntervalDict | None = None
+
+    @property
+    def sign(self) -> int:
+        """1 for better beyond noise, -1 for worse, 0 for not told apart."""
+        few = self.method != "seeds" and self.n < FEWEST_IMAGES
+        side = 0 if few or self.interval is None else _side(self.interval)
+        if self.over_images is not None and _side(self.over_images) != side:
+            side = 0
+        return side if metric_of(self.metric).higher_is_better else -side
+
+    @property
+    def unseen(self) -> float | None:
+        """About the smallest difference that would have been seen, as a share; `None` if nothing is known.
+
+        It is half the interval's width. Where no image changed, it is the 95 % bound on the share of images that
+        change, 1 - 0.05 ** (1 / n).
+        """
+        if self.interval is None or self.interval["low"] is None or self.interval["high"] is None:
+            return None
+        width = self.interval["high"] - self.interval["low"]
+        return width / 2 * (self.before if self.relative else 1) or 1 - 0.05 ** (1 / self.n)
+
+
+def _side(interval: IntervalDict) -> int:
+    """1 if an interval is above 0, -1 if it is below, else 0. Without width it is no measure of noise."""
+    low, high = interval["low"], interval["high"]
+    if low is None or low == high and interval["covers"] == "seeds":
+        return 0
+    return (low > 0) - (high is not None and high < 0)
+
+
+class Verdict(NamedTuple):
+    """What was found of one model.
+
+    Attributes:
+        model (`str`): Its name in tables.
+        headline (`str`): Whether it is better, and what that costs, in one or two sentences.
+        details (`str`): The numbers of both.
+    """
+
+    model: str
+    headline: str
+    details: str
+
+    @property
+    def text(self) -> str:
+        """Both in one line."""
+        return f"{self.headline} {self.details}"
+
+
+def verdict_lines(records: Sequence[Record]) -> list[str]:
+    """Say of each model that was measured beside its anchor whether it is better, and at what cost.
+
+    Args:
+        records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`]. Runs of one arm with
+            several seeds make one line, with intervals over seeds.
+
+    Returns:
+        `list[str]`: One line for each model and retrieval benchmark; for a model without retrieval one for its other
+            benchmarks. Empty where no record names an anchor.
+    """
+    return [verdict.text for verdict in judge(records)]
+
+
+def judge(records: Sequence[Record]) -> list[Verdict]:
+    """[`verdict_lines`], with the headline apart from the numbers."""
+    records = shorten_paths(records)
+    models: dict[tuple, list[Record]] = {}
+    for record in records:
+        if "anchor_revision" in record.get("comparison", {}):
+            arm, condition = arm_of(record), record.get("condition")
+            seeds = {one["seed"] for one in records if arm is not None and arm_of(one) == arm}
+            place = (arm, condition) if len(seeds) > 1 else (record["revision"], name_of(record), condition)
+            models.setdefault(place, []).append(record)
+    verdicts = []
+    for own in models.values():
+        by_benchmark: dict[tuple, list[Record]] = {}
+        for record in own:
+            key = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings", {}).get("index")))
+            by_benchmark.setdefault(key, []).append(record)
+        groups = list(by_benchmark.values())
+        retrieval = [group for group in groups if _kind(group[0]) == "retrieval"]
+        others = [group for group in groups if _kind(group[0]) in ("zero_shot", "fine_grained")]
+        for group in retrieval or [[]]:
+            if verdict := _judge_one(group, others, records):
+                verdicts.append(verdict)
+    return verdicts
+
+
+def summary_verdict_lines(summary: Summary) -> list[str]:
+    """Say of each arm of a summary whether it is better than the anchor, and than the arm it is compared with.
+
+    Args:
+        summary ([`~modeling_dclip.evaluation.statistics.Summary`]): From
+            [`~modeling_dclip.evaluation.statistics.summarise_arms`].
+
+    Returns:
+        `list[str]`: One line for each arm with several seeds, then one for each comparison of two arms. Intervals
+            cover training seeds.
+    """
+    rows = {row["arm"]: row for row in summary["arms"]}
+    name = summary["anchor"]
+    anchor = rows[name]["metrics"]
+    lines = []
+    for arm, row in rows.items():
+        if arm == name or len(row["seeds"]) < 2:
+            continue
+        effects = {
+            metric: Effect(
+                metric,
+                anchor[metric]["estimate"],
+                row["metrics"][metric]["estimate"],
+                _from_seeds(row["metrics"][metric], anchor[metric]),
+                "seeds",
+                len(row["seeds"]),
+            )
+            for metric in (*_DIRECTIONS, RETENTION_METRIC)
+            if metric in anchor
+        }
+        zero_shot = [("", effects.pop(RETENTION_METRIC))] if RETENTION_METRIC in effects else []
+        if effects or zero_shot:
+            lines.append(_compose(arm, name, effects, zero_shot, [], f"{len(row['seeds'])} seeds").text)
+    return lines + [_compare_arms(pair, rows) for pair in summary.get("comparisons", [])]
+
+
+def _from_seeds(arm: IntervalDict, anchor: IntervalDict) -> IntervalDict | None:
+    """The interval of the difference: the anchor is one checkpoint, or was trained with several seeds itself."""
+    if anchor["low"] is None:
+        return _shift(arm, -anchor["estimate"])
+    found = unpaired_difference(anchor, arm)
+    return None if found is None else found.to_dict()
+
+
+def _shift(interval: IntervalDict, by: float) -> IntervalDict:
+    low, high = (None if end is None else end + by for end in (interval["low"], interval["high"]))
+    return {**interval, "estimate": interval["estimate"] + by, "low": low, "high": high}
+
+
+def _compare_arms(pair: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
+    """The line on two arms, paired by seed."""
+    student, baseline = pair["student"], pair["baseline"]
+    seeds = len(rows[student]["seeds"])
+    effects = {}
+    for metric, interval in pair["metrics"].items():
+        before, after = (rows[arm]["metrics"][metric]["estimate"] for arm in (baseline, student))
+        effects[metric] = Effect(metric, before, after, interval, "seeds", seeds)
+    zero_shot = [("", effects[RETENTION_METRIC])] if RETENTION_METRIC in effects else []
+    directions = {metric: effects[metric] for metric in _DIRECTIONS if metric in effects}
+    return _compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
+
+
+def _kind(record: Record) -> str:
+    return record["benchmark"].partition("=")[0]
+
+
+def _spec(record: Record) -> str:
+    return shorten_benchmark(record["benchmark"]).partition("=")[2]
+
+
+def _judge_one(
+    retrieval: Sequence[Record], others: Sequence[Sequence[Record]], records: Sequence[Record]
+) -> Verdict | None:
+    """The verdict on one model: on one retrieval benchmark, and on all zero-shot and fine-grained ones."""
+    first = (retrieval or others[0])[0] if retrieval or others else None
+    if first is None:
+        return None
+    anchor = next(
+        (name_of(one) for one in records if _is_anchor(one, first) and "comparison" not in one),
+        first["comparison"].get("anchor", "its anchor"),
+    )
+    arm = arm_of(first) if len(retrieval or others[0]) > 1 else None
+    title = row_title(first) if arm is None else ", ".join([arm, *filter(None, [first.get("condition")])])
+    effects = {}
+    for metric in _DIRECTIONS:
+        if retrieval and (effect := _measure(retrieval, metric, records)):
+            effects[metric] = effect
+    zero_shot: list[tuple[str, Effect]] = []
+    rest: list[tuple[str, Effect]] = []
+    for group in others:
+        names = (RETENTION_METRIC, *_OTHER_METRICS) if _kind(group[0]) == "zero_shot" else _OTHER_METRICS
+        judged = next((name for name in names if name in group[0]["metrics"]), None)
+        if judged and (effect := _measure(group, judged, records)):
+            (zero_shot if judged == RETENTION_METRIC else rest).append((_spec(group[0]), effect))
+    if not (effects or zero_shot or rest):
+        return None
+    n = f"{_images(retrieval[0]['n'])} of {_spec(retrieval[0])}" if retrieval else ""
+    if arm is not None:
+        n = ", ".join(filter(None, [n, f"{len(retrieval or others[0])} seeds"]))
+    if first["revision"] == first["comparison"]["anchor_revision"] and "condition" not in first:
+        return Verdict(title, f"{title} has the same weights as {anchor}:", "there is nothing to tell apart.")
+    return _compose(title, anchor, effects, zero_shot, rest, n)
+
+
+def _is_anchor(record: Record, student: Record) -> bool:
+    """Whether a record is the measurement that another one is compared with."""
+    return record["revision"] == student["comparison"]["anchor_revision"] and "condition" not in record
+
+
+def _measure(runs: Sequence[Record], metric: str, records: Sequence[Record]) -> Effect | None:
+    """The effect of one model, or over the runs of an arm; `None` if the anchor's value is not known."""
+    effects = []
+    for run in runs:
+        effect = _measure_run(run, metric, records)
+        if effect is None:
+            return None
+        effects.append(effect)
+    if len(effects) == 1:
+        return effects[0]
+    before = sum(one.before for one in effects) / len(effects)
+    after = sum(one.after for one in effects) / len(effects)
+    interval = seed_interval([one.after - one.before for one in effects]).to_dict()
+    over_images = _mean_interval([one.interval for one in effects if one.interval is not None])
+    return Effect(metric, before, after, interval, "seeds", len(effects), over_images=over_images)
+
+
+def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect | None:
+    """The effect of one run. The difference is in the record; records of earlier versions hold only the gain or the
+    retention, or nothing, and then the two models' own intervals are compared.
+    """
+    if metric not in run["metrics"]:
+        return None
+    comparison, after, n = run["comparison"], run["metrics"][metric], run["n"]
+    if stored := comparison.get(f"{metric}{DIFFERENCE}"):
+        return Effect(metric, after - stored["estimate"], after, stored, "paired", n)
+    data = run["benchmark"], run["dataset_fingerprint"]
+    same = (one for one in records if (one["benchmark"], one["dataset_fingerprint"]) == data)
+    anchor = next((one for one in same if _is_anchor(one, run) and metric in one["metrics"]), None)
+    if anchor is None:
+        return None
+    before = anchor["metrics"][metric]
+    for suffix, offset in (("_gain", 0), ("_retention", 1)):
+        if ratio := comparison.get(f"{metric}{suffix}"):
+            return Effect(metric, before, after, _shift(ratio, -offset), "paired", n, relative=True)
+    first, second = (record.get("intervals", {}).get(metric) for record in (anchor, run))
+    found = unpaired_difference(first, second) if first and second else None
+    return Effect(metric, before, after, found.to_dict() if found else None, "unpaired", n)
+
+
+def _mean_interval(intervals: Sequence[IntervalDict]) -> IntervalDict | None:
+    """The mean of both ends. The runs share their images, so the noise of the images does not average out."""
+    lows = [one["low"] for one in intervals if one["low"] is not None]
+    highs = [one["high"] for one in intervals if one["high"] is not None]
+    if not intervals or not len(lows) == len(highs) == len(intervals):
+        return None
+    low, high = (math.fsum(ends) / len(ends) for ends in (lows, highs))
+    return {**intervals[0], "estimate": (low + high) / 2, "low": low, "high": high}
+
+
+def _compose(
+    model: str,
+    anchor: str,
+    directions: Mapping[str, Effect],
+    zero_shot: Sequence[tuple[str, Effect]],
+    rest: Sequence[tuple[str, Effect]],
+    n: str,
+) -> Verdict:
+    """Put the sentences together."""
+    sentences = [_on_retrieval(model, anchor, directions)] if directions else []
+    sentences.append(_on_zero_shot(zero_shot, model, anchor, alone=not directions))
+    details = [
+        _show_effect(_DIRECTIONS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()
+    ]
+    if len(zero_shot) <= 2:
+        details += [_show_effect(f"Zero-shot top-1{spec and f' on {spec}'}", effect) for spec, effect in zero_shot]
+    details += [_show_effect(f"{metric_of(effect.metric).title} on {spec}", effect) for spec, effect in rest]
+    effects = [*directions.values(), *(effect for _, effect in [*zero_shot, *rest])]
+    methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
+    details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
+    return Verdict(model, " ".join(filter(None, sentences)), " ".join(details))
+
+
+def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
+    """The sentence on both directions of retrieval."""
+    signs = {_DIRECTIONS[metric]: effect.sign for metric, effect in effects.items()}
+    better, worse, open_ = ([name for name, sign in signs.items() if sign == one] for one in (1, -1, 0))
+    if better and worse:
+        return f"The directions disagree: {model} is better than {anchor} at {better[0]} and worse at {worse[0]}."
+    if not better and not worse:
+        where = "in both directions" if len(open_) > 1 else open_[0]
+        return f"{model} and {anchor} are not told apart at retrieval, {where}."
+    word, sure = ("better", better) if better else ("worse", worse)
+    if not open_:
+        return f"{model} is {word} than {anchor} at retrieval, {'in both directions' if len(sure) > 1 else sure[0]}."
+    return f"{model} is {word} than {anchor} at retrieval from {sure[0]}; from {open_[0]} they are not told apart."
+
+
+def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, *, alone: bool) -> str:
+    """The sentence on zero-shot accuracy; with `alone` it names the models."""
+    who = f"{model} against {anchor}: " if alone else ""
+    if not found:
+        return f"{who}Zero-shot accuracy was not measured." if not alone else f"{model} against {anchor}."
+    ratios = [effect.after / effect.before for _, effect in found if effect.before > 0]
+    kept = f"{percent(sum(ratios) / len(ratios))} % of {anchor}'s" if ratios else ""
+    signs = [effect.sign for _, effect in found]
+    if len(found) > 2:
+        kept = f"{kept} on average of {len(ratios)} sets" if ratios else ""
+        counted = f"lower beyond noise on {signs.count(-1)} of {len(found)} sets, higher on {signs.count(1)}"
+        return f"{who}Zero-shot accuracy is {counted}{kept and f'; {kept}'}."
+    words = {1: "rose beyond noise", -1: "fell beyond noise", 0: "did not change beyond noise"}
+    kept = kept and f", now {kept}"
+    if len(set(signs)) > 1:
+        parts = "; ".join(f"{words[sign]} on {spec}" for sign, (spec, _) in zip(signs, found, strict=True))
+        return f"{who}Zero-shot accuracy {parts}{kept and f'{kept} on average'}."
+    return f"{who}Zero-shot accuracy {words[signs[0]]}{kept}."
+
+
+def _images(n: int) -> str:
+    return f"{n:,} image{'s' * (n != 1)}"
+
+
+def _show_effect(title: str, effect: Effect) -> str:
+    """One metric: both values, the difference with its interval, and what noise allows to say."""
+    metric = metric_of(effect.metric)
+    points = f"{metric.show(effect.after - effect.before, signed=True)} points"
+    gain = f"{percent(effect.after / effect.before - 1, signed=True)} % relative" if effect.before > 0 else ""
+    if effect.interval is not None:
+        brackets = _brackets(effect.interval)
+        points, gain = (points, f"{gain} {brackets}") if effect.relative else (f"{points} {brackets}", gain)
+    values = f"{title} {metric.show(effect.before)} → {metric.show(effect.after)} %"
+    return f"{values}: {', '.join(filter(None, [points, gain]))}{_explain_noise(effect)}."
+
+
+def _brackets(interval: IntervalDict) -> str:
+    return interval_cell({**interval, "covers": "images"}, signed=True).interval
+
+
+def _explain_noise(effect: Effect) -> str:
+    """Why nothing is claimed, where nothing is."""
+    if effect.sign:
+        return ""
+    if effect.method != "seeds" and effect.n < FEWEST_IMAGES:
+        return f" ({_images(effect.n)} cannot show a difference; take {FEWEST_IMAGES} or more, better hundreds)"
+    if effect.unseen is None or math.isinf(effect.unseen):
+        return " (no interval)"
+    if effect.interval is not None and effect.method == "seeds":
+        if effect.interval["low"] == effect.interval["high"]:
+            return f" (the same for all {effect.n} seeds)"
+        if _side(effect.interval):
+            return " (beyond the noise of the seeds, within that of the images)"
+    counted = f"{effect.n:,} seeds" if effect.method == "seeds" else _images(effect.n)
+    return f" (with {counted} a difference under {percent(effect.unseen)} points cannot be seen)"

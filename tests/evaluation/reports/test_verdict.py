@@ -1,0 +1,173 @@
+"""The verdict: a claim only beyond noise, both directions, what zero-shot accuracy it costs, and what n can show."""
+
+import pytest
+import torch
+
+from modeling_dclip.evaluation.records import make_record
+from modeling_dclip.evaluation.reports.verdict import FEWEST_IMAGES, judge, summary_verdict_lines, verdict_lines
+from modeling_dclip.evaluation.statistics import (
+    bootstrap_outcomes,
+    compare_to_anchor,
+    differences_to_anchor,
+    summarise_arms,
+)
+
+RETRIEVAL = ("text_to_image_recall@1", "image_to_text_recall@1")
+
+
+def outcomes(n, **shares):
+    """By metric, hits of the first images: what one model finds, a better one finds too."""
+    counts = torch.ones(n, 2).double()
+    found = {}
+    for name, share in shares.items():
+        found[name] = counts.clone()
+        found[name][:, 0] = (torch.arange(n) < round(share * n)).double()
+    return found
+
+
+def at(t2i, i2t, n):
+    return outcomes(n, **dict(zip(RETRIEVAL, (t2i, i2t), strict=True)))
+
+
+def record(model, values, against=None, **fields):
+    """A record as `eval.py` makes it, with or without an anchor's outcomes to compare with."""
+    n = len(next(iter(values.values())))
+    metrics = {name: float(own[:, 0].sum() / own[:, 1].sum()) for name, own in values.items()}
+    filled = {"benchmark": "retrieval=scenes:test", "seed": 0, "split": "test", "revision": f"sha256:{model}",
+              "dataset_fingerprint": "sha256:data", "command": "eval.py"}  # fmt: skip
+    if n > 1:
+        filled["intervals"] = {name: one.to_dict() for name, one in bootstrap_outcomes(values).items()}
+    if against is not None:
+        found = compare_to_anchor(values, against) | differences_to_anchor(values, against)
+        filled["comparison"] = {"anchor": "anchor", "anchor_revision": "sha256:anchor", **found}
+    return make_record(model=model, metrics=metrics, n=n, **{**filled, **fields})
+
+
+def pair(before, after, n=400):
+    anchor = at(*before, n)
+    return [record("anchor", anchor), record("mine", at(*after, n), anchor)]
+
+
+def zero_shot(before, after, n=400, spec="scenes"):
+    anchor = outcomes(n, top1=before)
+    fields = {"benchmark": f"zero_shot={spec}"}
+    return [record("anchor", anchor, **fields), record("mine", outcomes(n, top1=after), anchor, **fields)]
+
+
+def test_a_gain_in_both_directions_is_said_with_points_and_interval_and_the_missing_zero_shot_too():
+    (line,) = verdict_lines(pair((0.3, 0.4), (0.4, 0.5)))
+    assert line.startswith("mine is better than anchor at retrieval, in both directions. Zero-shot accuracy was not")
+    assert "Text to image R@1 30.0 → 40.0 %: +10.0 points [+" in line and "+33.3 % relative" in line
+    assert "Image to text R@1 40.0 → 50.0 %" in line and "400 images of scenes:test" in line and "paired" in line
+    assert "cannot be seen" not in line
+
+
+def test_a_claim_needs_a_difference_beyond_noise():
+    (line,) = verdict_lines(pair((0.3, 0.4), (0.3025, 0.3975)))  # one image of 400 each
+    assert line.startswith("mine and anchor are not told apart at retrieval, in both directions.")
+    assert line.count("with 400 images a difference under") == 2
+    assert "better" not in line and "worse" not in line
+
+
+def test_directions_that_disagree_are_said():
+    assert verdict_lines(pair((0.3, 0.4), (0.4, 0.3)))[0].startswith(
+        "The directions disagree: mine is better than anchor at text to image and worse at image to text."
+    )
+    (line,) = verdict_lines(pair((0.3, 0.4), (0.2, 0.4)))
+    assert line.startswith("mine is worse than anchor at retrieval from text to image; from image to text they are")
+
+
+def test_zero_shot_accuracy_is_said_with_the_share_that_is_kept():
+    (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.72))
+    assert verdict.headline.endswith("Zero-shot accuracy fell beyond noise, now 90.0 % of anchor's.")
+    assert "Zero-shot top-1 on scenes 80.0 → 72.0 %: -8.0 points [-" in verdict.details
+    (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.8))
+    assert "did not change beyond noise, now 100.0 % of anchor's" in verdict.headline
+    assert "with 400 images a difference under 0.7 points cannot be seen" in verdict.details  # 1 - 0.05 ** (1 / 400)
+
+
+def test_several_zero_shot_sets_are_counted():
+    sets = [zero_shot(0.8, after, spec=f"set{index}") for index, after in enumerate((0.7, 0.8, 0.9))]
+    (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + [one for own in sets for one in own])
+    assert "lower beyond noise on 1 of 3 sets, higher on 1; 100.0 % of anchor's on average" in verdict.headline
+    two = [one for own in sets[:2] for one in own]
+    assert "fell beyond noise on set0; did not change beyond noise on set1" in judge(two)[0].headline
+
+
+@pytest.mark.parametrize("n", [1, 2, FEWEST_IMAGES - 1])
+def test_few_images_show_nothing_however_large_the_difference(n):
+    (line,) = verdict_lines(pair((0.0, 0.0), (1.0, 1.0), n=n))
+    assert "not told apart" in line and f"{n} image{'s' * (n > 1)} cannot show a difference" in line
+
+
+def test_fifteen_images_show_only_a_large_difference():
+    (line,) = verdict_lines(pair((0.2, 0.2), (0.4, 0.4), n=15))
+    assert "not told apart" in line and "with 15 images a difference under" in line
+    assert "is better" in verdict_lines(pair((0.2, 0.2), (0.8, 0.8), n=15))[0]
+
+
+def test_records_of_earlier_versions_are_judged_by_their_gain_and_their_intervals():
+    both = pair((0.3, 0.4), (0.4, 0.41))
+    for name in RETRIEVAL:
+        del both[1]["comparison"][f"{name}_difference"]
+    (line,) = verdict_lines(both)
+    assert "is better than anchor at retrieval from text to image" in line and "% relative [+" in line
+    assert "as if the images were not the same" in line  # image to text has no gain
+    assert verdict_lines(both[1:]) == []  # the anchor's values are not known
+
+
+def test_models_without_an_anchor_have_no_verdict_and_same_weights_say_so():
+    assert verdict_lines([record("a", at(0.3, 0.3, 40)), record("b", at(0.4, 0.4, 40))]) == []
+    both = pair((0.3, 0.4), (0.3, 0.4))
+    both[1]["revision"] = both[0]["revision"]
+    assert verdict_lines(both) == ["mine has the same weights as anchor: there is nothing to tell apart."]
+
+
+def test_points_between_two_models_have_lines_of_their_own():
+    both = pair((0.3, 0.4), (0.4, 0.5))
+    line = verdict_lines([*both, {**both[1], "condition": "alpha=0.5"}])[1]
+    assert line.startswith("mine, alpha=0.5 is better than anchor")
+
+
+def runs(shares, n=400):
+    anchor = at(0.3, 0.4, n)
+    made = [record("anchor", anchor, label="anchor")]
+    for seed, share in enumerate(shares):
+        label = f"arm, seed {seed}"
+        made.append(record(f"run{seed}", at(share, 0.4, n), anchor, label=label, seed=seed))
+    return made
+
+
+def test_runs_of_one_arm_make_one_line_over_seeds():
+    (line,) = verdict_lines(runs((0.40, 0.41, 0.42)))
+    assert line.startswith("arm is better than anchor at retrieval from text to image")
+    assert "3 seeds; 95 % intervals over training seeds" in line and "+11.0 points [+8.5, +13.5]" in line
+    assert "the same for all 3 seeds" in line
+
+
+def test_a_difference_beyond_the_seeds_noise_alone_is_no_claim():
+    (line,) = verdict_lines(runs((0.45, 0.475, 0.5), n=40))
+    assert "is better" in line
+    (line,) = verdict_lines(runs((0.325, 0.35, 0.35), n=40))
+    assert "not told apart" in line
+    (line,) = verdict_lines(runs((0.3075, 0.305, 0.3075)))  # 3, 2 and 3 images of 400
+    assert "beyond the noise of the seeds, within that of the images" in line
+
+
+def test_a_summary_of_arms_has_lines_against_the_anchor_and_between_arms():
+    def run(value, top1):
+        return {"text_to_image_recall@1": value, "image_to_text_recall@1": 0.4, "top1": top1}
+
+    arms = {
+        "anchor": {0: run(0.3, 0.9)},
+        "base": {0: run(0.4, 0.8), 1: run(0.41, 0.81), 2: run(0.42, 0.8)},
+        "mine": {0: run(0.4, 0.85), 1: run(0.42, 0.87), 2: run(0.41, 0.86)},
+    }
+    lines = summary_verdict_lines(summarise_arms(arms, pairs=[("mine", "base")]))
+    assert [line.split(" at ")[0] for line in lines] == [
+        "base is better than anchor",
+        "mine is better than anchor",
+        "mine and base are not told apart",
+    ]
+    assert "Zero-shot accuracy fell beyond noise" in lines[0] and "rose beyond noise" in lines[2]
+    assert "[+8.5, +13.5]" in lines[0] and all("3 seeds" in line for line in lines)
