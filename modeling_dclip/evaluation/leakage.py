@@ -9,7 +9,7 @@ has read:
   with the teacher as the image encoder);
 - `teacher_to_text_*`: the rank of sentence i among the I sentences, asked by pair i.
 
-Ties count against the teacher, as in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`]; equal
+Ties count against the teacher, as in [`~modeling_dclip.encoders.retrieval_ranks.retrieval_ranks`]; equal
 captions of two images are ties. Draw d takes caption `(start_i + d) mod count_i` with a random start, so as many draws
 as captions use each caption once. All conditions of a draw share its captions and its shuffle. The shuffle is a random
 cycle through all images, so no image keeps its own:
@@ -49,8 +49,7 @@ from modeling_dclip.data.specs import BATCH, COUNT, SEED, WORKERS, CommandParser
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features, embed_pairs
 from modeling_dclip.encoders.fingerprints import combine_keys, model_revision
 from modeling_dclip.encoders.loading import load_checked, load_processor
-from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
+from modeling_dclip.encoders.retrieval_ranks import RetrievalRanks, metrics_from_ranks, retrieval_ranks
 from modeling_dclip.evaluation.command_line import check_device
 from modeling_dclip.evaluation.records import Metrics, Record, environment, make_record, write_results
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES

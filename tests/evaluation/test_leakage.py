@@ -10,9 +10,9 @@ from modeling_dclip.data.columns import Ragged, row_keys
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, compute_features
 from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders.retrieval_ranks import RetrievalRanks, metrics_from_ranks
 from modeling_dclip.evaluation import leakage
-from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.evaluation.leakage import EXCHANGES, chance_metrics, make_draws, measure_leakage, pair_embeds
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.tables import render_leakage

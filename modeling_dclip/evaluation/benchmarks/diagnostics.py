@@ -18,7 +18,7 @@ import torch
 from datasets import Dataset
 
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import check_rows, unit_rows
+from modeling_dclip.encoders.retrieval_ranks import check_rows, unit_rows
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
 from modeling_dclip.evaluation.records import BenchmarkResult
 

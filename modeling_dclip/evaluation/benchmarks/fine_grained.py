@@ -1,7 +1,7 @@
 """Fine-grained questions: does the picture's true caption come before captions that are false in one respect?
 
 An answer is right if the cosine of the true caption to the picture is above that of **every** false caption. Ties,
-within [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.TIE_TOLERANCE`], count against the model. Guessing is
+within [`~modeling_dclip.encoders.retrieval_ranks.TIE_TOLERANCE`], count against the model. Guessing is
 right with a chance of 1/2 for one false caption, and of 1/(k + 1) for k. Winoground's pairs of two pictures and two
 captions have the three scores of its paper, with a chance of 1/4, 1/4 and 1/6.
 
@@ -23,7 +23,7 @@ from modeling_dclip.data.images import decode_image
 from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
+from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.records import BenchmarkResult
 

@@ -15,7 +15,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
+from modeling_dclip.encoders.retrieval_ranks import (
+    NOT_FOUND,
     TIE_TOLERANCE,
     RetrievalRanks,
     check_embeddings,
@@ -24,7 +25,6 @@ from modeling_dclip.evaluation.benchmarks.retrieval_ranks import (
     unit_rows,
 )
 
-NOT_FOUND = torch.iinfo(torch.long).max  # rank of what the index did not return
 _QUERIES, _ROWS = 4096, 65536  # at a time
 _TRAINING_ROWS = 1 << 20  # for k-means; FAISS takes 256 of them for each cell
 _POINTS_PER_CELL = 39  # with fewer, FAISS warns that k-means is not reliable
@@ -107,7 +107,7 @@ def approximate_ranks(
 
     Args:
         image_embeds, text_embeds, image_of_caption: As in
-            [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`].
+            [`~modeling_dclip.encoders.retrieval_ranks.retrieval_ranks`].
         index (`str`, *optional*, defaults to `"faiss"`): `"faiss"` is an inverted file of about 4 * sqrt(n) cells, or
             a scan of all if there are too few vectors. `"faiss:FACTORY"` is an index of FAISS's `index_factory`, e.g.
             `"faiss:HNSW32"`.
@@ -128,7 +128,7 @@ def approximate_ranks(
 
     Raises:
         ImportError: If `faiss-cpu` is not installed.
-        ValueError: As in [`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.check_embeddings`]; also if an
+        ValueError: As in [`~modeling_dclip.encoders.retrieval_ranks.check_embeddings`]; also if an
             argument is out of range, or FAISS refuses the factory.
     """
     faiss = find_faiss(index)

@@ -27,7 +27,7 @@ from modeling_dclip.data.files import list_folder, remove_leftovers, replacing
 from modeling_dclip.data.labels.prompts import check_prompts
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_text_encoder, fingerprint_tokens
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
+from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.records import BenchmarkResult
 

@@ -1,7 +1,7 @@
 """What a model finds: a page of queries with their first answers, right or wrong, that opens in any browser offline.
 
 Queries are chosen and answered here; the page is made from a template. Ranks are those of
-[`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.retrieval_ranks`], and answers are shown in the order of these
+[`~modeling_dclip.encoders.retrieval_ranks.retrieval_ranks`], and answers are shown in the order of these
 ranks: of equal scores the right answer comes last. The similarity matrix is never held, only the rows of the chosen
 queries.
 
@@ -27,8 +27,7 @@ from modeling_dclip.data.files import write_text
 from modeling_dclip.data.images import decode_image
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
-from modeling_dclip.evaluation.benchmarks.retrieval import metrics_from_ranks
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
+from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, metrics_from_ranks, retrieval_ranks
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
 from modeling_dclip.evaluation.records import Record, record_key
 from modeling_dclip.evaluation.reports.document import render_page
@@ -197,7 +196,7 @@ def answer_queries(
 
     Args:
         embeddings ([`~modeling_dclip.evaluation.embedding.DatasetEmbeddings`]): Of the whole dataset.
-        ranks ([`~modeling_dclip.evaluation.benchmarks.retrieval_ranks.RetrievalRanks`]): Of these embeddings.
+        ranks ([`~modeling_dclip.encoders.retrieval_ranks.RetrievalRanks`]): Of these embeddings.
         options ([`GalleryOptions`]): Which queries, how many, and how many answers of each.
 
     Returns:

@@ -13,6 +13,7 @@ from modeling_dclip.data.questions.hard_negatives import CATEGORIES
 from modeling_dclip.data.questions.rows import CROP_FEATURE, PAIR_FEATURE, QUESTION_FEATURES
 from modeling_dclip.data.scenes import encode_png
 from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.benchmarks.fine_grained import (
     evaluate_fine_grained,
     pair_hits,
@@ -20,7 +21,6 @@ from modeling_dclip.evaluation.benchmarks.fine_grained import (
     question_hits,
     questions_fingerprint,
 )
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE
 
 WORDS = ["red", "blue", "small", "large", "circle", "square", "dog", "photo", "left", "right"]
 

@@ -6,15 +6,15 @@ import pytest
 import torch
 
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.evaluation.benchmarks.efficiency import MIB, peak_memory_mib
-from modeling_dclip.evaluation.benchmarks.retrieval import (
-    embeddings_of_pairs,
-    evaluate_retrieval,
+from modeling_dclip.encoders.retrieval_ranks import (
+    TIE_TOLERANCE,
+    RetrievalRanks,
     metrics_from_ranks,
     outcomes_from_ranks,
-    retrieval_metrics,
+    retrieval_ranks,
 )
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, retrieval_ranks
+from modeling_dclip.evaluation.benchmarks.efficiency import MIB, peak_memory_mib
+from modeling_dclip.evaluation.benchmarks.retrieval import embeddings_of_pairs, evaluate_retrieval, retrieval_metrics
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, metrics_from_ranks, retrieval_metrics
+from modeling_dclip.encoders.retrieval_ranks import RetrievalRanks, metrics_from_ranks, retrieval_ranks
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval, retrieval_metrics
 from modeling_dclip.evaluation.benchmarks.retrieval_index import NOT_FOUND, approximate_ranks
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import RetrievalRanks, retrieval_ranks
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from datasets import Dataset, Features, Image, List, Value
 from PIL import Image as PILImage
 
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.evaluation.benchmarks.retrieval_ranks import retrieval_ranks
+from modeling_dclip.encoders.retrieval_ranks import retrieval_ranks
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings
 from modeling_dclip.evaluation.reports.gallery import (
     CHOICES,

@@ -1,4 +1,16 @@
-"""Exact ranks of every relevant pair in both directions, for any number of captions per image and sets of any size.
+"""Retrieval in both directions with any number of captions per image: exact ranks first, every metric from them.
+
+The definitions are those of the CLIP papers:
+
+- Text to image asks one question per **caption**: at which rank is its one image among all images?
+- Image to text asks one question per **image**: at which ranks are its captions among all captions of the set?
+- Recall@k is the share of questions with **any** right answer among the first k. An image with five captions needs one
+  of them, not a share of the five.
+- MRR is the mean of 1 / rank of the first right answer.
+- mAP is the mean over questions of the average precision over **all** right answers, without a cut-off. With one right
+  image per caption, `text_to_image_map` equals `text_to_image_mrr`.
+- The median rank is of the first right answer; for an even number of questions it is the mean of the two middle ranks.
+- R-sum is the sum of the six recalls at 1, 5 and 10.
 
 The similarity matrix exists one tile at a time, in float32 whatever the type of the embeddings. Nothing else grows
 faster than the number of images or captions.
@@ -9,7 +21,7 @@ embeddings do not depend on rounding, tiling or order. Relevant captions of one 
 index.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -21,6 +33,8 @@ TIE_TOLERANCE = 4 * torch.finfo(torch.float32).eps
 # Captions in a tile; it has four times as many images. A tile fits into the cache of a CPU; on a GPU it is large
 # enough to make up for the launch of a kernel.
 CHUNK_ON_CPU, CHUNK_ON_GPU = 512, 4096
+NOT_FOUND = torch.iinfo(torch.long).max  # rank of what an approximate search did not return
+RSUM_AT = (1, 5, 10)
 _ROWS = 4096  # embeddings at a time outside the tiles
 _WIDE = 64  # a slot with at least this many images is compared in a call of its own
 _LEAST_NORM = 1e-12  # below it, `normalize` does not give a unit vector
@@ -274,3 +288,105 @@ def _bars_of_images(
     if not columns:
         return wide, []
     return wide, list(zip(torch.cat(positions).split(images), torch.cat(columns).split(images), strict=True))
+
+
+def check_cut_offs(ks: Sequence[int], depth: int | None) -> None:
+    """Refuse cut-offs that no rank can be held against.
+
+    Args:
+        ks (`Sequence[int]`): Cut-offs of recall.
+        depth (`int`, *optional*): How many answers are searched, where not all are.
+
+    Raises:
+        ValueError: If there is no cut-off, or one is below 1 or above the depth.
+    """
+    if not ks or min(ks) < 1:
+        raise ValueError(f"Expected cut-offs >= 1, got {tuple(ks)}.")
+    if depth is not None and max(ks) > depth:
+        raise ValueError(f"Expected cut-offs of at most the depth {depth} that was searched, got {tuple(ks)}.")
+
+
+def _first_ranks(ranks: RetrievalRanks) -> dict[str, torch.Tensor]:
+    """Rank of the first right answer of every question: (C,) from texts, (I,) from images."""
+    owners = ranks.image_of_caption
+    first = torch.full((int(owners.max()) + 1,), NOT_FOUND).scatter_reduce(0, owners, ranks.image_to_text, "amin")
+    return {"text_to_image": ranks.text_to_image, "image_to_text": first}
+
+
+def _reciprocal(ranks: torch.Tensor) -> torch.Tensor:
+    return torch.where(ranks == NOT_FOUND, 0.0, 1 / ranks.double())
+
+
+def outcomes_from_ranks(
+    ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10), *, depth: int | None = None
+) -> dict[str, torch.Tensor]:
+    """Sum and count of every image, with its captions, for each metric.
+
+    Args:
+        ranks ([`RetrievalRanks`]): From [`retrieval_ranks`], or from an index.
+        ks (`Sequence[int]`, *optional*, defaults to `(1, 5, 10)`): Cut-offs of recall, >= 1.
+        depth (`int`, *optional*): How many answers were searched, where not all were. MRR and mAP are then `mrr@depth`
+            and `map@depth`: right answers that were not found add nothing.
+
+    Returns:
+        `dict[str, torch.Tensor]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, each float64 of shape `(I, 2)`.
+            The metric is the sum of column 0 over the sum of column 1. Resample by image for intervals.
+
+    Raises:
+        ValueError: If there is no cut-off, or one is below 1 or above the depth.
+    """
+    check_cut_offs(ks, depth)
+    owners, first = ranks.image_of_caption, _first_ranks(ranks)
+    count = torch.bincount(owners).double()  # (I,)
+    found = rank_within_group(
+        owners, -ranks.image_to_text.double()
+    )  # right captions seen up to and including this one
+
+    def by_image(per_caption: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(count).index_add(0, owners, per_caption.double())
+
+    average_precision = by_image(found * _reciprocal(ranks.image_to_text)) / count
+    outcomes, suffix = {}, "" if depth is None else f"@{depth}"
+    for direction, rank in first.items():
+        from_texts = direction == "text_to_image"
+        questions = count if from_texts else torch.ones_like(count)
+        answers = {f"recall@{k}": (rank <= k).double() for k in ks}
+        answers |= {f"mrr{suffix}": _reciprocal(rank)}
+        answers |= {f"map{suffix}": _reciprocal(rank) if from_texts else average_precision}
+        for name, values in answers.items():
+            sums = by_image(values) if from_texts else values
+            outcomes[f"{direction}_{name}"] = torch.stack([sums, questions], dim=1)
+    return outcomes
+
+
+def metrics_from_outcomes(ranks: RetrievalRanks, outcomes: Mapping[str, torch.Tensor]) -> dict[str, float]:
+    """The metrics of [`metrics_from_ranks`], from what [`outcomes_from_ranks`] gave for these ranks."""
+    metrics = {name: float(pairs[:, 0].sum() / pairs[:, 1].sum()) for name, pairs in outcomes.items()}
+    for direction, rank in _first_ranks(ranks).items():
+        ordered = rank.sort().values
+        middle = ordered[[(len(rank) - 1) // 2, len(rank) // 2]]
+        if int(middle[1]) != NOT_FOUND:
+            metrics[f"{direction}_median_rank"] = float(middle.double().mean())
+    recalls = [f"{direction}_recall@{k}" for direction in ("text_to_image", "image_to_text") for k in RSUM_AT]
+    if all(name in metrics for name in recalls):
+        metrics["rsum"] = sum(metrics[name] for name in recalls)
+    return metrics
+
+
+def metrics_from_ranks(
+    ranks: RetrievalRanks, ks: Sequence[int] = (1, 5, 10), *, depth: int | None = None
+) -> dict[str, float]:
+    """Turn ranks into metrics; the module's text defines them.
+
+    Args:
+        ranks, ks, depth: As in [`outcomes_from_ranks`].
+
+    Returns:
+        `dict[str, float]`: `{text_to_image,image_to_text}_{recall@k,mrr,map}`, in [0, 1];
+            `{text_to_image,image_to_text}_median_rank`, >= 1 (left out if the answer was not found to at least half of
+            the questions); and `rsum`, in [0, 6], if 1, 5 and 10 are among the cut-offs.
+
+    Raises:
+        ValueError: As in [`outcomes_from_ranks`].
+    """
+    return metrics_from_outcomes(ranks, outcomes_from_ranks(ranks, ks, depth=depth))
