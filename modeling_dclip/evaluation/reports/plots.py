@@ -15,7 +15,7 @@ import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image as PILImage
@@ -26,8 +26,28 @@ from modeling_dclip.evaluation.reports.document import show_text
 logger = logging.getLogger(__name__)
 
 INK, QUIET, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
-SERIES_COLOURS = ("#6b7280", "#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626")  # grey first: the anchor
-MARKERS = ("s", "^", "o", "D", "v", "P")
+# Grey first: the anchor.
+SERIES_COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0e7490", "#be185d", "#854d0e")
+MARKERS = ("s", "^", "o", "D", "v", "P", "X")
+# The colour of each loss term, in every run.
+TERM_COLOURS = {
+    "loss": INK,
+    "contrastive_loss": "#2563eb",
+    "cosine_distillation_loss": "#d97706",
+    "similarity_distillation_loss": "#059669",
+    "cosine_preservation_loss": "#9333ea",
+    "distillation_loss": "#dc2626",
+    "synthetic_contrastive_loss": "#0e7490",
+    "synthetic_distillation_loss": "#be185d",
+}
+# What a trainer logs of the retrieval of the validation part, a share in [0, 1].
+RETRIEVAL_TERMS = {
+    "eval_text_to_image_recall@1": "text to image",
+    "eval_image_to_text_recall@1": "image to text",
+}
+RETRIEVAL_COLOURS = ("#0e7490", "#be185d")
+VALIDATION: dict[str, Any] = {"lw": 1.6, "ls": (0, (3, 1.6)), "marker": "o", "ms": 4.5, "mfc": "white"}
+MANY_POINTS = 200  # more points than this get a running median
 MAP_TITLES = {
     "attention_rollout": "attention rollout",
     "class_attention": "class attention, last layer",
@@ -552,52 +572,201 @@ def plot_suite(
     save_figure(figure, path)
 
 
+class _Curve(NamedTuple):
+    """Points of one logged number: the optimiser's steps, and the values."""
+
+    steps: list[float]
+    values: list[float]
+
+
+def _read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, _Curve]:
+    """The curves of a log by name: losses, and the retrieval of the validation part."""
+    curves: dict[str, _Curve] = {}
+    for entry in log_history:
+        for name, value in entry.items():
+            is_loss = name != "train_loss" and (name == "loss" or name.endswith("_loss"))
+            if "step" not in entry or not (is_loss or name in RETRIEVAL_TERMS):
+                continue
+            if not math.isfinite(value):
+                what = "losses" if is_loss else "numbers"
+                raise ValueError(f"Expected finite {what}, got {name}={value} at step {entry['step']}.")
+            curve = curves.setdefault(name, _Curve([], []))
+            curve.steps.append(entry["step"])
+            curve.values.append(100 * value if name in RETRIEVAL_TERMS else value)
+    return curves
+
+
+def _name_term(term: str) -> str:
+    """A term as words: `cosine_distillation_loss` is "cosine distillation"."""
+    return "total" if term == "loss" else term.removesuffix("_loss").replace("_", " ")
+
+
+def _split_terms(curves: Mapping[str, _Curve]) -> tuple[dict[str, str], dict[str, str]]:
+    """The terms of the first panel (total and contrastive losses) and of the second, each with its name."""
+    names = {name.removeprefix("eval_"): "" for name in curves if name not in RETRIEVAL_TERMS}
+    terms = {term: _name_term(term) for term in sorted(names, key=lambda term: (term != "loss", term))}
+    others = [term for term in terms if term != "loss"]
+    if "loss" in terms and len(others) == 1:
+        pairs = [(curves.get(f"{part}loss"), curves.get(f"{part}{others[0]}")) for part in ("", "eval_")]
+        if all((one is None) == (two is None) for one, two in pairs) and all(
+            one.steps == two.steps and np.allclose(one.values, two.values, rtol=1e-4)
+            for one, two in pairs
+            if one is not None and two is not None
+        ):  # the total is this term: one line, not two on top of each other
+            del terms["loss"]
+            terms[others[0]] = f"total = {terms[others[0]]}"
+            return terms, {}
+    first = {term: name for term, name in terms.items() if term == "loss" or term.endswith("contrastive_loss")}
+    rest = {term: name for term, name in terms.items() if term not in first}
+    return (first, rest) if first else (rest, {})
+
+
+def _draw_term(axes: Any, curve: _Curve, colour: str, measured: bool) -> int:
+    """Draw a term: validation dashed, training solid. Of many training points, all are drawn thin, and their running
+    median thick.
+
+    Returns:
+        `int`: Points of the running median; 0 if there is none.
+    """
+    count = len(curve.steps)
+    if measured:
+        axes.plot(*curve, color=colour, **(VALIDATION if count <= 60 else {**VALIDATION, "marker": ""}))
+        return 0
+    if count <= MANY_POINTS:
+        axes.plot(*curve, color=colour, lw=1.6, marker="o" if count <= 12 else "", ms=3)
+        return 0
+    width = count // 40 | 1  # odd
+    axes.plot(*curve, color=colour, lw=0.6, alpha=0.4)
+    middles = np.median(np.lib.stride_tricks.sliding_window_view(np.array(curve.values), width), axis=1)
+    axes.plot(curve.steps[width // 2 : count - width // 2], middles, color=colour, lw=1.8)
+    return width
+
+
+def _draw_terms(axes: Any, curves: Mapping[str, _Curve], terms: Mapping[str, str]) -> int:
+    """Draw the terms of a panel with their legend at the right.
+
+    Returns:
+        `int`: As [`_draw_term`].
+    """
+    from matplotlib.lines import Line2D
+
+    colours = dict(TERM_COLOURS)
+    spare = [colour for colour in SERIES_COLOURS if colour not in colours.values()]
+    for index, term in enumerate(term for term in terms if term not in colours):
+        colours[term] = spare[index % len(spare)]
+    width = 0
+    for term in terms:
+        for name in (term, f"eval_{term}"):
+            if name in curves:
+                width = max(width, _draw_term(axes, curves[name], colours[term], name != term))
+    lines = [Line2D([], [], color=colours[term], lw=2, label=name) for term, name in terms.items()]
+    _legend_at_right(axes, lines)
+    return width
+
+
+def _legend_at_right(axes: Any, lines: Sequence[Any]) -> None:
+    axes.legend(
+        handles=lines, loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False, fontsize=9, labelcolor=INK,
+        borderaxespad=0, handlelength=2.2,
+    )  # fmt: skip
+
+
+def _draw_retrieval(axes: Any, curves: Mapping[str, _Curve]) -> None:
+    """Draw the retrieval of the validation part, on an axis of ten points or more: less is noise."""
+    from matplotlib.lines import Line2D
+
+    lines = []
+    for index, (name, title) in enumerate(RETRIEVAL_TERMS.items()):
+        if name in curves:
+            _draw_term(axes, curves[name], RETRIEVAL_COLOURS[index], True)
+            lines.append(Line2D([], [], color=RETRIEVAL_COLOURS[index], lw=2, label=title))
+    low, high = axes.get_ylim()
+    axes.set_ylim(_widen(low, high, 10))
+    axes.set_ylabel("validation R@1 (%)", color=INK, fontsize=9)
+    _legend_at_right(axes, lines)
+
+
+def _widen(low: float, high: float, least: float) -> tuple[float, float]:
+    """Limits in percent at least so far apart; not below zero if the values are not."""
+    middle, half = (low + high) / 2, max(high - low, least) / 2
+    shift = max(0.0, half - middle) if low >= 0 else 0.0
+    return middle - half + shift, middle + half + shift
+
+
 def plot_training(
-    log_history: Sequence[Mapping[str, Any]], path: str | os.PathLike, *, title: str | None = None
+    log_history: Sequence[Mapping[str, Any]],
+    path: str | os.PathLike,
+    *,
+    title: str | None = None,
+    best_step: int | None = None,
 ) -> None:
-    """Draw the losses of a training against the optimiser's step.
+    """Draw what a training logged against the optimiser's step, one panel below the other.
+
+    The first panel has the total and the contrastive loss, the second the other terms, the third the retrieval of the
+    validation part; a panel without numbers is left out. A term has the same colour in every picture: solid in
+    training, dashed in validation. Of more than [`MANY_POINTS`] training points a running median is drawn over them,
+    which the legend says.
 
     Args:
         log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries
-            with `step` and losses, `loss`, `<what>_loss`, `eval_loss`. The last entry's `train_loss`, a mean over all
-            steps, is no point of a curve and is left out.
+            with `step` and losses, `loss`, `<what>_loss`, `eval_loss`, and numbers of [`RETRIEVAL_TERMS`]. The last
+            entry's `train_loss`, a mean over all steps, is no point of a curve and is left out.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         title (`str`, *optional*): Above the picture.
+        best_step (`int`, *optional*): The step whose weights were kept; marked in every panel.
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If no entry has a step and a loss, a loss is not finite (the step is named), or the file is no
+        ValueError: If no entry has a step and a loss, a number is not finite (the step is named), or the file is no
             `.png`.
     """
-    curves: dict[str, list[tuple[float, float]]] = {}
-    for entry in log_history:
-        for name, value in entry.items():
-            if "step" not in entry or name == "train_loss" or not (name == "loss" or name.endswith("_loss")):
-                continue
-            if not math.isfinite(value):
-                raise ValueError(f"Expected finite losses, got {name}={value} at step {entry['step']}.")
-            curves.setdefault(name, []).append((entry["step"], value))
-    if not curves:
+    curves = _read_curves(log_history)
+    parts = [terms for terms in _split_terms(curves) if terms]
+    if not parts:
         raise ValueError(f"Expected entries with 'step' and a loss, got {len(log_history)} without.")
-    figure = new_figure(6.8, 4.0)
-    axes = figure.add_subplot()
-    for index, (name, points) in enumerate(curves.items()):
-        measured = name.startswith("eval_")
-        colour = SERIES_COLOURS[(1 + index) % len(SERIES_COLOURS)]
-        axes.plot(*zip(*points, strict=True), label=name, color=colour, lw=1.4,
-                  ls="--" if measured else "-", marker="o" if measured or len(points) < 3 else "", ms=4)  # fmt: skip
-    axes.set_xlabel("step", color=INK, fontsize=9)
-    axes.set_ylabel("loss", color=INK, fontsize=9)
-    axes.set_title(title or "", loc="left", color=INK, fontsize=11)
-    axes.legend(frameon=False, fontsize=8, labelcolor=INK)
-    _quiet_axes(axes, "both")
+    measures = any(name in curves for name in RETRIEVAL_TERMS)
+    heights = [*(2.7 if index == 0 else 1.9 for index in range(len(parts))), *([1.6] if measures else [])]
+    figure = new_figure(8.0, 0.7 + sum(heights))
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    width = 0
+    for index, (axes, terms) in enumerate(zip(panels, parts, strict=False)):
+        width = max(width, _draw_terms(axes, curves, terms))
+        axes.set_ylabel("loss" if index == 0 else "other terms", color=INK, fontsize=9)
+    if measures:
+        _draw_retrieval(panels[-1], curves)
+    thick = f" (thin: every point; thick: median of {width})" if width else ""
+    keys = [Line2D([], [], color=QUIET, lw=1.6, label=f"training{thick}")]
+    if any(name.startswith("eval_") for name in curves):
+        keys.append(Line2D([], [], color=QUIET, label="validation", **VALIDATION))
+    if best_step is not None:
+        for axes in panels:
+            axes.axvline(best_step, color=INK, lw=1, ls=":", zorder=1)
+        keys.append(Line2D([], [], color=INK, lw=1, ls=":", label=f"kept: step {best_step:,}"))
+    for axes in panels:
+        _quiet_axes(axes, "both")
+    panels[-1].set_xlabel(_name_steps(log_history), color=INK, fontsize=9)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
+    panels[-1].xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    panels[0].set_title(title or "", loc="left", color=INK, fontsize=11)
+    figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), frameon=False, fontsize=9, labelcolor=INK)
     save_figure(figure, path)
 
 
-def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
-    """Draw the losses of each training stage into `training_curves.png` in the stage's folder.
+def _name_steps(log_history: Sequence[Mapping[str, Any]]) -> str:
+    """The title of the axis of steps: it says how many there were, and epochs."""
+    steps = max(entry["step"] for entry in log_history if "step" in entry)
+    epochs = max((entry["epoch"] for entry in log_history if "epoch" in entry), default=None)
+    return f"step ({steps:,}" + (")" if epochs is None else f" in {epochs:g} epoch{'s' * (epochs != 1)})")
 
-    A picture that is newer than its numbers stays.
+
+def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
+    """Draw what each training stage logged into `training_curves.png` in the stage's folder.
+
+    The step whose weights the stage kept is marked if the trainer's state names it (`best_global_step`). A picture
+    that is newer than its numbers stays.
 
     Args:
         folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or for each arm, seed and stage.
@@ -607,7 +776,7 @@ def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
             logged no loss.
 
     Raises:
-        ValueError: If a loss is not finite, or a trainer's state is not valid JSON.
+        ValueError: If a number is not finite, or a trainer's state is not valid JSON.
     """
     found = [path for depth in ("*", "*/seed-*/*") for path in list_folder(folder, f"{depth}/{STATE_NAME}")]
     states = [path for path in found if _is_stale(path)]
@@ -616,11 +785,13 @@ def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
         return []
     drawn = []
     for path in states:
-        log_history = read_json(path, "trainer's state", ["log_history"])["log_history"]
+        state = read_json(path, "trainer's state", ["log_history"])
+        log_history = state["log_history"]
         if not any("loss" in entry or "eval_loss" in entry for entry in log_history):
             continue
         drawn.append(path.with_name(CURVES_NAME))
-        plot_training(log_history, drawn[-1], title=path.parent.name)
+        title = ", ".join(path.parent.relative_to(folder).parts)
+        plot_training(log_history, drawn[-1], title=title, best_step=state.get("best_global_step"))
     return drawn
 
 

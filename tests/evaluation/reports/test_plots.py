@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from modeling_dclip.distillation import losses
 from modeling_dclip.evaluation.reports import plots
 from modeling_dclip.evaluation.reports import plots as figures_module
 from modeling_dclip.evaluation.reports import plots as report_plots
@@ -241,15 +242,76 @@ def test_a_suite_has_a_row_a_dataset_the_easiest_on_top(tmp_path, figures):
         report_plots.plot_suite({}, tmp_path / "a.png")
 
 
-def test_losses_are_drawn_against_the_step(tmp_path, figures):
+LOSSES = [
+    {"step": 10, "epoch": 1.0, "loss": 2.0, "contrastive_loss": 1.5, "cosine_distillation_loss": 0.5},
+    {"step": 20, "epoch": 2.0, "loss": 1.0, "contrastive_loss": 0.6, "cosine_distillation_loss": 0.4},
+    {"step": 20, "eval_loss": 1.2, "eval_contrastive_loss": 0.7, "eval_text_to_image_recall@1": 0.25},
+    {"step": 20, "train_loss": 1.5, "train_runtime": 3.0},
+]
+
+
+def lines_of(axes, colour):
+    return [line.get_xydata().tolist() for line in axes.lines if line.get_color() == colour]
+
+
+def legend_of(axes):
+    return [text.get_text() for text in axes.get_legend().get_texts()]
+
+
+def test_a_term_has_one_colour_in_training_and_validation(tmp_path, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    log = [{"step": 10, "loss": 2.0, "contrastive_loss": 1.5}, {"step": 20, "loss": 1.0, "contrastive_loss": 0.5}]
-    log += [{"step": 20, "eval_loss": 1.2}, {"step": 20, "train_loss": 1.5, "train_runtime": 3.0}]
-    report_plots.plot_training(log, tmp_path / "a.png", title="Title")
+    report_plots.plot_training(LOSSES, tmp_path / "a.png", title="Title", best_step=10)
     assert is_not_blank(tmp_path / "a.png")
-    lines = {line.get_label(): line.get_xydata().tolist() for line in figures[0].axes[0].lines}
-    assert lines["loss"] == [[10, 2.0], [20, 1.0]] and lines["eval_loss"] == [[20, 1.2]] and "train_loss" not in lines
+    colours = report_plots.TERM_COLOURS
+    first, second, third = figures[0].axes
+    assert lines_of(first, colours["contrastive_loss"]) == [[[10, 1.5], [20, 0.6]], [[20, 0.7]]]
+    assert [[10, 2.0], [20, 1.0]] in lines_of(first, colours["loss"]) and legend_of(first) == ["total", "contrastive"]
+    assert lines_of(second, colours["cosine_distillation_loss"]) == [[[10, 0.5], [20, 0.4]]]
+    assert legend_of(second) == ["cosine distillation"] and legend_of(third) == ["text to image"]
+    assert lines_of(third, report_plots.RETRIEVAL_COLOURS[0]) == [[[20, 25.0]]]
+    low, high = third.get_ylim()
+    assert high - low >= 10 > 0  # a step of one point does not fill the panel
+    assert third.get_xlabel() == "step (20 in 2 epochs)"
+    keys = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert keys == ["training", "validation", "kept: step 10"]
+
+
+def test_legends_lie_outside_the_panels(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    report_plots.plot_training(LOSSES, tmp_path / "a.png")
+    for axes in figures[0].axes:
+        assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+
+
+def test_a_total_that_is_its_only_term_is_one_line(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    log = [{"step": step, "loss": 1 / step, "contrastive_loss": 1 / step} for step in (1, 2)]
+    report_plots.plot_training(log, tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert legend_of(axes) == ["total = contrastive"] and len(axes.lines) == 1
+
+
+def test_of_many_points_all_are_drawn_and_the_median_is_named(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    log = [{"step": step, "loss": 1.0 + step % 7, "contrastive_loss": 1.0} for step in range(1, 2001)]
+    report_plots.plot_training(log, tmp_path / "a.png")
+    every, median = lines_of(figures[0].axes[0], report_plots.TERM_COLOURS["loss"])
+    assert len(every) == 2000 and {value for _, value in median} == {4.0}
+    (key,) = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert key == "training (thin: every point; thick: median of 51)"
+
+
+def test_every_loss_term_has_a_colour_of_its_own():
+    colours = report_plots.TERM_COLOURS
+    assert {name for name in vars(losses) if name.endswith("_loss")} <= set(colours)
+    assert len(set(colours.values())) == len(colours)
+
+
+def test_numbers_that_no_curve_can_show_are_named(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     with pytest.raises(ValueError, match="'step' and a loss, got 1 without"):
         report_plots.plot_training([{"step": 1, "epoch": 1.0}], tmp_path / "a.png")
     with pytest.raises(ValueError, match="loss=nan at step 3"):
         report_plots.plot_training([{"step": 3, "loss": math.nan}], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="numbers, got eval_text_to_image_recall@1=nan at step 3"):
+        report_plots.plot_training([{"step": 3, "eval_text_to_image_recall@1": math.nan}], tmp_path / "a.png")

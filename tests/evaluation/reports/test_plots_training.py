@@ -56,3 +56,17 @@ def test_a_loss_that_is_not_finite_is_named(tmp_path):
     write_state(tmp_path / "student", [{"step": 3, "loss": float("nan")}])
     with pytest.raises(ValueError, match="loss=nan at step 3"):
         draw_training_curves(tmp_path)
+
+
+def test_the_step_whose_weights_were_kept_is_marked(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training_curves, "plot_training", lambda log, path, **options: drawn.append(options))
+    write_state(tmp_path / "paper" / "seed-1" / "student", LOG)
+    folder = tmp_path / "student"
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG, "best_global_step": 1}))
+    draw_training_curves(tmp_path)
+    assert drawn == [
+        {"title": "student", "best_step": 1},
+        {"title": "paper, seed-1, student", "best_step": None},
+    ]
