@@ -29,6 +29,7 @@ from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.evaluation.benchmarks.kinds import KINDS
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.results import render_readme
+from modeling_dclip.hub.index.build import build_index
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -349,7 +350,9 @@ def substitutes(tiny_clip_dir, tmp_path_factory):
     sizes = {"stem_dim": 8, "hidden_size": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2), "image_size": 64}
     DMCLIPVisionModel(DMCLIPVisionConfig(**sizes)).save_pretrained(dmclip)
     Image.effect_noise((64, 64), 90).convert("RGB").save(folder / "photo.jpg")
+    build_index(str(tiny_clip_dir), str(folder), folder / "index")
     return {
+        "my_index": folder / "index",
         "outputs/demo/leak_free/seed-0/student": student,
         "outputs/dmclip_demo/contrastive/seed-0/dmclip": dmclip,
         "photo.jpg": folder / "photo.jpg",

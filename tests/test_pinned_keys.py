@@ -1118,6 +1118,7 @@ def test_manifest_of_an_index(tiny_clip_dir, tmp_path):
         "processes",
         "changes",
         "skipped",
+        "notes",
         "versions",
         "files",
     ]

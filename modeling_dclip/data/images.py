@@ -158,6 +158,7 @@ UNREADABLE = (
 )
 MOST_PIXELS = 178_956_970  # where PIL refuses too; 0.7 GB decoded
 MOST_BYTES = 2**30  # of an encoded picture
+THUMBNAIL_QUALITY = 82  # of a JPEG
 # Formats that PIL opens but that run another program (Ghostscript), or that it only knows by name.
 _REFUSED_FORMATS = ("EPS", "BUFR", "GRIB", "HDF5", "MPEG", "WMF", "IPTC")
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:(//|:)")  # http://, hf://, zip://..::http://..
@@ -291,6 +292,28 @@ def open_image(
         return _decode(stored, upright, MOST_PIXELS if most_pixels is None else most_pixels)
     except UNREADABLE as error:
         raise _unreadable(name, error, advice) from error
+
+
+class Thumbnail(NamedTuple):
+    """A small picture: the content of a JPEG file, and its size in pixels."""
+
+    jpeg: bytes
+    width: int
+    height: int
+
+
+def make_thumbnail(image: Image.Image, size: int) -> Thumbnail:
+    """A small copy of a picture, for a page.
+
+    Args:
+        image (`PIL.Image.Image`): In RGB, as [`open_image`] gives it. It is not changed.
+        size (`int`): Longest side in pixels; a smaller picture keeps its size.
+    """
+    small = image.copy()
+    small.thumbnail((size, size))
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=THUMBNAIL_QUALITY, optimize=True)
+    return Thumbnail(buffer.getvalue(), *small.size)
 
 
 class ImageHeader(NamedTuple):

@@ -27,8 +27,8 @@ from modeling_dclip.encoders.retrieval_ranks import (
 
 _QUERIES, _ROWS = 4096, 65536  # at a time
 _TRAINING_ROWS = 1 << 20  # for k-means; FAISS takes 256 of them for each cell
-_POINTS_PER_CELL = 39  # with fewer, FAISS warns that k-means is not reliable
-_LEAST_CELLS = 16  # with fewer, a scan of all is as fast
+POINTS_PER_CELL = 39  # with fewer, FAISS warns that k-means is not reliable
+LEAST_CELLS = 16  # with fewer, a scan of all is as fast
 
 
 class FaissIndex(Protocol):
@@ -176,19 +176,22 @@ def build_faiss_index(faiss: ModuleType, items: torch.Tensor, factory: str = "",
         ValueError: If FAISS refuses the factory.
     """
     if not factory:
-        cells = min(4 * math.isqrt(len(items)), len(items) // _POINTS_PER_CELL)
-        factory = f"IVF{cells},Flat" if cells >= _LEAST_CELLS else "Flat"
+        cells = min(4 * math.isqrt(len(items)), len(items) // POINTS_PER_CELL)
+        factory = f"IVF{cells},Flat" if cells >= LEAST_CELLS else "Flat"
     try:
         index = faiss.index_factory(items.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
         if not index.is_trained:
+            if (inverted := faiss.try_extract_index_ivf(index)) is not None:
+                inverted.cp.min_points_per_centroid = 1  # FAISS would warn on stderr; whoever builds says it
             drawn = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed))[:_TRAINING_ROWS]
             index.train(unit_rows(items[drawn]).numpy())
         for rows in items.split(_ROWS):
             index.add(unit_rows(rows).numpy())
     except RuntimeError as error:
+        reason = str(error).rpartition(" failed: ")[2] or str(error)  # what stands before is C++
         raise ValueError(
             f"Expected an index that FAISS can build over {len(items)} vectors of width {items.shape[1]}, got "
-            f"{factory!r}: {error}"
+            f"{factory!r}: {reason}"
         ) from error
     return index
 

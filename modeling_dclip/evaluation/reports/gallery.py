@@ -9,7 +9,6 @@ queries.
 image encoder.
 """
 
-import io
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.files import write_text
-from modeling_dclip.data.images import decode_image
+from modeling_dclip.data.images import Thumbnail, decode_image, make_thumbnail
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, metrics_from_ranks, retrieval_ranks
@@ -42,7 +41,6 @@ CHOICES = {
 }
 DIRECTIONS = ("text_to_image", "image_to_text")
 LONGEST_TEXT = 600  # characters shown of a caption; a gallery is no place for a page of text
-JPEG_QUALITY = 82
 
 
 @dataclass(frozen=True)
@@ -226,14 +224,6 @@ def answer_queries(
     return answered
 
 
-class Thumbnail(NamedTuple):
-    """A small picture: the content of a JPEG file, and its size in pixels."""
-
-    jpeg: bytes
-    width: int
-    height: int
-
-
 class _Thumbnails:
     """Thumbnails of a dataset; each is made once, while the cache holds it."""
 
@@ -242,11 +232,7 @@ class _Thumbnails:
         self.of = lru_cache(maxsize=512)(self._make)
 
     def _make(self, row: int) -> Thumbnail:
-        picture = decode_image(self.dataset, row)
-        picture.thumbnail((self.size, self.size))
-        buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=JPEG_QUALITY, optimize=True)
-        return Thumbnail(buffer.getvalue(), *picture.size)
+        return make_thumbnail(decode_image(self.dataset, row), self.size)
 
 
 def _shorten(text: str) -> str:

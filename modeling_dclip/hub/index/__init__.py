@@ -10,22 +10,26 @@
 [`~modeling_dclip.hub.index.build.build_index`] writes such a folder, and [`SearchIndex`] searches it.
 """
 
+import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, TypedDict, cast
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
 from modeling_dclip.data.files import list_folder, read_json, require_field, temporary_folder, write_json, writing
-from modeling_dclip.encoders import DualEncoder
+from modeling_dclip.data.images import MissingImageError, decode_image, has_image_suffix, open_image, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_file
-from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_index import effort_of, find_faiss
-from modeling_dclip.evaluation.embedding import embed_query, open_picture
-from modeling_dclip.hub.index.embeddings import fingerprint_encoder
+
+if TYPE_CHECKING:
+    import torch
+
+    from modeling_dclip.encoders import DualEncoder
 
 MANIFEST, EMBEDDINGS = "index.json", "embeddings"
 MANIFEST_FORMAT = 1
@@ -49,6 +53,13 @@ class IndexedFile(TypedDict):
     sha256: str
 
 
+class Change(TypedDict):
+    """Pictures that are new, changed, gone or kept since the index that was there: how many, and the first of them."""
+
+    count: int
+    first: list[str]
+
+
 Manifest = TypedDict(
     "Manifest",
     {
@@ -64,8 +75,9 @@ Manifest = TypedDict(
         "recall@10": float | None,
         "computed": int,  # images that this build embedded
         "processes": int,
-        "changes": dict[str, int] | None,  # images `added` and `removed` since the index that was there before
+        "changes": dict[str, Change] | None,  # by `new`, `changed`, `gone`, `kept`; `None` for a first build
         "skipped": list[UnreadableImage],
+        "notes": list[str],  # what the build has to say of the index, in sentences
         "versions": dict[str, str],
         "files": dict[str, IndexedFile],
     },
@@ -91,11 +103,40 @@ class Hit(NamedTuple):
         score (`float`): The cosine to the query, in [-1, 1].
         image_id (`str`): The picture's id.
         path (`str`, *optional*): The picture's file; `None` if a dataset holds its bytes.
+        name (`str`): The file as seen from the folder that was indexed; the id where there is no file.
     """
 
     score: float
     image_id: str
     path: str | None
+    name: str
+
+
+def read_query(query: str | Path | Image.Image) -> str | Image.Image:
+    """Take what is looked for: words, or a picture.
+
+    Args:
+        query (`str`, `Path` or `PIL.Image.Image`): A text that ends as the names of pictures do (`.jpg`, `.png`, ...)
+            and a `Path` are the file of a picture; any other text is words.
+
+    Returns:
+        `str` or `PIL.Image.Image`: The words, stripped, or the picture, upright in RGB.
+
+    Raises:
+        FileNotFoundError: If there is no such picture.
+        ValueError: If there are no words, they are the path of a folder or of another file, or the picture is damaged.
+    """
+    if isinstance(query, Image.Image):
+        return query
+    if isinstance(query, Path) or has_image_suffix(query):
+        from modeling_dclip.evaluation.embedding import open_picture
+
+        return open_picture(query)
+    if not query.strip():
+        raise ValueError("Expected words or a picture to look for, got an empty text. Say what the picture shows.")
+    if "/" in query and Path(query).exists():
+        raise ValueError(f"Expected words or the path of a picture, got '{query}', which is a folder or another file.")
+    return query.strip()
 
 
 def read_manifest(folder: str | Path) -> Manifest:
@@ -173,6 +214,7 @@ class SearchIndex:
         vectors: The FAISS index.
         rows (`pyarrow.Table`): The images, in the order of the vectors.
         model (`str`): The model that embeds the queries.
+        images (`str`): Where the pictures are: a folder, or a dataset's spec.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
     """
 
@@ -183,15 +225,23 @@ class SearchIndex:
         vectors: Any,
         rows: pa.Table,
         model: str,
+        images: str,
         trust_remote_code: bool = False,
     ):
         self.folder, self.manifest, self.vectors, self.rows = folder, manifest, vectors, rows
-        self.model, self.trust_remote_code = model, trust_remote_code
+        self.model, self.images, self.trust_remote_code = model, images, trust_remote_code
         self._encoder: tuple[DualEncoder, Any] | None = None
+        self._dataset: tuple[Dataset, dict[str, int]] | None = None
 
     @classmethod
     def load(
-        cls, folder: str | Path, *, model: str | None = None, verify: bool = True, trust_remote_code: bool = False
+        cls,
+        folder: str | Path,
+        *,
+        model: str | None = None,
+        images: str | None = None,
+        verify: bool = True,
+        trust_remote_code: bool = False,
     ) -> "SearchIndex":
         """Open an index.
 
@@ -199,6 +249,7 @@ class SearchIndex:
             folder (`str` or `Path`): A folder that [`~modeling_dclip.hub.index.build.build_index`] wrote.
             model (`str`, *optional*): Where the model is now, if it has moved. It must be the model that embedded the
                 images.
+            images (`str`, *optional*): Where the pictures are now, if they have moved: a folder, or a dataset's spec.
             verify (`bool`, *optional*, defaults to `True`): Compare the files' hashes with the manifest's, which takes
                 about a second for each GB.
             trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
@@ -225,7 +276,8 @@ class SearchIndex:
                 f"Expected {expected} and the columns {list(IMAGE_COLUMNS)} in '{folder}', got {found} and "
                 f"{rows.column_names}. Its files are not of one build. Build it again."
             )
-        index = cls(folder, manifest, vectors, rows, model or manifest["model"], trust_remote_code)
+        places = (model or manifest["model"], images or manifest["images"])
+        index = cls(folder, manifest, vectors, rows, *places, trust_remote_code)
         if (effort := manifest["effort"]) is not None:
             index.set_effort(effort)
         return index
@@ -251,7 +303,7 @@ class SearchIndex:
         holder, name, most = knob
         setattr(holder, name, min(effort, most))
 
-    def encoder(self) -> tuple[DualEncoder, Any]:
+    def encoder(self) -> "tuple[DualEncoder, Any]":
         """Load the model that embedded the images, once.
 
         Returns:
@@ -261,6 +313,9 @@ class SearchIndex:
             ValueError: If it is not the model that embedded the images; else as
                 [`~modeling_dclip.encoders.loading.load_dual_encoder`].
         """
+        from modeling_dclip.encoders.loading import load_dual_encoder
+        from modeling_dclip.hub.index.embeddings import fingerprint_encoder
+
         if self._encoder is None:
             model, processor, revision = load_dual_encoder(self.model, trust_remote_code=self.trust_remote_code)
             if (found := fingerprint_encoder(model, processor)) != self.manifest["encoder"]:
@@ -277,26 +332,77 @@ class SearchIndex:
         """Find the images nearest to a text or to a picture.
 
         Args:
-            query (`str`, `Path` or `PIL.Image.Image`): A `str` is a text, a `Path` the file of a picture.
+            query (`str`, `Path` or `PIL.Image.Image`): As for [`read_query`].
             top_k (`int`, *optional*, defaults to 10): The number of images to return, if the index has as many.
 
         Returns:
-            `list[Hit]`: Best first.
+            `list[Hit]`: Best first. An approximate index may find fewer, or none.
 
         Raises:
             FileNotFoundError: If there is no such picture.
             ValueError: If the text is empty, the picture is damaged, `top_k < 1`, or the model is not the one that
                 embedded the images.
         """
+        from modeling_dclip.evaluation.embedding import embed_query
+
         if top_k < 1:
             raise ValueError(f"Expected top_k >= 1, got {top_k}.")
-        if isinstance(query, Path):
-            query = open_picture(query)
-        vector = embed_query(*self.encoder(), query)
-        scores, rows = self.vectors.search(vector.numpy(), min(top_k, len(self)))
+        query = read_query(query)
+        return self.nearest(embed_query(*self.encoder(), query), top_k)
+
+    def nearest(self, query_embeds: "torch.Tensor", top_k: int = 10) -> list[Hit]:
+        """Find the images nearest to an embedding.
+
+        Args:
+            query_embeds (`torch.Tensor` of shape `(1, D)`): float32, L2-normalised, on the CPU.
+            top_k (`int`, *optional*, defaults to 10): As for [`search`].
+
+        Returns:
+            `list[Hit]`: Best first.
+        """
+        scores, rows = self.vectors.search(query_embeds.numpy(), min(top_k, len(self)))
         found = [(float(score), int(row)) for score, row in zip(scores[0], rows[0], strict=True) if row >= 0]
         table = self.rows.take([row for _, row in found]).to_pylist()
-        return [Hit(score, row["image_id"], row["path"]) for (score, _), row in zip(found, table, strict=True)]
+        return [self._hit(score, row) for (score, _), row in zip(found, table, strict=True)]
+
+    def hits(self) -> list[Hit]:
+        """All images, in the order of the vectors, without a query: the scores are NaN."""
+        return [self._hit(float("nan"), row) for row in self.rows.to_pylist()]
+
+    def _hit(self, score: float, row: Mapping[str, Any]) -> Hit:
+        path, name, indexed = row["path"], row["image_id"], self.manifest["images"]
+        if path is not None and PurePath(path).is_relative_to(indexed):
+            name = str(PurePath(path).relative_to(indexed))
+            path = os.path.join(self.images, name)
+        elif self.images != indexed:  # a dataset that has moved: its rows say where the pictures are now
+            path = None
+        return Hit(score, row["image_id"], path, name)
+
+    def picture(self, hit: Hit) -> Image.Image:
+        """Read the picture of a hit, from its file or from the dataset that was indexed.
+
+        Args:
+            hit ([`Hit`]): Of this index.
+
+        Returns:
+            `PIL.Image.Image`: Upright, in RGB.
+
+        Raises:
+            UnreadableImageError: If it is gone or damaged by now.
+        """
+        if hit.path is not None:
+            return open_image(hit.path, f"'{hit.name}'", advice="Build the index again if the pictures have changed.")
+        if self._dataset is None:
+            from modeling_dclip.hub.index.build import load_pictures
+
+            dataset = undecoded_images(load_pictures(self.images))
+            self._dataset = dataset, {image_id: row for row, image_id in enumerate(dataset["image_id"])}
+        dataset, row_of = self._dataset
+        if hit.image_id not in row_of:
+            raise MissingImageError(
+                f"{hit.image_id!r} is no longer in {self.images!r}. Build the index again.", "it is no longer there"
+            )
+        return decode_image(dataset, row_of[hit.image_id])
 
 
 def _find_files(folder: Path, manifest: Manifest, verify: bool) -> dict[str, Path]:

@@ -1,37 +1,29 @@
 """Search your own pictures: embed a folder or a dataset once, then search it with words or with a picture.
 
     python -m modeling_dclip.hub.index --model MODEL --images FOLDER_OR_DATASET --output INDEX
-    python -m modeling_dclip.hub.index search "a dog on a beach" --index INDEX --top_k 10
-    python -m modeling_dclip.hub.index search photo.jpg --index INDEX
+    python -m modeling_dclip.hub.index search "a dog on a beach" --index INDEX --page results.html
+    python -m modeling_dclip.hub.index search photo.jpg --index INDEX --top_k 5
 
 MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. A build that was killed
 continues when it is started again, and a second build embeds only new images. To build on several GPUs, start it with
 `accelerate launch -m modeling_dclip.hub.index`.
 """
 
-import json
+import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers.utils import logging
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import (
-    MANIFEST_NAME,
-    printable,
-    read_text,
-    write_manifest,
-)
-from modeling_dclip.data.images import has_image_suffix
+from modeling_dclip.data.files import MANIFEST_NAME, printable, read_text, write_manifest
 from modeling_dclip.data.specs import BATCH, WORKERS, CommandParser, Range
-from modeling_dclip.hub.index import Hit, SearchIndex
-from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
+from modeling_dclip.hub.index import Change, SearchIndex, read_query
 
 COMMAND = "python -m modeling_dclip.hub.index"
 _MANY = Range(1, 10**6, whole=True)
-SHOWN = 10  # images that could not be read
+SHOWN = 10  # images that could not be read, or are copies
 
 
 @dataclass
@@ -74,7 +66,14 @@ class SearchArguments:
             "range": _MANY,
         },
     )
+    page: str | None = field(
+        default=None, metadata={"help": "Also write the pictures as an HTML page, to open in a browser."}
+    )
     model: str | None = field(default=None, metadata={"help": "Where the model is now, if it has moved."})
+    images: str | None = field(
+        default=None,
+        metadata={"help": "Where the pictures are now, if they have moved: a folder, or a spec."},
+    )
     json: bool = field(default=False, metadata={"help": "Print one JSON object in a line, for other programs."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -89,43 +88,69 @@ def _read_queries(path: str | None) -> list[str]:
     return queries
 
 
+def _names(names: Sequence[str], count: int) -> str:
+    more = f", and {count - len(names):,} more" if count > len(names) else ""
+    return ", ".join(map(printable, names)) + more
+
+
+def _count(number: int, noun: str = "picture") -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _describe_changes(changes: dict[str, Change]) -> str:
+    parts = [
+        f"{one['count']:,} {kind} ({_names(one['first'], one['count'])})" if one["count"] else f"0 {kind}"
+        for kind, one in changes.items()
+        if kind != "kept"
+    ]
+    return f"Since the last build: {', '.join(parts)}, {changes['kept']['count']:,} kept."
+
+
+def _describe_copies(index: SearchIndex) -> Iterator[str]:
+    """Name the pictures whose files have the same content as one before them."""
+    first: dict[str, str] = {}
+    copies = []
+    for name, digest in zip(*(index.rows[column].to_pylist() for column in ("image_id", "sha256")), strict=True):
+        if digest in first:
+            copies.append((name, first[digest]))
+        else:
+            first[digest] = name
+    if copies:
+        is_are = "is a copy" if len(copies) == 1 else "are copies"
+        yield f"{_count(len(copies))} {is_are} of another, and will be found beside it:"
+        yield from (f"    {printable(copy)} = {printable(name)}" for copy, name in copies[:SHOWN])
+        if len(copies) > SHOWN:
+            yield f"    and {len(copies) - SHOWN:,} more"
+
+
 def describe_build(index: SearchIndex) -> str:
-    """Say what was built, and which images were left out."""
+    """Say what was built, what has changed, which images were left out, and what to do next."""
     manifest = index.manifest
     lines = [
-        f"{manifest['n']} images of width {manifest['dim']} in {index.folder}: {manifest['computed']} embedded now, "
-        f"index {manifest['index']}."
+        f"{_count(manifest['n'])} in {printable(index.folder)}, {manifest['computed']:,} embedded now. Index: "
+        f"{manifest['index']}, width {manifest['dim']}."
     ]
     if manifest["changes"] is not None:
-        lines.append(
-            "Compared with the index before: {added} images added, {removed} removed.".format(**manifest["changes"])
-        )
-    if manifest["recall@10"] is not None:
-        lines.append(
-            f"It finds {100 * manifest['recall@10']:.1f}% of the exact first 10, measured on queries that it was not "
-            f"tuned on, at an effort of {manifest['effort']}."
-        )
+        lines.append(_describe_changes(manifest["changes"]))
+    lines += _describe_copies(index)
+    lines += manifest["notes"]
     skipped = manifest["skipped"]
     if skipped:
-        lines.append(f"Left out {len(skipped)} images that cannot be read:")
+        lines.append(f"Left out {_count(len(skipped))} that cannot be read:")
         lines += [
             f"    {printable(one['image_id'])} ({printable(one['file'] or 'stored bytes')}): {one['reason']}"
             for one in skipped[:SHOWN]
         ]
         if len(skipped) > SHOWN:
             lines.append(f"    and {len(skipped) - SHOWN} more, all listed in {index.folder / 'index.json'}")
+    folder = shlex.quote(str(index.folder))
+    lines.append(f'Search it: {COMMAND} search "a dog" --index {printable(folder)} --page results.html')
     return "\n".join(lines)
 
 
-def describe_hits(hits: Sequence[Hit], as_json: bool = False) -> str:
-    """Write the found pictures in lines: rank, cosine, and the file, or the id where there is no file."""
-    if as_json:
-        return "\n".join(json.dumps(hit._asdict()) for hit in hits)
-    names = [printable(hit.path or hit.image_id) for hit in hits]
-    return "\n".join(f"{rank:3d}  {hit.score:.4f}  {names[rank - 1]}" for rank, hit in enumerate(hits, 1))
-
-
 def _build(argv: Sequence[str]) -> str | None:
+    from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
+
     parser = CommandParser(BuildArguments, prog=COMMAND, description=__doc__)
     (arguments,) = parser.parse(argv)
     index = build_index(
@@ -154,13 +179,24 @@ def _search(argv: Sequence[str]) -> str:
     parser = CommandParser(SearchArguments, prog=f"{COMMAND} search", description="Search an index.")
     parser.add_argument("query", help="Words, or the path of a picture.")
     arguments, asked = parser.parse(argv)
-    index = SearchIndex.load(arguments.index, model=arguments.model, trust_remote_code=arguments.trust_remote_code)
+    from modeling_dclip.hub.index.answers import check_page, describe_hits, describe_query, write_page
+
+    query = read_query(asked.query)
+    if arguments.page is not None:
+        check_page(arguments.page)
+    places = {"model": arguments.model, "images": arguments.images}
+    index = SearchIndex.load(arguments.index, **places, trust_remote_code=arguments.trust_remote_code)
     if arguments.effort is not None:
         index.set_effort(arguments.effort)
-    query = Path(asked.query) if has_image_suffix(asked.query) else asked.query
-    if isinstance(query, str) and "/" in query and Path(query).exists():
-        raise ValueError(f"Expected words or the path of a picture, got '{query}', which is a folder or another file.")
-    return describe_hits(index.search(query, arguments.top_k), arguments.json)
+    hits = index.search(query, arguments.top_k)
+    lines = [describe_hits(index, describe_query(query, asked.query), hits, arguments.json)]
+    if arguments.page is not None:
+        tiles = write_page(index, query, hits, arguments.page, asked.query)
+        unread = [tile.hit.name for tile in tiles if tile.reason]
+        if unread:
+            lines.append(f"{_count(len(unread))} cannot be read any more: {_names(unread[:SHOWN], len(unread))}.")
+        lines.append(f"Pictures: {printable(arguments.page)} (open it in a browser)")
+    return "\n".join(lines[:1] if arguments.json else lines)
 
 
 @command

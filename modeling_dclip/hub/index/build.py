@@ -1,8 +1,7 @@
 """Build a search index: embed the pictures of a folder or a dataset, and make a FAISS index of the embeddings."""
 
-import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,10 +18,12 @@ from modeling_dclip.data.captions import CAPTION_SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.files import check_output_folder
 from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
-from modeling_dclip.data.rows import first
+from modeling_dclip.data.rows import FIRST_IDS, first
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.retrieval_index import (
+    LEAST_CELLS,
+    POINTS_PER_CELL,
     build_faiss_index,
     effort_of,
     find_faiss,
@@ -34,6 +35,7 @@ from modeling_dclip.hub.index import (
     EMBEDDINGS,
     MANIFEST,
     MANIFEST_FORMAT,
+    Change,
     Manifest,
     SearchIndex,
     UnreadableImage,
@@ -42,13 +44,12 @@ from modeling_dclip.hub.index import (
 )
 from modeling_dclip.hub.index.embeddings import EmbeddingStore, embed_readable, fingerprint_encoder, hash_images
 
-logger = logging.getLogger(__name__)
-
 # Factory strings of FAISS's `index_factory`. The empty one is an inverted file whose number of cells follows from the
 # number of images.
 FACTORIES = {"exact": "Flat", "ivf": "", "hnsw": "HNSW32"}
 BAD_IMAGE_MODES = ("raise", "skip")
 FIRST_EFFORT = {"nprobe": 32, "efSearch": 128}  # used if no queries measure the effort
+ENOUGH_QUERIES = 100  # half of them measure: their share is then known to a few points
 
 
 @dataclass(frozen=True)
@@ -135,20 +136,21 @@ def build_index(
     hashes = [key for key in keys if key is not None and store.has(key)]
     embeds = store.read(hashes)
     vectors = build_faiss_index(faiss, embeds, FACTORIES.get(index, index))
-    texts = embed_texts(encoder, queries) if queries else None
+    ids = dataset.select_columns("image_id").select(kept)["image_id"][:]
+    effort, notes = _set_effort(faiss, vectors, index, embeds, encoder, queries)
     manifest = {
         "format": MANIFEST_FORMAT,
         "model": os.path.abspath(model) if os.path.isdir(model) else str(model),
         **{"revision": revision, "encoder": made_by, "images": images},
         **{"n": len(kept), "dim": embeds.shape[1], "index": index},
-        **_set_effort(faiss, vectors, embeds, texts),
+        **effort,
         "computed": computed,
         "processes": state.num_processes,
-        "changes": _changes(before, output, hashes),
+        "changes": _changes(before, output, dict(zip(ids, hashes, strict=True))),
         "skipped": [describe_fault(dataset, row) for row in bad],
+        "notes": notes,
         "versions": {**environment()[0], "faiss": faiss.__version__},
     }
-    ids = dataset.select_columns("image_id").select(kept)["image_id"][:]
     write_index(output, vectors, {"image_id": ids, "path": image_paths(dataset, kept), "sha256": hashes}, manifest)
     return SearchIndex.load(output, model=str(model), verify=False, trust_remote_code=trust_remote_code)
 
@@ -258,44 +260,69 @@ def _check_output(output: Path, encoder: str, images: str, model: str, overwrite
     before = read_manifest(output)
     if before["encoder"] != encoder:
         raise FileExistsError(
-            f"'{output}' holds an index of another model: expected {before['model']!r}, got {model!r} with other "
-            "weights or settings. Choose another output, or replace the index with overwrite."
+            f"'{output}' holds an index of another model: it was built with {before['model']!r}, and {model!r} has "
+            "other weights or settings. Choose another --output, or replace the index with --overwrite."
         )
     if before["images"] != images:
         raise FileExistsError(
-            f"'{output}' holds an index of other images: expected {before['images']!r}, got {images!r}. Choose "
-            "another output, or replace the index with overwrite."
+            f"'{output}' holds an index of other images: it was built from {before['images']!r}, not from {images!r}. "
+            "Choose another --output, or replace the index with --overwrite."
         )
     return before
 
 
 def _set_effort(
-    faiss: ModuleType, vectors: Any, embeds: torch.Tensor, texts: torch.Tensor | None
-) -> dict[str, int | float | None]:
-    """Set the effort of an approximate index; `effort` and `recall@10` for the manifest."""
-    knob = effort_of(faiss, vectors)
+    faiss: ModuleType, vectors: Any, index: str, embeds: torch.Tensor, encoder: Encoder, queries: Sequence[str]
+) -> tuple[dict[str, int | float | None], list[str]]:
+    """Set the effort of an approximate index; `effort` and `recall@10` for the manifest, and notes."""
+    n, knob = len(embeds), effort_of(faiss, vectors)
     if knob is None:
-        return {"effort": None, "recall@10": None}
+        notes = ["The queries were not used: an exact index has nothing to tune."] if queries else []
+        if index == "ivf":
+            notes.insert(
+                0,
+                f"{n} pictures are too few for an inverted file, which begins at {LEAST_CELLS * POINTS_PER_CELL}: the "
+                "index is exact, and as fast.",
+            )
+        return {"effort": None, "recall@10": None}, notes
     holder, name, most = knob
-    if texts is not None:
-        recall = tune_faiss_index(faiss, vectors, embeds, texts)
-        return {"effort": getattr(holder, name), "recall@10": recall}
-    setattr(holder, name, min(most, FIRST_EFFORT[name]))
-    logger.warning(
-        "The recall of this approximate index was not measured: its %s is %d. Give typical queries to tune and "
-        "measure it, or set the effort yourself.",
-        name,
-        getattr(holder, name),
+    notes = []
+    if name == "nprobe" and n < most * POINTS_PER_CELL:
+        notes.append(
+            f"{n} pictures are few for {most} cells: FAISS asks for {most * POINTS_PER_CELL}. Take fewer cells, or "
+            "an exact index."
+        )
+    if not queries:
+        setattr(holder, name, min(most, FIRST_EFFORT[name]))
+        notes.append(
+            f"How much this approximate index finds was not measured; its effort is {getattr(holder, name)}. Measure "
+            f"and tune it with --queries FILE, {ENOUGH_QUERIES} typical queries or more, or set --effort in a search."
+        )
+        return {"effort": getattr(holder, name), "recall@10": None}, notes
+    recall = tune_faiss_index(faiss, vectors, embeds, embed_texts(encoder, queries))
+    measured = len(queries) // 2
+    notes.append(
+        f"It finds {100 * recall:.1f}% of the exact first 10, at an effort of {getattr(holder, name)}: measured on "
+        f"{measured} of the queries, tuned on the other {len(queries) - measured}."
     )
-    return {"effort": getattr(holder, name), "recall@10": None}
+    if len(queries) < ENOUGH_QUERIES:
+        notes.append(f"{len(queries)} queries are few for such a number. Give {ENOUGH_QUERIES} or more.")
+    return {"effort": getattr(holder, name), "recall@10": recall}, notes
 
 
-def _changes(before: Manifest | None, output: Path, hashes: list[str]) -> dict[str, int] | None:
-    """Images that were added and removed since the index that is there, by content."""
+def _changes(before: Manifest | None, output: Path, now: Mapping[str, str]) -> dict[str, Change] | None:
+    """What happened to the images since the index that is there, by id and content."""
     if before is None:
         return None
     path = output / before["files"]["images"]["name"]
     if not path.is_file():
         return None
-    old = set(pq.read_table(path, columns=["sha256"])["sha256"].to_pylist())
-    return {"added": len(set(hashes) - old), "removed": len(old - set(hashes))}
+    table = pq.read_table(path, columns=["image_id", "sha256"]).to_pydict()
+    old = dict(zip(table["image_id"], table["sha256"], strict=True))
+    parts = {
+        "new": [name for name in now if name not in old],
+        "changed": [name for name, digest in now.items() if old.get(name, digest) != digest],
+        "gone": [name for name in old if name not in now],
+        "kept": [name for name, digest in now.items() if old.get(name) == digest],
+    }
+    return {kind: Change(count=len(names), first=names[:FIRST_IDS]) for kind, names in parts.items()}

@@ -30,6 +30,7 @@ from modeling_dclip.encoders.open_clip import OpenClipDualEncoder, fingerprint_o
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 32  # of a SHA-256
+SHOW_AFTER = 2.0  # seconds; the bar of what is shorter is not shown
 
 
 def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
@@ -62,7 +63,8 @@ def hash_images(dataset: Dataset) -> list[str | None]:
     share = range(state.process_index, len(dataset), state.num_processes)
     rows = undecoded_images(dataset)
     keys: list[str | None] = []
-    for row in tqdm(share, desc="Hashing images", unit="image", disable=not state.is_local_main_process):
+    hidden = not state.is_local_main_process
+    for row in tqdm(share, desc="Reading images", unit="image", disable=hidden, delay=SHOW_AFTER, leave=False):
         try:
             keys.append(hash_bytes(read_encoded(rows[row]["image"])))
         except UnreadableImageError:
@@ -191,6 +193,8 @@ class EmbeddingStore:
             if key is not None and not self.knows(key):
                 new.setdefault(key, row)
         rows_of, names = list(new.values()), list(new)
+        if not names:
+            return 0
 
         def make_chunk(places: range) -> Chunk:
             embeds, readable = compute([rows_of[place] for place in places])

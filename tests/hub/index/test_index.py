@@ -19,6 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 
 from modeling_dclip import DCLIPModel
 from modeling_dclip.data.captions.files import read_images
+from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -27,7 +28,7 @@ from modeling_dclip.hub import index as search_index
 from modeling_dclip.hub.index import SearchIndex, read_manifest
 from modeling_dclip.hub.index import build as index_building
 from modeling_dclip.hub.index import embeddings as stored_embeddings
-from modeling_dclip.hub.index.__main__ import main
+from modeling_dclip.hub.index.__main__ import describe_build, main
 from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
 
 pytest.importorskip("faiss")
@@ -151,7 +152,16 @@ def test_only_new_pictures_are_embedded_and_changes_are_said(
     shutil.move(own_pictures / "02.png", own_pictures / "renamed.png")
     counts = count_embedded(monkeypatch)
     index = build_index(*arguments)
-    assert counts == [1] and index.manifest["changes"] == {"added": 1, "removed": 1}
+    name = own_pictures.name
+    assert counts == [1] and index.manifest["changes"] == {
+        "new": {"count": 3, "first": [f"{name}/{new}" for new in ("new.png", "renamed.png", "the same again.png")]},
+        "changed": {"count": 0, "first": []},
+        "gone": {"count": 2, "first": [f"{name}/00.png", f"{name}/02.png"]},
+        "kept": {
+            "count": 10,
+            "first": [f"{name}/{kept}" for kept in ("01.png", *(f"{n:02d}.png" for n in (4, 5, 6, 8)))],
+        },
+    }
     assert len(index) == len(index.rows) == 13
     assert len(list(index.folder.glob("vectors-*"))) == len(list(index.folder.glob("images-*"))) == 1
     first, second, *_ = index.search(pictures / "01.png")
@@ -218,7 +228,7 @@ def test_a_dataset_of_captions_is_indexed_too(tiny_clip_dir, tmp_path):
 
 
 def test_an_index_of_another_model_is_not_mixed_in(copied, other_model, tiny_clip_dir, pictures, tmp_path):
-    with pytest.raises(FileExistsError, match=r"another model.*with other weights"):
+    with pytest.raises(FileExistsError, match=r"another model.*has other weights"):
         build_index(str(other_model), str(pictures), copied)
     (tmp_path / "few").mkdir()
     shutil.copy(pictures / "00.png", tmp_path / "few")
@@ -317,9 +327,26 @@ def test_an_approximate_index_is_tuned_on_queries_and_says_what_it_misses(tiny_c
     assert [hit.image_id for hit in index.search("a dog")] == [hit.image_id for hit in exact.search("a dog")]
 
 
-def test_an_approximate_index_without_queries_says_that_it_was_not_measured(tiny_clip_dir, pictures, tmp_path, caplog):
-    index = build_index(str(tiny_clip_dir), str(pictures), tmp_path / "index", index="hnsw")
-    assert "was not measured" in caplog.text and index.manifest["recall@10"] is None
+@pytest.mark.parametrize(
+    "factory, queries, notes",
+    [
+        ("hnsw", [], ["How much this approximate index finds was not measured; its effort is 12. "]),
+        ("ivf", [], ["12 pictures are too few for an inverted file, which begins at 624: the index is exact"]),
+        ("exact", TEXTS, ["The queries were not used: an exact index has nothing to tune."]),
+        ("IVF2,Flat", TEXTS[:2], ["12 pictures are few for 2 cells: FAISS asks for 78.",
+            "It finds 100.0% of the exact first 10, at an effort of 2: measured on 1 of the queries, tuned on",
+            "2 queries are few for such a number. Give 100 or more."]),
+    ],
+)  # fmt: skip
+def test_what_there_is_to_say_of_an_index_is_said_once(
+    built, tiny_clip_dir, pictures, tmp_path, capfd, factory, queries, notes
+):
+    output = tmp_path / "index"
+    shutil.copytree(built.folder / "embeddings", output / "embeddings")
+    index = build_index(str(tiny_clip_dir), str(pictures), output, index=factory, queries=queries)
+    assert [note[: len(start)] for note, start in zip(index.manifest["notes"], notes, strict=True)] == notes
+    assert "WARNING clustering" not in "".join(capfd.readouterr())  # FAISS's own
+    assert all(note in describe_build(index) for note in index.manifest["notes"])
 
 
 def test_an_exact_index_has_no_effort(built):
@@ -366,11 +393,57 @@ def test_an_unknown_factory_is_refused_after_embedding_which_is_kept(tiny_clip_d
     assert counts == []
 
 
+def test_copies_are_counted_and_named(tiny_clip_dir, own_pictures, tmp_path):
+    shutil.copy(own_pictures / "01.png", own_pictures / "写真.png")
+    index = build_index(str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    said = describe_build(index).splitlines()
+    assert said[0].startswith("13 pictures in ") and "12 embedded now" in said[0]
+    assert said[1] == "1 picture is a copy of another, and will be found beside it:"
+    assert said[2] == f"    {own_pictures.name}/写真.png = {own_pictures.name}/01.png"
+
+
+def test_pictures_and_model_may_have_moved(tiny_clip_dir, own_pictures, tmp_path):
+    build_index(str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    moved = own_pictures.rename(tmp_path / "elsewhere")
+    lost = SearchIndex.load(tmp_path / "index")
+    with pytest.raises(UnreadableImageError, match="'00.png' cannot be read.*No such file.*Build the index again"):
+        lost.picture(lost.search("a dog", 12)[0]._replace(path=str(own_pictures / "00.png"), name="00.png"))
+    index = SearchIndex.load(tmp_path / "index", images=str(moved))
+    hit = index.search(moved / "more" / "03.png")[0]
+    assert hit[2:] == (str(moved / "more" / "03.png"), "more/03.png")
+    assert index.picture(hit).tobytes() == Image.open(moved / "more" / "03.png").tobytes()
+
+
+def test_pictures_of_a_dataset_are_read_from_it(tiny_clip_dir, tmp_path):
+    index = build_index(str(tiny_clip_dir), "scenes:test,n=3,image_size=48", tmp_path / "index")
+    scenes = load_scenes("test", n=3, image_size=48)
+    for hit in index.search("a dog"):
+        row = int(hit.image_id.rpartition("-")[2])
+        assert hit.name == hit.image_id and index.picture(hit).tobytes() == scenes[row]["image"].tobytes()
+    fewer = SearchIndex.load(index.folder, images="scenes:test,n=2,image_size=48")
+    with pytest.raises(UnreadableImageError, match="'scenes-test-0-2' is no longer in 'scenes:test,n=2"):
+        fewer.picture(next(hit for hit in fewer.hits() if hit.image_id.endswith("2")))
+
+
+def test_one_import_opens_an_index(built):
+    from modeling_dclip import hub
+
+    assert hub.SearchIndex is SearchIndex
+    with pytest.raises(AttributeError, match="no attribute 'SearchFolder'"):
+        hub.SearchFolder  # noqa: B018
+
+
+def test_a_text_that_names_a_picture_is_the_picture(built, pictures):
+    by_path = built.search(pictures / "01.png", 3)
+    assert built.search(str(pictures / "01.png"), 3) == by_path and by_path[0].name == "01.png"
+
+
 def test_wrong_queries_are_refused(built, tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
     for query, kind, message in (
-        ("  ", ValueError, "got an empty one"),
+        ("  ", ValueError, "got an empty text"),
         (tmp_path / "nowhere.jpg", FileNotFoundError, "no such file"),
+        ("nowhere.jpg", FileNotFoundError, "no such file"),
         (tmp_path / "broken.jpg", ValueError, "'broken.jpg' cannot be read: .*Give an undamaged JPEG"),
     ):
         with pytest.raises(kind, match=message):
@@ -393,12 +466,18 @@ def test_the_command_builds_and_answers(tiny_clip_dir, pictures, tmp_path, capsy
     index = str(tmp_path / "index")
     command = ["--model", str(tiny_clip_dir), "--images", str(pictures), "--output", index]
     main(command)
-    assert "12 images of width 16" in capsys.readouterr().out
+    captured = capsys.readouterr()
+    assert captured.out.startswith(f"12 pictures in {index}, 12 embedded now. Index: exact, width 16.\n")
+    assert "Since" not in captured.out and captured.err.count("images: 100%") == 1  # one bar
     main(["build", *command])
-    assert "0 embedded now" in (out := capsys.readouterr().out) and "0 images added, 0 removed" in out
+    assert "0 embedded now" in (out := capsys.readouterr().out)
+    assert "Since the last build: 0 new, 0 changed, 0 gone, 12 kept." in out and "copies" not in out
+    assert out.splitlines()[-1].endswith(f'search "a dog" --index {index} --page results.html')
     main(["search", "a dog on a beach", "--index", index, "--top_k", "3"])
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 3 and all(Path(line.split(maxsplit=2)[2]).is_file() for line in lines)
+    said, header, *lines = capsys.readouterr().out.splitlines()
+    assert said == f"The 3 nearest of 12 pictures in {pictures}, to “a dog on a beach”"
+    assert header.split() == ["rank", "cosine", "picture"]
+    assert len(lines) == 3 and all((pictures / line.split(maxsplit=2)[2]).is_file() for line in lines)
     main(["search", str(pictures / "00.png"), "--index", index, "--top_k", "1", "--json"])
     assert json.loads(capsys.readouterr().out)["path"] == str(pictures / "00.png")
     assert read_manifest(index)["images"] == str(pictures)
@@ -431,7 +510,7 @@ def test_two_processes_make_the_index_of_one(built, tiny_clip_dir, pictures, tmp
     output = tmp_path / "index"
     done = launch_two("--model", tiny_clip_dir, "--images", pictures, "--output", output, "--chunk_rows", 2)
     assert done.returncode == 0, done.stderr[-5000:]
-    assert done.stdout.count("12 images of width 16") == 1
+    assert done.stdout.count("12 pictures in ") == 1
     assert len(list(output.glob("embeddings/*/*.safetensors"))) == 6
     index = SearchIndex.load(output)
     assert index.manifest["processes"] == 2 and index.rows.equals(built.rows)

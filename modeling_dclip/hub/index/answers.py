@@ -1,0 +1,162 @@
+"""What a search found, as lines for a terminal and as a page of pictures that any browser opens offline."""
+
+import json
+import os
+import unicodedata
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
+
+from PIL import Image
+
+from modeling_dclip.data.files import check_output_folder, printable, write_text
+from modeling_dclip.data.images import Thumbnail, UnreadableImageError, make_thumbnail
+from modeling_dclip.evaluation.reports.document import render_page
+from modeling_dclip.hub.index import Hit, SearchIndex
+
+MOST_COLUMNS = 120  # columns of a line
+LONGEST_QUERY = 300  # characters shown
+THUMBNAIL_SIZE = 320  # pixels of the longest side: sharp on a telephone, 20 KB each
+NOTHING_FOUND = (
+    "No picture was found: this approximate index looked at too little. Search again with a higher --effort."
+)
+
+
+class Tile(NamedTuple):
+    """A picture of a page.
+
+    Attributes:
+        rank (`int`): 1 is the nearest.
+        hit ([`Hit`]): What was found.
+        link (`str`, *optional*): Where the picture's file is, as seen from the page; `None` if a dataset holds it.
+        thumbnail ([`Thumbnail`], *optional*): The small picture; `None` if it cannot be read.
+        reason (`str`): Why it cannot be read; empty if it can.
+    """
+
+    rank: int
+    hit: Hit
+    link: str | None
+    thumbnail: Thumbnail | None
+    reason: str
+
+
+def _columns(text: str) -> int:
+    """How many columns a terminal gives a text: two for each wide character, as those of Chinese and Japanese are."""
+    return sum(
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text
+    )
+
+
+def _shorten_name(name: str, width: int) -> str:
+    """The end of a name, which tells more than its begin."""
+    if _columns(name) <= width:
+        return name
+    while _columns(name) > width - 1:
+        name = name[1:]
+    return f"…{name}"
+
+
+def describe_query(query: str | Image.Image, name: str | None = None) -> str:
+    """Say what was looked for, in one line: the words between quotes, or the picture's file.
+
+    Args:
+        query (`str` or `PIL.Image.Image`): Words, or a picture.
+        name (`str`, *optional*): The picture's file.
+    """
+    if isinstance(query, str):
+        words = printable(query if len(query) <= LONGEST_QUERY else f"{query[:LONGEST_QUERY].rstrip()}…")
+        return f"“{words}”"
+    return printable(Path(name).name) if name else "a picture"
+
+
+def describe_hits(index: SearchIndex, asked: str, hits: Sequence[Hit], as_json: bool = False) -> str:
+    """Write the found pictures in lines of at most [`MOST_COLUMNS`] columns: rank, cosine, and the file.
+
+    Args:
+        index ([`SearchIndex`]): What was searched.
+        asked (`str`): What was looked for, from [`describe_query`].
+        hits (`Sequence[Hit]`): What was found, best first.
+        as_json (`bool`, *optional*, defaults to `False`): One JSON object in a line instead, for other programs.
+
+    Returns:
+        `str`: Lines, without a break at the end.
+    """
+    if as_json:
+        return "\n".join(json.dumps(hit._asdict()) for hit in hits)
+    if not hits:
+        return NOTHING_FOUND
+    place = f"The {len(hits)} nearest of {len(index):,} pictures in {printable(index.images)}"
+    lines = [
+        _shorten_name(f"{place}, to {asked}", MOST_COLUMNS)
+        if _columns(asked) < 60
+        else _shorten_name(place, MOST_COLUMNS)
+    ]
+    digits = max(4, len(str(len(hits))))
+    lines.append(f"{'rank':>{digits}}  cosine  picture")
+    room = MOST_COLUMNS - digits - 10
+    lines += [
+        f"{rank:{digits}d}  {hit.score:6.3f}  {_shorten_name(printable(hit.name), room)}"
+        for rank, hit in enumerate(hits, 1)
+    ]
+    return "\n".join(lines)
+
+
+def check_page(path: str | os.PathLike) -> None:
+    """Say early that a page cannot be written there.
+
+    Raises:
+        OSError: If its folder cannot be written.
+        ValueError: If it is no `.html` file.
+    """
+    if Path(path).suffix.lower() != ".html":
+        raise ValueError(f"--page: expected a .html file to write to, got '{printable(path)}'.")
+    check_output_folder(Path(path).parent)
+
+
+def write_page(
+    index: SearchIndex, query: str | Image.Image, hits: Sequence[Hit], path: str | os.PathLike, name: str | None = None
+) -> list[Tile]:
+    """Write what a search found as one HTML page: query, pictures, file names and cosines.
+
+    The page holds small copies of the pictures (about 20 KB each), so that it can be moved and sent. Each links to the
+    file itself, relative to the page. There is no script, and nothing is fetched. It fits a telephone, and follows the
+    browser's dark mode.
+
+    Args:
+        index ([`SearchIndex`]): What was searched.
+        query (`str` or `PIL.Image.Image`): What was looked for, as [`read_query`] gives it.
+        hits (`Sequence[Hit]`): What [`SearchIndex.search`] found.
+        path (`str` or `os.PathLike`): A `.html` file, written whole or not at all.
+        name (`str`, *optional*): The file of a picture that was looked for.
+
+    Returns:
+        `list[Tile]`: What the page shows. A picture that is gone or damaged has its reason in place of the picture.
+
+    Raises:
+        OSError: If it cannot be written.
+        ValueError: If it is no `.html` file.
+    """
+    check_page(path)
+    tiles = [_make_tile(index, rank, hit, Path(path)) for rank, hit in enumerate(hits, 1)]
+    model = index.model if not os.path.isdir(index.model) else "/".join(Path(index.model).resolve().parts[-3:])
+    page = render_page(
+        "search.html.jinja",
+        asked=describe_query(query, name),
+        asking=make_thumbnail(query, THUMBNAIL_SIZE) if isinstance(query, Image.Image) else None,
+        tiles=tiles,
+        total=len(index),
+        images=os.path.basename(index.images) if os.path.isdir(index.images) else index.images,
+        model=model,
+        nothing_found=NOTHING_FOUND,
+    )
+    write_text(path, page)
+    return tiles
+
+
+def _make_tile(index: SearchIndex, rank: int, hit: Hit, page: Path) -> Tile:
+    link = quote(os.path.relpath(hit.path, page.absolute().parent)) if hit.path is not None else None
+    try:
+        return Tile(rank, hit, link, make_thumbnail(index.picture(hit), THUMBNAIL_SIZE), "")
+    except UnreadableImageError as error:
+        return Tile(rank, hit, None, None, error.reason)
