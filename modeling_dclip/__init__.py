@@ -1,27 +1,39 @@
 """DCLIP and DM-CLIP: CLIP image encoders distilled for retrieval and for speed, Hugging Face-native.
 
-Importing registers the models, configs and processors with transformers' Auto classes.
+Importing registers the models, configs and processors with transformers' Auto classes. A command of this package does
+so only when it loads its first model, so that its help need not wait for PyTorch.
 """
 
 from .interruption import INTERRUPTED as _INTERRUPTED  # noqa: F401  first: it takes Ctrl+C while the others load
 
 # isort: split
-from transformers import (
-    AutoConfig,
-    AutoImageProcessor,
-    AutoModel,
-    AutoModelForZeroShotImageClassification,
-    AutoProcessor,
-    CLIPImageProcessorPil,
-)
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
-from .configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
-from .configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
-from .modeling_dclip import DCLIPModel, DCLIPVisionModel, DCLIPVisionModelOutput
-from .modeling_dclip_teacher import DCLIPTeacher, DCLIPTeacherOutput
-from .modeling_dmclip import DMCLIPModel, DMCLIPVisionModel, DMCLIPVisionModelOutput
-from .modeling_dmclip_text import DMCLIPTextModel, DMCLIPTextModelOutput
-from .processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+from .interruption import is_command as _is_command
+
+if _TYPE_CHECKING or not _is_command():
+    from .auto_classes import (
+        DMCLIP_PRESETS,
+        PRESETS,
+        DCLIPConfig,
+        DCLIPModel,
+        DCLIPProcessor,
+        DCLIPTeacher,
+        DCLIPTeacherConfig,
+        DCLIPTeacherOutput,
+        DCLIPTeacherProcessor,
+        DCLIPVisionConfig,
+        DCLIPVisionModel,
+        DCLIPVisionModelOutput,
+        DMCLIPConfig,
+        DMCLIPModel,
+        DMCLIPTextConfig,
+        DMCLIPTextModel,
+        DMCLIPTextModelOutput,
+        DMCLIPVisionConfig,
+        DMCLIPVisionModel,
+        DMCLIPVisionModelOutput,
+    )
 
 __version__ = "0.1.0.dev0"
 
@@ -48,17 +60,11 @@ __all__ = [
     "DMCLIPVisionModelOutput",
 ]
 
-for _config, _model, _processor in (
-    (DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
-    (DCLIPConfig, DCLIPModel, DCLIPProcessor),
-    (DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
-    (DMCLIPVisionConfig, DMCLIPVisionModel, DCLIPProcessor),
-    (DMCLIPTextConfig, DMCLIPTextModel, DCLIPProcessor),
-    (DMCLIPConfig, DMCLIPModel, DCLIPProcessor),
-):
-    AutoConfig.register(_config.model_type, _config)
-    AutoModel.register(_config, _model)
-    AutoProcessor.register(_config, _processor)
-    AutoImageProcessor.register(_config, image_processor_classes={"pil": CLIPImageProcessorPil})
-AutoModelForZeroShotImageClassification.register(DCLIPConfig, DCLIPModel)
-AutoModelForZeroShotImageClassification.register(DMCLIPConfig, DMCLIPModel)
+
+def __getattr__(name: str) -> object:
+    """A public name, in a command that has not needed one so far."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from . import auto_classes
+
+    return getattr(auto_classes, name)

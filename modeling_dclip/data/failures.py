@@ -28,7 +28,6 @@ from types import FrameType
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
-import torch
 import yaml
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import StrictDataclassError
@@ -53,8 +52,7 @@ FAILURES = (
     OSError,  # a missing file, no permission, a full disk, a server that cannot be reached
     ImportError,  # an optional package that is not installed
     FloatingPointError,  # a run that diverged
-    MemoryError,  # an input too large for this machine
-    torch.OutOfMemoryError,  # or for its GPU
+    MemoryError,  # an input too large for this machine; for its GPU see `_lacks_gpu_memory`
     TransportError,  # a connection to the Hub that broke off
     HTTPError,  # an answer of the Hub that is none
     InvalidURL,
@@ -129,11 +127,16 @@ def one_line(error: BaseException) -> str:
     return without_secrets(_LONG.sub(r"\1...", " ".join(text.split()))) or type(error).__name__
 
 
+def _lacks_gpu_memory(error: BaseException) -> bool:
+    """Whether it is a `torch.OutOfMemoryError`, told by name: this module does not wait for PyTorch to load."""
+    return any(kind.__name__ == "OutOfMemoryError" for kind in type(error).__mro__)
+
+
 def _of_machine(error: BaseException) -> str | None:
     """What to do about an error by which a library tells of the machine; `None` of any other error."""
     if not isinstance(error, (RuntimeError, MemoryError)):
         return None
-    if isinstance(error, MemoryError) or isinstance(error, torch.OutOfMemoryError):
+    if isinstance(error, MemoryError) or _lacks_gpu_memory(error):
         return next(iter(_OF_MACHINE.values())) if not str(error).startswith("Expected") else None
     return next((advice for pattern, advice in _OF_MACHINE.items() if re.search(pattern, str(error))), None)
 
@@ -155,7 +158,7 @@ def is_mistake(error: BaseException) -> bool:
         >>> is_mistake(ValueError("a")), is_mistake(RuntimeError("a"))
         (True, False)
     """
-    if isinstance(error, FAILURES) or _of_machine(error) is not None:
+    if isinstance(error, FAILURES) or _lacks_gpu_memory(error) or _of_machine(error) is not None:
         return True
     match = _OF_WORKER.fullmatch(str(error)) if isinstance(error, RuntimeError) else None
     return match is not None and match["kind"] in _names(FAILURES)

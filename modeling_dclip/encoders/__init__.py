@@ -1,12 +1,19 @@
-"""Any dual encoder as one: its interface, loading, how each family reads text, and every content hash."""
+"""Any dual encoder as one: its interface, loading, how each family reads text, and every content hash.
+
+PyTorch is imported where a function needs it, so that a command's help need not wait for it; so it is in `families`
+and `fingerprints`.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 
 @runtime_checkable
@@ -97,6 +104,8 @@ class Encoder:
     @property
     def compute_device(self) -> torch.device:
         """`device`, or the model's own where none is given."""
+        import torch
+
         return self.model.device if self.device is None else torch.device(self.device)
 
     @contextmanager

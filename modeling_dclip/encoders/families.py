@@ -1,16 +1,19 @@
 """What differs between families of dual encoders: how each reads text, what it returns, which weights see images."""
 
+from __future__ import annotations
+
 import logging
 import re
 import string
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from tokenizers import normalizers
 
 from modeling_dclip.encoders import DualEncoder
-from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +61,8 @@ def projected(output: Any) -> torch.Tensor:
     Raises:
         WrongModelError: If there is not one embedding per row, as with models that embed every token.
     """
+    import torch
+
     embeds = output if isinstance(output, torch.Tensor) else output.pooler_output
     if not isinstance(embeds, torch.Tensor) or embeds.ndim != 2:
         got = tuple(embeds.shape) if isinstance(embeds, torch.Tensor) else type(embeds).__name__
@@ -114,6 +119,8 @@ def check_end_token(model: DualEncoder, tokenizer: Any, where: str) -> None:
     """
     if model.config.model_type not in READ_AT_END or not hasattr(tokenizer, "init_kwargs"):
         return
+    from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
+
     end = model.config.text_config.eos_token_id
     highest = end == LEGACY_EOS_TOKEN_ID and model.config.model_type in ("clip", "dclip")
     for ids in tokenizer(["a photo of a dog", *_LETTERS])["input_ids"]:

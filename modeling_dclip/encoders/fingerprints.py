@@ -5,18 +5,21 @@ Caches, records and revisions of earlier runs are found again by these values, s
 tests/test_pinned_keys.py holds them.
 """
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import is_image_side
+
+if TYPE_CHECKING:
+    import torch
 
 # Fields of a config that say where a model comes from, not what it computes; left out at every level.
 _PROVENANCE = {
@@ -115,9 +118,10 @@ def combine_keys(keys: Sequence[str]) -> str:
     return hash_bytes("\n".join(keys))
 
 
-@torch.no_grad()
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The bytes of a tensor of any type and device, in row-major order."""
+    import torch
+
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
@@ -196,7 +200,7 @@ def fingerprint_tokens(processor: Any, prompts: Sequence[str]) -> str:
     def token_ids() -> Iterator[str]:
         for start in range(0, len(prompts), _PROMPTS_AT_A_TIME):
             ids = tokenizer(list(prompts[start : start + _PROMPTS_AT_A_TIME]), truncation=True)["input_ids"]
-            yield repr(ids.tolist() if isinstance(ids, torch.Tensor) else ids)
+            yield repr(ids.tolist() if hasattr(ids, "tolist") else ids)
 
     return hash_parts(token_ids())
 

@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_NAME
 
+import modeling_dclip.auto_classes  # noqa: F401  registers the models of this package
 from modeling_dclip.configuration_dclip import MODEL_SIZES, check_number, check_sizes
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import WrongModelError, check_end_token, prepare_tokenizer
