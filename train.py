@@ -35,7 +35,7 @@ from modeling_dclip.distillation.recipes import (
     parse_recipe,
     shared_anchor,
 )
-from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders
+from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders, keep_test_part
 from modeling_dclip.distillation.stages import check_models, run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
 from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark
@@ -73,6 +73,7 @@ def split_recipe(words: list[str]) -> tuple[list[str], Path]:
 def train_runs(recipe: Recipe, runs: Sequence[ArmRun]) -> None:
     """Run every arm's stages, after the anchor that all share."""
     shared = SharedData()
+    keep_test_part(recipe, shared)  # in the folder that holds the runs, which share it
     if (anchor := shared_anchor(recipe)) is not None:
         run_stages(anchor, shared)
     for run in runs:

@@ -42,6 +42,7 @@ COMMANDS = {
         "--train_datasets",
         "--uncaptioned_datasets",
         "--train_fraction",
+        "--test_fraction",
         "--exclude_karpathy",
         "--cache_dir",
         "--seed",
@@ -426,6 +427,7 @@ def test_defaults_of_an_evaluation():
                 "hub:NAME:SPLIT": "config, image, captions, image_id, source, missing",
                 "disk:FOLDER": "none",
                 "wds:DIR_OR_URL[:SPLIT]": "cache_dir",
+                "held_out:RUN_FOLDER": "missing",
                 "images:FOLDER": "source",
             },
             id="captions",
@@ -494,6 +496,7 @@ def test_kinds_of_benchmarks():
             "hub:NAME:SPLIT",
             "disk:FOLDER",
             "wds:DIR_OR_URL[:SPLIT]",
+            "held_out:RUN_FOLDER",
         ),
         "diagnostics": (
             "scenes:test",
@@ -507,6 +510,7 @@ def test_kinds_of_benchmarks():
             "hub:NAME:SPLIT",
             "disk:FOLDER",
             "wds:DIR_OR_URL[:SPLIT]",
+            "held_out:RUN_FOLDER",
         ),
         "hessian": (
             "scenes:test",
@@ -520,6 +524,7 @@ def test_kinds_of_benchmarks():
             "hub:NAME:SPLIT",
             "disk:FOLDER",
             "wds:DIR_OR_URL[:SPLIT]",
+            "held_out:RUN_FOLDER",
         ),
         "zero_shot": (
             "scenes:test",
@@ -824,6 +829,7 @@ def test_fields_of_recipes():
         "teacher.text_share": "float 0.5",
         "teacher_model": "NoneType None",
         "train_datasets": "list []",
+        "test_fraction": "float 0.0",
         "train_fraction": "float 1.0",
         "uncaptioned_datasets": "list []",
     }

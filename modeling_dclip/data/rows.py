@@ -6,7 +6,7 @@ A rejected row is counted, and a warning names the first ids. No row is replaced
 import ast
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, List, Value
 
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import FileFinder, is_utf8, parse_json, printable
+from modeling_dclip.encoders.fingerprints import hash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -83,6 +84,22 @@ def apply_rule(source: str, value: str, where: str) -> str:
 def first(ids: Iterable[str]) -> str:
     """The first few ids, for a message."""
     return ", ".join(map(printable, list(ids)[:FIRST_IDS]))
+
+
+def rows_by_lot(names: Sequence[str], seed: int, purpose: str) -> list[int]:
+    """Draw rows in an order that depends on seed and name alone, not on a file's order nor on which other rows there
+    are.
+
+    Args:
+        names (`Sequence[str]`): Of the rows: ids, or keys of their content. Rows of one name stay in their order.
+        seed (`int`): Another seed is another order.
+        purpose (`str`): What the draw is for. Draws of different purposes are independent.
+
+    Returns:
+        `list[int]`: All rows, the first drawn first.
+    """
+    lots = [hash_bytes(f"{purpose}/{seed}/{name}") for name in names]
+    return sorted(range(len(lots)), key=lots.__getitem__)
 
 
 def require_unique(image_ids: Sequence[str], source: str) -> None:
@@ -242,31 +259,51 @@ def present_images(
         FileNotFoundError, ValueError: As [`locate_images`]; also if a row has neither bytes nor a path.
     """
     ids = [f"of row {row}" for row in range(len(dataset))] if image_ids is None else image_ids
-    chunks = dataset.select_columns(["image"]).with_format("arrow")[:]["image"].chunks if len(dataset) else []
-    files: dict[int, Path] = {}
+    files = image_files(dataset)
+    if without := [row for row, path in files.items() if path is None]:
+        raise ValueError(f"{name}: image {printable(ids[without[0]])} has neither bytes nor a path. Remove the row.")
+    named = {row: Path(path) for row, path in files.items() if path is not None}
+    rows = list(named)
+    located = locate_images([ids[row] for row in rows], list(named.values()), name, missing, advice)
+    found = {rows[place]: file for place, file in located.items()}
+    respelled = {row: str(file) for row, file in found.items() if file != named[row]}
+    kept = [row for row in range(len(dataset)) if row not in named or row in found]
+    return with_paths(dataset, respelled), kept
+
+
+def _image_chunks(dataset: Dataset) -> list[pa.StructArray]:
+    return dataset.select_columns(["image"]).with_format("arrow")[:]["image"].chunks if len(dataset) else []
+
+
+def image_files(dataset: Dataset) -> dict[int, str | None]:
+    """The path of each row whose picture is a file, by row; `None` where a row has neither bytes nor a path.
+
+    Chunk by chunk, so that stored bytes stay on disk.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image` of type `Image`.
+    """
+    files: dict[int, str | None] = {}
     start = 0
-    for chunk in chunks:
+    for chunk in _image_chunks(dataset):
         no_bytes = pc.is_null(pc.struct_field(chunk, "bytes")).to_numpy(zero_copy_only=False)
         paths = pc.struct_field(chunk, "path")
-        for i in np.flatnonzero(no_bytes).tolist():
-            if not paths[i].is_valid:
-                raise ValueError(
-                    f"{name}: image {printable(ids[start + i])} has neither bytes nor a path. Remove the row."
-                )
-            files[start + i] = Path(paths[i].as_py())
+        files |= {start + i: paths[i].as_py() for i in np.flatnonzero(no_bytes).tolist()}
         start += len(chunk)
-    rows = list(files)
-    located = locate_images([ids[row] for row in rows], list(files.values()), name, missing, advice)
-    found = {rows[place]: file for place, file in located.items()}
-    respelled = {row: str(file) for row, file in found.items() if file != files[row]}
-    kept = [row for row in range(len(dataset)) if row not in files or row in found]
-    return (_with_paths(dataset, chunks, respelled) if respelled else dataset), kept
+    return files
 
 
-def _with_paths(dataset: Dataset, chunks: Sequence[pa.StructArray], paths: dict[int, str]) -> Dataset:
-    """Replace the paths of some rows; bytes are not copied."""
+def with_paths(dataset: Dataset, paths: Mapping[int, str]) -> Dataset:
+    """Replace the paths of some rows' images; bytes are not copied.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image` of type `Image`.
+        paths (`Mapping[int, str]`): New paths by row.
+    """
+    if not paths:
+        return dataset
     parts, start = [], 0
-    for chunk in chunks:
+    for chunk in _image_chunks(dataset):
         old = pc.struct_field(chunk, "path").to_pylist()
         new = pa.array([paths.get(start + i, path) for i, path in enumerate(old)], pa.string())
         parts.append(pa.StructArray.from_arrays([pc.struct_field(chunk, "bytes"), new], names=["bytes", "path"]))

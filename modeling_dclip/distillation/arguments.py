@@ -5,6 +5,7 @@ import importlib.util
 import json
 import re
 from dataclasses import Field, dataclass, field, fields
+from fractions import Fraction
 from typing import Any, Literal
 
 import torch
@@ -144,9 +145,17 @@ class RunArguments:
         [],
     )
     train_fraction: float = _help(
-        "Share of the images to train on, split by image id. The rest is for validation (see eval_strategy).",
+        "Share of the images to train on, split by image id. The rest, without the test part, is for validation (see "
+        "eval_strategy).",
         1.0,
         range=AREA,
+    )
+    test_fraction: float = _help(
+        "Share of the images that no stage sees and that chooses nothing: the test part, which held_out:OUTPUT_DIR "
+        "names. The content of the pictures alone decides which, so it is the same for every arm and seed. @COUNT "
+        "then draws the same images for every seed too.",
+        0.0,
+        range=Range(0, 1, below=True),
     )
     exclude_karpathy: list[str] = _help("Karpathy JSON files. Their test images are left out of training.", [])
     cache_dir: str | None = _help(
@@ -173,6 +182,16 @@ class RunArguments:
     push_private: bool = _help("Make the published repositories private.", False)
 
     @property
+    def leaves_validation(self) -> bool:
+        """Whether some images are neither trained on nor in the test part."""
+        return Fraction(str(self.train_fraction)) + Fraction(str(self.test_fraction)) < 1
+
+    @property
+    def data_seed(self) -> int:
+        """The seed of the draws of images: with a test part one for all runs, which share the part."""
+        return 0 if self.test_fraction else self.seed
+
+    @property
     def variants(self) -> dict[str, dict[str, Any]]:
         """The arms by name, each with the fields and sections that it overrides."""
         arms = self.arms if isinstance(self.arms, dict) else {}
@@ -190,6 +209,12 @@ class RunArguments:
                 raise ValueError(f"arms: expected a mapping of fields for the arm {arm!r}, got {overrides!r}.")
         if self.baseline is not None and self.baseline not in self.variants:
             raise ValueError(f"Expected baseline to be one of the arms {list(self.variants)}, got {self.baseline!r}.")
+        if Fraction(str(self.train_fraction)) + Fraction(str(self.test_fraction)) > 1:
+            raise ValueError(
+                f"train_fraction {self.train_fraction:g} and test_fraction {self.test_fraction:g} are more than all "
+                f"images. Set train_fraction to at most {float(1 - Fraction(str(self.test_fraction))):g}, less if "
+                "some are to be validated on."
+            )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected different seeds, which have a folder each, got {self.seeds}.")
         if self.push_to_hub is not None:

@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModel, PreTrainedTokenizerFast, set_seed
 
 from modeling_dclip.configuration_dclip import PRESETS
-from modeling_dclip.data.columns import row_keys
+from modeling_dclip.data.columns import image_keys, row_keys
 from modeling_dclip.data.files import list_folder
 from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
@@ -27,7 +27,15 @@ from modeling_dclip.distillation.arguments import (
 from modeling_dclip.distillation.checkpoints import read_record
 from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_image_processor, find_image_size
 from modeling_dclip.distillation.recipes import Recipe
-from modeling_dclip.distillation.run import KeyedRows, Places, SharedData, find_clip, holding_folders, load_captioned
+from modeling_dclip.distillation.run import (
+    KeyedRows,
+    Places,
+    SharedData,
+    find_clip,
+    holding_folders,
+    load_captioned,
+    without_test,
+)
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
 from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
@@ -144,11 +152,12 @@ def _may_write(places: Places) -> bool:
 
 
 def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> KeyedRows:
-    """The images to reinforce, the same for every arm and seed, with keys of their rows."""
-    key = json.dumps(["reinforce", run.train_datasets, run.exclude_karpathy, seed])
+    """The images to reinforce, the same for every arm and seed, with keys of their rows. The test part is left out."""
+    key = json.dumps(["reinforce", run.train_datasets, run.exclude_karpathy, run.test_fraction, seed])
     if key not in shared.sources:
-        dataset = load_captioned(run.train_datasets, run.exclude_karpathy, seed, shared)
-        shared.sources[key] = {"train": KeyedRows(dataset, row_keys(dataset))}
+        dataset = load_captioned(run.train_datasets, run.exclude_karpathy, 0 if run.test_fraction else seed, shared)
+        images = without_test(KeyedRows(dataset, image_keys(dataset)), run, shared)
+        shared.sources[key] = {"train": KeyedRows(images.rows, row_keys(*images))}
     return shared.sources[key]["train"]
 
 

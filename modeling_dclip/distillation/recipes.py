@@ -181,10 +181,12 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
 
     Raises:
         ValueError: If an arm has an unknown key or a wrong value, its name cannot be a folder's, or
-            [`check_reference`], [`check_adapters`] or [`check_uncaptioned_fields`] refuses a recipe.
+            [`check_reference`], [`check_adapters`], [`check_uncaptioned_fields`], [`check_test_part`] or
+            [`check_same_test_part`] refuses a recipe.
     """
     check_reference(recipe)
     check_adapters(recipe)
+    check_test_part(recipe)
     run = recipe.run
     if not run.variants and not run.seeds:
         return [ArmRun("student", run.seed, recipe)]
@@ -202,6 +204,7 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
             one = _build(_merge(recipe.values, shards, given, own), recipe.path, recipe.on_line)
             check_uncaptioned_fields(one)
             check_adapters(one)
+            check_same_test_part(recipe, one, arm)
             runs.append(ArmRun(arm, seed, one))
     return runs
 
@@ -470,6 +473,46 @@ def check_uncaptioned_fields(recipe: Recipe) -> None:
         )
     if student.reads_teacher and run.teacher_model is None:
         require_leak_free("teacher.cross_attention", recipe.teacher.cross_attention)
+
+
+def check_test_part(recipe: Recipe) -> None:
+    """Refuse a recipe that cannot keep a test part from what its stages see.
+
+    Args:
+        recipe ([`Recipe`]): Parsed.
+
+    Raises:
+        ValueError: If `test_fraction` is set and the recipe trains on shards that were made elsewhere, or names a test
+            part as training data.
+    """
+    for name in ("train_datasets", "uncaptioned_datasets"):
+        if held := [spec for spec in getattr(recipe.run, name) if spec.startswith("held_out:")]:
+            raise ValueError(f"{name}: expected images to train on, got the test part {held[0]!r} of another run.")
+    if recipe.run.test_fraction and recipe.trains_dmclip and recipe.dmclip.train_shards is not None:
+        raise ValueError(
+            "test_fraction: the images of dmclip.train_shards are in the shards already. Set test_fraction where the "
+            "shards are made, by the stage reinforce."
+        )
+
+
+def check_same_test_part(recipe: Recipe, one: Recipe, arm: str) -> None:
+    """Refuse an arm that would have another test part than the recipe's other arms.
+
+    Args:
+        recipe ([`Recipe`]): The whole.
+        one ([`Recipe`]): The arm's.
+        arm (`str`): The arm's name.
+
+    Raises:
+        ValueError: Naming the field that the arm sets.
+    """
+    for name in ("test_fraction", "train_datasets", "exclude_karpathy"):
+        given, other = getattr(recipe.run, name), getattr(one.run, name)
+        if given != other and (recipe.run.test_fraction or one.run.test_fraction):
+            raise ValueError(
+                f"arms: the arm {arm!r} sets {name}, but with test_fraction all arms share one test part. Set {name} "
+                "for all arms, or leave test_fraction out and name other images in evaluate."
+            )
 
 
 def require_leak_free(field: str, cross_attention: str) -> None:

@@ -17,8 +17,9 @@ from transformers import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
 
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
-from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_train_validation
+from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_off_test, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
+from modeling_dclip.data.captions.parts import HELD_OUT, describe_copies, write_held_out
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import (
@@ -32,7 +33,7 @@ from modeling_dclip.data.files import (
 )
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.rows import require_rows
-from modeling_dclip.distillation.arguments import TRAINING_SECTIONS
+from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments
 from modeling_dclip.distillation.checkpoints import (
     NOTES_NAME,
     RECORD_NAME,
@@ -278,7 +279,7 @@ def holding_folders(folders: Sequence[str]) -> Iterator[None]:
         yield
 
 
-_DATA_FIELDS = ("train_datasets", "uncaptioned_datasets", "exclude_karpathy", "train_fraction")
+_DATA_FIELDS = ("train_datasets", "uncaptioned_datasets", "exclude_karpathy", "train_fraction", "test_fraction")
 
 
 @dataclass(frozen=True)
@@ -382,14 +383,18 @@ class SharedData:
 
     Args:
         sources (`dict[str, Splits]`): Images by split.
-        captioned_ids (`dict[str, set[str]]`): Ids of all captioned images, those held out included.
+        whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
+        tests ([`KeyedRows`] by `str`): The test parts.
+        kept (`set[str]`): Which test parts a folder of this process's runs holds.
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
     """
 
     sources: dict[str, Splits] = field(default_factory=dict)
-    captioned_ids: dict[str, set[str]] = field(default_factory=dict)
+    whole: dict[str, KeyedRows] = field(default_factory=dict)
+    tests: dict[str, KeyedRows] = field(default_factory=dict)
+    kept: set[str] = field(default_factory=set)
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
     pixels: dict[tuple, PixelReader] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -414,33 +419,149 @@ def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
     validates = any(
         IntervalStrategy(args.eval_strategy) is not IntervalStrategy.NO for args in (recipe.teacher, recipe.student)
     )
-    if validates and run.train_fraction == 1:
+    if validates and not run.leaves_validation:
         raise ValueError(
-            "eval_strategy asks for rows to validate on, but train_fraction is 1: set it below 1, or set "
-            "eval_strategy to no."
+            f"eval_strategy asks for rows to validate on, but train_fraction is {run.train_fraction:g}"
+            + (f" and test_fraction {run.test_fraction:g}, which is all" if run.test_fraction else "")
+            + ": set it below 1, or set eval_strategy to no."
         )
-    selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.seed)
+    selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.test_fraction, run.seed)
     key = json.dumps([*selection, ignores_boxes, validates])
+    whole = load_all_captioned(run, shared)
     if key not in shared.sources:
-        dataset = load_captioned(run.train_datasets, run.exclude_karpathy, run.seed, shared)
-        dataset = _without_boxes(dataset) if ignores_boxes else dataset
-        shared.captioned_ids[key] = set(dataset["image_id"][:])
-        splits = {"train": dataset}
-        if run.train_fraction < 1:
-            train, validation = split_train_validation(dataset, run.train_fraction, run.seed)
-            splits = {"train": train, **({"validation": validation} if validates else {})}
-        shared.sources[key] = {split: KeyedRows(rows, image_keys(rows)) for split, rows in splits.items()}
+        shared.sources[key] = _split(whole, run, validates, ignores_boxes, shared)
     captioned = shared.sources[key]
     if not run.uncaptioned_datasets:
         return captioned
     new = json.dumps([UNCAPTIONED, key, run.uncaptioned_datasets])
     if new not in shared.sources:
-        excluded = _excluded_ids(run.exclude_karpathy, shared) | shared.captioned_ids[key]
-        found = load_new_images(run.uncaptioned_datasets, seed=run.seed, exclude_ids=excluded, captioned=captioned)
+        excluded = _excluded_ids(run.exclude_karpathy, shared) | set(whole.rows["image_id"][:])
+        specs, known = run.uncaptioned_datasets, set(whole.keys)
+        found = load_new_images(specs, seed=run.data_seed, exclude_ids=excluded, known=known)
         rows = _without_boxes(found.rows) if ignores_boxes else found.rows
         shared.sources[new] = {UNCAPTIONED: KeyedRows(rows, found.keys)}
         _warn_of_boxes(recipe, captioned["train"].rows, found.rows)
     return captioned | shared.sources[new]
+
+
+def _split(whole: KeyedRows, run: RunArguments, validates: bool, ignores_boxes: bool, shared: SharedData) -> Splits:
+    """The parts that are trained and validated on, of all captioned images."""
+    key_of = dict(zip(whole.rows["image_id"][:], whole.keys, strict=True))
+
+    def keys_of(rows: Dataset) -> list[str]:
+        return [key_of[image_id] for image_id in rows["image_id"][:]]
+
+    rest = without_test(whole, run, shared).rows
+    rest = _without_boxes(rest) if ignores_boxes else rest
+    splits = {"train": rest}
+    if run.leaves_validation:
+        options: dict[str, Any] = {"keys": keys_of(rest), "of": len(whole.rows)}
+        train, validation = split_train_validation(rest, run.train_fraction, run.seed, **options)
+        splits = {"train": train, **({"validation": validation} if validates else {})}
+    return {split: KeyedRows(rows, keys_of(rows)) for split, rows in splits.items()}
+
+
+def load_all_captioned(run: RunArguments, shared: SharedData) -> KeyedRows:
+    """Load all captioned images of a recipe, those held out included, and say how many are copies of another.
+
+    Args:
+        run ([`RunArguments`]): Names the datasets and the test images of Karpathy's files to leave out.
+        shared ([`SharedData`]): Images that an earlier run loaded are taken from it; new ones are added.
+
+    Returns:
+        [`KeyedRows`]: With keys of the images.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_captioned`].
+    """
+    key = json.dumps([run.train_datasets, run.exclude_karpathy, run.data_seed])
+    if key not in shared.whole:
+        rows = load_captioned(run.train_datasets, run.exclude_karpathy, run.data_seed, shared)
+        shared.whole[key] = KeyedRows(rows, image_keys(rows))
+        if copies := describe_copies(rows["image_id"][:], shared.whole[key].keys):
+            logger.warning("train_datasets: %s", copies)
+    return shared.whole[key]
+
+
+def find_test_part(run: RunArguments, shared: SharedData) -> KeyedRows | None:
+    """The images that no stage of a run sees; `None` if it keeps none.
+
+    All arms and seeds of a recipe have the same ones.
+
+    Args:
+        run ([`RunArguments`]): Names the datasets and the share.
+        shared ([`SharedData`]): Images that an earlier run loaded are taken from it; new ones are added.
+
+    Returns:
+        [`KeyedRows`] or `None`: With keys of the images.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_captioned`]; also if the part would be empty.
+    """
+    if not run.test_fraction:
+        return None
+    key = _test_key(run)
+    if key not in shared.tests:
+        whole = load_all_captioned(run, shared)
+        test = split_off_test(whole.rows, run.test_fraction, whole.keys)[1]
+        key_of = dict(zip(whole.rows["image_id"][:], whole.keys, strict=True))
+        shared.tests[key] = KeyedRows(test, [key_of[image_id] for image_id in test["image_id"][:]])
+        logger.info(
+            "test_fraction: %d of %d images are kept out of training and validation",
+            *(len(test), len(whole.rows)),
+        )
+    return shared.tests[key]
+
+
+def _test_key(run: RunArguments) -> str:
+    return json.dumps([run.train_datasets, run.exclude_karpathy, run.test_fraction])
+
+
+def without_test(images: KeyedRows, run: RunArguments, shared: SharedData) -> KeyedRows:
+    """Images without those of a run's test part, under whatever ids they come.
+
+    Args:
+        images ([`KeyedRows`]): Of any source, with keys of the images.
+        run ([`RunArguments`]), shared ([`SharedData`]): As in [`find_test_part`].
+
+    Returns:
+        [`KeyedRows`]
+
+    Raises:
+        ValueError: If no image is left, or as [`find_test_part`].
+    """
+    if (test := find_test_part(run, shared)) is None:
+        return images
+    held_out = set(test.keys)
+    rows = [row for row, key in enumerate(images.keys) if key not in held_out]
+    require_rows(len(rows), f"{len(images.keys)} images without the test part")
+    return KeyedRows(images.rows.select(rows), [images.keys[row] for row in rows])
+
+
+def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
+    """Write the test part of a run, if it has one, into the run's folder `held_out`: `held_out:RUN_FOLDER` reads it.
+
+    Once in a process: the runs of an experiment have the one that was written first, in the folder above theirs.
+
+    Args:
+        recipe ([`Recipe`]): Of a run, or of an experiment.
+        shared ([`SharedData`]): Of the process's runs.
+
+    Raises:
+        ValueError: If the folder holds that of other data, or as [`find_test_part`].
+    """
+    run, places = recipe.run, Places.of(recipe)
+    if (test := find_test_part(run, shared)) is None or (key := _test_key(run)) in shared.kept:
+        return
+    inputs = {"test_fraction": run.test_fraction, "dataset": combine_keys(row_keys(*test))}
+    record = StageRecord(places.folder / HELD_OUT, inputs, places.overwrite, places.told)
+    if not record.finished:
+        if PartialState().is_main_process:
+            of = len(load_all_captioned(run, shared).rows)
+            write_held_out(record.folder, *test, of=of, fraction=run.test_fraction)
+        PartialState().wait_for_everyone()
+        record.finish()
+    shared.kept.add(key)
 
 
 def load_captioned(specs: Sequence[str], exclude_karpathy: Sequence[str], seed: int, shared: SharedData) -> Dataset:
@@ -485,16 +606,14 @@ def _warn_of_boxes(recipe: Recipe, captioned: Dataset, uncaptioned: Dataset) -> 
         )
 
 
-def load_new_images(
-    specs: list[str], *, seed: int, exclude_ids: Collection[str], captioned: Mapping[str, KeyedRows]
-) -> KeyedRows:
+def load_new_images(specs: list[str], *, seed: int, exclude_ids: Collection[str], known: Collection[str]) -> KeyedRows:
     """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
 
     Args:
         specs (`list[str]`): Of [`load_uncaptioned`].
         seed (`int`): Seed of the draws.
         exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
-        captioned (`Mapping[str, KeyedRows]`): Captioned rows by split. The same file under another id is left out too.
+        known (`Collection[str]`): Keys of the captioned images. The same file under another id is left out too.
 
     Returns:
         [`KeyedRows`]: The rows, without captions, and the keys of their images.
@@ -505,7 +624,6 @@ def load_new_images(
     """
     dataset = load_uncaptioned(specs, seed=seed, exclude_ids=exclude_ids)
     keys = image_keys(dataset)
-    known = set().union(*(split.keys for split in captioned.values()))
     new = [row for row, key in enumerate(keys) if key not in known]
     if len(new) < len(keys):
         left_out = len(keys) - len(new)

@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, PreTrainedTokeni
 from modeling_dclip.configuration_dclip import DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_mix
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
-from modeling_dclip.data.columns import attach_columns, concatenate_shared, row_keys
+from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
@@ -58,11 +58,13 @@ from modeling_dclip.distillation.run import (
     find_clip,
     find_teacher,
     finished_inputs,
+    keep_test_part,
     load_student,
     load_training_images,
     read_clip,
     share_pixels,
     student_splits,
+    without_test,
 )
 from modeling_dclip.distillation.trainer import (
     AnchorTrainer,
@@ -168,10 +170,13 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     shared = SharedData() if shared is None else shared
     places, stages = Places.of(recipe), recipe.stages
     logger.info("Stages: %s, in %s", ", ".join(stages), places.folder)
+    keep_test_part(recipe, shared)
     if "anchor" in stages:
         if recipe.run.clip_model is None:
-            specs = recipe.anchor.train_datasets or recipe.run.train_datasets
-            make_anchor(recipe.anchor, specs, places, recipe.resolved("anchor"))
+            dataset = load_mix(recipe.anchor.train_datasets or recipe.run.train_datasets, seed=recipe.anchor.seed)
+            if recipe.run.test_fraction:
+                dataset = without_test(KeyedRows(dataset, image_keys(dataset)), recipe.run, shared).rows
+            make_anchor(recipe.anchor, dataset, places, recipe.resolved("anchor"))
         else:
             logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
     if {"regions", "teacher", "targets", "student"} & set(stages):
@@ -215,22 +220,18 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
         train_student(recipe.student, data, clip, places, resolved, shared)
 
 
-def make_anchor(
-    args: AnchorArguments, train_datasets: list[str], places: Places, resolved_arguments: dict[str, Any]
-) -> None:
+def make_anchor(args: AnchorArguments, dataset: Dataset, places: Places, resolved_arguments: dict[str, Any]) -> None:
     """Pretrain a small CLIP from scratch on captioned images, and save it in the run's folder `anchor`.
 
     Args:
         args ([`AnchorArguments`]): Architecture, tokenizer, optimiser.
-        train_datasets (`list[str]`): Specs of captioned images.
+        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
         places ([`Places`]): Of the run.
         resolved_arguments (`dict`): Saved beside the weights.
 
     Raises:
-        FileNotFoundError: If a file of the datasets is missing.
         ValueError: If there are too few images, a config is wrong, or the folder was made from other inputs.
     """
-    dataset = load_mix(train_datasets, seed=args.seed)
     inputs = {"arguments": deciding_fields(args), "dataset": combine_keys(row_keys(dataset))}
     record = places.record("anchor", inputs)
     if record.finished:

@@ -12,6 +12,7 @@
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
 | `wds:DIR_OR_URL[:SPLIT]` | a `clip-benchmark/wds_*` set for retrieval; option `cache_dir` |
+| `held_out:RUN_FOLDER` | the test part of a run of train.py (its `test_fraction`), with its captions |
 | `images:FOLDER` | images without captions, for [`load_uncaptioned`] alone; option `source` |
 
 Each may end in `,missing=skip` (where images are files) and in `@COUNT`. Ids are stable and name the source, so that a
@@ -19,9 +20,7 @@ picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
 """
 
 import logging
-import math
 from collections.abc import Collection, Sequence
-from fractions import Fraction
 
 from datasets import Dataset
 
@@ -35,12 +34,12 @@ from modeling_dclip.data.captions.files import (
     read_images,
     read_karpathy,
 )
+from modeling_dclip.data.captions.parts import read_held_out, split_off_test, split_train_validation
 from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
 from modeling_dclip.data.columns import concatenate_shared
 from modeling_dclip.data.labels.webdataset import read_captioned
-from modeling_dclip.data.rows import require_rows, require_unique
+from modeling_dclip.data.rows import require_rows, require_unique, rows_by_lot
 from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
-from modeling_dclip.encoders.fingerprints import hash_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +49,7 @@ __all__ = [
     "load_mix",
     "load_uncaptioned",
     "parse_caption_spec",
+    "split_off_test",
     "split_train_validation",
     "standardise_columns",
 ]
@@ -72,14 +72,9 @@ CAPTION_SOURCES = {
     "hub": Source("hub:NAME:SPLIT", read_hub),
     "disk": Source("disk:FOLDER", read_disk),
     "wds": Source("wds:DIR_OR_URL[:SPLIT]", read_captioned),
+    "held_out": Source("held_out:RUN_FOLDER", read_held_out),
     "images": Source("images:FOLDER", read_images),
 }
-
-
-def _rows_by_lot(image_ids: Sequence[str], seed: int, purpose: str) -> list[int]:
-    """Rows in an order that depends on seed and id alone: not on a file's order, nor on which other rows there are."""
-    lots = [hash_bytes(f"{purpose}/{seed}/{image_id}") for image_id in image_ids]
-    return sorted(range(len(lots)), key=lots.__getitem__)
 
 
 def parse_caption_spec(spec: str | Spec) -> Spec:
@@ -134,7 +129,7 @@ def _draw(spec: Spec, seed: int, exclude_ids: Collection[str], what: str) -> Dat
                 f"Expected at least {spec.count} images in {spec.text!r}, got {len(rows)} "
                 f"({len(image_ids) - len(rows)} left out by id). Lower the count or give more data."
             )
-        rows = sorted(rows[i] for i in _rows_by_lot([image_ids[row] for row in rows], seed, "draw")[: spec.count])
+        rows = sorted(rows[i] for i in rows_by_lot([image_ids[row] for row in rows], seed, "draw")[: spec.count])
     return dataset if len(rows) == len(image_ids) else dataset.select(rows)
 
 
@@ -186,30 +181,3 @@ def _join(parts: Sequence[Dataset], specs: Sequence[str | Spec]) -> Dataset:
         [image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(map(str, specs))}"
     )
     return concatenate_shared(parts)
-
-
-def split_train_validation(dataset: Dataset, fraction: float = 0.9, seed: int = 0) -> tuple[Dataset, Dataset]:
-    """Split by image id, so that the same image lands on the same side whatever the order of rows.
-
-    Args:
-        dataset (`datasets.Dataset`): With the column `image_id`.
-        fraction (`float`, *optional*, defaults to 0.9): Share for training, in (0, 1), taken as the decimal it is
-            written as: 75,000 rows give exactly 67,500 and 7,500. Rounded down.
-        seed (`int`, *optional*, defaults to 0): Another seed is another split, independent of the draws of
-            [`load_mix`].
-
-    Returns:
-        `tuple[Dataset, Dataset]`: Training and validation rows, each in the order of `dataset`.
-
-    Raises:
-        ValueError: If `fraction` is not in (0, 1) or leaves a side empty.
-    """
-    if not 0 < fraction < 1:
-        raise ValueError(f"Expected a fraction in (0, 1), got {fraction}.")
-    size = math.floor(len(dataset) * Fraction(str(fraction)))
-    if size in (0, len(dataset)):
-        raise ValueError(
-            f"Expected rows on both sides of a split of {len(dataset)} rows at {fraction}, got none on one."
-        )
-    lots = _rows_by_lot(dataset["image_id"][:], seed, "split")
-    return dataset.select(sorted(lots[:size])), dataset.select(sorted(lots[size:]))

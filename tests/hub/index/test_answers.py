@@ -11,7 +11,7 @@ from PIL import Image
 
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.__main__ import main
-from modeling_dclip.hub.index.answers import NOTHING_FOUND, MOST_COLUMNS, describe_hits, describe_query, write_page
+from modeling_dclip.hub.index.answers import MOST_COLUMNS, NOTHING_FOUND, describe_hits, describe_query, write_page
 from modeling_dclip.hub.index.build import build_index
 
 pytest.importorskip("faiss")

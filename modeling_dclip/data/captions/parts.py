@@ -1,0 +1,293 @@
+"""The parts of a run's images: what a model learns from, what chooses its checkpoint, and what alone is reported.
+
+The *test part* is drawn by the content of the pictures: no seed, no file name and no caption decides it. The rest is
+split into training and validation by image id. Identical pictures are in one part, under whatever names they come.
+
+A run keeps its test part in `RUN_FOLDER/held_out`, and the spec `held_out:RUN_FOLDER` reads it: `held_out.json` says
+what it is of, `images` is a saved dataset. Pictures that are files stay where they are; stored bytes are copied.
+"""
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, Image, Value
+
+from modeling_dclip.data.captions.tables import read_disk
+from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.files import (
+    NULLABLE_TEXT,
+    printable,
+    read_json,
+    replacing,
+    require_field,
+    require_folder,
+    write_json,
+)
+from modeling_dclip.data.images import MissingImageError, UnreadableImageError, read_encoded, undecoded_images
+from modeling_dclip.data.rows import (
+    FIRST_IDS,
+    MISSING_MODES,
+    image_files,
+    require_rows,
+    rows_by_lot,
+    with_paths,
+)
+from modeling_dclip.encoders.fingerprints import hash_bytes
+
+logger = logging.getLogger(__name__)
+
+HELD_OUT = "held_out"  # the folder of the test part in a run's folder
+_IMAGES, _ABOUT = "images", "held_out.json"
+_KEY = "image_key"  # the column of the pictures' keys
+_STORED = {"bytes": Value("binary"), "path": Value("string")}  # of an `Image`, the files' content would be saved too
+_LEVELS = 2  # of folders that an arm's run lies below the one that holds the test part
+
+
+def describe_copies(image_ids: Sequence[str], keys: Sequence[str]) -> str:
+    """Count the pictures that are byte for byte another one, and name a pair; an empty text if there are none.
+
+    Args:
+        image_ids (`Sequence[str]`): Of the rows.
+        keys (`Sequence[str]`): Of their pictures: [`~modeling_dclip.data.columns.image_keys`].
+    """
+    seen: dict[str, int] = {}
+    pairs = [(seen[key], row) for row, key in enumerate(keys) if seen.setdefault(key, row) != row]
+    if not pairs:
+        return ""
+    one, other = (printable(image_ids[row]) for row in pairs[0])
+    number = "1 image is an identical copy" if len(pairs) == 1 else f"{len(pairs)} images are identical copies"
+    return f"{number} of another, e.g. {other} of {one}; copies stay in one part of a split"
+
+
+def _cut(order: Sequence[int], keys: Sequence[str] | None, size: int) -> int:
+    """Where to cut an order near `size`, so that rows of one key are on one side and no side is empty."""
+    if keys is None or not 0 < size < len(order):
+        return size
+
+    def parts_copies(at: int) -> bool:
+        return 0 < at < len(order) and keys[order[at - 1]] == keys[order[at]]
+
+    below = next(at for at in range(size, -1, -1) if not parts_copies(at))
+    return below or next(at for at in range(size, len(order) + 1) if not parts_copies(at))
+
+
+def _in_order(dataset: Dataset, rows: Sequence[int]) -> Dataset:
+    return dataset.select(sorted(rows))
+
+
+def split_off_test(dataset: Dataset, fraction: float, keys: Sequence[str]) -> tuple[Dataset, Dataset]:
+    """Draw the test part, by the content of the pictures alone.
+
+    The same pictures have the same test part under other names, with other captions and in another order. Of more
+    pictures, nearly the same ones are drawn: a picture changes its part only where the border between the parts moves
+    over it.
+
+    Args:
+        dataset (`datasets.Dataset`): N rows.
+        fraction (`float`): Share of the test part, in (0, 1), taken as the decimal it is written as. Rounded down.
+        keys (`Sequence[str]`): N keys of the pictures: [`~modeling_dclip.data.columns.image_keys`]. Rows of one key
+            are in one part.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: The rest and the test part, each in the order of `dataset`.
+
+    Raises:
+        ValueError: If `fraction` is not in (0, 1) or leaves a side empty; the message says what to set.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"Expected a fraction in (0, 1), got {fraction}.")
+    number = len(dataset)
+    order = rows_by_lot(keys, 0, "test")
+    size = _cut(order, keys, math.floor(number * Fraction(str(fraction))))
+    if not 0 < size < number:
+        part = "the test part" if size == 0 else "what is left to train on"
+        least = math.ceil(1000 / number) / 1000 if number else 0
+        hint = f"at least {least:g}" if size == 0 else f"at most {1 - least:g}"
+        kinds = "" if len(set(keys)) == number else f", {len(set(keys))} of them different,"
+        raise ValueError(
+            f"test_fraction {fraction} of {number} images{kinds} leaves {part} empty. Set it to {hint}, or give more "
+            "images."
+        )
+    return _in_order(dataset, order[size:]), _in_order(dataset, order[:size])
+
+
+def split_train_validation(
+    dataset: Dataset,
+    fraction: float = 0.9,
+    seed: int = 0,
+    *,
+    keys: Sequence[str] | None = None,
+    of: int | None = None,
+) -> tuple[Dataset, Dataset]:
+    """Split by image id, so that the same image lands on the same side whatever the order of rows.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column `image_id`.
+        fraction (`float`, *optional*, defaults to 0.9): Share for training, in (0, 1), taken as the decimal it is
+            written as: 75,000 rows give exactly 67,500 and 7,500. Rounded down.
+        seed (`int`, *optional*, defaults to 0): Another seed is another split, independent of the draws of
+            [`~modeling_dclip.data.captions.load_mix`].
+        keys (`Sequence[str]`, *optional*): Of the rows' pictures. Rows of one key are on one side.
+        of (`int`, *optional*): Number of rows that `fraction` is of, where a test part was split off before; by
+            default those of `dataset`.
+
+    Returns:
+        `tuple[Dataset, Dataset]`: Training and validation rows, each in the order of `dataset`.
+
+    Raises:
+        ValueError: If `fraction` is not in (0, 1) or leaves a side empty.
+    """
+    if not 0 < fraction < 1:
+        raise ValueError(f"Expected a fraction in (0, 1), got {fraction}.")
+    number = len(dataset) if of is None else of
+    order = rows_by_lot(dataset["image_id"][:], seed, "split")
+    if keys is not None:  # a copy stands behind the first picture of its key
+        copies: dict[str, list[int]] = {}
+        for row in order:
+            copies.setdefault(keys[row], []).append(row)
+        order = [row for rows in copies.values() for row in rows]
+    size = _cut(order, keys, min(len(order), math.floor(number * Fraction(str(fraction)))))
+    if size in (0, len(dataset)):
+        none, hint = ("train", "higher") if size == 0 else ("validate", "lower")
+        raise ValueError(
+            f"Expected rows on both sides of a split of {number} rows at {fraction}, got none to {none} on. Set "
+            f"train_fraction {hint}, or give more images."
+        )
+    return _in_order(dataset, order[:size]), _in_order(dataset, order[size:])
+
+
+def write_held_out(folder: Path, dataset: Dataset, keys: Sequence[str], *, of: int, fraction: float) -> None:
+    """Keep a test part in the folder `held_out` of a run.
+
+    Args:
+        folder (`Path`): The folder `held_out`.
+        dataset (`datasets.Dataset`): N rows with `image_id`, `image`, `captions`. Files stay where they are, their
+            paths become absolute; stored bytes are copied.
+        keys (`Sequence[str]`): N keys of the pictures.
+        of (`int`): Number of images that it was drawn from.
+        fraction (`float`): The share that was asked for.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    paths = {row: os.path.abspath(path) for row, path in image_files(dataset).items() if path is not None}
+    kept = put_columns(with_paths(dataset, paths), {_KEY: (list(keys), Value("string"))})
+    about = {"run": os.path.abspath(folder.parent), "images": len(dataset), "of": of, "test_fraction": fraction}
+    about["mode"] = dataset.features["image"].mode
+    with replacing(folder / _IMAGES) as temporary:
+        kept.cast_column("image", _STORED).save_to_disk(temporary)
+    write_json(folder / _ABOUT, about)
+
+
+def find_held_out(run_folder: str | os.PathLike) -> Path:
+    """The folder `held_out` of a run.
+
+    Args:
+        run_folder (`str` or `os.PathLike`): The run's folder, one of an arm's run or of a stage in it.
+
+    Raises:
+        FileNotFoundError: If there is no such folder, or the run has no test part; the message says what to set.
+    """
+    root = Path(os.path.abspath(require_folder(run_folder, "run folder")))
+    for place in (root, *root.parents[:_LEVELS]):
+        if (place / HELD_OUT / _ABOUT).is_file():
+            return place / HELD_OUT
+    raise FileNotFoundError(
+        f"The run '{printable(run_folder)}' has no test part. Train with test_fraction above 0, for example "
+        "`--train_fraction 0.8 --test_fraction 0.1`, which leaves a tenth for validation."
+    )
+
+
+def _read_about(folder: Path) -> dict[str, Any]:
+    path = folder / _ABOUT
+    about = read_json(path, "description of a test part", ("run", "images", "of", "test_fraction", "mode"))
+    require_field(about, "run", "The object", path, str)
+    require_field(about, "mode", "The object", path, NULLABLE_TEXT)
+    for name in ("images", "of"):
+        require_field(about, name, "The object", path, int)
+    return about
+
+
+def describe_held_out(run_folder: str | os.PathLike) -> str:
+    """What the test part of a run is, in a few words: `15 of the 155 images of the run outputs/mine`.
+
+    Raises:
+        FileNotFoundError: As [`find_held_out`].
+        ValueError: If its description is damaged.
+    """
+    folder = find_held_out(run_folder)
+    about, here = _read_about(folder), Path(os.path.abspath(run_folder)) == folder.parent
+    run = printable(run_folder if here else folder.parent)
+    return f"{about['images']:,} of the {about['of']:,} images of the run {run}, kept out of training"
+
+
+def read_held_out(run_folder: str, *, missing: str = "raise") -> Dataset:
+    """Read the test part of a run of `train.py`, with the captions that the run read.
+
+    The folder may have been moved, alone or together with the pictures. Every picture is compared with the run's.
+
+    Args:
+        run_folder (`str`): The folder that `output_dir` named, or one of an arm, a seed or a stage in it.
+        missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out pictures that are missing or have
+            changed since, and reports them.
+
+    Returns:
+        `datasets.Dataset`: `image_id`, `image`, `captions`, and `boxes`, `box_scores` where the data had them.
+
+    Raises:
+        FileNotFoundError: If there is no such run, it has no test part, or a picture is missing.
+        ValueError: If a picture has changed, what the run kept is damaged, or no picture is left.
+    """
+    if missing not in MISSING_MODES:
+        raise ValueError(f"Expected missing to be one of {MISSING_MODES}, got {missing!r}.")
+    folder = find_held_out(run_folder)
+    about, dataset = _read_about(folder), read_disk(str(folder / _IMAGES))
+    if _KEY not in dataset.column_names:
+        raise ValueError(f"Expected a column {_KEY!r} in '{folder / _IMAGES}', got {dataset.column_names}.")
+    keys = dataset[_KEY][:]
+    dataset = dataset.remove_columns(_KEY).cast_column("image", Image(mode=about["mode"]))
+    dataset = with_paths(dataset, _moved_paths(dataset, about["run"], folder.parent))
+    problems = _find_changes(dataset, keys)
+    if not problems:
+        return dataset
+    ids = dataset["image_id"][:]
+    shown = ", ".join(f"{printable(ids[row])} ({problems[row]})" for row in list(problems)[:FIRST_IDS])
+    message = (
+        f"held_out:{printable(run_folder)}: {len(problems)} of {len(ids)} test images are no longer those of the run: "
+        f"{shown}"
+    )
+    if missing == "raise":
+        kind = FileNotFoundError if "missing" in problems.values() else ValueError
+        raise kind(f"{message}. Put them back, or add ',missing=skip' to leave them out.")
+    logger.warning("%s; left out", message)
+    kept = [row for row in range(len(ids)) if row not in problems]
+    require_rows(len(kept), f"held_out:{printable(run_folder)}")
+    return dataset.select(kept)
+
+
+def _moved_paths(dataset: Dataset, old_run: str, run: Path) -> dict[int, str]:
+    """Where pictures lie beside the run's folder, as they lay before, of those that are no longer at their path."""
+    moved = {}
+    for row, path in image_files(dataset).items():
+        if path is not None and not os.path.isfile(path):
+            other = os.path.normpath(run / os.path.relpath(path, old_run))
+            if os.path.isfile(other):
+                moved[row] = other
+    return moved
+
+
+def _find_changes(dataset: Dataset, keys: Sequence[str]) -> dict[int, str]:
+    """What happened to the pictures that are not as their keys say, by row."""
+    problems = {}
+    for row, stored in enumerate(undecoded_images(dataset)):
+        try:
+            if hash_bytes(read_encoded(stored["image"])) != keys[row]:
+                problems[row] = "changed"
+        except UnreadableImageError as error:
+            problems[row] = "missing" if isinstance(error, MissingImageError) else error.reason
+    return problems

@@ -1,0 +1,150 @@
+"""The test part in a run: no stage sees it, every arm and seed has the same, and its folder says which it is."""
+
+import json
+import logging
+
+import pytest
+import yaml
+from datasets import concatenate_datasets
+
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.columns import image_keys
+from modeling_dclip.distillation.dmclip_stages import _captioned_images
+from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
+from modeling_dclip.distillation.run import (
+    KeyedRows,
+    SharedData,
+    find_test_part,
+    keep_test_part,
+    load_training_images,
+    without_test,
+)
+
+DATA = "scenes:train,n=20,image_size=32,captions_per_image=1"
+RECIPE = {"train_datasets": [DATA], "train_fraction": 0.8, "test_fraction": 0.1, "clip_model": "none-needed"}
+
+
+def recipe_of(folder, *words, **changes):
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**RECIPE, "output_dir": str(folder / "run"), **changes}))
+    return parse_recipe(words, path)
+
+
+def test_three_parts_share_no_image(tmp_path):
+    recipe, shared = recipe_of(tmp_path, "--student.eval_strategy", "epoch"), SharedData()
+    parts = {**load_training_images(recipe, shared), "test": find_test_part(recipe.run, shared)}
+    assert {name: len(part.rows) for name, part in parts.items()} == {"train": 16, "validation": 2, "test": 2}
+    assert len(set().union(*(part.keys for part in parts.values()))) == 20
+    for part in parts.values():
+        assert part.keys == image_keys(part.rows)
+    keep_test_part(recipe, shared)
+    kept = load_captions(f"held_out:{tmp_path / 'run'}")
+    assert kept["image_id"][:] == parts["test"].rows["image_id"][:] and "boxes" in kept.column_names
+    assert json.loads((tmp_path / "run" / "held_out" / "held_out.json").read_text())["of"] == 20
+
+
+def test_without_a_test_part_nothing_changes(tmp_path):
+    recipe, shared = recipe_of(tmp_path, test_fraction=0), SharedData()
+    assert find_test_part(recipe.run, shared) is None and len(load_training_images(recipe, shared)["train"].rows) == 16
+    keep_test_part(recipe, shared)
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_arm_and_seed_has_the_same_test_part(tmp_path):
+    arms = {"a": {}, "b": {"student": {"temperature": 0.5}, "train_fraction": 0.5}}
+    recipe = recipe_of(tmp_path, arms=arms, seeds=[0, 1], train_datasets=[f"{DATA}@10"])
+    runs, tests, trained = expand_arms(recipe), set(), set()
+    for run in runs:
+        shared = SharedData()
+        tests.add(tuple(find_test_part(run.recipe.run, shared).keys))
+        trained |= set(load_training_images(run.recipe, shared)["train"].keys)
+    [test] = tests
+    assert len(test) == 1 and not trained & set(test)
+
+
+def test_the_runs_of_an_experiment_keep_it_once(tmp_path):
+    recipe, shared = recipe_of(tmp_path, seeds=[0, 1]), SharedData()
+    keep_test_part(recipe, shared)
+    for run in expand_arms(recipe):
+        keep_test_part(run.recipe, shared)
+    folder = tmp_path / "run" / "student" / "seed-1"
+    folder.mkdir(parents=True)
+    assert not (folder / "held_out").exists()
+    one, other = (load_captions(f"held_out:{place}") for place in (folder, tmp_path / "run"))
+    assert one["image_id"][:] == other["image_id"][:]
+
+
+def test_a_folder_with_another_test_part_is_refused(tmp_path):
+    keep_test_part(recipe_of(tmp_path), SharedData())
+    other = recipe_of(tmp_path, test_fraction=0.2)
+    with pytest.raises(ValueError, match="was made from other inputs .*test_fraction: 0.1 -> 0.2.*--overwrite true"):
+        keep_test_part(other, SharedData())
+    keep_test_part(recipe_of(tmp_path, "--overwrite", "true", test_fraction=0.2), SharedData())
+    assert len(load_captions(f"held_out:{tmp_path / 'run'}")) == 4
+
+
+def test_other_sources_lose_the_test_part_too(tmp_path):
+    recipe, shared = recipe_of(tmp_path), SharedData()
+    test = find_test_part(recipe.run, shared)
+    other = load_captions(DATA)
+    renamed = other.map(lambda row: {"image_id": f"other-{row['image_id']}"})
+    left = without_test(KeyedRows(renamed, image_keys(renamed)), recipe.run, shared)
+    assert len(left.rows) == 18 and left.keys == image_keys(left.rows) and not set(left.keys) & set(test.keys)
+    reinforced = _captioned_images(recipe.run, 3, shared).rows
+    assert len(reinforced) == 18 and not set(image_keys(reinforced)) & set(test.keys)
+    with pytest.raises(ValueError, match="is left of 2 images without the test part"):
+        without_test(test, recipe.run, shared)
+
+
+def test_uncaptioned_images_of_the_test_part_are_left_out(tmp_path):
+    renamed = load_captions(DATA.replace("n=20", "n=24")).map(lambda row: {"image_id": f"other-{row['image_id']}"})
+    renamed.save_to_disk(tmp_path / "more")
+    student = {"cosine_distillation_loss_weight": 0, "cosine_preservation_loss_weight": 1}
+    recipe = recipe_of(tmp_path, uncaptioned_datasets=[f"disk:{tmp_path / 'more'}"], student=student)
+    images = load_training_images(recipe, SharedData())
+    assert len(images["uncaptioned"].rows) == 4 and len(images["train"].rows) == 16
+
+
+def test_copies_are_told_and_stay_together(tmp_path, caplog):
+    scenes = load_captions(DATA)
+    copies = scenes.map(lambda row: {"image_id": f"copy-{row['image_id']}"})
+    concatenate_datasets([scenes, copies]).save_to_disk(tmp_path / "doubled")
+    recipe = recipe_of(tmp_path, "--student.eval_strategy", "epoch", train_datasets=[f"disk:{tmp_path / 'doubled'}"])
+    shared = SharedData()
+    parts = {**load_training_images(recipe, shared), "test": find_test_part(recipe.run, shared)}
+    sizes = {name: (len(part.rows), len(set(part.keys))) for name, part in parts.items()}
+    assert sizes == {"train": (32, 16), "validation": (4, 2), "test": (4, 2)}
+    assert "20 images are identical copies of another, e.g. copy-" in caplog.text
+
+
+def test_the_stages_are_given_training_images_alone(tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    images = load_training_images(recipe_of(tmp_path), SharedData())
+    assert set(images) == {"train"} and "test_fraction: 2 of 20 images are kept out" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_fraction": 0.95}, r"train_fraction 0.95 and test_fraction 0.1 are more than all images. Set train_"),
+        ({"train_fraction": 1.0}, r"train_fraction 1 and test_fraction 0.1 are more .* to at most 0.9, less if"),
+        ({"test_fraction": 1}, r"test_fraction: expected a number from 0 and below 1, got '?1"),
+        ({"arms": {"a": {"train_datasets": ["scenes:train,n=5"]}}}, "the arm 'a' sets train_datasets, but with test_"),
+        ({"arms": {"a": {}, "b": {"test_fraction": 0}}}, "the arm 'b' sets test_fraction, but"),
+        ({"train_datasets": ["held_out:x"]}, "train_datasets: expected images to train on, got the test part 'held_"),
+        (
+            {"dmclip": {"train_shards": "x.tar"}, "reinforce": {"teachers": ["x"]}},
+            "test_fraction: the images of dmclip.train_shards are in the shards already",
+        ),
+    ],
+)
+def test_impossible_parts_are_refused_before_any_image_is_read(tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        expand_arms(recipe_of(tmp_path, **changes))
+
+
+def test_validation_needs_a_part_of_its_own(tmp_path):
+    words = ("--student.eval_strategy", "epoch", "--train_fraction", "0.9")
+    with pytest.raises(ValueError, match="train_fraction is 0.9 and test_fraction 0.1, which is all: set it below"):
+        load_training_images(recipe_of(tmp_path, *words), SharedData())
+    assert len(load_training_images(recipe_of(tmp_path, "--train_fraction", "0.9"), SharedData())["train"].rows) == 18
