@@ -15,6 +15,7 @@ from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.evaluator import ALPHA, Candidate, evaluate
 from modeling_dclip.evaluation.records import Metrics, Record
 from modeling_dclip.evaluation.reports.plots import TradeoffPoint, plot_tradeoff
+from modeling_dclip.evaluation.reports.tables import name_of, shorten_paths
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, Summary, summarise_arms
 
 ANCHOR = "anchor"
@@ -130,6 +131,7 @@ def tradeoff_points(summary: Summary) -> list[TradeoffPoint]:
                 "x_interval": (x["low"], x["high"]),
                 "y": y["estimate"],
                 "y_interval": (y["low"], y["high"]),
+                "covers": y["covers"],
             }
         )
     return points
@@ -143,7 +145,7 @@ def _by_place(records: Sequence[Record], metric: str) -> dict[tuple[str, str | N
 
 
 def _point(zero_shot: Record, retrieval: Record) -> TradeoffPoint:
-    point: TradeoffPoint = {"label": retrieval.get("label", retrieval["model"])}
+    point: TradeoffPoint = {"label": name_of(retrieval), "covers": "images"}
     point["x"] = zero_shot["metrics"][RETENTION_METRIC]
     if interval := zero_shot.get("intervals", {}).get(RETENTION_METRIC):
         point["x_interval"] = interval["low"], interval["high"]
@@ -155,20 +157,21 @@ def _point(zero_shot: Record, retrieval: Record) -> TradeoffPoint:
 
 def interpolation_points(
     records: Sequence[Record], anchor: str | None = None
-) -> tuple[list[TradeoffPoint], list[TradeoffPoint]]:
+) -> tuple[list[TradeoffPoint], dict[str, list[TradeoffPoint]]]:
     """Pair each model's retrieval with its zero-shot accuracy.
 
     Where there are several benchmarks of a kind, the first counts. Points on the line from an anchor to a model
-    (`condition` is `alpha=...`) become the curve. It starts at the anchor and ends at the model, if that was measured.
+    (`condition` is `alpha=...`) become the model's curve. It starts at the anchor and ends at the model, if those were
+    measured.
 
     Args:
         records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`].
         anchor (`str`, *optional*): The model that is the reference; its point comes first.
 
     Returns:
-        `tuple[list[TradeoffPoint], list[TradeoffPoint]]`: Points and curve of
+        `tuple[list[TradeoffPoint], dict[str, list[TradeoffPoint]]]`: Points and curves of
             [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `x` is top-1, `y` text-to-image R@1; with
-            intervals over images where the records have them.
+            intervals over images where the records have them. The ends of a curve have no label: they are points.
 
     Raises:
         ValueError: If no model has both, or points of several lines are in the records.
@@ -186,25 +189,30 @@ def interpolation_points(
     start = None if anchor is None else pairs.get((anchor, None))
     points = [pair for (_, condition), pair in pairs.items() if condition is None]
     points.sort(key=lambda point: point is not start)
-    curve: list[TradeoffPoint] = []
+    curves: dict[str, list[TradeoffPoint]] = {}
     for (_, condition), pair in pairs.items():
         if condition is not None and condition.startswith(ALPHA):
-            curve.append({**pair, "alpha": float(condition.removeprefix(ALPHA))})
-    ends = [start, pairs.get((next(iter(lines)), None))] if lines else []
-    curve += [{**end, "alpha": alpha} for end, alpha in zip(ends, (0.0, 1.0), strict=False) if end is not None]
-    return points, sorted(curve, key=lambda point: point["alpha"])
+            step: TradeoffPoint = {**pair, "label": f"α {condition.removeprefix(ALPHA)}"}
+            curves.setdefault(pair["label"], []).append(step)
+    for steps in curves.values():
+        steps.sort(key=lambda step: float(step["label"].removeprefix("α ")))
+        end = pairs.get((next(iter(lines)), None))
+        steps[:0] = [] if start is None else [{**start, "label": ""}]
+        steps += [] if end is None else [{**end, "label": ""}]
+    return points, curves
 
 
 def plot_curve(records: Sequence[Record], path: str | os.PathLike, *, anchor: str | None = None) -> None:
     """Draw [`interpolation_points`] of records, zero-shot top-1 to the right and text-to-image R@1 up.
 
     Args:
-        records, anchor: As in [`interpolation_points`].
+        records, anchor: As in [`interpolation_points`]. Models are named as in tables.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: As in [`interpolation_points`], or if the file is not a `.png`.
     """
-    points, curve = interpolation_points(records, anchor)
-    plot_tradeoff(points or curve, path, curve=curve, x_label="zero-shot top-1 (%)")
+    points, curves = interpolation_points(shorten_paths(records), anchor)
+    steps = [step for own in curves.values() for step in own]
+    plot_tradeoff(points or steps, path, curves=curves if points else {}, x_label="zero-shot top-1 (%)")

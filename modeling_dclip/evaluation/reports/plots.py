@@ -13,9 +13,10 @@ import logging
 import math
 import os
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import count, product
 from pathlib import Path
-from typing import Any, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import numpy as np
 from PIL import Image as PILImage
@@ -47,6 +48,9 @@ RETRIEVAL_TERMS = {
 }
 RETRIEVAL_COLOURS = ("#0e7490", "#be185d")
 VALIDATION: dict[str, Any] = {"lw": 1.6, "ls": (0, (3, 1.6)), "marker": "o", "ms": 4.5, "mfc": "white"}
+# The least length of an axis in percentage points: a smaller difference is rarely more than noise.
+LEAST_SPAN = 5
+INTERVALS_OVER = {"images": "test images", "seeds": "training seeds"}
 MANY_POINTS = 200  # more points than this get a running median
 MAP_TITLES = {
     "attention_rollout": "attention rollout",
@@ -62,18 +66,20 @@ class TradeoffPoint(TypedDict, total=False):
     """A model in a picture of the trade-off.
 
     Attributes:
-        label (`str`): Name of the model, or of the point on a curve.
+        label (`str`): Stands beside the point; an empty one is not shown.
+        series (`str`, *optional*): Which model it is: equal names have one colour. The label if not given.
         x (`float`), y (`float`): Zero-shot accuracy or retention, and retrieval, in [0, 1].
         x_interval, y_interval (`tuple`): Low and high end; `None` for an end that is not known.
-        alpha (`float`): Of a point between two models: the share of the second one's weights.
+        covers (`str`, *optional*): What the intervals cover, `"images"` or `"seeds"`; said below the picture.
     """
 
     label: str
+    series: str
     x: float
     y: float
     x_interval: tuple[float | None, float | None]
     y_interval: tuple[float | None, float | None]
-    alpha: float
+    covers: str
 
 
 class Bar(TypedDict, total=False):
@@ -81,12 +87,14 @@ class Bar(TypedDict, total=False):
 
     Attributes:
         label (`str`): Stands at the bar's left.
+        series (`str`, *optional*): Which model it is: equal names have one colour. The label if not given.
         value (`float`, *optional*): Length, as on the axis; `None` leaves the place empty.
         text (`str`): Stands at the bar's right.
         low (`float`, *optional*), high (`float`, *optional*): Ends of the interval, as on the axis.
     """
 
     label: str
+    series: str
     value: float | None
     text: str
     low: float | None
@@ -101,8 +109,11 @@ class Cost(TypedDict):
     max: float
 
 
+Styles = Mapping[str, Mapping[str, str]]  # by series: colour and marker, from [`style_of`]
+
+
 def style_of(index: int) -> dict[str, str]:
-    """Colour and marker of a series, as keyword arguments: grey for the first, and 30 different pairs for the next."""
+    """Colour and marker of a series, as keyword arguments: grey for the first, and 56 different pairs for the next."""
     colour = SERIES_COLOURS[0] if index == 0 else SERIES_COLOURS[1 + (index - 1) % (len(SERIES_COLOURS) - 1)]
     return {"color": colour, "marker": MARKERS[index % len(MARKERS)]}
 
@@ -155,6 +166,20 @@ def save_figure(figure: Any, path: str | os.PathLike) -> None:
     write_bytes(path, buffer.getvalue())
 
 
+def _series_of(value: TradeoffPoint | Bar) -> str:
+    return value.get("series", value["label"])
+
+
+def _style_series(names: Iterable[str], styles: Styles | None) -> dict[str, Mapping[str, str]]:
+    """Each series' style: the one given, or else the next that none of these has."""
+    found = dict(styles or {})
+    free = (style for style in map(style_of, count()) if style not in found.values())
+    for name in names:
+        if name not in found:
+            found[name] = next(free)
+    return found
+
+
 def _error_bars(point: TradeoffPoint, axis: str) -> np.ndarray | None:
     """Distances (2, 1) in percent from the point to the ends of its interval; `None` where there is no interval."""
     interval = point.get(f"{axis}_interval")
@@ -167,103 +192,173 @@ def plot_tradeoff(
     points: Sequence[TradeoffPoint],
     path: str | os.PathLike,
     *,
-    curve: Sequence[TradeoffPoint] = (),
     curves: Mapping[str, Sequence[TradeoffPoint]] | None = None,
+    styles: Styles | None = None,
     x_label: str = "zero-shot top-1 kept (% of the anchor)",
     y_label: str = "text-to-image R@1 (%)",
     title: str | None = None,
 ) -> None:
     """Draw models as points: zero-shot accuracy or retention on the x axis, retrieval on the y axis.
 
-    Up and right is better.
+    Up and right is better. Each point has its name beside it. Both axes hold every interval and are at least
+    [`LEAST_SPAN`] points long, so that noise does not fill the picture.
 
     Args:
-        points (`Sequence[TradeoffPoint]`): With `label`, `x`, `y` and optionally intervals. The first is drawn in grey
-            as the reference, with dashed lines through it. Points with the same label are one series, in one colour.
+        points (`Sequence[TradeoffPoint]`): With `label`, `x`, `y` and optionally intervals. The first is the
+            reference: dashed lines go through it, and it is grey if no style is given. Points of one series have one
+            colour.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
-        curve (`Sequence[TradeoffPoint]`, *optional*): Points of weight interpolation (WiSE-FT) with `x`, `y` and
-            `alpha`, in the order of `alpha`. The first and the last have no label: they are among the points.
-        curves (`Mapping[str, Sequence[TradeoffPoint]]`, *optional*): By name, points on a line in the order given,
-            such as epochs or checkpoints, with `x`, `y`, a `label` written beside it, and optionally intervals.
+        curves (`Mapping[str, Sequence[TradeoffPoint]]`, *optional*): By series, points on a line in the order given,
+            such as checkpoints or weights between two models (WiSE-FT), with `x`, `y`, `label`, and optionally
+            intervals. A step without a label is one of the points.
+        styles (`Mapping`, *optional*): By series, see [`style_of`]; for pictures that share their models.
         x_label, y_label, title (`str`, *optional*): Texts at the axes and above.
 
     Raises:
         ImportError: If matplotlib is not installed.
         ValueError: If there is no point, one lacks a key or is not finite, or the file is no `.png`.
     """
+    curves = curves or {}
     _check_points(points, ("label", "x", "y"))
-    _check_points(curve, ("x", "y", "alpha"), least=0)
-    for name, steps in (curves or {}).items():
+    for name, steps in curves.items():
         _check_points(steps, ("label", "x", "y"), where=f" of the curve {name!r}")
+    styles = _style_series([*map(_series_of, points), *curves], styles)
     figure = new_figure(6.4, 4.4)
     axes = figure.add_subplot()
     axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
     axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
-    series = {label: index for index, label in enumerate(dict.fromkeys(point["label"] for point in points))}
+    for name, steps in curves.items():
+        colour = styles[name]["color"]
+        axes.plot([100 * step["x"] for step in steps], [100 * step["y"] for step in steps], color=colour, lw=1.4,
+                  alpha=0.7, zorder=1)  # fmt: skip
+        for step in steps:
+            if step["label"]:
+                _draw_point(axes, step, color=colour, marker="o", ms=4, elinewidth=0.7, capsize=2, alpha=0.6)
     for point in points:
-        index = series[point["label"]]
-        _draw_point(axes, point, **style_of(index), ms=7)
-    if curve:
-        between = [
-            {**point, "label": f"{point['alpha']:g}" if 0 < place < len(curve) - 1 else ""}
-            for place, point in enumerate(curve)
-        ]
-        _draw_curve(axes, between, "#93a3bd", "weights between, α (WiSE-FT)")
-    for index, (name, steps) in enumerate((curves or {}).items(), start=len(series)):
-        _draw_curve(axes, steps, style_of(index)["color"], name)
-    handles = {text: handle for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
-    axes.margins(0.12)
-    for limits, set_limits in ((axes.get_xlim(), axes.set_xlim), (axes.get_ylim(), axes.set_ylim)):
-        middle, half = sum(limits) / 2, (limits[1] - limits[0]) / 2
-        set_limits(middle - max(half, 0.25), middle + max(half, 0.25))  # a hundredth of a point is no distance
-    widest = max(map(len, handles))
-    axes.legend(
-        handles.values(),
-        handles,
-        frameon=False,
-        fontsize=9,
-        loc="upper center",
-        bbox_to_anchor=(0.5, -0.16),
-        ncols=max(1, min(4, len(handles), 80 // (widest + 4))),
-    )
-    axes.tick_params(labelsize=8, colors=INK)
+        _draw_point(axes, point, **styles[_series_of(point)], ms=7.5, elinewidth=1.3, capsize=3, zorder=3)
+    drawn = [*points, *(step for steps in curves.values() for step in steps if step["label"])]
+    for axis, set_limits in (("x", axes.set_xlim), ("y", axes.set_ylim)):
+        set_limits(_limits(drawn, axis))
+    axes.tick_params(labelsize=9, colors=INK)
     axes.set_xlabel(x_label, color=INK)
     axes.set_ylabel(y_label, color=INK)
     axes.set_title(title or "", loc="left", color=INK, fontsize=11)
     axes.grid(color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    _explain(figure, drawn, points[0])
+    _write_labels(figure, axes, points, curves, styles)
     save_figure(figure, path)
 
 
 def _draw_point(axes: Any, point: TradeoffPoint, **style: Any) -> None:
     bars = {f"{axis}err": _error_bars(point, axis) for axis in "xy"}
-    where = (100 * point["x"], 100 * point["y"])
-    style = {
-        "mec": "white",
-        "mew": 0.8,
-        "elinewidth": 1.3,
-        "capsize": 3,
-        "zorder": 3,
-        "ls": "",
-        "label": point["label"],
-        **style,
-    }
-    axes.errorbar(*where, **bars, **style)
+    style = {"mec": "white", "mew": 0.8, "zorder": 2, "ls": "", **style}
+    axes.errorbar(100 * point["x"], 100 * point["y"], **bars, **style)
 
 
-def _draw_curve(axes: Any, steps: Sequence[TradeoffPoint], colour: str, name: str) -> None:
-    """A line with a dot at every point, and the point's label beside it, on the side that the line does not take."""
-    xs, ys = ([100 * step[axis] for step in steps] for axis in "xy")
-    axes.plot(xs, ys, color=colour, lw=1.6, marker=".", ms=6, zorder=1, label=name)
-    for place, step in enumerate(steps):
-        if any(step.get(f"{axis}_interval") for axis in "xy"):
-            _draw_point(axes, {**step, "label": None}, color=colour, marker="", elinewidth=0.8, capsize=2, zorder=1)
-        before, after = max(0, place - 1), min(len(steps) - 1, place + 1)
-        falls = (xs[after] - xs[before]) * (ys[after] - ys[before]) < 0
-        axes.annotate(step["label"], (xs[place], ys[place]), (-9, -9 if falls else 9), textcoords="offset points",
-                      ha="center",
-                      va="center", fontsize=7, color=QUIET)  # fmt: skip
+def _limits(points: Sequence[TradeoffPoint], axis: Literal["x", "y"]) -> tuple[float, float]:
+    """The ends of an axis in percent: with room around every point and interval, and at least [`LEAST_SPAN`] apart."""
+    ends = [100 * point[axis] for point in points]
+    for point in points:
+        if (bars := _error_bars(point, axis)) is not None:
+            ends += [100 * point[axis] - bars[0, 0], 100 * point[axis] + bars[1, 0]]
+    least, most = min(ends), max(ends)
+    room = 0.14 * max(most - least, LEAST_SPAN)
+    low, high = _widen(least, most, LEAST_SPAN)
+    low = low - room if least < 0 else max(low - room, -room / 4)  # shares end at 0 and 100
+    return low, high + room if most > 100 else min(high + room, 100 + room / 2)
+
+
+def _explain(figure: Any, points: Sequence[TradeoffPoint], reference: TradeoffPoint) -> None:
+    """Say below the picture what its lines mean."""
+    covers = {point["covers"] for point in points if "covers" in point and _has_bars(point)}
+    over = " or ".join(INTERVALS_OVER[name] for name in INTERVALS_OVER if name in covers)
+    parts = [f"Bars: 95 % intervals over {over}."] if over else []
+    parts.append(f"Dashed: {_cut(reference['label'])}.")
+    figure.text(0.995, 0.005, " ".join(parts), ha="right", va="bottom", fontsize=8, color=QUIET)
+    figure.get_layout_engine().set(rect=(0, 0.035, 1, 0.965))
+
+
+def _has_bars(point: TradeoffPoint) -> bool:
+    return any(_error_bars(point, axis) is not None for axis in "xy")
+
+
+def _cut(text: str, most: int = 40) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def _write_labels(
+    figure: Any,
+    axes: Any,
+    points: Sequence[TradeoffPoint],
+    curves: Mapping[str, Sequence[TradeoffPoint]],
+    styles: Styles,
+) -> None:
+    """Write each series' name beside its first point, and each step's beside the step, where nothing else is."""
+    wanted = list({_series_of(point): (point, 9.5) for point in reversed(points)}.values())[::-1]
+    wanted += [({**step, "series": name}, 8.5) for name, steps in curves.items() for step in steps if step["label"]]
+    figure.draw_without_rendering()  # now the axes have their place
+    to_pixels = axes.transData.transform
+    taken = [_around(to_pixels((100 * point["x"], 100 * point["y"])), 10, 10) for point, _ in wanted]
+    left, bottom, right, top = axes.bbox.extents
+    x, y = to_pixels((100 * points[0]["x"], 100 * points[0]["y"]))
+    taken += [np.array([x - 1, bottom, x + 1, top]), np.array([left, y - 1, right, y + 1])]  # through the reference
+    for point, _ in wanted:
+        for axis in "xy":
+            if (bars := _error_bars(point, axis)) is not None:
+                ends = [[100 * point["x"], 100 * point["y"]] for _ in range(2)]
+                ends[0]["xy".index(axis)] -= bars[0, 0]
+                ends[1]["xy".index(axis)] += bars[1, 0]
+                taken.append(np.concatenate(to_pixels(ends)) + [-2, -2, 2, 2])
+    for steps in curves.values():
+        places = to_pixels([[100 * step["x"], 100 * step["y"]] for step in steps])
+        for start, end in zip(places, places[1:], strict=False):
+            taken += [_around(start + share * (end - start), 3, 3) for share in np.linspace(0, 1, 12)]
+    for point, size in wanted:
+        label = textwrap.fill(_cut(point["label"], 60), 28)
+        colour = styles[_series_of(point)]["color"]
+        text = axes.annotate(label, (100 * point["x"], 100 * point["y"]), (0, 0), textcoords="offset pixels",
+                             fontsize=size, color=colour, ha="center", va="center", zorder=5)  # fmt: skip
+        taken.append(_place(text, to_pixels(text.xy), axes.bbox.extents, taken))
+
+
+def _around(centre: Any, half_width: float, half_height: float) -> np.ndarray:
+    """A box (4,) in pixels: left, bottom, right, top."""
+    x, y = centre
+    return np.array([x - half_width, y - half_height, x + half_width, y + half_height])
+
+
+def _place(text: Any, point: np.ndarray, frame: np.ndarray, taken: Sequence[np.ndarray]) -> np.ndarray:
+    """Move a text near its point to where it covers least of what is taken; a far one gets a thin line to the point.
+
+    Returns:
+        `np.ndarray` of shape `(4,)`: The text's box in pixels.
+    """
+    box = text.get_window_extent()
+    half = np.array([box.width, box.height]) / 2
+    others = np.array(taken)
+    best: tuple[float, np.ndarray, int] = (math.inf, point, 0)
+    for distance in (9, 16, 26, 40, 58, 80, 110):
+        for side in product((1, 0, -1), repeat=2):
+            if side == (0, 0):
+                continue
+            centre = point + side * (half + distance / math.hypot(*side))
+            place = _around(centre, *half)
+            overlap = np.minimum(place[2:] + 2, others[:, 2:]) - np.maximum(place[:2] - 2, others[:, :2])
+            covered = float(overlap.clip(min=0).prod(axis=1).sum())
+            outside = float((frame[:2] - place[:2]).clip(min=0).sum() + (place[2:] - frame[2:]).clip(min=0).sum())
+            cost = 2 * covered + 100 * outside + 3 * distance
+            if cost < best[0]:
+                best = (cost, centre, distance)
+    _, centre, distance = best
+    text.set_position(centre - point)
+    if distance > 16:
+        start = np.clip(point, centre - half, centre + half)  # where the box is nearest
+        text.axes.annotate("", text.xy, start - point, textcoords="offset pixels", zorder=4,
+                           arrowprops={"arrowstyle": "-", "color": text.get_color(), "lw": 0.7, "shrinkA": 1,
+                                       "shrinkB": 5})  # fmt: skip
+    return _around(centre, *half)
 
 
 def _check_points(points: Sequence[TradeoffPoint], keys: Sequence[str], least: int = 1, where: str = "") -> None:
@@ -488,10 +583,10 @@ def _quiet_axes(axes: Any, grid: str) -> None:
     axes.grid(axis=grid, color=GRID, lw=0.7)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(labelsize=8, colors=INK, length=0)
+    axes.tick_params(labelsize=9, colors=INK, length=0)
 
 
-def plot_bars(panels: Mapping[str, Sequence[Bar]], path: str | os.PathLike) -> None:
+def plot_bars(panels: Mapping[str, Sequence[Bar]], path: str | os.PathLike, *, styles: Styles | None = None) -> None:
     """Draw values as horizontal bars from zero, with their intervals as lines; one panel for each metric, side by
     side.
 
@@ -499,6 +594,7 @@ def plot_bars(panels: Mapping[str, Sequence[Bar]], path: str | os.PathLike) -> N
         panels (`Mapping[str, Sequence[Bar]]`): By heading, the bars from top to bottom, with the same labels in every
             panel.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        styles (`Mapping`, *optional*): By series, as in [`plot_tradeoff`].
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -511,38 +607,47 @@ def plot_bars(panels: Mapping[str, Sequence[Bar]], path: str | os.PathLike) -> N
         for bar in bars:
             if bar["value"] is not None and not math.isfinite(bar["value"]):
                 raise ValueError(f"Expected a finite value, got {bar['value']} for {bar['label']!r} in {heading!r}.")
-    figure = new_figure(0.5 + 0.065 * max(map(len, labels[0])) + 2.4 * len(panels), 0.8 + 0.26 * len(labels[0]))
+    styles = _style_series((_series_of(bar) for bar in next(iter(panels.values()))), styles)
+    names = [textwrap.fill(_cut(label, 72), 36) for label in labels[0]]
+    width = max(len(line) for name in names for line in name.splitlines())
+    lines = sum(max(1.25, 0.75 * len(name.splitlines())) for name in names)
+    figure = new_figure(0.5 + 0.075 * width + 2.4 * len(panels), 0.8 + 0.22 * lines)
     for axes, (heading, bars) in zip(
         figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels.items(), strict=True
     ):
         for place, bar in enumerate(bars):
             if bar["value"] is None:
                 continue
-            axes.barh(place, bar["value"], height=0.62, color="#c9d6f2" if place else "#d9dbe1")
+            colour = styles[_series_of(bar)]["color"]
+            axes.barh(place, bar["value"], height=0.62, color=colour, alpha=0.28)
             ends = [bar.get("low"), bar.get("high")]
             if None not in ends:
-                colour = SERIES_COLOURS[2] if place else SERIES_COLOURS[0]
-                axes.plot(ends, [place, place], color=colour, lw=1.6, solid_capstyle="butt")
+                axes.plot(ends, [place, place], color=colour, lw=1.8, solid_capstyle="butt")
             right = max(0, bar["value"], *(end for end in ends if end is not None))
             axes.annotate(
-                bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=INK
+                bar["text"], (right, place), (4, 0), textcoords="offset points", va="center", fontsize=9, color=INK
             )
-        axes.set_yticks(range(len(bars)), labels[0])
+        axes.set_yticks(range(len(bars)), names)
         axes.set_xlabel(heading, color=INK, fontsize=9)
-        axes.margins(x=0.18, y=0.02)
+        axes.margins(x=0.2, y=0.02)
         _quiet_axes(axes, "x")
     axes.invert_yaxis()
     save_figure(figure, path)
 
 
 def plot_suite(
-    values: Mapping[str, Mapping[str, float]], path: str | os.PathLike, *, x_label: str = "zero-shot top-1 (%)"
+    values: Mapping[str, Mapping[str, float]],
+    path: str | os.PathLike,
+    *,
+    styles: Styles | None = None,
+    x_label: str = "zero-shot top-1 (%)",
 ) -> None:
     """Draw several models on many datasets: a row for each dataset, a dot for each model, the easiest dataset on top.
 
     Args:
         values (`Mapping[str, Mapping[str, float]]`): Model -> dataset -> share in [0, 1]. A model may lack datasets.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
+        styles (`Mapping`, *optional*): By model, as in [`plot_tradeoff`].
         x_label (`str`, *optional*): Of the axis.
 
     Raises:
@@ -558,13 +663,15 @@ def plot_suite(
     for place, name in enumerate(datasets):
         found = [100 * row[name] for row in values.values() if name in row]
         axes.plot([min(found), max(found)], [place, place], color="#c9ced9", lw=2, zorder=1)
-    for index, (model, row) in enumerate(values.items()):
+    styles = _style_series(values, styles)
+    for model, row in values.items():
         places = [place for place, name in enumerate(datasets) if name in row]
         xs = [100 * row[datasets[place]] for place in places]
-        axes.plot(xs, places, ls="", marker=style_of(index)["marker"], ms=6, mec="white", mew=0.7, label=model,
-                  color=style_of(index)["color"], zorder=2)  # fmt: skip
+        axes.plot(xs, places, ls="", ms=6.5, mec="white", mew=0.7, label=model, zorder=2, **styles[model])
     axes.set_yticks(range(len(datasets)), datasets)
     axes.set_ylim(len(datasets) - 0.5, -0.5)
+    low, high = axes.get_xlim()
+    axes.set_xlim(_widen(low, high, 2 * LEAST_SPAN))
     axes.set_xlabel(x_label, color=INK, fontsize=9)
     _quiet_axes(axes, "both")
     widest = max(map(len, values))

@@ -77,10 +77,12 @@ class Row(Record, total=False):
     """A row of a table: a record, or the mean of the runs of an arm.
 
     Attributes:
+        series (`str`): Which model it is, whatever its condition and file; a model has one colour in all pictures.
         runs (`int`): Runs of the mean; a single record has no such key.
         weights (`list[str]`): The `revision` of each run of the mean.
     """
 
+    series: str
     runs: int
     weights: list[str]
 
@@ -117,10 +119,11 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[Row], int]:
         where = f" ({', '.join(dict.fromkeys(sources))})" if several else ""
         condition = f", {record['condition']}" if "condition" in record else ""
         arm = arm_of(record)
-        label = f"{name_of(record) if arm is None else arm}{condition}{where}"
+        series = name_of(record) if arm is None else arm
+        label = f"{series}{condition}{where}"
         data = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings")))
         place = (label, *data, str(len(arms)) if arm is None else "")  # a record of no arm has a row of its own
-        arms.setdefault(place, []).append({**record, "label": label})
+        arms.setdefault(place, []).append({**record, "label": label, "series": series})
     return [_average(runs) if len(runs) > 1 else runs[0] for runs in arms.values()], len(found) - len(unique)
 
 
@@ -164,12 +167,13 @@ def bars(rows: Sequence[Row], metrics: Sequence[str]) -> dict[str, list[Bar]]:
         for row in rows:
             label = f"{row['label']} ×{row['runs']}" if "runs" in row else row["label"]
             if name not in row["metrics"]:
-                panel.append({"label": label, "value": None})
+                panel.append({"label": label, "series": row["series"], "value": None})
                 continue
             interval = interval_of(row, name)
             ends = {end: None if interval[end] is None else metric.in_unit(interval[end]) for end in ("low", "high")}
             value = interval["estimate"]
-            panel.append({"label": label, "value": metric.in_unit(value), "text": metric.show(value), **ends})
+            shown = {"value": metric.in_unit(value), "text": metric.show(value), **ends}
+            panel.append({"label": label, "series": row["series"], **shown})
     return panels
 
 
@@ -187,8 +191,8 @@ def pair_tradeoff(
 
     Returns:
         `tuple`: The points of [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`], the anchor first if a record
-            names one; its curves by model, over the weights between the model and its anchor; and the zero-shot
-            benchmarks. With fewer than two models, all three are empty.
+            names one; its curves by model, over the weights between the anchor and the model, with both as ends
+            without a label; and the zero-shot benchmarks. With fewer than two models, all three are empty.
     """
     accuracy: dict[tuple, dict[str, IntervalDict]] = {}
     for other in others:
@@ -200,27 +204,46 @@ def pair_tradeoff(
     chosen = chosen or [name for name, _ in counts.most_common(1)]
     paired = [row for row in paired if set(chosen) <= set(accuracy[weights_of(row)])]
     anchors = {row["comparison"].get("anchor_revision") for row in rows if "comparison" in row}
-    points, curves = [], {}
+    points: list[TradeoffPoint] = []
+    starts: list[TradeoffPoint] = []
+    curves: dict[str, list[TradeoffPoint]] = {}
     for row in sorted(paired, key=lambda row: row["revision"] not in anchors or "condition" in row):
-        found = [accuracy[weights_of(row)][name] for name in chosen]
-        # The interval of a mean is not the mean of the intervals.
-        alone = found[0] if len(found) == 1 else {"low": None, "high": None}
-        retrieval = interval_of(row, GAIN_METRIC)
-        point = {
-            "label": row["label"],
-            "x": sum(one["estimate"] for one in found) / len(found),
-            "y": retrieval["estimate"],
-        }
-        point |= {"x_interval": (alone["low"], alone["high"]), "y_interval": (retrieval["low"], retrieval["high"])}
-        if row.get("condition", "").startswith(ALPHA):
-            curves.setdefault(f"{row['model']}, α", []).append(
-                {**point, "label": row["condition"].removeprefix(ALPHA)}
-            )
+        point = _pair(row, [accuracy[weights_of(row)][name] for name in chosen])
+        if (condition := row.get("condition", "")).startswith(ALPHA):
+            step: TradeoffPoint = {**point, "label": f"α {condition.removeprefix(ALPHA)}"}
+            curves.setdefault(row["series"], []).append(step)
         else:
             points.append(point)
-    for steps in curves.values():
-        steps.sort(key=lambda step: float(step["label"]))
-    return (points, curves, chosen) if points and len(paired) > 1 else ([], {}, [])
+            starts += [point] if row["revision"] in anchors else []
+    if not points or len(paired) < 2:
+        return [], {}, []
+    for series, steps in curves.items():
+        steps.sort(key=lambda step: float(step["label"].removeprefix("α ")))
+        ends = [point for point in points if point["series"] == series]
+        steps[:0] = [_without_label(point) for point in starts[:1]]
+        steps += [_without_label(point) for point in ends[:1]]
+    return points, curves, chosen
+
+
+def _without_label(point: TradeoffPoint) -> TradeoffPoint:
+    """The point as an end of a curve: it is drawn and named already."""
+    return {**point, "label": ""}
+
+
+def _pair(row: Row, accuracy: Sequence[IntervalDict]) -> TradeoffPoint:
+    """The point of a model: its retrieval, and the mean of its accuracies."""
+    # The interval of a mean is not the mean of the intervals.
+    alone = accuracy[0] if len(accuracy) == 1 else {"low": None, "high": None}
+    retrieval = interval_of(row, GAIN_METRIC)
+    return {
+        "label": row["label"],
+        "series": row["series"],
+        "x": sum(one["estimate"] for one in accuracy) / len(accuracy),
+        "x_interval": (alone["low"], alone["high"]),
+        "y": retrieval["estimate"],
+        "y_interval": (retrieval["low"], retrieval["high"]),
+        "covers": retrieval["covers"],
+    }
 
 
 def weights_of(row: Row) -> tuple[tuple[str, ...], str | None]:

@@ -2,6 +2,7 @@
 
 import ast
 import builtins
+import itertools
 import math
 from pathlib import Path
 
@@ -17,9 +18,19 @@ from modeling_dclip.evaluation.reports.plots import plot_growth, plot_region_att
 
 POINTS = [
     {"label": "anchor", "x": 1.0, "y": 0.19},
-    {"label": "student", "x": 0.95, "y": 0.23, "x_interval": (0.93, 0.97), "y_interval": (0.22, 0.24)},
+    {
+        "label": "student",
+        "x": 0.95,
+        "y": 0.23,
+        "x_interval": (0.93, 0.97),
+        "y_interval": (0.22, 0.24),
+        "covers": "images",
+    },
 ]
-CURVE = [{"alpha": alpha, "x": 1 - 0.05 * alpha, "y": 0.19 + 0.04 * alpha} for alpha in (0, 0.5, 1)]
+CURVE = [
+    {"label": "α 0.5" if alpha == 0.5 else "", "x": 1 - 0.05 * alpha, "y": 0.19 + 0.04 * alpha}
+    for alpha in (0, 0.5, 1)
+]
 PICTURE = Image.new("RGB", (60, 40), "white")
 BOXES = [[5, 5, 25, 30], [30, 10, 55, 35]]
 
@@ -44,15 +55,20 @@ def is_not_blank(path):
         return picture.format == "PNG" and np.asarray(picture.convert("L")).std() > 5
 
 
-def test_tradeoff_shows_points_bars_and_the_curve(tmp_path, figures):
+def names_in(axes):
+    return [text.get_text() for text in axes.texts if text.get_text()]
+
+
+def test_tradeoff_shows_points_with_their_names_bars_and_the_curve(tmp_path, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    plot_tradeoff(POINTS, tmp_path / "new" / "tradeoff.png", curve=CURVE, title="Title")
+    plot_tradeoff(POINTS, tmp_path / "new" / "tradeoff.png", curves={"student": CURVE}, title="Title")
     assert is_not_blank(tmp_path / "new" / "tradeoff.png")
     axes = figures[0].axes[0]
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(labels) == ["anchor", "student", "weights between, α (WiSE-FT)"]
-    line = next(line for line in axes.lines if line.get_label().startswith("weights"))
-    assert np.allclose(line.get_xydata(), [[100, 19], [97.5, 21], [95, 23]])
+    assert names_in(axes) == ["anchor", "student", "α 0.5"] and axes.get_legend() is None
+    colour = plots.style_of(1)["color"]
+    assert [text.get_color() for text in axes.texts[:3]] == [plots.SERIES_COLOURS[0], colour, colour]
+    line = next(line for line in axes.lines if len(line.get_xdata()) == 3)
+    assert np.allclose(line.get_xydata(), [[100, 19], [97.5, 21], [95, 23]]) and line.get_color() == colour
     bars = {
         tuple(np.round(segment.flatten(), 6))
         for c in axes.containers
@@ -63,6 +79,55 @@ def test_tradeoff_shows_points_bars_and_the_curve(tmp_path, figures):
     assert bars == {(93, 23, 97, 23), (95, 22, 95, 24)}
     low, high = axes.get_xlim()
     assert low < 93 and high > 100
+    assert [text.get_text() for text in figures[0].texts] == ["Bars: 95 % intervals over test images. Dashed: anchor."]
+
+
+def test_noise_does_not_fill_the_picture(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    near = [{"label": name, "x": 0.2 + 0.001 * i, "y": 0.017 + 0.0001 * i} for i, name in enumerate("abc")]
+    plot_tradeoff(near, tmp_path / "a.png")
+    for low, high in (figures[0].axes[0].get_xlim(), figures[0].axes[0].get_ylim()):
+        assert high - low >= plots.LEAST_SPAN
+    assert -0.5 < figures[0].axes[0].get_ylim()[0] < 0  # no share is negative
+
+
+def boxes_of(axes):
+    return [text.get_window_extent() for text in axes.texts if text.get_text()]
+
+
+def test_names_do_not_overlap_even_where_points_do(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    points = [
+        {"label": f"model number {i}", "x": 0.9 + 0.002 * (i % 3), "y": 0.3, "x_interval": (0.89, 0.91)}
+        for i in range(8)
+    ]
+    plot_tradeoff(points, tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    boxes = boxes_of(axes)
+    assert len(boxes) == 8
+    assert not [pair for pair in itertools.combinations(boxes, 2) if pair[0].overlaps(pair[1])]
+    frame = axes.get_window_extent()
+    assert all(box.x0 >= frame.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
+
+
+def test_a_given_style_is_kept_and_no_other_series_takes_it(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    styles = {"student": plots.style_of(3)}
+    plot_tradeoff([*POINTS, {"label": "x", "x": 0.9, "y": 0.2}], tmp_path / "a.png", styles=styles)
+    panels = {"T→I": [bar("student, alpha=0.5", 20.0, series="student"), bar("x", 30.0)]}
+    report_plots.plot_bars(panels, tmp_path / "b.png", styles=styles)
+    report_plots.plot_suite({"student": {"easy": 0.9}}, tmp_path / "c.png", styles=styles)
+    tradeoff, bars, suite = (figure.axes[0] for figure in figures)
+    colours = [container[0].get_color() for container in tradeoff.containers]
+    assert colours[1] == plots.style_of(3)["color"] and len(set(colours)) == 3
+    assert matplotlib_colour(bars.patches[0]) == plots.style_of(3)["color"] != matplotlib_colour(bars.patches[1])
+    assert suite.lines[-1].get_color() == plots.style_of(3)["color"]
+
+
+def matplotlib_colour(patch):
+    from matplotlib.colors import to_hex
+
+    return to_hex(patch.get_facecolor())
 
 
 def test_points_without_intervals_are_drawn_without_bars(tmp_path, figures):
@@ -91,17 +156,18 @@ def test_tokens_are_numbered_where_the_words_do_not_match(tmp_path, figures):
 
 
 @pytest.mark.parametrize(
-    ("points", "curve", "message"),
+    ("points", "steps", "message"),
     [
-        ([], (), "at least 1 point"),
-        ([{"label": "a", "x": 1}], (), r"keys .* in every point, got \['label', 'x'\] in point 0"),
-        ([{"label": "a", "x": math.nan, "y": 1}], (), "finite numbers, got x=nan"),
-        (POINTS, [{"x": 1, "y": 1}], "'alpha'"),
+        ([], CURVE, "at least 1 point"),
+        ([{"label": "a", "x": 1}], CURVE, r"keys .* in every point, got \['label', 'x'\] in point 0"),
+        ([{"label": "a", "x": math.nan, "y": 1}], CURVE, "finite numbers, got x=nan"),
+        (POINTS, [{"x": 1, "y": 1}], "'label'.* in point 0 of the curve 'student'"),
+        (POINTS, [], "at least 1 point to draw of the curve 'student', got none"),
     ],
 )
-def test_bad_points_are_named(tmp_path, points, curve, message):
+def test_bad_points_are_named(tmp_path, points, steps, message):
     with pytest.raises(ValueError, match=message):
-        plot_tradeoff(points, tmp_path / "a.png", curve=curve)
+        plot_tradeoff(points, tmp_path / "a.png", curves={"student": steps})
     assert not list(tmp_path.iterdir())
 
 
@@ -180,23 +246,19 @@ def test_a_curve_has_its_labels_beside_its_points(tmp_path, figures):
     plot_tradeoff(POINTS, tmp_path / "a.png", curves={"student": steps, "other": steps[:2]})
     assert is_not_blank(tmp_path / "a.png")
     axes = figures[0].axes[0]
-    assert [text.get_text() for text in axes.texts] == ["epoch 1", "epoch 2", "epoch 3", "epoch 1", "epoch 2"]
-    legend = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert sorted(legend) == ["anchor", "other", "student"]
-    with pytest.raises(ValueError, match="in point 0 of the curve 'student'"):
-        plot_tradeoff(POINTS, tmp_path / "b.png", curves={"student": [{"x": 1, "y": 1}]})
+    assert names_in(axes) == ["anchor", "student", "epoch 1", "epoch 2", "epoch 3", "epoch 1", "epoch 2"]
 
 
 def test_points_of_one_label_are_one_series(tmp_path, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     plot_tradeoff([*POINTS, {"label": "student", "x": 0.9, "y": 0.25}], tmp_path / "a.png")
     axes = figures[0].axes[0]
-    assert len(axes.get_legend().get_texts()) == 2
+    assert names_in(axes) == ["anchor", "student"]
     assert len({container[0].get_color() for container in axes.containers}) == 2
 
 
-def test_thirty_series_differ_in_colour_or_marker():
-    assert len({tuple(figures_module.style_of(index).values()) for index in range(31)}) == 31
+def test_many_series_differ_in_colour_or_marker():
+    assert len({tuple(figures_module.style_of(index).values()) for index in range(57)}) == 57
 
 
 def bar(label, value, **ends):

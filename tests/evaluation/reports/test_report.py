@@ -197,7 +197,7 @@ def test_tradeoff_pairs_the_same_weights_and_draws_the_line_between_them():
     between = [("s", {"condition": f"alpha={alpha}"}) for alpha in (0.7, 0.3)]
     points, curves, benchmarks = pair_tradeoff(rows("retrieval=x", *between), rows("zero_shot=y", *between))
     assert [point["label"] for point in points] == ["a", "s"] and benchmarks == ["zero_shot=y"]
-    assert [step["label"] for step in curves["s, α"]] == ["0.3", "0.7"]
+    assert [step["label"] for step in curves["s"]] == ["", "α 0.3", "α 0.7", ""]  # from the anchor to the model
     assert pair_tradeoff(rows("retrieval=x"), []) == ([], {}, [])
     both = [*rows("zero_shot=y"), *rows("zero_shot=z")]
     points, _, benchmarks = pair_tradeoff(rows("retrieval=x"), both)
