@@ -32,7 +32,7 @@ from modeling_dclip.evaluation.reports.comparison import compare_results, render
 from modeling_dclip.evaluation.reports.gallery import write_pages
 from modeling_dclip.evaluation.reports.report import write_report
 from modeling_dclip.evaluation.reports.tables import render_averages, render_table
-from modeling_dclip.evaluation.reports.verdict import verdict_lines
+from modeling_dclip.evaluation.reports.verdict import show_verdicts
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
@@ -47,9 +47,9 @@ def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
 
 def show(done: Evaluation, arguments: argparse.Namespace) -> None:
     """Print what was found and what was measured, and draw the pictures that were asked for."""
-    for line in verdict_lines(done.records):
-        print(f"{line}\n")
-    print(render_table(done.records))
+    if verdicts := show_verdicts(done.records):
+        print(f"{verdicts}\n")
+    print(render_table(done.records, widest=WIDEST))
     kept = f"; {done.kept} of these records were there already" * bool(done.kept)
     print(f"\nWritten to {arguments.output}{kept}")
     if averages := render_averages(done.records):
@@ -120,6 +120,7 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+WIDEST = 120  # characters of a table on the terminal
 COMMANDS = {"report": report, "compare": compare}
 
 

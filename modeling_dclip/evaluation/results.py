@@ -27,7 +27,6 @@ from modeling_dclip.evaluation.reports.tables import (
     render_leakage,
     render_summary,
     render_table,
-    shorten_paths,
 )
 
 # The opening marker of a block, with its name and what it says: `<!-- results:NAME OPTIONS -->`.
@@ -41,7 +40,7 @@ def _read(path: Path) -> Any:
 def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     records = [record for path in paths for record in read_results(path)]
     metrics = options["metrics"].split(",") if "metrics" in options else None
-    return render_table(shorten_paths(records), metrics=metrics, best=options.get("best", "false") == "true")
+    return render_table(records, metrics=metrics, best=options.get("best", "false") == "true")
 
 
 def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:

@@ -18,6 +18,8 @@ from scipy.special import stdtrit
 
 GAIN_METRIC = "text_to_image_recall@1"
 RETENTION_METRIC = "top1"
+# A claim needs this many images. With five, all of them change to one side by chance one time in 16.
+FEWEST_IMAGES = 6
 DIFFERENCE = "_difference"  # ends the name of a metric's difference to an anchor in a record
 _INDICES_AT_A_TIME = 2_000_000  # of bootstrap draws: 16 MB, and as much of weights
 
@@ -58,6 +60,20 @@ class Interval(NamedTuple):
             "confidence": self.confidence,
             "covers": self.covers,
         }
+
+
+def excludes_zero(interval: IntervalDict, n: int) -> bool:
+    """Say whether a difference is beyond noise.
+
+    Args:
+        interval ([`IntervalDict`]): Of the difference.
+        n (`int`): Images that it is of. Fewer than [`FEWEST_IMAGES`] show nothing. Not looked at where the interval
+            covers seeds; there an interval without width shows nothing.
+    """
+    low, high = interval["low"], interval["high"]
+    if low is None or (low == high if interval["covers"] == "seeds" else n < FEWEST_IMAGES):
+        return False
+    return low > 0 or (high is not None and high < 0)
 
 
 class ArmSummary(TypedDict, total=False):

@@ -117,12 +117,26 @@ def test_table_has_a_row_per_record_and_bolds_the_best_of_a_benchmark():
         ),
         record("student", benchmark="zero_shot=scenes", metrics={"top1": 0.9}),
     ]
+    for one in records[:2]:
+        one["intervals"] = {
+            name: {
+                "estimate": value,
+                "low": value - 0.02,
+                "high": value + 0.02,
+                "confidence": 0.95,
+                "covers": "images",
+            }
+            for name, value in one["metrics"].items()
+        }
     text = render_table(records, best=True)
-    assert text.splitlines()[0].split() == "| Model | Benchmark | n | T→I R@1 | I→T R@1 |".split()
-    assert "| retrieval=scenes:test | 1,000 |     25.0 | **40.0** |" in text
-    assert "| our \\| student | retrieval=scenes:test | 1,000 | **31.0** |     30.0 |" in text
-    assert "| retrieval=coco        | 1,000 |     10.0 |     20.0 |" in text
-    assert "| student | zero_shot=scenes | 1,000 |  90.0 |" in text.split("\n\n")[1]
+    heading, table, other_heading, other, note = text.split("\n\n")
+    assert heading == "Retrieval, 2 benchmarks:" and note.startswith("In brackets: 95%")
+    assert table.splitlines()[0].split() == "| Model | Benchmark | n | T→I R@1 | I→T R@1 |".split()
+    assert "| scenes:test | 1,000 |     25.0 [23.0, 27.0] | **40.0** [38.0, 42.0] |" in table
+    assert "| our \\| student | scenes:test | 1,000 | **31.0** [29.0, 33.0] |     30.0 [28.0, 32.0] |" in table
+    assert "| coco        | 1,000 |                  10.0 |                  20.0 |" in table
+    assert other_heading == "Zero-shot classification on `scenes`, 1,000 images:"
+    assert "| student |  90.0 |" in other
     only = render_table(records, metrics=["image_to_text_recall@1"])
     assert "T→I" not in only and "top-1" not in only
     with pytest.raises(ValueError, match="any of the metrics"):
@@ -133,7 +147,11 @@ def test_table_shows_the_comparison_with_its_interval():
     gain = {"estimate": 0.2, "low": 0.1, "high": 0.35, "confidence": 0.95, "covers": "images"}
     text = render_table([record("anchor"), record("student", comparison={"text_to_image_recall@1_gain": gain})])
     assert "+20.0 [+10.0, +35.0] %" in text
-    assert text.splitlines()[2].endswith("– |")
+    lines = text.splitlines()
+    assert lines[0] == "Retrieval on `scenes:test`, 1,000 images:"
+    assert [cell.strip() for cell in lines[2].split("|")[1:4]] == ["Model", "T→I R@1 gain", "T→I R@1"]
+    assert [cell.strip() for cell in lines[4].split("|")[1:3]] == ["anchor", "–"]
+    assert text.endswith("T→I R@1 gain: relative to the anchor.")
 
 
 @pytest.mark.parametrize(
@@ -215,7 +233,8 @@ def readme(tmp_path):
 def test_readme_blocks_are_rendered_from_their_files_and_all_else_stays(readme):
     assert render_readme(readme) == ["demo", "real"]
     text = readme.read_text()
-    assert "26.0 ± 12.7" in text and "| student | retrieval=scenes:test | 1,000 |" in text
+    assert "26.0 ± 12.7" in text and "Retrieval on `scenes:test`, 1,000 images:" in text
+    assert "| student |    25.0 |" in text
     assert "old" not in text and "\nmine\n" in text and text.startswith("# Title\n") and "\nbetween\n" in text
     assert render_readme(readme) == []
 
@@ -268,8 +287,23 @@ def test_a_model_is_shown_by_its_label_or_without_the_folders_that_all_share():
     assert names[:6] == ["anchor", "arm/student", "openai/clip-vit-base-patch16", "own label", "clip", "anchor"]
     assert names[6:] == [records[6]["model"]]
     assert json.dumps(records) == before
-    assert [row["label"] for row in shorten_paths([record("../runs/student")])] == ["student"]
+    assert [row["label"] for row in shorten_paths([record("../runs/anchor")])] == ["anchor"]
+    assert [row["label"] for row in shorten_paths([record("../runs/student")])] == ["runs/student"]
     assert shorten_paths([]) == []
+
+
+def test_paths_that_share_no_folder_keep_as_few_parts_as_tell_them_apart():
+    names = ["/home/me/runs/mine/student", "/data/models/of/others/student", "/srv/clip/large/anchor"]
+    assert [row["label"] for row in shorten_paths([record(name) for name in names])] == [
+        "mine/student",
+        "others/student",
+        "large/anchor",
+    ]
+    names = ["/a/b/c/one/run/student", "/d/e/f/two/run/student"]
+    assert [row["label"] for row in shorten_paths([record(name) for name in names])] == [
+        "one/run/student",
+        "two/run/student",
+    ]
 
 
 def test_a_block_shows_no_path_of_a_machine(readme):
@@ -278,7 +312,8 @@ def test_a_block_shows_no_path_of_a_machine(readme):
     readme.write_text("<!-- results:x source=measured.json -->\n<!-- /results:x -->\n")
     before = path.read_bytes()
     assert render_readme(readme) == ["x"] and path.read_bytes() == before
-    assert "| student | retrieval=parquet:flickr/validation.parquet |" in readme.read_text()
+    assert "Retrieval on `parquet:flickr/validation.parquet`" in readme.read_text()
+    assert "| 3/student |" in readme.read_text()
     assert "/data" not in readme.read_text() and "runs" not in readme.read_text()
 
 
@@ -288,7 +323,7 @@ def test_text_between_the_markers_is_replaced_and_nothing_else(readme):
     assert render_readme(readme) == ["x"]
     first, marker, *table, last = readme.read_text().splitlines()
     assert (first, marker, last) == ("a", "<!-- results:x source=runs/c.json -->", "<!-- /results:x --> b")
-    assert len(table) == 3 and table[2].startswith("| \\1 ")
+    assert len(table) == 5 and table[4].startswith("| \\1 ")
 
 
 @pytest.mark.parametrize(

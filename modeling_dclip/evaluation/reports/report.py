@@ -398,9 +398,10 @@ PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "leakage": ("What the teacher reads", ()),
 }
 BEST_NOTE = Text(
-    "Numbers without a unit are in percent. Bold is the best number shown on the same data; ",
+    "Numbers without a unit are in percent. Bold is a number that is better than all others on the same data, beyond "
+    "noise; ",
     Code("eval.py compare"),
-    " says whether a difference is beyond noise.",
+    " compares two models in pairs.",
 )
 LINES_NOTE = "Lines are 95 % intervals: over training seeds for a model marked ×N, otherwise over test images."
 

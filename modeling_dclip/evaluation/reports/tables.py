@@ -13,7 +13,14 @@ from modeling_dclip.evaluation.benchmarks.suite import averages_of_records, suit
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.document import Cell, Code, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES, Metric, comparison_title, metric_of, percent
-from modeling_dclip.evaluation.statistics import IntervalDict, Summary, seed_interval
+from modeling_dclip.evaluation.statistics import (
+    DIFFERENCE,
+    IntervalDict,
+    Summary,
+    excludes_zero,
+    seed_interval,
+    unpaired_difference,
+)
 
 LEAKAGE_TITLES = {
     "as_trained": "own regions, own caption",
@@ -77,6 +84,9 @@ def row_title(record: Record) -> str:
     return ", ".join([name_of(record), *([record["condition"]] if "condition" in record else [])])
 
 
+_LONGEST_NAME = 3  # parts of a path
+
+
 def _is_local(path: str) -> bool:
     """Whether it is a local path, not a Hub id (`ORG/NAME`), a URL (`//HOST/PATH` in a spec) or `open_clip:...`."""
     if path.startswith("//") or ":" in path:
@@ -98,12 +108,29 @@ def shorten_benchmark(benchmark: str) -> str:
     return re.sub(r"[^:=,]*/[^:=,]*", shorten, benchmark)
 
 
+def _shorten_models(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
+    """Names of local folders: without the folders that all share, and of a longer rest as few of the last parts as
+    tell them apart. `student` alone would say nothing, and takes its folder's name before it.
+    """
+    shared = len(os.path.commonprefix([folders[:-1] for folders in parts.values()]))
+    names = {}
+    for model, folders in parts.items():
+        rest = folders[shared:]
+        if len(rest) > _LONGEST_NAME:
+            others = [own for own in parts.values() if own != folders]
+            counts = range(2, len(rest))
+            rest = rest[-next((n for n in counts if all(own[-n:] != rest[-n:] for own in others)), len(rest)) :]
+        alone = rest == ("student",) and len(folders) > 1 and folders[-2] not in ("..", ".", "/")
+        names[model] = "/".join(folders[-2:] if alone else rest)
+    return names
+
+
 def shorten_paths(records: Sequence[Record]) -> list[Record]:
     """Show models and benchmarks without the folders of the machine that measured them.
 
     A local path in a benchmark's spec keeps its last two parts. A model that is a local path and has no label loses
-    the folders that all such models share. Hub ids, URLs and labels stay. If two different benchmarks would look
-    equal, all stay as they are.
+    the folders that all such models share, and keeps at most as many others as tell it apart. Hub ids, URLs and labels
+    stay. If two different benchmarks would look equal, all stay as they are.
 
     Args:
         records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`]; not changed.
@@ -114,15 +141,13 @@ def shorten_paths(records: Sequence[Record]) -> list[Record]:
     Example:
         >>> [short] = shorten_paths([{"model": "/runs/student", "benchmark": "retrieval=disk:/data/flickr/test"}])
         >>> short["label"], short["benchmark"]
-        ('student', 'retrieval=disk:flickr/test')
+        ('runs/student', 'retrieval=disk:flickr/test')
     """
     benchmarks = {record["benchmark"]: shorten_benchmark(record["benchmark"]) for record in records}
     if len(set(benchmarks.values())) < len(benchmarks):
         benchmarks = dict(zip(benchmarks, benchmarks, strict=True))
     models = {record["model"] for record in records if "label" not in record and _is_local(record["model"])}
-    parts = {model: PurePath(model).parts for model in models}
-    shared = len(os.path.commonprefix([folders[:-1] for folders in parts.values()]))
-    labels = {model: "/".join(folders[shared:]) for model, folders in parts.items()}
+    labels = _shorten_models({model: PurePath(model).parts for model in models})
     return [
         ({"label": labels[record["model"]]} if record["model"] in labels else {})
         | dict(record)
@@ -147,54 +172,140 @@ def short_hash(text: str) -> str:
     return digits[:8] if digits and kind in ("sha256", "commit") else text
 
 
+# What a table shows of a kind of benchmark by default, the most important first; of other kinds, everything. The first
+# two have their intervals beside them.
+HEADLINES: dict[str, tuple[str, ...]] = {
+    "retrieval": (
+        "text_to_image_recall@1",
+        "image_to_text_recall@1",
+        "text_to_image_recall@10",
+        "image_to_text_recall@10",
+    ),
+    "zero_shot": ("top1", "map", "mean_per_class", "top5"),
+}
+KIND_TITLES = {
+    "retrieval": "Retrieval",
+    "zero_shot": "Zero-shot classification",
+    "fine_grained": "Fine-grained retrieval",
+    "diagnostics": "Diagnostics",
+    "hessian": "Curvature",
+    "efficiency": "Efficiency",
+}
+COUNTED = {"fine_grained": "question", "efficiency": "round"}  # what n counts, where not images
+_WITH_INTERVALS = 2
+
+
+def kind_of_record(record: Record) -> str:
+    """`retrieval` of `retrieval=coco:...`."""
+    return record["benchmark"].partition("=")[0]
+
+
+def counted(n: int, noun: str) -> str:
+    """A count with its noun.
+
+    Example:
+        >>> counted(1, "image"), counted(1000, "image")
+        ('1 image', '1,000 images')
+    """
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def render_table(
     records: Sequence[Record],
     *,
     metrics: Sequence[str] | None = None,
     best: bool = False,
-    columns: Sequence[str] = ("model", "benchmark", "n"),
+    widest: int | None = None,
 ) -> str:
-    """Show results records, one row each, one table for each kind of benchmark (records with the same metrics).
+    """Show results records, one row each, one table for each kind of benchmark.
 
-    With `best`, the best number *as shown* among several records of one benchmark on the same data is in bold, and so
-    are all that show the same number. None is bold where all show the same, or where the metric has no better
-    direction. Bold says nothing about noise: the intervals do, and
-    [`~modeling_dclip.evaluation.reports.comparison.compare_results`].
+    Gain and retention against the anchor come first, where a record holds them, then the metrics. The line above a
+    table names what it was measured on; with several benchmarks in it, columns do. Models and benchmarks are named as
+    [`shorten_paths`] says.
+
+    With `best`, the best number among several records of one benchmark on the same data is in bold if it differs from
+    all others beyond noise ([`differ_beyond_noise`]). All that show the same number as the best one are in bold too.
 
     Args:
         records (`Sequence[Record]`): From [`~modeling_dclip.evaluation.records.read_results`].
-        metrics (`Sequence[str]`, *optional*): Which metrics, in this order; all if not given. Kinds without any of
-            them are left out.
+        metrics (`Sequence[str]`, *optional*): Which metrics, in this order, all with intervals. Kinds without any of
+            them are left out. By default those of [`HEADLINES`], of which the first have intervals.
         best (`bool`, *optional*, defaults to `False`): Whether the best number is in bold.
-        columns (`Sequence[str]`, *optional*): The columns before the metrics, of `RECORD_COLUMNS`.
+        widest (`int`, *optional*): Leave out the last columns of a table that is wider than so many characters.
 
     Returns:
-        `str`: Markdown. Shares are in percent, other metrics in their units, with their intervals where a record holds
-            them,
-        and a line says what those are. After the metrics come gain and retention, where a record holds them.
+        `str`: Markdown. Shares are in percent, other metrics in their units; the last line says what the intervals
+            are.
 
     Raises:
-        ValueError: If there is no record, none has one of the metrics, or a column is unknown.
+        ValueError: If there is no record, or none has one of the metrics.
     """
-    if unknown := [name for name in columns if name not in RECORD_COLUMNS]:
-        raise ValueError(f"Expected columns of {list(RECORD_COLUMNS)}, got {unknown[0]!r}.")
-    kinds: dict[tuple[str, ...], list[Record]] = {}
-    for record in records:
-        names = tuple(name for name in metrics or record["metrics"] if name in record["metrics"])
-        if names:
-            kinds.setdefault(names, []).append({**record, "label": row_title(record)})
+    kinds: dict[str, list[Record]] = {}
+    for record in shorten_paths(records):
+        if any(name in record["metrics"] for name in metrics or record["metrics"]):
+            kinds.setdefault(kind_of_record(record), []).append({**record, "label": row_title(record)})
     if not kinds:
         raise ValueError(
             f"Expected records with any of the metrics {metrics or 'at all'}, got {len(records)} without."
         )
-    blocks = [tabulate_rows(kind, names, best=best, columns=columns) for names, kind in kinds.items()]
-    return render_markdown([block for own in blocks for block in own])
+    blocks: list[Table | Text] = []
+    notes: dict[str, None] = {}
+    for kind, own in kinds.items():
+        title, columns = _describe_rows(kind, own)
+        present = dict.fromkeys(name for record in own for name in record["metrics"])
+        wanted = metrics or HEADLINES.get(kind, tuple(present))
+        names = [name for name in wanted if name in present]
+        table, own_notes = _tabulate(
+            _name_benchmarks(own, short=widest is not None) if "benchmark" in columns else own,
+            names,
+            best=best,
+            columns=columns,
+            with_intervals=names[: None if metrics else _WITH_INTERVALS],
+            widest=widest,
+        )
+        blocks += [title, table]
+        notes |= dict.fromkeys(own_notes)
+    return render_markdown([*blocks, *([Text(" ".join(notes))] if notes else [])])
+
+
+def _describe_rows(kind: str, records: Sequence[Record]) -> tuple[Text, list[str]]:
+    """The line above a table, and the columns before its metrics."""
+    specs = {record["benchmark"].partition("=")[2] for record in records}
+    sizes = {(record["n"], record.get("n_captions")) for record in records}
+    data = {(record["benchmark"], record["dataset_fingerprint"]) for record in records}
+    title = KIND_TITLES.get(kind, kind.replace("_", " ").capitalize())
+    columns = ["model", *["benchmark"] * (len(specs) > 1), *["data"] * (len(data) > len(specs))]
+    if len(specs) > 1:
+        return Text(f"{title}, {counted(len(specs), 'benchmark')}:"), [*columns, "n"]
+    where: list[str] = [" on ", Code(spec)] if (spec := next(iter(specs))) else []
+    if len(sizes) > 1:
+        return Text(title, *where, ":"), [*columns, "n"]
+    n, captions = next(iter(sizes))
+    size = counted(n, COUNTED.get(kind, "image")) + (f" with {counted(captions, 'caption')}" if captions else "")
+    return Text(title, *where, f", {size}:"), columns
+
+
+def _name_benchmarks(records: Sequence[Record], *, short: bool) -> list[Record]:
+    """Rows of one kind by benchmark, which is named by its spec; `short` leaves out the options where the rest tells
+    the benchmarks apart.
+    """
+    specs = {record["benchmark"]: record["benchmark"].partition("=")[2] for record in records}
+    plain = {benchmark: spec.partition(",")[0] for benchmark, spec in specs.items()}
+    if short:
+        named = list(plain.values())
+        specs |= {benchmark: name for benchmark, name in plain.items() if named.count(name) == 1}
+    order = list(specs)
+    ordered = sorted(records, key=lambda record: order.index(record["benchmark"]))
+    return [{**record, "benchmark": specs[record["benchmark"]]} for record in ordered]
 
 
 def tabulate_rows(
     records: Sequence[Record], names: Sequence[str], *, best: bool, columns: Sequence[str]
 ) -> list[Table | Text]:
-    """Make one table of records, and a note on its intervals where it has any.
+    """Make one table of records, gain and retention first, and a note on its intervals where it has any.
+
+    A metric that repeats another one in all rows has no column: mAP where it is MRR, since each query has one right
+    answer, and the mean per class where it is top-1, since the classes are of one size.
 
     Args:
         records (`Sequence[Record]`): The rows.
@@ -202,30 +313,87 @@ def tabulate_rows(
         best (`bool`): As in [`render_table`].
         columns (`Sequence[str]`): The columns before the metrics, of `RECORD_COLUMNS`.
     """
-    compared = list(dict.fromkeys(key for record in records for key in record.get("comparison", {})))
-    compared = [key for key in compared if comparison_title(key)]
+    table, notes = _tabulate(records, names, best=best, columns=columns, with_intervals=names)
+    return [table, Text(" ".join(notes))] if notes else [table]
+
+
+def _tabulate(
+    records: Sequence[Record],
+    names: Sequence[str],
+    *,
+    best: bool,
+    columns: Sequence[str],
+    with_intervals: Sequence[str],
+    widest: int | None = None,
+) -> tuple[Table, list[str]]:
+    """The table, and a note on each kind of interval and on each ratio; only some metrics have their intervals."""
+    names, headings = _merge_repeats(records, names)
+    compared = dict.fromkeys(key for record in records for key in record.get("comparison", {}))
+    ratios = [key for key in compared if comparison_title(key)]
     winners = _find_best(records, names) if best else set()
+    shown = set(with_intervals)
     rows = []
     for index, record in enumerate(records):
         row: list[str | Cell] = [RECORD_COLUMNS[name][1](record) for name in columns]
-        for name in names:
-            cell = _metric_cell(record, name)
-            row.append(cell._replace(is_best=True) if (index, name) in winners else cell)
-        for key in compared:
+        for key in ratios:
             interval = record.get("comparison", {}).get(key)
             row.append(interval_cell(interval, signed=key.endswith("_gain"), unit="%") if interval else ABSENT)
+        for name in names:
+            cell = _metric_cell(record, name)._replace(is_best=(index, name) in winners)
+            row.append(cell if name in shown else cell._replace(interval=""))
         rows.append(row)
-    header = [RECORD_COLUMNS[name][0] for name in columns] + [metric_of(name).heading for name in names]
+    header = [RECORD_COLUMNS[name][0] for name in columns]
+    header += [title for key in ratios if (title := comparison_title(key))] + headings
     left = next((i for i, name in enumerate(columns) if name in ("n", "runs")), len(columns))
-    table = Table([*header, *(comparison_title(key) for key in compared)], rows, left)
+    table = _narrow(Table(header, rows, left), widest, least=len(columns) + len(ratios) + 1)
     kinds = {
         (interval["covers"], interval["confidence"])
         for record in records
-        for name, interval in record.get("intervals", {}).items()
-        if name in names and interval["low"] is not None
+        for name, interval in [*record.get("intervals", {}).items(), *_ratios_of(record).items()]
+        if name in [*shown, *ratios] and interval["low"] is not None
     }
-    notes = _interval_notes(kinds)
-    return [table, Text(" ".join(notes))] if notes else [table]
+    return table, [*_interval_notes(kinds), *_ratio_notes(records, ratios)]
+
+
+def _ratios_of(record: Record) -> dict[str, IntervalDict]:
+    return {key: value for key, value in record.get("comparison", {}).items() if comparison_title(key)}
+
+
+def _ratio_notes(records: Sequence[Record], ratios: Sequence[str]) -> list[str]:
+    """What gain and retention are relative to."""
+    if not ratios:
+        return []
+    anchors = {record["comparison"].get("anchor_revision") for record in records if "comparison" in record}
+    named = [name_of(record) for record in records if record["revision"] in anchors and "condition" not in record]
+    against = named[0] if len(set(named)) == 1 else "the anchor"
+    words = {"gain": "relative to {}.", "kept": "in percent of {}'s."}
+    titles = [title for key in ratios if (title := comparison_title(key))]
+    return [f"{title}: {words[title.rpartition(' ')[2]].format(against)}" for title in titles]
+
+
+def _narrow(table: Table, widest: int | None, least: int) -> Table:
+    """Leave out the last columns until a table is narrow enough; the first `least` stay."""
+    while widest and len(table.header) > least and len(render_markdown([table]).partition("\n")[0]) > widest:
+        table = table._replace(header=table.header[:-1], rows=[row[:-1] for row in table.rows])
+    return table
+
+
+# Metrics that are often the same number, and the suffix of the one whose column stays.
+_REPEATS = {"_map": "_mrr", "mean_per_class": "top1"}
+
+
+def _merge_repeats(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The metrics without those that repeat another one in all rows, and the headings of the rest."""
+    kept, headings = [], {}
+    for name in names:
+        suffix = next((end for end in _REPEATS if name.endswith(end)), None)
+        other = name.removesuffix(suffix) + _REPEATS[suffix] if suffix else name
+        values = [(record["metrics"].get(name), record["metrics"].get(other)) for record in records]
+        if other != name and other in names and all(one is not None and one == two for one, two in values):
+            headings[other] = f"{metric_of(other).heading}, {re.sub('^.→. ', '', metric_of(name).heading)}"
+        else:
+            kept.append(name)
+    return kept, [headings.get(name, metric_of(name).heading) for name in kept]
 
 
 def interval_of(record: Record, metric: str) -> IntervalDict:
@@ -240,6 +408,36 @@ def _metric_cell(record: Record, name: str) -> Cell:
     )
 
 
+_EXACT = ("million", "GFLOP")  # units of metrics that are counted, without noise
+
+
+def differ_beyond_noise(first: Record, second: Record, metric: str) -> bool:
+    """Say whether two records of one benchmark on the same data differ in a metric beyond noise.
+
+    Where one is the other's anchor, the paired difference in the record decides; else both intervals, as if the images
+    were not the same. Timings differ if their ranges do not overlap, counts if they show different numbers. Without
+    any of these nothing is known of the noise, and the answer is no.
+
+    Args:
+        first, second (`Record`): The two; both have the metric.
+        metric (`str`): Its name.
+    """
+    known = metric_of(metric)
+    values = [record["metrics"][metric] for record in (first, second)]
+    if known.unit in _EXACT:
+        return known.show(values[0]) != known.show(values[1])
+    ranges = [record.get("spread", {}).get(metric) for record in (first, second)]
+    if ranges[0] and ranges[1]:
+        return ranges[0]["max"] < ranges[1]["min"] or ranges[1]["max"] < ranges[0]["min"]
+    for one, other in ((first, second), (second, first)):
+        comparison = one.get("comparison", {})
+        if comparison.get("anchor_revision") == other["revision"] and "condition" not in other:
+            if stored := comparison.get(f"{metric}{DIFFERENCE}"):
+                return excludes_zero(stored, one["n"])
+    found = unpaired_difference(interval_of(first, metric), interval_of(second, metric))
+    return found is not None and excludes_zero(found.to_dict(), min(first["n"], second["n"]))
+
+
 def _find_best(records: Sequence[Record], names: Sequence[str]) -> set[tuple[int, str]]:
     """`(row, metric)` of the cells to set in bold."""
     groups: dict[tuple[str, str], list[int]] = {}
@@ -250,11 +448,13 @@ def _find_best(records: Sequence[Record], names: Sequence[str]) -> set[tuple[int
         for name in names:
             metric = metric_of(name)
             values = {index: records[index]["metrics"][name] for index in rows if name in records[index]["metrics"]}
-            shown = {index: metric.show(value) for index, value in values.items()}
-            if metric.higher_is_better is None or len(set(shown.values())) < 2:
+            if metric.higher_is_better is None or len(values) < 2:
                 continue
-            top = metric.show((max if metric.higher_is_better else min)(values.values()))
-            winners |= {(index, name) for index, text in shown.items() if text == top}
+            top = (max if metric.higher_is_better else min)(values, key=lambda index: values[index])
+            same = [index for index in values if metric.show(values[index]) == metric.show(values[top])]
+            others = [records[index] for index in values if index not in same]
+            if others and all(differ_beyond_noise(records[top], other, name) for other in others):
+                winners |= {(index, name) for index in same}
     return winners
 
 

@@ -12,7 +12,10 @@ from modeling_dclip.evaluation.arms import arm_of
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
 from modeling_dclip.evaluation.reports.tables import (
+    COUNTED,
+    counted,
     interval_cell,
+    kind_of_record,
     name_of,
     row_title,
     shorten_benchmark,
@@ -20,19 +23,24 @@ from modeling_dclip.evaluation.reports.tables import (
 )
 from modeling_dclip.evaluation.statistics import (
     DIFFERENCE,
+    FEWEST_IMAGES,
     GAIN_METRIC,
     RETENTION_METRIC,
     IntervalDict,
     Summary,
+    excludes_zero,
     seed_interval,
     unpaired_difference,
 )
 
 IMAGE_TO_TEXT = "image_to_text_recall@1"
-# A claim needs this many images. With five, all of them change to one side by chance one time in 16.
-FEWEST_IMAGES = 6
 _DIRECTIONS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
-_OTHER_METRICS = ("map", "group_score", "accuracy")  # what else is judged, the first that a benchmark has
+# What else is judged, the first that a benchmark has.
+_TITLES = {
+    "map": "Zero-shot mAP",
+    "group_score": "Fine-grained group score",
+    "accuracy": "Fine-grained accuracy",
+}
 _METHODS = {
     "paired": "95 % intervals over images, paired",
     "unpaired": "95 % intervals over images, as if the images were not the same",
@@ -48,7 +56,8 @@ class Effect(NamedTuple):
         before (`float`), after (`float`): The anchor's value and the model's.
         interval (`IntervalDict`, *optional*): Of the difference, or with `relative` of the gain; `None` if unknown.
         method (`str`): What the interval covers: `"paired"` or `"unpaired"` images, or `"seeds"`.
-        n (`int`): Images, questions, or with `"seeds"` runs.
+        n (`int`): How many, with `"seeds"` runs.
+        noun (`str`): What was counted: `"image"`, `"question"` or `"seed"`.
         relative (`bool`): Whether the interval is of after / before - 1.
         over_images (`IntervalDict`, *optional*): With `"seeds"`: the interval over images, the mean of those of the
             runs. A claim has to be beyond this noise too, where it is known.
@@ -60,15 +69,15 @@ class Effect(NamedTuple):
     interval: IntervalDict | None
     method: str
     n: int
+    noun: str = "image"
     relative: bool = False
     over_images: IntervalDict | None = None
 
     @property
     def sign(self) -> int:
         """1 for better beyond noise, -1 for worse, 0 for not told apart."""
-        few = self.method != "seeds" and self.n < FEWEST_IMAGES
-        side = 0 if few or self.interval is None else _side(self.interval)
-        if self.over_images is not None and _side(self.over_images) != side:
+        side = 0 if self.interval is None else _side(self.interval, self.n)
+        if self.over_images is not None and _side(self.over_images, FEWEST_IMAGES) != side:
             side = 0
         return side if metric_of(self.metric).higher_is_better else -side
 
@@ -85,12 +94,11 @@ class Effect(NamedTuple):
         return width / 2 * (self.before if self.relative else 1) or 1 - 0.05 ** (1 / self.n)
 
 
-def _side(interval: IntervalDict) -> int:
-    """1 if an interval is above 0, -1 if it is below, else 0. Without width it is no measure of noise."""
-    low, high = interval["low"], interval["high"]
-    if low is None or low == high and interval["covers"] == "seeds":
+def _side(interval: IntervalDict, n: int) -> int:
+    """1 if an interval is above 0, -1 if it is below, else 0."""
+    if not excludes_zero(interval, n):
         return 0
-    return (low > 0) - (high is not None and high < 0)
+    return 1 if interval["low"] is not None and interval["low"] > 0 else -1
 
 
 class Verdict(NamedTuple):
@@ -99,17 +107,17 @@ class Verdict(NamedTuple):
     Attributes:
         model (`str`): Its name in tables.
         headline (`str`): Whether it is better, and what that costs, in one or two sentences.
-        details (`str`): The numbers of both.
+        details (`tuple[str, ...]`): The numbers: a sentence for each metric, and one on what was counted.
     """
 
     model: str
     headline: str
-    details: str
+    details: tuple[str, ...]
 
     @property
     def text(self) -> str:
-        """Both in one line."""
-        return f"{self.headline} {self.details}"
+        """All in one line."""
+        return " ".join([self.headline, *self.details])
 
 
 def verdict_lines(records: Sequence[Record]) -> list[str]:
@@ -124,6 +132,11 @@ def verdict_lines(records: Sequence[Record]) -> list[str]:
             benchmarks. Empty where no record names an anchor.
     """
     return [verdict.text for verdict in judge(records)]
+
+
+def show_verdicts(records: Sequence[Record]) -> str:
+    """[`verdict_lines`] for a terminal: the headline, and below it a line for each number."""
+    return "\n".join("\n  ".join([verdict.headline, *verdict.details]) for verdict in judge(records))
 
 
 def judge(records: Sequence[Record]) -> list[Verdict]:
@@ -143,8 +156,8 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
             key = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings", {}).get("index")))
             by_benchmark.setdefault(key, []).append(record)
         groups = list(by_benchmark.values())
-        retrieval = [group for group in groups if _kind(group[0]) == "retrieval"]
-        others = [group for group in groups if _kind(group[0]) in ("zero_shot", "fine_grained")]
+        retrieval = [group for group in groups if kind_of_record(group[0]) == "retrieval"]
+        others = [group for group in groups if kind_of_record(group[0]) in ("zero_shot", "fine_grained")]
         for group in retrieval or [[]]:
             if verdict := _judge_one(group, others, records):
                 verdicts.append(verdict)
@@ -213,10 +226,6 @@ def _compare_arms(pair: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
     return _compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
 
 
-def _kind(record: Record) -> str:
-    return record["benchmark"].partition("=")[0]
-
-
 def _spec(record: Record) -> str:
     return shorten_benchmark(record["benchmark"]).partition("=")[2]
 
@@ -241,17 +250,17 @@ def _judge_one(
     zero_shot: list[tuple[str, Effect]] = []
     rest: list[tuple[str, Effect]] = []
     for group in others:
-        names = (RETENTION_METRIC, *_OTHER_METRICS) if _kind(group[0]) == "zero_shot" else _OTHER_METRICS
+        names = (RETENTION_METRIC, *_TITLES) if kind_of_record(group[0]) == "zero_shot" else tuple(_TITLES)
         judged = next((name for name in names if name in group[0]["metrics"]), None)
         if judged and (effect := _measure(group, judged, records)):
             (zero_shot if judged == RETENTION_METRIC else rest).append((_spec(group[0]), effect))
     if not (effects or zero_shot or rest):
         return None
-    n = f"{_images(retrieval[0]['n'])} of {_spec(retrieval[0])}" if retrieval else ""
+    n = f"{counted(retrieval[0]['n'], 'image')} of {_spec(retrieval[0])}" if retrieval else ""
     if arm is not None:
         n = ", ".join(filter(None, [n, f"{len(retrieval or others[0])} seeds"]))
     if first["revision"] == first["comparison"]["anchor_revision"] and "condition" not in first:
-        return Verdict(title, f"{title} has the same weights as {anchor}:", "there is nothing to tell apart.")
+        return Verdict(title, f"{title} has the same weights as {anchor}: there is nothing to tell apart.", ())
     return _compose(title, anchor, effects, zero_shot, rest, n)
 
 
@@ -274,7 +283,7 @@ def _measure(runs: Sequence[Record], metric: str, records: Sequence[Record]) -> 
     after = sum(one.after for one in effects) / len(effects)
     interval = seed_interval([one.after - one.before for one in effects]).to_dict()
     over_images = _mean_interval([one.interval for one in effects if one.interval is not None])
-    return Effect(metric, before, after, interval, "seeds", len(effects), over_images=over_images)
+    return Effect(metric, before, after, interval, "seeds", len(effects), "seed", over_images=over_images)
 
 
 def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect | None:
@@ -284,8 +293,9 @@ def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect 
     if metric not in run["metrics"]:
         return None
     comparison, after, n = run["comparison"], run["metrics"][metric], run["n"]
+    noun = COUNTED.get(kind_of_record(run), "image")
     if stored := comparison.get(f"{metric}{DIFFERENCE}"):
-        return Effect(metric, after - stored["estimate"], after, stored, "paired", n)
+        return Effect(metric, after - stored["estimate"], after, stored, "paired", n, noun)
     data = run["benchmark"], run["dataset_fingerprint"]
     same = (one for one in records if (one["benchmark"], one["dataset_fingerprint"]) == data)
     anchor = next((one for one in same if _is_anchor(one, run) and metric in one["metrics"]), None)
@@ -294,10 +304,10 @@ def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect 
     before = anchor["metrics"][metric]
     for suffix, offset in (("_gain", 0), ("_retention", 1)):
         if ratio := comparison.get(f"{metric}{suffix}"):
-            return Effect(metric, before, after, _shift(ratio, -offset), "paired", n, relative=True)
+            return Effect(metric, before, after, _shift(ratio, -offset), "paired", n, noun, relative=True)
     first, second = (record.get("intervals", {}).get(metric) for record in (anchor, run))
     found = unpaired_difference(first, second) if first and second else None
-    return Effect(metric, before, after, found.to_dict() if found else None, "unpaired", n)
+    return Effect(metric, before, after, found.to_dict() if found else None, "unpaired", n, noun)
 
 
 def _mean_interval(intervals: Sequence[IntervalDict]) -> IntervalDict | None:
@@ -326,11 +336,11 @@ def _compose(
     ]
     if len(zero_shot) <= 2:
         details += [_show_effect(f"Zero-shot top-1{spec and f' on {spec}'}", effect) for spec, effect in zero_shot]
-    details += [_show_effect(f"{metric_of(effect.metric).title} on {spec}", effect) for spec, effect in rest]
+    details += [_show_effect(f"{_TITLES[effect.metric]} on {spec}", effect) for spec, effect in rest]
     effects = [*directions.values(), *(effect for _, effect in [*zero_shot, *rest])]
     methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
     details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
-    return Verdict(model, " ".join(filter(None, sentences)), " ".join(details))
+    return Verdict(model, " ".join(filter(None, sentences)), tuple(details))
 
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
@@ -368,10 +378,6 @@ def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, 
     return f"{who}Zero-shot accuracy {words[signs[0]]}{kept}."
 
 
-def _images(n: int) -> str:
-    return f"{n:,} image{'s' * (n != 1)}"
-
-
 def _show_effect(title: str, effect: Effect) -> str:
     """One metric: both values, the difference with its interval, and what noise allows to say."""
     metric = metric_of(effect.metric)
@@ -393,13 +399,13 @@ def _explain_noise(effect: Effect) -> str:
     if effect.sign:
         return ""
     if effect.method != "seeds" and effect.n < FEWEST_IMAGES:
-        return f" ({_images(effect.n)} cannot show a difference; take {FEWEST_IMAGES} or more, better hundreds)"
+        return f" ({counted(effect.n, effect.noun)} cannot show a difference; take hundreds)"
     if effect.unseen is None or math.isinf(effect.unseen):
         return " (no interval)"
     if effect.interval is not None and effect.method == "seeds":
         if effect.interval["low"] == effect.interval["high"]:
             return f" (the same for all {effect.n} seeds)"
-        if _side(effect.interval):
+        if _side(effect.interval, effect.n):
             return " (beyond the noise of the seeds, within that of the images)"
-    counted = f"{effect.n:,} seeds" if effect.method == "seeds" else _images(effect.n)
-    return f" (with {counted} a difference under {percent(effect.unseen)} points cannot be seen)"
+    smallest = f"{counted(effect.n, effect.noun)} cannot show less than {percent(effect.unseen)} points"
+    return f" (within noise: {smallest})"

@@ -562,7 +562,6 @@ def describe_evaluation(own: Sequence[Record], reference: Sequence[Record], name
     """
     shown = [_with(record, label=f"{record.get('label', 'reference')} ({role})") for record in reference]
     shown += [_with(record, label=name) for record in own]
-    shown = [_with(record, metrics=_shown_metrics(record["metrics"])) for record in shown]
     machines = {_machine(record["hardware"]) for record in own}
     versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
     return EvaluationFacts(
@@ -578,11 +577,6 @@ def describe_evaluation(own: Sequence[Record], reference: Sequence[Record], name
 def _with(record: Record, **fields: object) -> Record:
     """Copy a record, with other values in some fields."""
     return cast("Record", {**record, **fields})
-
-
-def _shown_metrics(metrics: Mapping[str, float]) -> dict[str, float]:
-    """Leave out metrics that repeat another column; the metadata hold all."""
-    return {name: value for name, value in metrics.items() if not name.endswith(("_mrr", "_map", "_median_rank"))}
 
 
 def _machine(hardware: Mapping[str, Any]) -> str:

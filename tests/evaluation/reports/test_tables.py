@@ -1,9 +1,8 @@
-"""Tables: the best is bold in the metric's own direction and on the same data only; intervals stand in the cells."""
-
-import pytest
+"""Tables: the best is bold beyond noise only, in the metric's own direction, on the same data; intervals stand in the
+cells; what does not fit or says nothing new has no column."""
 
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.tables import render_table
+from modeling_dclip.evaluation.reports.tables import render_table, tabulate_rows
 
 
 def record(model, metrics, **fields):
@@ -14,11 +13,34 @@ def record(model, metrics, **fields):
     return make_record(model=model, metrics=metrics, **{**values, **fields})
 
 
+def interval(value, half):
+    return {"estimate": value, "low": value - half, "high": value + half, "confidence": 0.95, "covers": "images"}
+
+
 def test_the_smaller_latency_is_bold_and_all_that_show_the_same():
-    rows = [record(name, {"image_latency_ms": value}) for name, value in (("a", 20.0), ("b", 13.11), ("c", 13.12))]
+    rows = [
+        record(name, {"image_latency_ms": value}, spread={"image_latency_ms": {"min": value - 1, "max": value + 1}})
+        for name, value in (("a", 20.0), ("b", 13.11), ("c", 13.12))
+    ]
     text = render_table(rows, best=True)
     assert "**20" not in text and text.count("**13.1**") == 2
     assert "**" not in render_table(rows[1:], best=True)  # all show the same: bold would say nothing
+
+
+def test_what_may_be_noise_is_not_bold():
+    def row(model, value, half, **fields):
+        return record(model, {"top1": value}, intervals={"top1": interval(value, half)}, n=400, **fields)
+
+    assert "**60.0**" in render_table([row("a", 0.5, 0.05), row("b", 0.6, 0.05)], best=True)
+    assert "**" not in render_table([row("a", 0.5, 0.05), row("b", 0.54, 0.05)], best=True)
+    # the second is as good as the best, so the best is not better than all others
+    assert "**" not in render_table([row("a", 0.5, 0.05), row("b", 0.6, 0.05), row("c", 0.61, 0.05)], best=True)
+    anchor = row("a", 0.5, 0.05)
+    paired = {"anchor": "a", "anchor_revision": anchor["revision"], "top1_difference": interval(0.04, 0.03)}
+    assert "**54.0**" in render_table([anchor, row("b", 0.54, 0.05, comparison=paired)], best=True)
+    assert "**" not in render_table([record("a", {"top1": 0.5}), record("b", {"top1": 0.9})], best=True)
+    sizes = [record("a", {"parameters_millions": 1.0}), record("b", {"parameters_millions": 2.0})]
+    assert "**1.0**" in render_table(sizes, best=True)  # counted, without noise
 
 
 def test_what_has_no_better_direction_or_other_data_is_not_bold():
@@ -29,24 +51,62 @@ def test_what_has_no_better_direction_or_other_data_is_not_bold():
 
 
 def test_intervals_stand_in_the_cells_and_below_what_they_are():
-    interval = {"estimate": 0.5, "low": 0.45, "high": 0.56, "confidence": 0.95, "covers": "images"}
-    rows = [record("a", {"top1": 0.5}, intervals={"top1": interval}), record("b", {"top1": 0.4})]
-    text = render_table(rows, best=True)
-    assert "**50.0** [45.0, 56.0]" in text
+    own = {"estimate": 0.5, "low": 0.45, "high": 0.56, "confidence": 0.95, "covers": "images"}
+    rows = [record("a", {"top1": 0.5}, intervals={"top1": own}), record("b", {"top1": 0.4})]
+    text = render_table(rows)
+    assert "50.0 [45.0, 56.0]" in text
     assert text.endswith("In brackets: 95% bootstrap interval over test images, for these checkpoints.")
     assert "In brackets" not in render_table(rows[1:])
 
 
 def test_columns_are_chosen_by_name():
-    text = render_table([record("a", {"top1": 0.5})], columns=("model", "revision"))
-    assert text.splitlines()[0].split() == "| Model | Weights | top-1 |".split() and "a0123456" in text
-    with pytest.raises(ValueError, match="Expected columns of .*'hat'"):
-        render_table([record("a", {"top1": 0.5})], columns=("hat",))
+    (table,) = tabulate_rows([record("a", {"top1": 0.5})], ["top1"], best=False, columns=("model", "revision"))
+    assert table.header == ["Model", "Weights", "top-1"] and table.rows[0][:2] == ["a", "a0123456"]
+
+
+RETRIEVAL = {f"{way}_{name}": 0.5 for way in ("text_to_image", "image_to_text") for name in ("recall@1", "recall@10")}
+
+
+def test_a_retrieval_table_shows_what_matters_in_120_characters():
+    more = {f"{way}_{name}": 0.5 for way in ("text_to_image", "image_to_text") for name in ("recall@5", "mrr", "map")}
+    comparison = {"anchor_revision": "sha256:0", "text_to_image_recall@1_gain": interval(0.1, 0.05)}
+    fields = {"benchmark": "retrieval=scenes:test,n=8", "n_captions": 40, "comparison": comparison}
+    row = record("m" * 30, RETRIEVAL | more, intervals={name: interval(0.5, 0.1) for name in RETRIEVAL}, **fields)
+    text = render_table([row], widest=120)
+    lines = text.splitlines()
+    assert lines[0] == "Retrieval on `scenes:test,n=8`, 10 images with 40 captions:"
+    heads = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert heads == ["Model", "T→I R@1 gain", "T→I R@1", "I→T R@1", "T→I R@10", "I→T R@10"]
+    assert text.count("[40.0, 60.0]") == 2 and len(lines[2]) <= 120
+    narrow = render_table([{**row, "label": "m" * 60}], widest=120).splitlines()[2]
+    assert "I→T R@10" not in narrow and "T→I R@1 " in narrow  # the last columns go first
+
+
+def test_a_metric_that_repeats_another_has_no_column():
+    same = {"text_to_image_mrr": 0.25, "text_to_image_map": 0.25, "image_to_text_mrr": 0.5, "image_to_text_map": 0.3}
+    (table,) = tabulate_rows([record("a", same)], list(same), best=False, columns=("model",))
+    assert table.header == ["Model", "T→I MRR, mAP", "I→T MRR", "I→T mAP"]
+    rows = [record(name, {"top1": 0.5, "mean_per_class": value}) for name, value in (("a", 0.5), ("b", 0.4))]
+    assert "top-1, mean per class" in render_table(rows[:1]) and "| top-1 | mean per class |" in render_table(rows)
+
+
+def test_several_benchmarks_of_a_kind_share_a_table_and_rows_of_other_data_are_marked():
+    rows = [
+        record(name, {"top1": 0.5}, benchmark=f"zero_shot={spec},seed=1") for name in "ab" for spec in ("x", "y:t")
+    ]
+    lines = render_table(rows, widest=120).splitlines()
+    assert lines[0] == "Zero-shot classification, 2 benchmarks:"
+    assert [[cell.strip() for cell in line.split("|")[1:3]] for line in lines[4:]] == [
+        ["a", "x"], ["b", "x"], ["a", "y:t"], ["b", "y:t"],
+    ]  # fmt: skip
+    assert "x,seed=1" in render_table(rows)  # a page has room for the options
+    other = record("c", {"top1": 0.5}, benchmark="zero_shot=x,seed=1", dataset_fingerprint="sha256:cd")
+    assert "| Data |" in render_table([rows[0], other])
 
 
 def test_a_point_between_two_models_says_which_it_is():
     rows = [record("m", {"top1": 0.5}), record("m", {"top1": 0.4}, condition="alpha=0.5", label="ours")]
-    assert [line.split(" | ")[0].strip("| ") for line in render_table(rows).splitlines()[2:]] == [
+    assert [line.split(" | ")[0].strip("| ") for line in render_table(rows).splitlines()[4:]] == [
         "m",
         "ours, alpha=0.5",
     ]

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.verdict import FEWEST_IMAGES, judge, summary_verdict_lines, verdict_lines
+from modeling_dclip.evaluation.reports.verdict import judge, summary_verdict_lines, verdict_lines
 from modeling_dclip.evaluation.statistics import (
+    FEWEST_IMAGES,
     bootstrap_outcomes,
     compare_to_anchor,
     differences_to_anchor,
@@ -59,13 +60,13 @@ def test_a_gain_in_both_directions_is_said_with_points_and_interval_and_the_miss
     assert line.startswith("mine is better than anchor at retrieval, in both directions. Zero-shot accuracy was not")
     assert "Text to image R@1 30.0 → 40.0 %: +10.0 points [+" in line and "+33.3 % relative" in line
     assert "Image to text R@1 40.0 → 50.0 %" in line and "400 images of scenes:test" in line and "paired" in line
-    assert "cannot be seen" not in line
+    assert "within noise" not in line
 
 
 def test_a_claim_needs_a_difference_beyond_noise():
     (line,) = verdict_lines(pair((0.3, 0.4), (0.3025, 0.3975)))  # one image of 400 each
     assert line.startswith("mine and anchor are not told apart at retrieval, in both directions.")
-    assert line.count("with 400 images a difference under") == 2
+    assert line.count("within noise: 400 images cannot show less than") == 2
     assert "better" not in line and "worse" not in line
 
 
@@ -80,10 +81,10 @@ def test_directions_that_disagree_are_said():
 def test_zero_shot_accuracy_is_said_with_the_share_that_is_kept():
     (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.72))
     assert verdict.headline.endswith("Zero-shot accuracy fell beyond noise, now 90.0 % of anchor's.")
-    assert "Zero-shot top-1 on scenes 80.0 → 72.0 %: -8.0 points [-" in verdict.details
+    assert "Zero-shot top-1 on scenes 80.0 → 72.0 %: -8.0 points [-" in verdict.text
     (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.8))
     assert "did not change beyond noise, now 100.0 % of anchor's" in verdict.headline
-    assert "with 400 images a difference under 0.7 points cannot be seen" in verdict.details  # 1 - 0.05 ** (1 / 400)
+    assert "400 images cannot show less than 0.7 points" in verdict.text  # 1 - 0.05 ** (1 / 400)
 
 
 def test_several_zero_shot_sets_are_counted():
@@ -102,7 +103,7 @@ def test_few_images_show_nothing_however_large_the_difference(n):
 
 def test_fifteen_images_show_only_a_large_difference():
     (line,) = verdict_lines(pair((0.2, 0.2), (0.4, 0.4), n=15))
-    assert "not told apart" in line and "with 15 images a difference under" in line
+    assert "not told apart" in line and "15 images cannot show less than" in line
     assert "is better" in verdict_lines(pair((0.2, 0.2), (0.8, 0.8), n=15))[0]
 
 

@@ -156,7 +156,7 @@ def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
             for place in (str(trained["student"].parent), str(tiny_clip_dir), HOME):
                 assert place.encode() not in content, (repo_id, path)
     card = hub.files("me/tiny")["README.md"].decode()
-    assert "`coco:captions.json:images@8`" in card and "zero_shot=parquet:test.parquet" in card
+    assert "`coco:captions.json:images@8`" in card and "Zero-shot classification on `parquet:test.parquet`" in card
 
 
 def save_inputs(path, batch):
