@@ -47,6 +47,8 @@ from modeling_dclip.evaluation.reports.tables import render_leakage, render_summ
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
 
+logger = logging.getLogger("modeling_dclip.train")  # as the package's own: said by the main process alone
+
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # Runs in a process of its own that does not import the package: the code comes with the folder.
 RELOAD = """
@@ -78,7 +80,7 @@ def train_runs(recipe: Recipe, runs: Sequence[ArmRun]) -> None:
         run_stages(anchor, shared)
     for run in runs:
         if len(runs) > 1:
-            logging.info("\n=== %s, seed %d", run.arm, run.seed)
+            logger.info("\n=== %s, seed %d", run.arm, run.seed)
         run_stages(run.recipe, shared)
 
 
@@ -167,8 +169,8 @@ def run_recipe(recipe: Recipe) -> None:
     results = Path(recipe.run.output_dir) / "results"
     publication = plan_publication(runs, results)
     is_main = PartialState().is_main_process
-    logging.basicConfig(level=logging.INFO if is_main else logging.WARNING, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
     with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):
         train_runs(recipe, runs)
         end_processes()

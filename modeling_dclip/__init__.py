@@ -5,6 +5,7 @@ so only when it loads its first model, so that its help need not wait for PyTorc
 """
 
 from .interruption import INTERRUPTED as _INTERRUPTED  # noqa: F401  first: it takes Ctrl+C while the others load
+from .progress import LOG_EVERY_SECONDS as _LOG_EVERY_SECONDS  # noqa: F401  then: it tells tqdm how many bars to show
 
 # isort: split
 from typing import TYPE_CHECKING as _TYPE_CHECKING

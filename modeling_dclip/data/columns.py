@@ -5,14 +5,16 @@ i being `values[offsets[i] : offsets[i + 1]]`. Arrays come straight out of Arrow
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
-from modeling_dclip.data.files import plain_array, plain_type
+from modeling_dclip.data.files import plain_array, plain_type, writing
 from modeling_dclip.data.images import read_encoded, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_parts
 
@@ -552,6 +554,26 @@ def concatenate_shared(parts: Sequence[Dataset]) -> Dataset:
     """The rows of several datasets, one after the other, with the columns that all of them have."""
     shared = [name for name in parts[0].column_names if all(name in part.column_names for part in parts)]
     return concatenate_datasets([part.select_columns(shared) for part in parts])
+
+
+def save_columns(dataset: Dataset, folder: Path) -> None:
+    """Save columns as `load_from_disk` reads them, without the bars that datasets draws for the smallest of them.
+
+    Args:
+        dataset (`datasets.Dataset`): The columns, without pictures.
+        folder (`Path`): Where to. An error names it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        with writing(folder):
+            dataset.save_to_disk(folder)
+    finally:
+        if shown:
+            enable_progress_bars()
 
 
 def check_finite(dataset: Dataset, name: str, entries: Ragged) -> None:

@@ -8,6 +8,7 @@ import copy
 import logging
 import re
 import shutil
+import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -152,7 +153,9 @@ def add_adapters(
         use_dora=args.use_dora,
         target_modules=rf"({'|'.join(towers)})\.(.*\.)?({'|'.join(names)})",
     )
-    return get_peft_model(model, config)
+    with warnings.catch_warnings():  # of a name in transformers that peft reads
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
 
 
 def adapted_layers(model: nn.Module) -> dict[str, "LoraLayer"]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 from transformers.utils import is_torch_bf16_gpu_available, logging
 
 from modeling_dclip.data.specs import BATCH, COUNT, PART, SEED, WORKERS, Range, check_numbers, shown
@@ -21,6 +22,8 @@ logger = logging.get_logger(__name__)
 ADAPTER_FIELDS = (
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_target_modules", "lora_text", "merge_adapter",
 )  # fmt: skip
+
+MEAN_RECALL = "mean_recall@1"  # of both directions, on the validation images: what chooses the student's checkpoint
 
 REGEX_PREFIX = "re:"  # of a freeze pattern that is a regular expression
 
@@ -87,7 +90,9 @@ def _help(text: str, default: Any = None, **metadata: Any) -> Any:
 
 
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
-_STORED = "auto"  # decides nothing: records written before these fields existed lack them
+_STORED = "auto"
+# Fields that records written before they existed lack: at these values they decide nothing.
+_LATER = {"save_dtype": _STORED, "per_device_eval_batch_size": None}
 
 
 def _save_dtype() -> Any:
@@ -250,7 +255,11 @@ class StageTrainingArguments(TrainingArguments):
         "What to do with a step whose loss or gradient is NaN or infinite. skip: leave it out and count it.", "stop"
     )
     save_strategy: str = _help("When to save checkpoints: no, steps or epoch.", "epoch")
-    save_total_limit: int | None = _help("Number of checkpoints to keep.", 1)
+    save_total_limit: int | None = _help("Number of checkpoints to keep, beside the best one.", 1)
+    per_device_eval_batch_size: int | None = _help(  # type: ignore[assignment]
+        "Validation images per step and process. By default as many as in training, so that the in-batch losses of "
+        "both can be compared.",
+    )
     lr_scheduler_type: str = _help("Learning-rate schedule.", "constant")
     ddp_find_unused_parameters: bool | None = _help(
         "Search for unused parameters; every trained parameter is used.", False
@@ -282,6 +291,13 @@ class StageTrainingArguments(TrainingArguments):
             super().__post_init__()
         except TypeError as error:  # an unknown key of a mapping that transformers or accelerate takes
             raise ValueError(f"expected fields that transformers' TrainingArguments takes, got: {error}.") from error
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Validation images per step and process."""
+        if self.per_device_eval_batch_size is None:
+            return self.train_batch_size
+        return super().eval_batch_size
 
 
 @dataclass
@@ -552,6 +568,10 @@ class StudentArguments(AdapterArguments):
         "If below 1, train on random square crops of at least this share of the image's area.", 1.0, range=AREA
     )
     save_dtype: SaveDtype = _save_dtype()
+    load_best_model_at_end: bool | None = _help(  # type: ignore[assignment]
+        "Keep the student of the best validation. By default so where there is a validation part; the best is then "
+        "that of the highest mean R@1 of both directions, or by metric_for_best_model. false: keep the last one."
+    )
     learning_rate: float = _help("Peak learning rate.", 1e-6)
     weight_decay: float = _help("Weight decay of matrices.", 0.01)
     num_train_epochs: float = _help("Passes over the images.", 2.0)
@@ -593,7 +613,26 @@ class StudentArguments(AdapterArguments):
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")
+        asked, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
+        self._resolve_best(asked)
+
+    def _resolve_best(self, asked: bool | None) -> None:
+        """Decide whether the best checkpoint is kept, and by what. The base class would refuse checkpoints at other
+        steps than validations; the trainer saves one at each validation.
+        """
+        possible = self.eval_strategy != IntervalStrategy.NO and self.save_strategy != SaveStrategy.NO
+        if asked and not possible:
+            raise ValueError(
+                "load_best_model_at_end: expected an eval_strategy and a save_strategy beside it, got "
+                f"{IntervalStrategy(self.eval_strategy).value} and {SaveStrategy(self.save_strategy).value}. Set both "
+                "to epoch or steps."
+            )
+        self.load_best_model_at_end = possible if asked is None else asked
+        if self.load_best_model_at_end and self.metric_for_best_model is None:
+            self.metric_for_best_model = MEAN_RECALL
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
 
 
 @dataclass
@@ -828,10 +867,11 @@ def deciding_fields(arguments: Section) -> dict[str, Any]:
         >>> deciding_fields(RegionsArguments(max_regions=3))
         {'detector': None, 'ignore_boxes': False, 'max_regions': 3}
     """
-    later = {f.name for f in fields(arguments) if f.name == "save_dtype" and f.default == _STORED}
-    inherited = {f.name: default_of(f) for f in fields(arguments) if f.name in later.union(ADAPTER_FIELDS)}
+    inherited = {f.name: default_of(f) for f in fields(arguments) if f.name in ADAPTER_FIELDS}
     if isinstance(arguments, TrainingArguments):
         inherited |= {f.name: f.default for f in fields(TrainingArguments)}
+    defaults = {f.name: default_of(f) for f in fields(arguments)}
+    inherited |= {name: value for name, value in _LATER.items() if name in defaults and defaults[name] == value}
     resolved = as_plain(arguments)
     return {
         name: value

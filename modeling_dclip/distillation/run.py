@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -53,6 +54,7 @@ from modeling_dclip.encoders.loading import (
     read_config,
 )
 from modeling_dclip.modeling_dclip import DCLIPModel
+from modeling_dclip.progress import duration_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ class StageRecord:
     def __init__(
         self, folder: Path, inputs: dict[str, Any], overwrite: bool = False, told: Mapping[str, Any] | None = None
     ):
-        self.told = dict(told or {})
+        self.told, self.began = dict(told or {}), time.monotonic()
         self.folder, self.inputs = folder, redact_values(json.loads(json.dumps(inputs)))
         self.path = folder / RECORD_NAME
         state = PartialState()
@@ -136,7 +138,8 @@ class StageRecord:
         """Note that the stage has finished, and the files that it consists of."""
         self.finished = True
         self._write(finished=True)
-        logger.info("%s: wrote %s", self.folder.name, self.folder)
+        took = duration_in_words(time.monotonic() - self.began)
+        logger.info("%s: wrote %s (%s)", self.folder.name, self.folder, took)
 
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:

@@ -20,7 +20,7 @@ from transformers import CLIPImageProcessorPil, CLIPTextConfig, PreTrainedTokeni
 from modeling_dclip.configuration_dclip import DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_mix
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
-from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
+from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys, save_columns
 from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
@@ -84,6 +84,7 @@ from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -302,6 +303,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
         "on_bad_image": args.on_bad_image,
     }
     state = PartialState()
+    logger.info("regions: looks at %s with %s", _total(images), args.detector)
     for split, (dataset, _) in images.items():
         if state.num_processes > 1 and not getattr(detector, "reads_rows", False):
             share = dataset.shard(state.num_processes, state.process_index, contiguous=True)
@@ -310,9 +312,12 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
         if state.is_main_process:
             report = record.folder / f"{split}_report.json"
             found = add_regions(dataset, detector, max_regions=args.max_regions, report_file=report, **options)
-            with writing(record.folder / split):
-                found.select_columns(["image_id", "boxes", "box_scores"]).save_to_disk(record.folder / split)
+            save_columns(found.select_columns(["image_id", "boxes", "box_scores"]), record.folder / split)
     record.finish()
+
+
+def _total(splits: Splits) -> str:
+    return count_of(sum(len(part.rows) for part in splits.values()), "image")
 
 
 def _teacher_processor(path: str) -> DCLIPTeacherProcessor:
@@ -412,6 +417,7 @@ def write_targets(
     record = places.record("targets", inputs | {"max_regions": features.max_regions, "with_teacher": with_teacher})
     if record.finished:
         return
+    logger.info("targets: embeds %s and their captions", _total(data))
     teacher.to(PartialState().device)
     processor = _teacher_processor(teacher_path or clip.path)
     for split, (rows, keys_of_rows) in data.items():
@@ -419,8 +425,7 @@ def write_targets(
         targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
         names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
         if PartialState().is_main_process:
-            with writing(record.folder / split):
-                targets.select_columns(names).save_to_disk(record.folder / split)
+            save_columns(targets.select_columns(names), record.folder / split)
     record.finish()
 
 
@@ -557,13 +562,15 @@ def _make_batches(
     width = model.config.projection_dim
     options: dict[str, Any] = {"width": width, "seed": args.seed, "cache_mib": args.image_cache_mib}
 
-    def make(rows: Dataset, **more: Any) -> StudentBatches:
+    def make(rows: Dataset, columns: list[str], **more: Any) -> StudentBatches:
         if args.lora_text:
-            return TokenizedStudentBatches(rows, processor, args.columns, **options, **more)
-        return StudentBatches(rows, processor.image_processor, args.columns, **options, **more)
+            return TokenizedStudentBatches(rows, processor, columns, **options, **more)
+        return StudentBatches(rows, processor.image_processor, columns, **options, **more)
 
-    train = make(dataset, pixels=pixels, min_crop_area=args.min_crop_area)
-    return train, None if validation is None else make(validation)
+    train = make(dataset, args.columns, pixels=pixels, min_crop_area=args.min_crop_area)
+    if validation is None:
+        return train, None
+    return train, make(validation, list(dict.fromkeys([*args.columns, "text_embeds"])))  # for retrieval
 
 
 def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], whole_model: bool) -> None:

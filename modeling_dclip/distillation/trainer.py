@@ -7,7 +7,10 @@ of micro-batches are averaged; the negatives are those of one micro-batch over a
 import copy
 import logging
 import math
-from collections.abc import Iterator, Mapping
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,21 +18,23 @@ import torch
 import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import IntervalStrategy, TrainOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
-from modeling_dclip.data.collation import Batches, pass_batch
+from modeling_dclip.data.collation import Batches, TokenizedStudentBatches, pass_batch
 from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import read_json, write_json, write_text, writing
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
+    MEAN_RECALL,
     AnchorArguments,
     DMCLIPArguments,
     StageTrainingArguments,
@@ -51,10 +56,13 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
+from modeling_dclip.encoders.families import projected
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS, stays_float32
+from modeling_dclip.encoders.retrieval_ranks import metrics_from_ranks, retrieval_ranks
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
+from modeling_dclip.progress import LOG_EVERY_SECONDS, count_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -191,19 +199,26 @@ class _SaveAfterEpoch(TrainerCallback):
     """Puts a checkpoint of an epoch's last step off until the epoch has ended, with what is logged and measured then.
 
     A run that resumes from it begins with the next epoch, and would leave out these logs and measurements.
+
+    Args:
+        measured (`bool`): Save a checkpoint at each validation too, so that the best one is there in the end.
     """
 
-    def __init__(self) -> None:
-        self.is_due = False
+    def __init__(self, measured: bool = False) -> None:
+        self.measured, self.ends, self.is_due = measured, False, False
 
     def on_step_end(self, args, state, control, **kwargs):
-        ends = control.should_training_stop or float(state.epoch or 0).is_integer()
-        self.is_due = control.should_save and ends
-        control.should_save &= not ends
+        self.ends = control.should_training_stop or float(state.epoch or 0).is_integer()
+        self.is_due = control.should_save and self.ends
+        control.should_save &= not self.ends
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        self.is_due |= self.measured and self.ends
+        control.should_save |= self.measured and not self.ends
 
     def on_epoch_end(self, args, state, control, **kwargs):
         control.should_save |= self.is_due
-        self.is_due = False
+        self.ends = self.is_due = False
 
 
 class _FindBest(TrainerCallback):
@@ -241,6 +256,143 @@ class _ContinueLog(TrainerCallback):
             self.trainer.continue_log(read_notes(Path(self.trainer.resumed_from)).get("log"))
 
 
+@dataclass(frozen=True)
+class ValidationSplit:
+    """How the processes share the validation images.
+
+    An in-batch loss grows with the batch, so that of validation is a mean over whole batches, as large as those of
+    training. Images that are left over, fewer than a batch, are in no loss. If all images together are fewer than a
+    batch, they are one smaller batch.
+
+    Args:
+        rows (`int`): Validation images.
+        batch_size (`int`): Images per step and process.
+        processes (`int`): Number of processes.
+    """
+
+    rows: int
+    batch_size: int
+    processes: int
+
+    @property
+    def fills_a_batch(self) -> bool:
+        """Whether the images are enough for one whole batch over all processes."""
+        return self.rows >= self.batch_size * self.processes
+
+    @property
+    def loss_rows(self) -> int:
+        """How many images, the first ones, the loss is computed over."""
+        step = self.processes * (self.batch_size if self.fills_a_batch else 1)
+        return self.rows // step * step
+
+    def loss_batches(self, process: int) -> list[list[int]]:
+        """The rows of each batch of one process. All processes have as many.
+
+        Example:
+            >>> ValidationSplit(rows=10, batch_size=2, processes=2).loss_batches(process=1)
+            [[2, 3], [6, 7]]
+            >>> ValidationSplit(rows=5, batch_size=4, processes=2).loss_batches(process=1)
+            [[2, 3]]
+        """
+        each = self.batch_size if self.fills_a_batch else self.rows // self.processes
+        starts = range(process * each, self.loss_rows, each * self.processes) if each else ()
+        return [list(range(start, start + each)) for start in starts]
+
+    def shares(self, process: int, count: int) -> list[list[int]]:
+        """All of `count` rows in batches, as many for each process; the first rows fill up the last process's.
+
+        Example:
+            >>> ValidationSplit(rows=5, batch_size=2, processes=2).shares(process=1, count=5)
+            [[3, 4], [0]]
+        """
+        each = math.ceil(count / self.processes)
+        rows = [row % count for row in range(process * each, (process + 1) * each)]
+        return [rows[start : start + self.batch_size] for start in range(0, each, self.batch_size)]
+
+    def __str__(self) -> str:
+        images, step = count_of(self.rows, "image"), self.batch_size * self.processes
+        if not self.fills_a_batch:
+            return f"{images}; a batch of so few has fewer negatives, so its loss is lower than in training"
+        left = self.rows - self.loss_rows
+        return images + (f", the loss over {self.loss_rows:,} of them, in batches of {step:,}" if left else "")
+
+
+def _number(value: float) -> str:
+    """A loss with three digits after the point; there is no -0.000."""
+    return f"{round(value, 3) + 0.0:.3f}"
+
+
+def _describe_loss(logs: Mapping[str, Any]) -> str:
+    """The loss of a training log with its terms: `1.701 (contrastive 1.084, cosine distillation 0.617)`."""
+    terms = {name.removesuffix("_loss").replace("_", " "): value for name, value in logs.items() if "_loss" in name}
+    named = ", ".join(f"{name} {_number(value)}" for name, value in terms.items())
+    return _number(logs["loss"]) + (f" ({named})" if len(terms) > 1 else "")
+
+
+def _describe_recalls(logs: Mapping[str, Any]) -> str:
+    found = [100 * logs[f"eval_{way}_recall@1"] for way in ("text_to_image", "image_to_text")]
+    return f"R@1 {found[0]:.1f} % text to image, {found[1]:.1f} % image to text"
+
+
+class _Narrator(ProgressCallback):
+    """Says how training goes: one bar on a terminal, and in the log a line at each validation.
+
+    In between it logs a loss at most every [`LOG_EVERY_SECONDS`]; the curves have them all.
+    """
+
+    training_bar: Any
+
+    def __init__(self, stage: str, images: int | None, validation: ValidationSplit | None, shows_bar: bool):
+        super().__init__()
+        self.stage, self.images, self.validation, self.shows_bar = stage, images, validation, shows_bar
+        self.said, self.loss = 0.0, None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.current_step = state.global_step
+        self._say(self._describe(args, state.max_steps))
+        if state.is_world_process_zero and self.shows_bar:
+            bar = {"total": state.max_steps, "initial": state.global_step, "desc": self.stage, "unit": "step"}
+            self.training_bar = tqdm(**bar, dynamic_ncols=True, leave=False)
+
+    def _describe(self, args: StageTrainingArguments, steps: int) -> str:
+        """How much there is to train, and what the validation is."""
+        per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        images = "" if self.images is None else f" on {count_of(self.images, 'image')}"
+        validates = self.validation is not None and args.eval_strategy != IntervalStrategy.NO
+        validation = f" Validation: {self.validation}." if validates else ""
+        return f"trains{images} in {count_of(steps, 'step')} of {per_step:,}.{validation}"
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        """No bar of its own."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        logs, place = logs or {}, f"step {state.global_step:,} of {state.max_steps:,}, epoch {state.epoch or 0:.3g}"
+        if "loss" in logs:
+            self.loss = logs["loss"]
+            if self.training_bar is not None:
+                self.training_bar.set_postfix_str(f"loss {_number(self.loss)}", refresh=False)
+            if time.monotonic() - self.said >= LOG_EVERY_SECONDS:
+                self._say(f"{place}: loss {_describe_loss(logs)}")
+        elif any(name.startswith("eval_") for name in logs):
+            told = [] if self.loss is None else [f"loss {_number(self.loss)}"]
+            told += [f"validation loss {_number(logs['eval_loss'])}"] if "eval_loss" in logs else []
+            told += [_describe_recalls(logs)] if f"eval_{MEAN_RECALL}" in logs else []
+            self._say(f"{place}: {', '.join(told)}")
+
+    def _say(self, text: str) -> None:
+        self.said = time.monotonic()
+        with tqdm.external_write_mode(file=sys.stderr):
+            logger.info("%s: %s", self.stage, text)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+
 class BatchesTrainer(Trainer):
     """The base of all trainers: takes whole batches, and logs each term of the loss under its name.
 
@@ -275,13 +427,9 @@ class BatchesTrainer(Trainer):
                 f"Expected at least one batch of {rows_per_step} rows ({args.world_size} processes), got "
                 f"{len(train_batches)} rows. Lower {Path(args.output_dir).name}.per_device_train_batch_size."
             )
-        rows_per_check = args.eval_batch_size * args.world_size
-        if eval_batches is not None and args.dataloader_drop_last and len(eval_batches) < rows_per_check:
-            logger.warning(
-                "%s: %d validation images do not fill a batch of %d, so no validation loss is logged. Lower "
-                "per_device_eval_batch_size.",
-                *(Path(args.output_dir).name, len(eval_batches), rows_per_check),
-            )
+        self.validation = None
+        if eval_batches is not None:
+            self.validation = ValidationSplit(len(eval_batches), args.eval_batch_size, args.world_size)
         self.processor, self.resolved_arguments = processor, resolved_arguments
         # One process trains several stages, each maybe in another precision; accelerate would keep the first one's.
         AcceleratorState._reset_state()
@@ -293,9 +441,15 @@ class BatchesTrainer(Trainer):
             train_dataset=train_batches,
             eval_dataset=eval_batches,
             data_collator=pass_batch,
-            callbacks=[_StopAtLastStep(), _TellEpoch(train_batches), _SaveAfterEpoch()],
+            callbacks=[_StopAtLastStep(), _TellEpoch(train_batches), _SaveAfterEpoch(args.load_best_model_at_end)],
         )
-        self.guard = TrainingGuard(self.accelerator, train_batches, Path(args.output_dir).name, self._add_terms)
+        stage = Path(args.output_dir).name
+        for printer in (PrinterCallback, ProgressCallback):
+            self.remove_callback(printer)
+        images = len(train_batches) if counts_rows else None
+        bar = not args.disable_tqdm and sys.stderr.isatty()
+        self.add_callback(_Narrator(stage, images, self.validation, bar))
+        self.guard = TrainingGuard(self.accelerator, train_batches, stage, self._add_terms)
         self.add_callback(self.guard)
         self.add_callback(_ContinueLog(self))
         self.add_callback(_FindBest(self))
@@ -348,6 +502,35 @@ class BatchesTrainer(Trainer):
             self.control = self.callback_handler.on_train_end(self.args, self.state, self.control)
             self.is_in_train = False
             return TrainOutput(self.state.global_step, 0.0, {})
+
+    def describe_best(self) -> None:
+        """Log which step's weights were kept, if a validation chose them."""
+        state, step = self.state, self.state.best_global_step
+        if not self.args.load_best_model_at_end or state.best_model_checkpoint is None:
+            return
+        measured = [log for log in state.log_history if any(name.startswith("eval_") for name in log)]
+        kept = next((log for log in measured if log["step"] == step), {})
+        name = self.args.metric_for_best_model
+        found = f"{name} {_number(state.best_metric)}"
+        if name == MEAN_RECALL and f"eval_{name}" in kept:
+            found = f"mean {_describe_recalls(kept)}"
+        logger.info(
+            "%s: kept step %s of %s, the best of %s by %s. No test image had a say.",
+            *(self.guard.stage, f"{step:,}", f"{state.global_step:,}", count_of(len(measured), "validation"), found),
+        )
+
+    def _determine_best_metric(self, metrics, trial):
+        """As the base class; of equal validations that with the lowest loss is the best."""
+        if super()._determine_best_metric(metrics, trial):
+            return True
+        state, name = self.state, f"eval_{str(self.args.metric_for_best_model).removeprefix('eval_')}"
+        if state.best_global_step is None or metrics.get(name) != state.best_metric:
+            return False
+        losses = {log["step"]: log["eval_loss"] for log in state.log_history if "eval_loss" in log}
+        is_new = metrics.get("eval_loss", math.inf) < losses.get(state.best_global_step, -math.inf)
+        if is_new:
+            state.best_global_step = state.global_step
+        return is_new
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The weighted sum of the terms. Each term is added up for the log."""
@@ -428,6 +611,41 @@ class BatchesTrainer(Trainer):
             loss: Any = sum(weight * term for term, weight in terms.values())
         model.train()
         self.guard.check_loss(terms, loss, self.args, self.state.global_step)
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """This process's share of the validation batches whose loss counts ([`ValidationSplit`])."""
+        return self._validation_loader(self.validation.loss_batches(self.args.process_index))
+
+    def _validation_loader(self, batches: list[list[int]]) -> DataLoader:
+        """These rows of the validation images, a batch for each list.
+
+        It is not prepared by accelerate, as it is split between processes already. Its generator keeps the draw of a
+        loader's seed away from training, so that validation changes no weight.
+        """
+        return DataLoader(
+            self.eval_dataset,
+            batch_sampler=batches,
+            collate_fn=pass_batch,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            generator=torch.Generator(),
+        )
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ):
+        """As the base class, with the mean of the batches' losses and with [`measure`]."""
+        self._sums["eval_"], self._counts["eval_"] = {}, 0
+        output: Any = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        if count := self._counts["eval_"]:
+            output.metrics[f"{metric_key_prefix}_loss"] = float(self._sums["eval_"]["loss"]) / count
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in self.measure().items()})
+        return output
+
+    def measure(self) -> dict[str, float]:
+        """What a validation measures besides the loss, by name; the same in every process."""
+        return {}
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """The loss only: there are no labels, and predictions are left to evaluation."""
@@ -658,6 +876,13 @@ class StudentTrainer(BatchesTrainer):
         self.dual_encoder, self.adapters = model, adapters
         trained = model if args.lora_text else share_image_encoder(model)
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
+        readable: Any = eval_batches
+        if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
+            if args.metric_for_best_model == MEAN_RECALL:
+                raise ValueError(
+                    "load_best_model_at_end: expected text_embeds among the columns of the validation images, which "
+                    f"retrieval is measured against, got {list(readable.columns)}."
+                )
         if adapters is not None and self.is_fsdp_enabled:
             raise ValueError(
                 "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."
@@ -708,6 +933,55 @@ class StudentTrainer(BatchesTrainer):
                 image_embeds, columns["teacher_embeds"], texts, stored, *temperatures, args.image_to_text_weight
             )
         return terms
+
+    @torch.no_grad()
+    def measure(self):
+        """R@1 of retrieval in both directions over all validation images, and their mean.
+
+        Captions have the frozen text embeddings that are stored; with an adapter in the text tower they are embedded
+        anew.
+        """
+        batches: Any = self.eval_dataset
+        if "text_embeds" not in batches.columns:
+            return {}
+        index, split = self.args.process_index, self.validation
+        images = self._gather_shares(
+            (self._embed_images(batch) for batch in self._validation_loader(split.shares(index, len(batches)))),
+            len(batches),
+        )
+        stored = batches.columns["text_embeds"]
+        texts = torch.tensor(stored.values, device=images.device)
+        if isinstance(batches, TokenizedStudentBatches):
+            shares = split.shares(index, len(texts))
+            texts = self._gather_shares((self._embed_captions(batches, rows) for rows in shares), len(texts))
+        owners = torch.repeat_interleave(torch.arange(len(batches)), torch.tensor(stored.lengths))
+        if not torch.isfinite(images).all() or not torch.isfinite(texts).all():
+            raise FloatingPointError(
+                f"{self.guard.stage}: an embedding of a validation image or caption is NaN or infinite at step "
+                f"{self.state.global_step}. Lower {self.guard.stage}.learning_rate."
+            )
+        found = metrics_from_ranks(retrieval_ranks(images, texts, owners.to(images.device)), ks=(1,))
+        recalls = {name: found[name] for name in ("text_to_image_recall@1", "image_to_text_recall@1")}
+        return broadcast_object_list([recalls | {MEAN_RECALL: sum(recalls.values()) / 2}])[0]
+
+    def _embed_images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        model: Any = self.model
+        pixel_values = self._prepare_inputs(batch)["pixel_values"]
+        with self.compute_loss_context_manager():
+            if self.args.lora_text:
+                return projected(model.get_image_features(pixel_values=pixel_values))
+            return model(pixel_values=pixel_values).image_embeds
+
+    def _embed_captions(self, batches: TokenizedStudentBatches, rows: list[int]) -> torch.Tensor:
+        tokens, mask = (torch.from_numpy(part).long() for part in batches.tokens.pad(rows, batches.pad_token_id))
+        model: Any = self.model
+        inputs = self._prepare_inputs({"input_ids": tokens, "attention_mask": mask})
+        with self.compute_loss_context_manager():
+            return projected(model.get_text_features(**inputs))
+
+    def _gather_shares(self, embeds: Iterable[torch.Tensor], count: int) -> torch.Tensor:
+        """The shares of all processes as one tensor `(count, D)`, float32, without the rows that filled up."""
+        return self.accelerator.gather(torch.cat([part.float() for part in embeds]))[:count]
 
     def _save(self, output_dir=None, state_dict=None):
         """Save as the base class, and the adapter. In the saved config the text tower is frozen, even if an adapter
@@ -931,6 +1205,7 @@ def train_or_resume(trainer: BatchesTrainer, folder: Path) -> None:
     if checkpoint is not None:
         logger.info("%s: resuming from %s", folder.name, checkpoint)
     trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.describe_best()
     trainer.check_result()
     with writing(folder):
         trainer.save_state()

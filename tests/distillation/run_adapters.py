@@ -30,6 +30,10 @@ args = StudentArguments(
     lora_rank=4,
     lora_text=True,
     report_to="none",
+    eval_strategy="steps",
+    eval_steps=1,
+    load_best_model_at_end=False,
 )
-fit_student(load_student(clip_dir), args, load_from_disk(data_dir), DCLIPProcessor.from_pretrained(clip_dir), {})
+dataset, processor = load_from_disk(data_dir), DCLIPProcessor.from_pretrained(clip_dir)
+fit_student(load_student(clip_dir), args, dataset, processor, {}, validation=dataset.select(range(9)))
 PartialState().destroy_process_group()

@@ -284,6 +284,9 @@ def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation
         )
         assert "lora_B" not in name or weight.abs().max() > 1e-5, name
     assert not list(tmp_path.rglob(".adapter.*"))
+    logs = [json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("1", "2")]
+    alone, shared = ([log["eval_mean_recall@1"] for log in part if "eval_loss" in log] for part in logs)
+    assert len(alone) == 2 and alone == shared
 
 
 # --- arguments -------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Trainers: what they log, what they save, what stays frozen, and two processes against one."""
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from modeling_dclip.distillation.arguments import TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.distillation.trainer import TeacherTrainer
+from modeling_dclip.distillation.trainer import TeacherTrainer, ValidationSplit
+from modeling_dclip.encoders import Encoder
+from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 
@@ -221,14 +224,76 @@ def test_validation_logs_every_term(tiny_clip_dir, data, processor, tmp_path):
     assert log["eval_loss"] == pytest.approx(total, abs=1e-4)
 
 
-@pytest.mark.parametrize(("batch_size", "said"), [(8, False), (4096, True)])
-def test_validation_rows_that_fill_no_batch_are_said(
-    tiny_clip_dir, data, processor, tmp_path, caplog, batch_size, said
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 12, 17])
+def test_the_processes_share_the_validation_images_evenly(rows, processes):
+    split = ValidationSplit(rows, batch_size=4, processes=processes)
+    batches = list(zip(*(split.loss_batches(process) for process in range(processes)), strict=True))
+    counted = [row for parts in batches for part in parts for row in part]
+    assert counted == list(range(split.loss_rows))
+    assert all(len(part) == len(parts[0]) for parts in batches for part in parts)
+    if rows >= 4 * processes:  # as large as in training, and fewer than a batch are left over
+        assert all(len(parts[0]) == 4 for parts in batches) and rows - split.loss_rows < 4 * processes
+    else:
+        assert len(batches) <= 1 and rows - split.loss_rows < processes
+    shares = [split.shares(process, rows) for process in range(processes)]
+    assert len({tuple(map(len, share)) for share in shares}) == 1  # as many batches of as many rows
+    assert [row for share in shares for batch in share for row in batch][:rows] == list(range(rows))
+
+
+def test_the_loss_of_validation_is_a_mean_over_batches_as_in_training(
+    tiny_clip_dir, data, processor, tmp_path, caplog
 ):
-    args = student_arguments(tmp_path, eval_strategy="steps", eval_steps=1, per_device_eval_batch_size=batch_size)
+    caplog.set_level("INFO")
+    args = student_arguments(tmp_path, eval_strategy="steps", eval_steps=1, max_steps=1, per_device_train_batch_size=6)
     validation = StudentBatches(data, processor.image_processor, args.columns, width=16)
-    make_trainer(tiny_clip_dir, data, processor, args, eval_batches=validation)
-    assert (f"{len(validation)} validation images do not fill a batch of {batch_size}" in caplog.text) is said
+    trainer = make_trainer(tiny_clip_dir, data, processor, args, eval_batches=validation)
+    found = trainer.evaluate()
+    model = trainer.model.eval()
+    with torch.no_grad():
+        losses = [
+            sum(weight * term for term, weight in trainer.loss_terms(model, validation.__getitems__(rows)).values())
+            for rows in (list(range(6)), list(range(6, 12)))
+        ]
+    assert found["eval_loss"] == pytest.approx(float(sum(losses)) / 2, abs=1e-6)
+    trainer.train()
+    assert "trains on 16 images in 1 step of 6. Validation: 16 images, the loss over 12 of them, in batches of 6" in (
+        caplog.text
+    )
+
+
+def test_validation_measures_retrieval_as_evaluation_does(tiny_clip_dir, data, processor, tmp_path):
+    validation = data.select(range(13))
+    student = fit_student(
+        load_student(str(tiny_clip_dir)),
+        student_arguments(tmp_path, eval_strategy="epoch", learning_rate=1e-2, load_best_model_at_end=False),
+        data,
+        processor,
+        {},
+        validation=validation,
+    )
+    (log,) = [log for log in student.state.log_history if "eval_loss" in log and log["step"] == 2]
+    expected = evaluate_retrieval(Encoder(student.dual_encoder, processor), validation)
+    names = ("text_to_image_recall@1", "image_to_text_recall@1")
+    assert {name: log[f"eval_{name}"] for name in names} == {name: expected[name] for name in names}
+    assert log["eval_mean_recall@1"] == (expected[names[0]] + expected[names[1]]) / 2
+
+
+def test_training_is_told_in_lines_that_people_read(tiny_clip_dir, data, processor, tmp_path, caplog, capfd):
+    caplog.set_level("INFO")
+    args = student_arguments(tmp_path, eval_strategy="epoch", save_strategy="epoch", max_steps=4, disable_tqdm=False)
+    fit_student(load_student(str(tiny_clip_dir)), args, data, processor, {}, validation=data)
+    told = [line for line in caplog.messages if line.startswith(f"{tmp_path.name}: ")]
+    number, recalls = r"\d+\.\d{3}", r"R@1 \d+\.\d % text to image, \d+\.\d % image to text"
+    patterns = [
+        r"trains on 16 images in 4 steps of 8\. Validation: 16 images\.",
+        *[rf"step {n} of 4, epoch {n // 2}: loss {number}, validation loss {number}, {recalls}" for n in (2, 4)],
+        rf"kept step \d of 4, the best of 2 validations by mean {recalls}. No test image had a say\.",
+    ]
+    assert len(told) == len(patterns)
+    for line, pattern in zip(told, patterns, strict=True):
+        assert re.fullmatch(f"{re.escape(tmp_path.name)}: {pattern}", line), line
+    assert capfd.readouterr().out == ""  # no dictionaries of numbers
 
 
 @pytest.mark.parametrize("cross_attention", ["bidirectional", "regions"])

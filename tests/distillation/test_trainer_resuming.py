@@ -12,6 +12,10 @@ from transformers import set_seed
 from modeling_dclip import DCLIPProcessor
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
+from modeling_dclip.distillation.trainer import StudentTrainer
+from modeling_dclip.encoders.weight_interpolation import interpolate_weights
+
+MEAN = "eval_mean_recall@1"
 
 
 @pytest.fixture(scope="module")
@@ -117,8 +121,8 @@ def train_validated(inputs, folder, **options):
 def test_measuring_and_logging_at_an_epochs_end_is_not_left_out_where_a_run_was_stopped_there(inputs, tmp_path):
     options = {"eval_strategy": "epoch", "logging_strategy": "epoch", "lora_rank": 2, "lora_dropout": 0.1}
     train_validated(inputs, tmp_path / "whole", **options)
-    logged = [(log["step"], "eval_loss" in log) for log in history(tmp_path / "whole")]
-    assert logged == [(5, False), (5, True), (10, False), (10, True)]
+    logged = [(log["step"], "eval_loss" in log, MEAN in log) for log in history(tmp_path / "whole")]
+    assert logged == [(5, False, False), (5, True, True), (10, False, False), (10, True, True)]
     for step in (5, 10):
         stop_at(tmp_path / "whole", tmp_path / f"from-{step}", step)
         train_validated(inputs, tmp_path / f"from-{step}", **options)
@@ -126,9 +130,55 @@ def test_measuring_and_logging_at_an_epochs_end_is_not_left_out_where_a_run_was_
         assert equal(weights(tmp_path / f"from-{step}"), weights(tmp_path / "whole"))
 
 
+def measure_as(monkeypatch, mean):
+    """Let validations find these recalls: a function of the step."""
+
+    def measure(trainer):
+        recall = mean(trainer.state.global_step)
+        return {"text_to_image_recall@1": recall, "image_to_text_recall@1": recall, "mean_recall@1": recall}
+
+    monkeypatch.setattr(StudentTrainer, "measure", measure)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 0.5])
+def test_the_student_of_the_best_validation_is_kept_wherever_a_run_was_stopped(
+    alpha, inputs, tmp_path, monkeypatch, caplog
+):
+    caplog.set_level("INFO")
+    measure_as(monkeypatch, {2: 0.1, 4: 0.5, 6: 0.3, 8: 0.4, 10: 0.2}.get)
+    options = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "epoch", "save_total_limit": 10}
+    options |= {"wise_ft_alpha": alpha}  # validations are at other steps than the recipe's checkpoints
+    train_validated(inputs, tmp_path / "whole", **options)
+    best = load_file(tmp_path / "whole" / "checkpoint-4" / "model.safetensors")
+    anchor = load_student(inputs["clip"]).state_dict()
+    assert equal(weights(tmp_path / "whole"), best if alpha == 1 else interpolate_weights(anchor, best, alpha))
+    assert "kept step 4 of 10, the best of 5 validations by mean R@1 50.0 % text to image, 50.0 %" in caplog.text
+    for step in (2, 8):
+        stop_at(tmp_path / "whole", tmp_path / f"from-{step}", step)
+        train_validated(inputs, tmp_path / f"from-{step}", **options)
+        assert history(tmp_path / f"from-{step}") == history(tmp_path / "whole")
+        assert equal(weights(tmp_path / f"from-{step}"), weights(tmp_path / "whole"))
+
+
+def test_of_equal_validations_that_of_the_lower_loss_is_kept(inputs, tmp_path, monkeypatch):
+    measure_as(monkeypatch, lambda step: 0.5)
+    state = train_validated(inputs, tmp_path / "run", eval_strategy="steps", eval_steps=1, max_steps=4).state
+    losses = {log["step"]: log["eval_loss"] for log in state.log_history if "eval_loss" in log}
+    assert state.best_global_step == min(losses, key=losses.get) > 1
+
+
+def test_validation_changes_no_weight(inputs, tmp_path):
+    options = {"max_steps": 6, "lora_rank": 2, "lora_dropout": 0.3}
+    train_validated(inputs, tmp_path / "without", **options)
+    train_validated(
+        inputs, tmp_path / "with", **options, eval_strategy="steps", eval_steps=1, load_best_model_at_end=False
+    )
+    assert equal(weights(tmp_path / "without"), weights(tmp_path / "with"))
+
+
 # The first checkpoint is the best, because the loss is asked to grow small in the wrong sense.
 BEST_IS_FIRST = {
-    **{"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "greater_is_better": True},
+    **{"eval_strategy": "steps", "eval_steps": 1, "metric_for_best_model": "loss", "greater_is_better": True},
     "max_steps": 4,
 }
 
