@@ -6,6 +6,7 @@
         --alphas 0.25 0.5 0.75 --plot curve.png
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
+    python eval.py compare a.json --models STUDENT OTHER
 
 Each model and benchmark adds one record to the results file. Run again, it keeps the records that are there. What
 fails is reported at the end and does not lose the rest. Numbers are for the PIL image processor, in float32.
@@ -111,12 +112,17 @@ def report(argv: Sequence[str]) -> int:
 def compare(argv: Sequence[str]) -> int:
     """Run `eval.py compare`."""
     parser = CommandParser(
-        prog="eval.py compare", description="Say what differs between two results files, and whether beyond noise."
+        prog="eval.py compare",
+        description="Say what differs between two results files, or between two models of one file, and whether "
+        "beyond noise.",
     )
     parser.add_argument("a", metavar="A.json")
-    parser.add_argument("b", metavar="B.json")
+    parser.add_argument("b", metavar="B.json", nargs="?", help="without it, two models of A.json are compared")
+    parser.add_argument(
+        "--models", nargs=2, metavar=("A", "B"), help="two models, by label or path: of A.json, of B.json"
+    )
     arguments = parser.parse_args(argv)
-    print(render_comparison(compare_results(arguments.a, arguments.b)))
+    print(render_comparison(compare_results(arguments.a, arguments.b, models=arguments.models)))
     return 0
 
 

@@ -1,6 +1,7 @@
-"""What numbers were measured on, whether two of them are comparable, and the comparison of two results files.
+"""What numbers were measured on, whether two of them are comparable, and the comparison of two results files, or of
+two models of one file.
 
-Files are compared metric by metric, with an interval of each difference, and with what else differs. Where both models
+They are compared metric by metric, with an interval of each difference, and with what else differs. Where both models
 were measured on the same data and the outcomes of every image lie beside both files, the difference is bootstrapped in
 pairs. Otherwise it comes from the intervals in the records, as if the two models had seen different images. Without
 intervals in the records, the difference has none.
@@ -8,17 +9,35 @@ intervals in the records, the difference has none.
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any, TypedDict
 
 from modeling_dclip.evaluation.records import Outcomes, Record, outcomes_path, read_outcomes, read_results, record_key
 from modeling_dclip.evaluation.reports.document import Block, Code, Heading, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.evaluation.reports.tables import interval_cell, name_of, short_hash
-from modeling_dclip.evaluation.statistics import IntervalDict, bootstrap_differences, unpaired_difference
+from modeling_dclip.evaluation.reports.tables import (
+    COUNTED,
+    counted,
+    interval_cell,
+    merge_repeats,
+    name_of,
+    row_title,
+    short_hash,
+    shorten_benchmark,
+    shorten_paths,
+)
+from modeling_dclip.evaluation.reports.verdict import DIRECTIONS, OTHER_TITLES, Effect, Verdict, compose
+from modeling_dclip.evaluation.statistics import (
+    RETENTION_METRIC,
+    IntervalDict,
+    bootstrap_differences,
+    excludes_zero,
+    unpaired_difference,
+)
 
 # Fields that hold what was measured. All other fields say on what, and are compared; so are fields of later versions.
-_MEASURED = {"metrics", "intervals", "draws", "comparison", "label", "created", "format_version"}
+_MEASURED = {"metrics", "intervals", "draws", "spread", "comparison", "label", "created", "format_version"}
 _HASHES = {"revision", "dataset_fingerprint"}
 _WORDS = {"dataset_fingerprint": "data", "n_captions": "captions", "revision": "weights"}
 # Rows that differ in one of these do not answer the same question. Weights, and commands with them, may differ.
@@ -62,6 +81,7 @@ class ComparedPair(TypedDict):
     Attributes:
         benchmark (`str`): As in the records.
         a (`str`), b (`str`): Names of the two rows.
+        n (`list[int]`): What was counted in each.
         same_weights (`bool`): Whether the weights are the same.
         differences (`list[list[str]]`): Field, value in A, value in B, of what else differs.
         notes (`list[str]`): What to know about the intervals.
@@ -71,6 +91,7 @@ class ComparedPair(TypedDict):
     benchmark: str
     a: str
     b: str
+    n: list[int]
     same_weights: bool
     differences: list[list[str]]
     notes: list[str]
@@ -118,7 +139,7 @@ def flatten(record: Mapping[str, Any]) -> dict[str, Any]:
 def _show(name: str, value: Any) -> str:
     if value is None:
         return "none"
-    if name in _HASHES and isinstance(value, str):
+    if isinstance(value, str) and (name in _HASHES or name.endswith("_revision")):
         return short_hash(value)
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
@@ -236,20 +257,24 @@ def measured_on(records: Sequence[Mapping[str, Any]], *, weights: bool = True) -
 
 def compare_results(
     path_a: str | os.PathLike,
-    path_b: str | os.PathLike,
+    path_b: str | os.PathLike | None = None,
     *,
+    models: Sequence[str] | None = None,
     resamples: int = 2000,
     confidence: float = 0.95,
     seed: int = 0,
 ) -> Comparison:
-    """Compare the records of two files that are of the same benchmark and condition.
+    """Compare the records of two files that are of the same benchmark and condition, or two models.
 
     If each file holds one record of a benchmark, these two are compared. If there are several, those with the same
     label or model are compared; if then one record is left in each file, these two are compared too.
 
     Args:
         path_a, path_b (`str` or `os.PathLike`): Results files, of
-            [`~modeling_dclip.evaluation.records.write_results`].
+            [`~modeling_dclip.evaluation.records.write_results`]. Without the second, two models of the first are
+            compared.
+        models (`Sequence[str]`, *optional*): Two names: a model of `path_a` and one of `path_b`, by label, by path, or
+            as tables show them. Not needed for one file of two models.
         resamples, confidence, seed: Of [`~modeling_dclip.evaluation.statistics.bootstrap_differences`].
 
     Returns:
@@ -257,32 +282,75 @@ def compare_results(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is not a results file, the outcomes beside it are damaged or belong to other records, or
-            the two files have nothing in common.
+        ValueError: If a file is not a results file, the outcomes beside it are damaged or belong to other records, the
+            two files have nothing in common, or there is no such model, or not two of them.
     """
-    paths = (path_a, path_b)
-    records = [read_results(path) for path in paths]
+    paths = (path_a, path_a if path_b is None else path_b)
+    records = _choose(paths, models, alone=path_b is None)
     outcomes = [read_outcomes(path) for path in paths]
-    pairs, unmatched = _match(*records)
+    pairs, unmatched = _match(*records, chosen=models is not None or path_b is None)
     if not pairs:
         found = [sorted({record["benchmark"] for record in rows}) for rows in records]
         raise ValueError(
-            f"Expected records of one benchmark in {path_a} and {path_b}, got {found[0]} and {found[1]} and no two "
-            "records of one label or model. Evaluate both models on the same data."
+            f"Expected records of one benchmark in {paths[0]} and {paths[1]}, got {found[0]} and {found[1]} and no "
+            "two records of one label or model. Evaluate both models on the same data."
         )
     compared = []
     for pair in pairs:
         stored = [_outcomes_of(record, known, path) for record, known, path in zip(pair, outcomes, paths, strict=True)]
         compared.append(_compare(pair, stored, resamples=resamples, confidence=confidence, seed=seed))
-    return {"a": str(path_a), "b": str(path_b), "confidence": confidence, "pairs": compared, "unmatched": unmatched}
+    sides = [str(path) for path in paths]
+    return {"a": sides[0], "b": sides[1], "confidence": confidence, "pairs": compared, "unmatched": unmatched}
 
 
-def _match(first: Sequence[Record], second: Sequence[Record]) -> tuple[list[tuple[Record, Record]], list[str]]:
-    """Pairs of records to compare, and the records without a partner as text."""
+def _choose(
+    paths: Sequence[str | os.PathLike], models: Sequence[str] | None, *, alone: bool
+) -> tuple[list[Record], list[Record]]:
+    """The records of both sides: all of the two files, or those of one model each."""
+    found = [read_results(path) for path in paths]
+    titles = [[row_title(record) for record in shorten_paths(records)] for records in found]
+    known = [list(dict.fromkeys(own)) for own in titles]
+    if models is None and not alone:
+        return found[0], found[1]
+    if models is None and len(known[0]) != 2:
+        raise ValueError(
+            f"Expected two models in {paths[0]}, got {len(known[0])}: {'; '.join(known[0])}. Name two with --models, "
+            "or give a second file."
+        )
+    chosen = known[0] if models is None else models
+    if len(chosen) != 2 or (alone and chosen[0] == chosen[1]):
+        raise ValueError(f"Expected two different models to compare, got {'; '.join(chosen)}.")
+    sides = []
+    for name, path, records, own, names in zip(chosen, paths, found, titles, known, strict=True):
+        matching = [record for record, title in zip(records, own, strict=True) if name in (title, *_names_of(record))]
+        if not matching:
+            raise ValueError(f"Expected a model of {path}, got {name!r}. It holds: {'; '.join(names)}.")
+        if len({record["revision"] for record in matching}) > 1:
+            raise ValueError(
+                f"Expected one model of the name {name!r} in {path}, got several. Label them when you evaluate "
+                "(eval.py --label)."
+            )
+        sides.append(matching)
+    return sides[0], sides[1]
+
+
+def _names_of(record: Record) -> list[str]:
+    """The names by which a user may mean the model of a record, with its condition."""
+    suffix = f", {record['condition']}" if "condition" in record else ""
+    return [f"{name}{suffix}" for name in (record["model"], PurePath(record["model"]).name, name_of(record))]
+
+
+def _match(
+    first: Sequence[Record], second: Sequence[Record], *, chosen: bool
+) -> tuple[list[tuple[Record, Record]], list[str]]:
+    """Pairs of records to compare, and the records without a partner as text. Models that were `chosen` may differ in
+    their condition: one may be a point on the line to the other.
+    """
     groups: dict[tuple[str, Any], tuple[list, list]] = {}
     for side, records in enumerate((first, second)):
         for record in records:
-            groups.setdefault((record["benchmark"], record.get("condition")), ([], []))[side].append(record)
+            condition = None if chosen else record.get("condition")
+            groups.setdefault((record["benchmark"], condition), ([], []))[side].append(record)
     pairs, unmatched = [], []
     for (benchmark, condition), (ours, theirs) in groups.items():
         rest = list(theirs)
@@ -331,6 +399,8 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
     notes, paired = [], {}
     if first["dataset_fingerprint"] != second["dataset_fingerprint"]:
         notes.append("The data differ, so the difference is not due to the models alone, and images cannot be paired.")
+    elif not any("intervals" in record for record in pair) and not any(stored):
+        pass  # what was measured has no outcomes of images, such as times
     elif all(stored):
         if _same_images(*stored):
             paired = bootstrap_differences(*stored, **bootstrap)
@@ -338,7 +408,7 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
             notes.append("Not paired: the outcomes are not of the same images with the same captions.")
     else:
         sides = [side for side, outcomes in zip("AB", stored, strict=True) if not outcomes]
-        notes.append(f"Not paired: no outcomes of the images beside {' and '.join(sides)}. `eval.py` writes them.")
+        notes.append(f"Not paired: no outcomes of the images beside {' and '.join(sides)}. eval.py writes them.")
     rows = []
     for name in (name for name in first["metrics"] if name in second["metrics"]):
         values = [float(record["metrics"][name]) for record in pair]
@@ -350,14 +420,15 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
             method, shown = "none", {"estimate": values[1] - values[0], "low": None, "high": None, "covers": "nothing"}
         else:
             shown = interval.to_dict()
-        beyond = None if interval is None else interval.low > 0 or interval.high < 0
+        beyond = None if interval is None else excludes_zero(interval.to_dict(), min(one["n"] for one in pair))
         rows.append({"metric": name, "a": values[0], "b": values[1], "difference": shown, "method": method,
                      "beyond_noise": beyond})  # fmt: skip
     return {
         "benchmark": first["benchmark"],
-        "a": name_of(first),
-        "b": name_of(second),
-        "same_weights": first["revision"] == second["revision"],
+        "a": row_title(first),
+        "b": row_title(second),
+        "n": [first["n"], second["n"]],
+        "same_weights": first["revision"] == second["revision"] and first.get("condition") == second.get("condition"),
         "differences": [list(row) for row in differences(first, second) if row[0] != "command"],
         "notes": notes,
         "metrics": rows,
@@ -371,21 +442,82 @@ def render_comparison(comparison: Comparison) -> str:
         comparison ([`Comparison`]): From [`compare_results`].
 
     Returns:
-        `str`: Markdown: for each pair a table and what else differs; at the end, how far to trust many comparisons at
-            once.
+        `str`: Markdown: first the verdict on B; for each pair a table and what else differs; at the end, how far to
+            trust many comparisons at once.
     """
+    verdicts = [
+        "\n- ".join(render_markdown([Text(text)]) for text in (verdict.headline, *verdict.details))
+        for verdict in judge_comparison(comparison)
+    ]
     files = [render_markdown([Text(f"{side.upper()}: ", Code(comparison[side]))]) for side in ("a", "b")]
     blocks = [block for pair in comparison["pairs"] for block in _tabulate_pair(pair)]
     if comparison["unmatched"]:
         blocks.append(Text(f"Not compared: {'; '.join(comparison['unmatched'])}."))
     blocks.append(Text(_count(comparison)))
-    return "  \n".join(files) + "\n\n" + render_markdown(blocks)
+    return "\n\n".join([*verdicts, "  \n".join(files), render_markdown(blocks)])
+
+
+def judge_comparison(comparison: Comparison) -> list[Verdict]:
+    """Say of each two models that were compared whether B is better, and at what cost.
+
+    Args:
+        comparison ([`Comparison`]): From [`compare_results`].
+
+    Returns:
+        `list[Verdict]`: One for each two models and retrieval benchmark. Two records of the same weights have none.
+    """
+    models: dict[tuple[str, str], list[ComparedPair]] = {}
+    for pair in comparison["pairs"]:
+        if not pair["same_weights"]:
+            models.setdefault((pair["a"], pair["b"]), []).append(pair)
+    verdicts = []
+    for (a, b), pairs in models.items():
+        names = (b, a) if a != b else ("B", "A")
+        retrieval = [pair for pair in pairs if pair["benchmark"].startswith("retrieval")]
+        zero_shot = _judged(pairs, "zero_shot", (RETENTION_METRIC,))
+        rest = _judged(pairs, "zero_shot", ("map",)) + _judged(pairs, "fine_grained", tuple(OTHER_TITLES))
+        if not (retrieval or zero_shot or rest):
+            continue
+        shown = [
+            (_effects_of(one, DIRECTIONS), f"{counted(one['n'][0], 'image')} of {_spec_of(one)}") for one in retrieval
+        ]
+        for effects, where in shown or [({}, "")]:
+            other = any("The data differ" in note for pair in pairs for note in pair["notes"])
+            verdict = compose(*names, effects, zero_shot, rest, where)
+            warning = " The data differ, so this is not due to the models alone." * other
+            verdicts.append(verdict._replace(headline=verdict.headline + warning))
+    return verdicts
+
+
+def _spec_of(pair: ComparedPair) -> str:
+    return shorten_benchmark(pair["benchmark"]).partition("=")[2]
+
+
+def _effects_of(pair: ComparedPair, metrics: Iterable[str]) -> dict[str, Effect]:
+    """The effects of B against A in these metrics, as far as the pair has them."""
+    kind = pair["benchmark"].partition("=")[0]
+    effects = {}
+    for row in pair["metrics"]:
+        if row["metric"] in metrics:
+            interval = None if row["method"] == "none" else row["difference"]
+            method = "unpaired" if row["method"] == "none" else row["method"]
+            noun = COUNTED.get(kind, "image")
+            effects[row["metric"]] = Effect(row["metric"], row["a"], row["b"], interval, method, min(pair["n"]), noun)
+    return effects
+
+
+def _judged(pairs: Sequence[ComparedPair], kind: str, metrics: Sequence[str]) -> list[tuple[str, Effect]]:
+    """The effect in the first of these metrics that each pair of a kind has, by benchmark."""
+    found = [(_spec_of(pair), _effects_of(pair, metrics)) for pair in pairs if pair["benchmark"].startswith(kind)]
+    return [(spec, next(effects[name] for name in metrics if name in effects)) for spec, effects in found if effects]
 
 
 def _tabulate_pair(pair: ComparedPair) -> list[Block]:
     """A heading, the table, and what else to know of two records."""
     rows = []
-    for row in pair["metrics"]:
+    values = [{row["metric"]: row[side] for row in pair["metrics"]} for side in ("a", "b")]
+    titles = merge_repeats(values, list(values[0]))
+    for row in (row for row in pair["metrics"] if row["metric"] in titles):
         metric, beyond = metric_of(row["metric"]), row["beyond_noise"]
         verdict = "no interval" if beyond is None else "within noise"
         if beyond:
@@ -394,7 +526,7 @@ def _tabulate_pair(pair: ComparedPair) -> list[Block]:
                 better = (row["difference"]["estimate"] > 0) == metric.higher_is_better
                 verdict = f"B is {'better' if better else 'worse'}, beyond noise"
         difference = interval_cell(row["difference"], signed=True, metric=metric)
-        rows.append([metric.heading, verdict, metric.show(row["a"]), metric.show(row["b"]), difference])
+        rows.append([titles[row["metric"]], verdict, metric.show(row["a"]), metric.show(row["b"]), difference])
     methods = dict.fromkeys(METHODS[row["method"]] for row in pair["metrics"] if row["method"] != "none")
     blocks: list[Block] = [
         Heading(pair["benchmark"], 3, ""),
@@ -422,7 +554,7 @@ def _count(comparison: Comparison) -> str:
     chance = len(judged) * (1 - comparison["confidence"])
     beyond = sum(row["beyond_noise"] for row in judged)
     return (
-        f"{len(judged)} metrics of different weights were compared with a {comparison['confidence']:.0%} interval, "
-        f"{beyond} differ beyond noise. If the models were alike, about {chance:.1f} would differ by chance, and "
+        f"{counted(len(judged), 'metric')} of different weights compared, each with a {comparison['confidence']:.0%} "
+        f"interval; {beyond} beyond noise. If the models were alike, about {chance:.1f} would differ by chance, and "
         "metrics of one benchmark mostly together."
     )

@@ -327,7 +327,8 @@ def _tabulate(
     widest: int | None = None,
 ) -> tuple[Table, list[str]]:
     """The table, and a note on each kind of interval and on each ratio; only some metrics have their intervals."""
-    names, headings = _merge_repeats(records, names)
+    headings = merge_repeats([record["metrics"] for record in records], names)
+    names = list(headings)
     compared = dict.fromkeys(key for record in records for key in record.get("comparison", {}))
     ratios = [key for key in compared if comparison_title(key)]
     winners = _find_best(records, names) if best else set()
@@ -343,7 +344,7 @@ def _tabulate(
             row.append(cell if name in shown else cell._replace(interval=""))
         rows.append(row)
     header = [RECORD_COLUMNS[name][0] for name in columns]
-    header += [title for key in ratios if (title := comparison_title(key))] + headings
+    header += [title for key in ratios if (title := comparison_title(key))] + list(headings.values())
     left = next((i for i, name in enumerate(columns) if name in ("n", "runs")), len(columns))
     table = _narrow(Table(header, rows, left), widest, least=len(columns) + len(ratios) + 1)
     kinds = {
@@ -382,18 +383,24 @@ def _narrow(table: Table, widest: int | None, least: int) -> Table:
 _REPEATS = {"_map": "_mrr", "mean_per_class": "top1"}
 
 
-def _merge_repeats(records: Sequence[Record], names: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The metrics without those that repeat another one in all rows, and the headings of the rest."""
-    kept, headings = [], {}
+def merge_repeats(metrics: Sequence[Mapping[str, float]], names: Sequence[str]) -> dict[str, str]:
+    """Leave out the metrics that repeat another one in all rows.
+
+    Args:
+        metrics (`Sequence[Mapping[str, float]]`): The values of each row.
+        names (`Sequence[str]`): Which to show.
+
+    Returns:
+        `dict[str, str]`: The heading of each that stays, which names what it stands for too.
+    """
+    headings: dict[str, str] = {name: metric_of(name).heading for name in names}
     for name in names:
         suffix = next((end for end in _REPEATS if name.endswith(end)), None)
         other = name.removesuffix(suffix) + _REPEATS[suffix] if suffix else name
-        values = [(record["metrics"].get(name), record["metrics"].get(other)) for record in records]
+        values = [(row.get(name), row.get(other)) for row in metrics]
         if other != name and other in names and all(one is not None and one == two for one, two in values):
-            headings[other] = f"{metric_of(other).heading}, {re.sub('^.→. ', '', metric_of(name).heading)}"
-        else:
-            kept.append(name)
-    return kept, [headings.get(name, metric_of(name).heading) for name in kept]
+            headings[other] += f", {re.sub('^.→. ', '', headings.pop(name))}"
+    return headings
 
 
 def interval_of(record: Record, metric: str) -> IntervalDict:

@@ -34,9 +34,9 @@ from modeling_dclip.evaluation.statistics import (
 )
 
 IMAGE_TO_TEXT = "image_to_text_recall@1"
-_DIRECTIONS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
+DIRECTIONS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
 # What else is judged, the first that a benchmark has.
-_TITLES = {
+OTHER_TITLES = {
     "map": "Zero-shot mAP",
     "group_score": "Fine-grained group score",
     "accuracy": "Fine-grained accuracy",
@@ -191,12 +191,12 @@ def summary_verdict_lines(summary: Summary) -> list[str]:
                 "seeds",
                 len(row["seeds"]),
             )
-            for metric in (*_DIRECTIONS, RETENTION_METRIC)
+            for metric in (*DIRECTIONS, RETENTION_METRIC)
             if metric in anchor
         }
         zero_shot = [("", effects.pop(RETENTION_METRIC))] if RETENTION_METRIC in effects else []
         if effects or zero_shot:
-            lines.append(_compose(arm, name, effects, zero_shot, [], f"{len(row['seeds'])} seeds").text)
+            lines.append(compose(arm, name, effects, zero_shot, [], f"{len(row['seeds'])} seeds").text)
     return lines + [_compare_arms(pair, rows) for pair in summary.get("comparisons", [])]
 
 
@@ -222,8 +222,8 @@ def _compare_arms(pair: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         before, after = (rows[arm]["metrics"][metric]["estimate"] for arm in (baseline, student))
         effects[metric] = Effect(metric, before, after, interval, "seeds", seeds)
     zero_shot = [("", effects[RETENTION_METRIC])] if RETENTION_METRIC in effects else []
-    directions = {metric: effects[metric] for metric in _DIRECTIONS if metric in effects}
-    return _compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
+    directions = {metric: effects[metric] for metric in DIRECTIONS if metric in effects}
+    return compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
 
 
 def _spec(record: Record) -> str:
@@ -244,14 +244,13 @@ def _judge_one(
     arm = arm_of(first) if len(retrieval or others[0]) > 1 else None
     title = row_title(first) if arm is None else ", ".join([arm, *filter(None, [first.get("condition")])])
     effects = {}
-    for metric in _DIRECTIONS:
+    for metric in DIRECTIONS:
         if retrieval and (effect := _measure(retrieval, metric, records)):
             effects[metric] = effect
     zero_shot: list[tuple[str, Effect]] = []
     rest: list[tuple[str, Effect]] = []
     for group in others:
-        names = (RETENTION_METRIC, *_TITLES) if kind_of_record(group[0]) == "zero_shot" else tuple(_TITLES)
-        judged = next((name for name in names if name in group[0]["metrics"]), None)
+        judged = judged_metric(group[0])
         if judged and (effect := _measure(group, judged, records)):
             (zero_shot if judged == RETENTION_METRIC else rest).append((_spec(group[0]), effect))
     if not (effects or zero_shot or rest):
@@ -261,7 +260,13 @@ def _judge_one(
         n = ", ".join(filter(None, [n, f"{len(retrieval or others[0])} seeds"]))
     if first["revision"] == first["comparison"]["anchor_revision"] and "condition" not in first:
         return Verdict(title, f"{title} has the same weights as {anchor}: there is nothing to tell apart.", ())
-    return _compose(title, anchor, effects, zero_shot, rest, n)
+    return compose(title, anchor, effects, zero_shot, rest, n)
+
+
+def judged_metric(record: Record) -> str | None:
+    """The metric of a benchmark other than retrieval that a verdict is about; `None` if it has none."""
+    names = (RETENTION_METRIC, *OTHER_TITLES) if kind_of_record(record) == "zero_shot" else tuple(OTHER_TITLES)
+    return next((name for name in names if name in record["metrics"]), None)
 
 
 def _is_anchor(record: Record, student: Record) -> bool:
@@ -320,7 +325,7 @@ def _mean_interval(intervals: Sequence[IntervalDict]) -> IntervalDict | None:
     return {**intervals[0], "estimate": (low + high) / 2, "low": low, "high": high}
 
 
-def _compose(
+def compose(
     model: str,
     anchor: str,
     directions: Mapping[str, Effect],
@@ -328,15 +333,21 @@ def _compose(
     rest: Sequence[tuple[str, Effect]],
     n: str,
 ) -> Verdict:
-    """Put the sentences together."""
+    """Put the sentences of a verdict together.
+
+    Args:
+        model (`str`), anchor (`str`): The two names; a claim is about `model`.
+        directions (`Mapping[str, Effect]`): Retrieval, by metric: R@1 of one or both directions.
+        zero_shot (`Sequence[tuple[str, Effect]]`): Top-1 by benchmark.
+        rest (`Sequence[tuple[str, Effect]]`): What else is judged, by benchmark.
+        n (`str`): What was counted, in words.
+    """
     sentences = [_on_retrieval(model, anchor, directions)] if directions else []
     sentences.append(_on_zero_shot(zero_shot, model, anchor, alone=not directions))
-    details = [
-        _show_effect(_DIRECTIONS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()
-    ]
+    details = [_show_effect(DIRECTIONS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()]
     if len(zero_shot) <= 2:
         details += [_show_effect(f"Zero-shot top-1{spec and f' on {spec}'}", effect) for spec, effect in zero_shot]
-    details += [_show_effect(f"{_TITLES[effect.metric]} on {spec}", effect) for spec, effect in rest]
+    details += [_show_effect(f"{OTHER_TITLES[effect.metric]} on {spec}", effect) for spec, effect in rest]
     effects = [*directions.values(), *(effect for _, effect in [*zero_shot, *rest])]
     methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
     details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
@@ -345,7 +356,7 @@ def _compose(
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
     """The sentence on both directions of retrieval."""
-    signs = {_DIRECTIONS[metric]: effect.sign for metric, effect in effects.items()}
+    signs = {DIRECTIONS[metric]: effect.sign for metric, effect in effects.items()}
     better, worse, open_ = ([name for name, sign in signs.items() if sign == one] for one in (1, -1, 0))
     if better and worse:
         return f"The directions disagree: {model} is better than {anchor} at {better[0]} and worse at {worse[0]}."

@@ -43,7 +43,9 @@ def test_the_same_images_are_compared_in_pairs(tmp_path):
     assert row["difference"]["estimate"] == pytest.approx(row["b"] - row["a"])
     text = render_comparison(compared)
     assert "B is better, beyond noise" in text and "paired bootstrap over images" in text
-    assert "1 metrics of different weights were compared with a 95% interval, 1 differ beyond noise" in text
+    assert "1 metric of different weights compared, each with a 95% interval; 1 beyond noise" in text
+    assert text.startswith("B against A")
+    assert "- Zero-shot top-1 on scenes " in text
     assert json.loads(json.dumps(compared)) == compared
     assert "B is worse, beyond noise" in render_comparison(compare_results(b, a))
 
@@ -103,7 +105,7 @@ def test_models_are_matched_by_name_and_the_last_two_left_are_too(tmp_path):
         ("old", "new", False),
     ]
     assert compared["unmatched"] == ["m on zero_shot=x (only in A)"]
-    assert "1 metrics of different weights" in render_comparison(compared)  # the anchor with itself does not count
+    assert "1 metric of different weights" in render_comparison(compared)  # the anchor with itself does not count
 
 
 def test_outcomes_of_another_evaluation_are_refused(tmp_path):
@@ -131,3 +133,51 @@ def test_points_between_two_models_are_comparable_with_both():
     assert find_conflicts([anchor, point]) == []
     other, _ = measure(0.6, model="other", settings={"prompts": "another"})
     assert len(find_conflicts([anchor, other])) == 1
+
+
+def retrieve(share, label, **fields):
+    """As [`measure`], of retrieval in both directions."""
+    made, outcomes = measure(share, benchmark="retrieval=scenes:test", label=label, **fields)
+    names = "text_to_image_recall@1", "image_to_text_recall@1"
+    made["metrics"] = dict.fromkeys(names, made["metrics"].pop("top1"))
+    return made, {name: outcomes["top1"].clone() for name in names}
+
+
+def test_two_models_of_one_file_are_compared_and_the_verdict_comes_first(tmp_path):
+    path = write(tmp_path / "a.json", retrieve(0.4, "old"), retrieve(0.5, "new"), retrieve(0.6, "newest"))
+    compared = compare_results(path, models=("old", "newest"))
+    assert [(pair["a"], pair["b"]) for pair in compared["pairs"]] == [("old", "newest")]
+    first = render_comparison(compared).splitlines()[0]
+    assert first.startswith("newest is better than old at retrieval, in both directions. Zero-shot accuracy was not")
+    assert render_comparison(compare_results(path, models=("new", "old"))).startswith("old is worse than new")
+    with pytest.raises(ValueError, match="model of .*a.json, got 'gone'. It holds: old; new; newest"):
+        compare_results(path, models=("old", "gone"))
+    with pytest.raises(ValueError, match="two different models"):
+        compare_results(path, models=("old", "old"))
+    with pytest.raises(ValueError, match="two models in .*a.json, got 3: old; new; newest. Name two with --models"):
+        compare_results(path)
+
+
+def test_a_file_of_two_models_needs_no_names_and_a_point_between_them_counts_as_a_model(tmp_path):
+    path = write(tmp_path / "a.json", retrieve(0.4, "old"), retrieve(0.5, "new"))
+    assert render_comparison(compare_results(path)).startswith("new is better than old")
+    point = retrieve(0.55, "new", revision="sha256:0.5", condition="alpha=0.5")
+    path = write(tmp_path / "b.json", retrieve(0.5, "new"), point)
+    (pair,) = compare_results(path, models=("new", "new, alpha=0.5"))["pairs"]
+    assert not pair["same_weights"] and (pair["a"], pair["b"]) == ("new", "new, alpha=0.5")
+
+
+def test_models_of_two_files_may_be_named_by_the_last_part_of_their_path(tmp_path):
+    a = write(tmp_path / "a.json", measure(0.5, model="/runs/one/student"))
+    b = write(tmp_path / "b.json", measure(0.6, model="/runs/two/student"), measure(0.7, model="/runs/three"))
+    compared = compare_results(a, b, models=("student", "student"))
+    assert compared["pairs"][0]["metrics"][0]["b"] == pytest.approx(0.6, abs=0.05)
+    c = write(tmp_path / "c.json", measure(0.5, model="/x/student"), measure(0.6, model="/y/student"))
+    with pytest.raises(ValueError, match="one model of the name 'student' in .*c.json, got several"):
+        compare_results(a, c, models=("student", "student"))
+
+
+def test_a_comparison_on_other_data_says_so_at_the_top(tmp_path):
+    a = write(tmp_path / "a.json", retrieve(0.4, "old"))
+    b = write(tmp_path / "b.json", retrieve(0.6, "new", dataset_fingerprint="sha256:other"))
+    assert "The data differ" in render_comparison(compare_results(a, b)).splitlines()[0]
