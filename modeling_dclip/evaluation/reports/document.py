@@ -9,16 +9,19 @@ A page has its style and pictures inside, runs no script, and is laid out for a 
 """
 
 import base64
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
+PICTURE_DPI = 200  # pixels an inch
 _TEMPLATES = Path(__file__).with_name("templates")
 
 
@@ -53,6 +56,31 @@ class Text:
 
     def __init__(self, *parts: str):
         object.__setattr__(self, "parts", parts)
+
+
+class Findings(NamedTuple):
+    """What was found, for a reader who reads nothing else.
+
+    Attributes:
+        items (`Sequence[tuple[str, Sequence[str]]]`): A sentence, and the lines of numbers behind it.
+        more (`Sequence[tuple[str, Sequence[str]]]`, *optional*): The same for a second look; HTML folds them.
+    """
+
+    items: Sequence[tuple[str, Sequence[str]]]
+    more: Sequence[tuple[str, Sequence[str]]] = ()
+    kind: Literal["findings"] = "findings"  # which block of the template shows it
+
+
+class Links(NamedTuple):
+    """Files that lie beside the report.
+
+    Attributes:
+        groups (`Sequence[tuple[str, Sequence[tuple[str, str]]]]`): What they are; for each its name, and its path
+            from the report's folder.
+    """
+
+    groups: Sequence[tuple[str, Sequence[tuple[str, str]]]]
+    kind: Literal["links"] = "links"  # which block of the template shows it
 
 
 class Warnings(NamedTuple):
@@ -118,6 +146,11 @@ class Picture(NamedTuple):
     content: bytes
     kind: Literal["picture"] = "picture"  # which block of the template shows it
 
+    @property
+    def width(self) -> int:
+        """In CSS pixels, of which an inch has 96: texts have the size that they were drawn in."""
+        return int.from_bytes(self.content[16:20], "big") * 96 // PICTURE_DPI
+
 
 class Terms(NamedTuple):
     """Terms and their texts, small: what a table was measured on."""
@@ -126,7 +159,7 @@ class Terms(NamedTuple):
     kind: Literal["terms"] = "terms"  # which block of the template shows it
 
 
-Block = Heading | Text | Warnings | Table | Picture | Terms
+Block = Heading | Text | Findings | Links | Warnings | Table | Picture | Terms
 
 
 class Report(NamedTuple):
@@ -134,12 +167,12 @@ class Report(NamedTuple):
 
     Attributes:
         title (`str`): Above all.
-        intro (`Sequence[Text]`): Paragraphs between the title and the list of contents.
+        intro (`Sequence[Block]`): What stands between the title and the list of contents.
         blocks (`Sequence[Block]`): The rest, in order.
     """
 
     title: str
-    intro: Sequence[Text]
+    intro: Sequence[Block]
     blocks: Sequence[Block]
 
     @property
@@ -252,6 +285,21 @@ def _table_markdown(table: Table) -> str:
     return "\n".join(pad(line) for line in (cells[0], rule, *cells[1:]))
 
 
+def link_address(path: str) -> str:
+    """Write a relative path as the address of a link, byte for byte: no part of it is a scheme, a query or an entity.
+
+    Example:
+        >>> link_address("a b/javascript:x.html")
+        'a%20b/javascript%3Ax.html'
+    """
+    return quote(os.fsencode(path))
+
+
+def _link_markdown(text: str, path: str) -> str:
+    text = escape_markdown(text).replace("\\[", "[").replace("[", "&#91;").replace("]", "&#93;")
+    return f"[{text}]({link_address(path)})"
+
+
 def _block_markdown(block: Block, folder: str) -> str:
     if isinstance(block, Heading):
         return f"{'#' * block.level} {escape_markdown(block.text)}"
@@ -259,13 +307,22 @@ def _block_markdown(block: Block, folder: str) -> str:
         return "".join(
             code_markdown(part) if isinstance(part, Code) else escape_markdown(part) for part in block.parts
         )
+    if isinstance(block, Findings):
+        return "\n".join(
+            "\n".join([f"- **{escape_markdown(found)}**", *(f"  - {escape_markdown(line)}" for line in numbers)])
+            for found, numbers in [*block.items, *block.more]
+        )
+    if isinstance(block, Links):
+        return "\n".join(
+            f"- {escape_markdown(what)}: {', '.join(_link_markdown(*link) for link in links)}"
+            for what, links in block.groups
+        )
     if isinstance(block, Warnings):
         return "\n".join(f"> - ⚠ {escape_markdown(item)}" for item in block.items)
     if isinstance(block, Table):
         return _table_markdown(block)
     if isinstance(block, Picture):
-        alt = escape_markdown(block.alt).replace("\\[", "[").replace("[", "&#91;").replace("]", "&#93;")
-        return f"![{alt}]({folder}/{block.name})"
+        return f"!{_link_markdown(block.alt, f'{folder}/{block.name}')}"
     return "\n".join(f"- {escape_markdown(term)}: {escape_markdown(text)}" for term, text in block.items)
 
 
@@ -305,6 +362,7 @@ def _environment() -> jinja2.Environment:
         finalize=_finalize,
     )
     environment.filters["base64"] = lambda content: base64.b64encode(content).decode("ascii")
+    environment.filters["address"] = link_address
     environment.filters["thousands"] = lambda number: f"{number:,}"
     environment.tests["code"] = lambda part: isinstance(part, Code)
     return environment

@@ -22,14 +22,15 @@ import numpy as np
 from PIL import Image as PILImage
 
 from modeling_dclip.data.files import list_folder, read_json, write_bytes
-from modeling_dclip.evaluation.reports.document import show_text
+from modeling_dclip.evaluation.reports.document import PICTURE_DPI, show_text
 
 logger = logging.getLogger(__name__)
 
-INK, QUIET, GRID = "#1f2430", "#8a90a0", "#e6e8ee"
+INK, QUIET, GRID = "#1f2430", "#667085", "#e3e6ec"
 # Grey first: the anchor.
 SERIES_COLOURS = ("#6b7280", "#2563eb", "#d97706", "#059669", "#9333ea", "#dc2626", "#0e7490", "#be185d", "#854d0e")
 MARKERS = ("s", "^", "o", "D", "v", "P", "X")
+GREY = {"color": SERIES_COLOURS[0]}
 # The colour of each loss term, in every run.
 TERM_COLOURS = {
     "loss": INK,
@@ -60,6 +61,7 @@ MAP_TITLES = {
 }
 STATE_NAME = "trainer_state.json"
 CURVES_NAME = "training_curves.png"
+ATTENTION_STEM = "teacher_attention"  # how pictures of a teacher's attention are called
 
 
 class TradeoffPoint(TypedDict, total=False):
@@ -122,7 +124,7 @@ def new_figure(width: float, height: float) -> Any:
     """Make an empty figure with the Agg backend. No global state of matplotlib is touched.
 
     Args:
-        width, height (`float`): In inches, at 150 pixels an inch.
+        width, height (`float`): In inches, at [`PICTURE_DPI`] pixels an inch.
 
     Returns:
         `matplotlib.figure.Figure`
@@ -137,7 +139,7 @@ def new_figure(width: float, height: float) -> Any:
         raise ImportError(
             "Expected matplotlib for drawing, got no such package. Install it with `pip install modeling_dclip[eval]`."
         ) from error
-    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    figure = Figure(figsize=(width, height), dpi=PICTURE_DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
@@ -223,7 +225,7 @@ def plot_tradeoff(
     for name, steps in curves.items():
         _check_points(steps, ("label", "x", "y"), where=f" of the curve {name!r}")
     styles = _style_series([*map(_series_of, points), *curves], styles)
-    figure = new_figure(6.4, 4.4)
+    figure = new_figure(5.4, 4.0)  # so narrow that a telephone shows its letters as large as they are
     axes = figure.add_subplot()
     axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
     axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
@@ -300,7 +302,7 @@ def _write_labels(
     wanted += [({**step, "series": name}, 8.5) for name, steps in curves.items() for step in steps if step["label"]]
     figure.draw_without_rendering()  # now the axes have their place
     to_pixels = axes.transData.transform
-    taken = [_around(to_pixels((100 * point["x"], 100 * point["y"])), 10, 10) for point, _ in wanted]
+    taken = [_around(to_pixels((100 * point["x"], 100 * point["y"])), 13, 13) for point, _ in wanted]
     left, bottom, right, top = axes.bbox.extents
     x, y = to_pixels((100 * points[0]["x"], 100 * points[0]["y"]))
     taken += [np.array([x - 1, bottom, x + 1, top]), np.array([left, y - 1, right, y + 1])]  # through the reference
@@ -339,7 +341,7 @@ def _place(text: Any, point: np.ndarray, frame: np.ndarray, taken: Sequence[np.n
     half = np.array([box.width, box.height]) / 2
     others = np.array(taken)
     best: tuple[float, np.ndarray, int] = (math.inf, point, 0)
-    for distance in (9, 16, 26, 40, 58, 80, 110):
+    for distance in (12, 21, 34, 52, 76, 105, 145):  # pixels
         for side in product((1, 0, -1), repeat=2):
             if side == (0, 0):
                 continue
@@ -348,12 +350,12 @@ def _place(text: Any, point: np.ndarray, frame: np.ndarray, taken: Sequence[np.n
             overlap = np.minimum(place[2:] + 2, others[:, 2:]) - np.maximum(place[:2] - 2, others[:, :2])
             covered = float(overlap.clip(min=0).prod(axis=1).sum())
             outside = float((frame[:2] - place[:2]).clip(min=0).sum() + (place[2:] - frame[2:]).clip(min=0).sum())
-            cost = 2 * covered + 100 * outside + 3 * distance
+            cost = 2 * covered + 100 * outside + 4 * distance
             if cost < best[0]:
                 best = (cost, centre, distance)
     _, centre, distance = best
     text.set_position(centre - point)
-    if distance > 16:
+    if distance > 21:
         start = np.clip(point, centre - half, centre + half)  # where the box is nearest
         text.axes.annotate("", text.xy, start - point, textcoords="offset pixels", zorder=4,
                            arrowprops={"arrowstyle": "-", "color": text.get_color(), "lw": 0.7, "shrinkA": 1,

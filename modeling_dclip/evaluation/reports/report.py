@@ -12,7 +12,15 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from modeling_dclip.data.files import find_files, read_bytes, read_json, temporary_folder, write_bytes, write_text
+from modeling_dclip.data.files import (
+    find_files,
+    list_folder,
+    read_bytes,
+    read_json,
+    temporary_folder,
+    write_bytes,
+    write_text,
+)
 from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
 from modeling_dclip.evaluation.evaluator import ALPHA
 from modeling_dclip.evaluation.records import Record, read_results
@@ -21,7 +29,9 @@ from modeling_dclip.evaluation.reports.document import (
     Block,
     Cell,
     Code,
+    Findings,
     Heading,
+    Links,
     Picture,
     Report,
     Table,
@@ -31,20 +41,27 @@ from modeling_dclip.evaluation.reports.document import (
     render_html,
     render_markdown,
 )
+from modeling_dclip.evaluation.reports.gallery import page_name
 from modeling_dclip.evaluation.reports.metric_names import METRICS, metric_of
 from modeling_dclip.evaluation.reports.plots import (
+    ATTENTION_STEM,
+    CURVES_NAME,
+    GREY,
+    MARKERS,
     Bar,
     TradeoffPoint,
     plot_bars,
     plot_growth,
     plot_suite,
     plot_tradeoff,
+    style_of,
 )
 from modeling_dclip.evaluation.reports.tables import (
     ABSENT,
     BENCHMARK_TABLES,
     interval_of,
     name_of,
+    row_title,
     short_hash,
     shorten_benchmark,
     shorten_paths,
@@ -53,6 +70,7 @@ from modeling_dclip.evaluation.reports.tables import (
     tabulate_rows,
     tabulate_summary,
 )
+from modeling_dclip.evaluation.reports.verdict import judge
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, IntervalDict, Summary, seed_interval
 
 
@@ -274,15 +292,20 @@ class Sources(NamedTuple):
         records (`list[tuple[Path, dict]]`): File and record.
         summaries (`list[tuple[Path, dict]]`): File and summary of arms.
         speed (`list[tuple[Path, dict, list]]`): File, what a script in `benchmarks/` wrote, and its table.
-        left_out (`list[tuple[Path, str]]`): A file that cannot be shown, and why.
+        left_out (`list[tuple[Path, str]]`): A file that should have been shown and cannot be, and why.
+        others (`list[Path]`): Files of the folders that are no results and do not look like them.
         names (`dict[Path, str]`): A short name for each file.
+        pages (`dict[str, tuple[str, str]]`): By the stem of the file that `--gallery` or `--maps` writes of a record:
+            the model's name, and the benchmark.
     """
 
     records: list[tuple[Path, Record]]
     summaries: list[tuple[Path, Summary]]
     speed: list[tuple[Path, dict[str, Any], list[Table | Text]]]
     left_out: list[tuple[Path, str]]
+    others: list[Path]
     names: dict[Path, str]
+    pages: dict[str, tuple[str, str]]
 
 
 def find_json(paths: Sequence[str | os.PathLike]) -> list[Path]:
@@ -324,10 +347,11 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
         ValueError: If there is nothing to show.
     """
     files = find_json(paths)
-    sources = Sources([], [], [], [], _name_files(files))
+    sources = Sources([], [], [], [], [], _name_files(files), {})
+    named = {Path(path).resolve() for path in paths}
     for file in files:
         try:
-            _read_one(file, sources)
+            _read_one(file, sources, is_named=file.resolve() in named)
         except (ValueError, OSError) as error:
             sources.left_out.append((file, str(error)))
         except (AttributeError, KeyError, IndexError, TypeError) as error:  # the files of benchmarks/ have no schema
@@ -336,16 +360,24 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
         reasons = "".join(f"\n- {path}: {reason}" for path, reason in sources.left_out[:5])
         raise ValueError(
             f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got "
-            f"{len(files)} JSON files and none of these.{reasons}"
+            f"{len(files)} JSON file{'s' * (len(files) != 1)} and none of these.{reasons}"
         )
     shortened = shorten_paths([record for _, record in sources.records])
     for (_, record), short in zip(sources.records, shortened, strict=True):
+        stem = page_name(record) if _has_pages(record) else None
         if "label" in short:
             record["label"] = short["label"]
+        if stem is not None:
+            sources.pages[stem] = (name_of(record), benchmark_heading(record["benchmark"]))
     return sources
 
 
-def _read_one(file: Path, sources: Sources) -> None:
+def _has_pages(record: Record) -> bool:
+    """Whether `--gallery` and `--maps` may have written a page of this record; it has the name of its version."""
+    return _kind_of(record) == "retrieval" and "condition" not in record and "modeling_dclip" in record["versions"]
+
+
+def _read_one(file: Path, sources: Sources, *, is_named: bool) -> None:
     content = read_json(file, "results file", advice="Make it again.")
     if isinstance(content, list):
         records = read_results(file)
@@ -357,6 +389,8 @@ def _read_one(file: Path, sources: Sources) -> None:
         sources.summaries.append((file, content))
     elif isinstance(content, Mapping) and content.get("benchmark") in SPEED_TABLES:
         sources.speed.append((file, content, SPEED_TABLES[content["benchmark"]](content)))
+    elif isinstance(content, Mapping) and "benchmark" not in content and not is_named:
+        sources.others.append(file)  # a model's configuration, a trainer's state, ...
     else:
         keys = sorted(content)[:4] if isinstance(content, Mapping) else type(content).__name__
         raise ValueError(f"No list of records, no summary of arms, no benchmark of {list(SPEED_TABLES)}: {keys}.")
@@ -387,6 +421,7 @@ def _name_files(files: Sequence[Path]) -> dict[Path, str]:
 
 
 PLOTS_FOLDER = "plots"
+OPEN_FINDINGS = 5  # the others fold
 # The parts of a report by kind of benchmark: title, and the metrics that are drawn where they were measured.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "retrieval": ("Retrieval", ("text_to_image_recall@1", "image_to_text_recall@1")),
@@ -406,6 +441,18 @@ BEST_NOTE = Text(
 LINES_NOTE = "Lines are 95 % intervals: over training seeds for a model marked ×N, otherwise over test images."
 
 
+def _style_models(sources: Sources) -> dict[str, Mapping[str, str]]:
+    """A style for each model of a report, by its series: anchors are grey."""
+    records = [record for _, record in sources.records]
+    anchors = {record["comparison"].get("anchor_revision") for record in records if "comparison" in record}
+    grey = dict.fromkeys(str(summary["anchor"]) for _, summary in sources.summaries)
+    grey |= dict.fromkeys(name_of(record) for record in records if record["revision"] in anchors)
+    names = dict.fromkeys(row["arm"] for _, summary in sources.summaries for row in summary["arms"])
+    names |= dict.fromkeys(arm_of(record) or name_of(record) for record in records)
+    styles = {name: {**style_of(index), **GREY} for index, name in enumerate(grey)}
+    return styles | {name: style_of(1 + i) for i, name in enumerate(name for name in names if name not in grey)}
+
+
 class _Builder:
     """Collects the blocks of a report in order, and draws its pictures in a folder."""
 
@@ -413,6 +460,7 @@ class _Builder:
         self.sources, self.folder = sources, folder
         self.blocks: list[Block] = []
         self.warned: list[str] = []
+        self.styles = _style_models(sources)
 
     def heading(self, text: str, level: int, full: str = "") -> None:
         self.blocks.append(Heading(text, level, f"part-{len(self.blocks)}", full))
@@ -466,6 +514,7 @@ def _add_summaries(report: _Builder) -> None:
                 tradeoff_points(summary),
                 f"{name}: retrieval against zero-shot accuracy",
                 x_label="zero-shot top-1 (%)",
+                styles=report.styles,
             )
         terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
         report.measured(terms, [path])
@@ -515,13 +564,14 @@ def _add_benchmark(
             plot_bars,
             panels,
             f"{where}. {LINES_NOTE if any('runs' in row or 'intervals' in row for row in rows) else ''}",
+            styles=report.styles,
         )
     points, curves, benchmarks = pair_tradeoff(rows, zero_shot) if kind == "retrieval" else ([], {}, [])
     if points:
         names = ", ".join(map(benchmark_heading, benchmarks))
         over = f"mean over {len(benchmarks)} benchmarks: {names}" if len(benchmarks) > 1 else names
         alt = f"Retrieval against zero-shot accuracy ({over}) of the same weights."
-        report.draw(plot_tradeoff, points, alt, curves=curves, x_label="zero-shot top-1 (%)")
+        report.draw(plot_tradeoff, points, alt, curves=curves, x_label="zero-shot top-1 (%)", styles=report.styles)
     terms = measured_on([record for _, record in found], weights=False)
     report.measured(terms, [path for path, _ in found])
 
@@ -544,6 +594,7 @@ def _add_suite(report: _Builder, groups: Mapping[str, Sequence[tuple[Path, Recor
     with the mean of those that have all.
     """
     found_values: dict[tuple, tuple[str, dict[str, float]]] = {}
+    series_of: dict[tuple, str] = {}
     titles = {benchmark: benchmark_heading(benchmark) for benchmark in groups}
     for benchmark, found in groups.items():
         rows, _ = merge_rows(report.name(found))
@@ -552,12 +603,14 @@ def _add_suite(report: _Builder, groups: Mapping[str, Sequence[tuple[Path, Recor
             if metric in row["metrics"]:
                 _, model = found_values.setdefault(weights_of(row), (name_of(row), {}))
                 model[benchmark] = row["metrics"][metric]
+                series_of[weights_of(row)] = row["series"]
     labels = [label for label, row in found_values.values() if len(row) > 1]
-    values = {
-        label if labels.count(label) == 1 else f"{label} {short_hash(weights[0][0])}": row
+    names = {
+        weights: label if labels.count(label) == 1 else f"{label} {short_hash(weights[0][0])}"
         for weights, (label, row) in found_values.items()
         if len(row) > 1
     }
+    values = {name: found_values[weights][1] for weights, name in names.items()}
     if not values:
         return
     shown = [benchmark for benchmark in groups if any(benchmark in row for row in values.values())]
@@ -579,8 +632,18 @@ def _add_suite(report: _Builder, groups: Mapping[str, Sequence[tuple[Path, Recor
         plot_suite,
         {series: {titles[name]: value for name, value in row.items()} for series, row in values.items()},
         "Zero-shot accuracy by dataset.",
+        styles=_tell_apart({name: report.styles[series_of[weights]] for weights, name in names.items()}),
     )
     report.blocks.append(Text("The section of each dataset below says what its numbers were measured on."))
+
+
+def _tell_apart(styles: Mapping[str, Mapping[str, str]]) -> dict[str, Mapping[str, str]]:
+    """Give rows of one model, such as points between it and its anchor, markers of their own in its colour."""
+    found: dict[str, Mapping[str, str]] = {}
+    for name, style in styles.items():
+        own = (style, *({**style, "marker": style_of(index)["marker"]} for index in range(len(MARKERS))))
+        found[name] = next((one for one in own if one not in found.values()), style)
+    return found
 
 
 def _add_leakage(report: _Builder, found: Sequence[tuple[Path, Record]]) -> None:
@@ -641,13 +704,61 @@ def _draw_encoders(report: _Builder, data: Mapping[str, Any]) -> None:
 
 
 def _add_left_out(report: _Builder, most: int = 30) -> None:
-    left_out = report.sources.left_out
+    left_out, others = report.sources.left_out, report.sources.others
     if left_out:
         report.heading("Files that are not shown", 2)
         rows = [[str(path), " ".join(reason.split())] for path, reason in left_out[:most]]
         report.blocks.append(Table(["File", "Why"], rows, left=2))
         if len(left_out) > most:
             report.blocks.append(Text(f"And {len(left_out) - most} more."))
+    if others:
+        counts = Counter(path.name for path in others)
+        named = ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in sorted(counts.items()))
+        report.blocks.append(
+            Terms([("Passed over", f"{_counted(len(others), 'JSON file')} without results: {named}")])
+        )
+
+
+def _judge_all(sources: Sources) -> list[Findings]:
+    """What each results file says of its models, trained models first, then points between them and their anchors."""
+    found: dict[tuple[str, tuple[str, ...]], bool] = {}
+    files = dict.fromkeys(file for file, record in sources.records if "comparison" in record)
+    for file in files:
+        records = [record for one, record in sources.records if one == file]
+        between = {row_title(record) for record in records if "condition" in record}
+        for verdict in judge(records):
+            headline = f"{sources.names[file]}: {verdict.headline}" if len(files) > 1 else verdict.headline
+            found[headline, tuple(verdict.details)] = verdict.model in between
+    models = [lines for lines, is_between in found.items() if not is_between]
+    rest = [lines for lines, is_between in found.items() if is_between]
+    return [Findings(models[:OPEN_FINDINGS], [*models[OPEN_FINDINGS:], *rest])] if found else []
+
+
+def _find_beside(paths: Sequence[str | os.PathLike], sources: Sources, output: Path) -> list[Links]:
+    """Link the galleries, maps and curves that lie in the folders of the results, at most three folders down."""
+    files = dict.fromkeys(file for file, _ in [*sources.records, *sources.summaries])
+    roots = dict.fromkeys(path if path.is_dir() else path.parent for path in [*map(Path, paths), *files])
+    groups: dict[str, dict[Path, str]] = {"Gallery": {}, "Training curves": {}, "Teacher's attention": {}, "Maps": {}}
+    several = len({benchmark for _, benchmark in sources.pages.values()}) > 1
+    for root in roots:
+        for pattern in (f"{'*/' * depth}*{suffix}" for depth in range(4) for suffix in (".html", ".png")):
+            for file in list_folder(root, pattern):
+                place = ", ".join(file.parent.relative_to(root).parts) or root.resolve().name
+                if file.name == CURVES_NAME:
+                    groups["Training curves"].setdefault(file.resolve(), place)
+                elif file.stem.startswith(ATTENTION_STEM) and file.suffix == ".png":
+                    rest = file.stem.removeprefix(ATTENTION_STEM).strip("_").replace("_", " ")
+                    groups["Teacher's attention"].setdefault(file.resolve(), rest or place)
+                elif file.stem in sources.pages:
+                    name, benchmark = sources.pages[file.stem]
+                    what = "Gallery" if file.suffix == ".html" else "Maps"
+                    groups[what].setdefault(file.resolve(), f"{name}, {benchmark}" if several else name)
+    linked = [
+        (what, [(text, Path(os.path.relpath(file, output.resolve())).as_posix()) for file, text in found.items()])
+        for what, found in groups.items()
+        if found
+    ]
+    return [Links(linked)] if linked else []
 
 
 def _counted(count: int, what: str) -> str:
@@ -656,7 +767,7 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}{f' of {rest}' if rest else ''}"
 
 
-def _introduce(report: _Builder) -> list[Text]:
+def _introduce(report: _Builder) -> list[Block]:
     sources = report.sources
     records = [record for _, record in sources.records]
     parts = [
@@ -668,11 +779,10 @@ def _introduce(report: _Builder) -> list[Text]:
     ]
     counted = ", ".join(_counted(count, what) for count, what in parts if count)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
-    intro = [f"Made {made} from {_counted(len(sources.names) - len(sources.left_out), 'file')}: {counted}."]
+    read = len(sources.names) - len(sources.left_out) - len(sources.others)
+    intro = [f"Made {made} from {_counted(read, 'file')}: {counted}."]
     if left_out := len(sources.left_out):
-        intro.append(
-            f"{_counted(left_out, 'JSON file')} {'is' if left_out == 1 else 'are'} not shown; see the last part."
-        )
+        intro.append(f"{_counted(left_out, 'file')} {'is' if left_out == 1 else 'are'} not shown; see the last part.")
     if report.warned:
         intro.append(f"Compare rows with care in: {'; '.join(dict.fromkeys(report.warned))}.")
     return [Text(paragraph) for paragraph in intro]
@@ -683,8 +793,10 @@ def write_report(
 ) -> list[Path]:
     """Write `report.md` with its pictures in `plots/`, and `report.html`, which holds everything, from results files.
 
-    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. The report names every other JSON
-    file of the folders. Each table says what it was measured on, and whether its rows are comparable.
+    Shown are records of `eval.py`, summaries of arms, and what `benchmarks/` wrote. First comes whether each model is
+    better than its anchor, then links to galleries, maps and training curves that lie in the same folders. Each table
+    says what it was measured on, and whether its rows are comparable. Files that are damaged or were named and hold
+    no results are listed with the reason; other JSON files of the folders are counted by name.
 
     Args:
         paths (`Sequence[str | os.PathLike]`): Results files, and folders that are searched with those below.
@@ -710,7 +822,8 @@ def write_report(
         _add_records(builder)
         _add_speed(builder)
         _add_left_out(builder)
-    report = Report(title, _introduce(builder), builder.blocks)
+    intro = [*_judge_all(sources), *_find_beside(paths, sources, output), *_introduce(builder)]
+    report = Report(title, intro, builder.blocks)
     pictures = {output / PLOTS_FOLDER / picture.name: picture.content for picture in builder.pictures}
     for path, content in pictures.items():
         write_bytes(path, content)

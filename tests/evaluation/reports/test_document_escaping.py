@@ -14,7 +14,9 @@ from modeling_dclip.evaluation.embedding import DatasetEmbeddings
 from modeling_dclip.evaluation.reports.document import (
     Cell,
     Code,
+    Findings,
     Heading,
+    Links,
     Picture,
     Report,
     Table,
@@ -23,6 +25,7 @@ from modeling_dclip.evaluation.reports.document import (
     Warnings,
     code_markdown,
     escape_markdown,
+    link_address,
     render_html,
     render_markdown,
     show_text,
@@ -60,6 +63,8 @@ def place(text):
         Heading(text, 2, "part-0", text + "!"),
         Text(text, Code(text), text),
         Text(text),
+        Findings([(text, [text, text])], [(text, [])]),
+        Links([(text, [(text, f"pages/{show_text(text)}")])]),
         Warnings([text]),
         Table([text, text], [[text, Cell(text, text, text, is_best=True)], [text, text]]),
         Picture("plot.png", text, b"png"),
@@ -104,7 +109,9 @@ def test_markdown_shows_a_text_and_makes_nothing_of_it(text):
         tokens, expected = (parse(one) for one in (written, render_markdown([plain])))
         assert [token.type for token in tokens] == [token.type for token in expected]
         inner = [one for token in tokens for one in token.children or ()]
-        assert not {one.type for one in inner} & {"html_inline", "link_open"}
+        links = [one.attrGet("href") for one in inner if one.type == "link_open"]
+        assert len(links) == isinstance(block, Links) and all(link.startswith("pages/") for link in links)
+        assert "html_inline" not in {one.type for one in inner}
         assert [one.attrGet("src") for one in inner if one.type == "image"] == (
             ["plots/plot.png"] if isinstance(block, Picture) else []
         )
@@ -112,6 +119,14 @@ def test_markdown_shows_a_text_and_makes_nothing_of_it(text):
             cells = ["".join(one.content for one in token.children) for token in tokens if token.type == "inline"]
             assert len(cells) == 6
             assert " ".join(cells[0].split()) == " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("path", "address"),
+    [("javascript:alert(1)", "javascript%3Aalert%281%29"), ("a/b c?#.html", "a/b%20c%3F%23.html"), ("\udce9", "%E9")],
+)
+def test_an_address_is_the_path_and_nothing_else(path, address):
+    assert link_address(path) == address
 
 
 @pytest.mark.parametrize("text", HOSTILE, ids=ascii)

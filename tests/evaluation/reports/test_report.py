@@ -1,16 +1,21 @@
 """Reports: every file is shown or named, rows that are not comparable are said to be, pages need nothing else."""
 
+import functools
 import json
 import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 from fixtures.records import make_test_record as record
 
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.records import write_results
+from modeling_dclip.evaluation.reports import report as report_module
+from modeling_dclip.evaluation.reports.gallery import page_name
+from modeling_dclip.evaluation.reports.plots import SERIES_COLOURS
 from modeling_dclip.evaluation.reports.report import (
     benchmark_heading,
     merge_rows,
@@ -63,11 +68,13 @@ class Checked(HTMLParser):
         self.data.append(data)
 
 
-def check(page):
+def check(page, folder=None):
     parser = Checked()
     parser.feed(page)
     assert not parser.open and parser.links
-    assert all(link.startswith("#") and link[1:] in parser.ids for link in parser.links)
+    beside = [link for link in parser.links if not link.startswith("#")]
+    assert all(link[1:] in parser.ids for link in parser.links if link not in beside)
+    assert all((folder / unquote(link)).is_file() for link in beside)
     assert all(source.startswith("data:image/png;base64,") for source in parser.images)
     return parser
 
@@ -139,17 +146,97 @@ def test_files_that_cannot_be_shown_are_named_and_not_fatal(tmp_path, report):
     (folder / ".hidden").mkdir()
     (folder / ".hidden" / "x.json").write_text("{")
     text, page = report()
-    assert "from 1 file: 1 record, 1 model" in text and "4 JSON files are not shown" in text
-    for name in ("broken.json", "config.json", "scan.json", "half.json"):
+    assert "from 1 file: 1 record, 1 model" in text and "3 files are not shown" in text
+    for name in ("broken.json", "scan.json", "half.json"):
         assert f"| {folder / name} " in text
-    assert "hidden_size" in text and "got another form" in text and "Expected an interval" in text
+    assert "got another form" in text and "Expected an interval" in text
+    assert (
+        "- Passed over: 1 JSON file without results: config.json" in text and str(folder / "config.json") not in text
+    )
     assert ".hidden" not in text
     check(page)
+    text, _ = report(folder / "records.json", folder / "config.json")  # named by the user
+    assert f"| {folder / 'config.json'} " in text and "hidden_size" in text and "Passed over" not in text
+
+
+DIFFERENCE = {**INTERVAL, "estimate": 0.1, "low": 0.05, "high": 0.15}
+
+
+def student(**fields):
+    comparison = {"anchor_revision": "sha256:a", "text_to_image_recall@1_difference": DIFFERENCE}
+    return record("student", metrics={"text_to_image_recall@1": 0.35}, comparison=comparison, **fields)
+
+
+def test_the_verdict_comes_first_and_points_between_two_models_fold(tmp_path, report):
+    anchor = record("anchor", revision="sha256:a", metrics={"text_to_image_recall@1": 0.25})
+    write_results(tmp_path / "in" / "records.json", [anchor, student(condition="alpha=0.5"), student()])
+    text, page = report()
+    first, folded = (line for line in text.splitlines() if line.startswith("- **"))
+    assert "student is better than anchor" in first and "alpha=0.5 is better than anchor" in folded
+    assert text.index(first) < text.index("Made 20") < text.index("## Retrieval")
+    assert page.index("<b>student is better") < page.index("<summary>1 more") < page.index("<b>student, alpha=0.5 is")
+    assert page.index("</details>") < page.index("<nav")
+    check(page)
+
+
+def test_galleries_maps_and_curves_beside_the_results_are_linked(tmp_path, report):
+    found = record("a")
+    write_results(tmp_path / "in" / "records.json", [found, record("b")])
+    names = [f"pages & more/{page_name(found)}.html", f"maps/{page_name(found)}.png"]
+    names += ["student/training_curves.png", "leak_free/seed-0/teacher_attention.png", "other.html", "other.png"]
+    for name in names:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_text("")
+    text, page = report()
+    links = [link for link in check(page, tmp_path / "out").links if not link.startswith("#")]
+    assert sorted(unquote(link) for link in links) == sorted(f"../in/{name}" for name in names[:4])
+    assert f"- Gallery: [a](../in/pages%20%26%20more/{page_name(found)}.html)\n" in text
+    assert "- Training curves: [student](" in text and "- Teacher's attention: [leak_free, seed-0](" in text
+    assert str(tmp_path) not in page.partition("<nav")[0]  # names, never paths
+
+
+def test_a_model_has_one_colour_in_every_picture(tmp_path, report, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    drawn = []
+    for name in ("plot_bars", "plot_tradeoff"):
+        plot = getattr(report_module, name)
+        monkeypatch.setattr(report_module, name, recording(plot, drawn))
+    anchor = record("z", revision="sha256:a")
+    rows = [record("b"), student(), student(condition="alpha=0.5"), anchor]
+    rows += [{**row, "benchmark": "zero_shot=scenes:test", "metrics": {"top1": 0.5}} for row in rows]
+    write_results(tmp_path / "in" / "records.json", rows)
+    report()
+    styles = [options["styles"] for options in drawn]
+    assert len(styles) == 3 and all(one == styles[0] for one in styles)
+    assert {name: style["color"] for name, style in styles[0].items()} == {
+        "z": SERIES_COLOURS[0],
+        "b": SERIES_COLOURS[1],
+        "student": SERIES_COLOURS[2],
+    }
+
+
+def recording(plot, drawn):
+    @functools.wraps(plot)
+    def draw(content, path, **options):
+        drawn.append(options)
+        plot(content, path, **options)
+
+    return draw
+
+
+def test_the_page_is_laid_out_for_the_dark_for_telephones_and_for_paper(tmp_path, report):
+    write_results(tmp_path / "in" / "records.json", [record("a"), record("b")])
+    _, page = report()
+    for rule in ("screen and (prefers-color-scheme: dark)", "(max-width: 40rem)", "@media print"):
+        assert f"@media {rule.removeprefix('@media ')}" in page
+    assert "default-src 'none'" in page and "http" not in page.replace("http-equiv", "")
+    (width,) = re.findall(r'<img [^>]*width="(\d+)"', page)
+    assert 300 < int(width) < 900  # CSS pixels: the letters of the plot are as large as they were drawn
 
 
 def test_nothing_to_show_is_an_error_that_names_what_was_found(tmp_path):
     (tmp_path / "a.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"got 1 JSON files and none of these.\n- .*a.json: Expected a JSON list"):
+    with pytest.raises(ValueError, match=r"got 1 JSON file and none of these.\n- .*a.json: Expected a JSON list"):
         write_report([tmp_path], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match="gone, which does not exist"):
         write_report([tmp_path / "gone"], tmp_path / "out")
@@ -256,7 +343,7 @@ def test_an_interrupted_report_leaves_the_old_page_untouched(tmp_path, report, m
     assert sorted(os.listdir(tmp_path / "out")) == ["report.html", "report.md"]
 
 
-def test_the_repository_own_results_are_all_shown(report):
+def test_the_repository_own_results_are_all_shown(tmp_path, report):
     assert not read_sources([ROOT / "results"]).left_out
     folder = ROOT / "results" / "demo"
     text, page = report(folder, ROOT / "benchmarks" / "results" / "student_step.json")
@@ -271,4 +358,4 @@ def test_the_repository_own_results_are_all_shown(report):
     assert f"| {100 * numbers['top1']['estimate']:.1f} ± " in " ".join(
         text.split()
     )  # columns are padded to their widest
-    check(page)
+    check(page, tmp_path / "out")
