@@ -27,7 +27,7 @@ from modeling_dclip.evaluation.reports.tables import (
     shorten_benchmark,
     shorten_paths,
 )
-from modeling_dclip.evaluation.reports.verdict import DIRECTIONS, OTHER_TITLES, Effect, Verdict, compose
+from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS, OTHER_TITLES, Effect, Verdict, compose
 from modeling_dclip.evaluation.statistics import (
     RETENTION_METRIC,
     IntervalDict,
@@ -479,7 +479,8 @@ def judge_comparison(comparison: Comparison) -> list[Verdict]:
         if not (retrieval or zero_shot or rest):
             continue
         shown = [
-            (_effects_of(one, DIRECTIONS), f"{counted(one['n'][0], 'image')} of {_spec_of(one)}") for one in retrieval
+            (_effects_of(one, DIRECTION_WORDS), f"{counted(one['n'][0], 'image')} of {_spec_of(one)}")
+            for one in retrieval
         ]
         for effects, where in shown or [({}, "")]:
             other = any("The data differ" in note for pair in pairs for note in pair["notes"])

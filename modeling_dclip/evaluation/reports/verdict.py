@@ -34,7 +34,7 @@ from modeling_dclip.evaluation.statistics import (
 )
 
 IMAGE_TO_TEXT = "image_to_text_recall@1"
-DIRECTIONS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
+DIRECTION_WORDS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
 # What else is judged, the first that a benchmark has.
 OTHER_TITLES = {
     "map": "Zero-shot mAP",
@@ -191,7 +191,7 @@ def summary_verdict_lines(summary: Summary) -> list[str]:
                 "seeds",
                 len(row["seeds"]),
             )
-            for metric in (*DIRECTIONS, RETENTION_METRIC)
+            for metric in (*DIRECTION_WORDS, RETENTION_METRIC)
             if metric in anchor
         }
         zero_shot = [("", effects.pop(RETENTION_METRIC))] if RETENTION_METRIC in effects else []
@@ -222,7 +222,7 @@ def _compare_arms(pair: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
         before, after = (rows[arm]["metrics"][metric]["estimate"] for arm in (baseline, student))
         effects[metric] = Effect(metric, before, after, interval, "seeds", seeds)
     zero_shot = [("", effects[RETENTION_METRIC])] if RETENTION_METRIC in effects else []
-    directions = {metric: effects[metric] for metric in DIRECTIONS if metric in effects}
+    directions = {metric: effects[metric] for metric in DIRECTION_WORDS if metric in effects}
     return compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
 
 
@@ -244,7 +244,7 @@ def _judge_one(
     arm = arm_of(first) if len(retrieval or others[0]) > 1 else None
     title = row_title(first) if arm is None else ", ".join([arm, *filter(None, [first.get("condition")])])
     effects = {}
-    for metric in DIRECTIONS:
+    for metric in DIRECTION_WORDS:
         if retrieval and (effect := _measure(retrieval, metric, records)):
             effects[metric] = effect
     zero_shot: list[tuple[str, Effect]] = []
@@ -344,7 +344,9 @@ def compose(
     """
     sentences = [_on_retrieval(model, anchor, directions)] if directions else []
     sentences.append(_on_zero_shot(zero_shot, model, anchor, alone=not directions))
-    details = [_show_effect(DIRECTIONS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()]
+    details = [
+        _show_effect(DIRECTION_WORDS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()
+    ]
     if len(zero_shot) <= 2:
         details += [_show_effect(f"Zero-shot top-1{spec and f' on {spec}'}", effect) for spec, effect in zero_shot]
     details += [_show_effect(f"{OTHER_TITLES[effect.metric]} on {spec}", effect) for spec, effect in rest]
@@ -356,7 +358,7 @@ def compose(
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
     """The sentence on both directions of retrieval."""
-    signs = {DIRECTIONS[metric]: effect.sign for metric, effect in effects.items()}
+    signs = {DIRECTION_WORDS[metric]: effect.sign for metric, effect in effects.items()}
     better, worse, open_ = ([name for name, sign in signs.items() if sign == one] for one in (1, -1, 0))
     if better and worse:
         return f"The directions disagree: {model} is better than {anchor} at {better[0]} and worse at {worse[0]}."
