@@ -73,6 +73,17 @@ def _differences(old: object, new: object, path: str = "") -> list[str]:
     return [] if old == new else [f"{path}: {str(old)[:60]} -> {str(new)[:60]}"]
 
 
+def count_rows(rows: Dataset) -> dict[str, int]:
+    """Count the images of a dataset, and their captions; 0 captions where it has no such column.
+
+    Example:
+        >>> count_rows(Dataset.from_dict({"captions": [["a dog", "a cat"], ["a bird"]]}))
+        {'images': 2, 'captions': 3}
+    """
+    captions = rows["captions"][:] if "captions" in rows.column_names else []
+    return {"images": len(rows), "captions": sum(map(len, captions))}
+
+
 class StageRecord:
     """The record of one stage, in `stage.json`: what decided its result, and whether it finished.
 
@@ -133,6 +144,14 @@ class StageRecord:
         else:
             check_processes(self.folder, PartialState().num_processes)
         self.finished = stored["finished"]
+
+    def count(self, data: Mapping[str, "KeyedRows"]) -> None:
+        """Let the manifest say how many images and captions each part of the data has; a model card tells them.
+
+        Args:
+            data (`Mapping[str, KeyedRows]`): The parts by their names, such as `train` and `validation`.
+        """
+        self.told["counts"] = {split: count_rows(part.rows) for split, part in data.items()}
 
     def finish(self) -> None:
         """Note that the stage has finished, and the files that it consists of."""

@@ -352,6 +352,7 @@ def train_teacher(
     record = places.record("teacher", inputs | {"max_regions": features.max_regions})
     if record.finished:
         return
+    record.count(captioned)
     set_seed(args.seed)
     teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture()).float()
     processor, dtype = _teacher_processor(clip.path), _resolve_dtype(args.save_dtype, "teacher", clip.path)
@@ -482,6 +483,7 @@ def train_student(
     }
     train = concatenate_shared([part.rows.select_columns(columns) for part in student_splits(taught)])
     validation = taught["validation"].rows if "validation" in taught else None
+    record.count(data)
     set_seed(args.seed)
     model = load_student(clip.path, args.position_embedding_type)
     processor = DCLIPProcessor.from_pretrained(clip.path)

@@ -1,16 +1,23 @@
 """Publish a trained model on the Hub, in three passes: gather the facts, stage the repositories, push them."""
 
+import shlex
+import textwrap
+from dataclasses import MISSING, fields, replace
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_token
 
-from modeling_dclip.data.files import check_new_folder, temporary_folder
-from modeling_dclip.hub.publish.facts import PublishArguments, check_repo_name, gather
-from modeling_dclip.hub.publish.licences import check_licence
+from modeling_dclip.data.files import temporary_folder
+from modeling_dclip.hub.publish.facts import Problems, PublishArguments, check_repo_name, gather
+from modeling_dclip.hub.publish.licences import check_licence, read_arguments
+from modeling_dclip.hub.publish.pictures import EXAMPLES
 from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
-from modeling_dclip.hub.publish.staging import StagedRepo, list_files, stage
+from modeling_dclip.hub.publish.staging import StagedRepo, check_staging, list_files, stage
+from modeling_dclip.hub.publish.training import show_count
 
 DRY_RUN_FOLDER = "outputs/publish"
+COMMAND = "python -m modeling_dclip.hub.publish"
+_WIDTH = 120  # of a line in the terminal
 
 
 def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> None:
@@ -23,11 +30,15 @@ def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = D
     Raises:
         ConnectionError: If the Hub cannot be reached or stays busy.
         PermissionError: If the token is missing, unknown, or may not write there.
+        PublicationError: If several of these are wrong.
         ValueError: If the name or the licence is not valid.
     """
-    check_repo_name(arguments.repo_id)
-    check_licence(arguments.license, arguments.license_name, arguments.license_link, [])
-    check_access(arguments.repo_id, HfApi(), delays)
+    problems = Problems()
+    problems.find(lambda: check_repo_name(arguments.repo_id))
+    problems.find(lambda: check_licence(arguments.license, arguments.license_name, arguments.license_link, []))
+    if not any("repo_id" in str(problem) for problem in problems.found):
+        problems.find(lambda: check_access(str(arguments.repo_id), HfApi(), delays))
+    problems.report()
 
 
 def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> list[StagedRepo] | list[Pushed]:
@@ -45,15 +56,23 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
         FileExistsError, FileNotFoundError, ValueError: If the publication is not complete. Then nothing
             was pushed.
         PermissionError: If the token is missing, unknown, or may not write there.
+        PublicationError: If several things are wrong.
     """
+    problems = Problems()
     with temporary_folder() as temporary:
         root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else temporary / "repos"))
-        check_new_folder(root)
-        if not arguments.dry_run:
-            check_publication(arguments, delays)
-        facts = gather(arguments)
-        staged = stage(facts, root)
+        problems.find(lambda: check_staging(root))
+        if not arguments.dry_run and _is_name(arguments.repo_id):
+            problems.find(lambda: check_access(str(arguments.repo_id), HfApi(), delays))
+        staged = stage(gather(arguments, problems), root)
         return staged if arguments.dry_run else push_repos(staged, private=arguments.private, delays=delays)
+
+
+def _is_name(repo_id: str | None) -> bool:
+    """Whether the Hub may be asked about a name; what is wrong with it is told by [`gather`]."""
+    problems = Problems()
+    problems.find(lambda: check_repo_name(repo_id))
+    return not problems.found
 
 
 def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
@@ -63,19 +82,96 @@ def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
         done (`list[StagedRepo]` or `list[Pushed]`): What [`publish`] returned.
 
     Returns:
-        `str`: One line for each repository; in a dry run also one for each file.
+        `str`: A line for each repository; in a dry run also its files.
     """
     lines = []
     for repo in done:
         if isinstance(repo, StagedRepo):
             files = list_files(repo.folder)
-            size_mib = sum((repo.folder / name).stat().st_size for name in files) / 2**20
-            lines.append(f"{repo.repo_id}: would push {len(files)} files, {size_mib:.1f} MiB, from {repo.folder}")
-            lines += [f"    {name}" for name in files]
+            size = sum((repo.folder / name).stat().st_size for name in files)
+            lines.append(f"{repo.repo_id}: would push {show_count(len(files), 'file')}, {_show_size(size)}")
+            lines += textwrap.wrap(", ".join(files), _WIDTH, initial_indent="    ", subsequent_indent="    ")
         elif repo.changed or repo.deleted:
-            lines.append(
-                f"{repo.url}: {len(repo.changed)} files written, {len(repo.deleted)} deleted, commit {repo.commit}"
-            )
+            deleted = f", {len(repo.deleted)} deleted" if repo.deleted else ""
+            written = f"{show_count(len(repo.changed), 'file')} written{deleted}"
+            lines.append(f"{repo.url}: {written}, commit {repo.commit}")
         else:
             lines.append(f"{repo.url}: nothing to change, commit {repo.commit}")
     return "\n".join(lines)
+
+
+def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[Pushed]) -> str:
+    """Say what a dry run wrote, what it changed, and what to do next.
+
+    Args:
+        arguments ([`PublishArguments`]): Those of the dry run.
+        done (`list[StagedRepo]`): What [`publish`] returned.
+
+    Returns:
+        `str`: Lines; the last one says what to read.
+    """
+    staged = [repo for repo in done if isinstance(repo, StagedRepo)]
+    cards = [str(repo.folder / "README.md") for repo in reversed(staged)]  # the dual encoder's first
+    lines = [describe_publication(staged), "", _describe_changes(staged), *_describe_open_ends(arguments, staged), ""]
+    lines += ["To push it:", f"  {shlex.join([*COMMAND.split(), *to_words(replace(arguments, dry_run=False))])}", ""]
+    return "\n".join([*lines, f"Nothing was pushed; read {', '.join(cards)}"])
+
+
+def _describe_changes(staged: list[StagedRepo]) -> str:
+    changes = [f"{repo.folder.name}/{name}" for repo in staged for name in repo.changed or ()]
+    if all(repo.changed is None for repo in staged):
+        return "Written for the first time. The same command again replaces the folders and says what changed."
+    if not changes:
+        return "Nothing changed since the last dry run."
+    return f"Changed since the last dry run: {', '.join(changes)}."
+
+
+def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -> list[str]:
+    """What the user may want to add, or has to do before pushing."""
+    dual = next(repo for repo in staged if repo.kind == "dual")
+    shown = [name for name in list_files(dual.folder) if name.startswith(f"{EXAMPLES}/")]
+    lines = []
+    if arguments.examples and shown:
+        lines.append(
+            f"{show_count(len(shown), 'example picture')} will be public. Make sure that you may publish them."
+        )
+    elif not arguments.examples and not shown:
+        lines.append(
+            "No example pictures: your own are not published unless you name them, with --examples FILE... or "
+            "--examples csv:TABLE.csv:FOLDER@4."
+        )
+    if not arguments.dataset and not _reads_known_data(arguments):
+        lines.append("The card names the training data by file only; --dataset NAME... gives them a name.")
+    beside = Path(arguments.model).parent / "teacher"
+    if arguments.teacher is None and (beside / "config.json").is_file():
+        lines.append(f"The teacher is not published; --teacher {beside} adds it.")
+    if get_token() is None:
+        lines.append("No token on this machine yet: run `hf auth login` before you push.")
+    return lines
+
+
+def _reads_known_data(arguments: PublishArguments) -> bool:
+    """Whether a reader knows the training data by their kind, such as COCO; not files of one's own."""
+    specs = read_arguments(arguments.model)["train_datasets"] or []
+    return not any(spec.partition(":")[0] in ("csv", "images", "parquet", "disk", "wds") for spec in specs)
+
+
+def to_words(arguments: PublishArguments) -> list[str]:
+    """The words of a command line that give these arguments.
+
+    Example:
+        >>> to_words(PublishArguments("a/student", repo_id="me/clip", license="mit", private=True))
+        ['--model', 'a/student', '--repo_id', 'me/clip', '--license', 'mit', '--private']
+    """
+    words = []
+    for one in fields(arguments):
+        value = getattr(arguments, one.name)
+        if value == (one.default if one.default_factory is MISSING else one.default_factory()):
+            continue
+        given = value if isinstance(value, list) else [] if value is True else [value]
+        words += [f"--{one.name}", *map(str, given)]
+    return words
+
+
+def _show_size(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,26 +1,28 @@
 """Publish a trained model on the Hub: each part of it as a repository with a model card.
 
-    python -m modeling_dclip.hub.publish --model outputs/mine/student --teacher outputs/mine/teacher \\
-        --results outputs/mine/results --repo_id me/dclip-vitb16 --license mit
+    python -m modeling_dclip.hub.publish --model outputs/mine/student --repo_id me/my-clip --license mit --dry_run
 
-It makes these repositories:
+makes these repositories:
 
-    me/dclip-vitb16          the dual encoder
-    me/dclip-vitb16-vision   its image encoder alone
-    me/dclip-vitb16-teacher  its teacher, if given
-    me/dclip-vitb16-clip     for a plain ViT student: the same weights as a stock CLIPModel
+    me/my-clip          the dual encoder
+    me/my-clip-vision   its image encoder alone
+    me/my-clip-teacher  its teacher, if --teacher names one
+    me/my-clip-clip     for a plain ViT student: the same weights as a stock CLIPModel
 
-All repositories are first written to a folder and checked. Then each is pushed in one commit, or in none if nothing
-differs. With `--dry_run` they are written and listed, and nothing leaves the machine.
+All repositories are first written to a folder and checked. With `--dry_run` they are listed, the cards to read are
+named, and nothing leaves the machine. Without it each repository is pushed in one commit, or in none if nothing
+differs.
 """
 
 import sys
 from collections.abc import Sequence
 
-from modeling_dclip.data.failures import command
+from transformers.utils import logging
+
+from modeling_dclip.data.failures import command, redact
 from modeling_dclip.data.specs import CommandParser
-from modeling_dclip.hub.publish import describe_publication, publish
-from modeling_dclip.hub.publish.facts import PublishArguments
+from modeling_dclip.hub.publish import describe_dry_run, describe_publication, publish
+from modeling_dclip.hub.publish.facts import PublicationError, PublishArguments
 
 
 @command
@@ -32,7 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
     )
     (arguments,) = parser.parse(argv)
-    sys.stdout.write(describe_publication(publish(arguments)) + "\n")
+    logging.disable_progress_bar()  # of loading and saving weights, which are read several times
+    try:
+        done = publish(arguments)
+    except PublicationError as error:
+        listed = "".join(f"\n- {redact(problem)}" for problem in error.problems)
+        sys.exit(f"Failed: nothing was pushed. {len(error.problems)} problems:{listed}")
+    said = describe_dry_run(arguments, done) if arguments.dry_run else describe_publication(done)
+    sys.stdout.write(f"{said}\n")
 
 
 if __name__ == "__main__":

@@ -1,71 +1,27 @@
-"""Model cards: the facts that they show, their example pictures, and how they are rendered and checked.
+"""Model cards: the facts that they show, and how they are rendered and checked.
 
 A template in `hub_cards/` holds the words, [`CardFacts`] the numbers. No number is typed in a template, and a
 missing fact is an error.
 """
 
 import os
-import random
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, is_dataclass, replace
 from dataclasses import fields as fields_of
-from functools import cache
+from dataclasses import is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from PIL import Image
-from transformers import PreTrainedModel, pipeline
 
-from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.document import code_markdown, escape_markdown, show_text
 from modeling_dclip.evaluation.reports.metric_names import metric_of
+from modeling_dclip.hub.publish.evaluation import EvaluationFacts
 from modeling_dclip.hub.publish.licences import LICENCES, Origin
-from modeling_dclip.processing_dclip import DCLIPProcessor
-
-EXAMPLES = "examples"  # the folder of the example pictures in a repository
-IMAGE_SIZE = 224
-# Labels of each example picture. The first is what the picture shows. The others differ from it in colour, in shape,
-# or in both.
-LABELS = (
-    ("red circle", "blue circle", "red square", "green star"),
-    ("blue star", "yellow star", "blue heart", "red ring"),
-    ("green heart", "pink heart", "green diamond", "black cross"),
-)
-
-
-class Score(TypedDict):
-    """A label and the model's score of it, in [0, 1]."""
-
-    label: str
-    score: float
-
-
-@dataclass(frozen=True)
-class Example:
-    """A picture that the model classified.
-
-    Args:
-        path (`str`): The picture's file inside the repository.
-        labels (`tuple[str, ...]`): The labels to choose from, the right one first.
-        outputs (`tuple[Score, ...]`): The model's scores, best first.
-    """
-
-    path: str
-    labels: tuple[str, ...]
-    outputs: tuple[Score, ...]
-
-    def to_widget(self) -> dict[str, Any]:
-        """The entry of the Hub's `widget` metadata."""
-        return {
-            "src": self.path,
-            "example_title": self.labels[0],
-            "candidate_labels": ", ".join(self.labels),
-            "output": [dict(output) for output in self.outputs],
-        }
+from modeling_dclip.hub.publish.pictures import Example
+from modeling_dclip.hub.publish.training import TrainingFacts
 
 
 class ModelFacts(TypedDict):
@@ -80,22 +36,6 @@ class ModelFacts(TypedDict):
     text_parameters_millions: str
 
 
-class TrainingFacts(TypedDict):
-    """How a model was trained. `steps`, `epochs` and `minutes` are `None` if training did not record them."""
-
-    section: str
-    datasets: list[str]
-    uncaptioned: list[str]
-    excluded: list[str]
-    teachers: list[str]
-    reads_teacher: bool
-    trains_text: bool
-    settings: list[tuple[str, str]]
-    steps: int | None
-    epochs: float | None
-    minutes: float | None
-
-
 class TeacherFacts(TypedDict):
     """What a teacher reads and how it was trained. `leakage` is a Markdown table, `None` if it was not measured."""
 
@@ -107,15 +47,11 @@ class TeacherFacts(TypedDict):
     leakage: str | None
 
 
-class EvaluationFacts(TypedDict):
-    """Results of a model: `table` in Markdown, the `records`, and with what they were measured."""
+class NamedDataset(NamedTuple):
+    """A dataset that the publisher names: in words, and by its id on the Hub if the name is one."""
 
-    table: str
-    records: list[Record]
-    benchmarks: list[str]
-    hardware: str
-    versions: str
-    has_reference: bool
+    name: str
+    hub_id: str | None
 
 
 class CardFacts(TypedDict):
@@ -129,6 +65,8 @@ class CardFacts(TypedDict):
     has_adapter: bool
     evaluation: EvaluationFacts
     examples: list[Example]
+    examples_source: str
+    datasets: list[NamedDataset]
     origins: list[Origin]
     base_models: list[str]
     data_terms: list[str]
@@ -137,61 +75,6 @@ class CardFacts(TypedDict):
     license_link: str | None
     hardware: str | None
     emissions_grams: float | None
-
-
-@cache
-def draw_pictures() -> dict[str, Image.Image]:
-    """Draw the example pictures, the same ones every time.
-
-    Returns:
-        `dict[str, Image.Image]`: RGB pictures by their paths inside a repository.
-    """
-    pictures = {}
-    for labels in LABELS:
-        rng = random.Random(f"card/{labels[0]}")
-        colour, shape = labels[0].split()
-        group = replace(random_group(rng), colour=colour, shape=shape, pattern="plain", size="large", count=1)
-        scene = random_close_up(rng, group)
-        pictures[f"{EXAMPLES}/{labels[0].replace(' ', '-')}.png"] = draw_scene(scene, rng, IMAGE_SIZE)[0]
-    return pictures
-
-
-def make_examples(model: PreTrainedModel, processor: DCLIPProcessor) -> list[Example]:
-    """Classify the example pictures with the pipeline that users call.
-
-    Args:
-        model (`PreTrainedModel`): A dual encoder.
-        processor ([`DCLIPProcessor`]): The model's processor.
-
-    Returns:
-        `list[Example]`: Scores in [0, 1], rounded to three digits, for the pipeline's own prompt.
-    """
-    classify = pipeline(
-        "zero-shot-image-classification",
-        model=model,
-        tokenizer=processor.tokenizer,
-        image_processor=processor.image_processor,
-    )
-    examples = []
-    for (path, image), labels in zip(draw_pictures().items(), LABELS, strict=True):
-        answers = classify(image, candidate_labels=list(labels))
-        outputs = tuple(Score(label=one["label"], score=round(float(one["score"]), 3)) for one in answers)
-        examples.append(Example(path, labels, outputs))
-    return examples
-
-
-def save_pictures(folder: str | Path, paths: Sequence[str]) -> None:
-    """Write example pictures below a repository's folder.
-
-    Args:
-        folder (`str` or `Path`): The repository's folder.
-        paths (`Sequence[str]`): Pictures to write, by their paths inside the repository.
-    """
-    pictures = draw_pictures()
-    for path in paths:
-        target = Path(folder) / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        pictures[path].save(target, format="PNG", optimize=True)
 
 
 CARD_TEMPLATES = Path(__file__).parents[3] / "hub_cards"
@@ -247,7 +130,7 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         keep_trailing_newline=True,
         autoescape=False,  # Markdown: `text` and `code` escape what comes from files
     )
-    environment.filters |= {"text": escape_markdown, "code": code_markdown}
+    environment.filters |= {"text": escape_markdown, "code": code_markdown, "alt": _alternative_text}
     facts = _show_all(facts)
     try:
         body = environment.get_template(name).render(**facts, kind=kind, name=facts["repos"][kind].split("/")[1])
@@ -257,6 +140,11 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         ) from error
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return f"---\n{make_metadata(kind, facts).to_yaml()}\n---\n\n{body}\n"
+
+
+def _alternative_text(text: str) -> str:
+    """Text in the brackets of a picture inside a table."""
+    return re.sub(r"\\?[\[\]]", " ", escape_markdown(text, in_table=True))
 
 
 def _show_all(value: Any) -> Any:
@@ -290,11 +178,11 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
         "license_link": facts["license_link"],
         "library_name": "transformers",
         "pipeline_tag": PIPELINES[kind],
-        "tags": [facts["family"], "clip", "image-text-retrieval", "distillation"],
+        "tags": _make_tags(kind, facts),
         "base_model": facts["base_models"] or None,
-        "datasets": _hub_datasets(facts["training"]["datasets"]) or None,
+        "datasets": list_datasets(facts) or None,
     }
-    if kind in WITH_EXAMPLES:
+    if kind in WITH_EXAMPLES and facts["examples"]:
         fields["widget"] = [example.to_widget() for example in facts["examples"]]
     if facts["emissions_grams"] is not None:
         emissions = {
@@ -309,8 +197,18 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
     return ModelCardData(**fields)
 
 
-def _hub_datasets(specs: Sequence[str]) -> list[str]:
-    return list(dict.fromkeys(spec.split(":")[1] for spec in specs if spec.startswith("hub:")))
+def _make_tags(kind: str, facts: CardFacts) -> list[str]:
+    """Tags of the Hub: what the model is, and distillation and adapters where there were any."""
+    training = facts["training"]
+    learned = training["reads_teacher"] or kind == "teacher"
+    words = ["distillation"] * learned + ["lora"] * (training["uses_adapter"] and kind != "teacher")
+    return [facts["family"], "clip", "image-text-retrieval", *words]
+
+
+def list_datasets(facts: CardFacts) -> list[str]:
+    """The ids of the training data on the Hub: those that the publisher named, and those that training read there."""
+    read = [spec.split(":")[1] for spec in facts["training"]["specs"] if spec.startswith("hub:")]
+    return list(dict.fromkeys([*(one.hub_id for one in facts["datasets"] if one.hub_id), *read]))
 
 
 def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:

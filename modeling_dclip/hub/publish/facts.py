@@ -1,15 +1,15 @@
 """The facts of a publication: everything that it is written from, read once and before anything is written.
 
 They come from the command line, from the models' folders, from what training wrote beside the weights and from results
-files. A fact that is missing is an error.
+files. A fact that is missing is an error, and all errors are told at once.
 """
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
@@ -17,7 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from modeling_dclip.data.files import list_folder, read_bytes, read_json
+from modeling_dclip.data.failures import FAILURES, one_line
+from modeling_dclip.data.files import read_json
 from modeling_dclip.data.specs import Range
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
@@ -30,23 +31,31 @@ from modeling_dclip.encoders.loading import (
     load_processor,
     read_config,
 )
-from modeling_dclip.evaluation.records import Record, read_results
-from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.evaluation.reports.tables import render_leakage, render_table
+from modeling_dclip.evaluation.records import Record
+from modeling_dclip.evaluation.reports.tables import render_leakage
 from modeling_dclip.hub.native_clip import has_native_twin
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
     CardFacts,
-    EvaluationFacts,
-    Example,
     ModelFacts,
+    NamedDataset,
     TeacherFacts,
-    TrainingFacts,
-    make_examples,
+)
+from modeling_dclip.hub.publish.evaluation import (
+    REFERENCE_ROLES,
+    EvaluationFacts,
+    describe_evaluation,
+    read_all_results,
+    select_records,
+    without_paths,
 )
 from modeling_dclip.hub.publish.licences import check_licence, describe_data, find_origins, read_arguments
+from modeling_dclip.hub.publish.pictures import Example, Pictures, choose_pictures, make_examples
+from modeling_dclip.hub.publish.training import describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+
+_Made = TypeVar("_Made")
 
 
 def _help(text: str, default: Any = None, **options: Any) -> Any:
@@ -59,18 +68,31 @@ class PublishArguments:
 
     model: str = field(metadata={"help": "Folder of the trained dual encoder, as train.py wrote it."})
     results: list[str] = field(
-        metadata={"help": "Results files, or folders of them. The card shows the records of these weights."}
-    )
-    repo_id: str = field(
+        default_factory=list,
         metadata={
-            "help": "namespace/name of the dual encoder. The other repositories get the suffix -vision, -teacher or "
-            "-clip."
-        }
+            "help": "Results files, or folders of them; the card shows the records of these weights. The default is "
+            "the folder `results` of the model's run."
+        },
     )
-    license: str = field(metadata={"help": "Licence of the weights, by its id on the Hub, for example mit."})
+    repo_id: str | None = _help(
+        "Needed: namespace/name of the dual encoder. The other repositories get the suffix -vision, -teacher or -clip."
+    )
+    license: str | None = _help("Needed: licence of the weights, by its id on the Hub, for example mit.")
     teacher: str | None = _help("Folder of the trained teacher, to publish it too.")
     license_name: str | None = _help("Name of the licence, if the licence is `other`.")
     license_link: str | None = _help("Address of the licence's text, if the licence is `other`.")
+    dataset: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Names of the training data for the card; an id of the Hub (me/photos) becomes a link."},
+    )
+    examples: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Pictures to publish with the card: files named as what they show (a-red-bicycle.jpg), a folder "
+            "of such, a spec of captioned images (csv:TABLE.csv:FOLDER@4), or none. By default only drawn scenes are "
+            "shown, where the model was trained on them; photographs are published only if named here."
+        },
+    )
     base_model: str | None = _help("Hub id of the model that training started from, if that was a local copy.")
     hardware: str | None = _help("Hardware that it was trained on, for the card.")
     emissions_grams: float | None = field(
@@ -80,7 +102,8 @@ class PublishArguments:
     private: bool = _help("Make the repositories private.", False)
     dry_run: bool = _help("Write the folders and list what would be pushed. Nothing leaves this machine.", False)
     staging: str | None = _help(
-        "Folder to write the repositories in. The default is a temporary one, or outputs/publish with dry_run."
+        "Folder to write the repositories in; what an earlier run wrote there is replaced. The default is a temporary "
+        "one, or outputs/publish with dry_run."
     )
     cards: str | None = _help("Folder of the cards' templates. The default is hub_cards of this checkout.")
 
@@ -111,6 +134,7 @@ class Facts:
         processor ([`DCLIPProcessor`]): The dual encoder's processor.
         teacher ([`Teacher`], *optional*): The teacher that is published too.
         adapter ([`Adapter`], *optional*): The adapter that is published beside the weights.
+        pictures ([`Pictures`]): The example pictures.
         templates (`str`, *optional*): Folder of the cards' templates, if not `hub_cards` of this checkout.
     """
 
@@ -119,87 +143,161 @@ class Facts:
     processor: DCLIPProcessor
     teacher: Teacher | None
     adapter: Adapter | None
+    pictures: Pictures
     templates: str | None
 
 
-def gather(arguments: PublishArguments) -> Facts:
+class PublicationError(ValueError):
+    """Several problems of one publication.
+
+    Args:
+        problems (`Sequence[str]`): One line each.
+    """
+
+    def __init__(self, problems: Sequence[str]):
+        self.problems = list(problems)
+        numbered = " ".join(f"({number}) {problem}" for number, problem in enumerate(self.problems, 1))
+        super().__init__(f"Expected a complete publication, got {len(self.problems)} problems: {numbered}")
+
+
+class Problems:
+    """Collects what is wrong with a publication, so that all of it is said at once."""
+
+    def __init__(self) -> None:
+        self.found: list[BaseException] = []
+
+    def find(self, make: Callable[[], _Made]) -> _Made | None:
+        """Do something; keep a mistake of the user for [`Problems.report`] and return `None` in its place."""
+        try:
+            return make()
+        except FAILURES as error:
+            self.found.append(error)
+            return None
+
+    def report(self) -> None:
+        """Raise what was found.
+
+        Raises:
+            PublicationError: If there are several mistakes. A single one is raised as it is.
+        """
+        if len(self.found) == 1:
+            raise self.found[0]
+        if self.found:
+            raise PublicationError([one_line(error) for error in self.found])
+
+
+def gather(arguments: PublishArguments, problems: Problems | None = None) -> Facts:
     """Read everything that a publication is written from.
 
     Args:
         arguments ([`PublishArguments`]): The arguments of the publication.
+        problems ([`Problems`], *optional*): What was found wrong before; it is reported with the rest.
 
     Returns:
         [`Facts`]
 
     Raises:
         FileNotFoundError: If a folder or file is missing.
+        PublicationError: If several things are wrong.
         ValueError: If a fact is missing or damaged, no record is of these weights, or the licence is not allowed.
     """
-    check_repo_name(arguments.repo_id)
-    _check_folders(arguments)
-    adapter = _read_adapter(Path(arguments.model) / ADAPTER_FOLDER)
-    model, processor = load_merged(arguments.model), load_processor(arguments.model)
-    teacher = None if arguments.teacher is None else _load_teacher(arguments.teacher, model)
-    examples = make_examples(model, processor)
+    problems = Problems() if problems is None else problems
+    find = problems.find
+    model = processor = adapter = teacher = None
+    find(lambda: check_repo_name(arguments.repo_id))
+    if find(lambda: _check_model(arguments)):
+        adapter = find(lambda: _read_adapter(Path(arguments.model) / ADAPTER_FOLDER))
+        model = find(lambda: load_merged(arguments.model))
+        processor = find(lambda: load_processor(arguments.model))
+    if arguments.teacher is not None:
+        teacher = find(lambda: _load_teacher(str(arguments.teacher), model))
+    trained = find(lambda: read_arguments(arguments.model)) if Path(arguments.model).is_dir() else None
+    specs = (trained or {}).get("train_datasets") or []
+    pictures = find(lambda: choose_pictures(arguments.examples, specs))
+    examples = None
+    if model is not None and processor is not None and pictures is not None:
+        examples = find(lambda: make_examples(model, processor, pictures))
     card = gather_card_facts(
         arguments,
         model,
+        trained,
         teacher=None if teacher is None else teacher.model,
-        examples=examples,
+        examples=examples or [],
+        examples_source="" if pictures is None else pictures.source,
         has_adapter=adapter is not None,
+        problems=problems,
     )
-    return Facts(card, model, processor, teacher, adapter, arguments.cards)
+    if model is None or processor is None or pictures is None:
+        raise ValueError(f"Expected a model at '{arguments.model}', got none.")
+    return Facts(card, model, processor, teacher, adapter, pictures, arguments.cards)
 
 
 def gather_card_facts(
     arguments: PublishArguments,
-    model: PreTrainedModel,
+    model: PreTrainedModel | None,
+    trained: Mapping[str, Any] | None,
     *,
     teacher: DCLIPTeacher | None,
     examples: list[Example],
+    examples_source: str = "",
     has_adapter: bool,
+    problems: Problems | None = None,
 ) -> CardFacts:
     """Gather what the cards' templates read.
 
     Args:
         arguments ([`PublishArguments`]): The arguments of the publication.
-        model (`PreTrainedModel`): The dual encoder.
+        model (`PreTrainedModel`, *optional*): The dual encoder; `None` if a problem was found in its place.
+        trained (`Mapping`, *optional*): Its training arguments; `None` as well.
         teacher ([`DCLIPTeacher`], *optional*): The teacher that is published with it.
         examples (`list[Example]`): Example pictures with this model's scores.
+        examples_source (`str`, *optional*): Where they come from, one sentence.
         has_adapter (`bool`): Whether an adapter is published beside the weights.
+        problems ([`Problems`], *optional*): What was found wrong before; it is reported with the rest.
 
     Returns:
         [`CardFacts`]
 
     Raises:
         FileNotFoundError: If a file is missing.
+        PublicationError: If several things are wrong.
         ValueError: If a fact is missing, no record is of these weights, or the licence is not allowed.
     """
-    training_arguments = read_arguments(arguments.model)
-    training = describe_training(training_arguments, arguments.model)
-    origins = find_origins(training_arguments, arguments.base_model)
-    check_licence(arguments.license, arguments.license_name, arguments.license_link, origins)
-    records = read_all_results(arguments.results)
-    records = [_with(record, benchmark=show_spec(record["benchmark"])) for record in records]
-    own, reference = select_records(records, model_revision(arguments.model, model), arguments)
-    family = "dmclip" if model.config.model_type == "dmclip" else "dclip"
-    name = arguments.repo_id.split("/")[1]
-    read = None
-    if arguments.teacher is not None and teacher is not None:
-        read = describe_teacher(teacher, arguments.teacher, f"{name}-teacher", records)
+    problems = Problems() if problems is None else problems
+    find = problems.find
+    training = origins = read = evaluation = None
+    if trained is not None:
+        training = find(lambda: describe_training(trained, arguments.model))
+        origins = find(lambda: find_origins(trained, arguments.base_model))
+    find(lambda: check_licence(arguments.license, arguments.license_name, arguments.license_link, origins or []))
+    datasets = find(lambda: [name_dataset(name) for name in arguments.dataset])
+    records = find(lambda: read_all_results(arguments.results or find_results(arguments.model)))
+    family = "dmclip" if model is not None and model.config.model_type == "dmclip" else "dclip"
+    name = (arguments.repo_id or "").rpartition("/")[2]
+    if records is not None and model is not None:
+        records = without_paths(records)
+        specs = [] if training is None else training["specs"]
+        evaluation = find(lambda: _evaluate(arguments, model, records, name, specs))
+    if records is not None and teacher is not None:
+        read = find(lambda: describe_teacher(teacher, str(arguments.teacher), f"{name}-teacher", records))
+    problems.report()
+    if model is None or training is None or origins is None or evaluation is None:
+        raise ValueError(f"Expected a trained model at '{arguments.model}', got none.")
     return CardFacts(
         family=family,
-        repos=name_repos(arguments.repo_id, model, has_teacher=teacher is not None),
+        repos=name_repos(str(arguments.repo_id), model, has_teacher=teacher is not None),
         model=describe_model(model),
         training=training,
         teacher=read,
         has_adapter=has_adapter,
-        evaluation=describe_evaluation(own, reference, name, REFERENCE_ROLES[family]),
+        evaluation=evaluation,
         examples=examples,
+        examples_source=examples_source,
+        datasets=datasets or [],
         origins=origins,
         base_models=list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id)),
-        data_terms=describe_data(training["datasets"]),
-        license=arguments.license,
+        data_terms=describe_data(training["specs"]),
+        license=str(arguments.license),
         license_name=arguments.license_name,
         license_link=arguments.license_link,
         hardware=arguments.hardware,
@@ -207,7 +305,54 @@ def gather_card_facts(
     )
 
 
-def check_repo_name(repo_id: str) -> None:
+def _evaluate(
+    arguments: PublishArguments, model: PreTrainedModel, records: list[Record], name: str, specs: list[str]
+) -> EvaluationFacts:
+    revision = model_revision(arguments.model, model)
+    own, reference = select_records(records, revision, arguments.model, arguments.results)
+    family = "dmclip" if model.config.model_type == "dmclip" else "dclip"
+    return describe_evaluation(own, reference, name, REFERENCE_ROLES[family], specs)
+
+
+def find_results(model: str) -> list[str]:
+    """Find the results that train.py wrote: the folder `results` beside the model's, or up to two folders above it.
+
+    Args:
+        model (`str`): The model's folder, such as `outputs/mine/student`.
+
+    Returns:
+        `list[str]`: One folder.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(model).absolute()
+    for above in list(folder.parents)[:3]:
+        if (above / "results").is_dir() and above != Path.cwd():
+            return [os.path.relpath(above / "results")]
+    raise FileNotFoundError(
+        f"results: expected results of '{model}', got none, and no folder 'results' beside it. Evaluate it: "
+        f"`python eval.py --model {model} --benchmark retrieval=SPEC --output FILE`, then give --results FILE."
+    )
+
+
+def name_dataset(name: str) -> NamedDataset:
+    """Take a name of training data: an id of the Hub (`namespace/name`), or words.
+
+    Raises:
+        ValueError: If it is empty.
+
+    Example:
+        >>> name_dataset("me/photos").hub_id, name_dataset("photographs of our garden").hub_id
+        ('me/photos', None)
+    """
+    if not name.strip():
+        raise ValueError("dataset: expected names of the training data, got an empty one.")
+    is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None
+    return NamedDataset(name, name if is_id else None)
+
+
+def check_repo_name(repo_id: str | None) -> None:
     """Check the form of a repository's name, without a network.
 
     Args:
@@ -216,6 +361,8 @@ def check_repo_name(repo_id: str) -> None:
     Raises:
         ValueError: If it is not `namespace/name`, or too long with a suffix such as `-teacher`.
     """
+    if repo_id is None:
+        raise ValueError("repo_id: expected namespace/name, for example me/my-clip, got none. Give --repo_id.")
     try:
         validate_repo_id(f"{repo_id}-teacher")
     except HFValidationError as error:
@@ -240,17 +387,20 @@ def name_repos(repo_id: str, model: PreTrainedModel, has_teacher: bool) -> dict[
     return {kind: f"{repo_id}{REPO_SUFFIXES[kind]}" for kind in kinds}
 
 
-def _check_folders(arguments: PublishArguments) -> None:
-    """Check early that the models are folders: any other name would be looked up on the Hub."""
-    for name in ("model", "teacher"):
-        folder = getattr(arguments, name)
-        if folder is not None and not Path(folder).is_dir():
-            raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got no folder at '{folder}'.")
+def _check_model(arguments: PublishArguments) -> bool:
+    """Check early that the model is a folder of whole weights: any other name would be looked up on the Hub."""
+    _require_trained("model", arguments.model)
     if find_adapter(arguments.model) is not None:
         raise ValueError(
             f"model: expected whole weights in '{arguments.model}', got an adapter alone. Train with "
             "`merge_adapter: true`; the adapter is then published beside the merged weights."
         )
+    return True
+
+
+def _require_trained(name: str, folder: str) -> None:
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{name}: expected a folder that train.py wrote, got no folder at '{folder}'.")
 
 
 def _read_adapter(folder: Path) -> Adapter | None:
@@ -276,8 +426,9 @@ def _read_adapter(folder: Path) -> Adapter | None:
     return Adapter(config, folder / ADAPTER_WEIGHTS)
 
 
-def _load_teacher(folder: str, model: PreTrainedModel) -> Teacher:
-    if model.config.model_type != "dclip":
+def _load_teacher(folder: str, model: PreTrainedModel | None) -> Teacher:
+    _require_trained("teacher", folder)
+    if model is not None and model.config.model_type != "dclip":
         raise ValueError(
             f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got '{folder}'."
         )
@@ -286,217 +437,6 @@ def _load_teacher(folder: str, model: PreTrainedModel) -> Teacher:
         raise ValueError(f"teacher: expected the folder of a DCLIP teacher, got {model_type!r} at '{folder}'.")
     processor = load_processor(folder, DCLIPTeacherProcessor)
     return Teacher(load_checked(DCLIPTeacher, folder), processor)
-
-
-# The settings of each training stage that a card shows, in this order.
-_OPTIMISER = (
-    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
-    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed",
-)  # fmt: skip
-SETTINGS = {
-    "student": (
-        "cosine_distillation_loss_weight", "contrastive_loss_weight", "cosine_preservation_loss_weight",
-        "similarity_distillation_loss_weight", "temperature", "image_to_text_weight", "wise_ft_alpha", "freeze",
-        "position_embedding_type", *_OPTIMISER,
-    ),
-    "dmclip": ("preset", "image_size", "contrastive_loss_weight", "distillation_loss_weight", "freeze_text",
-               *_OPTIMISER),
-    "anchor": ("image_to_text_weight", *_OPTIMISER),
-    "teacher": (
-        "cross_attention", "attention_temperature", "text_share", "region_weighting", "aggregation",
-        "loss_temperature", *_OPTIMISER,
-    ),
-}  # fmt: skip
-# Shown if adapters were trained.
-ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_text")
-# Weights of the loss terms that need a teacher.
-TEACHER_LOSSES = (
-    "cosine_distillation_loss_weight",
-    "similarity_distillation_loss_weight",
-    "distillation_loss_weight",
-)
-
-
-def describe_training(
-    arguments: Mapping[str, Any], folder: str | os.PathLike, section: str | None = None
-) -> TrainingFacts:
-    """Say how a model was trained, from what training wrote beside its weights.
-
-    Args:
-        arguments (`Mapping[str, Any]`): The training arguments in that folder.
-        folder (`str` or `os.PathLike`): The model's folder. `trainer_state.json` may be missing.
-        section (`str`, *optional*): The stage that trained the model. By default `student`, `dmclip` or `anchor`,
-            whichever the arguments have.
-
-    Returns:
-        [`TrainingFacts`]
-
-    Raises:
-        ValueError: If an argument is missing.
-    """
-    if section is None:
-        section = next((name for name in ("student", "dmclip", "anchor") if name in arguments), None)
-    if section is None:
-        raise ValueError(
-            f"Expected student, dmclip or anchor in arguments.yaml of '{folder}', got {sorted(arguments)}."
-        )
-    values = arguments.get(section) or {}
-    missing = [f"{section}.{name}" for name in SETTINGS[section] if name not in values]
-    missing += [name for name in ("train_datasets", "exclude_karpathy", "seed") if name not in arguments]
-    if missing:
-        raise ValueError(f"Expected {missing[0]} in arguments.yaml of '{folder}', got {sorted(arguments)}.")
-    datasets = arguments["train_datasets"] or values.get("train_datasets") or []
-    shards = values.get("train_shards")
-    adapted = [name for name in ADAPTER_SETTINGS if name in values] if values.get("lora_rank") else []
-    # Two fields set the length of training; the one that the other overrides is not shown.
-    unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
-    teachers = (arguments.get("reinforce") or {}).get("teachers", [])
-    steps, epochs, minutes = _read_trainer_state(Path(folder) / "trainer_state.json")
-    return TrainingFacts(
-        section=section,
-        datasets=[*map(show_spec, datasets), *([f"shards {Path(shards).name}"] if shards else [])],
-        uncaptioned=[show_spec(spec) for spec in arguments.get("uncaptioned_datasets") or []],
-        excluded=[Path(name).name for name in arguments["exclude_karpathy"]],
-        teachers=[Path(name).name if Path(name).is_dir() else show_spec(name) for name in teachers],
-        reads_teacher=any(values.get(name) for name in TEACHER_LOSSES),
-        trains_text=section != "teacher" and bool(values.get("lora_text")),
-        settings=[(name, show_value(values[name])) for name in (*SETTINGS[section], *adapted) if name != unused],
-        steps=steps,
-        epochs=epochs,
-        minutes=minutes,
-    )
-
-
-def show_spec(spec: str) -> str:
-    """Write a spec without the folders of this machine: an absolute path is cut to its last name.
-
-    Example:
-        >>> show_spec("coco:/home/me/coco/captions.json:images@500")
-        'coco:captions.json:images@500'
-    """
-    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+", "", spec)
-
-
-def show_value(value: Any) -> str:
-    """Write a setting as a recipe does.
-
-    Example:
-        >>> [show_value(value) for value in (1e-05, True, None, "cosine")]
-        ['1e-05', 'true', '–', 'cosine']
-    """
-    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e4:
-        return f"{value:.10g}"
-    return str(value).lower() if isinstance(value, bool) else "–" if value in (None, []) else str(value)
-
-
-def _read_trainer_state(path: Path) -> tuple[int | None, float | None, float | None]:
-    """Steps, epochs and minutes of a training, `None` where they were not recorded."""
-    if not path.is_file():
-        return None, None, None
-    state = read_json(path, "trainer's state", keys=("global_step", "epoch", "log_history"), advice="Restore it.")
-    runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
-    return state["global_step"], state["epoch"], runtimes[-1] / 60 if runtimes else None
-
-
-# What a card shows of a record, by the record's field. Reading a results file does not check these.
-SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
-INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
-# What the reference model is to the published one, by family.
-REFERENCE_ROLES = {"dclip": "before training", "dmclip": "for comparison"}
-
-
-def read_all_results(paths: Sequence[str]) -> list[Record]:
-    """Read the records of results files, and of all results files in folders.
-
-    Args:
-        paths (`Sequence[str]`): Files or folders. Summaries and other JSON files in a folder are skipped.
-
-    Returns:
-        `list[Record]`: All records, in the order of the files' names.
-
-    Raises:
-        FileNotFoundError: If a path does not exist, or a folder holds no results.
-        ValueError: If a results file is not valid.
-    """
-    records = []
-    for path in map(Path, paths):
-        if not path.exists():
-            raise FileNotFoundError(f"Expected a results file or a folder of them at '{path}', got nothing.")
-        files = list_folder(path, "*.json") if path.is_dir() else [path]
-        # A results file is a list; a summary beside it is an object.
-        files = [file for file in files if file == path or read_bytes(file).lstrip().startswith(b"[")]
-        if not files:
-            raise FileNotFoundError(f"Expected results files in '{path}', got none. Run eval.py with --output there.")
-        for file in files:
-            for index, record in enumerate(read_results(file)):
-                check_shown(record, f"record {index} of {file}")
-                records.append(record)
-    return records
-
-
-def check_shown(record: Record, where: str) -> None:
-    """Check the values of a record that a card shows: a results file may have been edited by hand.
-
-    Args:
-        record (`Record`): A record that is valid for [`~modeling_dclip.evaluation.records.validate_record`].
-        where (`str`): Its file and position, for messages.
-
-    Raises:
-        ValueError: If a field is missing, or a share is not in [0, 1].
-    """
-    values, intervals = dict(record), record.get("intervals", {})
-    fields: dict[str, tuple[object, tuple[str, ...]]] = {
-        name: (values[name], needed) for name, needed in SHOWN_FIELDS.items()
-    }
-    fields |= {f"intervals / {name}": (interval, INTERVAL_FIELDS) for name, interval in intervals.items()}
-    for name, (found, needed) in fields.items():
-        if not isinstance(found, dict) or not set(needed) <= set(found):
-            raise ValueError(f"Expected {', '.join(needed)} in {name!r} of {where}, got {found!r}. Evaluate again.")
-    for name, value in record["metrics"].items():
-        if metric_of(name).unit == "%" and not 0 <= value <= 1 + 1e-9:
-            raise ValueError(
-                f"Expected a share in [0, 1] in 'metrics' / {name!r} of {where}, got {value!r}. Evaluate again."
-            )
-
-
-def select_records(
-    records: Sequence[Record], revision: str, arguments: PublishArguments
-) -> tuple[list[Record], list[Record]]:
-    """Select the records of exactly these weights, and those of the model that they are compared with.
-
-    Args:
-        records (`Sequence[Record]`): All records that were read.
-        revision (`str`): The revision of the weights.
-        arguments ([`PublishArguments`]): The arguments of the publication, for messages.
-
-    Returns:
-        `tuple[list[Record], list[Record]]`: The newest record of each benchmark: of this model, and of the reference
-        on the same benchmarks.
-
-    Raises:
-        ValueError: If no record is of these weights.
-    """
-    own = _newest(record for record in records if record["revision"] == revision and "condition" not in record)
-    if not own:
-        models = sorted({record["model"] for record in records})
-        raise ValueError(
-            f"Expected results of the weights in '{arguments.model}' ({revision[:19]}...) in "
-            f"{', '.join(arguments.results)}, got only results of {', '.join(models)} with other weights. Evaluate "
-            f"these weights: eval.py --model {arguments.model} --output FILE."
-        )
-    references = {
-        record["comparison"]["anchor_revision"] for record in own if "anchor_revision" in record.get("comparison", {})
-    }
-    benchmarks = {record["benchmark"] for record in own}
-    others = (
-        record for record in records if record["revision"] in references - {revision} and "condition" not in record
-    )
-    return own, _newest(record for record in others if record["benchmark"] in benchmarks)
-
-
-def _newest(records: Iterable[Record]) -> list[Record]:
-    by_benchmark = {record["benchmark"]: record for record in sorted(records, key=lambda record: record["created"])}
-    return list(by_benchmark.values())
 
 
 def describe_model(model: PreTrainedModel) -> ModelFacts:
@@ -535,7 +475,11 @@ def describe_teacher(teacher: DCLIPTeacher, folder: str, name: str, records: Seq
         ValueError: If that file is damaged or incomplete.
     """
     config, revision = teacher.config, model_revision(folder, teacher)
-    measured = [record for record in records if "condition" in record and record["revision"] == revision]
+    measured = [
+        cast("Record", {**record, "label": name})
+        for record in records
+        if "condition" in record and record["revision"] == revision
+    ]
     clip = {id(parameter) for parameter in teacher.clip.parameters()}
     trained = sum(parameter.numel() for parameter in teacher.parameters() if id(parameter) not in clip)
     return TeacherFacts(
@@ -544,42 +488,5 @@ def describe_teacher(teacher: DCLIPTeacher, folder: str, name: str, records: Seq
         text_share=config.text_share,
         parameters_millions=f"{trained / 1e6:.3g}",
         training=describe_training(read_arguments(folder), folder, "teacher"),
-        leakage=render_leakage([_with(record, label=name) for record in measured]) if measured else None,
+        leakage=render_leakage(measured) if measured else None,
     )
-
-
-def describe_evaluation(own: Sequence[Record], reference: Sequence[Record], name: str, role: str) -> EvaluationFacts:
-    """Make the results table, and say with what it was measured.
-
-    Args:
-        own (`Sequence[Record]`): The records of this model.
-        reference (`Sequence[Record]`): The records of the model that it is compared with.
-        name (`str`): The name of this model in the table.
-        role (`str`): What the reference is to this model, as in [`REFERENCE_ROLES`].
-
-    Returns:
-        [`EvaluationFacts`]
-    """
-    shown = [_with(record, label=f"{record.get('label', 'reference')} ({role})") for record in reference]
-    shown += [_with(record, label=name) for record in own]
-    machines = {_machine(record["hardware"]) for record in own}
-    versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
-    return EvaluationFacts(
-        table=render_table(sorted(shown, key=lambda record: record["benchmark"])),
-        records=list(own),
-        benchmarks=[record["benchmark"] for record in own],
-        hardware=", ".join(sorted(machines)),
-        versions=", ".join(sorted(versions)),
-        has_reference=bool(reference),
-    )
-
-
-def _with(record: Record, **fields: object) -> Record:
-    """Copy a record, with other values in some fields."""
-    return cast("Record", {**record, **fields})
-
-
-def _machine(hardware: Mapping[str, Any]) -> str:
-    if hardware["gpus"]:
-        return ", ".join(hardware["gpus"])
-    return f"{hardware['cpu']}, {hardware['torch_threads']} thread(s)"

@@ -46,7 +46,7 @@ DATA_TERMS = {
     ),
     "conceptual": "Conceptual Captions' texts are free to use; the images belong to the sites they come from.",
 }
-OTHER_TERMS = "The training data have their own terms, which are not known here."
+OTHER_TERMS = "The training data have terms of their own, which this card does not state."
 
 
 @dataclass(frozen=True)
@@ -133,11 +133,11 @@ def _describe(name: str) -> Origin:
     return Origin(Path(name).name, None, *CONVERTED.get(licence_name or "", NO_TERMS))
 
 
-def check_licence(license: str, name: str | None, link: str | None, origins: Sequence[Origin]) -> None:
+def check_licence(license: str | None, name: str | None, link: str | None, origins: Sequence[Origin]) -> None:
     """Refuse a licence that the Hub does not know, or that the model's origins do not allow.
 
     Args:
-        license (`str`): The Hub's id of the licence.
+        license (`str`, *optional*): The Hub's id of the licence. `None` is refused.
         name, link (`str`, *optional*): The licence's name and address, needed for `other`.
         origins (`Sequence[Origin]`): The weights that the model was trained from.
 
@@ -146,8 +146,8 @@ def check_licence(license: str, name: str | None, link: str | None, origins: Seq
     """
     if license not in LICENCES:
         raise ValueError(
-            f"license: expected one of {', '.join(LICENCES)}, got {license!r}. For any other licence give `other` "
-            "with a name and a link."
+            f"license: expected one of {', '.join(LICENCES)}, got {license or 'none'!r}. For any other licence give "
+            "`other` with a name and a link."
         )
     if license == "other" and not (name and link):
         raise ValueError("license 'other': expected license_name and license_link too, got none or one of them.")

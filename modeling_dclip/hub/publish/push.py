@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 TRANSIENT = {408, 412, 429, 500, 502, 503, 504}
 DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 # The files that publishing writes. Those that it no longer writes are deleted; all other files of a repository stay.
-OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png", "adapter/adapter_*")
+OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png", "examples/*.jpg", "adapter/adapter_*")
 MESSAGE = "Publish with modeling_dclip"
 
 _Result = TypeVar("_Result")

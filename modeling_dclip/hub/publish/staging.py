@@ -17,22 +17,29 @@ from transformers import (
 
 from modeling_dclip.data.files import (
     check_new_folder,
+    check_output_folder,
+    entry_names,
     find_files,
     holding,
+    read_json,
     read_text,
+    remove_leftovers,
     replacing,
     write_json,
     write_text,
 )
+from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
 from modeling_dclip.hub.native_clip import check_twin, to_native_clip, to_native_processor
-from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, draw_pictures, render_card, save_pictures
+from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, render_card
 from modeling_dclip.hub.publish.facts import Facts
+from modeling_dclip.hub.publish.pictures import draw_pictures, save_pictures
 from modeling_dclip.modeling_dclip import DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+RECORD = "publication.json"  # what was written in a staging folder: each file's hash
 TWIN_TEXTS = ["a red circle", "two blue stars", "a heart"]  # the twin is compared on these and the example pictures
 
 
@@ -44,11 +51,14 @@ class StagedRepo:
         kind (`str`): `dual`, `vision`, `teacher` or `clip`.
         repo_id (`str`): Its id on the Hub.
         folder (`Path`): Where it was written.
+        changed (`tuple[str, ...]`, *optional*): The files that an earlier run into the same place did not write, or
+            wrote otherwise, or wrote and this one does not; `None` if there was no earlier run.
     """
 
     kind: str
     repo_id: str
     folder: Path
+    changed: tuple[str, ...] | None = None
 
 
 def stage(facts: Facts, root: Path) -> list[StagedRepo]:
@@ -56,18 +66,19 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
 
     Args:
         facts ([`Facts`]): What to write.
-        root (`Path`): A new or empty folder. Each repository gets a folder in it, with the repository's name.
+        root (`Path`): A new or empty folder, or one that an earlier run wrote, which is replaced. Each repository gets
+            a folder in it, with the repository's name.
 
     Returns:
-        `list[StagedRepo]`: In the order of pushing. If one repository fails, no folder is kept.
+        `list[StagedRepo]`: In the order of pushing. If one repository fails, `root` stays as it was.
 
     Raises:
-        FileExistsError: If `root` is in use.
+        FileExistsError: If `root` is in use, or what an earlier run wrote there was changed.
         FileNotFoundError: If a template or a written file is missing.
         ValueError: If a card is not valid, or the stock `CLIPModel` gives other outputs than the model.
     """
-    check_new_folder(root)
-    if root.is_dir():
+    earlier = check_staging(root)
+    if root.is_dir() and not entry_names(root):
         root.rmdir()
     repos = facts.card["repos"]
     staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in repos.items()]
@@ -78,7 +89,51 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
             write_card(facts, kind, written[kind].folder)
         for repo in written.values():
             check_folder(repo)
-    return staged
+        hashes = hash_files(temporary)
+        write_json(temporary / RECORD, {"repos": list(repos.values()), "files": hashes}, indent=2)
+        if root.is_dir():
+            root.rename(temporary.with_name("earlier"))  # it goes with the temporary folder
+    if earlier is None:
+        return staged
+    return [replace(repo, changed=tuple(_differences(earlier, hashes, repo.folder.name))) for repo in staged]
+
+
+def check_staging(root: Path) -> dict[str, str] | None:
+    """Check early that a folder can be written or replaced.
+
+    Args:
+        root (`Path`): The staging folder.
+
+    Returns:
+        `dict[str, str]`: The hashes of what an earlier run wrote there; `None` if the folder is new or empty.
+
+    Raises:
+        FileExistsError: If it holds anything else, or a file that was changed since.
+    """
+    if not (root / RECORD).is_file():
+        check_new_folder(root)
+        return None
+    remove_leftovers(root.parent)
+    check_output_folder(root)
+    recorded = read_json(root / RECORD, "record of a dry run", keys=("files",), advice="Remove the folder.")["files"]
+    found = hash_files(root)
+    if changed := sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name)):
+        raise FileExistsError(
+            f"staging: expected in '{root}' what the last run wrote, got changes in {', '.join(changed[:3])}"
+            f"{f' and {len(changed) - 3} more' if len(changed) > 3 else ''}, which a new run would delete. Edit the "
+            "templates in hub_cards (--cards) instead, or move the folder away."
+        )
+    return recorded
+
+
+def hash_files(root: Path) -> dict[str, str]:
+    """SHA-256 of all files below a staging folder but its record, by their paths in it."""
+    return {name: hash_file(root / name) for name in list_files(root) if name != RECORD}
+
+
+def _differences(earlier: dict[str, str], hashes: dict[str, str], repo: str) -> list[str]:
+    names = sorted(name for name in earlier.keys() | hashes.keys() if earlier.get(name) != hashes.get(name))
+    return [name.partition("/")[2] for name in names if name.partition("/")[0] == repo]
 
 
 def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
@@ -150,7 +205,7 @@ def write_card(facts: Facts, kind: str, folder: Path) -> None:
         FileNotFoundError, ValueError: As [`render_card`].
     """
     if kind in WITH_EXAMPLES:
-        save_pictures(folder, [example.path for example in facts.card["examples"]])
+        save_pictures(folder, facts.pictures.files)
     write_text(folder / "README.md", render_card(kind, facts.card, facts.templates))
 
 

@@ -1,0 +1,254 @@
+"""What a card says of a model's results: which records are of these weights, and each benchmark as a small table."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict, cast
+
+from modeling_dclip.data.files import list_folder, read_bytes
+from modeling_dclip.evaluation.records import Record, read_results
+from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
+from modeling_dclip.evaluation.reports.metric_names import metric_of
+from modeling_dclip.evaluation.reports.tables import ABSENT, interval_of
+from modeling_dclip.evaluation.reports.verdict import verdict_lines
+from modeling_dclip.evaluation.statistics import IntervalDict
+from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_count, show_spec
+
+# What a card shows of a record, by the record's field. Reading a results file does not check these.
+SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
+INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
+# What the reference model is to the published one, by family.
+REFERENCE_ROLES = {"dclip": "before training", "dmclip": "for comparison"}
+KINDS = {"retrieval": "Search", "zero_shot": "Zero-shot classification", "fine_grained": "Fine-grained questions"}
+HELD_OUT = "held_out:"  # a spec of images that a run neither trained on nor chose anything by
+
+
+class BenchmarkFacts(NamedTuple):
+    """One benchmark: what was measured, on how much, the spec that names the data, and the table in Markdown."""
+
+    title: str
+    size: str
+    spec: str
+    table: str
+
+
+class EvaluationFacts(TypedDict):
+    """Results of a model: `benchmarks`, their `records`, what to know of them, and with what they were measured."""
+
+    benchmarks: list[BenchmarkFacts]
+    records: list[Record]
+    trained_on: list[str]
+    is_synthetic: bool
+    interval: str | None
+    hardware: str
+    versions: str
+    has_reference: bool
+    role: str
+    verdicts: list[str]
+
+
+def read_all_results(paths: Sequence[str]) -> list[Record]:
+    """Read the records of results files, and of all results files in folders.
+
+    Args:
+        paths (`Sequence[str]`): Files or folders. Summaries and other JSON files in a folder are skipped.
+
+    Returns:
+        `list[Record]`: All records, in the order of the files' names.
+
+    Raises:
+        FileNotFoundError: If a path does not exist, or a folder holds no results.
+        ValueError: If a results file is not valid.
+    """
+    records = []
+    for path in map(Path, paths):
+        if not path.exists():
+            raise FileNotFoundError(f"Expected a results file or a folder of them at '{path}', got nothing.")
+        files = list_folder(path, "*.json") if path.is_dir() else [path]
+        # A results file is a list; a summary beside it is an object.
+        files = [file for file in files if file == path or read_bytes(file).lstrip().startswith(b"[")]
+        if not files:
+            raise FileNotFoundError(f"Expected results files in '{path}', got none. Run eval.py with --output there.")
+        for file in files:
+            for index, record in enumerate(read_results(file)):
+                check_shown(record, f"record {index} of {file}")
+                records.append(record)
+    return records
+
+
+def check_shown(record: Record, where: str) -> None:
+    """Check the values of a record that a card shows: a results file may have been edited by hand.
+
+    Args:
+        record (`Record`): A record that is valid for [`~modeling_dclip.evaluation.records.validate_record`].
+        where (`str`): Its file and position, for messages.
+
+    Raises:
+        ValueError: If a field is missing, or a share is not in [0, 1].
+    """
+    values, intervals = dict(record), record.get("intervals", {})
+    fields: dict[str, tuple[object, tuple[str, ...]]] = {
+        name: (values[name], needed) for name, needed in SHOWN_FIELDS.items()
+    }
+    fields |= {f"intervals / {name}": (interval, INTERVAL_FIELDS) for name, interval in intervals.items()}
+    for name, (found, needed) in fields.items():
+        if not isinstance(found, dict) or not set(needed) <= set(found):
+            raise ValueError(f"Expected {', '.join(needed)} in {name!r} of {where}, got {found!r}. Evaluate again.")
+    for name, value in record["metrics"].items():
+        if metric_of(name).unit == "%" and not 0 <= value <= 1 + 1e-9:
+            raise ValueError(
+                f"Expected a share in [0, 1] in 'metrics' / {name!r} of {where}, got {value!r}. Evaluate again."
+            )
+
+
+def select_records(
+    records: Sequence[Record], revision: str, model: str, results: Sequence[str]
+) -> tuple[list[Record], list[Record]]:
+    """Select the records of exactly these weights, and those of the model that they are compared with.
+
+    Args:
+        records (`Sequence[Record]`): All records that were read.
+        revision (`str`): The revision of the weights.
+        model (`str`): The model's folder, for messages.
+        results (`Sequence[str]`): Where the records were read, for messages.
+
+    Returns:
+        `tuple[list[Record], list[Record]]`: The newest record of each benchmark: of this model, and of the reference
+        on the same benchmarks. Held-out images of the own data come first.
+
+    Raises:
+        ValueError: If no record is of these weights.
+    """
+    own = _newest(record for record in records if record["revision"] == revision and "condition" not in record)
+    if not own:
+        models = sorted({record["model"] for record in records})
+        raise ValueError(
+            f"Expected results of the weights in '{model}' ({revision[:19]}...) in {', '.join(results)}, got only "
+            f"results of {', '.join(models)} with other weights. Evaluate these weights: eval.py --model {model} "
+            "--output FILE."
+        )
+    references = {
+        record["comparison"]["anchor_revision"] for record in own if "anchor_revision" in record.get("comparison", {})
+    }
+    benchmarks = {record["benchmark"] for record in own}
+    others = (
+        record for record in records if record["revision"] in references - {revision} and "condition" not in record
+    )
+    own.sort(key=lambda record: HELD_OUT not in record["benchmark"])
+    return own, _newest(record for record in others if record["benchmark"] in benchmarks)
+
+
+def _newest(records: Iterable[Record]) -> list[Record]:
+    by_benchmark = {record["benchmark"]: record for record in sorted(records, key=lambda record: record["created"])}
+    return list(by_benchmark.values())
+
+
+def describe_evaluation(
+    own: Sequence[Record], reference: Sequence[Record], name: str, role: str, training: Sequence[str] = ()
+) -> EvaluationFacts:
+    """Make a table of each benchmark, and say with what it was measured.
+
+    Args:
+        own (`Sequence[Record]`): The records of this model.
+        reference (`Sequence[Record]`): The records of the model that it is compared with.
+        name (`str`): The name of this model in the tables.
+        role (`str`): What the reference is to this model, as in [`REFERENCE_ROLES`].
+        training (`Sequence[str]`, *optional*): Specs of the training data: a benchmark on them is marked.
+
+    Returns:
+        [`EvaluationFacts`]
+    """
+    before = {record["benchmark"]: record for record in reference}
+    named = [cast("Record", {**record, "label": name}) for record in own]
+    machines = {_machine(record["hardware"]) for record in own}
+    versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
+    levels = {
+        interval["confidence"]
+        for record in (*own, *reference)
+        for interval in record.get("intervals", {}).values()
+        if interval["covers"] == "images" and interval["low"] is not None
+    }
+    return EvaluationFacts(
+        benchmarks=[describe_benchmark(record, before.get(record["benchmark"]), name, role) for record in own],
+        records=list(own),
+        trained_on=find_overlaps([record["benchmark"] for record in own], training),
+        is_synthetic=any(record["benchmark"].partition("=")[2].startswith("scenes:") for record in own),
+        interval=f"{max(levels):.0%}" if levels else None,
+        hardware=", ".join(sorted(machines)),
+        versions=", ".join(sorted(versions)),
+        has_reference=bool(reference),
+        role=role,
+        verdicts=verdict_lines([*reference, *named]) if role == REFERENCE_ROLES["dclip"] else [],
+    )
+
+
+def describe_benchmark(record: Record, before: Record | None, name: str, role: str) -> BenchmarkFacts:
+    """One benchmark of a model as a table: a row for each metric, a column for each model.
+
+    Args:
+        record, before ([`Record`]): Of this model, and of the reference on the same benchmark if there is one.
+        name, role (`str`): As in [`describe_evaluation`].
+
+    Returns:
+        [`BenchmarkFacts`]
+    """
+    kind, _, spec = record["benchmark"].partition("=")
+    names = [metric for metric in record["metrics"] if _is_shown(metric, record["metrics"])]
+    header = ["", *([role] if before else []), name]
+    rows: list[list[str | Cell]] = []
+    for metric in names:
+        known, cells = metric_of(metric), [one for one in (before, record) if one is not None]
+        rows.append([known.title, *(_cell(one, metric) for one in cells)])
+        if before and metric in before["metrics"] and known.unit in ("%", "of 600"):
+            header = ["", role, name, "change, in points"]
+            change = record["metrics"][metric] - before["metrics"][metric]
+            rows[-1].append(known.show(change, signed=True))
+    rows = [[*row, *([ABSENT] * (len(header) - len(row)))] for row in rows]
+    size = show_count(record["n"], "image" if kind in ("retrieval", "zero_shot") else "item")
+    if "n_captions" in record:
+        size += f" with {show_count(record['n_captions'], 'caption')}"
+    words = describe_source(spec).words if spec else kind
+    title = f"{KINDS.get(kind, kind.replace('_', ' ').capitalize())}, {words}"
+    return BenchmarkFacts(title, size, record["benchmark"], render_markdown([Table(header, rows)]))
+
+
+def _is_shown(metric: str, metrics: Mapping[str, float]) -> bool:
+    """Whether a metric says what no other row does; the metadata hold all."""
+    if metric == "mean_per_class":
+        return metrics[metric] != metrics.get("top1")
+    return not metric.endswith(("_mrr", "_map", "_median_rank")) and metric != "rsum"
+
+
+def _cell(record: Record, metric: str) -> str:
+    """A value with its interval in words: `36.5 (32.3 to 40.7)`."""
+    if metric not in record["metrics"]:
+        return ABSENT
+    known, interval = metric_of(metric), interval_of(record, metric)
+    value = known.show(record["metrics"][metric])
+    return f"{value} {range_in_words(interval, known.show)}".rstrip()
+
+
+def range_in_words(interval: IntervalDict, show: Any) -> str:
+    """An interval as a person would write it.
+
+    Example:
+        >>> bounds = {"estimate": 2.0, "low": 1.0, "high": None, "confidence": 0.95, "covers": "images"}
+        >>> range_in_words(bounds, str)
+        '(at least 1.0)'
+    """
+    low, high = interval["low"], interval["high"]
+    if low is None and high is None:
+        return ""
+    if low is None or high is None:
+        return f"(at most {show(high)})" if low is None else f"(at least {show(low)})"
+    return f"({show(low)} to {show(high)})"
+
+
+def _machine(hardware: Mapping[str, Any]) -> str:
+    if hardware["gpus"]:
+        return ", ".join(hardware["gpus"])
+    return f"{hardware['cpu']} with {show_count(hardware['torch_threads'], 'thread')}"
+
+
+def without_paths(records: Sequence[Record]) -> list[Record]:
+    """Records whose benchmarks name no folder of this machine."""
+    return [cast("Record", {**record, "benchmark": show_spec(record["benchmark"])}) for record in records]

@@ -1,0 +1,347 @@
+"""What a card says of a model's training, in words: the data, the method, the length, the settings.
+
+All of it comes from what training wrote beside the weights: `arguments.yaml`, `trainer_state.json`, `manifest.json`.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TypedDict
+
+from modeling_dclip.data.files import MANIFEST_NAME, read_json
+
+# The settings of each training stage that a card's table shows, in this order.
+_OPTIMISER = (
+    "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "num_train_epochs",
+    "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps", "bf16", "fp16", "seed",
+)  # fmt: skip
+SETTINGS = {
+    "student": (
+        "cosine_distillation_loss_weight", "contrastive_loss_weight", "cosine_preservation_loss_weight",
+        "similarity_distillation_loss_weight", "temperature", "image_to_text_weight", "wise_ft_alpha", "freeze",
+        "position_embedding_type", *_OPTIMISER,
+    ),
+    "dmclip": ("preset", "image_size", "contrastive_loss_weight", "distillation_loss_weight", "freeze_text",
+               *_OPTIMISER),
+    "anchor": ("image_to_text_weight", *_OPTIMISER),
+    "teacher": (
+        "cross_attention", "attention_temperature", "text_share", "region_weighting", "aggregation",
+        "loss_temperature", *_OPTIMISER,
+    ),
+}  # fmt: skip
+# Shown if adapters were trained.
+ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_text")
+# Weights of the loss terms, and what each term does. The first group needs a teacher.
+TEACHER_LOSSES = {
+    "cosine_distillation_loss_weight": "each embedding moves to the teacher's",
+    "similarity_distillation_loss_weight": "the model ranks a batch as the teacher does",
+    "distillation_loss_weight": "the model ranks a batch as its teachers do",
+}
+OTHER_LOSSES = {
+    "contrastive_loss_weight": "an image and its caption find each other in a batch",
+    "cosine_preservation_loss_weight": "image embeddings stay near those of the untouched CLIP",
+}
+# What each kind of dataset is called. `{}` is the name of its file or folder.
+SOURCES = {
+    "scenes": "scenes drawn by modeling_dclip",
+    "coco": "COCO",
+    "karpathy": "Karpathy's split in {}",
+    "flickr30k": "Flickr30k",
+    "conceptual": "Conceptual Captions",
+    "csv": "the publisher's own captions in {}",
+    "parquet": "the parquet files {}",
+    "hub": "{}, a dataset of the Hub",
+    "disk": "the saved dataset {}",
+    "wds": "the shards {}",
+    "images": "the publisher's own images in {}",
+    "held_out": "images held out from training",
+}
+# What decides which checkpoint is kept, by the name that the trainer gives it.
+CHOOSERS = {"loss": "validation loss"}
+
+
+class Source(NamedTuple):
+    """A dataset: `words` say what it is, `spec` names it without folders of this machine."""
+
+    words: str
+    spec: str
+
+
+class TrainingFacts(TypedDict):
+    """How a model was trained, in words. What training did not record is `None` or an empty list.
+
+    `sources` and `uncaptioned` are the datasets, `counts` their sizes, `losses` and `methods` what was done, `length`
+    and `checkpoint` how long and which state was kept, `settings` a table.
+    """
+
+    section: str
+    specs: list[str]
+    sources: list[Source]
+    uncaptioned: list[Source]
+    counts: list[str]
+    excluded: list[str]
+    may_hold_test_images: bool
+    teachers: list[str]
+    detector: str | None
+    reads_teacher: bool
+    trains_text: bool
+    uses_adapter: bool
+    averages_weights: bool
+    losses: list[str]
+    methods: list[str]
+    optimiser: str
+    length: str | None
+    checkpoint: str | None
+    settings: list[tuple[str, str]]
+
+
+def describe_training(
+    arguments: Mapping[str, Any], folder: str | os.PathLike, section: str | None = None
+) -> TrainingFacts:
+    """Say how a model was trained, from what training wrote beside its weights.
+
+    Args:
+        arguments (`Mapping[str, Any]`): The training arguments in that folder.
+        folder (`str` or `os.PathLike`): The model's folder. `trainer_state.json` and `manifest.json` may be missing.
+        section (`str`, *optional*): The stage that trained the model. By default `student`, `dmclip` or `anchor`,
+            whichever the arguments have.
+
+    Returns:
+        [`TrainingFacts`]
+
+    Raises:
+        ValueError: If an argument is missing.
+    """
+    section, values = _find_section(arguments, folder, section)
+    datasets = arguments["train_datasets"] or values.get("train_datasets") or []
+    uncaptioned = arguments.get("uncaptioned_datasets") or []
+    shards = values.get("train_shards")
+    specs = [*map(show_spec, datasets), *([f"shards {Path(shards).name}"] if shards else [])]
+    adapted = [name for name in ADAPTER_SETTINGS if name in values] if values.get("lora_rank") else []
+    # Two fields set the length of training; the one that the other overrides is not shown.
+    unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
+    teachers = (arguments.get("reinforce") or {}).get("teachers", [])
+    state = _read_state(Path(folder) / "trainer_state.json")
+    names = (*SETTINGS[section], *adapted)
+    reads_teacher = any(values.get(name) for name in TEACHER_LOSSES)
+    return TrainingFacts(
+        section=section,
+        specs=specs,
+        sources=[describe_source(spec) for spec in specs],
+        uncaptioned=[describe_source(show_spec(spec)) for spec in uncaptioned],
+        counts=_describe_counts(Path(folder) / MANIFEST_NAME),
+        excluded=[Path(name).name for name in arguments["exclude_karpathy"]],
+        may_hold_test_images=any(spec.partition(":")[0] not in ("scenes", "csv", "images") for spec in specs),
+        teachers=[Path(name).name if Path(name).is_dir() else show_spec(name) for name in teachers],
+        detector=_name_detector(arguments) if section == "teacher" or reads_teacher else None,
+        reads_teacher=reads_teacher,
+        trains_text=section == "dmclip" or (section != "teacher" and bool(values.get("lora_text"))),
+        uses_adapter=bool(values.get("lora_rank")),
+        averages_weights=values.get("wise_ft_alpha", 1) != 1,
+        losses=_describe_losses(values),
+        methods=_describe_methods(values),
+        optimiser=_describe_optimiser(values),
+        length=_describe_length(state, values),
+        checkpoint=_describe_checkpoint(state, values),
+        settings=[(name, show_value(values[name])) for name in names if name != unused],
+    )
+
+
+def _find_section(
+    arguments: Mapping[str, Any], folder: str | os.PathLike, section: str | None
+) -> tuple[str, Mapping[str, Any]]:
+    """The stage that trained the model and its fields, after a check that all that the card reads are there."""
+    if section is None:
+        section = next((name for name in ("student", "dmclip", "anchor") if name in arguments), None)
+    if section is None:
+        raise ValueError(
+            f"Expected student, dmclip or anchor in arguments.yaml of '{folder}', got {sorted(arguments)}."
+        )
+    values = arguments.get(section) or {}
+    missing = [f"{section}.{name}" for name in SETTINGS[section] if name not in values]
+    missing += [name for name in ("train_datasets", "exclude_karpathy", "seed") if name not in arguments]
+    if missing:
+        raise ValueError(f"Expected {missing[0]} in arguments.yaml of '{folder}', got {sorted(arguments)}.")
+    return section, values
+
+
+def show_spec(spec: str) -> str:
+    """Write a spec without the folders of this machine: an absolute path is cut to its last name.
+
+    Example:
+        >>> show_spec("coco:/home/me/coco/captions.json:images@500")
+        'coco:captions.json:images@500'
+    """
+    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+", "", spec)
+
+
+def describe_source(spec: str) -> Source:
+    """Say what a dataset is.
+
+    Example:
+        >>> describe_source("csv:captions.csv:photos").words
+        "the publisher's own captions in captions.csv"
+    """
+    kind, _, rest = spec.partition(":")
+    name = re.split(r"[:,@]", rest)[0]
+    return Source(SOURCES.get(kind, spec).replace("{}", Path(name).name if kind != "hub" else name), spec)
+
+
+def show_value(value: Any) -> str:
+    """Write a setting as a recipe does.
+
+    Example:
+        >>> [show_value(value) for value in (1e-05, True, None, "cosine", 3.0)]
+        ['1e-05', 'true', '–', 'cosine', '3']
+    """
+    if isinstance(value, float) and value and not 1e-3 <= abs(value) < 1e4:
+        return f"{value:.10g}"
+    if isinstance(value, float):
+        return f"{value:g}"
+    return str(value).lower() if isinstance(value, bool) else "–" if value in (None, []) else str(value)
+
+
+def show_count(number: float, noun: str) -> str:
+    """Write a number with its noun.
+
+    Example:
+        >>> show_count(1, "step"), show_count(12000, "image"), show_count(2.5, "epoch")
+        ('1 step', '12,000 images', '2.5 epochs')
+    """
+    return f"{number:,.4g} {noun}{'' if number == 1 else 's'}" if number % 1 else _whole(int(number), noun)
+
+
+def _whole(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def show_duration(seconds: float) -> str:
+    """Write a duration as a person would.
+
+    Example:
+        >>> [show_duration(seconds) for seconds in (0.4, 25.2, 61, 5400, 100_000)]
+        ['less than a second', '25 seconds', '1 minute', '1 hour 30 minutes', '1 day 4 hours']
+    """
+    if seconds < 1:
+        return "less than a second"
+    if round(seconds) < 60:
+        return _whole(round(seconds), "second")
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return _whole(minutes, "minute")
+    hours, rest = divmod(minutes, 60)
+    large, small = ((hours, "hour"), (rest, "minute")) if hours < 24 else _days(round(minutes / 60))
+    return " ".join(_whole(*part) for part in (large, small) if part[0])
+
+
+def _days(hours: int) -> tuple[tuple[int, str], tuple[int, str]]:
+    days, rest = divmod(hours, 24)
+    return (days, "day"), (rest, "hour")
+
+
+def _describe_counts(manifest: Path) -> list[str]:
+    """How many images each part of the data has, where training counted them."""
+    if not manifest.is_file():
+        return []
+    counts = read_json(manifest, "manifest", advice="Restore it.").get("counts", {})
+    parts = {
+        "train": "{} with {} trained the model",
+        "uncaptioned": "{} without captions trained it too",
+        "validation": "{} with {} were used for validation",
+    }
+    return [
+        words.format(show_count(found["images"], "image"), show_count(found["captions"], "caption"))
+        for part, words in parts.items()
+        if (found := counts.get(part))
+    ]
+
+
+def _name_detector(arguments: Mapping[str, Any]) -> str | None:
+    """The detector that found regions; a local file without its folders."""
+    named = (arguments.get("regions") or {}).get("detector")
+    return None if named is None else show_spec(named)
+
+
+def _describe_losses(values: Mapping[str, Any]) -> list[str]:
+    known = TEACHER_LOSSES | OTHER_LOSSES
+    return [
+        f"{name.removesuffix('_loss_weight').replace('_', ' ')} loss, weight {show_value(values[name])}: {meaning}"
+        for name, meaning in known.items()
+        if values.get(name)
+    ]
+
+
+def _describe_methods(values: Mapping[str, Any]) -> list[str]:
+    methods = []
+    if rank := values.get("lora_rank"):
+        kind = "DoRA" if values.get("use_dora") else "LoRA"
+        where = "both encoders" if values.get("lora_text") else "the image encoder"
+        methods.append(f"{kind} adapters of rank {rank} in {where}; all other weights stayed as they were")
+    elif "wise_ft_alpha" in values:
+        frozen = ", except those named " + ", ".join(values["freeze"]) if values.get("freeze") else ""
+        methods.append(f"all weights of the image encoder were trained{frozen}")
+    if (alpha := values.get("wise_ft_alpha", 1)) != 1:
+        methods.append(
+            f"WiSE-FT: the saved weights are {alpha:.4g} times the trained ones plus {1 - alpha:.4g} times those "
+            "before training"
+        )
+    return methods
+
+
+def _describe_optimiser(values: Mapping[str, Any]) -> str:
+    rate = f"learning rate {show_value(values['learning_rate'])}, {values['lr_scheduler_type'].replace('_', ' ')}"
+    warmup = values["warmup_steps"]
+    if warmup:
+        rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else show_count(warmup, 'step')}"
+    precision = next((name for name in ("bf16", "fp16") if values.get(name)), "float32")
+    return (
+        f"{rate}; weight decay {show_value(values['weight_decay'])}; gradients clipped at norm "
+        f"{show_value(values['max_grad_norm'])}; {precision}; seed {values['seed']}"
+    )
+
+
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """The state that the trainer wrote at the end, `None` if there is none."""
+    if not path.is_file():
+        return None
+    return read_json(path, "trainer's state", keys=("global_step", "epoch", "log_history"), advice="Restore it.")
+
+
+def _describe_length(state: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
+    if state is None or not state["global_step"]:
+        return None
+    size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
+    parts = [f"{_whole(state['global_step'], 'step')} of {show_count(size, 'pair')} per device"]
+    if state["epoch"]:
+        parts.insert(0, show_count(round(state["epoch"], 2), "epoch"))
+    runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
+    return ", ".join([*parts, *([show_duration(runtimes[-1])] if runtimes else [])])
+
+
+def _describe_checkpoint(state: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
+    """Which state of the training was kept, if it was chosen."""
+    if state is None or not values.get("load_best_model_at_end") or not state.get("best_global_step"):
+        return None
+    name = str(values.get("metric_for_best_model") or "loss").removeprefix("eval_")
+    word = CHOOSERS.get(name, f"{name.replace('_', ' ')} on the validation images")
+    best = "highest" if values.get("greater_is_better") else "lowest"
+    return f"the one with the {best} {word}, after step {state['best_global_step']:,} of {state['global_step']:,}"
+
+
+def find_overlaps(benchmarks: Sequence[str], training: Sequence[str]) -> list[str]:
+    """Find benchmarks whose images were trained on: their dataset is one that training read.
+
+    Args:
+        benchmarks (`Sequence[str]`): `KIND=SPEC`, without folders of this machine.
+        training (`Sequence[str]`): Specs of the training data, in the same form.
+
+    Returns:
+        `list[str]`: The benchmarks, in their order.
+
+    Example:
+        >>> find_overlaps(["retrieval=csv:a.csv:photos@100", "retrieval=csv:b.csv:photos"], ["csv:a.csv:photos"])
+        ['retrieval=csv:a.csv:photos@100']
+    """
+    trained = {re.split(r"[,@]", spec)[0] for spec in training}
+    return [one for one in benchmarks if re.split(r"[,@]", one.partition("=")[2])[0] in trained]
