@@ -287,6 +287,8 @@ COMMANDS = {
         "--teacher",
         "--license_name",
         "--license_link",
+        "--dataset",
+        "--examples",
         "--base_model",
         "--hardware",
         "--emissions_grams",

@@ -16,7 +16,7 @@ from modeling_dclip.hub.publish.staging import StagedRepo, check_staging, list_f
 from modeling_dclip.hub.publish.training import show_count
 
 DRY_RUN_FOLDER = "outputs/publish"
-COMMAND = "python -m modeling_dclip.hub.publish"
+PUBLISH_COMMAND = "python -m modeling_dclip.hub.publish"
 _WIDTH = 120  # of a line in the terminal
 
 
@@ -113,17 +113,22 @@ def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[
     staged = [repo for repo in done if isinstance(repo, StagedRepo)]
     cards = [str(repo.folder / "README.md") for repo in reversed(staged)]  # the dual encoder's first
     lines = [describe_publication(staged), "", _describe_changes(staged), *_describe_open_ends(arguments, staged), ""]
-    lines += ["To push it:", f"  {shlex.join([*COMMAND.split(), *to_words(replace(arguments, dry_run=False))])}", ""]
+    lines += ["To push it:", f"  {shlex.join([*PUBLISH_COMMAND.split(), *to_words(replace(arguments, dry_run=False))])}", ""]
     return "\n".join([*lines, f"Nothing was pushed; read {', '.join(cards)}"])
 
 
 def _describe_changes(staged: list[StagedRepo]) -> str:
-    changes = [f"{repo.folder.name}/{name}" for repo in staged for name in repo.changed or ()]
     if all(repo.changed is None for repo in staged):
         return "Written for the first time. The same command again replaces the folders and says what changed."
+    changes = [f"  {repo.folder.name}: {_list_some(repo.changed)}" for repo in staged if repo.changed]
     if not changes:
         return "Nothing changed since the last dry run."
-    return f"Changed since the last dry run: {', '.join(changes)}."
+    return "\n".join(["Changed since the last dry run:", *changes])
+
+
+def _list_some(names: tuple[str, ...], most: int = 4) -> str:
+    more = f" and {show_count(len(names) - most, 'other file')}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -> list[str]:

@@ -130,7 +130,12 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         keep_trailing_newline=True,
         autoescape=False,  # Markdown: `text` and `code` escape what comes from files
     )
-    environment.filters |= {"text": escape_markdown, "code": code_markdown, "alt": _alternative_text}
+    environment.filters |= {
+        "text": escape_markdown,
+        "code": code_markdown,
+        "alt": _alternative_text,
+        "strong": _strong,
+    }
     facts = _show_all(facts)
     try:
         body = environment.get_template(name).render(**facts, kind=kind, name=facts["repos"][kind].split("/")[1])
@@ -140,6 +145,11 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         ) from error
     body = re.sub(r"\n{3,}", "\n\n", body).strip()
     return f"---\n{make_metadata(kind, facts).to_yaml()}\n---\n\n{body}\n"
+
+
+def _strong(text: str) -> str:
+    """Text in bold; asterisks in it do not end that."""
+    return f"**{escape_markdown(text).strip().replace('*', '&#42;')}**"
 
 
 def _alternative_text(text: str) -> str:

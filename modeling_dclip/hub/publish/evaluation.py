@@ -9,16 +9,15 @@ from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import ABSENT, interval_of
-from modeling_dclip.evaluation.reports.verdict import verdict_lines
+from modeling_dclip.evaluation.reports.verdict import Verdict, judge
 from modeling_dclip.evaluation.statistics import IntervalDict
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_count, show_spec
 
 # What a card shows of a record, by the record's field. Reading a results file does not check these.
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
 INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
-# What the reference model is to the published one, by family.
-REFERENCE_ROLES = {"dclip": "before training", "dmclip": "for comparison"}
-KINDS = {"retrieval": "Search", "zero_shot": "Zero-shot classification", "fine_grained": "Fine-grained questions"}
+BEFORE = "before training"
+KIND_TITLES = {"retrieval": "Search", "zero_shot": "Zero-shot classification", "fine_grained": "Fine-grained questions"}
 HELD_OUT = "held_out:"  # a spec of images that a run neither trained on nor chose anything by
 
 
@@ -32,7 +31,7 @@ class BenchmarkFacts(NamedTuple):
 
 
 class EvaluationFacts(TypedDict):
-    """Results of a model: `benchmarks`, their `records`, what to know of them, and with what they were measured."""
+    """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured."""
 
     benchmarks: list[BenchmarkFacts]
     records: list[Record]
@@ -43,7 +42,7 @@ class EvaluationFacts(TypedDict):
     versions: str
     has_reference: bool
     role: str
-    verdicts: list[str]
+    verdicts: list[Verdict]
 
 
 def read_all_results(paths: Sequence[str]) -> list[Record]:
@@ -143,7 +142,12 @@ def _newest(records: Iterable[Record]) -> list[Record]:
 
 
 def describe_evaluation(
-    own: Sequence[Record], reference: Sequence[Record], name: str, role: str, training: Sequence[str] = ()
+    own: Sequence[Record],
+    reference: Sequence[Record],
+    name: str,
+    *,
+    start: str | None = None,
+    training: Sequence[str] = (),
 ) -> EvaluationFacts:
     """Make a table of each benchmark, and say with what it was measured.
 
@@ -151,14 +155,14 @@ def describe_evaluation(
         own (`Sequence[Record]`): The records of this model.
         reference (`Sequence[Record]`): The records of the model that it is compared with.
         name (`str`): The name of this model in the tables.
-        role (`str`): What the reference is to this model, as in [`REFERENCE_ROLES`].
+        start (`str`, *optional*): The name of the reference if training started from it: then a verdict is given.
         training (`Sequence[str]`, *optional*): Specs of the training data: a benchmark on them is marked.
 
     Returns:
         [`EvaluationFacts`]
     """
     before = {record["benchmark"]: record for record in reference}
-    named = [cast("Record", {**record, "label": name}) for record in own]
+    role = BEFORE if start or not reference else _name_of(reference[0])
     machines = {_machine(record["hardware"]) for record in own}
     versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
     levels = {
@@ -177,7 +181,7 @@ def describe_evaluation(
         versions=", ".join(sorted(versions)),
         has_reference=bool(reference),
         role=role,
-        verdicts=verdict_lines([*reference, *named]) if role == REFERENCE_ROLES["dclip"] else [],
+        verdicts=judge([*_named(reference, start), *_named(own, name)]) if start else [],
     )
 
 
@@ -186,7 +190,7 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
 
     Args:
         record, before ([`Record`]): Of this model, and of the reference on the same benchmark if there is one.
-        name, role (`str`): As in [`describe_evaluation`].
+        name, role (`str`): The names of the two in the table.
 
     Returns:
         [`BenchmarkFacts`]
@@ -199,7 +203,7 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
         known, cells = metric_of(metric), [one for one in (before, record) if one is not None]
         rows.append([known.title, *(_cell(one, metric) for one in cells)])
         if before and metric in before["metrics"] and known.unit in ("%", "of 600"):
-            header = ["", role, name, "change, in points"]
+            header = ["", role, name, "change, in points" if role == BEFORE else "difference, in points"]
             change = record["metrics"][metric] - before["metrics"][metric]
             rows[-1].append(known.show(change, signed=True))
     rows = [[*row, *([ABSENT] * (len(header) - len(row)))] for row in rows]
@@ -207,8 +211,13 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
     if "n_captions" in record:
         size += f" with {show_count(record['n_captions'], 'caption')}"
     words = describe_source(spec).words if spec else kind
-    title = f"{KINDS.get(kind, kind.replace('_', ' ').capitalize())}, {words}"
+    title = f"{KIND_TITLES.get(kind, kind.replace('_', ' ').capitalize())}, {words}"
     return BenchmarkFacts(title, size, record["benchmark"], render_markdown([Table(header, rows)]))
+
+
+def _name_of(record: Record) -> str:
+    """A model's name without folders of this machine."""
+    return Path(record["model"]).name if Path(record["model"]).is_dir() else show_spec(record["model"])
 
 
 def _is_shown(metric: str, metrics: Mapping[str, float]) -> bool:
@@ -247,6 +256,10 @@ def _machine(hardware: Mapping[str, Any]) -> str:
     if hardware["gpus"]:
         return ", ".join(hardware["gpus"])
     return f"{hardware['cpu']} with {show_count(hardware['torch_threads'], 'thread')}"
+
+
+def _named(records: Sequence[Record], label: str) -> list[Record]:
+    return [cast("Record", {**record, "label": label}) for record in records]
 
 
 def without_paths(records: Sequence[Record]) -> list[Record]:

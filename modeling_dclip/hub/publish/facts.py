@@ -42,14 +42,13 @@ from modeling_dclip.hub.publish.cards import (
     TeacherFacts,
 )
 from modeling_dclip.hub.publish.evaluation import (
-    REFERENCE_ROLES,
     EvaluationFacts,
     describe_evaluation,
     read_all_results,
     select_records,
     without_paths,
 )
-from modeling_dclip.hub.publish.licences import check_licence, describe_data, find_origins, read_arguments
+from modeling_dclip.hub.publish.licences import Origin, check_licence, describe_data, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import Example, Pictures, choose_pictures, make_examples
 from modeling_dclip.hub.publish.training import describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -276,8 +275,8 @@ def gather_card_facts(
     name = (arguments.repo_id or "").rpartition("/")[2]
     if records is not None and model is not None:
         records = without_paths(records)
-        specs = [] if training is None else training["specs"]
-        evaluation = find(lambda: _evaluate(arguments, model, records, name, specs))
+        about = {"training": [] if training is None else training["specs"], "start": _name_start(family, origins)}
+        evaluation = find(lambda: _evaluate(arguments, model, records, name, about))
     if records is not None and teacher is not None:
         read = find(lambda: describe_teacher(teacher, str(arguments.teacher), f"{name}-teacher", records))
     problems.report()
@@ -306,12 +305,18 @@ def gather_card_facts(
 
 
 def _evaluate(
-    arguments: PublishArguments, model: PreTrainedModel, records: list[Record], name: str, specs: list[str]
+    arguments: PublishArguments, model: PreTrainedModel, records: list[Record], name: str, about: dict[str, Any]
 ) -> EvaluationFacts:
     revision = model_revision(arguments.model, model)
     own, reference = select_records(records, revision, arguments.model, arguments.results)
-    family = "dmclip" if model.config.model_type == "dmclip" else "dclip"
-    return describe_evaluation(own, reference, name, REFERENCE_ROLES[family], specs)
+    return describe_evaluation(own, reference, name, **about)
+
+
+def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:
+    """The name of the model before training; `None` for a DM-CLIP, whose training starts from something else."""
+    if family == "dmclip":
+        return None
+    return origins[0].name if origins else "the model before training"
 
 
 def find_results(model: str) -> list[str]:

@@ -6,9 +6,11 @@
 | anything else | none: whether pictures may be published is for the publisher to say |
 """
 
+import copy
 import io
 import random
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -22,7 +24,7 @@ from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.files import write_bytes
 from modeling_dclip.data.images import decode_image, find_images, has_image_suffix, open_image
 from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
-from modeling_dclip.hub.publish.training import describe_source, show_spec
+from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 EXAMPLES = "examples"  # the folder of the example pictures in a repository
@@ -131,7 +133,7 @@ def choose_pictures(asked: Sequence[str], training: Sequence[str]) -> Pictures:
     found: list[tuple[str, Image.Image]] = []
     sources = []
     for word in asked:
-        shown, source = _read_files(word) if Path(word).exists() else _read_spec(word)
+        shown, source = _read_files(word) if Path(word).exists() else _read_spec(word, training)
         found += shown
         sources.append(source)
     if not 2 <= len({text for text, _ in found}) <= len(found) <= MOST_PICTURES:
@@ -146,7 +148,7 @@ def choose_pictures(asked: Sequence[str], training: Sequence[str]) -> Pictures:
         files[_file_name(text, ".jpg", files)] = _encode(image, "JPEG")
         place = texts.index(text)
         labels.append(tuple((texts[place:] + texts[:place])[:CHOICES]))
-    return Pictures(files, labels, f"The publisher chose the pictures: {'; '.join(dict.fromkeys(sources))}.")
+    return Pictures(files, labels, " ".join(dict.fromkeys(sources)))
 
 
 def _read_files(word: str) -> tuple[list[tuple[str, Image.Image]], str]:
@@ -165,10 +167,10 @@ def _read_files(word: str) -> tuple[list[tuple[str, Image.Image]], str]:
                 "The name is the text that the card shows. Or name captioned images: csv:TABLE.csv:FOLDER@4."
             )
         shown.append((_without_commas(text), open_image(path, f"The example '{path.name}'")))
-    return shown, "their files' names are the texts"
+    return shown, "The publisher chose the pictures and named them."
 
 
-def _read_spec(word: str) -> tuple[list[tuple[str, Image.Image]], str]:
+def _read_spec(word: str, training: Sequence[str]) -> tuple[list[tuple[str, Image.Image]], str]:
     """Captioned images of a dataset, each with its first caption."""
     if ":" not in word:
         raise FileNotFoundError(
@@ -178,7 +180,9 @@ def _read_spec(word: str) -> tuple[list[tuple[str, Image.Image]], str]:
     spec = parse_caption_spec(word if re.search(r"@\d+$", word) else f"{word}@{DRAWN_FROM_SPEC}")
     rows = load_captions(spec)
     shown = [(_without_commas(rows[row]["captions"][0]), decode_image(rows, row)) for row in range(len(rows))]
-    return shown, f"they and their captions are from {describe_source(show_spec(word)).words}"
+    words = describe_source(show_spec(word)).words
+    seen = " Training read the same data." if find_overlaps([f"={word}"], training) else ""
+    return shown, f"The publisher chose the pictures and their captions from {words}.{seen}"
 
 
 def _without_commas(text: str) -> str:
@@ -188,7 +192,8 @@ def _without_commas(text: str) -> str:
 
 def _file_name(text: str, suffix: str, taken: Mapping[str, bytes] | None = None) -> str:
     """A path inside the repository that says what the picture shows, unlike those that are taken."""
-    plain = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:40].rstrip("-") or "picture"
+    words = re.sub(r"[^a-z0-9]+", " ", text.lower()).strip()[:200]
+    plain = textwrap.shorten(words, 40, placeholder="").replace(" ", "-") or "picture"
     number = 1
     while (path := f"{EXAMPLES}/{plain}{'' if number == 1 else f'-{number}'}{suffix}") in (taken or {}):
         number += 1
@@ -219,7 +224,7 @@ def make_examples(model: PreTrainedModel, processor: DCLIPProcessor, pictures: P
     classify = pipeline(
         "zero-shot-image-classification",
         model=model,
-        tokenizer=processor.tokenizer,
+        tokenizer=copy.deepcopy(processor.tokenizer),  # a call leaves padding and truncation in it, which are saved
         image_processor=processor.image_processor,
     )
     examples = []

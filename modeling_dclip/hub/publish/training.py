@@ -61,7 +61,7 @@ SOURCES = {
 CHOOSERS = {"loss": "validation loss"}
 
 
-class Source(NamedTuple):
+class DataSource(NamedTuple):
     """A dataset: `words` say what it is, `spec` names it without folders of this machine."""
 
     words: str
@@ -77,8 +77,8 @@ class TrainingFacts(TypedDict):
 
     section: str
     specs: list[str]
-    sources: list[Source]
-    uncaptioned: list[Source]
+    sources: list[DataSource]
+    uncaptioned: list[DataSource]
     counts: list[str]
     excluded: list[str]
     may_hold_test_images: bool
@@ -176,7 +176,7 @@ def show_spec(spec: str) -> str:
     return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+", "", spec)
 
 
-def describe_source(spec: str) -> Source:
+def describe_source(spec: str) -> DataSource:
     """Say what a dataset is.
 
     Example:
@@ -185,7 +185,7 @@ def describe_source(spec: str) -> Source:
     """
     kind, _, rest = spec.partition(":")
     name = re.split(r"[:,@]", rest)[0]
-    return Source(SOURCES.get(kind, spec).replace("{}", Path(name).name if kind != "hub" else name), spec)
+    return DataSource(SOURCES.get(kind, spec).replace("{}", Path(name).name if kind != "hub" else name), spec)
 
 
 def show_value(value: Any) -> str:
@@ -220,24 +220,19 @@ def show_duration(seconds: float) -> str:
     """Write a duration as a person would.
 
     Example:
-        >>> [show_duration(seconds) for seconds in (0.4, 25.2, 61, 5400, 100_000)]
-        ['less than a second', '25 seconds', '1 minute', '1 hour 30 minutes', '1 day 4 hours']
+        >>> [show_duration(seconds) for seconds in (0.4, 25.2, 90, 1500, 5400, 100_000)]
+        ['less than a second', '25 seconds', '1 minute 30 seconds', '25 minutes', '1 hour 30 minutes', '1 day 4 hours']
     """
     if seconds < 1:
         return "less than a second"
-    if round(seconds) < 60:
-        return _whole(round(seconds), "second")
-    minutes = round(seconds / 60)
-    if minutes < 60:
-        return _whole(minutes, "minute")
-    hours, rest = divmod(minutes, 60)
-    large, small = ((hours, "hour"), (rest, "minute")) if hours < 24 else _days(round(minutes / 60))
-    return " ".join(_whole(*part) for part in (large, small) if part[0])
-
-
-def _days(hours: int) -> tuple[tuple[int, str], tuple[int, str]]:
-    days, rest = divmod(hours, 24)
-    return (days, "day"), (rest, "hour")
+    seconds, minutes, hours = round(seconds), round(seconds / 60), round(seconds / 3600)
+    if seconds < 600:
+        parts = (seconds // 60, "minute"), (seconds % 60, "second")
+    elif minutes < 24 * 60:
+        parts = (minutes // 60, "hour"), (minutes % 60, "minute")
+    else:
+        parts = (hours // 24, "day"), (hours % 24, "hour")
+    return " ".join(_whole(number, noun) for number, noun in parts if number)
 
 
 def _describe_counts(manifest: Path) -> list[str]:
@@ -290,7 +285,9 @@ def _describe_methods(values: Mapping[str, Any]) -> list[str]:
 
 
 def _describe_optimiser(values: Mapping[str, Any]) -> str:
-    rate = f"learning rate {show_value(values['learning_rate'])}, {values['lr_scheduler_type'].replace('_', ' ')}"
+    optimiser = "AdamW" if str(values.get("optim", "adamw")).startswith("adamw") else values["optim"]
+    schedule = values["lr_scheduler_type"].replace("_", " ")
+    rate = f"{optimiser}, learning rate {show_value(values['learning_rate'])}, {schedule}"
     warmup = values["warmup_steps"]
     if warmup:
         rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else show_count(warmup, 'step')}"

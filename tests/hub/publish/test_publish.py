@@ -25,8 +25,9 @@ from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
-from modeling_dclip.hub.publish.cards import CARD_TEMPLATES, LABELS, draw_pictures
+from modeling_dclip.hub.publish.cards import CARD_TEMPLATES
 from modeling_dclip.hub.publish.facts import gather
+from modeling_dclip.hub.publish.pictures import LABELS, draw_pictures
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
 
@@ -156,7 +157,7 @@ def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
             for place in (str(trained["student"].parent), str(tiny_clip_dir), HOME):
                 assert place.encode() not in content, (repo_id, path)
     card = hub.files("me/tiny")["README.md"].decode()
-    assert "`coco:captions.json:images@8`" in card and "Zero-shot classification on `parquet:test.parquet`" in card
+    assert "`coco:captions.json:images@8`" in card and "`zero_shot=parquet:test.parquet`" in card
 
 
 def save_inputs(path, batch):
@@ -413,8 +414,59 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     assert torch.equal(
         twin.visual_projection.weight, DCLIPModel.from_pretrained(trained["student"]).visual_projection.weight
     )
-    with pytest.raises(SystemExit, match="Expected a new or an empty folder"):
-        main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
+    read = ", ".join(str(tmp_path / "staged" / name / "README.md") for name in ("tiny", "tiny-clip", "tiny-vision"))
+    assert said.endswith(f"Nothing was pushed; read {read}\n")
+
+
+def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(trained, tmp_path, capsys):
+    words = ["--model", str(trained["student"]), "--repo_id", "me/tiny", "--dry_run", "--staging", str(tmp_path / "s")]
+    main([*words, "--license", "mit"])
+    assert "Written for the first time" in capsys.readouterr().out
+    main([*words, "--license", "mit"])  # results: those beside the model
+    said = capsys.readouterr().out
+    assert "Nothing changed since the last dry run." in said
+    model = str(trained["student"])
+    assert f"\n  python -m modeling_dclip.hub.publish --model {model} --repo_id me/tiny --license mit --st" in said
+    main([*words, "--license", "apache-2.0", "--examples", "none"])
+    said = capsys.readouterr().out
+    assert "  tiny: README.md, examples/blue-star.png, examples/green-heart.png, examples/red-circle.png\n" in said
+    card = tmp_path / "s" / "tiny" / "README.md"
+    assert "apache-2.0" in card.read_text() and "## Examples" not in card.read_text()
+    card.write_text("edited")
+    with pytest.raises(SystemExit, match=r"what the last run wrote, got changes in tiny/README.md, which a new run"):
+        main([*words, "--license", "mit"])
+    assert card.read_text() == "edited"
+
+
+def test_all_problems_are_said_at_once_one_line_each(trained, tmp_path, capsys):
+    words = ["--model", str(trained["student"]), "--results", str(tmp_path / "nowhere"), "--examples", "IMG_1.jpg"]
+    with pytest.raises(SystemExit) as ended:
+        main([*words, "--license", "free", "--dataset", " ", "--dry_run", "--staging", str(tmp_path / "staged")])
+    first, *problems = str(ended.value).splitlines()
+    assert first == "Failed: nothing was pushed. 5 problems:"
+    starts = ["repo_id: expected", "examples: expected", "license: expected one of", "dataset: expected", "Expected a"]
+    assert all(problem.startswith(f"- {start}") for problem, start in zip(problems, starts, strict=True))
+    assert not (tmp_path / "staged").exists()
+
+
+def test_pictures_and_datasets_are_published_as_they_are_named_and_without_exif(trained, tmp_path):
+    exif = Image.Exif()
+    exif[0x010F] = "a camera"
+    for name in ("a-red-bicycle.jpg", "a_green_[car].png"):
+        Image.effect_noise((640, 480), 80).convert("RGB").save(tmp_path / name, exif=exif)
+    named = {"examples": [str(tmp_path / "a-red-bicycle.jpg"), str(tmp_path / "a_green_[car].png")]}
+    named |= {"dataset": ["me/photos", "pictures of our garden"], "dry_run": True, "staging": str(tmp_path / "staged")}
+    folder = publish(make_arguments(trained["student"], trained["results"], **named))[-1].folder
+    card = (folder / "README.md").read_text()
+    data = read_metadata(card)
+    assert data["datasets"] == ["me/photos"]
+    assert "Data: [me/photos](https://huggingface.co/datasets/me/photos), pictures of our garden, read as" in card
+    assert [one["candidate_labels"] for one in data["widget"]] == [
+        "a red bicycle, a green [car]", "a green [car], a red bicycle"
+    ]  # fmt: skip
+    shown = Image.open(folder / "examples" / "a-red-bicycle.jpg")
+    assert shown.size == (384, 288) and not shown.getexif()
+    assert "The publisher chose the pictures" in card and "![a green  car ](examples/a-green-car.jpg)" in card
 
 
 def test_an_adapter_goes_out_beside_the_weights_it_is_merged_into(trained, tmp_path):

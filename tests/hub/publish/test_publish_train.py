@@ -57,7 +57,7 @@ def test_a_recipe_publishes_its_student_its_teacher_and_what_leaked(train, hub, 
     assert all(f"{hub.url}/{repo_id}: " in said for repo_id in hub.repos)
     card = hub.files("me/first")["README.md"].decode()
     assert ModelCard(card).data.to_dict()["license"] == "apache-2.0"
-    assert "another image's regions, own caption" in card and "1 steps" in card
+    assert "another image's regions, own caption" in card and "1 step of 8 pairs" in card
     again = {repo_id: hub.commits(repo_id) for repo_id in hub.repos}
     train.main(["--recipe", str(recipe)])
     assert {repo_id: hub.commits(repo_id) for repo_id in hub.repos} == again
