@@ -113,7 +113,11 @@ def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[
     staged = [repo for repo in done if isinstance(repo, StagedRepo)]
     cards = [str(repo.folder / "README.md") for repo in reversed(staged)]  # the dual encoder's first
     lines = [describe_publication(staged), "", _describe_changes(staged), *_describe_open_ends(arguments, staged), ""]
-    lines += ["To push it:", f"  {shlex.join([*PUBLISH_COMMAND.split(), *to_words(replace(arguments, dry_run=False))])}", ""]
+    lines += [
+        "To push it:",
+        f"  {shlex.join([*PUBLISH_COMMAND.split(), *to_words(replace(arguments, dry_run=False))])}",
+        "",
+    ]
     return "\n".join([*lines, f"Nothing was pushed; read {', '.join(cards)}"])
 
 

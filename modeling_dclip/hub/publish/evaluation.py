@@ -1,9 +1,11 @@
 """What a card says of a model's results: which records are of these weights, and each benchmark as a small table."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
+from modeling_dclip.data.captions.parts import HELD_OUT, find_held_out
 from modeling_dclip.data.files import list_folder, read_bytes
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
@@ -17,8 +19,11 @@ from modeling_dclip.hub.publish.training import describe_source, find_overlaps, 
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
 INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
 BEFORE = "before training"
-KIND_TITLES = {"retrieval": "Search", "zero_shot": "Zero-shot classification", "fine_grained": "Fine-grained questions"}
-HELD_OUT = "held_out:"  # a spec of images that a run neither trained on nor chose anything by
+KIND_TITLES = {
+    "retrieval": "Search",
+    "zero_shot": "Zero-shot classification",
+    "fine_grained": "Fine-grained questions",
+}
 
 
 class BenchmarkFacts(NamedTuple):
@@ -36,6 +41,7 @@ class EvaluationFacts(TypedDict):
     benchmarks: list[BenchmarkFacts]
     records: list[Record]
     trained_on: list[str]
+    held_out: list[str]
     is_synthetic: bool
     interval: str | None
     hardware: str
@@ -132,8 +138,28 @@ def select_records(
     others = (
         record for record in records if record["revision"] in references - {revision} and "condition" not in record
     )
-    own.sort(key=lambda record: HELD_OUT not in record["benchmark"])
+    own.sort(key=lambda record: not _held_out_run(record["benchmark"]))
     return own, _newest(record for record in others if record["benchmark"] in benchmarks)
+
+
+def _held_out_run(benchmark: str) -> str:
+    """The run whose test part a benchmark is of; an empty text if it is something else."""
+    spec = benchmark.partition("=")[2]
+    return re.split("[,@]", spec.partition(":")[2])[0] if spec.startswith(f"{HELD_OUT}:") else ""
+
+
+def is_own_test_part(benchmark: str, model: str) -> bool:
+    """Whether a benchmark is of the images that the model's own run held out.
+
+    Args:
+        benchmark (`str`): `KIND=SPEC` as it was measured, with its folders.
+        model (`str`): The model's folder; it lies in the run's folder, or in that of an arm and a seed in it.
+    """
+    run = _held_out_run(benchmark)
+    try:
+        return bool(run) and find_held_out(run) == find_held_out(model)
+    except FileNotFoundError:  # one of the two is no longer there: nothing is claimed
+        return False
 
 
 def _newest(records: Iterable[Record]) -> list[Record]:
@@ -148,6 +174,7 @@ def describe_evaluation(
     *,
     start: str | None = None,
     training: Sequence[str] = (),
+    held_out: Sequence[str] = (),
 ) -> EvaluationFacts:
     """Make a table of each benchmark, and say with what it was measured.
 
@@ -157,6 +184,7 @@ def describe_evaluation(
         name (`str`): The name of this model in the tables.
         start (`str`, *optional*): The name of the reference if training started from it: then a verdict is given.
         training (`Sequence[str]`, *optional*): Specs of the training data: a benchmark on them is marked.
+        held_out (`Sequence[str]`, *optional*): Benchmarks on what this model's run held out; they are marked too.
 
     Returns:
         [`EvaluationFacts`]
@@ -175,6 +203,7 @@ def describe_evaluation(
         benchmarks=[describe_benchmark(record, before.get(record["benchmark"]), name, role) for record in own],
         records=list(own),
         trained_on=find_overlaps([record["benchmark"] for record in own], training),
+        held_out=list(held_out),
         is_synthetic=any(record["benchmark"].partition("=")[2].startswith("scenes:") for record in own),
         interval=f"{max(levels):.0%}" if levels else None,
         hardware=", ".join(sorted(machines)),
@@ -211,7 +240,7 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
     if "n_captions" in record:
         size += f" with {show_count(record['n_captions'], 'caption')}"
     words = describe_source(spec).words if spec else kind
-    title = f"{KIND_TITLES.get(kind, kind.replace('_', ' ').capitalize())}, {words}"
+    title = f"{KIND_TITLES.get(kind, kind.replace('_', ' ').capitalize())} in {words}"
     return BenchmarkFacts(title, size, record["benchmark"], render_markdown([Table(header, rows)]))
 
 

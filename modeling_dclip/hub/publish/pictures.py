@@ -31,7 +31,7 @@ EXAMPLES = "examples"  # the folder of the example pictures in a repository
 NO_EXAMPLES = "none"
 IMAGE_SIZE = 224  # of a drawn picture
 LONGEST_SIDE, QUALITY = 384, 90  # of a given picture, in pixels, and of its JPEG
-MOST_PICTURES, DRAWN_FROM_SPEC, CHOICES = 12, 4, 4
+MOST_PICTURES, DRAWN_FROM_SPEC, LABELS_EACH = 12, 4, 4
 # Labels of each drawn picture. The first is what the picture shows. The others differ from it in colour, in shape,
 # or in both.
 LABELS = (
@@ -147,7 +147,7 @@ def choose_pictures(asked: Sequence[str], training: Sequence[str]) -> Pictures:
         image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
         files[_file_name(text, ".jpg", files)] = _encode(image, "JPEG")
         place = texts.index(text)
-        labels.append(tuple((texts[place:] + texts[:place])[:CHOICES]))
+        labels.append(tuple((texts[place:] + texts[:place])[:LABELS_EACH]))
     return Pictures(files, labels, " ".join(dict.fromkeys(sources)))
 
 

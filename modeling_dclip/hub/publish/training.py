@@ -55,7 +55,7 @@ SOURCES = {
     "disk": "the saved dataset {}",
     "wds": "the shards {}",
     "images": "the publisher's own images in {}",
-    "held_out": "images held out from training",
+    "held_out": "the held-out images of the run {}",
 }
 # What decides which checkpoint is kept, by the name that the trainer gives it.
 CHOOSERS = {"loss": "validation loss"}
@@ -241,8 +241,8 @@ def _describe_counts(manifest: Path) -> list[str]:
         return []
     counts = read_json(manifest, "manifest", advice="Restore it.").get("counts", {})
     parts = {
-        "train": "{} with {} trained the model",
-        "uncaptioned": "{} without captions trained it too",
+        "train": "{} with {} were trained on",
+        "uncaptioned": "{} without captions, too",
         "validation": "{} with {} were used for validation",
     }
     return [
