@@ -19,7 +19,7 @@ from modeling_dclip.hub.publish.training import describe_source, find_overlaps, 
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
 INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
 BEFORE = "before training"
-KIND_TITLES = {
+BENCHMARK_WORDS = {
     "retrieval": "Search",
     "zero_shot": "Zero-shot classification",
     "fine_grained": "Fine-grained questions",
@@ -240,7 +240,7 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
     if "n_captions" in record:
         size += f" with {show_count(record['n_captions'], 'caption')}"
     words = describe_source(spec).words if spec else kind
-    title = f"{KIND_TITLES.get(kind, kind.replace('_', ' ').capitalize())} in {words}"
+    title = f"{BENCHMARK_WORDS.get(kind, kind.replace('_', ' ').capitalize())} in {words}"
     return BenchmarkFacts(title, size, record["benchmark"], render_markdown([Table(header, rows)]))
 
 
