@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from modeling_dclip.data.files import MANIFEST_NAME, read_json
+from modeling_dclip.evaluation.reports.tables import counted
 
 # The settings of each training stage that a card's table shows, in this order.
 _OPTIMISER = (
@@ -202,20 +203,6 @@ def show_value(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else "–" if value in (None, []) else str(value)
 
 
-def show_count(number: float, noun: str) -> str:
-    """Write a number with its noun.
-
-    Example:
-        >>> show_count(1, "step"), show_count(12000, "image"), show_count(2.5, "epoch")
-        ('1 step', '12,000 images', '2.5 epochs')
-    """
-    return f"{number:,.4g} {noun}{'' if number == 1 else 's'}" if number % 1 else _whole(int(number), noun)
-
-
-def _whole(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def show_duration(seconds: float) -> str:
     """Write a duration as a person would.
 
@@ -232,7 +219,7 @@ def show_duration(seconds: float) -> str:
         parts = (minutes // 60, "hour"), (minutes % 60, "minute")
     else:
         parts = (hours // 24, "day"), (hours % 24, "hour")
-    return " ".join(_whole(number, noun) for number, noun in parts if number)
+    return " ".join(counted(number, noun) for number, noun in parts if number)
 
 
 def _describe_counts(manifest: Path) -> list[str]:
@@ -246,7 +233,7 @@ def _describe_counts(manifest: Path) -> list[str]:
         "validation": "{} with {} were used for validation",
     }
     return [
-        words.format(show_count(found["images"], "image"), show_count(found["captions"], "caption"))
+        words.format(counted(found["images"], "image"), counted(found["captions"], "caption"))
         for part, words in parts.items()
         if (found := counts.get(part))
     ]
@@ -290,7 +277,7 @@ def _describe_optimiser(values: Mapping[str, Any]) -> str:
     rate = f"{optimiser}, learning rate {show_value(values['learning_rate'])}, {schedule}"
     warmup = values["warmup_steps"]
     if warmup:
-        rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else show_count(warmup, 'step')}"
+        rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else counted(int(warmup), 'step')}"
     precision = next((name for name in ("bf16", "fp16") if values.get(name)), "float32")
     return (
         f"{rate}; weight decay {show_value(values['weight_decay'])}; gradients clipped at norm "
@@ -309,9 +296,9 @@ def _describe_length(state: Mapping[str, Any] | None, values: Mapping[str, Any])
     if state is None or not state["global_step"]:
         return None
     size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    parts = [f"{_whole(state['global_step'], 'step')} of {show_count(size, 'pair')} per device"]
+    parts = [f"{counted(state['global_step'], 'step')} of {counted(size, 'pair')} per device"]
     if state["epoch"]:
-        parts.insert(0, show_count(round(state["epoch"], 2), "epoch"))
+        parts.insert(0, f"{state['epoch']:.4g} epoch{'' if state['epoch'] == 1 else 's'}")
     runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
     return ", ".join([*parts, *([show_duration(runtimes[-1])] if runtimes else [])])
 
