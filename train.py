@@ -25,8 +25,9 @@ from typing import Any
 from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
-from modeling_dclip.data.failures import FAILURES, command, one_line, recorded_command
-from modeling_dclip.data.files import check_output_folder, entry_names
+from modeling_dclip.data.failures import FAILURES, MistakeCollector, command, naming, one_line, recorded_command
+from modeling_dclip.data.files import entry_names
+from modeling_dclip.distillation.checks import check_recipe, check_starting_models
 from modeling_dclip.distillation.recipes import (
     ArmRun,
     Recipe,
@@ -36,9 +37,9 @@ from modeling_dclip.distillation.recipes import (
     shared_anchor,
 )
 from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders, keep_test_part
-from modeling_dclip.distillation.stages import check_models, run_stages
+from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.evaluation.arms import evaluate_arms
-from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark
+from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark, read_benchmark
 from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
@@ -46,6 +47,7 @@ from modeling_dclip.evaluation.reports.plots import draw_training_curves
 from modeling_dclip.evaluation.reports.tables import render_leakage, render_summary, render_table
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
+from modeling_dclip.hub.publish.licences import check_licence, find_origins
 
 logger = logging.getLogger("modeling_dclip.train")  # as the package's own: said by the main process alone
 
@@ -72,9 +74,36 @@ def split_recipe(words: list[str]) -> tuple[list[str], Path]:
     return [*words[: place - 1], *words[place + 1 :]], Path(words[place])
 
 
-def train_runs(recipe: Recipe, runs: Sequence[ArmRun]) -> None:
+def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> PublishArguments | None:
+    """Find what is wrong before any work, and tell all of it at once; return what to publish at the end.
+
+    First what takes no time: names, files, headers, licence. Then the weights that stages start from, and the data of
+    the benchmarks.
+    """
+    found = MistakeCollector()
+    benchmarks = list(dict.fromkeys(name for run in runs for name in run.recipe.run.evaluate))
+    arms = {run.arm: run.recipe for run in runs}  # what is checked does not depend on the seed
+    for benchmark in benchmarks:
+        with found.collecting(), naming(f"evaluate: {benchmark}"):
+            if (spec := check_benchmark(benchmark)) is not None:
+                spec.check_files()
+    for arm in arms.values():
+        with found.collecting():
+            check_recipe(arm, recipe)
+    publication = plan_publication(runs, Path(recipe.run.output_dir) / "results", found)
+    found.tell()
+    for arm in arms.values():
+        with found.collecting():
+            check_starting_models(arm, recipe, shared)
+    for benchmark in benchmarks if PartialState().is_main_process else []:
+        with found.collecting(), naming(f"evaluate: {benchmark}"):
+            read_benchmark(benchmark, begins=recipe.run.output_dir)
+    found.tell()
+    return publication
+
+
+def train_runs(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> None:
     """Run every arm's stages, after the anchor that all share."""
-    shared = SharedData()
     keep_test_part(recipe, shared)  # in the folder that holds the runs, which share it
     if (anchor := shared_anchor(recipe)) is not None:
         run_stages(anchor, shared)
@@ -128,7 +157,7 @@ def report_teachers(
     print(f"\n{render_leakage(leakage)}")
 
 
-def plan_publication(runs: Sequence[ArmRun], results: Path) -> PublishArguments | None:
+def plan_publication(runs: Sequence[ArmRun], results: Path, found: MistakeCollector) -> PublishArguments | None:
     """What to publish at the end, checked with the Hub before training; `None` if nothing."""
     run = runs[0].recipe.run
     if run.push_to_hub is None:
@@ -136,7 +165,11 @@ def plan_publication(runs: Sequence[ArmRun], results: Path) -> PublishArguments 
     recipe = next(one.recipe for one in runs if run.push_arm in (None, one.arm))
     model = f"{recipe.run.output_dir}/{'dmclip' if recipe.trains_dmclip else 'student'}"
     plan = PublishArguments(model, [str(results)], run.push_to_hub, run.push_license, private=run.push_private)
-    check_publication(plan)
+    with found.collecting():
+        check_publication(plan)
+    with found.collecting():
+        origins = find_origins(recipe.resolved(*(["dmclip"] if recipe.trains_dmclip else [])))
+        check_licence(plan.license, plan.license_name, plan.license_link, origins)
     return plan
 
 
@@ -160,19 +193,14 @@ def end_processes() -> None:
 
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
-    runs = expand_arms(recipe)
-    for run in runs:
-        for benchmark in run.recipe.run.evaluate:
-            check_benchmark(benchmark)
-        check_models(run.recipe, recipe)
-    check_output_folder(recipe.run.output_dir)
+    runs, shared = expand_arms(recipe), SharedData()
+    publication = check_all(recipe, runs, shared)
     results = Path(recipe.run.output_dir) / "results"
-    publication = plan_publication(runs, results)
     is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
     with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):
-        train_runs(recipe, runs)
+        train_runs(recipe, runs, shared)
         end_processes()
         if not is_main:
             return

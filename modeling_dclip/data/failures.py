@@ -93,6 +93,58 @@ _OF_MACHINE = {
     r"faiss": "FAISS refuses it. Check the index's factory string and the number of images",
 }
 
+
+class Mistakes(ValueError):
+    """Several mistakes of a user, told at once. [`command`] gives each of them a line.
+
+    Args:
+        errors (`Sequence[BaseException]`): One for each mistake, in the order of telling.
+    """
+
+    def __init__(self, errors: Sequence[BaseException]):
+        self.errors = list(errors)
+        super().__init__("; ".join(map(str, errors)))
+
+
+class MistakeCollector:
+    """Lets several checks run, and then tells of all that they refuse.
+
+    Example:
+        >>> found = MistakeCollector()
+        >>> for number in (1, 2):
+        ...     with found.collecting():
+        ...         raise ValueError(f"mistake {number}")
+        >>> found.tell()
+        Traceback (most recent call last):
+        modeling_dclip.data.failures.Mistakes: mistake 1; mistake 2
+    """
+
+    def __init__(self) -> None:
+        self.errors: list[BaseException] = []
+
+    @contextmanager
+    def collecting(self) -> Iterator[None]:
+        """Keep a mistake that is raised inside. A bug passes. What was told before is not told again."""
+        try:
+            yield
+        except FAILURES as error:
+            told = {str(one) for one in self.errors}
+            new = error.errors if isinstance(error, Mistakes) else [error]
+            self.errors += [one for one in new if str(one) not in told]
+
+    def tell(self) -> None:
+        """Raise what was collected.
+
+        Raises:
+            BaseException: The only mistake as it was raised.
+            Mistakes: Several.
+        """
+        if len(self.errors) > 1:
+            raise Mistakes(self.errors)
+        if self.errors:
+            raise self.errors[0]
+
+
 _OF_WORKER = re.compile(r"Caught (?P<kind>\w+) in .*?\nOriginal Traceback .*\n(?:\w+\.)*\w+: (?P<text>.*)", re.DOTALL)
 # Of an address: user and password before the host, and what follows the path.
 _SECRETS = re.compile(r"(https?://)(?:[^/\s'\"]*@)?([^\s'\"?]*)(?:\?[^\s'\"]*)?")
@@ -332,6 +384,58 @@ def _follow_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
+@contextmanager
+def naming(field: str) -> Iterator[None]:
+    """Put a field in front of what is wrong with its value.
+
+    Args:
+        field (`str`): As the user wrote it.
+
+    Raises:
+        FileNotFoundError, OSError, ImportError, ValueError: As it was raised inside, with the field. An error that
+            names it already, and several [`Mistakes`], are passed on.
+    """
+    try:
+        yield
+    except FAILURES as error:
+        if isinstance(error, Mistakes) or str(error).startswith(field):
+            raise
+        text = one_line(error)
+        text = text[0].lower() + text[1:] if text.startswith("Expected ") else text
+        kinds = (FileNotFoundError, OSError, ImportError)
+        kind = next((one for one in kinds if isinstance(error, one)), ValueError)
+        raise kind(f"{field}: {text}") from error
+
+
+_WHERE = "(TRANSFORMERS_VERBOSITY=info shows where in the code)"
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
+
+def _told(error: BaseException) -> str:
+    """What a command says of a mistake: one line, or one for each of several."""
+    if not isinstance(error, Mistakes):
+        return f"Failed: {redact(one_line(error))} {_WHERE}"
+    lines = [f"  {number}. {redact(one_line(one))}" for number, one in enumerate(error.errors, 1)]
+    return "\n".join([f"Failed: {len(lines)} mistakes, found before any work: {_WHERE}", *lines])
+
+
+def check_launcher() -> None:
+    """Refuse to run as one process where `accelerate launch` was asked for several.
+
+    Without GPUs, or with `--cpu`, it starts one process whatever `--num_processes` says. It then sets the address
+    where several would meet, but not how many there are.
+
+    Raises:
+        ValueError: Saying what to run instead.
+    """
+    met = "ACCELERATE_MIXED_PRECISION" in os.environ and {"MASTER_ADDR", "MASTER_PORT"} <= set(os.environ)
+    if met and not any(name in os.environ for name in _WORLD_SIZES):
+        raise ValueError(
+            "accelerate launch: expected as many processes as --num_processes says, got one: without GPUs, or with "
+            "--cpu, accelerate starts no more. Run the script with `python` alone: one process, which uses all cores."
+        )
+
+
 def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate the `main` of a command: a mistake of the user ends in one line on stderr and exit status 1.
 
@@ -353,6 +457,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
                 stream.reconfigure(errors="backslashreplace")
         with _interruptible() as interruption:
             try:
+                check_launcher()
                 return main(*args, **kwargs)
             except KeyboardInterrupt:
                 interruption.end()
@@ -360,7 +465,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
             except (*FAILURES, RuntimeError) as error:
                 if transformers_logging.get_verbosity() <= logging.INFO or not is_mistake(error):
                     raise
-                sys.exit(f"Failed: {redact(one_line(error))} (TRANSFORMERS_VERBOSITY=info shows where in the code)")
+                sys.exit(_told(error))
 
     return run
 

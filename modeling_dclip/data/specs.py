@@ -26,7 +26,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 from transformers import HfArgumentParser
 
 from modeling_dclip.data.failures import HelpFormatter, without_secrets
-from modeling_dclip.data.files import is_utf8, printable
+from modeling_dclip.data.files import is_utf8, match_files, printable, require_file, require_folder
 
 _COUNT = re.compile(r"@([0-9]+)$")
 _NUMBERS = {int: "an integer", int | None: "an integer", float: "a number", float | None: "a number"}
@@ -37,6 +37,8 @@ _HELD = re.compile(r"\0([0-9]+)\0")  # what stands for a quoted text while a spe
 # The colons of an address do not separate fields.
 _ORIGIN = re.compile(r"https?://[^/,]*")
 _ARGUMENT = re.compile("^argument (-[^/:]*)[^:]*:")  # how argparse's messages name an option, with its other spellings
+# Fields of a spec that name a folder; a word with an ending, or FILE, names a file, and GLOB any number of them.
+_FOLDER_FIELDS = ("FOLDER", "IMAGE_FOLDER", "DIR")
 _SHOWN = 60  # characters of a value in a message
 
 
@@ -251,6 +253,24 @@ class Spec:
         bound = inspect.signature(self.source.build).bind(*self.fields)
         bound.apply_defaults()
         return bound.arguments.get("split")
+
+    def check_files(self) -> None:
+        """Say early that a file or folder that it names is missing. Nothing is read; an address is not asked.
+
+        Raises:
+            FileNotFoundError, ValueError: Naming the first one, as [`~modeling_dclip.data.files.require_file`].
+        """
+        words = [word.strip("[]") for word in self.source.form.split(":")[1:]]
+        for word, path in zip(words, self.fields, strict=False):
+            what = f"{word} of the spec {self.text!r}"
+            if "://" in path:
+                continue
+            if word in _FOLDER_FIELDS:
+                require_folder(path, what)
+            elif "." in word or word == "FILE":
+                require_file(path, what)
+            elif word == "GLOB" and not match_files(path):
+                raise FileNotFoundError(f"No file '{printable(path)}' (of the spec {self.text!r}). Check the path.")
 
     def build(self, **options: Any) -> Any:
         """Call its source with its fields and options.

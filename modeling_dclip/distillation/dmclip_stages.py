@@ -12,7 +12,6 @@ from transformers import AutoModel, PreTrainedTokenizerFast, set_seed
 
 from modeling_dclip.configuration_dclip import PRESETS
 from modeling_dclip.data.columns import image_keys, row_keys
-from modeling_dclip.data.files import list_folder
 from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.shards import INDEX_NAME, find_shards
@@ -31,6 +30,7 @@ from modeling_dclip.distillation.run import (
     KeyedRows,
     Places,
     SharedData,
+    file_states,
     find_clip,
     holding_folders,
     load_captioned,
@@ -292,9 +292,7 @@ def _model_key(path: str, known: dict[str, str]) -> str:
 
     They are read once for all arms and seeds, and again if a file changes in between.
     """
-    files = [file for file in list_folder(path) if file.is_file()]
-    states = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    read = json.dumps(["weights", path, states])
+    read = json.dumps(["weights", file_states(path)])
     if read not in known:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # an encoder without a head gets one here: always the same, so that the key recurs

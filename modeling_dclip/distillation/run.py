@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset, load_from_disk
@@ -43,6 +44,7 @@ from modeling_dclip.distillation.checkpoints import (
     read_record,
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
+from modeling_dclip.distillation.trainer import cast_weights
 from modeling_dclip.encoders.families import check_end_token
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import (
@@ -52,8 +54,10 @@ from modeling_dclip.encoders.loading import (
     load_checked,
     load_processor,
     read_config,
+    stored_dtype,
 )
 from modeling_dclip.modeling_dclip import DCLIPModel
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.progress import duration_in_words
 
 logger = logging.getLogger(__name__)
@@ -310,7 +314,8 @@ class Places:
 
     Args:
         folder (`Path`): The run's own folder. Each stage has a folder of its own name in it.
-        cache_dir (`Path`): Of what is cached by content; runs may share it.
+        cache_dir (`Path`): Of what the frozen models give, cached by content; runs may share it.
+        regions_cache (`Path`): Of detectors' answers, cached by content; all runs of a user share it.
         reinforced (`Path`): Folder of the stage reinforce; runs may share it.
         overwrite (`bool`): Whether a stage replaces a result of other inputs.
         told (`Mapping`): What the manifest of each stage says of the recipe: its seed and the specs of its data.
@@ -318,6 +323,7 @@ class Places:
 
     folder: Path
     cache_dir: Path
+    regions_cache: Path
     reinforced: Path
     overwrite: bool = False
     told: Mapping[str, Any] = field(default_factory=dict)
@@ -329,6 +335,7 @@ class Places:
         return cls(
             folder=folder,
             cache_dir=Path(recipe.run.cache_dir or folder / "cache"),
+            regions_cache=Path(recipe.run.cache_dir or folder / "cache") / "regions",
             reinforced=Path(recipe.reinforce.folder or folder / "reinforce"),
             overwrite=recipe.run.overwrite,
             told={
@@ -411,6 +418,7 @@ class SharedData:
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
+        clips (`dict[str, Clip]`): The CLIPs that runs start from, by path and the state of their files.
     """
 
     sources: dict[str, Splits] = field(default_factory=dict)
@@ -420,6 +428,7 @@ class SharedData:
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
     pixels: dict[tuple, PixelReader] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
+    clips: dict[str, "Clip"] = field(default_factory=dict)
 
 
 def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
@@ -759,22 +768,34 @@ def find_clip(recipe: Recipe, places: Places) -> str:
     return str(places.made("anchor", "config.json", "clip_model")) if named is None else PRESETS.get(named, named)
 
 
-def read_clip(path: str) -> Clip:
-    """Compute the key of a CLIP.
+def file_states(path: str) -> str:
+    """A key of the files in a model's folder by name, size and time, and of a Hub id by the name alone."""
+    files = [file for file in list_folder(path) if file.is_file()]
+    return json.dumps([path, [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]])
+
+
+def read_clip(path: str, shared: SharedData | None = None) -> Clip:
+    """Compute the key of a CLIP. It is read once for all runs, and again if a file changes in between.
 
     Args:
         path (`str`): Folder or Hub id.
+        shared ([`SharedData`], *optional*): Holds CLIPs that an earlier run read.
 
     Returns:
         [`Clip`]
 
     Raises:
-        ValueError: If the tokenizer's end token is not the text encoder's.
+        OSError: If there is none.
+        ValueError: If weights are missing or damaged, or the tokenizer's end token is not the text encoder's.
     """
-    processor, student = load_processor(path), load_student(path)
-    check_vocabulary(student, processor.tokenizer, path)
-    check_end_token(student, processor.tokenizer, path)
-    return Clip(path, combine_keys([fingerprint_model(student), fingerprint_processor(processor)]))
+    clips = {} if shared is None else shared.clips
+    if (read := file_states(path)) not in clips:
+        processor, student = load_processor(path), load_student(path)
+        check_vocabulary(student, processor.tokenizer, path)
+        check_end_token(student, processor.tokenizer, path)
+        key = combine_keys([fingerprint_model(student), fingerprint_processor(processor)])
+        clips[read] = Clip(path, key)
+    return clips[read]
 
 
 def find_teacher(recipe: Recipe, places: Places) -> str:
@@ -828,3 +849,40 @@ def load_student(clip_path: str, position_embedding_type: str = "absolute") -> D
     config.freeze_text = True
     config.vision_config.position_embedding_type = position_embedding_type
     return load_checked(DCLIPModel, clip_path, config=config)
+
+
+def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:
+    """Load a trained teacher around the CLIP that a student starts from.
+
+    Args:
+        teacher_path (`str`): Folder or Hub id of the teacher.
+        clip_path (`str`): Folder or Hub id of the CLIP.
+
+    Returns:
+        [`DCLIPTeacher`]: In float32, in eval mode.
+
+    Raises:
+        OSError: If there is no such teacher.
+        ValueError: If a weight is missing or damaged, or the teacher is around another CLIP.
+    """
+    teacher = load_checked(DCLIPTeacher, teacher_path)
+    _check_same_clip(teacher, teacher_path, clip_path)
+    return teacher
+
+
+def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -> None:
+    student = load_student(clip_path)
+    expected, got = student.config.projection_dim, teacher.config.projection_dim
+    if expected != got:
+        raise ValueError(
+            f"Expected a teacher of the student's width {expected} ({clip_path}), got {got} ({teacher_path}). Distil "
+            "from a teacher around the same CLIP."
+        )
+    # A teacher saved in a shorter type than its CLIP holds the CLIP's weights rounded.
+    theirs, ours = teacher.clip.state_dict(), cast_weights(student.state_dict(), stored_dtype(teacher_path))
+    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name].float()) for name in ours):
+        raise ValueError(
+            f"The teacher '{teacher_path}' holds another CLIP than the student starts from ('{clip_path}'), so their "
+            "embeddings are in different spaces. Train the teacher around this CLIP, or set clip_model to the "
+            "teacher's."
+        )

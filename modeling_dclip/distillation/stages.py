@@ -4,29 +4,25 @@ A stage is a function of its section, of what earlier stages made, and of the pl
 reads the recipe and hands each stage its part. The stages of reinforced training are in `dmclip_stages.py`.
 """
 
-import difflib
 import logging
 from collections.abc import Collection
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
-from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPImageProcessorPil, CLIPTextConfig, PreTrainedTokenizerBase, set_seed
+from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, set_seed
 
-from modeling_dclip.configuration_dclip import DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
-from modeling_dclip.data.captions import CAPTION_SOURCES, load_mix
+from modeling_dclip.configuration_dclip import DCLIPConfig
+from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys, save_columns
 from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
-from modeling_dclip.data.regions.detectors import DETECTORS, build_detector
+from modeling_dclip.data.regions.detectors import build_detector
 from modeling_dclip.data.scenes import train_tokenizer
-from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, add_teacher_targets, compute_features
 from modeling_dclip.distillation.adapters import (
     add_adapters,
@@ -59,6 +55,7 @@ from modeling_dclip.distillation.run import (
     find_teacher,
     finished_inputs,
     keep_test_part,
+    load_matching_teacher,
     load_student,
     load_training_images,
     read_clip,
@@ -70,16 +67,14 @@ from modeling_dclip.distillation.trainer import (
     AnchorTrainer,
     StudentTrainer,
     TeacherTrainer,
-    cast_weights,
     find_overflows,
     require_fit,
     save_weights,
-    share_image_encoder,
     train_or_resume,
 )
 from modeling_dclip.encoders.families import stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_checked, load_tokenizer, read_config, stored_dtype
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_tokenizer, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -89,68 +84,6 @@ from modeling_dclip.progress import count_of
 logger = logging.getLogger(__name__)
 
 TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds")
-
-
-def check_models(recipe: Recipe, whole: Recipe) -> None:
-    """Check that the models of a recipe can be built and trained as it says, before its first stage runs.
-
-    They are built without weights, around the CLIP that is there or the one that the stage anchor will make. What
-    comes from the Hub is checked when it is loaded.
-
-    Args:
-        recipe ([`Recipe`]): Parsed; of one arm.
-        whole ([`Recipe`]): The recipe before its arms were told apart.
-
-    Raises:
-        WrongModelError: If `clip_model` is the folder of another kind of model.
-        ValueError: If the spec of a dataset or of the detector is wrong, a configuration has an unknown or a wrong
-            field, the teacher's heads do not divide the width, or a pattern of `student.freeze` matches nothing or
-            leaves nothing to train.
-    """
-    if recipe.regions.detector is not None:
-        parse_spec(recipe.regions.detector, DETECTORS)
-    for spec in (*recipe.run.train_datasets, *recipe.anchor.train_datasets):
-        parse_spec(spec, CAPTION_SOURCES, counted=True)
-    stages = set(recipe.stages)
-    config = _planned_clip(recipe, whole)
-    if config is None:
-        return
-    if "teacher" in stages and recipe.run.teacher_model is None:
-        _build("teacher", DCLIPTeacherConfig, clip_config=config.to_dict(), **recipe.teacher.architecture())
-    if "student" in stages and recipe.student.lora_rank is None:
-        config.vision_config.position_embedding_type = recipe.student.position_embedding_type
-        with torch.device("meta"):
-            encoder = share_image_encoder(DCLIPModel(config))
-        freeze_parameters(encoder, recipe.student.freeze)
-
-
-def _planned_clip(recipe: Recipe, whole: Recipe) -> DCLIPConfig | None:
-    """The configuration of the CLIP that a recipe starts from; `None` if it has none, or the Hub has it."""
-    if whole.makes_anchor:
-        args = whole.anchor
-        for name, kind in (("vision_config", DCLIPVisionConfig), ("text_config", CLIPTextConfig)):
-            known = {one.name for one in fields(kind)}
-            if unknown := sorted(set(getattr(args, name)) - known):
-                near = difflib.get_close_matches(unknown[0], known, 1)
-                hint = f" Did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"anchor.{name}: expected fields of {kind.__name__}, got {unknown[0]!r}.{hint}")
-        words = {**args.text_config, "vocab_size": args.vocab_size, "max_position_embeddings": args.max_length}
-        sizes = {"vision_config": args.vision_config, "projection_dim": args.projection_dim}
-        return _build("anchor", DCLIPConfig, text_config=words, **sizes)
-    named = recipe.run.clip_model
-    if named is None or not Path(named).is_dir() or recipe.trains_dmclip:
-        return None
-    read_config(named, ("clip", "dclip"))
-    return DCLIPConfig.from_pretrained(named)
-
-
-def _build(section: str, kind: Any, **values: Any) -> Any:
-    """A configuration from a section's fields. An error names the section."""
-    try:
-        return kind(**values)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
-        raise ValueError(f"Recipe, {section}: {reason}") from error
 
 
 def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
@@ -199,7 +132,7 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
     if not {"teacher", "targets", "student"} & set(stages):
         return
     data = attach_regions(images, places if recipe.uses_detector else None)
-    clip = read_clip(find_clip(recipe, places))
+    clip = read_clip(find_clip(recipe, places), shared)
     features = FeatureOptions(
         places.cache_dir / "features",
         max_regions=recipe.regions.max_regions,
@@ -299,7 +232,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
         return
     options: dict[str, Any] = {
         "batch_size": args.batch_size,
-        "cache_dir": places.cache_dir / "regions",
+        "cache_dir": places.regions_cache,
         "on_bad_image": args.on_bad_image,
     }
     state = PartialState()
@@ -409,8 +342,7 @@ def write_targets(
     """
     with_teacher = teacher_path is not None
     if teacher_path is not None:
-        teacher = load_checked(DCLIPTeacher, teacher_path)
-        _check_same_clip(teacher, teacher_path, clip.path)
+        teacher = load_matching_teacher(teacher_path, clip.path)
     else:
         teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
     keys = {split: part.key for split, part in data.items()}
@@ -428,24 +360,6 @@ def write_targets(
         if PartialState().is_main_process:
             save_columns(targets.select_columns(names), record.folder / split)
     record.finish()
-
-
-def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -> None:
-    student = load_student(clip_path)
-    expected, got = student.config.projection_dim, teacher.config.projection_dim
-    if expected != got:
-        raise ValueError(
-            f"Expected a teacher of the student's width {expected} ({clip_path}), got {got} ({teacher_path}). Distil "
-            "from a teacher around the same CLIP."
-        )
-    # A teacher saved in a shorter type than its CLIP holds the CLIP's weights rounded.
-    theirs, ours = teacher.clip.state_dict(), cast_weights(student.state_dict(), stored_dtype(teacher_path))
-    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name].float()) for name in ours):
-        raise ValueError(
-            f"The teacher '{teacher_path}' holds another CLIP than the student starts from ('{clip_path}'), so their "
-            "embeddings are in different spaces. Train the teacher around this CLIP, or set clip_model to the "
-            "teacher's."
-        )
 
 
 def train_student(

@@ -7,6 +7,7 @@
 | [`load_merged`] | a model of this package, its adapters merged |
 | [`load_checked`] | a model of a given class, every weight stored |
 | [`read_config`] | a configuration of one of some kinds, its numbers within bounds |
+| [`check_model`] | a configuration, and that there are weights; none is fetched or read |
 
 A folder's files are checked before anything is built of them: kind, sizes, names and types of the weights. Code that
 lies beside a model is run by `trust_remote_code` alone.
@@ -22,11 +23,18 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
-from transformers.utils import SAFE_WEIGHTS_NAME
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    has_file,
+)
 
 import modeling_dclip.auto_classes  # noqa: F401  registers the models of this package
 from modeling_dclip.configuration_dclip import MODEL_SIZES, check_number, check_sizes
@@ -136,10 +144,40 @@ def read_config(
     return config
 
 
+def check_model(name: str | os.PathLike, kinds: Collection[str] | None = None) -> PreTrainedConfig:
+    """Say early that a model is missing, of another kind or without weights. No weight is fetched or read.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+        kinds (`Collection[str]`, *optional*): The model types that are expected; any if not given.
+
+    Returns:
+        `PreTrainedConfig`: As [`read_config`] gives it.
+
+    Raises:
+        OSError: If there is none, or it has no weights.
+        WrongModelError: If it is of another kind.
+        ValueError: As [`read_config`]; of a folder also if a file of weights is cut or holds integers.
+    """
+    _check_folder(str(name))
+    config = read_config(name, kinds)
+    stored = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME)
+    if not Path(name).is_dir() and not any(has_file(str(name), file) for file in stored):
+        raise FileNotFoundError(
+            f"Expected weights at '{name}' ({SAFE_WEIGHTS_NAME}), got a configuration alone. Name another model."
+        )
+    return config
+
+
 def _no_model(name: str | os.PathLike, error: OSError) -> OSError:
     """The error of a name that is neither a folder nor known to the Hub; of a folder the error itself."""
     if Path(name).exists():
         return error
+    if is_offline_mode():
+        return OSError(
+            f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub that is on this "
+            "machine, and HF_HUB_OFFLINE forbids to ask the Hub. Check the name, or unset HF_HUB_OFFLINE."
+        )
     reason = " ".join(str(error).split()).partition(". ")[0]
     return OSError(
         f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "

@@ -11,6 +11,8 @@ Options follow as `,key=value`, e.g. `ultralytics:yolov8n.pt,imgsz=320`; they ar
 detector's class.
 """
 
+import difflib
+import importlib.util
 import json
 import logging
 import math
@@ -28,6 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    MODEL_FOR_OBJECT_DETECTION_MAPPING,
+    MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING,
     AutoImageProcessor,
     AutoModelForObjectDetection,
     AutoModelForZeroShotObjectDetection,
@@ -37,6 +41,7 @@ from transformers import (
 from modeling_dclip.data.files import name_entry, read_json, require_field, require_id
 from modeling_dclip.data.specs import PART, Range, Source, Spec, parse_spec
 from modeling_dclip.encoders.fingerprints import hash_file, hash_json, hash_parts, tensor_bytes
+from modeling_dclip.encoders.loading import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -137,6 +142,56 @@ def _require_known(weights: str) -> None:
         )
 
 
+def _no_ultralytics(reason: str) -> ImportError:
+    return ImportError(
+        f"The detector 'ultralytics' cannot be imported ({reason}). Run `pip install "
+        "'modeling_dclip[regions]'`; where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, "
+        "then `pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
+        "Without the package (it is AGPL-3.0) use 'transformers:MODEL'."
+    )
+
+
+def _require_weights(weights: str) -> None:
+    """Refuse a path where nothing is; a bare name may be one that ultralytics fetches."""
+    if Path(weights).parent != Path(".") and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
+        )
+
+
+def _check_ultralytics(
+    weights: str = "yolov8x.pt", *, trust_checkpoint: bool, device: str | None = None, **_: Any
+) -> None:
+    """What can be said of YOLO weights before the package is imported: whether both are there, and may be loaded."""
+    if importlib.util.find_spec("ultralytics") is None:
+        raise _no_ultralytics("it is not installed")
+    _require_weights(weights)
+    if Path(weights).is_file():
+        if not trust_checkpoint:
+            _require_known(weights)
+        return
+    with process_left_alone():
+        from ultralytics.utils.downloads import GITHUB_ASSETS_NAMES
+
+    if weights not in GITHUB_ASSETS_NAMES:
+        near = difflib.get_close_matches(weights, GITHUB_ASSETS_NAMES, 1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise FileNotFoundError(f"No YOLO weights at '{weights}', and ultralytics has none of this name.{hint}")
+
+
+def _check_transformers(model: str, *, labels: str | None = None, **_: Any) -> None:
+    """Whether a checkpoint is an object detector with weights and an image processor. No weight is fetched or read."""
+    config = type(check_model(model))
+    wanted = MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING if labels else MODEL_FOR_OBJECT_DETECTION_MAPPING
+    if config not in wanted:
+        kind = "open-vocabulary detector, as the option labels asks for" if labels else "object detector"
+        hint = " Say what it looks for, with ',labels=a dog|a ball'."
+        if labels or config not in MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING:
+            hint = " Name another checkpoint, such as PekingU/rtdetr_r50vd."
+        raise ValueError(f"Expected an {kind} at '{model}', got a model of type {config.model_type!r}.{hint}")
+    AutoImageProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
+
+
 class UltralyticsDetector(RegionDetector):
     """YOLO weights through ultralytics.
 
@@ -179,16 +234,8 @@ class UltralyticsDetector(RegionDetector):
             with process_left_alone():
                 from ultralytics import YOLO
         except ImportError as error:
-            raise ImportError(
-                f"The detector 'ultralytics' cannot be imported ({error}). Run `pip install "
-                "'modeling_dclip[regions]'`; where libGL.so.1 is missing, `pip uninstall ultralytics opencv-python`, "
-                "then `pip install --force-reinstall --no-deps ultralytics-opencv-headless opencv-python-headless`. "
-                "Without the package (it is AGPL-3.0) use 'transformers:MODEL'."
-            ) from error
-        if Path(weights).parent != Path(".") and not Path(weights).is_file():
-            raise FileNotFoundError(
-                f"No YOLO weights at '{weights}'. Check the path, or give a bare name such as yolov8x.pt."
-            )
+            raise _no_ultralytics(str(error)) from error
+        _require_weights(weights)
         path = weights if Path(weights).is_file() else _download_weights(weights)
         if not trust_checkpoint:
             _require_known(path)
@@ -487,6 +534,30 @@ DETECTORS = {
     "annotations": Source("annotations[:INSTANCES.json]", AnnotationDetector),
     "grid": Source("grid:ROWSxCOLUMNS", GridDetector),
 }
+
+
+def check_detector(spec: str | Spec, *, trust_checkpoint: bool = False) -> None:
+    """Say early that a detector cannot be built: a missing package, file or checkpoint, or one of another kind.
+
+    No weight is fetched, loaded or, of a checkpoint of transformers, read.
+
+    Args:
+        spec (`str` or [`~modeling_dclip.data.specs.Spec`]): As for [`build_detector`].
+        trust_checkpoint (`bool`, *optional*, defaults to `False`): As for [`build_detector`].
+
+    Raises:
+        ImportError: If ultralytics is asked for and not installed.
+        OSError: If a file or checkpoint is missing.
+        ValueError: If the spec is wrong, YOLO weights are not known and not trusted, or a checkpoint detects nothing.
+    """
+    parsed = parse_spec(spec, DETECTORS)
+    parsed.check_files()
+    if parsed.source.build is UltralyticsDetector:
+        _check_ultralytics(*parsed.fields, **{"trust_checkpoint": trust_checkpoint, **parsed.options})
+    elif parsed.source.build is TransformersDetector:
+        _check_transformers(*parsed.fields, **parsed.options)
+    elif parsed.source.build is GridDetector:
+        parsed.build()
 
 
 def build_detector(spec: str | Spec, *, trust_checkpoint: bool = False, **options: Any) -> RegionDetector:

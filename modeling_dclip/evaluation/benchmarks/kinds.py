@@ -4,6 +4,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -236,15 +237,49 @@ def kind_of(benchmark: str) -> str:
     return kind
 
 
-def check_benchmark(benchmark: str) -> None:
+def check_benchmark(benchmark: str) -> Spec | None:
     """Say early that a benchmark's kind or spec is wrong. No data are read.
+
+    Returns:
+        [`~modeling_dclip.data.specs.Spec`] or `None`: Its spec; `None` of a suite and of one that reads no data.
 
     Raises:
         ValueError: If the kind, the spec or an option is unknown.
     """
-    kind, _, spec = benchmark.partition("=")
-    if not (kind == "zero_shot" and spec.startswith("suite:")):
-        KINDS[kind_of(benchmark)].parse(spec or KINDS[kind].default_spec)
+    kind, _, text = benchmark.partition("=")
+    if kind == "zero_shot" and text.startswith("suite:"):
+        return None
+    return KINDS[kind_of(benchmark)].parse(text or KINDS[kind].default_spec)
+
+
+def read_benchmark(benchmark: str, *, begins: str | None = None) -> None:
+    """Read a benchmark's data once and drop them: a missing column is told before a training, not after it.
+
+    Of drawn scenes one is drawn. A suite is looked up, not read.
+
+    Args:
+        benchmark (`str`): `KIND[=SPEC]`.
+        begins (`str`, *optional*): Folder of the run that is about to begin. Its test part is not there yet.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: As the source says.
+    """
+    kind, _, text = benchmark.partition("=")
+    spec = check_benchmark(benchmark)
+    if spec is None:
+        if text.startswith("suite:"):
+            expand_suite(text)
+        return
+    held_out = Path(spec.fields[0]).resolve() if spec.source is CAPTION_SOURCES["held_out"] else None
+    if begins is not None and held_out == Path(begins).resolve():
+        return
+    if spec.source is CAPTION_SOURCES["scenes"]:
+        spec.build(n="1")  # its options are bound when it is built
+    elif spec.source in (LABEL_SOURCES["scenes"], QUESTION_SOURCES["scenes"]):
+        spec.build(n=1)
+    else:
+        read: dict[str, Callable[[Spec], Any]] = {"zero_shot": load_classification, "fine_grained": load_fine_grained}
+        read.get(kind, load_captions)(spec)
 
 
 def expand_benchmark(benchmark: str) -> list[str]:

@@ -83,3 +83,27 @@ def test_class_names_are_joined_with_folders_by_key_name_or_number_and_else_by_p
     caplog.clear()
     assert names_of(words, ["navy", "crimson"]) == ["navy", "crimson"]
     assert "joined with the classes by place: blue = 'navy', red = 'crimson'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "message"),
+    [
+        ("retrieval=coco:nowhere.json:nowhere", "nowhere.json"),
+        ("zero_shot=parquet:nowhere/*.parquet", "nowhere"),
+        ("fine_grained=json:nowhere.json:nowhere", "nowhere"),
+        ("zero_shot=suite:nowhere", "No folder 'nowhere'"),
+        ("retrieval=scenes:tset", "tset"),
+        ("retrieval=scenes:test,m=3", "Unknown option 'm'"),
+        ("zero_shot=scenes:tset", "tset"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_read_is_told_before_any_model(benchmark, message):
+    with pytest.raises((FileNotFoundError, ValueError), match=message):
+        benchmarks.read_benchmark(benchmark)
+
+
+def test_a_run_may_name_its_own_test_part_before_it_is_there(tmp_path):
+    benchmarks.read_benchmark(f"retrieval=held_out:{tmp_path}", begins=str(tmp_path))
+    with pytest.raises((FileNotFoundError, ValueError)):
+        benchmarks.read_benchmark(f"retrieval=held_out:{tmp_path}", begins=str(tmp_path / "other"))
+    benchmarks.read_benchmark("efficiency")

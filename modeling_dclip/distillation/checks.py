@@ -1,0 +1,275 @@
+"""What of a recipe can be told to be wrong before its first stage runs: in seconds, and all of it at once.
+
+[`check_recipe`] reads names, headers and configurations; [`check_starting_models`] loads the models that later stages
+start from. Neither reads a picture.
+"""
+
+import difflib
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CLIPTextConfig
+
+from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
+from modeling_dclip.data.captions import CAPTION_SOURCES
+from modeling_dclip.data.failures import MistakeCollector, naming
+from modeling_dclip.data.files import check_output_folder, entry_names, require_file
+from modeling_dclip.data.regions.detectors import check_detector
+from modeling_dclip.data.specs import parse_spec
+from modeling_dclip.distillation.adapters import freeze_parameters
+from modeling_dclip.distillation.arguments import StageTrainingArguments
+from modeling_dclip.distillation.dmclip import check_starts, find_image_size
+from modeling_dclip.distillation.dmclip_stages import check_shards
+from modeling_dclip.distillation.recipes import Recipe
+from modeling_dclip.distillation.run import Places, SharedData, check_uncaptioned, load_matching_teacher, read_clip
+from modeling_dclip.distillation.trainer import share_image_encoder
+from modeling_dclip.encoders.loading import check_model, load_processor, load_tokenizer
+from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
+from modeling_dclip.modeling_dclip import DCLIPModel
+
+_CLIPS = ("clip", "dclip")  # model types that teacher and student start from
+_MADE_TOKENIZERS = ("scenes", "captions")  # that the stage anchor trains
+
+
+def check_recipe(recipe: Recipe, whole: Recipe) -> None:
+    """Check what a recipe names, and that its models can be built and trained as it says, before its first stage.
+
+    Models are built without weights, around the CLIP that is there or the one that the stage anchor will make. Of a
+    model on the Hub the configuration, the tokenizer and the image processor are fetched.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
+        whole ([`Recipe`]): The recipe before its arms were told apart.
+
+    Raises:
+        OSError: If a file, a folder or a model is missing, or nothing can be written where the run writes.
+        ImportError: If a package that the detector needs is not installed.
+        WrongModelError: If a model is of another kind.
+        ValueError: If the spec of a dataset or of the detector is wrong, a configuration has an unknown or a wrong
+            field, the teacher's heads do not divide the width, a pattern of `student.freeze` matches nothing or leaves
+            nothing to train, or the device cannot train in the precision that is asked for.
+        Mistakes: If several of these are found.
+    """
+    found = MistakeCollector()
+    with found.collecting():
+        _check_places(recipe, whole)
+    for check in (_check_data, _check_detector, _check_precision):
+        with found.collecting():
+            check(recipe)
+    with found.collecting():
+        _check_dmclip(recipe, named_clip(recipe, whole))
+    with found.collecting():
+        config = _planned_clip(recipe, whole)
+        if config is not None:
+            _check_architectures(recipe, config)
+    with found.collecting():
+        _check_teacher(recipe)
+    found.tell()
+
+
+def named_clip(recipe: Recipe, whole: Recipe) -> str | None:
+    """Folder or Hub id of the CLIP that a recipe names; `None` if it names none, or the stage anchor makes it.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm, whose `clip_model` may be the anchor that all arms share.
+        whole ([`Recipe`]): The recipe before its arms were told apart.
+
+    Returns:
+        `str` or `None`
+    """
+    named = recipe.run.clip_model
+    return None if named is None or whole.makes_anchor else PRESETS.get(named, named)
+
+
+def check_starting_models(recipe: Recipe, whole: Recipe, shared: SharedData) -> None:
+    """Load the CLIP and the teacher that a recipe names, so that damaged weights are told before its first stage.
+
+    Args:
+        recipe ([`Recipe`]): Parsed; of one arm.
+        whole ([`Recipe`]): The recipe before its arms were told apart.
+        shared ([`SharedData`]): Keeps the CLIP's key for the stages.
+
+    Raises:
+        OSError, ValueError: As [`~modeling_dclip.distillation.run.read_clip`] and
+            [`~modeling_dclip.distillation.run.load_matching_teacher`].
+    """
+    run, clip = recipe.run, named_clip(recipe, whole)
+    if clip is None or not {"teacher", "targets", "student"} & set(recipe.stages):
+        return
+    with naming("clip_model"):
+        read_clip(clip, shared)
+    if run.teacher_model is not None and recipe.student.reads_teacher and "targets" in recipe.stages:
+        with naming("teacher_model"):
+            load_matching_teacher(run.teacher_model, clip)
+
+
+def _check_places(recipe: Recipe, whole: Recipe) -> None:
+    """Refuse a folder that cannot be written; the first one, as the others mostly lie in it."""
+    places = Places.of(recipe)
+    folders = {"output_dir": Path(whole.run.output_dir), "cache_dir": places.cache_dir}
+    if "regions" in recipe.stages and recipe.uses_detector:
+        folders["cache_dir, for the detector's answers"] = places.regions_cache
+    for field, folder in folders.items():
+        with naming(field):
+            check_output_folder(folder)
+
+
+def _check_data(recipe: Recipe) -> None:
+    """Check the specs of all datasets, and that their files are there."""
+    run, found, stages = recipe.run, MistakeCollector(), set(recipe.stages)
+    specs = {"train_datasets": run.train_datasets, "uncaptioned_datasets": run.uncaptioned_datasets}
+    if "anchor" in stages:
+        specs["anchor.train_datasets"] = recipe.anchor.train_datasets
+    for field, texts in specs.items():
+        for text in texts:
+            with found.collecting(), naming(field):
+                parse_spec(text, CAPTION_SOURCES, counted=True).check_files()
+    for path in run.exclude_karpathy:
+        with found.collecting(), naming("exclude_karpathy"):
+            require_file(path, "Karpathy JSON file")
+    found.tell()
+
+
+def _check_detector(recipe: Recipe) -> None:
+    regions = recipe.regions
+    if regions.detector is not None and recipe.uses_detector and "regions" in recipe.stages:
+        with naming("regions.detector"):
+            check_detector(regions.detector, trust_checkpoint=regions.trust_checkpoint)
+
+
+def _check_precision(recipe: Recipe) -> None:
+    """Refuse half precision that the device lacks; transformers says so of fp16 only when a stage begins."""
+    for name in recipe.stages:
+        args = getattr(recipe, name, None)
+        if isinstance(args, StageTrainingArguments) and (args.fp16 or args.fp16_full_eval):
+            field = f"{name}.fp16" if args.fp16 else f"{name}.fp16_full_eval"
+            if args.device.type == "cpu":
+                raise ValueError(
+                    f"{field}: expected a GPU, got the CPU, which does not train in float16. Leave it out, or set "
+                    f"{name}.bf16 and {name}.use_cpu."
+                )
+
+
+def _check_dmclip(recipe: Recipe, clip: str | None) -> None:
+    """Check what the stages reinforce and dmclip read besides captions; `clip` is the CLIP that is named."""
+    stages, found = set(recipe.stages), MistakeCollector()
+    if "reinforce" in stages:
+        for teacher in dict.fromkeys(recipe.reinforce.teachers or ([] if clip is None else [clip])):
+            if not teacher.startswith(OPEN_CLIP_PREFIX):  # known to the package alone
+                with found.collecting(), naming("reinforce.teachers" if recipe.reinforce.teachers else "clip_model"):
+                    check_named_model(teacher)
+        if recipe.reinforce.captioner is not None:
+            with found.collecting(), naming("reinforce.captioner"):
+                check_named_model(recipe.reinforce.captioner)
+    if {"reinforce", "dmclip"} & stages:
+        with found.collecting():
+            check_starts(recipe.dmclip)
+            find_image_size(recipe.dmclip)
+    if "dmclip" in stages:
+        args = recipe.dmclip
+        if args.train_shards is not None:
+            with found.collecting(), naming("dmclip.train_shards"):
+                check_shards(args, args.train_shards)
+        tokenizers = {"dmclip.tokenizer": args.tokenizer, "dmclip.model": args.model, "clip_model": clip}
+        field, name = next(((field, name) for field, name in tokenizers.items() if name), ("", None))
+        if name is not None:
+            with found.collecting(), naming(field):
+                load_tokenizer(name)
+    found.tell()
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    name = recipe.run.teacher_model
+    if name is None or not recipe.student.reads_teacher or not {"targets", "student"} & set(recipe.stages):
+        return
+    with naming("teacher_model"):
+        check_named_model(name, ("dclip_teacher",))
+    check_uncaptioned(recipe)
+
+
+def check_named_model(name: str, kinds: Collection[str] | None = None) -> Any:
+    """As [`~modeling_dclip.encoders.loading.check_model`], of a preset too; a name with a typo gets the nearest one.
+
+    Args:
+        name (`str`): Preset, folder or Hub id.
+        kinds (`Collection[str]`, *optional*): The model types that are expected.
+
+    Returns:
+        `PreTrainedConfig`
+
+    Raises:
+        OSError, ValueError: As there.
+    """
+    name = PRESETS.get(name, name)
+    try:
+        return check_model(name, kinds)
+    except OSError as error:
+        if not (near := _nearest(name)):
+            raise
+        raise FileNotFoundError(f"{error} Did you mean {near!r}?") from error
+
+
+def _nearest(name: str) -> str | None:
+    """The preset, published CLIP or folder beside it whose name is nearest to a name that nothing has."""
+    known = {*PRESETS, *PRESETS.values()}
+    if os.path.exists(name) or name in known:
+        return None
+    folder = Path(name).parent
+    known |= {str(folder / entry) for entry in entry_names(folder)} if folder.is_dir() else set()
+    near: Sequence[str] = difflib.get_close_matches(name, known, 1, cutoff=0.8)
+    return near[0] if near else None
+
+
+def _check_architectures(recipe: Recipe, config: Any) -> None:
+    """Build teacher and student without weights."""
+    stages = set(recipe.stages)
+    if "teacher" in stages and recipe.run.teacher_model is None:
+        _build("teacher", DCLIPTeacherConfig, clip_config=config.to_dict(), **recipe.teacher.architecture())
+    if "student" in stages and recipe.student.lora_rank is None:
+        config.vision_config.position_embedding_type = recipe.student.position_embedding_type
+        with torch.device("meta"):
+            encoder = share_image_encoder(DCLIPModel(config))
+        freeze_parameters(encoder, recipe.student.freeze)
+
+
+def _planned_clip(recipe: Recipe, whole: Recipe) -> DCLIPConfig | None:
+    """The configuration of the CLIP that teacher and student start from; `None` if neither is made."""
+    if whole.makes_anchor:
+        return _planned_anchor(whole)
+    clip = named_clip(recipe, whole)
+    if clip is None or not {"teacher", "targets", "student"} & set(recipe.stages):
+        return None
+    with naming("clip_model"):
+        check_named_model(clip, _CLIPS)
+        load_processor(clip)
+    return DCLIPConfig.from_pretrained(clip)
+
+
+def _planned_anchor(whole: Recipe) -> DCLIPConfig:
+    args: Any = whole.anchor  # its mappings are parsed
+    for name, kind in (("vision_config", DCLIPVisionConfig), ("text_config", CLIPTextConfig)):
+        known = {one.name for one in fields(kind)}
+        if unknown := sorted(set(getattr(args, name)) - known):
+            near = difflib.get_close_matches(unknown[0], known, 1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"anchor.{name}: expected fields of {kind.__name__}, got {unknown[0]!r}.{hint}")
+    if args.tokenizer not in _MADE_TOKENIZERS and "anchor" in whole.stages:
+        with naming("anchor.tokenizer"):
+            load_tokenizer(args.tokenizer)
+    words = {**args.text_config, "vocab_size": args.vocab_size, "max_position_embeddings": args.max_length}
+    sizes = {"vision_config": args.vision_config, "projection_dim": args.projection_dim}
+    return _build("anchor", DCLIPConfig, text_config=words, **sizes)
+
+
+def _build(section: str, kind: Any, **values: Any) -> Any:
+    """A configuration from a section's fields. An error names the section."""
+    try:
+        return kind(**values)
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
+        raise ValueError(f"Recipe, {section}: {reason}") from error
