@@ -595,6 +595,7 @@ def test_tables_and_fields_of_results():
         "intervals",
         "settings",
         "spread",
+        "notes",
     ]
 
 

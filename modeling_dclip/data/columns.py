@@ -479,8 +479,9 @@ def encoded_images(dataset: Dataset) -> Iterator[bytes]:
         UnreadableImageError: If an image file is missing or a row has neither bytes nor a path; the message names its
             id.
     """
-    for row in undecoded_images(dataset):
-        yield read_encoded(row["image"], f"Image {row['image_id']!r}", "Replace the file or drop the row.")
+    for number, row in enumerate(undecoded_images(dataset)):
+        name = f"Image {row['image_id']!r}" if "image_id" in row else f"The image of row {number}"
+        yield read_encoded(row["image"], name, "Replace the file or drop the row.")
 
 
 def image_keys(dataset: Dataset) -> list[str]:

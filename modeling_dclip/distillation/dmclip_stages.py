@@ -28,6 +28,7 @@ from modeling_dclip.distillation.dmclip import build_dmclip, check_starts, find_
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     KeyedRows,
+    Learned,
     Places,
     SharedData,
     file_states,
@@ -107,7 +108,7 @@ def reinforce(
         if spec not in shared.fingerprints:
             loaded[spec] = build_teacher(spec, device)
             shared.fingerprints[spec] = loaded[spec].fingerprint
-    dataset, keys = _captioned_images(run, args.seed, shared)
+    images, (dataset, keys) = _captioned_images(run, args.seed, shared)
     inputs = {"arguments": deciding_fields(args), "image_size": image_size, "dataset": combine_keys(keys)}
     inputs["teachers"] = [shared.fingerprints[spec] for spec in specs]
     # Runs may share the folder: none deletes or writes what another one is writing.
@@ -115,6 +116,7 @@ def reinforce(
         record = places.record("reinforce", inputs, places.reinforced)
         if record.finished:
             return
+        Learned(images.keys).keep(record.folder)
         loaded |= {spec: build_teacher(spec, device) for spec in dict.fromkeys(specs) if spec not in loaded}
         captioner = None
         if args.captioner is not None:
@@ -151,14 +153,16 @@ def _may_write(places: Places) -> bool:
     return record is None or not record["finished"] or places.overwrite
 
 
-def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> KeyedRows:
-    """The images to reinforce, the same for every arm and seed, with keys of their rows. The test part is left out."""
+def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> tuple[KeyedRows, KeyedRows]:
+    """The images to reinforce, the same for every arm and seed, without the test part: with keys of the images, and
+    with keys of their rows.
+    """
     key = json.dumps(["reinforce", run.train_datasets, run.exclude_karpathy, run.test_fraction, seed])
     if key not in shared.sources:
         dataset = load_captioned(run.train_datasets, run.exclude_karpathy, 0 if run.test_fraction else seed, shared)
         images = without_test(KeyedRows(dataset, image_keys(dataset)), run, shared)
-        shared.sources[key] = {"train": KeyedRows(images.rows, row_keys(*images))}
-    return shared.sources[key]["train"]
+        shared.sources[key] = {"images": images, "rows": KeyedRows(images.rows, row_keys(*images))}
+    return shared.sources[key]["images"], shared.sources[key]["rows"]
 
 
 def train_dmclip(
@@ -191,6 +195,8 @@ def train_dmclip(
     record = places.record("dmclip", {"arguments": deciding_fields(args), **keys})
     if record.finished:
         return
+    starts = [one for one in (args.model, args.vision_model, args.text_model) if one is not None]
+    Learned([], [Path(shards).parent, *starts]).keep(record.folder)  # the stage reinforce keeps keys beside its shards
     set_seed(args.seed)
     model, processor = build_dmclip(args, tokenizer)
     batches = _open_batches(args, shards, processor)

@@ -21,7 +21,7 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_off_test, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
-from modeling_dclip.data.captions.parts import HELD_OUT, describe_copies, write_held_out
+from modeling_dclip.data.captions.parts import HELD_OUT, describe_copies, write_held_out, write_trained_images
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import (
@@ -663,6 +663,23 @@ def load_new_images(specs: list[str], *, seed: int, exclude_ids: Collection[str]
         dataset, keys = dataset.select(new), [keys[row] for row in new]
     logger.info("uncaptioned_datasets: %d images for the student alone", len(new))
     return KeyedRows(dataset, keys)
+
+
+class Learned(NamedTuple):
+    """What a model learns from.
+
+    Args:
+        keys (`Sequence[str]`): Of its images.
+        starts (`Sequence`): Folders or Hub ids of the models that it starts from or is taught by.
+    """
+
+    keys: Sequence[str]
+    starts: Sequence[str | Path] = ()
+
+    def keep(self, folder: Path) -> None:
+        """Write the keys beside the model, with those of the models it starts from: the main process does."""
+        if PartialState().is_main_process:
+            write_trained_images(folder, self.keys, self.starts)
 
 
 def check_batches(recipe: Recipe, rows: int) -> None:

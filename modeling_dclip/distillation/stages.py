@@ -45,6 +45,7 @@ from modeling_dclip.distillation.run import (
     UNCAPTIONED,
     Clip,
     KeyedRows,
+    Learned,
     Places,
     SharedData,
     Splits,
@@ -108,9 +109,8 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     if "anchor" in stages:
         if recipe.run.clip_model is None:
             dataset = load_mix(recipe.anchor.train_datasets or recipe.run.train_datasets, seed=recipe.anchor.seed)
-            if recipe.run.test_fraction:
-                dataset = without_test(KeyedRows(dataset, image_keys(dataset)), recipe.run, shared).rows
-            make_anchor(recipe.anchor, dataset, places, recipe.resolved("anchor"))
+            images = without_test(KeyedRows(dataset, image_keys(dataset)), recipe.run, shared)
+            make_anchor(recipe.anchor, images, places, recipe.resolved("anchor"))
         else:
             logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
     if {"regions", "teacher", "targets", "student"} & set(stages):
@@ -143,7 +143,8 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
     )
     if "teacher" in stages:
         if recipe.run.teacher_model is None:
-            train_teacher(recipe.teacher, data, clip, features, places, recipe.resolved("regions", "teacher"))
+            resolved, learned = recipe.resolved("regions", "teacher"), Learned(images["train"].keys, [clip.path])
+            train_teacher(recipe.teacher, data, clip, features, places, resolved, learned)
         else:
             logger.info("teacher: nothing to do, the recipe takes %s", recipe.run.teacher_model)
     if "targets" in stages:
@@ -151,25 +152,30 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
         write_targets(teacher_path, data, clip, features, places)
     if "student" in stages:
         resolved = recipe.resolved("regions", "teacher", "targets", "student")
-        train_student(recipe.student, data, clip, places, resolved, shared)
+        keys = [key for split in student_splits(images) for key in split.keys]
+        teachers = [recipe.run.teacher_model or places.folder / "teacher"] if recipe.student.reads_teacher else []
+        learned = Learned(keys, [clip.path, *teachers])
+        train_student(recipe.student, data, clip, places, resolved, shared, learned)
 
 
-def make_anchor(args: AnchorArguments, dataset: Dataset, places: Places, resolved_arguments: dict[str, Any]) -> None:
+def make_anchor(args: AnchorArguments, images: KeyedRows, places: Places, resolved_arguments: dict[str, Any]) -> None:
     """Pretrain a small CLIP from scratch on captioned images, and save it in the run's folder `anchor`.
 
     Args:
         args ([`AnchorArguments`]): Architecture, tokenizer, optimiser.
-        dataset (`datasets.Dataset`): With `image_id`, `image`, `captions`.
+        images ([`KeyedRows`]): With `image_id`, `image`, `captions`, and keys of the images.
         places ([`Places`]): Of the run.
         resolved_arguments (`dict`): Saved beside the weights.
 
     Raises:
         ValueError: If there are too few images, a config is wrong, or the folder was made from other inputs.
     """
-    inputs = {"arguments": deciding_fields(args), "dataset": combine_keys(row_keys(dataset))}
+    dataset, keys = images
+    inputs = {"arguments": deciding_fields(args), "dataset": combine_keys(row_keys(dataset, keys))}
     record = places.record("anchor", inputs)
     if record.finished:
         return
+    Learned(keys).keep(record.folder)
     set_seed(args.seed)
     processor = _anchor_processor(args, dataset)
     model = DCLIPModel(_anchor_config(args, processor.tokenizer))
@@ -265,6 +271,7 @@ def train_teacher(
     features: FeatureOptions,
     places: Places,
     resolved_arguments: dict[str, Any],
+    learned: Learned,
 ) -> None:
     """Train the teacher's block on features that its frozen CLIP computes once; save it in the run's folder `teacher`.
 
@@ -275,6 +282,7 @@ def train_teacher(
         features ([`FeatureOptions`]): How its features are computed.
         places ([`Places`]): Of the run.
         resolved_arguments (`dict`): Saved beside the weights.
+        learned ([`Learned`]): The images of `data` that it learns from; kept beside it.
 
     Raises:
         ValueError: If there are too few images, or the folder was made from other inputs.
@@ -286,6 +294,7 @@ def train_teacher(
     if record.finished:
         return
     record.count(captioned)
+    learned.keep(record.folder)
     set_seed(args.seed)
     teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture()).float()
     processor, dtype = _teacher_processor(clip.path), _resolve_dtype(args.save_dtype, "teacher", clip.path)
@@ -369,6 +378,7 @@ def train_student(
     places: Places,
     resolved_arguments: dict[str, Any],
     shared: SharedData,
+    learned: Learned,
 ) -> None:
     """Fine-tune the image encoder on the targets in the run's folder `targets`; save the student in `student`.
 
@@ -379,6 +389,7 @@ def train_student(
         places ([`Places`]): Of the run.
         resolved_arguments (`dict`): Saved beside the weights.
         shared ([`SharedData`]): Holds pixels that an earlier run decoded.
+        learned ([`Learned`]): The images of `data` that it learns from; kept beside it.
 
     Raises:
         FileNotFoundError: If the stage targets was not run.
@@ -390,6 +401,7 @@ def train_student(
     record = places.record("student", inputs | {"targets": finished_inputs(targets)})
     if record.finished:
         return
+    learned.keep(record.folder)
     columns = ["image_id", "image", "captions", *args.columns]
     taught = {
         split: KeyedRows(attach_columns(rows, load_from_disk(targets / split)), keys_of_rows)

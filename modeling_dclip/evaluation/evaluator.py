@@ -12,6 +12,7 @@ from typing import NamedTuple
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
+from modeling_dclip.data.captions.parts import TrainedImages, read_trained_images
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -77,6 +78,7 @@ class _Subject:
     revision: str
     seed: int
     settings: dict[str, float | str]  # what fixes a point on the line
+    trained: TrainedImages | None  # the images that it learned from, where its folder says
 
 
 class _Reference(NamedTuple):
@@ -136,6 +138,7 @@ def evaluate(
         for name, benchmark in loaded.items():
             try:
                 record, outcomes, kept = _measure_or_keep(store, benchmark, subject, options, command)
+                _take_notes(record, benchmark, subject)
                 if candidate.name == anchor and candidate.alpha is None:
                     references[name] = _Reference(anchor, subject.revision, outcomes)
                 elif name in references:
@@ -187,7 +190,8 @@ def _load_subject(
         model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
         settings = {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
     seed = options.seed if candidate.seed is None else candidate.seed
-    return _Subject(candidate, options.encoder(model, processor), revision, seed, settings)
+    trained = read_trained_images(candidate.name)
+    return _Subject(candidate, options.encoder(model, processor), revision, seed, settings, trained)
 
 
 def _measure_or_keep(
@@ -223,6 +227,17 @@ def _measure_or_keep(
         settings=settings,
     )
     return record, result.get("outcomes", {}), False
+
+
+def _take_notes(record: Record, benchmark: Benchmark, subject: _Subject) -> None:
+    """Write into a record what its reader has to know: what the data are, and that the model was trained on them."""
+    notes, trained = list(benchmark.notes), subject.trained
+    if trained is not None and (overlap := trained.describe_overlap(benchmark.image_keys())):
+        logger.warning("%s: %s", benchmark.name, overlap)
+        notes.append(f"{benchmark.name}, {subject.candidate.label or subject.candidate.name}: {overlap}")
+    record.pop("notes", None)
+    if notes:
+        record["notes"] = notes
 
 
 def _rename(record: Record, candidate: Candidate) -> Record:

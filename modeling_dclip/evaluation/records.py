@@ -66,6 +66,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
 OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
+OPTIONAL_FIELDS |= {"notes": (list,)}
 
 # Metrics that are shares of images, captions or questions, by their names.
 _SHARES = re.compile(r"(?:recall@\d+|accuracy|mrr|map|^top\d+|mean_per_class)$")
@@ -159,6 +160,8 @@ class Record(_RequiredFields, total=False):
         comparison (`dict`): Gain or retention against an anchor and the differences, as intervals, with `anchor` and
             `anchor_revision`.
         draws (`dict[str, list[float]]`): The single values whose mean a metric is.
+        notes (`list[str]`): What a reader of the numbers has to know: that test images were trained on, or which run
+            kept them.
         intervals (`dict`): An [`~modeling_dclip.evaluation.statistics.IntervalDict`] by metric.
         settings (`dict`): What else the metrics depend on.
         spread (`dict`): Median, min and max of timings, by metric.
@@ -170,6 +173,7 @@ class Record(_RequiredFields, total=False):
     chance: Metrics
     comparison: dict[str, Any]
     draws: dict[str, list[float]]
+    notes: list[str]
     intervals: dict[str, IntervalDict]
     settings: dict[str, Any]
     spread: dict[str, dict[str, float]]
@@ -245,6 +249,8 @@ def _check_values(record: dict[str, Any], where: str) -> None:
         for key, value in interval.items():
             if key in ("estimate", "low", "high") and value is not None:  # an end without bound is null
                 _check_number(value, f"'intervals' / {name!r} / {key!r} of {where}", name)
+    if odd := [note for note in record.get("notes", []) if not isinstance(note, str)]:
+        raise ValueError(f"Expected texts in the field 'notes' of {where}, got {odd[0]!r:.80}.")
     for name, values in record.get("draws", {}).items():
         if not isinstance(values, list):
             raise ValueError(f"Expected a list in 'draws' / {name!r} of {where}, got {values!r:.80}.")

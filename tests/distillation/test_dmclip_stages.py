@@ -18,6 +18,9 @@ from PIL import Image
 from transformers import AutoTokenizer
 
 from modeling_dclip import DCLIPProcessor, DMCLIPModel, DMCLIPTextModel
+from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions.parts import read_trained_images
+from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.files import holding
 from modeling_dclip.distillation import arguments as reinforced_arguments
 from modeling_dclip.distillation import dmclip_stages as reinforced_stages
@@ -72,6 +75,13 @@ def finished(tiny_clip_dir, tmp_path_factory):
 @pytest.fixture(scope="module")
 def shards(finished):
     return finished / "run" / "reinforce" / "shards"
+
+
+def test_the_model_says_which_images_the_shards_are_of(finished):
+    keys = image_keys(load_captions("scenes:train,n=14,image_size=40,captions_per_image=2"))
+    for stage in ("reinforce", "dmclip"):
+        trained = read_trained_images(finished / "run" / stage)
+        assert trained.describe_overlap(keys).startswith("13 of the 14 test images were in this model's training data")
 
 
 @pytest.fixture

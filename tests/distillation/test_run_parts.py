@@ -90,7 +90,7 @@ def test_other_sources_lose_the_test_part_too(tmp_path):
     renamed = other.map(lambda row: {"image_id": f"other-{row['image_id']}"})
     left = without_test(KeyedRows(renamed, image_keys(renamed)), recipe.run, shared)
     assert len(left.rows) == 18 and left.keys == image_keys(left.rows) and not set(left.keys) & set(test.keys)
-    reinforced = _captioned_images(recipe.run, 3, shared).rows
+    reinforced = _captioned_images(recipe.run, 3, shared)[1].rows
     assert len(reinforced) == 18 and not set(image_keys(reinforced)) & set(test.keys)
     with pytest.raises(ValueError, match="is left of 2 images without the test part"):
         without_test(test, recipe.run, shared)

@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions.parts import read_trained_images
+from modeling_dclip.data.columns import image_keys
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import Places, SharedData, attach_regions, load_training_images
 
@@ -73,6 +75,15 @@ def test_the_student_learns_from_images_that_the_teacher_never_trained_on(finish
     alone = run(write_recipe(tmp_path, tiny_clip_dir, uncaptioned_datasets=None))
     assert same_weights(alone / "teacher", out / "teacher")
     assert not same_weights(alone / "student", out / "student") and len(log_of(alone / "student")) == 1
+
+
+def test_models_say_which_images_they_learned_from(finished, tiny_clip_dir):
+    keys = image_keys(load_captions(SCENES.format(24)))
+    for stage, number in (("teacher", 8), ("student", 24)):
+        trained = read_trained_images(finished / "run" / stage)
+        assert len(trained.keys) == number
+        assert trained.describe_overlap(keys).startswith(f"{number} of the 24 test images were")
+    assert read_trained_images(tiny_clip_dir) is None
 
 
 def test_their_targets_are_those_of_the_same_images_with_captions(finished):

@@ -6,10 +6,13 @@ import time
 import pytest
 import torch
 
+from modeling_dclip.data.captions.parts import TRAINED_IMAGES, read_trained_images, write_trained_images
+from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation import evaluator, records
 from modeling_dclip.evaluation.benchmarks.kinds import Benchmark
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, write_results
+from modeling_dclip.evaluation.reports.tables import render_table
 
 
 @pytest.fixture
@@ -80,6 +83,33 @@ def test_a_second_run_evaluates_only_what_is_not_there(world, tmp_path):
     world.clear()
     evaluate(models, BENCHMARKS, tmp_path / "r.json", overwrite=True)
     assert len(world) == 4 and len(read_results(tmp_path / "r.json")) == 4
+
+
+def test_a_record_says_that_the_model_was_trained_on_its_images(world, tmp_path, monkeypatch, caplog):
+    keys = [hash_bytes(str(number)) for number in range(10)]
+    write_trained_images(tmp_path, keys[:4])
+    monkeypatch.setattr(evaluator, "read_trained_images", lambda name: read_trained_images(tmp_path / name))
+    load = evaluator.load_benchmark
+    monkeypatch.setattr(
+        evaluator,
+        "load_benchmark",
+        lambda name, options: load(name, options)._replace(image_keys=lambda: keys[2:], notes=("of a run",)),
+    )
+    (tmp_path / "student").mkdir()  # a checkpoint of the model there
+    models = [Candidate("student", "ours"), Candidate("anchor")]
+    for _ in range(2):  # measured, and kept
+        done = evaluate(models, BENCHMARKS[:1], tmp_path / "r.json")
+        trained = f"2 of the 8 test images were in this model's training data ({tmp_path / TRAINED_IMAGES})"
+        assert [record.get("notes") for record in done.records] == [
+            ["of a run", f"retrieval=a, ours: {trained}"],
+            ["of a run"],
+        ]
+        assert read_results(tmp_path / "r.json") == done.records
+    assert f"retrieval=a: {trained}" in caplog.text
+    assert f"ours: {trained}." in render_table(done.records)
+    (tmp_path / TRAINED_IMAGES).unlink()
+    done = evaluate(models[:1], BENCHMARKS[:1], tmp_path / "r.json")
+    assert done.kept == 1 and done.records[0]["notes"] == ["of a run"]
 
 
 def test_what_an_index_finds_stays_beside_what_exact_search_finds(world, tmp_path, monkeypatch):

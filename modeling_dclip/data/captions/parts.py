@@ -3,18 +3,23 @@
 The *test part* is drawn by the content of the pictures: no seed, no file name and no caption decides it. The rest is
 split into training and validation by image id. Identical pictures are in one part, under whatever names they come.
 
+A model keeps the keys of the images that it learned from beside its weights, in `trained_images.npy`, so that an
+evaluation on some of them says so.
+
 A run keeps its test part in `RUN_FOLDER/held_out`, and the spec `held_out:RUN_FOLDER` reads it: `held_out.json` says
 what it is of, `images` is a saved dataset. Pictures that are files stay where they are; stored bytes are copied.
 """
 
+import io
 import logging
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 from datasets import Dataset, Image, Value
 
 from modeling_dclip.data.captions.tables import read_disk
@@ -22,10 +27,12 @@ from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
     printable,
+    read_bytes,
     read_json,
     replacing,
     require_field,
     require_folder,
+    write_bytes,
     write_json,
 )
 from modeling_dclip.data.images import MissingImageError, UnreadableImageError, read_encoded, undecoded_images
@@ -291,3 +298,84 @@ def _find_changes(dataset: Dataset, keys: Sequence[str]) -> dict[int, str]:
         except UnreadableImageError as error:
             problems[row] = "missing" if isinstance(error, MissingImageError) else error.reason
     return problems
+
+
+# --- what a model learned from ---------------------------------------------------------------------------------------
+
+TRAINED_IMAGES = "trained_images.npy"
+_BYTES = 16  # of a picture's SHA-256; two of a billion pictures agree in them once in 10^20
+
+
+def _as_array(keys: Iterable[str]) -> np.ndarray:
+    """The first bytes of keys, sorted, each once."""
+    digits = "".join(key[: 2 * _BYTES] for key in keys)
+    return np.unique(np.frombuffer(bytes.fromhex(digits), f"S{_BYTES}"))
+
+
+def write_trained_images(folder: Path, keys: Sequence[str], starts: Sequence[str | os.PathLike] = ()) -> None:
+    """Keep the keys of the images that a model learns from beside it, if any is known. No loader needs the file.
+
+    Args:
+        folder (`Path`): The model's folder.
+        keys (`Sequence[str]`): Of the pictures: [`~modeling_dclip.data.columns.image_keys`].
+        starts (`Sequence`, *optional*): The models that it starts from or is taught by. What they learned from is
+            added, where they are folders that say so.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    earlier = [found for start in starts if (found := read_trained_images(start)) is not None]
+    if not (keys or earlier):
+        return
+    every = np.unique(np.concatenate([_as_array(keys), *(one.keys for one in earlier)]))
+    content = io.BytesIO()
+    np.save(content, every.view(np.uint8).reshape(-1, _BYTES), allow_pickle=False)
+    write_bytes(folder / TRAINED_IMAGES, content.getvalue())
+
+
+class TrainedImages(NamedTuple):
+    """The images that a model learned from.
+
+    Attributes:
+        path (`Path`): The file that says so.
+        keys (`np.ndarray` of shape `(N,)`): Of their pictures, sorted.
+    """
+
+    path: Path
+    keys: np.ndarray
+
+    def describe_overlap(self, keys: Sequence[str]) -> str:
+        """Say how many of some test images the model learned from; an empty text if none.
+
+        Args:
+            keys (`Sequence[str]`): Of the test images: [`~modeling_dclip.data.columns.image_keys`].
+        """
+        asked = _as_array(keys)
+        number = int(np.isin(asked, self.keys).sum())
+        if not number:
+            return ""
+        verb = "was" if number == 1 else "were"
+        return f"{number:,} of the {len(asked):,} test images {verb} in this model's training data ({self.path})"
+
+
+def read_trained_images(model: str | os.PathLike) -> TrainedImages | None:
+    """Find the images that a model learned from; `None` if its folder does not say, or it is no folder.
+
+    Args:
+        model (`str` or `os.PathLike`): A model's folder, or one of its checkpoints or of its adapter. A damaged file
+            is passed over with a warning.
+    """
+    places = (Path(model), Path(model).parent) if Path(model).is_dir() else ()
+    path = next((place / TRAINED_IMAGES for place in places if (place / TRAINED_IMAGES).is_file()), None)
+    if path is None:
+        return None
+    try:
+        stored = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        logger.warning("'%s' is damaged (%s): whether images were trained on is not known. Delete it.", path, error)
+        return None
+    if stored.dtype != np.uint8 or stored.ndim != 2 or stored.shape[1] != _BYTES:
+        shape = f"{stored.dtype} of shape {stored.shape}"
+        logger.warning("'%s' holds %s, no keys: whether images were trained on is not known. Delete it.", path, shape)
+        return None
+    return TrainedImages(path, np.ascontiguousarray(stored).view(f"S{_BYTES}").reshape(-1))

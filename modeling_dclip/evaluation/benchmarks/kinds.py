@@ -3,15 +3,17 @@
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from datasets import Dataset
 from transformers.utils import logging
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, parse_caption_spec
-from modeling_dclip.data.columns import dataset_fingerprint
+from modeling_dclip.data.captions.parts import describe_held_out
+from modeling_dclip.data.columns import dataset_fingerprint, image_keys
 from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
 from modeling_dclip.data.labels.prompts import read_names
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
@@ -75,6 +77,8 @@ class Benchmark(NamedTuple):
         evaluate (`Callable`): Takes an encoder and gives the
             [`~modeling_dclip.evaluation.records.BenchmarkResult`].
         settings (`dict`): What else the metrics depend on.
+        image_keys (`Callable`): Gives the keys of its images, which it reads when it is first called.
+        notes (`tuple[str, ...]`): What its records say of the data.
     """
 
     name: str
@@ -82,17 +86,36 @@ class Benchmark(NamedTuple):
     fingerprint: str
     evaluate: Callable[[Encoder], BenchmarkResult]
     settings: dict[str, Any]
+    image_keys: Callable[[], list[str]] = list
+    notes: tuple[str, ...] = ()
 
 
 def _short_hash(content: object) -> str:
     return hash_bytes(repr(content))[:16]
 
 
+def _make(
+    name: str, spec: Spec, dataset: Dataset, evaluate: Callable[..., BenchmarkResult], settings: dict[str, Any]
+) -> Benchmark:
+    """A benchmark of a dataset, which `evaluate` takes as `dataset`."""
+    notes: tuple[str, ...] = ()
+    if spec.source is CAPTION_SOURCES["held_out"]:
+        notes = (f"{name}: {describe_held_out(spec.fields[0])}",)
+    return Benchmark(
+        name,
+        spec.split,
+        dataset_fingerprint(dataset),
+        partial(evaluate, dataset=dataset),
+        settings,
+        cache(partial(image_keys, dataset)),
+        notes,
+    )
+
+
 def _load_retrieval(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_retrieval, dataset=dataset, index=options.index)
     settings = {"index": options.index} if options.index else {}
-    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, settings)
+    return _make(name, spec, dataset, partial(evaluate_retrieval, index=options.index), settings)
 
 
 def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
@@ -100,29 +123,17 @@ def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchm
     names, templates = loaded.class_names, list(options.templates or loaded.templates)
     if options.class_names:
         names = read_names(options.class_names, names)
-    evaluate = partial(
-        evaluate_zero_shot,
-        dataset=loaded.dataset,
-        class_names=names,
-        templates=templates,
-        classifiers=options.classifiers,
-    )
-    settings = {"prompts": _short_hash([names, templates])}
-    return Benchmark(name, spec.split, dataset_fingerprint(loaded.dataset), evaluate, settings)
+    evaluate = partial(evaluate_zero_shot, class_names=names, templates=templates, classifiers=options.classifiers)
+    return _make(name, spec, loaded.dataset, evaluate, {"prompts": _short_hash([names, templates])})
 
 
 def _load_fine_grained(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_fine_grained(spec)
-    fingerprint = dataset_fingerprint(dataset)
-    settings = {"questions": questions_fingerprint(dataset)}
-    evaluate = partial(evaluate_fine_grained, dataset=dataset)
-    return Benchmark(name, spec.split, fingerprint, evaluate, settings)
+    return _make(name, spec, dataset, evaluate_fine_grained, {"questions": questions_fingerprint(dataset)})
 
 
 def _load_diagnostics(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
-    dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_diagnostics, dataset=dataset)
-    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, {})
+    return _make(name, spec, load_captions(spec, seed=options.seed), evaluate_diagnostics, {})
 
 
 def _load_hessian(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
@@ -132,8 +143,8 @@ def _load_hessian(name: str, spec: Spec, options: EvaluationOptions) -> Benchmar
         )
     chosen = bind_options(HessianOptions, options.hessian, "the Hessian's options")
     dataset = load_captions(spec, seed=options.seed)
-    evaluate = partial(evaluate_hessian, dataset=dataset, options=HessianOptions(**chosen), seed=options.seed)
-    return Benchmark(name, spec.split, dataset_fingerprint(dataset), evaluate, chosen)
+    evaluate = partial(evaluate_hessian, options=HessianOptions(**chosen), seed=options.seed)
+    return _make(name, spec, dataset, evaluate, chosen)
 
 
 def _load_efficiency(name: str, spec: None, options: EvaluationOptions) -> Benchmark:

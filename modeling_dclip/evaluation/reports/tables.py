@@ -353,7 +353,8 @@ def _tabulate(
         for name, interval in [*record.get("intervals", {}).items(), *_ratios_of(record).items()]
         if name in [*shown, *ratios] and interval["low"] is not None
     }
-    return table, [*_interval_notes(kinds), *_ratio_notes(records, ratios)]
+    own = dict.fromkeys(f"{note}." for record in records for note in record.get("notes", []))
+    return table, [*own, *_interval_notes(kinds), *_ratio_notes(records, ratios)]
 
 
 def _ratios_of(record: Record) -> dict[str, IntervalDict]:

@@ -5,11 +5,20 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 from datasets import Dataset, load_from_disk
 
 from modeling_dclip.data.captions import load_captions, load_uncaptioned, split_off_test, split_train_validation
-from modeling_dclip.data.captions.parts import HELD_OUT, describe_copies, describe_held_out, write_held_out
+from modeling_dclip.data.captions.parts import (
+    HELD_OUT,
+    TRAINED_IMAGES,
+    describe_copies,
+    describe_held_out,
+    read_trained_images,
+    write_held_out,
+    write_trained_images,
+)
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.images import undecoded_images
 
@@ -188,3 +197,64 @@ def test_what_is_no_test_part_is_refused(kept):
     load_captions("csv:t.csv:photos").save_to_disk(about.parent / "images")
     with pytest.raises(ValueError, match="Expected a column 'image_key'"):
         load_captions("held_out:run")
+
+
+# --- what a model learned from ---------------------------------------------------------------------------------------
+
+
+def hashes(*contents):
+    return [hashlib.sha256(content).hexdigest() for content in contents]
+
+
+def test_a_model_says_which_test_images_it_learned_from(tmp_path):
+    write_trained_images(tmp_path, hashes(b"a", b"b", b"b", b"c"))
+    assert np.load(tmp_path / TRAINED_IMAGES, allow_pickle=False).shape == (3, 16)
+    trained = read_trained_images(tmp_path)
+    assert trained.describe_overlap(hashes(b"x", b"y")) == "" and trained.describe_overlap([]) == ""
+    one = f"1 of the 3 test images was in this model's training data ({tmp_path / TRAINED_IMAGES})"
+    assert trained.describe_overlap(hashes(b"x", b"a", b"a", b"y")) == one
+    assert trained.describe_overlap(hashes(b"b", b"a")).startswith("2 of the 2 test images were")
+
+
+def test_keys_are_told_apart_by_their_first_16_bytes(tmp_path):
+    keys = [f"{number:02x}" * 15 + last + "ff" * 16 for number in range(256) for last in ("00", "01")]
+    write_trained_images(tmp_path, keys[::2])
+    assert read_trained_images(tmp_path).describe_overlap(keys[1::2]) == ""
+    assert read_trained_images(tmp_path).describe_overlap(keys).startswith("256 of the 512 ")
+
+
+def test_what_the_start_and_the_teacher_learned_from_counts_too(tmp_path):
+    for name, keys, starts in (
+        ("clip", hashes(b"a"), []),
+        ("teacher", hashes(b"b"), [tmp_path / "clip", "openai/clip"]),
+        ("student", [], [tmp_path / "teacher", tmp_path / "nowhere"]),
+        ("unknown", [], ["openai/clip"]),
+    ):
+        (tmp_path / name).mkdir()
+        write_trained_images(tmp_path / name, keys, starts)
+    (tmp_path / "student" / "checkpoint-3").mkdir()
+    for model in ("student", "student/checkpoint-3"):
+        found = read_trained_images(tmp_path / model)
+        assert found.describe_overlap(hashes(b"a", b"b", b"c")).startswith("2 of the 3")
+    assert read_trained_images(tmp_path / "unknown") is None and read_trained_images("openai/clip") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"no array", b"\x93NUMPY\x01\x00v\x00"])
+def test_a_damaged_file_of_keys_is_told_and_passed_over(tmp_path, content, caplog):
+    (tmp_path / TRAINED_IMAGES).write_bytes(content)
+    assert read_trained_images(tmp_path) is None and "whether images were trained on is not known" in caplog.text
+
+
+def test_an_array_that_holds_no_keys_is_told_and_passed_over(tmp_path, caplog):
+    np.save(tmp_path / TRAINED_IMAGES, np.zeros((3, 4)))
+    assert read_trained_images(tmp_path) is None and "holds float64 of shape (3, 4), no keys" in caplog.text
+
+
+def test_a_picture_is_known_from_a_table_a_folder_and_stored_bytes(kept):
+    """Any reader gives the key of the file's bytes."""
+    table, folder = load_captions("csv:t.csv:photos"), load_uncaptioned(["images:photos"], seed=0)
+    files = [(kept / "photos" / f"{i}.png").read_bytes() for i in range(3)]
+    rows = {"image": [{"bytes": one, "path": None} for one in files], "captions": [["a"]] * 3}
+    Dataset.from_dict(rows).to_parquet("t.parquet")
+    stored = load_captions("parquet:t.parquet")
+    assert image_keys(table) == image_keys(folder) == image_keys(stored) == hashes(*files)

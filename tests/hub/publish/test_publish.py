@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPModel
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
+from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_trained_images
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
@@ -609,6 +610,13 @@ def test_what_is_missing_or_spoiled_is_named_and_nothing_is_written(trained, tmp
     with pytest.raises(kind, match=message):
         publish(spoiled(trained, tmp_path, change))
     assert not (tmp_path / "staged").exists()
+
+
+def test_what_a_model_was_trained_on_stays_home(trained, tmp_path):
+    arguments = spoiled(trained, tmp_path, lambda folder: write_trained_images(folder / "student", ["ab" * 32]))
+    assert (tmp_path / "student" / TRAINED_IMAGES).is_file()
+    staged = stage(gather(arguments), tmp_path / "staged")
+    assert len(staged) == 4 and not list((tmp_path / "staged").rglob("*.npy"))
 
 
 def test_staging_writes_from_the_facts_alone(trained, tmp_path):
