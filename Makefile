@@ -6,12 +6,12 @@ STAMP := $(VENV)/.installed
 # The oldest releases that setup.py allows, side by side with the newest ones of .venv.
 OLDEST := .venv-oldest
 OLDEST_STAMP := $(OLDEST)/.installed
-CODE := modeling_dclip tests benchmarks hub_cards setup.py train.py eval.py
+CODE := modeling_dclip tests benchmarks examples hub_cards setup.py train.py eval.py
 
 .PHONY: demo space test test-conformance test-oldest coverage quality style
 
 demo: $(STAMP)
-	$(BIN)/accelerate launch --cpu --num_processes 1 train.py
+	ACCELERATE_USE_CPU=true $(BIN)/python train.py
 space: $(STAMP)
 	$(BIN)/python hub_cards/space/app.py
 test: $(STAMP)

@@ -2,6 +2,7 @@
 
 import ast
 import contextlib
+import csv
 import fnmatch
 import importlib
 import importlib.util
@@ -9,9 +10,11 @@ import inspect
 import io
 import re
 import shlex
+import time
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -39,7 +42,13 @@ PAGES = {
 }
 README, CONTRIBUTING = PAGES["README.md"], PAGES["CONTRIBUTING.md"]
 FOR_USERS = "\n".join(text for page, text in PAGES.items() if page != "CONTRIBUTING.md")
-OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", "notebooks", "docs", ".ci")
+OWN_FOLDERS = ("modeling_dclip", "recipes", "tests", "benchmarks", "hub_cards", "notebooks", "docs", "examples", ".ci")
+# What a reader brings, or what would be downloaded, and what takes its place where README's commands are run.
+STAND_INS = {
+    "csv:captions.csv:photos": "csv:examples/captions.csv:examples/photos",
+    "openai/clip-vit-base-patch16": "recipes/demo_anchor",
+    "zero_shot=parquet:cifar10/*.parquet": "zero_shot=scenes:test,n=64",
+}
 
 
 def blocks(text, language):
@@ -363,6 +372,7 @@ def substitutes(tiny_clip_dir, tmp_path_factory):
 @pytest.mark.parametrize("code", blocks(FOR_USERS, "python"), ids=lambda code: code.splitlines()[-1])
 def test_every_python_block_for_users_runs(code, substitutes, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(ROOT)  # README reads a committed model and picture
     for name, substitute in substitutes.items():
         code = code.replace(f'"{name}"', repr(str(substitute)))
     printed = []
@@ -371,8 +381,63 @@ def test_every_python_block_for_users_runs(code, substitutes, monkeypatch):
     assert printed or "encoder" in variables
     for value in (value for values in printed for value in values if isinstance(value, torch.Tensor)):
         assert torch.isfinite(value).all()
+    if "the first text gets the largest share" in code:
+        assert variables["shares"].argmax() == 0
 
 
 @pytest.mark.parametrize("code", blocks(CONTRIBUTING, "python"))
 def test_every_python_block_of_contributing_parses(code):
     assert ast.parse(code).body
+
+
+def one_step(words):
+    """The command on a reader's own captions with a CLIP and a detector that are here, one step a stage."""
+    given, path = recipe_words(arguments(words))
+    stages = parse_recipe(given, ROOT / path).stages
+    trained = [word for stage in ("teacher", "student") if stage in stages for word in (f"--{stage}.max_steps", "1")]
+    return [*words, "--clip_model", "recipes/demo_anchor", "--regions.detector", "grid:2x2", *trained]
+
+
+def test_every_command_of_the_readme_but_installing_runs_within_a_minute(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    lines = [line for block in blocks(README, "bash") for line in block.replace("\\\n", " ").splitlines()]
+    said = []
+    for words in map(shlex.split, lines):
+        if words[0] == "pip":
+            continue  # tests/test_documentation.py checks its extras
+        words = [STAND_INS.get(word, word).replace("outputs/", f"{tmp_path}/") for word in words]
+        if "recipes/finetune.yaml" in words:
+            words = one_step(words)
+        if "recipes/quick_start.yaml" in words:
+            words += ["--output_dir", str(tmp_path / "quick_start")]
+        began = time.process_time()
+        load(script_of(words)).main(arguments(words))
+        assert time.process_time() - began < 60
+        said.append(capsys.readouterr().out)
+    assert len(said) == 7
+    assert "student is better than recipes/demo_anchor at retrieval" in said[1]
+    assert len(re.findall(r"^ +\d+ +0\.\d+  (?:kitchen|workshop)/IMG_", said[3], flags=re.MULTILINE)) == 10
+    written = [
+        "quick_start/student",
+        "quick_start/results.json",
+        "found.html",
+        "mine/student",
+        "mine/report/report.html",
+    ]
+    assert not [name for name in written if not (tmp_path / name).exists()]
+
+
+def test_the_pictures_of_the_examples_are_what_their_script_draws():
+    folder, script = ROOT / "examples", load("examples/draw.py")
+    with (folder / "captions.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    files = sorted(str(path.relative_to(folder / "photos")) for path in (folder / "photos").rglob("*.jpg"))
+    assert files == sorted({row["image"] for row in rows}) and len(files) == script.CARDS
+    assert sum(path.stat().st_size for path in folder.rglob("*.*")) < 1_000_000
+    for number in range(0, script.CARDS, 30):
+        name, picture, captions = script.draw_card(number)
+        assert captions == [row["caption"] for row in rows if row["image"] == name]
+        picture.save(encoded := io.BytesIO(), "JPEG", quality=script.QUALITY)
+        drawn, stored = (np.asarray(Image.open(file), float) for file in (encoded, folder / "photos" / name))
+        assert abs(drawn - stored).mean() < 1  # encoders of JPEG differ a little
