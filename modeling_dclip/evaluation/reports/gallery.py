@@ -9,11 +9,11 @@ queries.
 image encoder.
 """
 
+import logging
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,13 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.files import write_text
-from modeling_dclip.data.images import Thumbnail, decode_image, make_thumbnail
+from modeling_dclip.data.images import (
+    Thumbnail,
+    UnreadableImageError,
+    decode_image,
+    make_thumbnail,
+    undecoded_images,
+)
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, metrics_from_ranks, retrieval_ranks
@@ -32,7 +38,9 @@ from modeling_dclip.evaluation.records import Record, record_key
 from modeling_dclip.evaluation.reports.document import render_page
 from modeling_dclip.evaluation.reports.maps import draw_image_maps
 from modeling_dclip.evaluation.reports.metric_names import percent
-from modeling_dclip.evaluation.reports.tables import name_of
+from modeling_dclip.evaluation.reports.tables import name_of, short_hash, shorten_paths
+
+logger = logging.getLogger(__name__)
 
 CHOICES = {
     "random": "Drawn at random",
@@ -224,15 +232,25 @@ def answer_queries(
     return answered
 
 
-class _Thumbnails:
-    """Thumbnails of a dataset; each is made once, while the cache holds it."""
-
-    def __init__(self, dataset: Dataset, size: int):
-        self.dataset, self.size = dataset, size
-        self.of = lru_cache(maxsize=512)(self._make)
-
-    def _make(self, row: int) -> Thumbnail:
-        return make_thumbnail(decode_image(self.dataset, row), self.size)
+def _make_thumbnails(
+    dataset: Dataset, rows: Iterable[int], size: int
+) -> tuple[dict[int, Thumbnail], dict[int, UnreadableImageError]]:
+    """The thumbnails by row, and why the others cannot be shown."""
+    made: dict[int, Thumbnail] = {}
+    broken: dict[int, UnreadableImageError] = {}
+    images = undecoded_images(dataset)
+    for row in rows:
+        try:
+            made[row] = make_thumbnail(decode_image(images, row), size)
+        except UnreadableImageError as error:
+            broken[row] = error
+    if broken:
+        logger.warning(
+            "%d pictures cannot be shown and have a placeholder, the first: %s",
+            len(broken),
+            next(iter(broken.values())),
+        )
+    return made, broken
 
 
 def _shorten(text: str) -> str:
@@ -255,10 +273,7 @@ def render_gallery(
         options ([`GalleryOptions`]): Title, lines under it, size of thumbnails.
 
     Returns:
-        `str`: A whole HTML document.
-
-    Raises:
-        ValueError: If an image cannot be decoded; the message names it.
+        `str`: A whole HTML document. A picture that cannot be decoded has a placeholder, and the page names it.
     """
     if "image_id" not in dataset.column_names:
         dataset = dataset.add_column("image_id", [f"row {row}" for row in range(len(dataset))])
@@ -270,6 +285,10 @@ def render_gallery(
         ]
         for direction in DIRECTIONS
     }
+    queries = {way: [query for own in by_choice.values() for query in own] for way, by_choice in answered.items()}
+    rows = [answer.item for query in queries["text_to_image"] for answer in [*query.answers, query.best]]
+    rows += [query.item for query in queries["image_to_text"]]
+    thumbnails, broken = _make_thumbnails(dataset, dict.fromkeys(rows), options.thumbnail_size)
     return render_page(
         "gallery.html.jinja",
         options=options,
@@ -278,7 +297,8 @@ def render_gallery(
         recalls=recalls,
         ids=dataset["image_id"][:],
         captions=[_shorten(caption) for own in dataset["captions"][:] for caption in own],
-        thumbnails=_Thumbnails(dataset, options.thumbnail_size),
+        thumbnails=thumbnails,
+        broken=broken,
     )
 
 
@@ -305,8 +325,8 @@ def write_gallery(
         options ([`GalleryOptions`], *optional*): What the page shows.
 
     Raises:
-        ValueError: If the file is no `.html`, there are neither encoder nor embeddings, or an image or a caption is
-            bad; the message names it.
+        ValueError: If the file is no `.html`, there are neither encoder nor embeddings, or, without embeddings, an
+            image or a caption is bad; the message names it.
     """
     options = GalleryOptions() if options is None else options
     if Path(path).suffix.lower() != ".html":
@@ -326,7 +346,8 @@ def page_name(record: Record) -> str:
     Args:
         record (`Record`): From [`~modeling_dclip.evaluation.evaluator.evaluate`].
     """
-    words = f"{name_of(record)} {record['benchmark'].partition('=')[2]}"
+    [shown] = shorten_paths([record])
+    words = f"{name_of(shown)} {shown['benchmark'].partition('=')[2]}"
     return f"{re.sub(r'[^A-Za-z0-9]+', '-', words).strip('-')[-80:]}-{record_key(record)[:6]}"
 
 
@@ -370,8 +391,9 @@ def write_pages(
         dataset, stem = load_captions(spec, seed=record["seed"]), page_name(record)
         if gallery:
             pages.append(Path(gallery) / f"{stem}.html")
-            about = (record["benchmark"], f"revision {revision}")
-            options = GalleryOptions(title=name_of(record), about=about, seed=seed)
+            [shown] = shorten_paths([record])
+            about = (shown["benchmark"], f"weights {short_hash(revision)}")
+            options = GalleryOptions(title=name_of(shown), about=about, seed=seed)
             write_gallery(encoder, dataset, pages[-1], options=options)
         if maps:
             pages.append(Path(maps) / f"{stem}.png")

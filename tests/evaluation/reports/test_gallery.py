@@ -3,11 +3,13 @@
 import base64
 import io
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from fixtures.records import make_test_record as record
 from PIL import Image as PILImage
 
 from modeling_dclip.encoders import Encoder
@@ -19,6 +21,7 @@ from modeling_dclip.evaluation.reports.gallery import (
     answer_queries,
     choose_queries,
     write_gallery,
+    write_pages,
 )
 
 VOID = {"meta", "img", "br"}
@@ -175,7 +178,7 @@ def test_a_model_is_shown_without_embeddings_given(tmp_path, tiny_clip, tiny_sce
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["page.html"]
 
 
-def test_nothing_is_written_where_an_image_is_broken(tmp_path):
+def test_a_picture_that_cannot_be_shown_has_a_placeholder_and_is_named(tmp_path, caplog):
     whole = Image().encode_example(PILImage.effect_noise((40, 40), 50))
     rows = {"image_id": ["a", "broken"], "image": [whole, {"bytes": whole["bytes"][:200], "path": None}]}
     rows["captions"] = [["one"], ["two"]]
@@ -183,9 +186,27 @@ def test_nothing_is_written_where_an_image_is_broken(tmp_path):
         rows, features=Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
     )
     embeddings = DatasetEmbeddings(torch.eye(2), torch.eye(2), torch.arange(2))
-    with pytest.raises(ValueError, match="Image 'broken'"):
-        write_gallery(None, dataset, tmp_path / "page.html", embeddings=embeddings)
-    assert not list(tmp_path.iterdir())
+    write_gallery(
+        None, dataset, tmp_path / "page.html", embeddings=embeddings, options=GalleryOptions(choices=["random"])
+    )
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert not Page(text).open
+    assert "1 picture cannot be shown: broken</p>" in " ".join(text.split())
+    gone = re.findall(r'<div class="gone" role="img" aria-label="([^"]+)">cannot be shown</div>', text)
+    assert len(gone) == 3 and all("broken" in name for name in gone)  # twice an answer, once a query
+    assert text.count('alt="image a"') == 1
+    assert "Image 'broken' (row 1)" in caplog.text
+
+
+def test_a_page_names_the_model_never_its_path(tmp_path, tiny_clip_dir):
+    folder = tmp_path / "runs" / "mine" / "student"
+    shutil.copytree(tiny_clip_dir, folder)
+    found = record(str(folder), "retrieval=scenes:test,n=4")
+    (page,) = write_pages([found], gallery=tmp_path / "pages", batch_size=4)
+    assert page.name.startswith("mine-student-scenes-test-n-4-")
+    text = page.read_text(encoding="utf-8")
+    assert str(tmp_path) not in text and re.search("<h1>[a-z/]*student</h1>", text)
+    assert "retrieval=scenes:test,n=4" in text and re.search("weights [0-9a-f]{8}<", text)
 
 
 @pytest.mark.parametrize(
