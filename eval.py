@@ -4,6 +4,7 @@
     python eval.py --model STUDENT --anchor recipes/demo_anchor --benchmark retrieval zero_shot
     python eval.py --model STUDENT --anchor recipes/demo_anchor --benchmark retrieval zero_shot \\
         --alphas 0.25 0.5 0.75 --plot curve.png
+    python eval.py --model STUDENT --anchor recipes/demo_anchor --save_alpha 0.5 --save_to outputs/half
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
     python eval.py compare a.json --models STUDENT OTHER
@@ -18,12 +19,18 @@ import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others loa
 # isort: split
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
-from transformers import set_seed
+import torch
+import yaml
+from transformers import AutoProcessor, set_seed
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure, recorded_command
+from modeling_dclip.data.files import read_yaml, replacing, write_text
 from modeling_dclip.data.specs import CommandParser
+from modeling_dclip.encoders.loading import load_pair, stored_dtype
+from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.evaluation.arms import plot_curve
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
@@ -63,10 +70,56 @@ def show(done: Evaluation, arguments: argparse.Namespace) -> None:
         print(f"Written to {page}")
 
 
+def save_point(arguments: argparse.Namespace) -> None:
+    """Save the weights between anchor and model that `--save_alpha` names, with processor, tokenizer and code.
+
+    They are those that training with this `wise_ft_alpha` saves, in the type that the model's weights are stored in.
+    """
+    from modeling_dclip.distillation.trainer import (
+        ARGUMENTS_NAME,
+        cast_weights,
+        find_overflows,
+        require_fit,
+        save_weights,
+    )
+
+    (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
+    options = {"trust_remote_code": arguments.trust_remote_code}
+    model, start = (load_pair(spec, **options)[0] for spec in (name, anchor))
+    dtype, ends = stored_dtype(name), [one.state_dict() for one in (start, model)]
+    weights = interpolate_weights(*ends, alpha)
+    require_fit(find_overflows(weights, dtype), dtype, "student")
+    resolved = Path(name) / ARGUMENTS_NAME
+    described = read_yaml(resolved, "training's arguments", "Train again.") if resolved.is_file() else None
+    trained = described.get("student") if isinstance(described, dict) else None
+    with replacing(folder) as temporary:
+        save_weights(model, temporary, weights, dtype)
+        AutoProcessor.from_pretrained(name, **options).save_pretrained(temporary)
+        if isinstance(trained, dict) and have_one_text_encoder(*(cast_weights(end, dtype) for end in ends)):
+            trained["wise_ft_alpha"] = alpha * trained.get("wise_ft_alpha", 1)  # the model may be such a point itself
+            write_text(temporary / ARGUMENTS_NAME, yaml.safe_dump(described, sort_keys=False))
+    print(f"Saved to {folder}, in {dtype}: {alpha:g} of {name} and {1 - alpha:g} of {anchor}.")
+    print("If alpha was chosen by results on test images, these results are too good: report it on other images.")
+
+
+def have_one_text_encoder(start: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> bool:
+    """Whether two models have the same text encoder, as a student and the CLIP that its training started from."""
+    text = [name for name in model if not name.startswith(("vision_model.", "visual_projection."))]
+    return all(torch.equal(start[name], model[name]) for name in text)
+
+
 def run(argv: Sequence[str]) -> int:
-    """Evaluate; the exit status is 1 if something failed."""
+    """Evaluate, and save a point between anchor and model; the exit status is 1 if something failed."""
     arguments = parse_arguments(argv, __doc__)
     set_seed(arguments.seed)
+    status = measure(arguments, argv) if arguments.benchmark else 0
+    if arguments.save_alpha is not None:
+        save_point(arguments)
+    return status
+
+
+def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    """Evaluate; the exit status is 1 if something failed."""
     options = EvaluationOptions(
         seed=arguments.seed,
         batch_size=arguments.batch_size,

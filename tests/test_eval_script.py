@@ -1,12 +1,14 @@
 """`eval.py` evaluates stock CLIP and DCLIP folders, compares with an anchor, and refuses what it does not know."""
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel
@@ -81,6 +83,36 @@ def test_a_dclip_folder_is_compared_with_its_anchor(script, tiny_clip_dir, dclip
     assert records[3]["comparison"]["top1_retention"]["estimate"] == pytest.approx(expected)
     shown = capsys.readouterr().out
     assert "T→I R@1 gain" in shown and "top-1 kept" in shown and "| student " in shown
+
+
+def test_a_point_from_another_clip_says_nothing_of_the_training(script, tiny_clip_dir, dclip_dir, tmp_path):
+    other = DCLIPModel.from_pretrained(tiny_clip_dir)
+    with torch.no_grad():
+        other.text_projection.weight.add_(1)
+    other.save_pretrained(tmp_path / "other")
+    AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil").save_pretrained(tmp_path / "other")
+    student = shutil.copytree(dclip_dir, tmp_path / "student")
+    (student / "arguments.yaml").write_text("student: {wise_ft_alpha: 0.6}\n")
+    arguments = ["--model", str(student), "--save_alpha", "0.5", "--anchor"]
+    assert script.main([*arguments, str(tiny_clip_dir), "--save_to", str(tmp_path / "half")]) == 0
+    assert yaml.safe_load((tmp_path / "half" / "arguments.yaml").read_text())["student"]["wise_ft_alpha"] == 0.3
+    assert script.main([*arguments, str(tmp_path / "other"), "--save_to", str(tmp_path / "mixed")]) == 0
+    assert (tmp_path / "mixed" / "config.json").is_file() and not (tmp_path / "mixed" / "arguments.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--save_alpha", "0.5", "--anchor", "a"], "expected both, the point and the folder"),
+        (["--save_alpha", "0.5", "--save_to", "new"], "--save_alpha: expected an --anchor"),
+        (["n", "--save_alpha", "0.5", "--save_to", "new", "--anchor", "a"], "expected one --model, got 2"),
+        (["--save_alpha", "0.5", "--save_to", "new", "--anchor", "open_clip:x:y"], "got open_clip:x:y"),
+        (["--anchor", "a"], "--benchmark: expected what to measure"),
+    ],
+)
+def test_what_a_saved_point_needs_is_said(script, words, message):
+    with pytest.raises(SystemExit, match=message):
+        script.main(["--model", "m", *words])
 
 
 def test_numbers_are_the_same_every_time(script, tiny_clip_dir, tmp_path):

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from modeling_dclip.data.files import check_output_folder
+from modeling_dclip.data.files import check_new_folder, check_output_folder
 from modeling_dclip.data.labels.prompts import read_lines
 from modeling_dclip.data.specs import BATCH, PART, SEED, WORKERS, CommandParser
+from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
 from modeling_dclip.evaluation.benchmarks.kinds import describe_kinds, kind_of
 
 # Each of these arguments needs a benchmark of this kind.
@@ -82,9 +83,11 @@ def _device(text: str) -> str:
 def _add_arguments(parser: CommandParser) -> None:
     add = parser.add_argument
     add("--model", required=True, nargs="+", metavar="MODEL", help="folders, Hub ids or open_clip:NAME:PRETRAINED")
-    add("--benchmark", required=True, nargs="+", metavar="KIND[=SPEC]", help="see above")
+    add("--benchmark", default=[], nargs="+", metavar="KIND[=SPEC]", help="see above; not needed with --save_alpha")
     add("--anchor", metavar="MODEL", help="also evaluate this; adds relative gain and retention, with intervals")
     add("--alphas", nargs="+", range=PART, metavar="ALPHA", help="evaluate points between anchor (0) and model (1)")
+    add("--save_alpha", range=PART, metavar="ALPHA", help="save this point between anchor and model as a model")
+    add("--save_to", metavar="DIR", help="the folder that --save_alpha writes")
     add("--plot", metavar="FILE.png", help="draw retrieval against zero-shot accuracy")
     add("--gallery", metavar="DIR", help="write what each model finds and misses as HTML pages, one per retrieval set")
     add("--maps", metavar="DIR", help="draw where each model's image encoder looks, one picture per retrieval set")
@@ -107,6 +110,8 @@ def _add_arguments(parser: CommandParser) -> None:
 
 
 def _check_arguments(arguments: argparse.Namespace) -> None:
+    if not arguments.benchmark and arguments.save_alpha is None:
+        raise ValueError("--benchmark: expected what to measure, such as retrieval=csv:captions.csv:photos, got none")
     kinds = {kind_of(benchmark) for benchmark in arguments.benchmark}
     for name, kind in _OWNERS.items():
         if getattr(arguments, name) and kind not in kinds:
@@ -121,11 +126,30 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--hessian: expected KEY=VALUE, got {odd[0]!r}")
     if arguments.plot:
         _check_plot(arguments, kinds)
+    _check_point(arguments)
     for name in _FOLDERS:
         if folder := getattr(arguments, name):
             _check_place(f"--{name}", folder)
     if arguments.plot:
         _check_place("--plot", Path(arguments.plot).parent)
+
+
+def _check_point(arguments: argparse.Namespace) -> None:
+    """Check what saves a point between anchor and model."""
+    if (arguments.save_alpha is None) != (arguments.save_to is None):
+        raise ValueError("--save_alpha and --save_to: expected both, the point and the folder to write")
+    if arguments.save_to is None:
+        return
+    if arguments.anchor is None:
+        raise ValueError("--save_alpha: expected an --anchor, where the line to the model begins")
+    if len(arguments.model) > 1:
+        raise ValueError(f"--save_alpha: expected one --model, got {len(arguments.model)}; save one at a time")
+    if named := [name for name in (arguments.anchor, *arguments.model) if name.startswith(OPEN_CLIP_PREFIX)]:
+        raise ValueError(f"--save_alpha: expected models of transformers or of this package, got {named[0]}")
+    try:
+        check_new_folder(arguments.save_to)
+    except OSError as error:
+        raise ValueError(f"--save_to: {error}") from error
 
 
 def _check_place(option: str, folder: str | Path) -> None:
