@@ -32,7 +32,7 @@ from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.encoders.loading import load_pair, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.evaluation.arms import plot_curve
-from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
+from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions, explain_default
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.evaluator import Candidate, Evaluation, evaluate
@@ -120,6 +120,9 @@ def run(argv: Sequence[str]) -> int:
 
 def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Evaluate; the exit status is 1 if something failed."""
+    for benchmark in arguments.benchmark:
+        if (note := explain_default(benchmark)) is not None:
+            print(note, file=sys.stderr)
     options = EvaluationOptions(
         seed=arguments.seed,
         batch_size=arguments.batch_size,

@@ -229,6 +229,22 @@ def describe_kinds() -> str:
     return "\n".join(lines)
 
 
+def explain_default(benchmark: str) -> str | None:
+    """Say what a benchmark without a spec measures; `None` if it has a spec, or reads no data.
+
+    Example:
+        >>> explain_default("zero_shot")
+        'zero_shot without a spec is zero_shot=scenes:test: drawn shapes of 64 classes, not photographs.'
+        >>> explain_default("zero_shot=parquet:cifar10/*.parquet") is None
+        True
+    """
+    kind, _, spec = benchmark.partition("=")
+    if spec or not KINDS[kind_of(benchmark)].default_spec:
+        return None
+    what = "drawn shapes of 64 classes" if kind == "zero_shot" else "drawn scenes of coloured shapes"
+    return f"{kind} without a spec is {kind}={KINDS[kind].default_spec}: {what}, not photographs."
+
+
 def kind_of(benchmark: str) -> str:
     """Read the kind in `KIND[=SPEC]`.
 
