@@ -27,7 +27,7 @@ from accelerate import PartialState
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.failures import FAILURES, MistakeCollector, command, naming, one_line, recorded_command
 from modeling_dclip.data.files import entry_names
-from modeling_dclip.distillation.checks import check_recipe, check_starting_models
+from modeling_dclip.distillation.checks import check_effects, check_recipe, check_starting_models
 from modeling_dclip.distillation.recipes import (
     ArmRun,
     Recipe,
@@ -87,6 +87,8 @@ def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> Pub
         with found.collecting(), naming(f"evaluate: {benchmark}"):
             if (spec := check_benchmark(benchmark)) is not None:
                 spec.check_files()
+    with found.collecting():
+        check_effects(runs, recipe)
     for arm in arms.values():
         with found.collecting():
             check_recipe(arm, recipe)
@@ -193,12 +195,12 @@ def end_processes() -> None:
 
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
-    runs, shared = expand_arms(recipe), SharedData()
-    publication = check_all(recipe, runs, shared)
-    results = Path(recipe.run.output_dir) / "results"
     is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
+    runs, shared = expand_arms(recipe), SharedData()
+    publication = check_all(recipe, runs, shared)
+    results = Path(recipe.run.output_dir) / "results"
     with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):
         train_runs(recipe, runs, shared)
         end_processes()

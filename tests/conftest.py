@@ -1,6 +1,8 @@
 """Fixtures every test may use: a stock CLIP small enough to run in milliseconds."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +18,18 @@ from transformers import (
 
 # Scripts that tests start as processes of their own.
 collect_ignore_glob = ["*/run_*.py"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_test_writes_into_the_users_cache(tmp_path_factory):
+    """The cache of this package is a folder of the session; those of other packages stay where they are."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, folder in (("HF_HOME", "huggingface"), ("MPLCONFIGDIR", "matplotlib")):
+            patch.setenv(name, os.environ.get(name) or str(cache / folder))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
 
 WORDS = ["a", "photo", "of", "the", "red", "blue", "small", "large", "circle", "square", "left", "right", "and", "dog"]
 

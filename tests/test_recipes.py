@@ -229,7 +229,7 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
         (["--sead", "1"], "Did you mean 'seed'"),
         (
             ["--learning_rate", "1"],
-            "It is a field of anchor, teacher, student, dmclip: write for example student.learning_rate",
+            "It is a field of anchor, teacher, student: write for example student.learning_rate",
         ),
         (["--studnt.temperature", "1"], "Unknown recipe section 'studnt'"),
         (

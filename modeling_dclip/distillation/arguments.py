@@ -164,7 +164,9 @@ class RunArguments:
     )
     exclude_karpathy: list[str] = _help("Karpathy JSON files. Their test images are left out of training.", [])
     cache_dir: str | None = _help(
-        "Folder where regions, features and targets are cached by content. Defaults to OUTPUT_DIR/cache."
+        "Folder of what is cached by content: a detector's answers and the frozen models' features. By default "
+        "answers are in ~/.cache/modeling_dclip (or XDG_CACHE_HOME), which all runs share, and features in "
+        "OUTPUT_DIR/cache."
     )
     seed: int = _help("Seed of every random draw. A section's own seed overrides it.", 0, range=SEED)
     seeds: list[int] = _help(
@@ -298,6 +300,14 @@ class StageTrainingArguments(TrainingArguments):
         if self.per_device_eval_batch_size is None:
             return self.train_batch_size
         return super().eval_batch_size
+
+    @property
+    def n_gpu(self) -> int:
+        """At most 1: with more, transformers would train by `DataParallel`, whose parts of a batch share no negatives.
+
+        Several GPUs have a process each, which `accelerate launch` starts.
+        """
+        return min(super().n_gpu, 1)
 
 
 @dataclass

@@ -5,8 +5,9 @@ start from. Neither reads a picture.
 """
 
 import difflib
+import logging
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CLIPTextConfig
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
 from modeling_dclip.data.captions import CAPTION_SOURCES
@@ -22,15 +24,17 @@ from modeling_dclip.data.files import check_output_folder, entry_names, require_
 from modeling_dclip.data.regions.detectors import check_detector
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.adapters import freeze_parameters
-from modeling_dclip.distillation.arguments import StageTrainingArguments
+from modeling_dclip.distillation.arguments import SECTIONS, StageTrainingArguments
 from modeling_dclip.distillation.dmclip import check_starts, find_image_size
 from modeling_dclip.distillation.dmclip_stages import check_shards
-from modeling_dclip.distillation.recipes import Recipe
+from modeling_dclip.distillation.recipes import GLOBAL, ArmRun, Recipe
 from modeling_dclip.distillation.run import Places, SharedData, check_uncaptioned, load_matching_teacher, read_clip
 from modeling_dclip.distillation.trainer import share_image_encoder
 from modeling_dclip.encoders.loading import check_model, load_processor, load_tokenizer
 from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
 from modeling_dclip.modeling_dclip import DCLIPModel
+
+logger = logging.getLogger(__name__)
 
 _CLIPS = ("clip", "dclip")  # model types that teacher and student start from
 _MADE_TOKENIZERS = ("scenes", "captions")  # that the stage anchor trains
@@ -273,3 +277,133 @@ def _build(section: str, kind: Any, **values: Any) -> Any:
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split()).rpartition("ValueError: ")[2]
         raise ValueError(f"Recipe, {section}: {reason}") from error
+
+
+def check_effects(runs: Sequence[ArmRun], whole: Recipe) -> None:
+    """Refuse fields of the command line that nothing reads in any run, and log those of the recipe file in one line.
+
+    Args:
+        runs (`Sequence[ArmRun]`): From [`~modeling_dclip.distillation.recipes.expand_arms`].
+        whole ([`Recipe`]): The recipe before its arms were told apart.
+
+    Raises:
+        ValueError: Naming the field, the reason and the stages that run.
+        Mistakes: If there are several.
+    """
+    given = [(section, field) for section, values in whole.values.items() for field in values]
+    for overrides in whole.run.variants.values():
+        for name, value in overrides.items():
+            given += [(name, field) for field in value] if name in SECTIONS and isinstance(value, dict) else []
+    _check_kind(whole, given)
+    found, silent = MistakeCollector(), dict[str, list[str]]()
+    for section, field in dict.fromkeys(given):
+        reasons = [_without_effect(section, field, run.recipe, whole) for run in runs]
+        if not all(reasons):
+            continue
+        name = field if section == GLOBAL else f"{section}.{field}"
+        if (section, field) in whole.on_line:
+            stages = list(dict.fromkeys(stage for run in runs for stage in run.recipe.stages))
+            with found.collecting():
+                raise ValueError(
+                    f"--{name}: has no effect in this recipe, as {reasons[0]}. Leave it out. Stages that run: "
+                    f"{', '.join(stages)}."
+                )
+        silent.setdefault(str(reasons[0]), []).append(name)
+    found.tell()
+    if silent:
+        told = [f"{', '.join(names)} ({reason})" for reason, names in silent.items()]
+        logger.info("%s: without effect in this run: %s", whole.path, "; ".join(told))
+
+
+def _check_kind(whole: Recipe, given: Collection[tuple[str, str]]) -> None:
+    """Refuse `--dmclip.FIELD` alone: it would make a recipe for a student one for a DM-CLIP."""
+    elsewhere = {section for section, field in given if (section, field) not in whole.on_line}
+    line = sorted(f"--dmclip.{field}" for section, field in whole.on_line if section == "dmclip")
+    if line and "dmclip" not in elsewhere and {"teacher", "targets", "student", "regions"} & elsewhere:
+        raise ValueError(
+            f"{line[0]}: expected a recipe with a section dmclip, got one for a student ('{whole.path}'). Name "
+            "another --recipe, such as recipes/dmclip_demo.yaml, or leave it out."
+        )
+
+
+def _without_effect(section: str, field: str, recipe: Recipe, whole: Recipe) -> str | None:
+    """Why nothing of a run reads a field; `None` if something does."""
+    if section == GLOBAL:
+        return _global_without_effect(field, recipe, whole)
+    stages, student = set(recipe.stages), recipe.student
+    readers = {"targets": {"teacher", "targets"}, "dmclip": {"reinforce", "dmclip"}}.get(section, {section})
+    runs = bool(readers & stages)
+    if section == "anchor":
+        runs = whole.makes_anchor and "anchor" in whole.stages
+    elif section == "regions":
+        runs = recipe.uses_detector or (field in ("max_regions", "ignore_boxes") and student.reads_teacher)
+        runs &= bool({"regions", "teacher", "targets", "student"} & stages)
+    elif section == "teacher":
+        runs &= recipe.run.teacher_model is None
+    elif section == "student" and field in _DECIDING_STAGES:
+        runs = bool({"regions", "teacher", "targets", "student"} & stages)
+    elif section == "reinforce" and field == "folder":
+        runs |= "dmclip" in stages and recipe.dmclip.train_shards is None
+    if not runs:
+        return _why_not(section, recipe)
+    args: Any = getattr(recipe, section)
+    return next((reason for name, unread, reason in _field_rules(section, args) if name == field and unread), None)
+
+
+# Fields of the student that say which columns earlier stages make.
+_DECIDING_STAGES = ("cosine_distillation_loss_weight", "similarity_distillation_loss_weight")
+
+
+def _why_not(section: str, recipe: Recipe) -> str:
+    """Why the stage of a section does not run."""
+    run = recipe.run
+    if section == "anchor" and run.clip_model is not None:
+        return "clip_model is named, so that no anchor is made"
+    if run.stages and section not in run.stages:
+        return f"the stage {section} is not among --stages"
+    if section in ("reinforce", "dmclip") and not recipe.trains_dmclip:
+        return f"the stage {section} does not run without a section dmclip"
+    if recipe.trains_dmclip:
+        shards = section == "reinforce" and recipe.dmclip.train_shards is not None
+        return "dmclip.train_shards names the shards" if shards else "the recipe trains a DM-CLIP, not a student"
+    if section == "teacher" and run.teacher_model is not None and recipe.student.reads_teacher:
+        return "teacher_model is named, so that no teacher is trained"
+    if section == "regions" and recipe.regions.detector is None and recipe.student.reads_teacher:
+        return "regions.detector is not set"
+    return f"the student reads no teacher, so that the stage {section} does not run"
+
+
+def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
+    """Fields of a section that another one switches off: the field, whether it is off, and why."""
+    if isinstance(args, StageTrainingArguments):
+        yield "num_train_epochs", args.max_steps > 0, f"{section}.max_steps ({args.max_steps}) says how long it trains"
+        yield "eval_steps", args.eval_strategy != IntervalStrategy.STEPS, f"{section}.eval_strategy is not steps"
+        yield "save_steps", args.save_strategy != SaveStrategy.STEPS, f"{section}.save_strategy is not steps"
+    if section == "student":
+        similarity, contrastive = args.similarity_distillation_loss_weight, args.contrastive_loss_weight
+        for name in ("similarity_temperature", "similarity_teacher_temperature"):
+            yield name, not similarity, "student.similarity_distillation_loss_weight is 0"
+        yield "temperature", not contrastive, "student.contrastive_loss_weight is 0"
+        yield "image_to_text_weight", not (contrastive or similarity), "the weights of both in-batch losses are 0"
+    elif section == "teacher":
+        for name in ("num_clusters", "num_cluster_steps"):
+            yield name, args.aggregation != "multi_cluster", "teacher.aggregation is not multi_cluster"
+    elif section == "anchor":
+        for name in ("vocab_size", "max_length"):
+            yield name, args.tokenizer not in _MADE_TOKENIZERS, "anchor.tokenizer names a tokenizer that is there"
+    elif section == "reinforce":
+        yield "magnitude", args.num_operations == 0, "reinforce.num_operations is 0"
+        yield "captions_per_image", args.captioner is None, "reinforce.captioner is not set"
+    elif section == "dmclip":
+        yield "teacher_logit_scale", args.distillation_loss_weight == 0, "dmclip.distillation_loss_weight is 0"
+
+
+def _global_without_effect(field: str, recipe: Recipe, whole: Recipe) -> str | None:
+    """Why nothing of a run reads a global field; `None` if something does."""
+    if field == "seed" and whole.run.seeds and not whole.makes_anchor:
+        return f"seeds says {whole.run.seeds}: set --seeds, or unset it with --seeds none"
+    if field in ("push_license", "push_arm", "push_private") and whole.run.push_to_hub is None:
+        return "nothing is published without push_to_hub"
+    if field == "teacher_model" and (recipe.trains_dmclip or not recipe.student.reads_teacher):
+        return "no loss of a student reads a teacher"
+    return None

@@ -18,7 +18,7 @@ import difflib
 import functools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin, get_type_hints
@@ -67,6 +67,7 @@ class Recipe:
             The global fields are the section `"global fields"`.
         on_line (`frozenset[tuple[str, str]]`): Section and field of each value on the command line. No arm overrides
             them.
+        own_cache (`bool`): Whether `cache_dir`, if set, was named, and not derived for the runs of an experiment.
     """
 
     run: RunArguments
@@ -80,6 +81,7 @@ class Recipe:
     path: str | None
     values: Values
     on_line: frozenset[tuple[str, str]] = frozenset()
+    own_cache: bool = True
 
     @property
     def named(self) -> frozenset[str]:
@@ -161,7 +163,7 @@ def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe
         2e-06
     """
     from_file = _by_section([] if path is None else _read_mapping(read_recipe_file(path)))
-    from_line = _by_section(_read_line(words))
+    from_line = _by_section(_read_line(words), lambda: _sections_that_run(from_file))
     given = {name: _type_values(name, {**from_file[name], **from_line[name]}) for name in _KINDS}
     on_line = frozenset((name, field) for name in _KINDS for field in from_line[name])
     return _build(_merge(given), None if path is None else str(path), on_line)
@@ -202,6 +204,7 @@ def expand_arms(recipe: Recipe) -> list[ArmRun]:
         for seed in run.seeds or [run.seed]:
             own = {GLOBAL: {**shared, "seed": seed, "output_dir": f"{run.output_dir}/{arm}/seed-{seed}"}}
             one = _build(_merge(recipe.values, shards, given, own), recipe.path, recipe.on_line)
+            one = replace(one, own_cache=run.cache_dir is not None)
             check_uncaptioned_fields(one)
             check_adapters(one)
             check_same_test_part(recipe, one, arm)
@@ -298,7 +301,18 @@ def _read_line(words: Sequence[str]) -> list[tuple[str, list[str]]]:
     return given
 
 
-def _by_section(given: Iterable[tuple[str, list[str]]]) -> Words:
+def _sections_that_run(words: Words) -> list[str]:
+    """The sections whose stages a recipe file runs, the one that people set last; all if the file cannot be parsed."""
+    try:
+        stages = _build(_merge({name: _type_values(name, words[name]) for name in _KINDS}), None, frozenset()).stages
+    except (ValueError, ImportError):  # told when the recipe itself is built
+        stages = list(STAGES)
+    return sorted(stages, key=lambda name: (name in ("student", "dmclip"), name == "student"))
+
+
+def _by_section(
+    given: Iterable[tuple[str, list[str]]], sections_that_run: Callable[[], Sequence[str]] = lambda: STAGES
+) -> Words:
     """Values by section and field, names checked. `no_FIELD` is FIELD with the value false. The last value counts."""
     words: Words = {name: {} for name in _KINDS}
     for key, value in given:
@@ -311,7 +325,7 @@ def _by_section(given: Iterable[tuple[str, list[str]]]) -> Words:
             if value:
                 raise ValueError(f"Recipe, {section}: expected no value for {field!r}, got {' '.join(value)!r}.")
             field, value = switch, ["false"]
-        _check_name(section, field)
+        _check_name(section, field, sections_that_run)
         words[section][field] = value
     return words
 
@@ -320,7 +334,8 @@ def _field_names(kind: type) -> list[str]:
     return [f.name for f in fields(kind) if f.init]
 
 
-def _check_name(section: str, name: str) -> None:
+def _check_name(section: str, name: str, sections_that_run: Callable[[], Sequence[str]]) -> None:
+    """Refuse a field that a section lacks; what is suggested instead is read by a stage that runs."""
     if section in TRAINING_SECTIONS and name in _SET_BY_RUN:
         raise ValueError(
             f"Recipe, {section}: {name!r} is set for all stages at once; set the global {name!r} instead."
@@ -328,17 +343,21 @@ def _check_name(section: str, name: str) -> None:
     known = _field_names(_KINDS[section])
     if name in known:
         return
-    where = "" if section == GLOBAL else f"{section}."
-    homes = [other for other, kind in SECTIONS.items() if name in _field_names(kind)]
+    where, hint = ("" if section == GLOBAL else f"{section}."), ""
+    running = sections_that_run()
     keys = {field: where + field for field in known}
     if section == GLOBAL:  # a field of a section, without the section's name
-        keys = {f: f"{other}.{f}" for other, kind in SECTIONS.items() for f in _field_names(kind)} | keys
-        keys |= {other: other for other in SECTIONS}
-    nearest = difflib.get_close_matches(name, keys, n=1)
-    hint = f" Did you mean {keys[nearest[0]]!r}?" if nearest else ""
-    if homes:
-        example = "student" if "student" in homes else homes[0]
-        hint = f" It is a field of {', '.join(homes)}: write for example {example}.{name}."
+        keys = {field: f"{one}.{field}" for one in running for field in _field_names(SECTIONS[one])} | keys
+        keys |= {one: one for one in SECTIONS}
+    if nearest := difflib.get_close_matches(name, keys, n=1):
+        hint = f" Did you mean {keys[nearest[0]]!r}?"
+    homes = [one for one, kind in SECTIONS.items() if name in _field_names(kind)]
+    read = homes if section != GLOBAL else [one for one in running if one in homes]
+    if read:
+        example = "student" if "student" in read else read[-1]
+        hint = f" It is a field of {', '.join(read)}: write for example {example}.{name}."
+    elif homes:
+        hint = f" It is a field of {', '.join(homes)}, whose stages do not run here: {', '.join(running)} run."
     raise ValueError(f"Unknown recipe key {where + name!r}.{hint} `train.py --help` lists all.")
 
 

@@ -30,6 +30,7 @@ from modeling_dclip.data.files import (
     holding,
     list_folder,
     remove_leftovers,
+    user_cache_dir,
     write_json,
     write_manifest,
 )
@@ -335,7 +336,7 @@ class Places:
         return cls(
             folder=folder,
             cache_dir=Path(recipe.run.cache_dir or folder / "cache"),
-            regions_cache=Path(recipe.run.cache_dir or folder / "cache") / "regions",
+            regions_cache=_regions_cache(recipe),
             reinforced=Path(recipe.reinforce.folder or folder / "reinforce"),
             overwrite=recipe.run.overwrite,
             told={
@@ -384,6 +385,12 @@ class Places:
         if record.finished:
             logger.info("%s: already finished from the same inputs, skipped (%s)", stage, record.folder)
         return record
+
+
+def _regions_cache(recipe: Recipe) -> Path:
+    """Detectors' answers are small and dear, so that all runs of a user share them, unless `cache_dir` is named."""
+    named = recipe.run.cache_dir if recipe.own_cache else None
+    return user_cache_dir("regions") if named is None else Path(named) / "regions"
 
 
 class KeyedRows(NamedTuple):

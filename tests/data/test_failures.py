@@ -33,10 +33,14 @@ from modeling_dclip.data.failures import (
     FAILURES,
     HelpFormatter,
     HTTPError,
+    MistakeCollector,
+    Mistakes,
     TransportError,
+    check_launcher,
     command,
     describe_failure,
     is_mistake,
+    naming,
     one_line,
     recorded_command,
     redact,
@@ -441,3 +445,52 @@ def test_a_failure_says_no_secret(capsys):
     with pytest.raises(SystemExit) as ended:
         fail(OSError(f"403 Forbidden: https://me:{SECRET}@host/a"))
     assert SECRET not in ended.value.code and "host/a" in ended.value.code
+
+
+def test_one_process_where_accelerate_was_asked_for_several_is_refused(monkeypatch):
+    for name in ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    check_launcher()  # a cluster may set the address for other programs
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # as `accelerate launch --num_processes 2 --cpu` does
+    with pytest.raises(ValueError, match="as many processes as --num_processes says, got one"):
+        check_launcher()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    check_launcher()
+    monkeypatch.delenv("WORLD_SIZE")
+    monkeypatch.delenv("MASTER_PORT")  # and `--num_processes 1`
+    check_launcher()
+
+
+def test_several_mistakes_have_a_line_each():
+    with pytest.raises(SystemExit) as ended:
+        fail(Mistakes([ValueError("Expected one,\n  got two."), OSError("No file.")]))
+    first, *others = ended.value.code.splitlines()
+    assert first.startswith("Failed: 2 mistakes") and others == ["  1. Expected one, got two.", "  2. No file."]
+
+
+def test_a_collector_tells_each_mistake_once_and_lets_bugs_pass():
+    found = MistakeCollector()
+    for error in (ValueError("a"), OSError("b"), ValueError("a"), Mistakes([ValueError("c"), ValueError("a")])):
+        with found.collecting():
+            raise error
+    assert [str(one) for one in found.errors] == ["a", "b", "c"]
+    with pytest.raises(KeyError), found.collecting():
+        raise KeyError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "told"),
+    [
+        (ValueError("Expected one, got two."), ValueError, "seed: expected one, got two."),
+        (FileNotFoundError("No file."), FileNotFoundError, "seed: No file."),
+        (PermissionError("No."), OSError, "seed: No."),
+        (ImportError("No package."), ImportError, "seed: No package."),
+        (ValueError("seed: no."), ValueError, "seed: no."),
+    ],
+)
+def test_a_field_stands_in_front_of_what_is_wrong_with_its_value(error, kind, told):
+    with pytest.raises(kind, match=f"^{re.escape(told)}$"), naming("seed"):
+        raise error

@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+from transformers import TrainingArguments
 
 from modeling_dclip import DCLIPTeacherConfig
 from modeling_dclip.data.reinforced.__main__ import ReinforcedWriterArguments
@@ -94,3 +95,9 @@ def test_the_writers_command_line_has_the_sections_names_and_defaults():
     assert {name: theirs[name] for name in shared} == {name: ours[name] for name in shared}
     assert theirs.keys() - ours.keys() == {"dataset", "output"} and ours.keys() - theirs.keys() == {"folder"}
     assert theirs["image_size"] == DMCLIPArguments(output_dir="x").image_size
+
+
+def test_several_gpus_of_one_process_are_not_used_by_data_parallel(tmp_path, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "n_gpu", property(lambda self: 4))
+    args = StudentArguments(output_dir=str(tmp_path), per_device_train_batch_size=8)
+    assert args.n_gpu == 1 and args.train_batch_size == 8

@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from modeling_dclip.data.failures import FAILURES
 from modeling_dclip.data.regions import detectors
 from modeling_dclip.distillation import checks, run
-from modeling_dclip.distillation.checks import check_recipe, check_starting_models
+from modeling_dclip.distillation.checks import check_effects, check_recipe, check_starting_models
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
-from modeling_dclip.distillation.run import SharedData, load_student
+from modeling_dclip.distillation.run import Places, SharedData, load_student
 from modeling_dclip.encoders import loading
 
 RECIPES = sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))
@@ -185,3 +185,103 @@ def test_a_detector_that_no_stage_needs_is_not_looked_for(tiny_clip_dir):
     check("--clip_model", str(tiny_clip_dir), "--teacher.num_attention_heads", "2", *weights)
     recipe = parse_recipe(["--regions.detector", "ultralytics:nowhere/yolo.pt", *weights])
     assert "regions" not in recipe.stages
+
+
+NO_TEACHER = ["--student.cosine_distillation_loss_weight", "0"]
+CLIP = ["--clip_model", "recipes/demo_anchor"]
+DMCLIP = ["--dmclip.preset", "T", *CLIP]
+
+
+def effects(*words, path=None):
+    recipe = parse_recipe(list(words), path)
+    check_effects(expand_arms(recipe), recipe)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*CLIP, "--anchor.learning_rate", "1"], "--anchor.learning_rate: .*as clip_model is named"),
+        (
+            [*NO_TEACHER, "--teacher.learning_rate", "1"],
+            "reads no teacher.* run: anchor, targets, student",
+        ),
+        ([*NO_TEACHER, "--regions.detector", "grid:1x1"], "--regions.detector: .*the student reads no teacher"),
+        (["--regions.on_bad_image", "skip"], "--regions.on_bad_image: .*regions.detector is not set"),
+        ([*NO_TEACHER, "--teacher_model", "a/b"], "--teacher_model: .*no loss of a student reads a teacher"),
+        ([*CLIP, "--teacher_model", "a/b", "--teacher.learning_rate", "1"], "teacher_model is named"),
+        (["--stages", "anchor", "--student.learning_rate", "1"], "the stage student is not among --stages"),
+        (["--student.similarity_temperature", "1"], "student.similarity_distillation_loss_weight is 0"),
+        (["--student.contrastive_loss_weight", "0", "--student.temperature", "1"], "contrastive_loss_weight is 0"),
+        (["--student.max_steps", "5", "--student.num_train_epochs", "1"], r"student.max_steps \(5\) says how long"),
+        (["--student.eval_steps", "5"], "student.eval_strategy is not steps"),
+        (["--teacher.num_clusters", "5"], "teacher.aggregation is not multi_cluster"),
+        ([*CLIP, "--seeds", "1", "2", "--seed", "3"], r"seeds says \[1, 2\]: set --seeds"),
+        (["--push_license", "mit"], "nothing is published without push_to_hub"),
+        (["--reinforce.batch_size", "2"], "the stage reinforce does not run without a section dmclip"),
+        ([*DMCLIP, "--reinforce.captions_per_image", "2"], "reinforce.captioner is not set"),
+        (
+            [*DMCLIP, "--dmclip.train_shards", "x", "--reinforce.batch_size", "2"],
+            "dmclip.train_shards names the shards",
+        ),
+        ([*DMCLIP, "--student.learning_rate", "2"], "the recipe trains a DM-CLIP, not a student"),
+    ],
+)
+def test_a_field_of_the_command_line_without_effect_is_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        effects(*words)
+
+
+def test_fields_that_some_arm_or_another_stage_reads_are_taken(tmp_path):
+    (tmp_path / "recipe.yaml").write_text(
+        "arms: {one: {}, none: {student: {cosine_distillation_loss_weight: 0}}}\nclip_model: recipes/demo_anchor\n"
+    )
+    effects("--teacher.learning_rate", "1", path=tmp_path / "recipe.yaml")
+    effects("--seeds", "1", "2", "--seed", "3")  # of the anchor that both share
+    effects("--stages", "teacher", "--targets.batch_size", "2", "--student.cosine_distillation_loss_weight", "0")
+    effects(*DMCLIP, "--reinforce.folder", "x", "--stages", "dmclip")
+
+
+def test_fields_of_a_file_without_effect_are_told_in_one_line(tmp_path, caplog):
+    (tmp_path / "recipe.yaml").write_text(
+        "teacher: {learning_rate: 1}\nstudent: {cosine_distillation_loss_weight: 0}\n"
+    )
+    with caplog.at_level("INFO"):
+        effects(path=tmp_path / "recipe.yaml")
+    (told,) = caplog.messages
+    assert "without effect in this run: teacher.learning_rate (the student reads no teacher" in told
+
+
+def test_a_field_of_a_dmclip_does_not_turn_a_recipe_for_a_student_into_another():
+    with pytest.raises(ValueError, match="--dmclip.learning_rate: expected a recipe with a section dmclip, got one"):
+        effects("--dmclip.learning_rate", "1", path=Path(__file__).parents[2] / "recipes" / "finetune.yaml")
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
+def test_no_recipe_is_refused_for_its_own_fields(path):
+    effects(path=path)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "hint"),
+    [
+        ("dmclip_demo.yaml", "It is a field of dmclip: write for example dmclip.learning_rate"),
+        ("dclip_vitb16_no_teacher.yaml", "It is a field of student: write for example student.learning_rate"),
+        ("demo_anchor.yaml", "It is a field of anchor: write for example anchor.learning_rate"),
+    ],
+)
+def test_a_hint_names_only_sections_whose_stages_run(recipe, hint):
+    path = Path(__file__).parents[2] / "recipes" / recipe
+    with pytest.raises(ValueError, match=hint):
+        parse_recipe(["--learning_rate", "1"], path)
+    with pytest.raises(ValueError, match="whose stages do not run here: anchor run"):
+        parse_recipe(["--wise_ft_alpha", "1"], path.with_name("demo_anchor.yaml"))
+
+
+def test_detectors_answers_are_shared_unless_a_cache_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    shared = tmp_path / "modeling_dclip" / "regions"
+    for words in ([], ["--seeds", "1", "2"]):
+        recipe = parse_recipe(words)
+        assert {Places.of(one.recipe).regions_cache for one in expand_arms(recipe)} == {shared}
+        recipe = parse_recipe([*words, "--cache_dir", str(tmp_path / "own")])
+        assert {Places.of(one.recipe).regions_cache for one in expand_arms(recipe)} == {tmp_path / "own" / "regions"}

@@ -258,6 +258,9 @@ def add_regions(
     cache = None if getattr(detector, "reads_rows", False) else RegionCache(Path(cache_dir) / detector.fingerprint)
     progress = _find_regions(dataset, detector, cache, batch_size, on_bad_image)
     _report(progress, detector.fingerprint, report_file)
+    if cache is not None:
+        told = (progress.computed, progress.from_cache, cache.folder)
+        logger.info("regions: detected %d images, took %d from earlier runs in %s", *told)
     kept = [index for index, regions in enumerate(progress.regions) if regions is not None]
     require_rows(len(kept), f"the dataset after leaving out {len(progress.skipped)} unreadable images")
     empty = np.zeros((0, 5), np.float32)
