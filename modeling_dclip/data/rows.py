@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +22,7 @@ from modeling_dclip.encoders.fingerprints import hash_bytes
 logger = logging.getLogger(__name__)
 
 FIRST_IDS = 5
+_MOST_LINES = 20  # of a table that a message names without what is in them
 CAPTION_FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
 MISSING_MODES = ("raise", "skip")
 # How programs write a missing value as text: pandas, numpy, spreadsheets, databases.
@@ -193,8 +195,29 @@ LEAVE_OUT = "Fix the image folder, or add ',missing=skip' to leave them out."
 FIX_PATHS = "Fix the paths or remove the rows."
 
 
+class Lines(NamedTuple):
+    """Where the rows of a table stand in its file.
+
+    Attributes:
+        file (`str` or `Path`): The file.
+        numbers (`Sequence[int]`): The line of each row, from 1.
+    """
+
+    file: str | Path
+    numbers: Sequence[int]
+
+    def name(self, row: int) -> str:
+        """`FILE:LINE` of a row."""
+        return f"{printable(self.file)}:{self.numbers[row]}"
+
+
 def locate_images(
-    image_ids: Sequence[str], paths: Sequence[Path], source: str, missing: str, advice: str = LEAVE_OUT
+    image_ids: Sequence[str],
+    paths: Sequence[Path],
+    source: str,
+    missing: str,
+    advice: str = LEAVE_OUT,
+    lines: Lines | None = None,
 ) -> dict[int, Path]:
     """Find the image file of each row, as [`~modeling_dclip.data.files.FileFinder`] finds it.
 
@@ -204,6 +227,7 @@ def locate_images(
         source (`str`): For messages.
         missing (`str`): `"raise"`, or `"skip"` to leave out rows whose file is missing and report them.
         advice (`str`, *optional*): What to do about missing files.
+        lines ([`Lines`], *optional*): Where each row stands, for messages.
 
     Returns:
         `dict[int, Path]`: The file on disk by row, in order, of the rows that have one.
@@ -226,8 +250,13 @@ def locate_images(
         for row in absent[:FIRST_IDS]:
             reason = finder.explain(paths[row])
             place = f"'{printable(paths[row])}'" + (f": {reason}" if reason else "")
-            examples.append(f"{printable(image_ids[row])} ({place})")
+            line = "" if lines is None else f"{lines.name(row)}, "
+            examples.append(f"{printable(image_ids[row])} ({line}{place})")
+        others = [] if lines is None else [lines.name(row) for row in absent[FIRST_IDS:]]
         message = f"{source}: {len(absent)} of {len(paths)} image files are missing, first: {', '.join(examples)}"
+        if others:
+            left = len(others) - _MOST_LINES
+            message += f"; then {', '.join(others[:_MOST_LINES])}" + (f" and {left} more" if left > 0 else "")
         if missing == "raise":
             raise FileNotFoundError(f"{message}. {advice}")
         logger.warning("%s; left out", message)
@@ -312,9 +341,18 @@ def with_paths(dataset: Dataset, paths: Mapping[int, str]) -> Dataset:
 
 
 def build_rows(
-    image_ids: list[str], paths: list[Path], captions: Sequence[Sequence[str | None]], source: str, missing: str
+    image_ids: list[str],
+    paths: list[Path],
+    captions: Sequence[Sequence[str | None]],
+    source: str,
+    missing: str,
+    lines: Lines | None = None,
 ) -> Dataset:
     """Check the rows and make the dataset. Images stay paths until they are read.
+
+    Args:
+        image_ids, paths, captions (`list`): Of the rows.
+        source, missing, lines: As in [`locate_images`].
 
     Raises:
         FileNotFoundError: If an image file is missing and `missing` is `"raise"`.
@@ -323,7 +361,8 @@ def build_rows(
     require_unique(image_ids, source)
     cleaned, keep = clean_captions(image_ids, captions, source)
     image_ids, paths, captions = [image_ids[i] for i in keep], [paths[i] for i in keep], [cleaned[i] for i in keep]
-    there = locate_images(image_ids, paths, source, missing)
+    lines = None if lines is None else Lines(lines.file, [lines.numbers[i] for i in keep])
+    there = locate_images(image_ids, paths, source, missing, lines=lines)
     require_rows(len(there), source)
     return Dataset.from_dict(
         {

@@ -21,6 +21,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
+from pathlib import PurePath
 from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 
 from transformers import HfArgumentParser
@@ -378,6 +379,41 @@ def _is_of_another_type(value: bool | int | float | str, annotation: Any) -> boo
     return isinstance(value, bool) or not isinstance(value, allowed)
 
 
+# What kind of spec a path without one may be of, by its ending.
+_KINDS_OF_ENDINGS = {
+    ".csv": ("csv",),
+    ".tsv": ("csv",),
+    ".json": ("json", "coco", "karpathy"),
+    ".parquet": ("parquet",),
+}
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def _guess_spec(spec: str, first: str, fields: Sequence[str], sources: Mapping[str, Source]) -> str:
+    """A question whether a spec that begins with a path, or with a misspelled kind, was meant otherwise."""
+    given = len(fields) + 1
+    kinds = _KINDS_OF_ENDINGS.get(PurePath(first).suffix.lower(), ())
+    if os.path.isdir(first):
+        is_saved = os.path.isfile(os.path.join(first, "dataset_info.json"))
+        kinds = ("disk",) if is_saved else ("imagefolder",)
+        if "csv" in sources and not is_saved:
+            return f" '{printable(first)}' is a folder. With a table of captions, write 'csv:TABLE.csv:{first}'."
+    elif not kinds and _HUB_ID.fullmatch(first):
+        kinds = ("hub",)
+    known = [kind for kind in kinds if kind in sources]
+    fitting = [kind for kind in known if sources[kind].form.count(":") == given] or known[:1]
+    if not fitting:
+        near = difflib.get_close_matches(first, sources, 1)
+        return f" Did you mean {near[0] + spec[len(first) :]!r}?" if near and spec.startswith(first) else ""
+    kind = fitting[0]
+    names = [name for name in sources[kind].form.split(":")[1:] if not name.endswith("]")]
+    lacking = "".join(f":{name}" for name in names[given:])
+    options = _OPTIONS.search(spec.rpartition("@")[0] or spec) if "," in spec else None
+    body = spec[: options.start()] if options else _COUNT.sub("", spec)
+    separator = ",sep=tab" if first.lower().endswith(".tsv") else ""
+    return f" Did you mean {f'{kind}:{body}{lacking}{separator}{spec[len(body) :]}'!r}?"
+
+
 def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool = False) -> Spec:
     """Take a spec apart.
 
@@ -424,7 +460,8 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     options = {key: _HELD.sub(lambda held: quoted[int(held[1])], value) for key, value in options.items()}
     forms = "; ".join(source.form + ("[@COUNT]" if counted else "") for source in sources.values())
     if kind not in sources:
-        raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}. Known forms: {forms}.")
+        hint = _guess_spec(spec, kind, fields, sources)
+        raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}.{hint} Known forms: {forms}.")
     source = sources[kind]
     if not quoted and "://" not in spec:
         _require_one_reading(spec, fields)

@@ -1,5 +1,7 @@
 """Specs: taken apart once, into a value that knows its text, its split and how to build what it names."""
 
+import re
+
 import pytest
 
 from modeling_dclip.data.captions import (
@@ -9,7 +11,7 @@ from modeling_dclip.data.captions import (
     load_uncaptioned,
     parse_caption_spec,
 )
-from modeling_dclip.data.labels import load_classification, parse_label_spec
+from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
 from modeling_dclip.data.regions.detectors import DETECTORS, build_detector
 from modeling_dclip.data.specs import Source, Spec, parse_spec
@@ -126,3 +128,36 @@ def test_a_table_and_a_folder_with_the_signs_of_a_spec_are_read_between_quotes(t
     with pytest.raises(ValueError, match="a:b,c=d/t.csv' is there"):
         load_captions(f"csv:{folder / 't.csv'}:{folder}")
     assert load_captions(f'csv:"{folder / "t.csv"}":"{folder}"@1')["captions"][:] == [["a dog"]]
+
+
+@pytest.mark.parametrize(
+    ("spec", "meant"),
+    [
+        ("captions.csv:photos", "csv:captions.csv:photos"),
+        ("data/captions.CSV:photos,missing=skip@20", "csv:data/captions.CSV:photos,missing=skip@20"),
+        ("captions.csv", "csv:captions.csv:IMAGE_FOLDER"),
+        ("captions.csv,sep=;@9", "csv:captions.csv:IMAGE_FOLDER,sep=;@9"),
+        ("captions.tsv:photos", "csv:captions.tsv:photos,sep=tab"),
+        ("mine/*.parquet,captions=text", "parquet:mine/*.parquet,captions=text"),
+        ("a.json:images", "coco:a.json:images"),
+        ("a.json:images:test", "karpathy:a.json:images:test"),
+        ("cvs:captions.csv:photos", "csv:captions.csv:photos"),
+        ("me/data:train", "hub:me/data:train"),
+    ],
+)
+def test_a_spec_without_its_kind_is_answered_with_the_whole_spec(spec, meant):
+    with pytest.raises(ValueError, match=re.escape(f". Did you mean {meant!r}? Known forms: scenes:SPLIT")):
+        parse_spec(spec, CAPTION_SOURCES, counted=True)
+
+
+def test_a_folder_without_a_kind_is_answered_by_what_it_may_be(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(ValueError, match=f"is a folder. With a table of captions, write 'csv:TABLE.csv:{tmp_path}/ph"):
+        load_captions(f"{tmp_path}/photos")
+    with pytest.raises(ValueError, match=f"Did you mean 'imagefolder:{tmp_path}/photos'"):
+        parse_spec(f"{tmp_path}/photos", LABEL_SOURCES)
+    (tmp_path / "photos" / "dataset_info.json").touch()
+    with pytest.raises(ValueError, match=f"Did you mean 'disk:{tmp_path}/photos'"):
+        load_captions(f"{tmp_path}/photos")
+    with pytest.raises(ValueError, match="Unknown kind 'what' in the spec 'what'. Known forms"):
+        load_captions("what")

@@ -31,6 +31,7 @@ from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     FIRST_IDS,
     ID_RULES,
+    Lines,
     apply_rule,
     build_rows,
     coco_id,
@@ -223,6 +224,7 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
             f"Expected the header 'image_name| comment_number| comment' in '{results}', got {lines[0]!r}."
         )
     captions: dict[str, list[str]] = {}
+    numbers: dict[str, int] = {}  # the first line of each image
     repaired = []
     for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
@@ -234,13 +236,14 @@ def read_flickr30k(results: str, image_folder: str, *, missing: str = "raise") -
         if len(parts) != 3 or not parts[0] or not parts[1].isdigit():
             raise ValueError(f"Expected 'name| number| comment' in line {number} of '{results}', got {line!r}.")
         captions.setdefault(parts[0], []).append(parts[2])
+        numbers.setdefault(parts[0], number)
     if repaired:
         lines_text = ", ".join(map(str, repaired[:FIRST_IDS]))
         logger.warning("'%s': read %d rows without their second pipe, lines %s", results, len(repaired), lines_text)
     names = list(captions)
-    return build_rows(
-        [flickr_id(n) for n in names], [folder / n for n in names], list(captions.values()), f"'{results}'", missing
-    )
+    ids, paths = [flickr_id(name) for name in names], [folder / name for name in names]
+    lines_of = Lines(results, list(numbers.values()))
+    return build_rows(ids, paths, list(captions.values()), f"'{results}'", missing, lines_of)
 
 
 def _files_by_number(folder: Path) -> dict[int, Path]:
@@ -306,7 +309,8 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
             image_ids.append(f"conceptual-{path.stem}-{row}")
             paths.append(by_number.get(row, folder / f"{row}.jpg"))
         captions.append([parts[0]])
-    return build_rows(image_ids, paths, captions, f"'{path}'", missing)
+    lines_of = Lines(path, range(1, len(paths) + 1))
+    return build_rows(image_ids, paths, captions, f"'{path}'", missing, lines_of)
 
 
 CAPTION_NAMES = ("caption", "captions", "text")
@@ -401,6 +405,7 @@ def _group_lines(
     lines: list[TableRow], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
 ) -> Dataset:
     captions: dict[str, list[str]] = {}
+    numbers: dict[str, int] = {}  # the first line of each image
     finder, names = FileFinder(), dict[Path, str]()  # the first spelling of each file
     for line in lines:
         name = _name_in(folder, line.cells[image_at])
@@ -409,13 +414,16 @@ def _group_lines(
             name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.as_posix()
         name = names.setdefault(file, name)
         captions.setdefault(name, []).append(line.cells[caption_at])
+        numbers.setdefault(name, line.number)
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
     root = folder.resolve().name
     ids = [name if name.startswith("/") else f"{root}/{name}" for name in captions]
     if source is not None:
         ids = [apply_rule(source, name, f"'{path}'") for name in captions]
-    return build_rows(ids, [folder / name for name in captions], list(captions.values()), f"'{path}'", missing)
+    paths = [folder / name for name in captions]
+    lines_of = Lines(path, list(numbers.values()))
+    return build_rows(ids, paths, list(captions.values()), f"'{path}'", missing, lines_of)
 
 
 def read_images(folder: str, *, source: str | None = None) -> Dataset:

@@ -126,6 +126,26 @@ def test_empty_captions_are_left_out_and_their_lines_told(tmp_path, draw, caplog
     assert "left out 1 lines without a caption, lines 5" in caplog.text
 
 
+def test_the_lines_that_name_missing_files_are_told(tmp_path, draw, caplog):
+    lines = [
+        "image,caption",
+        "a.jpg,a dog",
+        "A.JPG,again",
+        "gone.jpg,none",
+        "gone.jpg,none",
+        '"sub/b.jpg","two\nlines"',
+    ]
+    lines += [f"{number}.jpg,none" for number in range(30)]
+    spec = write(tmp_path, "\n".join(lines), draw)
+    assert load_captions(f"{spec},missing=skip")["image_id"][:] == ["photos/a.jpg", "photos/sub/b.jpg"]
+    table, photos = tmp_path / "mine.csv", tmp_path / "photos"
+    assert f"photos/A.JPG ({table}:3, '{photos}/A.JPG': 'a.jpg' there differs in case)" in caplog.text
+    assert f"32 of 34 image files are missing, first: photos/A.JPG ({table}:3" in caplog.text
+    assert f"photos/gone.jpg ({table}:4, '{photos}/gone.jpg'), photos/0.jpg ({table}:8, " in caplog.text
+    assert f"photos/2.jpg ({table}:10, '{photos}/2.jpg'); then {table}:11, {table}:12, " in caplog.text
+    assert f"{table}:30 and 7 more; left out" in caplog.text
+
+
 def test_words_for_a_missing_value_are_no_captions_and_are_told(tmp_path, draw, caplog):
     with caplog.at_level(logging.WARNING):
         dataset = load_captions(write(tmp_path, "image,caption\na.jpg,nan\nsub/b.jpg,None\nsub/b.jpg,a nan\n", draw))
