@@ -281,8 +281,10 @@ def draw_attention(
     if outputs.region_attentions is not None:
         weights = outputs.region_attentions[-1][0].mean(dim=0)[0, 1:]
         weights = weights / weights.sum()
+        note = "Percent: what the whole image attends to in the last layer, mean over heads."
     else:
         weights = outputs.region_weights[0]
+        note = "Percent: the weight of each region in the teacher's embedding."
     if outputs.text_to_image_attentions is not None:
         token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
         input_ids = inputs["input_ids"][0, 1 : 1 + len(token_attention)]
@@ -294,4 +296,4 @@ def draw_attention(
     drawn = as_rgb(image).copy()
     drawn.thumbnail((LONGEST_DRAWN, LONGEST_DRAWN))  # matplotlib holds a picture several times, in floats
     boxes = inputs["region_boxes"][0].numpy() * np.tile(drawn.size, 2)
-    plot_region_attention(drawn, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens)
+    plot_region_attention(drawn, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens, note=note)

@@ -385,9 +385,10 @@ def plot_region_attention(
     token_attention: Any = None,
     *,
     tokens: Sequence[str] | None = None,
+    note: str | None = None,
 ) -> None:
-    """Draw region boxes over an image, stronger where the weight is larger, and beside it which token looks at which
-    region.
+    """Draw region boxes over an image, wider where the weight is larger, and beside it which token looks at which
+    region: the colours show what is more and less than an even share, and the numbers how little or much that is.
 
     Args:
         image (`PIL.Image.Image`): The whole image.
@@ -398,6 +399,7 @@ def plot_region_attention(
         token_attention (array of shape `(T, R)`, *optional*): >= 0, e.g. `text_to_image_attentions` averaged over
             heads.
         tokens (`Sequence[str]`, *optional*): T labels; the caption's words where their number is T, else numbers.
+        note (`str`, *optional*): Written below: what the percentages at the boxes are.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -421,49 +423,72 @@ def plot_region_attention(
     if attention is not None and len(tokens) != len(attention):
         raise ValueError(f"Expected {len(attention)} tokens, one per row of token_attention, got {len(tokens)}.")
 
-    figure = new_figure(4.6 if attention is None else 5.2 + 0.45 * regions + 1.2, 4.9)
+    height = 4.6 if attention is None else max(4.6, 1.2 + 0.2 * len(attention))
+    figure = new_figure(4.4 if attention is None else 5.4 + 0.55 * regions + 1.2, height)
     if attention is None:
         axes = figure.add_subplot()
     else:
-        axes, beside = figure.subplots(1, 2, width_ratios=(1, max(0.45, 0.12 * regions)))
+        axes, beside = figure.subplots(1, 2, width_ratios=(1, max(0.45, 0.14 * regions)))
         _draw_attention(figure, beside, attention, tokens)
     _draw_regions(axes, image, boxes, weights)
-    figure.suptitle(textwrap.fill(caption, 48 if attention is None else 80), fontsize=10, color=INK)
+    if note is not None:
+        axes.set_title(textwrap.fill(note, 56), y=-0.02, va="top", fontsize=9, color=QUIET)
+    figure.suptitle(textwrap.fill(caption, 44 if attention is None else 72), fontsize=11, color=INK)
     save_figure(figure, path)
 
 
 def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: np.ndarray) -> None:
     from matplotlib.patches import Rectangle
+    from matplotlib.patheffects import Normal, Stroke
 
     axes.imshow(image.convert("RGB"), interpolation="nearest" if min(image.size) < 200 else "antialiased")
     strongest = weights.max() or 1.0
     for index in np.argsort(weights):  # the strongest on top
         x1, y1, x2, y2 = boxes[index]
-        strength = weights[index] / strongest
         colour = SERIES_COLOURS[1 + index % (len(SERIES_COLOURS) - 1)]
-        axes.add_patch(
-            Rectangle(
-                (x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1 + 2.5 * strength, alpha=0.5 + 0.5 * strength
-            )
+        width = 1.2 + 1.8 * weights[index] / strongest
+        halo = [Stroke(linewidth=width + 1.4, foreground="white"), Normal()]  # seen on any picture
+        axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, path_effects=halo))
+        above = y1 > 0.08 * image.height  # else there is no room
+        axes.annotate(
+            f" {index}: {100 * weights[index]:.0f}% ",
+            (x1, y1 if above else y2),
+            (0, 3 if above else -3),
+            textcoords="offset points",
+            fontsize=9.5,
+            color="white",
+            weight="bold",
+            ha="left",
+            va="bottom" if above else "top",
+            bbox={"fc": colour, "ec": "white", "lw": 0.8, "pad": 1.5},
         )
-        axes.text(x1, y1, f" {index}: {100 * weights[index]:.0f}% ", fontsize=8, color="white", ha="left", va="bottom",
-                  clip_on=False, bbox={"fc": colour, "ec": "none", "pad": 1,
-                                       "alpha": 0.6 + 0.4 * strength})  # fmt: skip
     axes.set_axis_off()
 
 
 def _draw_attention(figure: Any, axes: Any, attention: np.ndarray, tokens: Sequence[str]) -> None:
-    picture = axes.imshow(attention, cmap="Blues", vmin=0, vmax=attention.max() or 1.0, aspect="auto")
+    """Draw tokens by regions in colours around the even share; its numbers in percent, if there are not too many."""
+    is_share = np.allclose(attention.sum(axis=1), 1, atol=0.01)
+    middle = 1 / attention.shape[1] if is_share else float(attention.mean())
+    reach = max(float(np.abs(attention - middle).max()), 1e-3)
+    picture = axes.imshow(attention, cmap="PuOr_r", vmin=middle - reach, vmax=middle + reach, aspect="auto")
+    digits = 1 if reach < 0.05 else 0
+    if attention.size <= 240 and attention.shape[1] <= 12:
+        for (row, column), value in np.ndenumerate(attention):
+            far = abs(value - middle) > 0.7 * reach
+            axes.text(column, row, f"{100 * value:.{digits}f}", fontsize=8, ha="center", va="center",
+                      color="white" if far else INK)  # fmt: skip
     axes.set_xticks(range(attention.shape[1]))
-    size = 8 if len(tokens) <= 24 else max(4, 190 / len(tokens))
-    axes.set_yticks(range(len(tokens)), tokens, fontsize=size)
+    axes.set_yticks(range(len(tokens)), tokens, fontsize=9)
     axes.set_xlabel("region", color=INK)
-    axes.tick_params(length=0)
-    axes.tick_params(axis="x", labelsize=8)
+    axes.tick_params(length=0, labelsize=9)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(picture, ax=axes, shrink=0.6, label="attention")
+    ends = [middle - reach, middle, middle + reach]
+    label = f"attention (%), white: {'an even share' if is_share else 'the mean'}"
+    bar = figure.colorbar(picture, ax=axes, shrink=0.7, ticks=ends)
+    bar.set_label(label, fontsize=9, color=INK)
+    bar.set_ticklabels([f"{100 * end:.{digits}f}" for end in ends])
     bar.outline.set_visible(False)
-    bar.ax.tick_params(labelsize=8)
+    bar.ax.tick_params(labelsize=9, length=0)
 
 
 def plot_growth(
@@ -524,8 +549,8 @@ def plot_growth(
 
 
 def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str], path: str | os.PathLike) -> None:
-    """Draw maps over pictures: a row a picture, the bare one first; under each map the values at both ends of its
-    colours.
+    """Draw maps over pictures: a row a picture, the bare one first; under each column the values at both ends of its
+    colours, which all pictures share. A field of a map is drawn as it is, without smoothing.
 
     Args:
         pictures (array of shape `(B, H, W, 3)`): In [0, 1].
@@ -551,31 +576,36 @@ def plot_image_maps(pictures: Any, maps: Mapping[str, Any], texts: Sequence[str]
                 f"{values.shape}."
             )
     columns = 1 + len(maps)
-    figure = new_figure(2.3 * columns, 2.75 * len(pictures))
-    figure.get_layout_engine().set(rect=(0, 0, 1, 1 - 0.02 / len(pictures)), h_pad=0.06)
-    axes = figure.subplots(len(pictures), columns, squeeze=False)
+    figure = new_figure(1.9 * columns, 2.4 * len(pictures) + 0.6)
+    rows = [*(1 for _ in pictures), 0.06]  # the last one for the scales
+    axes = figure.subplots(len(rows), columns, squeeze=False, height_ratios=rows)
     height, width = pictures.shape[1:3]
     for row, (picture, text) in enumerate(zip(pictures, texts, strict=True)):
         axes[row, 0].imshow(picture)
-        label = textwrap.fill(textwrap.shorten(text, 110, placeholder="…"), 32)
-        axes[row, 0].set_xlabel(label, fontsize=7, color=INK)
-        for column, (name, values) in enumerate(maps.items(), 1):
-            low, high = values[row].min(), values[row].max()
-            place = axes[row, column]
-            place.imshow(np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2))
-            place.imshow(
+        label = textwrap.fill(textwrap.shorten(text, 90, placeholder="…"), 24)
+        axes[row, 0].set_xlabel(label, fontsize=9, color=INK)
+    for column, (name, values) in enumerate(maps.items(), 1):
+        low, high = values.min(), values.max()
+        for row, picture in enumerate(pictures):
+            axes[row, column].imshow(0.25 + 0.75 * np.repeat(picture.mean(axis=2, keepdims=True), 3, axis=2))
+            drawn = axes[row, column].imshow(
                 values[row],
-                cmap="inferno",
-                alpha=0.6,
-                interpolation="bilinear",
+                cmap="YlOrRd",
+                alpha=0.65,
+                interpolation="nearest",
                 extent=(-0.5, width - 0.5, height - 0.5, -0.5),
                 vmin=low,
                 vmax=high if high > low else low + 1,
             )
-            place.set_xlabel(f"dark {low:.3g}, bright {high:.3g}", fontsize=7, color=QUIET)
-            if row == 0:
-                place.set_title(MAP_TITLES.get(name, name), fontsize=8, color=INK)
-    for place in axes.flat:
+        axes[0, column].set_title(textwrap.fill(MAP_TITLES.get(name, name), 20), fontsize=10, color=INK)
+        bar = figure.colorbar(drawn, cax=axes[-1, column], orientation="horizontal", ticks=[low, high])
+        bar.set_ticklabels([f"{low:.2g}", f"{high:.2g}"], fontsize=9, color=INK)
+        bar.outline.set_visible(False)
+        bar.ax.tick_params(length=0)
+        for label, side in zip(bar.ax.get_xticklabels(), ("left", "right"), strict=True):
+            label.set_horizontalalignment(side)
+    axes[-1, 0].set_axis_off()
+    for place in axes[:-1].flat:
         place.set(xticks=[], yticks=[], xlim=(-0.5, width - 0.5), ylim=(height - 0.5, -0.5))
         place.spines[:].set_visible(False)
     save_figure(figure, path)

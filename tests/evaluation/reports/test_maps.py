@@ -154,15 +154,20 @@ def test_maps_are_drawn_on_what_the_encoder_sees(tmp_path, tiny_clip, tiny_scene
     model, processor = tiny_clip
     draw_image_maps(Encoder(model, processor), tiny_scenes, tmp_path / "new" / "maps.png", rows=(2, 5))
     assert is_not_blank(tmp_path / "new" / "maps.png")
-    axes = np.array(figures[0].axes).reshape(2, 5)
+    axes = np.array(figures[0].axes)[:15].reshape(3, 5)  # the last row has the scales
     seen = processor.image_processor(tiny_scenes[5]["image"], do_normalize=False, return_tensors="np")["pixel_values"][
         0
     ]
     assert np.allclose(axes[1, 0].images[0].get_array(), seen.transpose(1, 2, 0), atol=1e-5)
-    assert axes[1, 0].get_xlabel().replace("\n", " ") == tiny_scenes["captions"][5][0][:110]
+    assert axes[1, 0].get_xlabel().replace("\n", " ") == tiny_scenes["captions"][5][0][:90]
     for column in range(1, 5):
         overlay = axes[1, column].images[1]
         assert overlay.get_array().shape == (4, 4) and overlay.get_extent() == [-0.5, 31.5, 31.5, -0.5]
+        low, high = overlay.get_clim()
+        assert axes[0, column].images[1].get_clim() == (low, high)  # both pictures share the scale, and it is stated
+        drawn = np.stack([axes[row, column].images[1].get_array() for row in (0, 1)])
+        assert (low, high) == (drawn.min(), drawn.max())
+        assert [label.get_text() for label in axes[2, column].get_xticklabels()] == [f"{low:.2g}", f"{high:.2g}"]
 
 
 def test_other_texts_and_bad_rows(tmp_path, tiny_clip, tiny_scenes, figures):

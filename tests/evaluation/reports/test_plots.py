@@ -144,9 +144,33 @@ def test_regions_are_drawn_where_they_are_with_their_weights(tmp_path, figures):
     axes, beside = figures[0].axes[:2]
     assert [patch.get_bbox().extents.tolist() for patch in axes.patches] == BOXES
     assert [text.get_text().strip() for text in axes.texts] == ["0: 25%", "1: 75%"]
+    assert all(text.get_fontsize() >= 9 and text.get_position()[1] in (3, -3) for text in axes.texts)
     assert axes.patches[1].get_linewidth() > axes.patches[0].get_linewidth()
     assert [label.get_text() for label in beside.get_yticklabels()] == ["two", "red", "dogs"]
     assert np.array_equal(beside.images[0].get_array(), attention)
+    assert [text.get_text() for text in beside.texts] == ["90", "10", "20", "80", "50", "50"]
+
+
+def test_the_scale_of_attention_is_around_an_even_share_and_stated(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    attention = np.array([[0.52, 0.48], [0.49, 0.51]])
+    plot_region_attention(PICTURE, BOXES, [0.25, 0.75], "red dogs", tmp_path / "a.png", attention, note="What it is.")
+    axes, beside, bar = figures[0].axes
+    assert beside.images[0].get_clim() == pytest.approx((0.48, 0.52))
+    assert [label.get_text() for label in bar.get_yticklabels()] == ["48.0", "50.0", "52.0"]
+    assert bar.get_ylabel() == "attention (%), white: an even share" and axes.get_title() == "What it is."
+    assert [text.get_text() for text in beside.texts] == ["52.0", "48.0", "49.0", "51.0"]
+    plot_region_attention(PICTURE, BOXES, [0.25, 0.75], "red dogs", tmp_path / "b.png", attention / 2)
+    assert figures[1].axes[2].get_ylabel() == "attention (%), white: the mean"  # rows are no shares
+
+
+def test_boxes_and_their_labels_are_seen_on_any_picture(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    plot_region_attention(PICTURE, [[5, 0, 25, 30], [30, 10, 55, 35]], [0.01, 0.99], "dogs", tmp_path / "a.png")
+    (axes,) = figures[0].axes
+    assert all(patch.get_path_effects() and patch.get_alpha() is None for patch in axes.patches)
+    below, above = sorted(axes.texts, key=lambda text: text.get_text())
+    assert (below.xy, below.get_va(), above.xy, above.get_va()) == ((5, 30), "top", (30, 10), "bottom")
 
 
 def test_tokens_are_numbered_where_the_words_do_not_match(tmp_path, figures):
