@@ -1,10 +1,12 @@
 """Train a DCLIP teacher and student, or a DM-CLIP, from a recipe, stage by stage.
 
-    accelerate launch train.py                                       the demo, offline, minutes on two CPU cores
-    accelerate launch train.py --recipe recipes/dclip_vitb16.yaml    the paper
-    accelerate launch train.py --recipe recipes/dmclip_demo.yaml     a Mamba CLIP taught by stored teachers, offline
-    ... --stages teacher,student                                     some stages only
-    ... --output_dir outputs/mine --student.learning_rate 2e-6       any field; it overrides the recipe's value
+    python train.py                                          the demo, offline, minutes on two CPU cores
+    python train.py --recipe recipes/finetune.yaml --train_datasets csv:captions.csv:photos --output_dir outputs/mine
+    python train.py --recipe recipes/dclip_vitb16.yaml       the paper
+    python train.py --recipe recipes/dmclip_demo.yaml        a Mamba CLIP taught by stored teachers, offline
+    ... --stages teacher,student                             some stages only
+    ... --student.learning_rate 2e-6                         any field; it overrides the recipe's value
+    accelerate launch --num_processes 4 train.py ...         several GPUs
 
 Finished stages are skipped, interrupted ones continue. A recipe with `arms` and `seeds` trains each arm with each
 seed. One with `evaluate` then evaluates the students beside the anchor. `--push_to_hub me/name` publishes the trained
@@ -22,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
@@ -198,6 +201,9 @@ def run_recipe(recipe: Recipe) -> None:
     is_main = PartialState().is_main_process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
+    if (gpus := torch.cuda.device_count()) > 1 and PartialState().num_processes == 1:
+        start = f"accelerate launch --num_processes {gpus} train.py"
+        logging.warning("One of %d GPUs is used. All of them: `%s` and the same words.", gpus, start)
     runs, shared = expand_arms(recipe), SharedData()
     publication = check_all(recipe, runs, shared)
     results = Path(recipe.run.output_dir) / "results"

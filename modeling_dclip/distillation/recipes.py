@@ -18,10 +18,11 @@ import difflib
 import functools
 import json
 import re
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from modeling_dclip.data.files import check_name, read_yaml
 from modeling_dclip.data.specs import CommandParser, range_of, shown
@@ -390,7 +391,7 @@ _parser_of = functools.cache(_Parser)
 @functools.cache
 def _forms(section: str) -> dict[str, set[Any]]:
     """What a field takes besides one word: `list`, `dict` and `bool`, by the types in its annotation."""
-    hints = get_type_hints(_KINDS[section])
+    hints = _hints(_KINDS[section])
     kinds = {name: {get_origin(one) or one for one in (hint, *get_args(hint))} for name, hint in hints.items()}
     return {name: found & {list, dict, bool} for name, found in kinds.items()}
 
@@ -568,24 +569,25 @@ def check_adapters(recipe: Recipe) -> None:
         )
 
 
+# What most people set; `--help` shows these first.
+_FIRST = ("clip_model", "train_datasets", "output_dir", "train_fraction", "test_fraction", "evaluate")
+
+
 def describe_fields() -> str:
-    """Every field of every section with its default, for `--help`."""
-    lines = [
-        "Numbers of transformers.TrainingArguments: "
-        + "; ".join(f"{n}: {r}" for n, r in INHERITED_RANGES.items())
-        + ".",
-        "",
-        "Global fields:",
-        *_describe(RunArguments, "--", set(_field_names(RunArguments))),
-    ]
+    """Every field of every section with its choices and its default, for `--help`: first what most people set."""
+    rest = [name for name in _field_names(RunArguments) if name not in _FIRST]
+    lines = ["What most people set:", *_describe(RunArguments, "--", _FIRST)]
+    lines += ["", "The rest of the run:", *_describe(RunArguments, "--", rest)]
     for name, kind in SECTIONS.items():
-        own = set(_field_names(kind))
+        own = _field_names(kind)
         lines += ["", f"Section {name}: {' '.join((kind.__doc__ or '').split()).split(': ', 1)[1]}"]
         if name in TRAINING_SECTIONS:
             lines.append("  Every field of transformers.TrainingArguments, and:")
-            own = {f.name for base in kind.__mro__[:-2] for f in _declared(base)}
+            own = list(dict.fromkeys(f.name for base in kind.__mro__[:-2] for f in _declared(base)))
         lines += _describe(kind, f"--{name}.", own)
-    return "\n".join(lines)
+    ranges = [f"{field}: {allowed}" for field, allowed in INHERITED_RANGES.items()]
+    told = "Numbers of transformers.TrainingArguments: " + "; ".join(ranges) + "."
+    return "\n".join([*lines, "", *textwrap.wrap(told, _HELP_WIDTH)])
 
 
 def _declared(kind: type) -> list[Field]:
@@ -594,11 +596,31 @@ def _declared(kind: type) -> list[Field]:
     return [f for f in fields(kind) if f.name in kind.__dict__.get("__annotations__", {})]
 
 
-def _describe(kind: type, prefix: str, names: set[str]) -> list[str]:
-    lines = []
-    for f in fields(kind):
-        if f.name in names:
-            allowed = range_of(f, INHERITED_RANGES)
-            expected = f" Expected: {allowed}." if allowed else ""
-            lines.append(f"  {prefix}{f.name} (default {default_of(f)!r})\n      {f.metadata['help']}{expected}")
+_HELP_WIDTH = 100  # characters of a line
+
+
+def _describe(kind: type, prefix: str, names: Sequence[str]) -> list[str]:
+    by_name, lines = {f.name: f for f in fields(kind)}, []
+    for name in names:
+        f = by_name[name]
+        allowed, default = range_of(f, INHERITED_RANGES), default_of(f)
+        words = [] if default in (None, "{}") else default if isinstance(default, list) else [default]
+        text_of_default = " ".join(str(one).lower() if isinstance(one, bool) else str(one) for one in words) or "none"
+        expected = f" Expected: {allowed}." if allowed else ""
+        choices = f" {{{','.join(found)}}}" if (found := _choices(kind, name)) else ""
+        lines.append(f"  {prefix}{name}{choices} (default {text_of_default})")
+        text = f"{f.metadata['help']}{expected}"
+        lines += textwrap.wrap(text, _HELP_WIDTH, initial_indent="      ", subsequent_indent="      ")
     return lines
+
+
+def _choices(kind: type, name: str) -> list[str]:
+    """The words that a field may be, where its type lists them."""
+    hint = _hints(kind)[name]
+    literal = next((one for one in (hint, *get_args(hint)) if get_origin(one) is Literal), None)
+    return [str(one) for one in get_args(literal)] if literal is not None else []
+
+
+@functools.cache
+def _hints(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)

@@ -178,7 +178,7 @@ def _no_model(name: str | os.PathLike, error: OSError) -> OSError:
             f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub that is on this "
             "machine, and HF_HUB_OFFLINE forbids to ask the Hub. Check the name, or unset HF_HUB_OFFLINE."
         )
-    reason = " ".join(str(error).split()).partition(". ")[0]
+    reason = " ".join(str(error).split()).partition(". ")[0].partition(" If this is a private")[0]
     return OSError(
         f"Expected a model at '{name}', got neither a folder of that name nor a model of the Hub ({reason}). Check "
         "the name."

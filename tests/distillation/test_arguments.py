@@ -37,6 +37,15 @@ def test_help_lists_every_field_of_ours():
         assert f"{name} (default" in text
 
 
+def test_help_begins_with_what_people_set_and_shows_choices_and_defaults():
+    lines = describe_fields().splitlines()
+    shown = [line.split()[0] for line in lines if line.startswith("  --")]
+    assert shown[:4] == ["--clip_model", "--train_datasets", "--output_dir", "--train_fraction"]
+    assert "  --regions.on_bad_image {raise,skip} (default raise)" in lines
+    assert "  --student.lora_rank (default none)" in lines
+    assert max(map(len, lines)) <= 120 and len(shown) == len(set(shown))
+
+
 def test_the_teachers_section_holds_every_choice_of_its_config():
     own = {f.name for f in dataclasses.fields(DCLIPTeacherConfig)} - {"clip_config", "layer_norm_eps"}
     inherited = {f.name for f in dataclasses.fields(DCLIPTeacherConfig.__mro__[1])}
