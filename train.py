@@ -8,17 +8,20 @@
     ... --student.learning_rate 2e-6                         any field; it overrides the recipe's value
     accelerate launch --num_processes 4 train.py ...         several GPUs
 
-Finished stages are skipped, interrupted ones continue. A recipe with `arms` and `seeds` trains each arm with each
-seed. One with `evaluate` then evaluates the students beside the anchor. `--push_to_hub me/name` publishes the trained
-model.
+Finished stages are skipped, interrupted ones continue. At the end the student is evaluated beside the CLIP that it
+started from: on the images that `test_fraction` keeps out of training, and on what `evaluate` names. A recipe with
+`arms` and `seeds` trains each arm with each seed. `--push_to_hub me/name` publishes the trained model.
 """
 
 import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load
 
 # isort: split
 import logging
+import re
+import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +31,7 @@ import torch
 from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
+from modeling_dclip.data.captions.parts import HELD_OUT
 from modeling_dclip.data.failures import FAILURES, MistakeCollector, command, naming, one_line, recorded_command
 from modeling_dclip.data.files import entry_names
 from modeling_dclip.distillation.checks import check_effects, check_recipe, check_starting_models
@@ -41,16 +45,24 @@ from modeling_dclip.distillation.recipes import (
 )
 from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders, keep_test_part
 from modeling_dclip.distillation.stages import run_stages
-from modeling_dclip.evaluation.arms import evaluate_arms
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER
+from modeling_dclip.evaluation.arms import evaluate_arms, evaluate_run
 from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark, read_benchmark
 from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
-from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
-from modeling_dclip.evaluation.reports.plots import draw_training_curves
-from modeling_dclip.evaluation.reports.tables import render_leakage, render_summary, render_table
+from modeling_dclip.evaluation.reports.plots import CURVES_NAME, draw_training_curves
+from modeling_dclip.evaluation.reports.tables import (
+    render_before_and_after,
+    render_leakage,
+    render_summary,
+    render_table,
+)
+from modeling_dclip.evaluation.reports.verdict import show_verdicts
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
 from modeling_dclip.hub.publish.facts import PublishArguments
 from modeling_dclip.hub.publish.licences import check_licence, find_origins
+from modeling_dclip.progress import duration_in_words
 
 logger = logging.getLogger("modeling_dclip.train")  # as the package's own: said by the main process alone
 
@@ -60,10 +72,12 @@ RELOAD = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 from transformers import AutoModel, AutoProcessor
+loaded = []
 for folder in sys.argv[1:]:
     model = AutoModel.from_pretrained(folder, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    print(f"loaded {type(model).__name__} and {type(processor).__name__} from {folder}")
+    loaded.append(f"{type(model).__name__} with {type(processor).__name__}")
+print(" and ".join(loaded))
 """
 
 
@@ -124,42 +138,142 @@ def find_models(runs: Sequence[ArmRun], *stages: str) -> list[tuple[ArmRun, str]
     return [(run, str(folder)) for run, folder in places if (folder / "config.json").exists()]
 
 
-def report(runs: Sequence[ArmRun], folder: Path) -> None:
+def named_benchmarks(runs: Sequence[ArmRun], folder: Path) -> list[str]:
+    """What to evaluate on: the recipe's benchmarks, after the test part where one was kept.
+
+    A summary of arms holds one benchmark of a kind, so there the test part comes only where no retrieval is named.
+    """
+    names = runs[0].recipe.run.evaluate
+    test = f"retrieval={HELD_OUT}:{folder}"
+    if not runs[0].recipe.run.test_fraction or test in names:
+        return names
+    has_retrieval = any(name.partition("=")[0] == "retrieval" for name in names)
+    return names if has_retrieval and len(runs) > 1 else [test, *names]
+
+
+def report_arms(runs: Sequence[ArmRun], folder: Path) -> None:
     """Evaluate all students beside their anchor, show what the teachers read, and load what was saved."""
-    first, command_line = runs[0].recipe, recorded_command("train.py", sys.argv[1:])
+    first, names, results = runs[0].recipe, named_benchmarks(runs, folder), folder / "results"
     arms: dict[str, dict[int, str]] = {}
     for run, model in find_models(runs, "student", "dmclip"):
         arms.setdefault(run.arm, {})[run.seed] = model
-    options = {"device": PartialState().device, "command": command_line}
-    anchor, names = find_clip(first, Places.of(first)), first.run.evaluate
-    summary = evaluate_arms(arms, anchor, names, folder, baseline=first.run.baseline, **options)
+    anchor = find_clip(first, Places.of(first))
+    summary = evaluate_arms(arms, anchor, names, results, baseline=first.run.baseline, **evaluation_options())
     both = {"retrieval", "zero_shot"} <= {name.partition("=")[0] for name in names}
-    print("\n" + (render_summary(summary) if both else render_table(read_results(folder / "records.json"))))
+    print("\n" + (render_summary(summary) if both else render_table(read_results(results / "records.json"))))
     teachers = [(run.arm, teacher) for run, teacher in find_models(runs, "teacher")]
-    captions = [name.partition("=")[2] for name in names if name.startswith("retrieval=")]
-    if teachers and captions:
-        report_teachers(first, teachers, captions[0], folder, options)
+    if leakage := report_teachers(first, teachers, results):
+        print(f"\n{render_leakage(leakage)}")
     saved = [next(iter(seeds.values())) for seeds in list(arms.values())[-1:]] + [name for _, name in teachers[-1:]]
     if saved:
-        command = [sys.executable, "-c", RELOAD, *(str(Path(name).resolve()) for name in saved)]
-        subprocess.run(command, check=True, cwd=Path.home())
-    print(f"\nWritten to {folder}: {', '.join(sorted(entry_names(folder)))}")
+        print(f"\n{reload_models(saved)}")
+    print(f"\nWritten to {results}: {', '.join(sorted(entry_names(results)))}")
 
 
-def report_teachers(
-    recipe: Recipe, teachers: Sequence[tuple[str, str]], captions: str, folder: Path, options: dict[str, Any]
-) -> None:
-    """Draw each teacher's attention and measure how much it reads from captions, if the images have boxes."""
-    spec = parse_caption_spec(captions)
+def reload_models(folders: Sequence[str]) -> str:
+    """Load saved models in a process that does not know this package, and say so."""
+    command = [sys.executable, "-c", RELOAD, *(str(Path(name).resolve()) for name in folders)]
+    ended = subprocess.run(command, cwd=Path.home(), capture_output=True, text=True)
+    if ended.returncode:
+        raise RuntimeError(f"A saved model cannot be loaded without this package:\n{ended.stderr}")
+    return f"A process without this package loaded {ended.stdout.strip()}."
+
+
+def evaluation_options() -> dict[str, Any]:
+    """The device, and the command for the records."""
+    return {"device": PartialState().device, "command": recorded_command("train.py", sys.argv[1:])}
+
+
+def report_run(run: ArmRun, folder: Path, began: float) -> None:
+    """Answer what one run's training changed, and say where everything is and what to do next."""
+    recipe, results = run.recipe, folder / "results"
+    model = next((name for _, name in find_models([run], "student", "dmclip")), None)
+    names = named_benchmarks([run], folder)
+    adapter = folder / "student" / ADAPTER_FOLDER
+    if names and (model or "anchor" in recipe.stages):
+        anchor = find_clip(recipe, Places.of(recipe))
+        logger.info("results: measures %s", f"{anchor} and {model}" if model else anchor)
+        label = {} if model is None else {"label": Path(model).name, "seed": run.seed}
+        records = evaluate_run(model, anchor, names, results, **label, **evaluation_options())
+        test = {f"retrieval={HELD_OUT}:{folder}": "test part"}
+        if table := render_before_and_after(records, names=test):
+            print(f"\nBefore: {anchor}. After: {model}.\n\n{table}\n\n{show_verdicts(records)}")
+        else:
+            print(f"\n{render_table(records)}")
+        report_teachers(recipe, [(run.arm, teacher) for _, teacher in find_models([run], "teacher")], results)
+    elif model is not None:
+        print("\nNothing says yet whether it helped: no images were kept for that. --test_fraction 0.1 "
+              "--train_fraction 0.8 keeps a tenth.")  # fmt: skip
+    elif adapter.is_dir() and "student" in recipe.stages:
+        print("\nNothing was measured: student.merge_adapter is false, so there is an adapter and no whole model.")
+    print(f"\n{describe_places(folder, model)}\nAll took {duration_in_words(time.monotonic() - began)}.")
+    if model is not None:
+        print(f"\n{describe_next(recipe, folder, model)}")
+
+
+def describe_places(folder: Path, model: str | None) -> str:
+    """Where model, curves and numbers are, one line each."""
+    results = folder / "results"
+    found = {
+        "Model": [Path(model)] if model is not None else [],
+        "Adapter": [folder / "student" / ADAPTER_FOLDER],
+        "Curves": sorted(folder.glob(f"*/{CURVES_NAME}")),
+        "Attention": [folder / "teacher_attention.png"],
+        "Numbers": [results / "records.json", results / "leakage.json", results / "tradeoff.png"],
+    }
+    there = {name: [str(path) for path in paths if path.exists()] for name, paths in found.items()}
+    return "\n".join(
+        [f"{name:9} {', '.join(paths)}" for name, paths in there.items() if paths] or [f"Folder {folder}"]
+    )
+
+
+def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
+    """The next commands with this run's paths, ready to paste: see what it finds, search, publish."""
+    query, pictures = "WORDS", next((re.sub(r"@[0-9]+$", "", one) for one in recipe.run.train_datasets), "FOLDER")
+    test = pictures if recipe.run.train_datasets else "csv:CAPTIONS.csv:FOLDER"
+    if recipe.run.test_fraction:
+        test = f"{HELD_OUT}:{folder}"
+        query = " ".join(load_captions(parse_caption_spec(test))[0]["captions"][0].split()[:8])
+    anchor = []
+    if recipe.run.clip_model is not None or recipe.makes_anchor:  # a DM-CLIP may start from no CLIP
+        anchor = ["--anchor", find_clip(recipe, Places.of(recipe))]
+    gallery, index = folder / "gallery", folder / "index"
+    steps: dict[str, list[list[str | Path]]] = {
+        "See what it finds and misses. For other pictures, name them: retrieval=csv:CAPTIONS.csv:FOLDER": [
+            ["eval.py", "--model", model, *anchor, "--benchmark", f"retrieval={test}", "--gallery", gallery]
+            + ["--output", gallery / "results.json"]
+        ],
+        "Search pictures with words": [
+            ["-m", "modeling_dclip.hub.index", "--model", model, "--images", pictures, "--output", index],
+            ["-m", "modeling_dclip.hub.index", "search", query, "--index", index, "--page", folder / "search.html"],
+        ],
+        "Write what would be published, under your name and licence; nothing leaves this machine": [
+            ["-m", "modeling_dclip.hub.publish", "--model", model, "--results", folder / "results"]
+            + ["--repo_id", f"me/{folder.resolve().name}", "--license", "mit", "--dry_run"]
+        ],
+    }
+    lines = ["Next:"]
+    for title, commands in steps.items():
+        lines += [f"  # {title}", *(f"  {shlex.join(['python', *map(str, words)])}" for words in commands)]
+    return "\n".join(lines)
+
+
+def report_teachers(recipe: Recipe, teachers: Sequence[tuple[str, str]], folder: Path) -> list[Record]:
+    """Draw each teacher's attention and measure how much it reads from captions, on the first retrieval benchmark that
+    the recipe names, if its images have boxes.
+    """
+    captions = [name.partition("=")[2] for name in recipe.run.evaluate if name.startswith("retrieval=")]
+    if not teachers or not captions:
+        return []
+    spec = parse_caption_spec(captions[0])
     dataset = load_captions(spec)
     if "boxes" not in dataset.column_names:
-        return
+        return []
     for _, teacher in teachers:
         draw_teacher_attention(teacher, dataset, Path(teacher).parent / "teacher_attention.png")
     leakage_options = LeakageOptions(max_regions=recipe.regions.max_regions)
-    options = {**options, "cache_dir": Places.of(recipe).cache_dir, "options": leakage_options}
-    leakage = evaluate_leakage(teachers, dataset, spec, folder / "leakage.json", **options)
-    print(f"\n{render_leakage(leakage)}")
+    options = {**evaluation_options(), "cache_dir": Places.of(recipe).cache_dir, "options": leakage_options}
+    return evaluate_leakage(teachers, dataset, spec, folder / "leakage.json", **options)
 
 
 def plan_publication(runs: Sequence[ArmRun], results: Path, found: MistakeCollector) -> PublishArguments | None:
@@ -198,7 +312,7 @@ def end_processes() -> None:
 
 def run_recipe(recipe: Recipe) -> None:
     """Train; then, in the main process, draw, measure and publish."""
-    is_main = PartialState().is_main_process
+    began, is_main = time.monotonic(), PartialState().is_main_process
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
     if (gpus := torch.cuda.device_count()) > 1 and PartialState().num_processes == 1:
@@ -213,8 +327,10 @@ def run_recipe(recipe: Recipe) -> None:
         if not is_main:
             return
         draw_training_curves(results.parent)
-        if runs[0].recipe.run.evaluate:
-            report(runs, results)
+        if len(runs) == 1:
+            report_run(runs[0], results.parent, began)
+        elif named_benchmarks(runs, results.parent):
+            report_arms(runs, results.parent)
         if publication is not None:
             publish_model(publication)
 

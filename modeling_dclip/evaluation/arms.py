@@ -21,6 +21,63 @@ from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, 
 ANCHOR = "anchor"
 
 
+def evaluate_run(
+    model: str | None,
+    anchor: str,
+    benchmarks: Sequence[str],
+    output_dir: str | Path,
+    *,
+    label: str = "student",
+    seed: int = 0,
+    command: str = "",
+    device: str | torch.device = "cpu",
+) -> list[Record]:
+    """Evaluate one trained model beside its anchor.
+
+    Args:
+        model (`str`, *optional*): Folder of a dual encoder; without it the anchor alone is evaluated.
+        anchor, benchmarks, command, device: As in [`evaluate_arms`]; of one kind there may be several benchmarks.
+        output_dir (`str` or `Path`): Where `records.json` (a killed run resumes from it) and, with retrieval and
+            zero-shot, `tradeoff.png` are written.
+        label (`str`, *optional*, defaults to `"student"`): The model's name in records.
+        seed (`int`, *optional*, defaults to 0): That it was trained with.
+
+    Returns:
+        `list[Record]`: The anchor's on every benchmark, then the model's.
+
+    Raises:
+        ValueError: As in [`evaluate_arms`].
+    """
+    candidates = [Candidate(str(anchor), ANCHOR, seed=0)]
+    candidates += [] if model is None else [Candidate(str(model), label, seed=seed)]
+    records = _measure(candidates, benchmarks, Path(output_dir), command, device)
+    if model is not None and {"retrieval", "zero_shot"} <= {name.partition("=")[0] for name in benchmarks}:
+        plot_curve(records, Path(output_dir) / "tradeoff.png", anchor=str(anchor))
+    return records
+
+
+def _measure(
+    candidates: Sequence[Candidate],
+    benchmarks: Sequence[str],
+    output_dir: Path,
+    command: str,
+    device: str | torch.device,
+) -> list[Record]:
+    """The records of every candidate, the anchor first, on every benchmark."""
+    done = evaluate(
+        candidates,
+        benchmarks,
+        output_dir / "records.json",
+        anchor=candidates[0].name,
+        command=command,
+        keep_others=False,
+        options=EvaluationOptions(device=device),
+    )
+    if done.failures:
+        raise ValueError(f"Expected every model evaluated, got failures: {'; '.join(done.failures)}")
+    return done.records
+
+
 def evaluate_arms(
     arms: Mapping[str, Mapping[int, str]],
     anchor: str,
@@ -62,26 +119,16 @@ def evaluate_arms(
         for arm, by_seed in arms.items()
         for seed, model in by_seed.items()
     ]
-    done = evaluate(
-        [candidate for *_, candidate in runs],
-        benchmarks,
-        output_dir / "records.json",
-        anchor=str(anchor),
-        command=command,
-        keep_others=False,
-        options=EvaluationOptions(device=device),
-    )
-    if done.failures:
-        raise ValueError(f"Expected every arm evaluated, got failures: {'; '.join(done.failures)}")
+    records = _measure([candidate for *_, candidate in runs], benchmarks, output_dir, command, device)
     metrics: dict[str, dict[int, Metrics]] = {}
     for index, (arm, seed, _) in enumerate(runs):
-        own = done.records[index * len(benchmarks) : (index + 1) * len(benchmarks)]
+        own = records[index * len(benchmarks) : (index + 1) * len(benchmarks)]
         metrics.setdefault(arm, {})[seed] = {
             name: value for record in own for name, value in record["metrics"].items()
         }
     pairs = [(arm, baseline) for arm in arms if baseline is not None and baseline in arms and arm != baseline]
     summary = summarise_arms(metrics, anchor=ANCHOR, pairs=pairs)
-    names = [record["benchmark"] for record in done.records[: len(benchmarks)]]
+    names = [record["benchmark"] for record in records[: len(benchmarks)]]
     summary |= {"benchmarks": names, "anchor_model": str(anchor)}
     write_json(output_dir / "summary.json", summary)
     if {"retrieval", "zero_shot"} <= set(kinds):

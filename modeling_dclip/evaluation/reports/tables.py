@@ -268,6 +268,56 @@ def render_table(
     return render_markdown([*blocks, *([Text(" ".join(notes))] if notes else [])])
 
 
+# What a table of before and after has a row for, by kind: of the first metrics that a record has, as many as named.
+_MAIN: dict[str, tuple[int, tuple[str, ...]]] = {
+    "retrieval": (2, ("text_to_image_recall@1", "image_to_text_recall@1")),
+    "zero_shot": (1, ("top1", "map")),
+    "fine_grained": (1, ("group_score", "accuracy")),
+}
+
+
+def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, str] | None = None) -> str:
+    """Show what training changed: a row for each main metric of each benchmark, the anchor before the model.
+
+    Args:
+        records (`Sequence[Record]`): Of one model and of its anchor, from
+            [`~modeling_dclip.evaluation.evaluator.evaluate`].
+        names (`Mapping[str, str]`, *optional*): What to call a benchmark, by its name; by default its spec in short.
+
+    Returns:
+        `str`: Markdown; empty if no record has such a metric and an anchor. Shares are in percent, and the last line
+            says what the intervals are.
+    """
+    rows: list[list[str | Cell]] = []
+    kinds: set[tuple[str, float]] = set()
+    for record in records:
+        anchor = next((one for one in records if _is_anchor_of(one, record)), None)
+        if anchor is None:
+            continue
+        kind = kind_of_record(record)
+        count, metrics = _MAIN.get(kind, (0, ()))
+        shown = (names or {}).get(record["benchmark"]) or shorten_benchmark(record["benchmark"]).partition("=")[2]
+        for name in [name for name in metrics if name in record["metrics"]][:count]:
+            cells = [_metric_cell(one, name) for one in (anchor, record)]
+            change = record["comparison"].get(f"{name}{DIFFERENCE}")
+            cells.append(interval_cell(change, signed=True) if change else Cell(ABSENT))
+            size = counted(record["n"], COUNTED.get(kind, "image"))
+            rows.append([metric_of(name).heading, shown or kind, size, *cells])
+            bounds = [change, *(one.get("intervals", {}).get(name) for one in (anchor, record))]
+            kinds |= {(one["covers"], one["confidence"]) for one in bounds if one and one["low"] is not None}
+    if not rows:
+        return ""
+    notes = " ".join(["In percent.", *_interval_notes(kinds)])
+    header = ["", "measured on", "n", "before", "after", "change"]
+    return render_markdown([Table(header, rows, 2), Text(notes)])
+
+
+def _is_anchor_of(one: Record, record: Record) -> bool:
+    """Whether a record is what another one, of the same data, is compared with."""
+    same = all(one[key] == record[key] for key in ("benchmark", "dataset_fingerprint"))
+    return same and "comparison" not in one and one["revision"] == record.get("comparison", {}).get("anchor_revision")
+
+
 def _describe_rows(kind: str, records: Sequence[Record]) -> tuple[Text, list[str]]:
     """The line above a table, and the columns before its metrics."""
     specs = {record["benchmark"].partition("=")[2] for record in records}
