@@ -561,7 +561,7 @@ def save_columns(dataset: Dataset, folder: Path) -> None:
     """Save columns as `load_from_disk` reads them, without the bars that datasets draws for the smallest of them.
 
     Args:
-        dataset (`datasets.Dataset`): The columns, without pictures.
+        dataset (`datasets.Dataset`): The columns.
         folder (`Path`): Where to. An error names it.
 
     Raises:

@@ -23,7 +23,7 @@ import numpy as np
 from datasets import Dataset, Image, Value
 
 from modeling_dclip.data.captions.tables import read_disk
-from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.columns import put_columns, save_columns
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
     printable,
@@ -187,7 +187,7 @@ def write_held_out(folder: Path, dataset: Dataset, keys: Sequence[str], *, of: i
     about = {"run": os.path.abspath(folder.parent), "images": len(dataset), "of": of, "test_fraction": fraction}
     about["mode"] = dataset.features["image"].mode
     with replacing(folder / _IMAGES) as temporary:
-        kept.cast_column("image", _STORED).save_to_disk(temporary)
+        save_columns(kept.cast_column("image", _STORED), temporary)
     write_json(folder / _ABOUT, about)
 
 

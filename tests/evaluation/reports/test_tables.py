@@ -2,7 +2,7 @@
 cells; what does not fit or says nothing new has no column."""
 
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.tables import render_table, tabulate_rows
+from modeling_dclip.evaluation.reports.tables import render_before_and_after, render_table, tabulate_rows
 
 
 def record(model, metrics, **fields):
@@ -110,3 +110,25 @@ def test_a_point_between_two_models_says_which_it_is():
         "m",
         "ours, alpha=0.5",
     ]
+
+
+def test_before_and_after_has_a_row_for_each_main_metric_and_names_the_interval():
+    found = {"text_to_image_recall@1": 0.5, "text_to_image_recall@5": 0.9, "image_to_text_recall@1": 0.25}
+    both = {
+        "n": 40,
+        "benchmark": "retrieval=held_out:run",
+        "intervals": {name: interval(value, 0.1) for name, value in found.items()},
+    }
+    before = record("clip", found, revision="a", **both)
+    better = {name: value + 0.1 for name, value in found.items()}
+    change = {"text_to_image_recall@1_difference": interval(0.1, 0.05) | {"covers": "images"}}
+    compared = {"anchor": "clip", "anchor_revision": "a", **change}
+    after = record("mine", better, revision="b", comparison=compared, **both)
+    table = render_before_and_after([before, after], names={before["benchmark"]: "test part"})
+    _, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:3] for row in cells] == [[f"{way} R@1", "test part", "40 images"] for way in ("T→I", "I→T")]
+    assert cells[0][3].startswith("50.0") and cells[0][4].startswith("60.0") and cells[0][5] == "+10.0 [+5.0, +15.0]"
+    assert cells[1][5] == "–"  # no difference was stored
+    assert "95% bootstrap interval over test images" in table
+    assert render_before_and_after([before]) == render_before_and_after([before, {**after, "revision": "c"}][:1]) == ""
