@@ -27,6 +27,26 @@ def has_native_twin(model: PreTrainedModel) -> bool:
     return model.config.model_type == "dclip" and model.config.vision_config.position_embedding_type == "absolute"
 
 
+def require_native_twin(model: PreTrainedModel, reader: str) -> None:
+    """Refuse a model that programs for CLIP cannot read without custom code.
+
+    Args:
+        model (`PreTrainedModel`): Any model of this package.
+        reader (`str`): The program, for the message.
+
+    Raises:
+        ValueError: If the model has no native twin; the message names the formats that take it.
+    """
+    if not has_native_twin(model):
+        vision = getattr(model.config, "vision_config", model.config)
+        positions = getattr(vision, "position_embedding_type", None)
+        kind = f"{model.config.model_type!r}" + (f" with {positions!r} positions" if positions else "")
+        raise ValueError(
+            f"Expected a DCLIP student that is a plain ViT, which {reader} has, got {kind}. The formats onnx and "
+            "torch_export take this model; on the Hub it is read with trust_remote_code=True."
+        )
+
+
 def to_native_clip(model: PreTrainedModel) -> CLIPModel:
     """Make a student's native twin.
 

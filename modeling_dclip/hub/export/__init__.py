@@ -97,6 +97,7 @@ text_embeds = torch.export.load(f"{folder}/text_model.pt2").module()(ids)
 class _Runtime(NamedTuple):
     name: str
     module: str  # what the README imports
+    install: str  # what pip installs
     tensors: str
     runs: Mapping[str, str]
 
@@ -108,8 +109,8 @@ class _Runtime(NamedTuple):
         return "\n".join([*head, OPEN_PICTURE.strip(), "\n", 'folder = "FOLDER"  # this one', *made, *runs])
 
 
-_ONNX = _Runtime("ONNX Runtime", "onnxruntime", "np", _ONNX_RUNS)
-_PROGRAM = _Runtime("torch.export", "torch", "pt", _PROGRAM_RUNS)
+_ONNX = _Runtime("ONNX Runtime", "onnxruntime", "onnxruntime transformers pillow", "np", _ONNX_RUNS)
+_PROGRAM = _Runtime("torch.export", "torch", "torch transformers pillow", "pt", _PROGRAM_RUNS)
 
 
 def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTrainedModel:
@@ -278,7 +279,7 @@ def _compare_settings(
         (*_, last) = found
         said = f"No {PREPROCESSOR} in '{source}', so the export has neither preprocessing nor tokenizer."
         return found | {last: found[last] | {"differs": [said]}}
-    reader = Reader(runtime.name, None, None, _WHY)
+    reader = Reader(runtime.name, None, None, _WHY, install=runtime.install)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     if "text" in runners:

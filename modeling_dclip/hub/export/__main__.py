@@ -16,15 +16,17 @@ scales become part of the weights. With `--image_size` it gets windows that divi
 
 import argparse
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import MANIFEST_NAME, check_new_folder, write_manifest
 from modeling_dclip.data.specs import CommandParser, Range
 from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
-from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES
+from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES, Deviation
 from modeling_dclip.hub.export.open_clip import write_open_clip
+from modeling_dclip.hub.export.readers import short_code
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 
 
@@ -72,14 +74,34 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = {name: value for name, value in vars(args).items() if name not in ("model", "output")}
     manifest = output.with_name(f"{output.name}.{MANIFEST_NAME}")  # beside the folder, which other programs read
     write_manifest(manifest, seed=None, data={"model": args.model}, **options)
+    sys.stdout.write(describe_export(output, args.model, written))
+
+
+def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) -> str:
+    """Say what was written, how near it is to the model, what its reader reads otherwise, and how to use it.
+
+    Args:
+        output (`Path`): The export.
+        model (`str`): The model's folder.
+        written (`Mapping[str, Deviation]`): Files in it with what was measured.
+
+    Returns:
+        `str`: Lines, the code last.
+    """
+    lines = [f"Exported {model} to {output}.", "Each file was loaded again and compared with the model:", ""]
+    width = max(map(len, written))
     for name, measured in written.items():
-        size_mib = (Path(args.output) / name).stat().st_size / 2**20
-        sys.stdout.write(
-            f"{args.output}/{name}: {size_mib:.1f} MiB; largest difference from the model's outputs "
-            f"{measured['max_relative_difference']:.1e}, least cosine {measured['min_cosine']:.6f}.\n"
+        size_mib = (output / name).stat().st_size / 2**20
+        lines.append(
+            f"  {name:<{width}}  {size_mib:8,.1f} MiB  largest difference "
+            f"{measured['max_relative_difference']:.1e} of the largest value, least "
+            f"cosine {measured['min_cosine']:.6f}"
         )
-        for line in measured.get("differs", ()):
-            sys.stdout.write(f"Note: {line}\n")
+    for line in (line for measured in written.values() for line in measured.get("differs", ())):
+        lines += ["", *textwrap.wrap(f"Note: {line}", 120, break_on_hyphens=False)]
+    if code := short_code(output):
+        lines += ["", f"To use it ({output / 'README.md'} says more):", "", *code.splitlines()]
+    return "\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

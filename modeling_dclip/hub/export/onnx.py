@@ -7,7 +7,9 @@ after its end token change nothing.
 
 import copy
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypedDict
 
@@ -26,7 +28,7 @@ QUANTIZED_OPERATORS = ["MatMul", "Gemm", "Gather"]  # not convolutions: they los
 FLOAT32_PARAMETERS = ("A_log", "D")  # the model keeps them in float32
 
 NEEDS_EXTRA = (
-    "Expected onnx, onnxruntime and onnxscript, got {}. Install them with `pip install modeling_dclip[export]`."
+    "Expected onnx, onnxruntime and onnxscript, got {}. Install them with `pip install onnx onnxruntime onnxscript`."
 )
 
 
@@ -155,15 +157,31 @@ def make_onnx(tower: Tower, dtype: str, float32_content: bytes | None = None) ->
         with temporary_folder() as folder:
             whole, small = folder / "fp32.onnx", folder / "int8.onnx"
             write_bytes(whole, _without_inner_shapes(content))
-            onnxruntime.quantization.quantize_dynamic(
-                whole,
-                small,
-                op_types_to_quantize=QUANTIZED_OPERATORS,
-                per_channel=True,
-                weight_type=onnxruntime.quantization.QuantType.QInt8,
-            )
+            with _without_advice():
+                onnxruntime.quantization.quantize_dynamic(
+                    whole,
+                    small,
+                    op_types_to_quantize=QUANTIZED_OPERATORS,
+                    per_channel=True,
+                    weight_type=onnxruntime.quantization.QuantType.QInt8,
+                )
             return read_bytes(small)
     return _trace(_to_half(tower) if dtype == "fp16" else tower)
+
+
+@contextmanager
+def _without_advice() -> Iterator[None]:
+    """Keep to itself the quantizer's advice to fold operators first: exported graphs are folded already."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith("Please consider to run pre-processing before quantization")
+
+    root = logging.getLogger()
+    root.addFilter(is_news)
+    try:
+        yield
+    finally:
+        root.removeFilter(is_news)
 
 
 def part_of(tower: Tower) -> nn.Module:

@@ -19,7 +19,7 @@ from modeling_dclip.hub.export.readers import (
     describe_readings,
     write_readme,
 )
-from modeling_dclip.hub.native_clip import has_native_twin, to_native_processor
+from modeling_dclip.hub.native_clip import require_native_twin, to_native_processor
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -64,7 +64,7 @@ def to_open_clip_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If open_clip has no such model.
     """
-    _check_twin(model)
+    require_native_twin(model, "open_clip")
     state, weights = model.state_dict(), {}
     for tower, prefix, config in (
         ("vision_model", "visual.", model.config.vision_config),
@@ -107,7 +107,7 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: If open_clip has no such model.
     """
-    _check_twin(model)
+    require_native_twin(model, "open_clip")
     vision, text = model.config.vision_config, model.config.text_config
     activations = {vision.hidden_act, text.hidden_act}
     if activations not in ({"quick_gelu"}, {"gelu"}):
@@ -140,16 +140,6 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
             **({} if legacy else {"pool_type": "eos", "eos_id": text.eos_token_id}),
         },
     }
-
-
-def _check_twin(model: PreTrainedModel) -> None:
-    if not has_native_twin(model):
-        raise ValueError(
-            "Expected a dual ViT student with absolute positions, which open_clip has, got "
-            f"{model.config.model_type!r} with "
-            f"{getattr(getattr(model.config, 'vision_config', model.config), 'position_embedding_type', 'other')!r} "
-            "positions."
-        )
 
 
 def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> dict[str, Deviation]:
@@ -210,6 +200,7 @@ def write_open_clip(model: PreTrainedModel, source: str | os.PathLike, folder: P
         lambda texts: theirs.encode_text(tokenizer(texts)),
         lambda pictures: theirs.encode_image(torch.stack([transform(picture) for picture in pictures])),
         _WHY,
+        install="open_clip_torch pillow",
     )
     measured, readings = compare_reader(model, load_processor(source), reader)
     write_readme(folder, _USE, readings, reader)

@@ -5,6 +5,7 @@ reader, or the export is refused. The others are measured, and the export says w
 """
 
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -15,7 +16,7 @@ from PIL import ExifTags, Image
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, one_line
-from modeling_dclip.data.files import write_text
+from modeling_dclip.data.files import read_text, write_text
 from modeling_dclip.data.images import UnreadableImageError, open_image
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import check_end_token, projected, tokenize_texts
@@ -70,6 +71,7 @@ class Reader(NamedTuple):
         embed_pictures (`Callable`): From pictures to `(B, D)`, through its own preprocessing; None if it reads none.
         why (`Mapping[str, str]`, *optional*): What is known of a difference, by `"text"` and `"picture"`.
         dtype (`str`, *optional*, defaults to `"fp32"`): Of its computations.
+        install (`str`, *optional*): The packages that its code needs, for pip.
     """
 
     name: str
@@ -77,6 +79,7 @@ class Reader(NamedTuple):
     embed_pictures: Callable[[list[Image.Image]], torch.Tensor] | None
     why: Mapping[str, str] = {}
     dtype: str = "fp32"
+    install: str = ""
 
 
 class Reading(NamedTuple):
@@ -221,12 +224,19 @@ def write_readme(folder: Path, use: str, readings: Sequence[Reading], reader: Re
         readings (`Sequence[Reading]`): Of [`compare_reader`]; none if it was not compared.
         reader ([`Reader`]): The program.
     """
-    lines = [f"# Export for {reader.name}", "", "```python", use.strip(), "```", ""]
+    need = ["```bash", f"pip install {reader.install}", "```", ""] if reader.install else []
+    lines = [f"# Export for {reader.name}", "", *need, "```python", use.strip(), "```", ""]
     if readings:
+        differs = describe_readings(readings, reader)
+        lines += ["## What differs from the model", ""]
+        lines += [f"- {line}" for line in differs] or ["Nothing of what was tried."]
         lines += [
+            "",
+            "## What was tried",
+            "",
             f"Texts and pictures of the kinds below went through the tokenizer and preprocessing of {reader.name} as",
             "above, pictures opened by `Image.open` alone, and through the commands of modeling_dclip. The number is",
-            "the least cosine between the two embeddings.",
+            "the least cosine between the two embeddings; 1 is the same.",
             "",
             "| input | cosine |",
             "|---|---|",
@@ -235,7 +245,18 @@ def write_readme(folder: Path, use: str, readings: Sequence[Reading], reader: Re
                 f"{'' if one.is_equal else ' (differs)'} |"
                 for one in readings
             ),
-            "",
-            *(f"{reader.why[side]}\n" for side in ("text", "picture") if side in reader.why),
         ]
     write_text(folder / "README.md", "\n".join(lines).rstrip() + "\n")
+
+
+def short_code(folder: Path) -> str:
+    """The code of an export's README for its folder, with pictures opened by `Image.open`; nothing without a README.
+
+    Args:
+        folder (`Path`): The export.
+    """
+    if not (folder / "README.md").is_file():
+        return ""
+    code = read_text(folder / "README.md").split("```python\n")[1].split("```")[0]
+    code = code.replace(OPEN_PICTURE.strip(), "from PIL import Image").replace("open_picture(", "Image.open(")
+    return re.sub(r"\n{3,}", "\n\n", code.replace("FOLDER", str(folder)).replace("  # this one", "")).strip()

@@ -21,7 +21,7 @@ from modeling_dclip.hub.export.readers import (
     describe_readings,
     write_readme,
 )
-from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import require_native_twin, to_native_clip, to_native_processor
 
 # Since 5.4 `Transformer` reads CLIP itself; every version reads this older name.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
@@ -61,12 +61,7 @@ def write_sentence_transformers(
         ImportError: If sentence-transformers is not installed. An export that cannot be checked is not written.
         ValueError: If the model has no native twin, or the embeddings of plain texts and pictures differ.
     """
-    if not has_native_twin(model):
-        raise ValueError(
-            f"Expected a dual ViT student with absolute positions, got {model.config.model_type!r}. "
-            "sentence-transformers builds only models of transformers, so every program that reads another model "
-            "would need `trust_remote_code`. Publish this one on the Hub, or export it as ONNX."
-        )
+    require_native_twin(model, "sentence-transformers")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
@@ -92,7 +87,7 @@ def write_sentence_transformers(
     def encode(inputs: list[Any]) -> torch.Tensor:
         return torch.from_numpy(encoder.encode(inputs, show_progress_bar=False))
 
-    reader = Reader("sentence-transformers", encode, encode, _WHY)
+    reader = Reader("sentence-transformers", encode, encode, _WHY, install="sentence-transformers pillow")
     measured, readings = compare_reader(model, processor, reader)
     write_readme(folder, _USE, readings, reader)
     weights = f"{MODULES[0]['path']}/model.safetensors"

@@ -59,7 +59,7 @@ SOURCES = {
     "held_out": "the held-out images of the run {}",
 }
 # What decides which checkpoint is kept, by the name that the trainer gives it.
-CHOOSERS = {"loss": "validation loss"}
+CHOOSERS = {"loss": "validation loss", "mean_recall@1": "mean R@1 of both directions on the validation images"}
 
 
 class DataSource(NamedTuple):
