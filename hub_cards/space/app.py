@@ -1,12 +1,15 @@
-"""The page of the Space: search pictures by text, and see what the models see. It runs on a CPU, without a network.
+"""The page of the Space: search pictures by text or picture, and see what the models see. It runs on a CPU, offline.
 
-    python hub_cards/space/app.py --model FOLDER_OR_HUB_ID [--teacher FOLDER_OR_HUB_ID] [--gallery FOLDER_OR_DATASET]
+    python hub_cards/space/app.py --index INDEX
+    python hub_cards/space/app.py --model FOLDER_OR_HUB_ID [--gallery FOLDER_OR_DATASET] [--teacher FOLDER_OR_HUB_ID]
 
-On the Hub, set the variables MODEL, TEACHER, GALLERY and DETECTOR instead.
+On the Hub, set the variables INDEX, MODEL, GALLERY, TEACHER and DETECTOR instead.
 """
 
 import argparse
 import os
+import re
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,13 +17,15 @@ from typing import Any, NamedTuple
 
 import gradio as gr
 from PIL import Image
+from transformers.utils import logging
 
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import HelpFormatter, command
 from modeling_dclip.data.images import UnreadableImageError, open_image
 from modeling_dclip.evaluation.reports.document import escape_markdown
+from modeling_dclip.hub.index import Hit
+from modeling_dclip.hub.index.answers import short_name
 from modeling_dclip.hub.space import (
     DETECTOR,
-    GALLERY,
     MOST_UPLOADED_PIXELS,
     SpaceAnswers,
     UserMistake,
@@ -33,8 +38,26 @@ ROOT = Path(__file__).resolve().parents[2]
 DEMO_MODELS = ("outputs/demo/leak_free/seed-0", "outputs/demo/paper/seed-0")
 FALLBACK_MODEL = "recipes/demo_anchor"
 EXAMPLES = 5
+LARGEST_EXAMPLE = 1024  # pixels of the longest side
 FONTS = ["system-ui", "sans-serif"]  # nothing is fetched
-CSS = ".gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important}"
+CSS = """
+.gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important}
+.found .grid-wrap {max-height: none !important; min-height: 0 !important; height: auto !important; overflow: visible}
+.found .grid-container {grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important}
+.found .grid-container, .found .gallery-container {height: auto !important}
+.found .gallery-item, .found .thumbnail-lg {height: auto !important; aspect-ratio: auto !important; overflow: hidden}
+.found .thumbnail-lg {display: flex; flex-direction: column; width: 100%; justify-content: flex-start}
+.found .thumbnail-lg img {aspect-ratio: 1; height: auto !important; width: 100%; object-fit: contain}
+.found .caption-label {position: static !important; max-width: none !important; width: 100%; margin: 0; border: 0;
+  border-radius: 0; box-shadow: none; white-space: normal !important; overflow-wrap: anywhere; text-align: left;
+  font-size: 13px; line-height: 1.35}
+.search-box .submit-button {background: var(--button-primary-background-fill); padding: 0 18px; height: 36px;
+  color: var(--button-primary-text-color); font-weight: 600; border-radius: 8px}
+@media (max-width: 640px) {
+  .gradio-container main {padding: 12px 10px !important}
+  .found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
+}
+"""
 
 
 class BrokenUpload(NamedTuple):
@@ -72,65 +95,116 @@ def make_upload(**options: Any) -> gr.Image:
     return upload
 
 
-def said_plainly(function: Callable[..., tuple[Any, str]]) -> Callable[..., tuple[Any, str]]:
-    """Show a visitor's mistake in place of the remark, with an empty answer."""
+def said_plainly(function: Callable[..., tuple[Any, ...]], answers: int = 1) -> Callable[..., tuple[Any, ...]]:
+    """Show a visitor's mistake in place of the remark, which comes last, with so many empty answers."""
 
-    def answer(*inputs: Any) -> tuple[Any, str]:
+    def answer(*inputs: Any) -> tuple[Any, ...]:
         try:
             for given in inputs:
                 if isinstance(given, BrokenUpload):
                     raise UserMistake(given.message)
             return function(*inputs)
         except UserMistake as mistake:
-            return None, f"⚠️ {escape_markdown(str(mistake))}"
+            return *[None] * answers, f"⚠️ {escape_markdown(str(mistake))}"
 
     return answer
 
 
 def save_examples(answers: SpaceAnswers) -> list[str]:
-    """Save some pictures of the gallery, spread over it, as files."""
-    folder = Path(tempfile.mkdtemp(prefix="space-"))
-    rows = range(0, len(answers.gallery), max(1, len(answers.gallery) // EXAMPLES))
-    paths = [folder / f"{number}.png" for number, _ in enumerate(rows)]
-    for path, row in zip(paths, rows, strict=True):
-        answers.picture(row).save(path)
-    return [str(path) for path in paths[:EXAMPLES]]
+    """Save some pictures of the gallery, spread over it, as files. Those that cannot be read any more are left out."""
+    folder, paths = Path(tempfile.mkdtemp(prefix="space-")), []
+    for number, hit in enumerate(answers.sample(EXAMPLES)):
+        try:
+            picture = answers.picture(hit).copy()
+        except UserMistake:
+            continue
+        stem = re.sub(r"[^\w-]+", "-", Path(hit.name).stem)[:80]
+        if max(picture.size) > LARGEST_EXAMPLE:
+            picture.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE))
+            paths.append(folder / f"{number}-{stem}.jpg")
+        else:
+            paths.append(folder / f"{number}-{stem}.png")  # its pixels as they are: they tell which picture it is
+        picture.save(paths[-1])
+    return [str(path) for path in paths]
 
 
-def _picture_input(examples: list[str]) -> gr.Image:
-    picture = make_upload(label="Picture", height=300, sources=["upload", "clipboard"])
-    gr.Examples([[path] for path in examples], picture, label="Examples")
-    return picture
+def _offer(kind: gr.components.Component, label: str, samples: list[str], into: gr.components.Component) -> Any:
+    """Offer samples that go into a component when they are clicked; the event, to go on from.
+
+    Not gr.Examples: it would make an upload anew, without what `make_upload` did to it.
+    """
+    shown = gr.Dataset(components=[kind], samples=[[one] for one in samples], type="index", label=label)
+    return shown.click(samples.__getitem__, shown, into, api_visibility="private", show_progress="hidden")
 
 
-def _search_tab(answers: SpaceAnswers) -> None:
+def _picture_input(examples: list[str], height: int = 300) -> tuple[gr.Image, Any]:
+    """An upload with some pictures of the gallery, and the event that one of these was chosen."""
+    picture = make_upload(label="Picture", height=height, sources=["upload", "clipboard"])
+    return picture, _offer(gr.Image(visible=False), "Pictures of the gallery", examples, picture)
+
+
+def _search_tab(answers: SpaceAnswers, examples: list[str]) -> None:
+    """Search by text, by picture, and by a picture that was found."""
+    queries = suggest_queries(answers)
+    most, start = min(60, len(answers.gallery)), answers.browse()
     with gr.Row(equal_height=True):
-        text = gr.Textbox(label="What should the picture show?", placeholder="a red circle left of a star", scale=5)
-        count = gr.Slider(
-            1, min(30, len(answers.gallery)), value=min(10, len(answers.gallery)), step=1, label="Pictures", scale=2
+        text = gr.Textbox(label="What should the picture show?", scale=5, min_width=280, submit_btn="Search",
+                          elem_classes="search-box", max_lines=4,
+                          placeholder=f"for example: {min(queries, key=len)}")  # fmt: skip
+        count = gr.Slider(1, most, value=min(12, most), step=1, label="Pictures", scale=2, min_width=180)
+    example = _offer(gr.Textbox(visible=False), "Examples", queries, text)
+    with gr.Accordion("Search by a picture", open=False):
+        picture, chosen = _picture_input(examples, 220)
+        by_picture = gr.Button("Search by this picture", variant="primary")
+    with gr.Row(elem_id="answer"):
+        asked = gr.Image(visible=False, interactive=False, height=180, min_width=140, scale=1, format="png",
+                         buttons=["download", "fullscreen"])  # fmt: skip
+        remark = gr.Markdown(start.remark)
+    found = gr.Gallery(start.tiles, label="Pictures, best first", show_label=False, columns=4, height="auto",
+                       object_fit="contain", allow_preview=False, interactive=False, buttons=[],
+                       elem_classes="found")  # fmt: skip
+    shown = gr.State(start.hits)
+    outputs = [found, remark, shown, asked]
+
+    def find(query: str | Image.Image | BrokenUpload | None, count: int) -> tuple[Any, str, list[Hit], Any]:
+        result, told = said_plainly(lambda *given: (answers.find_pictures(*given), ""))(query, count)
+        if result is None:
+            return start.tiles, told, start.hits, gr.Image(value=None, visible=False)
+        is_picture = isinstance(query, Image.Image)
+        preview = (
+            gr.Image(value=query, visible=True, label="Like this picture") if is_picture else gr.Image(visible=False)
         )
-        button = gr.Button("Search", variant="primary", scale=1, min_width=100)
-    if queries := suggest_queries(answers.captions, answers.is_drawn):
-        gr.Examples([[query] for query in queries], text, label="Examples")
-    remark = gr.Markdown()
-    found = gr.Gallery(
-        label="Pictures, best first",
-        show_label=False,
-        buttons=["fullscreen"],
-        columns=5,
-        object_fit="contain",
-        height="auto",
-        format="png",
-        interactive=False,
-    )
-    for event in (button.click, text.submit):
-        event(said_plainly(answers.find_pictures), [text, count], [found, remark], api_name="search")
+        return result.tiles, result.remark, result.hits, preview
+
+    def find_by(picture: Image.Image | BrokenUpload | None, count: int) -> tuple[Any, str, list[Hit], Any]:
+        nothing = BrokenUpload("There is no picture. Upload one, or choose one of the gallery.")
+        return find(nothing if picture is None else picture, count)
+
+    def find_like(shown: list[Hit], count: int, event: gr.SelectData) -> tuple[Any, str, list[Hit], Any]:
+        result, told = said_plainly(lambda hit, count: (answers.find_like(hit, count), ""))(shown[event.index], count)
+        if result is None:
+            return gr.skip(), told, gr.skip(), gr.skip()
+        picture, like = result
+        return (
+            gr.Gallery(like.tiles, selected_index=None),
+            like.remark,
+            like.hits,
+            gr.Image(value=picture, visible=True, label=shown[event.index].name),
+        )
+
+    text.submit(find, [text, count], outputs, api_name="search")
+    by_picture.click(find_by, [picture, count], outputs, api_name="search_by_picture")
+    picture.upload(find_by, [picture, count], outputs, api_visibility="private")
+    chosen.then(find_by, [picture, count], outputs, api_visibility="private")
+    example.then(find, [text, count], outputs, api_visibility="private")
+    clicked = found.select(find_like, [shown, count], outputs, api_visibility="private")
+    clicked.then(None, js="() => document.getElementById('answer').scrollIntoView({behavior: 'smooth'})")
 
 
 def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     with gr.Row():
         with gr.Column():
-            picture = _picture_input(examples)
+            picture, _ = _picture_input(examples)
             own = gr.Textbox(
                 label="Your own texts, one in each line", placeholder="empty: the gallery's captions", lines=3
             )
@@ -143,10 +217,10 @@ def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
 
 
 def _classes_tab(answers: SpaceAnswers, examples: list[str]) -> None:
-    labels, prompt = suggest_labels(answers.is_drawn)
+    labels, prompt = suggest_labels(answers)
     with gr.Row():
         with gr.Column():
-            picture = _picture_input(examples)
+            picture, _ = _picture_input(examples)
             names = gr.Textbox(value=labels, label="Labels, separated by commas or one in each line", lines=2)
             phrase = gr.Textbox(value=prompt, label="Prompt ({} stands for the label)")
             button = gr.Button("Classify", variant="primary")
@@ -167,7 +241,7 @@ def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     hint = "this teacher reads the text" if reads_text else "optional: the title of the drawing"
     with gr.Row():
         with gr.Column():
-            picture = _picture_input(examples)
+            picture, _ = _picture_input(examples)
             caption = gr.Textbox(
                 label="What does it show?",
                 placeholder=hint,
@@ -175,37 +249,41 @@ def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
             button = gr.Button("Show attention", variant="primary")
         with gr.Column():
             remark = gr.Markdown()
-            drawing = gr.Image(
-                label="Where the teacher looks",
-                show_label=False,
-                interactive=False,
-                format="png",
-                buttons=["download", "fullscreen"],
-            )
-    button.click(said_plainly(answers.attend), [picture, caption], [drawing, remark], api_name="attention")
+            drawing = gr.Image(label="Where the teacher looks", show_label=False, interactive=False, format="png",
+                               buttons=["download", "fullscreen"])  # fmt: skip
+            table = gr.Dataframe(headers=["box", "share", "score", "left, top, right, bottom"], interactive=False,
+                                 label="Boxes, in pixels of the picture", wrap=True)  # fmt: skip
+    outputs = [drawing, table, remark]
+    button.click(said_plainly(answers.attend, 2), [picture, caption], outputs, api_name="attention")
 
 
-def short_name(model: str) -> str:
-    """The name of a model to show: a Hub id, or the end of a folder's path."""
-    return "/".join(Path(model).resolve().parts[-3:]) if os.path.isdir(model) else model
+def describe_page(answers: SpaceAnswers) -> str:
+    """What the page searches, with which model, and what was left out; in Markdown."""
+    place = Path(answers.place).resolve().name if os.path.isdir(answers.place) else answers.place.partition(",")[0]
+    lines = [
+        f"**{len(answers.gallery):,} pictures** of {escape_markdown(place)}. "
+        f"Model: **{escape_markdown(short_name(answers.name))}**, {answers.origin}."
+    ]
+    if answers.teacher_name:
+        lines[0] += f" Teacher: **{escape_markdown(short_name(answers.teacher_name))}**."
+    if answers.skipped:
+        names = ", ".join(answers.skipped[:EXAMPLES]) + (", …" if len(answers.skipped) > EXAMPLES else "")
+        lines.append(f"⚠️ {len(answers.skipped)} left out, because they cannot be read: {escape_markdown(names)}")
+    return "\n\n".join(lines)
 
 
 def build_app(answers: SpaceAnswers) -> gr.Blocks:
     """Build the page."""
     examples = save_examples(answers)
     with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
-        gr.Markdown(
-            f"# Picture search\n{len(answers.gallery)} pictures, model **{escape_markdown(short_name(answers.name))}**"
-            f"{f', teacher **{escape_markdown(short_name(answers.teacher_name))}**' if answers.teacher_name else ''}. "
-            "Everything is computed on this machine."
-        )
-        with gr.Tab("Text to picture"):
-            _search_tab(answers)
-        with gr.Tab("Picture to text"):
+        gr.Markdown(f"# Picture search\n{describe_page(answers)}")
+        with gr.Tab("Search"):
+            _search_tab(answers, examples)
+        with gr.Tab("Texts"):
             _texts_tab(answers, examples)
         with gr.Tab("Classify"):
             _classes_tab(answers, examples)
-        with gr.Tab("Teacher's attention"):
+        with gr.Tab("Teacher"):
             _attention_tab(answers, examples)
     return app
 
@@ -222,44 +300,54 @@ def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, then the variables, then what `make demo` wrote."""
-    model, teacher = default_models()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=os.environ.get("MODEL"), help="Folder or Hub id of a dual encoder.")
-    parser.add_argument("--teacher", default=os.environ.get("TEACHER"), help="Folder or Hub id of a trained teacher.")
-    parser.add_argument(
-        "--gallery", default=os.environ.get("GALLERY", GALLERY), help="Folder of pictures to search, or a dataset."
-    )
-    parser.add_argument(
-        "--detector", default=os.environ.get("DETECTOR", DETECTOR), help="What finds regions in uploads."
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    variables = {
+        "index": "Folder of a search index (python -m modeling_dclip.hub.index), which names model and pictures.",
+        "model": "Folder or Hub id of a dual encoder; with an index, where its model is now.",
+        "gallery": "Folder of pictures to search, or a dataset; with an index, where its pictures are now.",
+        "teacher": "Folder or Hub id of a trained teacher.",
+        "detector": f"What finds regions in pictures without boxes; {DETECTOR} if not given.",
+    }
+    for name, text in variables.items():
+        parser.add_argument(f"--{name}", default=os.environ.get(name.upper()) or None, help=text)
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
     parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help="Address to listen on.")
     parser.add_argument("--port", type=int, default=None, help="Port; by default the first free one from 7860.")
     arguments = parser.parse_args(argv)
-    if arguments.model is None:
-        arguments.model, arguments.teacher = model, arguments.teacher or teacher
-    if arguments.model is None:
-        parser.error("Expected a model, got none. Give --model, or set the variable MODEL.")
+    arguments.detector = arguments.detector or DETECTOR
+    if arguments.model is None and arguments.index is None:
+        arguments.model, teacher = default_models()
+        arguments.teacher = arguments.teacher or teacher
+        if arguments.model is None:
+            parser.error("Expected a model, got none. Give --model or --index, or set the variable MODEL or INDEX.")
     if arguments.port is not None and not 0 <= arguments.port < 2**16:
         parser.error(f"--port: expected a number from 0 to 65535, got {arguments.port}")
     return arguments
 
 
 def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
-    """Start the server with the page's theme."""
+    """Start the server with the page's theme, and come back."""
     theme = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"])
-    return app.launch(theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], **options)
+    return app.launch(
+        theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], quiet=True, prevent_thread_lock=True,
+        **options,
+    )  # fmt: skip
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the models and serve the page."""
     given = parse_arguments(argv)
+    logging.disable_progress_bar()  # of loading weights; embedding has its own bar
     answers = SpaceAnswers(
-        given.model, given.teacher, gallery=given.gallery, detector=given.detector,
+        given.model, given.teacher, gallery=given.gallery, index=given.index, detector=given.detector,
         trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
-    launch(build_app(answers), server_name=given.host, server_port=given.port)
+    app = build_app(answers)
+    _, address, _ = launch(app, server_name=given.host, server_port=given.port)
+    sys.stdout.write(f"Picture search: open {address} in a browser. Ctrl+C ends it.\n")
+    sys.stdout.flush()
+    app.block_thread()
 
 
 if __name__ == "__main__":

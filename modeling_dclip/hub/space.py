@@ -1,31 +1,43 @@
 """The answers of the Space, without its page.
 
-It finds pictures for a text and texts for a picture, classifies a picture, and maps where a teacher looks.
+It finds pictures for a text or a picture, finds texts for a picture, classifies a picture, and maps where a teacher
+looks. The pictures are those of a search index, or are embedded when the page starts.
 """
 
 import logging
+import math
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from datasets import Dataset
-from PIL import Image
+from huggingface_hub import ModelCard
+from PIL import Image, ImageDraw
+from tqdm.auto import tqdm
 
 from modeling_dclip.configuration_dclip import DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
+from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import temporary_folder
-from modeling_dclip.data.images import decode_image, open_image
+from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, open_image
 from modeling_dclip.data.regions.detectors import build_detector
-from modeling_dclip.encoders import Encoder
+from modeling_dclip.data.rows import first
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import hash_parts
 from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_processor
 from modeling_dclip.evaluation.benchmarks.zero_shot import build_classifier
-from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_images, embed_query, embed_texts
+from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_query, embed_texts
 from modeling_dclip.evaluation.reports.document import escape_markdown
 from modeling_dclip.evaluation.reports.maps import draw_attention
+from modeling_dclip.hub.index import Hit, SearchIndex
+from modeling_dclip.hub.index.answers import short_name
+from modeling_dclip.hub.index.embeddings import embed_readable
+from modeling_dclip.hub.publish.licences import read_arguments
+from modeling_dclip.hub.publish.training import describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
 
@@ -39,10 +51,90 @@ MOST_TEXTS = 500  # of a visitor's own
 LONGEST_PROMPT = 500  # characters
 MOST_SHOWN = 100
 MOST_UPLOADED_PIXELS = 50_000_000
+BATCH_SIZE = 64
+TILE_SIZE = 640  # pixels of the longest side of a picture among others
+NEAREST_COMPARED = 100  # pictures that tell how clearly the nearest one stands out
+LONGEST_SUGGESTION = 45  # characters
+# What photographs often show. Those that a gallery shows most clearly are suggested to its visitors.
+THINGS = (
+    *("a dog", "a cat", "a bird", "a horse", "a cow", "an elephant", "a giraffe", "a bear", "a person", "a child"),
+    *("a crowd of people", "a car", "a bus", "a train", "an airplane", "a bicycle", "a motorcycle", "a boat"),
+    *("food on a plate", "a pizza", "a cake", "fruit", "a kitchen", "a bathroom", "a living room", "a bed"),
+    *("a laptop", "a phone", "a book", "a clock", "a street", "a building", "a tree", "flowers", "a mountain"),
+    *("a beach", "the sea", "snow", "a sunset", "a field of grass", "a ball game", "a surfer", "a skier", "text"),
+)
 
 
 class UserMistake(ValueError):
     """A mistake that the visitor can correct. The page shows the message."""
+
+
+class Found(NamedTuple):
+    """What a search on the page found.
+
+    Attributes:
+        tiles (`list[tuple[PIL.Image.Image, str]]`): Small pictures, best first, with rank, cosine and name.
+        hits (`list[Hit]`): The same, to search with one of them.
+        remark (`str`): What there is to say, in Markdown.
+    """
+
+    tiles: list[tuple[Image.Image, str]]
+    hits: list[Hit]
+    remark: str
+
+
+class Gallery:
+    """Pictures that are embedded now and held in memory.
+
+    A picture that cannot be read is left out, and its id kept in `skipped`.
+
+    Args:
+        spec (`str`): A folder, `images:FOLDER`, or a dataset with captions such as the drawn scenes.
+        model (`DualEncoder`): In eval mode.
+        processor: The model's.
+
+    Raises:
+        ValueError: If no picture can be read.
+    """
+
+    def __init__(self, spec: str, model: DualEncoder, processor: Any):
+        self.spec, self.is_folder = spec, os.path.isdir(spec)
+        dataset = load_gallery(spec)
+        encoder, reader = Encoder(model, processor, BATCH_SIZE), PixelReader(dataset, processor.image_processor, 0)
+        embeds, readable = [], list[bool]()
+        batches = range(0, len(dataset), BATCH_SIZE)
+        for start in tqdm(batches, desc="Embedding pictures", unit="batch"):
+            found, was_read = embed_readable(encoder, reader, range(start, min(start + BATCH_SIZE, len(dataset))))
+            embeds += [torch.from_numpy(found)] if len(found) else []
+            readable += was_read
+        ids = dataset["image_id"][:]
+        self.skipped = [name for name, is_read in zip(ids, readable, strict=True) if not is_read]
+        if not embeds:
+            raise ValueError(f"None of the {len(dataset)} pictures of {spec!r} can be read: {first(self.skipped)}.")
+        self.dataset = dataset.select([row for row, is_read in enumerate(readable) if is_read])
+        self.image_embeds = torch.cat(embeds)
+        self.row_of = {image_id: row for row, image_id in enumerate(self.dataset["image_id"])}
+        self.captions = list(dict.fromkeys(row[0] for row in self.dataset["captions"][:] if row))
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def nearest(self, query_embeds: torch.Tensor, top_k: int) -> list[Hit]:
+        """As [`~modeling_dclip.hub.index.SearchIndex.nearest`]."""
+        scores = (query_embeds @ self.image_embeds.T)[0]
+        best = scores.topk(min(top_k, len(self)))
+        hits = self.hits(best.indices.tolist())
+        return [hit._replace(score=score) for hit, score in zip(hits, best.values.tolist(), strict=True)]
+
+    def hits(self, rows: Sequence[int]) -> list[Hit]:
+        """As [`~modeling_dclip.hub.index.SearchIndex.hits`]."""
+        ids = [self.dataset.select_columns("image_id")[row]["image_id"] for row in rows]
+        names = [one.partition("/")[2] if self.is_folder else one for one in ids]
+        return [Hit(math.nan, image_id, None, name) for image_id, name in zip(ids, names, strict=True)]
+
+    def picture(self, hit: Hit) -> Image.Image:
+        """As [`~modeling_dclip.hub.index.SearchIndex.picture`]."""
+        return decode_image(self.dataset, self.row_of[hit.image_id])
 
 
 def load_gallery(spec: str) -> Dataset:
@@ -50,6 +142,34 @@ def load_gallery(spec: str) -> Dataset:
     if os.path.isdir(spec):
         return read_images(spec)
     return load_uncaptioned([spec], seed=0) if spec.startswith("images:") else load_captions(spec)
+
+
+def describe_origin(model: str) -> str:
+    """Say on what a model was trained, in Markdown, as far as its folder, its card or its name tells.
+
+    Args:
+        model (`str`): A folder, a Hub id, or `open_clip:NAME:PRETRAINED`.
+    """
+    if model.startswith("open_clip:"):
+        return f"weights “{escape_markdown(model.rpartition(':')[2])}” of open_clip"
+    try:
+        if (Path(model) / "arguments.yaml").is_file():
+            arguments = read_arguments(model)
+            facts = describe_training(arguments, model)
+            start = arguments.get("clip_model")
+            sources = dict.fromkeys(source.words for source in (*facts["sources"], *facts["uncaptioned"]))
+            data = ", ".join(map(escape_markdown, sources))
+            return f"fine-tuned from {escape_markdown(short_name(start))} on {data}" if start else f"trained on {data}"
+        if os.path.isdir(model) and not (Path(model) / "README.md").is_file():
+            return "its folder does not say on what it was trained"
+        card = ModelCard.load(str(Path(model) / "README.md") if os.path.isdir(model) else model).data
+    except FAILURES as error:
+        logger.warning("What '%s' was trained on is not known: %s", model, one_line(error))
+        return "on what it was trained is not known here"
+    told = card.get("datasets") or []
+    data = ", ".join(escape_markdown(str(one)) for one in ([told] if isinstance(told, str) else told))
+    link = "" if os.path.isdir(model) else f" ([card](https://huggingface.co/{model}))"
+    return f"trained on {data}{link}" if data else f"its card does not name its training data{link}"
 
 
 def load_teacher(spec: str) -> tuple[DCLIPTeacher, DCLIPTeacherProcessor]:
@@ -82,59 +202,138 @@ def _key(picture: Image.Image) -> str:
 
 
 class SpaceAnswers:
-    """A dual encoder with a gallery of pictures, and optionally a teacher.
+    """A dual encoder with pictures to search, and optionally a teacher.
 
     Args:
-        model (`str`): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`].
+        model (`str`, *optional*): As for [`~modeling_dclip.encoders.loading.load_dual_encoder`]. May be left out with
+            an index, which names its model.
         teacher (`str`, *optional*): Folder or Hub id of a trained teacher.
-        gallery (`str`, *optional*): As for [`load_gallery`]; drawn scenes by default. All pictures are embedded when
-            the page starts, which is fine for some thousands. For more, build an index.
+        gallery (`str`, *optional*): As for [`Gallery`], drawn scenes by default. All pictures are embedded when the
+            page starts, which is fine for some thousands. With an index: where its pictures are now, if they have
+            moved.
+        index (`str`, *optional*): A folder of [`~modeling_dclip.hub.index`], in place of embedding.
         detector (`str`, *optional*, defaults to `"grid:3x3"`): Finds the regions of pictures that come without boxes;
             any of [`~modeling_dclip.data.regions.detectors`], such as `transformers:MODEL`.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
+
+    Raises:
+        ValueError: If there is neither model nor index; else as what is loaded says.
     """
 
     def __init__(
         self,
-        model: str,
+        model: str | None = None,
         teacher: str | None = None,
         *,
-        gallery: str = GALLERY,
+        gallery: str | None = None,
+        index: str | None = None,
         detector: str = DETECTOR,
         trust_remote_code: bool = False,
     ):
-        self.name, self.teacher_name = model, teacher
-        self.model, self.processor, _ = load_dual_encoder(model, trust_remote_code=trust_remote_code)
+        self.gallery: Gallery | SearchIndex
+        if index is not None:
+            self.gallery = SearchIndex.load(index, model=model, images=gallery, trust_remote_code=trust_remote_code)
+            self.name, (self.model, self.processor) = self.gallery.model, self.gallery.encoder()
+            self.place, self.captions, self.skipped = self.gallery.images, list[str](), list[str]()
+        elif model is None:
+            raise ValueError("Expected a model or an index, got neither.")
+        else:
+            self.name, self.place = model, gallery or GALLERY
+            self.model, self.processor, _ = load_dual_encoder(model, trust_remote_code=trust_remote_code)
+            self.gallery = Gallery(self.place, self.model, self.processor)
+            self.captions, self.skipped = self.gallery.captions, self.gallery.skipped
+        self.is_drawn = self.place.startswith("scenes:")
+        self.origin, self.teacher_name = describe_origin(self.name), teacher
         self.teacher = load_teacher(teacher) if teacher else None
         self.detector_name, self.detector = detector, build_detector(detector)
-        self.gallery = load_gallery(gallery)
-        self.is_drawn = gallery.startswith("scenes:")
-        encoder = Encoder(self.model, self.processor)
-        self.image_embeds = embed_images(encoder, self.gallery)
-        self.captions = list(dict.fromkeys(row[0] for row in self.gallery["captions"][:] if row))
-        self.caption_embeds = embed_texts(encoder, self.captions) if self.captions else None
-        self.row_of = {} if "boxes" not in self.gallery.column_names else self._keys()
-
-    def _keys(self) -> dict[str, int]:
-        return {_key(self.picture(row)): row for row in range(len(self.gallery))}
-
-    def picture(self, row: int) -> Image.Image:
-        """A picture of the gallery, in RGB."""
-        return decode_image(self.gallery, row)
-
-    def find_pictures(self, text: str | None, top_k: int = 10) -> tuple[list[tuple[Image.Image, str]], str]:
-        """Find the gallery's pictures for a text, best first, each with its rank and cosine; and a remark."""
-        text, remark = self._checked_text(
-            text, "Type what the picture should show, for example one of the examples below."
+        self.caption_embeds = (
+            embed_texts(Encoder(self.model, self.processor), self.captions) if self.captions else None
         )
-        scores = (embed_query(self.model, self.processor, text) @ self.image_embeds.T)[0]
-        best = scores.topk(min(max(1, int(top_k)), MOST_SHOWN, len(scores)))
-        found = [
-            (self.picture(row), f"{rank} · {score:.3f}")
-            for rank, (score, row) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True), 1)
-        ]
-        said = f"The {len(found)} nearest of {len(scores)} pictures, each with its rank and its cosine to the text."
-        return found, f"{said} {remark}".strip()
+        self.row_of = dict(self._keys()) if isinstance(self.gallery, Gallery) else {}
+        self.things = [] if self.is_drawn else self._clearest_things()
+
+    def _keys(self) -> Iterator[tuple[str, int]]:
+        """The pixels' keys of pictures that come with boxes, and their rows."""
+        dataset = self.gallery.dataset if isinstance(self.gallery, Gallery) else None
+        if dataset is not None and "boxes" in dataset.column_names:
+            yield from ((_key(decode_image(dataset, row)), row) for row in range(len(dataset)))
+
+    def _clearest_things(self) -> list[str]:
+        """[`THINGS`], first those whose nearest picture stands out most among the pictures near to it."""
+        embeds = embed_texts(Encoder(self.model, self.processor), THINGS)
+        clear = []
+        for thing, one in zip(THINGS, embeds, strict=True):
+            scores = [hit.score for hit in self.gallery.nearest(one[None], NEAREST_COMPARED)]
+            clear.append((scores[0] - float(np.mean(scores)) if scores else -math.inf, thing))
+        return [thing for _, thing in sorted(clear, key=lambda pair: -pair[0])]
+
+    def sample(self, count: int) -> list[Hit]:
+        """Some pictures, spread over the gallery."""
+        count = min(count, len(self.gallery))
+        return self.gallery.hits([place * len(self.gallery) // count for place in range(count)])
+
+    def picture(self, hit: Hit) -> Image.Image:
+        """A picture of the gallery, in RGB.
+
+        Raises:
+            UserMistake: If it cannot be read any more.
+        """
+        try:
+            return self.gallery.picture(hit)
+        except UnreadableImageError as error:
+            raise UserMistake(f"{hit.name} cannot be read any more: {error.reason}.") from error
+
+    def find_pictures(self, query: str | Image.Image | None, top_k: int = 10) -> Found:
+        """Find the gallery's pictures for a text or a picture."""
+        if isinstance(query, Image.Image):
+            return self._find(self._checked_picture(query), top_k, "the picture", "")
+        query, remark = self._checked_text(
+            query, "Type what the picture should show, for example one of the examples below."
+        )
+        return self._find(query, top_k, "the text", remark)
+
+    def find_like(self, hit: Hit, top_k: int = 10) -> tuple[Image.Image, Found]:
+        """Find the gallery's pictures for one of them; the picture itself comes too, and is not among them."""
+        picture = self.picture(hit)
+        found = self._find(picture, top_k, escape_markdown(hit.name), "", leave_out=hit.image_id)
+        return picture, found
+
+    def _find(
+        self, query: str | Image.Image, top_k: int, asked: str, remark: str, leave_out: str | None = None
+    ) -> Found:
+        count = min(max(1, int(top_k)), MOST_SHOWN)
+        hits = self.gallery.nearest(embed_query(self.model, self.processor, query), count + (leave_out is not None))
+        hits = [hit for hit in hits if hit.image_id != leave_out][:count]
+        labels = [f"{rank} · {hit.score:.3f} · {hit.name}" for rank, hit in enumerate(hits, 1)]
+        tiles, gone = self._make_tiles(hits, labels)
+        said = (
+            f"The {len(hits)} nearest of {len(self.gallery):,} pictures to {asked}: rank, cosine, name. Click one to "
+            "search for pictures like it."
+        )
+        if not hits:
+            said = "No picture was found: the index looked at too little of itself. Its owner can build an exact one."
+        return Found(tiles, hits, " ".join(part for part in (said, gone, remark) if part))
+
+    def browse(self, count: int = 12) -> Found:
+        """Some pictures of the gallery, before anything is searched."""
+        hits = self.sample(count)
+        tiles, gone = self._make_tiles(hits, [hit.name for hit in hits])
+        said = "Some of the pictures. Type above what to look for, or click a picture to search for pictures like it."
+        return Found(tiles, hits, f"{said} {gone}".strip())
+
+    def _make_tiles(self, hits: Sequence[Hit], labels: Sequence[str]) -> tuple[list[tuple[Image.Image, str]], str]:
+        """Small pictures with their labels, and a remark on those that cannot be read."""
+        tiles, gone = [], []
+        for hit, label in zip(hits, labels, strict=True):
+            try:
+                small = self.gallery.picture(hit).copy()
+                small.thumbnail((TILE_SIZE, TILE_SIZE))
+            except UnreadableImageError as error:
+                small = _blank_tile()
+                gone.append(f"{hit.name} ({error.reason})")
+            tiles.append((small, label))
+        remark = f"**{len(gone)} cannot be read any more: {escape_markdown('; '.join(gone))}.**" if gone else ""
+        return tiles, remark
 
     def find_texts(
         self, picture: Image.Image | None, own: str | None = None, top_k: int = 5
@@ -185,12 +384,15 @@ class SpaceAnswers:
         cosines = (embed_query(self.model, self.processor, picture) @ classifier.T)[0]
         scale = getattr(self.model, "logit_scale", None)
         scores = torch.softmax(cosines * (100.0 if scale is None else float(scale.detach().exp())), dim=0)
-        return dict(
-            zip(names, scores.tolist(), strict=True)
-        ), f"Most likely: {escape_markdown(repr(prompt.replace('{}', names[int(scores.argmax())])))}."
+        best = int(scores.argmax())
+        phrase = escape_markdown(repr(prompt.replace("{}", names[best])))
+        remark = f"Most likely: {phrase}, {100 * float(scores[best]):.0f}% among these {len(names)} labels."
+        return dict(zip(names, scores.tolist(), strict=True)), remark
 
-    def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, str]:
-        """Draw the teacher's attention over the picture's regions; and a remark."""
+    def attend(self, picture: Image.Image | None, caption: str | None) -> tuple[Image.Image, list[list[Any]], str]:
+        """Draw the teacher's attention over the picture's regions; the regions as rows of number, share of the
+        attention, the detector's score and box; and a remark.
+        """
         if self.teacher is None:
             raise UserMistake(
                 "This page was started without a teacher. Its owner can add one with --teacher or the variable "
@@ -207,21 +409,27 @@ class SpaceAnswers:
             caption, remark = "Where the teacher looks", ""
         boxes, scores, source = self._regions(picture)
         with temporary_folder() as folder:
-            draw_attention(model, processor, picture, (boxes, scores), caption, folder / "attention.png")
+            read = draw_attention(model, processor, picture, (boxes, scores), caption, folder / "attention.png")
             drawing = open_image(folder / "attention.png")
-        read = "It reads the text too." if reads_text else "It reads no text."
+        rows = [
+            [int(number), f"{100 * read.shares[number]:.0f}%", round(float(read.scores[number]), 2),
+             ", ".join(f"{side:.0f}" for side in read.boxes[number])]
+            for number in np.argsort(-read.shares, kind="stable")
+        ]  # fmt: skip
+        reads = "It reads the text too." if reads_text else "It reads no text."
         shares = "The percentages are their shares of the teacher's attention."
-        return drawing, f"{len(boxes)} regions, {source}. {shares} {read} {remark}".strip()
+        return drawing, rows, f"{len(boxes)} regions, {source}. {shares} {reads} {remark}".strip()
 
     def _regions(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, str]:
-        row = self.row_of.get(_key(picture))
-        if row is not None:
-            sample = self.gallery.select_columns(["boxes", "box_scores"])[row]
+        row = self.row_of.get(_key(picture)) if self.row_of else None
+        if row is not None and isinstance(self.gallery, Gallery):
+            sample = self.gallery.dataset.select_columns(["boxes", "box_scores"])[row]
             return np.array(sample["boxes"]), np.array(sample["box_scores"]), "drawn with the picture"
         ((boxes, scores),) = self.detector([picture], [{"image_id": "upload"}])
         if not len(boxes):
             boxes, scores = np.array([[0, 0, *picture.size]], np.float32), np.ones(1, np.float32)
-        return boxes, scores, f"by {self.detector_name}"
+        fixed = " (a fixed grid, not objects; its owner can name a detector)" if self.detector_name == DETECTOR else ""
+        return boxes, scores, f"by {self.detector_name}{fixed}"
 
     def _checked_text(self, text: str | None, if_empty: str) -> tuple[str, str]:
         """The stripped text, and a remark if it is too long."""
@@ -249,20 +457,25 @@ class SpaceAnswers:
         return as_rgb(picture)
 
 
-def suggest_labels(drawn: bool) -> tuple[str, str]:
-    """Suggest labels and a prompt, for drawn pictures or for photographs."""
-    if drawn:
+def _blank_tile() -> Image.Image:
+    """What stands for a picture that cannot be read."""
+    tile = Image.new("RGB", (TILE_SIZE // 2, TILE_SIZE // 2), (214, 218, 225))
+    ImageDraw.Draw(tile).text((TILE_SIZE // 4, TILE_SIZE // 4), "cannot be read", (90, 96, 110), anchor="mm")
+    return tile
+
+
+def suggest_labels(answers: SpaceAnswers) -> tuple[str, str]:
+    """Suggest labels and a prompt, for drawn pictures or for what the gallery shows."""
+    if answers.is_drawn:
         return "red circle, blue circle, green star, yellow square, black cross, pink heart", "a {}"
-    return "dog, cat, person, car, food, landscape", "a photo of a {}"
+    return ", ".join(answers.things[:6]), "a photo of {}"
 
 
-def suggest_queries(captions: Sequence[str], drawn: bool) -> list[str]:
-    """Suggest texts to search for, for drawn pictures or from the captions."""
-    if drawn:
-        return [
-            "a large green star",
-            "two striped triangles",
-            "a red diamond left of a ring",
-            "a purple star with dots",
-        ]
-    return sorted(captions, key=len)[:4]
+def suggest_queries(answers: SpaceAnswers, count: int = 4) -> list[str]:
+    """Suggest texts to search for: short captions of the gallery, spread over it, or else what it shows."""
+    short = [text for text in answers.captions if len(text) <= LONGEST_SUGGESTION]
+    candidates = short or sorted(answers.captions, key=len)[:count]
+    if not candidates:
+        return answers.things[:count]
+    count = min(count, len(candidates))
+    return [candidates[place * len(candidates) // count] for place in range(count)]

@@ -26,7 +26,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -44,6 +44,20 @@ from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
 
 LONGEST_DRAWN = 1600  # pixels
+
+
+class RegionShares(NamedTuple):
+    """What a teacher looked at.
+
+    Attributes:
+        boxes (`np.ndarray` of shape `(R, 4)`): xyxy, in pixels of the image that was given.
+        scores (`np.ndarray` of shape `(R,)`): The detector's.
+        shares (`np.ndarray` of shape `(R,)`): Of the teacher's attention; they sum to 1.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    shares: np.ndarray
 
 
 def attention_rollout(attentions: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -255,7 +269,7 @@ def draw_attention(
     regions: tuple[np.ndarray, np.ndarray],
     caption: str,
     path: str | Path,
-) -> None:
+) -> RegionShares:
     """Draw a teacher's attention over the regions of an image.
 
     Of a teacher that reads text, the picture shows the region weights, and beside them which token attends to which
@@ -269,6 +283,9 @@ def draw_attention(
         regions (`tuple`): Boxes `(R, 4)` xyxy in pixels and their scores `(R,)`.
         caption (`str`): Written above the picture. A teacher that reads text reads it.
         path (`str` or `Path`): A `.png` file.
+
+    Returns:
+        [`RegionShares`]: The regions as the teacher read them, in the order of the numbers in the drawing.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -295,5 +312,7 @@ def draw_attention(
         token_attention = token_attention[is_word].numpy()
     drawn = as_rgb(image).copy()
     drawn.thumbnail((LONGEST_DRAWN, LONGEST_DRAWN))  # matplotlib holds a picture several times, in floats
-    boxes = inputs["region_boxes"][0].numpy() * np.tile(drawn.size, 2)
+    fractions = inputs["region_boxes"][0].numpy()
+    boxes = fractions * np.tile(drawn.size, 2)
     plot_region_attention(drawn, boxes, weights.numpy(), caption, path, token_attention, tokens=tokens, note=note)
+    return RegionShares(fractions * np.tile(image.size, 2), inputs["region_scores"][0].numpy(), weights.numpy())

@@ -365,9 +365,13 @@ class SearchIndex:
         table = self.rows.take([row for _, row in found]).to_pylist()
         return [self._hit(score, row) for (score, _), row in zip(found, table, strict=True)]
 
-    def hits(self) -> list[Hit]:
-        """All images, in the order of the vectors, without a query: the scores are NaN."""
-        return [self._hit(float("nan"), row) for row in self.rows.to_pylist()]
+    def hits(self, rows: Sequence[int]) -> list[Hit]:
+        """Images by their place in the index, without a query: the scores are NaN.
+
+        Args:
+            rows (`Sequence[int]`): Each in [0, len(self)).
+        """
+        return [self._hit(float("nan"), row) for row in self.rows.take(list(rows)).to_pylist()]
 
     def _hit(self, score: float, row: Mapping[str, Any]) -> Hit:
         path, name, indexed = row["path"], row["image_id"], self.manifest["images"]

@@ -20,6 +20,7 @@ from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import MANIFEST_NAME, printable, read_text, write_manifest
 from modeling_dclip.data.specs import BATCH, WORKERS, CommandParser, Range
 from modeling_dclip.hub.index import Change, SearchIndex, read_query
+from modeling_dclip.progress import count_of
 
 COMMAND = "python -m modeling_dclip.hub.index"
 _MANY = Range(1, 10**6, whole=True)
@@ -93,10 +94,6 @@ def _names(names: Sequence[str], count: int) -> str:
     return ", ".join(map(printable, names)) + more
 
 
-def _count(number: int, noun: str = "picture") -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
 def _describe_changes(changes: dict[str, Change]) -> str:
     parts = [
         f"{one['count']:,} {kind} ({_names(one['first'], one['count'])})" if one["count"] else f"0 {kind}"
@@ -117,7 +114,7 @@ def _describe_copies(index: SearchIndex) -> Iterator[str]:
             first[digest] = name
     if copies:
         is_are = "is a copy" if len(copies) == 1 else "are copies"
-        yield f"{_count(len(copies))} {is_are} of another, and will be found beside it:"
+        yield f"{count_of(len(copies), 'picture')} {is_are} of another, and will be found beside it:"
         yield from (f"    {printable(copy)} = {printable(name)}" for copy, name in copies[:SHOWN])
         if len(copies) > SHOWN:
             yield f"    and {len(copies) - SHOWN:,} more"
@@ -127,8 +124,8 @@ def describe_build(index: SearchIndex) -> str:
     """Say what was built, what has changed, which images were left out, and what to do next."""
     manifest = index.manifest
     lines = [
-        f"{_count(manifest['n'])} in {printable(index.folder)}, {manifest['computed']:,} embedded now. Index: "
-        f"{manifest['index']}, width {manifest['dim']}."
+        f"{count_of(manifest['n'], 'picture')} in {printable(index.folder)}, {manifest['computed']:,} embedded now. "
+        f"Index: {manifest['index']}, width {manifest['dim']}."
     ]
     if manifest["changes"] is not None:
         lines.append(_describe_changes(manifest["changes"]))
@@ -136,7 +133,7 @@ def describe_build(index: SearchIndex) -> str:
     lines += manifest["notes"]
     skipped = manifest["skipped"]
     if skipped:
-        lines.append(f"Left out {_count(len(skipped))} that cannot be read:")
+        lines.append(f"Left out {count_of(len(skipped), 'picture')} that cannot be read:")
         lines += [
             f"    {printable(one['image_id'])} ({printable(one['file'] or 'stored bytes')}): {one['reason']}"
             for one in skipped[:SHOWN]
@@ -194,7 +191,9 @@ def _search(argv: Sequence[str]) -> str:
         tiles = write_page(index, query, hits, arguments.page, asked.query)
         unread = [tile.hit.name for tile in tiles if tile.reason]
         if unread:
-            lines.append(f"{_count(len(unread))} cannot be read any more: {_names(unread[:SHOWN], len(unread))}.")
+            lines.append(
+                f"{count_of(len(unread), 'picture')} cannot be read any more: {_names(unread[:SHOWN], len(unread))}."
+            )
         lines.append(f"Pictures: {printable(arguments.page)} (open it in a browser)")
     return "\n".join(lines[:1] if arguments.json else lines)
 

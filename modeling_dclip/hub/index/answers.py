@@ -57,6 +57,16 @@ def _shorten_name(name: str, width: int) -> str:
     return f"…{name}"
 
 
+def short_name(model: str) -> str:
+    """The name of a model to show: a Hub id, or the end of a folder's path.
+
+    Example:
+        >>> short_name("openai/clip-vit-base-patch16")
+        'openai/clip-vit-base-patch16'
+    """
+    return "/".join(Path(model).resolve().parts[-3:]) if os.path.isdir(model) else model
+
+
 def describe_query(query: str | Image.Image, name: str | None = None) -> str:
     """Say what was looked for, in one line: the words between quotes, or the picture's file.
 
@@ -139,7 +149,6 @@ def write_page(
     """
     check_page(path)
     tiles = [_make_tile(index, rank, hit, Path(path)) for rank, hit in enumerate(hits, 1)]
-    model = index.model if not os.path.isdir(index.model) else "/".join(Path(index.model).resolve().parts[-3:])
     page = render_page(
         "search.html.jinja",
         asked=describe_query(query, name),
@@ -147,7 +156,7 @@ def write_page(
         tiles=tiles,
         total=len(index),
         images=os.path.basename(index.images) if os.path.isdir(index.images) else index.images,
-        model=model,
+        model=short_name(index.model),
         nothing_found=NOTHING_FOUND,
     )
     write_text(path, page)

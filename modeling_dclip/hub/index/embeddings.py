@@ -30,7 +30,6 @@ from modeling_dclip.encoders.open_clip import OpenClipDualEncoder, fingerprint_o
 logger = logging.getLogger(__name__)
 
 KEY_BYTES = 32  # of a SHA-256
-SHOW_AFTER = 2.0  # seconds; the bar of what is shorter is not shown
 
 
 def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
@@ -64,7 +63,7 @@ def hash_images(dataset: Dataset) -> list[str | None]:
     rows = undecoded_images(dataset)
     keys: list[str | None] = []
     hidden = not state.is_local_main_process
-    for row in tqdm(share, desc="Reading images", unit="image", disable=hidden, delay=SHOW_AFTER, leave=False):
+    for row in tqdm(share, desc="Reading images", unit="image", disable=hidden, leave=False):
         try:
             keys.append(hash_bytes(read_encoded(rows[row]["image"])))
         except UnreadableImageError:
@@ -185,7 +184,7 @@ class EmbeddingStore:
             chunk_rows (`int`): Images in one file.
 
         Returns:
-            `int`: The number of different images that were new.
+            `int`: The number of different images that are embedded now.
         """
         PartialState().wait_for_everyone()  # every process has read the folder before one writes
         new: dict[str, int] = {}
@@ -212,7 +211,7 @@ class EmbeddingStore:
         )
         for path in paths:
             self._register(path)
-        return len(new)
+        return sum(map(self.has, names))
 
     def knows(self, key: str) -> bool:
         """Whether a chunk has the image of this key, as an embedding or as one that could not be read."""
