@@ -326,6 +326,23 @@ def test_text_between_the_markers_is_replaced_and_nothing_else(readme):
     assert len(table) == 5 and table[4].startswith("| \\1 ")
 
 
+def test_a_verdict_is_a_block_too(readme):
+    gain = {"estimate": 0.2, "low": 0.1, "high": 0.35, "confidence": 0.95, "covers": "images"}
+    comparison = {"anchor": "anchor", "anchor_revision": "sha256:anchor", "text_to_image_recall@1_gain": gain}
+    rows = [record("anchor", revision="sha256:anchor"), record("mine", comparison=comparison, revision="sha256:mine")]
+    write_results(readme.parent / "v.json", rows)
+    block = "<!-- results:v source=v.json table=verdict{} -->\n<!-- /results:v -->\n"
+    readme.write_text(block.format(" model=mine"))
+    render_readme(readme)
+    lines = readme.read_text().splitlines()
+    assert lines[1].startswith("mine is better than anchor at retrieval") and lines[2].startswith(
+        "- Text to image R@1"
+    )
+    readme.write_text(block.format(" model=other"))
+    with pytest.raises(ValueError, match="'other', got mine"):
+        render_readme(readme)
+
+
 @pytest.mark.parametrize(
     "blocks",
     [
