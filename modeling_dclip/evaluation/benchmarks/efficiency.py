@@ -5,6 +5,7 @@ The functions take calls without arguments, so a model, a compiled model and an 
 """
 
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -172,6 +173,7 @@ def peak_memory_mib(call: Call, device: str | torch.device = "cpu") -> float:
         call()
         _wait(device)
         return (torch.cuda.max_memory_allocated(device) - before) / MIB
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else the profiler reports its start and a missing GPU
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
     with temporary_folder() as folder:
