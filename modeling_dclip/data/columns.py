@@ -561,7 +561,7 @@ def save_columns(dataset: Dataset, folder: Path) -> None:
     """Save columns as `load_from_disk` reads them, without the bars that datasets draws for the smallest of them.
 
     Args:
-        dataset (`datasets.Dataset`): The columns.
+        dataset (`datasets.Dataset`): The columns. Of a column of type `Image`, the content of files is saved too.
         folder (`Path`): Where to. An error names it.
 
     Raises:

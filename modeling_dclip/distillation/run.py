@@ -421,7 +421,7 @@ class SharedData:
         sources (`dict[str, Splits]`): Images by split.
         whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
         tests ([`KeyedRows`] by `str`): The test parts.
-        kept (`set[str]`): Which test parts a folder of this process's runs holds.
+        kept (`dict[str, set[Path]]`): The folders of this process's runs that hold each test part.
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
@@ -431,7 +431,7 @@ class SharedData:
     sources: dict[str, Splits] = field(default_factory=dict)
     whole: dict[str, KeyedRows] = field(default_factory=dict)
     tests: dict[str, KeyedRows] = field(default_factory=dict)
-    kept: set[str] = field(default_factory=set)
+    kept: dict[str, set[Path]] = field(default_factory=dict)
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
     pixels: dict[tuple, PixelReader] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -544,10 +544,6 @@ def find_test_part(run: RunArguments, shared: SharedData) -> KeyedRows | None:
         test = split_off_test(whole.rows, run.test_fraction, whole.keys)[1]
         key_of = dict(zip(whole.rows["image_id"][:], whole.keys, strict=True))
         shared.tests[key] = KeyedRows(test, [key_of[image_id] for image_id in test["image_id"][:]])
-        logger.info(
-            "test_fraction: %d of %d images are kept out of training and validation",
-            *(len(test), len(whole.rows)),
-        )
     return shared.tests[key]
 
 
@@ -579,7 +575,7 @@ def without_test(images: KeyedRows, run: RunArguments, shared: SharedData) -> Ke
 def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
     """Write the test part of a run, if it has one, into the run's folder `held_out`: `held_out:RUN_FOLDER` reads it.
 
-    Once in a process: the runs of an experiment have the one that was written first, in the folder above theirs.
+    The runs of an experiment have the one that this process wrote in the folder above theirs.
 
     Args:
         recipe ([`Recipe`]): Of a run, or of an experiment.
@@ -589,17 +585,23 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
         ValueError: If the folder holds that of other data, or as [`find_test_part`].
     """
     run, places = recipe.run, Places.of(recipe)
-    if (test := find_test_part(run, shared)) is None or (key := _test_key(run)) in shared.kept:
+    if (test := find_test_part(run, shared)) is None:
         return
+    kept, here = shared.kept.setdefault(_test_key(run), set()), places.folder.absolute()
+    if kept.intersection((here, *here.parents)):
+        return
+    of = len(load_all_captioned(run, shared).rows)
+    logger.info(
+        "test part: %d of %d images, which no stage sees; held_out:%s names them", len(test.rows), of, places.folder
+    )
     inputs = {"test_fraction": run.test_fraction, "dataset": combine_keys(row_keys(*test))}
     record = StageRecord(places.folder / HELD_OUT, inputs, places.overwrite, places.told)
     if not record.finished:
         if PartialState().is_main_process:
-            of = len(load_all_captioned(run, shared).rows)
             write_held_out(record.folder, *test, of=of, fraction=run.test_fraction)
         PartialState().wait_for_everyone()
         record.finish()
-    shared.kept.add(key)
+    kept.add(here)
 
 
 def load_captioned(specs: Sequence[str], exclude_karpathy: Sequence[str], seed: int, shared: SharedData) -> Dataset:

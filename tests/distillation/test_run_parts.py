@@ -117,10 +117,17 @@ def test_copies_are_told_and_stay_together(tmp_path, caplog):
     assert "20 images are identical copies of another, e.g. copy-" in caplog.text
 
 
-def test_the_stages_are_given_training_images_alone(tmp_path, caplog):
+def test_the_stages_are_given_training_images_alone(tmp_path):
+    assert set(load_training_images(recipe_of(tmp_path), SharedData())) == {"train"}
+
+
+def test_two_runs_that_share_data_keep_it_both(tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    images = load_training_images(recipe_of(tmp_path), SharedData())
-    assert set(images) == {"train"} and "test_fraction: 2 of 20 images are kept out" in caplog.text
+    shared = SharedData()
+    for name in ("one", "two"):
+        keep_test_part(recipe_of(tmp_path, "--output_dir", str(tmp_path / name)), shared)
+        assert len(load_captions(f"held_out:{tmp_path / name}")) == 2
+        assert f"test part: 2 of 20 images, which no stage sees; held_out:{tmp_path / name} names them" in caplog.text
 
 
 @pytest.mark.parametrize(

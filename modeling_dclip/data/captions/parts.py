@@ -307,9 +307,9 @@ _BYTES = 16  # of a picture's SHA-256; two of a billion pictures agree in them o
 
 
 def _as_array(keys: Iterable[str]) -> np.ndarray:
-    """The first bytes of keys, sorted, each once."""
+    """The first bytes of keys."""
     digits = "".join(key[: 2 * _BYTES] for key in keys)
-    return np.unique(np.frombuffer(bytes.fromhex(digits), f"S{_BYTES}"))
+    return np.frombuffer(bytes.fromhex(digits), f"S{_BYTES}")
 
 
 def write_trained_images(folder: Path, keys: Sequence[str], starts: Sequence[str | os.PathLike] = ()) -> None:

@@ -212,7 +212,8 @@ def test_a_model_says_which_test_images_it_learned_from(tmp_path):
     trained = read_trained_images(tmp_path)
     assert trained.describe_overlap(hashes(b"x", b"y")) == "" and trained.describe_overlap([]) == ""
     one = f"1 of the 3 test images was in this model's training data ({tmp_path / TRAINED_IMAGES})"
-    assert trained.describe_overlap(hashes(b"x", b"a", b"a", b"y")) == one
+    assert trained.describe_overlap(hashes(b"x", b"a", b"y")) == one
+    assert trained.describe_overlap(hashes(b"x", b"a", b"a", b"y")).startswith("2 of the 4")  # as the benchmark counts
     assert trained.describe_overlap(hashes(b"b", b"a")).startswith("2 of the 2 test images were")
 
 
