@@ -312,7 +312,7 @@ class ValidationSplit:
     def __str__(self) -> str:
         images, step = count_of(self.rows, "image"), self.batch_size * self.processes
         if not self.fills_a_batch:
-            return f"{images}; a batch of so few has fewer negatives, so its loss is lower than in training"
+            return f"{images}, fewer than a batch: do not compare their loss with that of training"
         left = self.rows - self.loss_rows
         return images + (f", the loss over {self.loss_rows:,} of them, in batches of {step:,}" if left else "")
 
