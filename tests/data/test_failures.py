@@ -243,7 +243,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_command_answers_a_wrong_file_in_one_line(name, tmp_path):
+def test_every_command_answers_each_wrong_file_in_one_line(name, tmp_path):
     (tmp_path / "file").touch()
     places = {"NOWHERE": str(tmp_path / "nowhere"), "OUT": str(tmp_path / "out"), "FILE": str(tmp_path / "file")}
     words = COMMANDS[name]
@@ -254,7 +254,9 @@ def test_every_command_answers_a_wrong_file_in_one_line(name, tmp_path):
     with pytest.raises(SystemExit) as ended:
         main(words)
     assert isinstance(ended.value.code, str), "status 1 and the text on stderr"
-    assert ended.value.code.startswith("Failed: ") and len(ended.value.code.splitlines()) == 1
+    first, *others = ended.value.code.splitlines()
+    assert first.startswith("Failed: ")
+    assert all(re.match(r"- |  \d+\. ", line) and str(tmp_path) in line for line in others), "one for each of several"
     assert str(tmp_path) in ended.value.code, "it names the file"
     assert not (tmp_path / "out").exists()
 
