@@ -574,6 +574,7 @@ def test_tables_and_fields_of_results():
         "retrieval": [],
         "scan": [],
         "student_step": [],
+        "verdict": ["model"],
     }
     assert [*FIELDS, "", *OPTIONAL_FIELDS] == [
         "format_version",
