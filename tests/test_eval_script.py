@@ -47,7 +47,7 @@ def test_a_fresh_process_evaluates_stock_clip(tiny_clip_dir, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "T→I R@1" in done.stdout and "top-1" in done.stdout and f"Written to {tmp_path / 'r.json'}" in done.stdout
-    assert "Embedding images" in done.stderr
+    assert "arning" not in done.stderr and "Traceback" not in done.stderr  # bars come only where it takes longer
     retrieval, zero_shot = read_results(tmp_path / "r.json")
     assert (retrieval["n"], retrieval["n_captions"], retrieval["split"]) == (12, 24, "test")
     assert (zero_shot["n"], zero_shot["split"]) == (150, "test")
