@@ -17,17 +17,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
 
 from modeling_dclip.data.files import list_folder, read_json, require_field, temporary_folder, write_json, writing
-from modeling_dclip.data.images import MissingImageError, decode_image, has_image_suffix, open_image, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_file
-from modeling_dclip.evaluation.benchmarks.retrieval_index import effort_of, find_faiss
 
+# The rest is imported where it is needed: PyTorch and datasets take seconds, for which `--help` need not wait.
 if TYPE_CHECKING:
     import torch
+    from datasets import Dataset
 
     from modeling_dclip.encoders import DualEncoder
 
@@ -126,6 +125,8 @@ def read_query(query: str | Path | Image.Image) -> str | Image.Image:
         FileNotFoundError: If there is no such picture.
         ValueError: If there are no words, they are the path of a folder or of another file, or the picture is damaged.
     """
+    from modeling_dclip.data.images import has_image_suffix
+
     if isinstance(query, Image.Image):
         return query
     if isinstance(query, Path) or has_image_suffix(query):
@@ -186,6 +187,8 @@ def write_index(
         columns (`Mapping[str, Sequence]`): The columns [`IMAGE_COLUMNS`] of the parquet file.
         manifest (`Mapping[str, Any]`): The [`Manifest`] without `files`.
     """
+    from modeling_dclip.evaluation.benchmarks.retrieval_index import find_faiss
+
     faiss = find_faiss("faiss")
     schema = pa.schema([(name, pa.string()) for name in IMAGE_COLUMNS])
     files: dict[str, IndexedFile] = {}
@@ -262,6 +265,8 @@ class SearchIndex:
             ImportError: If `faiss-cpu` is not installed.
             ValueError: If a file is damaged.
         """
+        from modeling_dclip.evaluation.benchmarks.retrieval_index import find_faiss
+
         folder, faiss = Path(folder), find_faiss("faiss")
         manifest = read_manifest(folder)
         paths = _find_files(folder, manifest, verify)
@@ -294,6 +299,8 @@ class SearchIndex:
         Raises:
             ValueError: If the index is exact, or `effort < 1`.
         """
+        from modeling_dclip.evaluation.benchmarks.retrieval_index import effort_of, find_faiss
+
         knob = effort_of(find_faiss("faiss"), self.vectors)
         if knob is None or effort < 1:
             raise ValueError(
@@ -394,6 +401,8 @@ class SearchIndex:
         Raises:
             UnreadableImageError: If it is gone or damaged by now.
         """
+        from modeling_dclip.data.images import MissingImageError, decode_image, open_image, undecoded_images
+
         if hit.path is not None:
             return open_image(hit.path, f"'{hit.name}'", advice="Build the index again if the pictures have changed.")
         if self._dataset is None:

@@ -23,6 +23,7 @@ from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
+from modeling_dclip.evaluation.benchmarks.retrieval_index import find_faiss
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.hub import index as search_index
 from modeling_dclip.hub.index import SearchIndex, read_manifest
@@ -563,7 +564,7 @@ def test_builds_of_other_pictures_that_end_together_leave_one_whole_index(built,
     whole = [built.vectors.reconstruct_n(0, count) for count in (12, 5)]
 
     def write(vectors):
-        flat = search_index.find_faiss("faiss").IndexFlatIP(vectors.shape[1])
+        flat = find_faiss("faiss").IndexFlatIP(vectors.shape[1])
         flat.add(vectors)
         columns = {name: built.rows[name].to_pylist()[: len(vectors)] for name in search_index.IMAGE_COLUMNS}
         search_index.write_index(copied, flat, columns, {**built.manifest, "n": len(vectors)})
