@@ -14,6 +14,8 @@ fails is reported at the end and does not lose the rest. Numbers are for the PIL
 Benchmarks:
 """
 
+from __future__ import annotations
+
 import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load, and registers the Auto classes
 
 # isort: split
@@ -21,30 +23,22 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-
-import torch
-import yaml
-from transformers import AutoProcessor, set_seed
+from typing import TYPE_CHECKING
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure, recorded_command
-from modeling_dclip.data.files import read_yaml, replacing, write_text
 from modeling_dclip.data.specs import CommandParser
-from modeling_dclip.encoders.loading import load_pair, stored_dtype
-from modeling_dclip.encoders.weight_interpolation import interpolate_weights
-from modeling_dclip.evaluation.arms import plot_curve
-from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions, explain_default
-from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
-from modeling_dclip.evaluation.command_line import parse_arguments
-from modeling_dclip.evaluation.evaluator import Candidate, Evaluation, evaluate
-from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
-from modeling_dclip.evaluation.reports.gallery import write_pages
-from modeling_dclip.evaluation.reports.report import write_report
-from modeling_dclip.evaluation.reports.tables import render_averages, render_table
-from modeling_dclip.evaluation.reports.verdict import show_verdicts
+
+# The rest is imported by the function that needs it: a help or a comparison need not wait for models.
+if TYPE_CHECKING:
+    import torch
+
+    from modeling_dclip.evaluation.evaluator import Candidate, Evaluation
 
 
 def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
     """List each model, after the points between the anchor and it."""
+    from modeling_dclip.evaluation.evaluator import Candidate
+
     labels = arguments.label or [None] * len(arguments.model)
     return [
         Candidate(name, label, alpha)
@@ -55,6 +49,11 @@ def find_candidates(arguments: argparse.Namespace) -> list[Candidate]:
 
 def show(done: Evaluation, arguments: argparse.Namespace) -> None:
     """Print what was found and what was measured, and draw the pictures that were asked for."""
+    from modeling_dclip.evaluation.arms import plot_curve
+    from modeling_dclip.evaluation.reports.gallery import write_pages
+    from modeling_dclip.evaluation.reports.tables import render_averages, render_table
+    from modeling_dclip.evaluation.reports.verdict import show_verdicts
+
     if verdicts := show_verdicts(done.records):
         print(f"{verdicts}\n")
     print(render_table(done.records, widest=WIDEST))
@@ -75,6 +74,10 @@ def save_point(arguments: argparse.Namespace) -> None:
 
     They are those that training with this `wise_ft_alpha` saves, in the type that the model's weights are stored in.
     """
+    import yaml
+    from transformers import AutoProcessor
+
+    from modeling_dclip.data.files import read_yaml, replacing, write_text
     from modeling_dclip.distillation.trainer import (
         ARGUMENTS_NAME,
         cast_weights,
@@ -82,6 +85,8 @@ def save_point(arguments: argparse.Namespace) -> None:
         require_fit,
         save_weights,
     )
+    from modeling_dclip.encoders.loading import load_pair, stored_dtype
+    from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 
     (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
     options = {"trust_remote_code": arguments.trust_remote_code}
@@ -104,12 +109,18 @@ def save_point(arguments: argparse.Namespace) -> None:
 
 def have_one_text_encoder(start: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> bool:
     """Whether two models have the same text encoder, as a student and the CLIP that its training started from."""
+    import torch
+
     text = [name for name in model if not name.startswith(("vision_model.", "visual_projection."))]
     return all(torch.equal(start[name], model[name]) for name in text)
 
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate, and save a point between anchor and model; the exit status is 1 if something failed."""
+    from transformers import set_seed
+
+    from modeling_dclip.evaluation.command_line import parse_arguments
+
     arguments = parse_arguments(argv, __doc__)
     set_seed(arguments.seed)
     status = measure(arguments, argv) if arguments.benchmark else 0
@@ -120,6 +131,10 @@ def run(argv: Sequence[str]) -> int:
 
 def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     """Evaluate; the exit status is 1 if something failed."""
+    from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions, explain_default
+    from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache
+    from modeling_dclip.evaluation.evaluator import evaluate
+
     for benchmark in arguments.benchmark:
         if (note := explain_default(benchmark)) is not None:
             print(note, file=sys.stderr)
@@ -160,6 +175,8 @@ def report(argv: Sequence[str]) -> int:
     parser.add_argument("results", nargs="+", help="results files, or folders of them")
     parser.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
     arguments = parser.parse_args(argv)
+    from modeling_dclip.evaluation.reports.report import write_report
+
     for path in write_report(arguments.results, arguments.output):
         print(f"Written to {path}")
     return 0
@@ -178,6 +195,8 @@ def compare(argv: Sequence[str]) -> int:
         "--models", nargs=2, metavar=("A", "B"), help="two models, by label or path: of A.json, of B.json"
     )
     arguments = parser.parse_args(argv)
+    from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
+
     print(render_comparison(compare_results(arguments.a, arguments.b, models=arguments.models)))
     return 0
 

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -317,3 +318,17 @@ def test_every_file_of_tests_stands_where_its_module_does():
             if not any(stem == one.name or stem.startswith(f"{one.name}_") for one in candidates):
                 astray.append(str(path.relative_to(PACKAGE.parent)))
     assert not astray
+
+
+def test_what_every_command_reads_first_does_not_wait_for_pytorch():
+    code = (
+        "import sys\n"
+        "sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'modeling_dclip.hub.index']\n"  # as python -m begins
+        "import modeling_dclip.data.specs, modeling_dclip.hub.index\n"
+        "assert 'torch' not in sys.modules\n"
+        "from modeling_dclip import DCLIPModel\n"
+        "from transformers import AutoConfig\n"
+        "print(DCLIPModel.__name__, AutoConfig.for_model('dmclip').model_type)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=PACKAGE.parent)
+    assert done.stdout.split() == ["DCLIPModel", "dmclip"], done.stderr

@@ -275,7 +275,7 @@ def test_what_cannot_be_drawn_does_not_lose_what_was_measured(script, tiny_clip_
     def refuse(*arguments, **options):
         raise TypeError("no maps of this build")
 
-    monkeypatch.setattr(script, "write_pages", refuse)
+    monkeypatch.setattr("modeling_dclip.evaluation.reports.gallery.write_pages", refuse)
     arguments = ["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[0], "--maps", str(tmp_path / "maps")]
     assert script.main([*arguments, "--output", str(tmp_path / "r.json")]) == 1
     shown = capsys.readouterr()

@@ -13,7 +13,7 @@ import torch
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.evaluator import ALPHA, Candidate, evaluate
-from modeling_dclip.evaluation.records import Metrics, Record
+from modeling_dclip.evaluation.records import Metrics, Record, run_label
 from modeling_dclip.evaluation.reports.plots import TradeoffPoint, plot_tradeoff
 from modeling_dclip.evaluation.reports.tables import name_of, shorten_paths
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, Summary, summarise_arms
@@ -134,27 +134,6 @@ def evaluate_arms(
     if {"retrieval", "zero_shot"} <= set(kinds):
         plot_tradeoff(tradeoff_points(summary), output_dir / "tradeoff.png", x_label="zero-shot top-1 (%)")
     return summary
-
-
-def run_label(arm: str, seed: int) -> str:
-    """The label of the records of one run of an arm.
-
-    Example:
-        >>> run_label("leak_free", 0)
-        'leak_free, seed 0'
-    """
-    return f"{arm}, seed {seed}"
-
-
-def arm_of(record: Record) -> str | None:
-    """The arm whose run a record measured; `None` if the record's label is not a [`run_label`] of its `seed`.
-
-    Example:
-        >>> arm_of({"label": "leak_free, seed 0", "seed": 0}), arm_of({"label": "anchor", "seed": 0})
-        ('leak_free', None)
-    """
-    label, suffix = record.get("label", ""), run_label("", record["seed"])
-    return label.removesuffix(suffix) if label.endswith(suffix) else None
 
 
 def tradeoff_points(summary: Summary) -> list[TradeoffPoint]:

@@ -535,3 +535,24 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
+
+
+def run_label(arm: str, seed: int) -> str:
+    """The label of the records of one run of an arm.
+
+    Example:
+        >>> run_label("leak_free", 0)
+        'leak_free, seed 0'
+    """
+    return f"{arm}, seed {seed}"
+
+
+def arm_of(record: Record) -> str | None:
+    """The arm whose run a record measured; `None` if the record's label is not a [`run_label`] of its `seed`.
+
+    Example:
+        >>> arm_of({"label": "leak_free, seed 0", "seed": 0}), arm_of({"label": "anchor", "seed": 0})
+        ('leak_free', None)
+    """
+    label, suffix = record.get("label", ""), run_label("", record["seed"])
+    return label.removesuffix(suffix) if label.endswith(suffix) else None

@@ -21,9 +21,9 @@ from modeling_dclip.data.files import (
     write_bytes,
     write_text,
 )
-from modeling_dclip.evaluation.arms import arm_of, tradeoff_points
+from modeling_dclip.evaluation.arms import tradeoff_points
 from modeling_dclip.evaluation.evaluator import ALPHA
-from modeling_dclip.evaluation.records import Record, read_results
+from modeling_dclip.evaluation.records import Record, arm_of, read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
     Block,

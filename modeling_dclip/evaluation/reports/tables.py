@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
-from modeling_dclip.evaluation.benchmarks.suite import averages_of_records, suite_name
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.document import Cell, Code, Table, Text, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import METRIC_TITLES, Metric, comparison_title, metric_of, percent
@@ -645,6 +644,8 @@ def render_averages(records: Sequence[Record]) -> str:
     Raises:
         ValueError: If two records of one model and split are of one set.
     """
+    from modeling_dclip.evaluation.benchmarks.suite import averages_of_records, suite_name  # reads pictures too
+
     models: dict[tuple[str | None, ...], list[Record]] = {}
     for record in records:
         kind, _, spec = record["benchmark"].partition("=")

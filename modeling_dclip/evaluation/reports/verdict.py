@@ -8,8 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from modeling_dclip.evaluation.arms import arm_of
-from modeling_dclip.evaluation.records import Record
+from modeling_dclip.evaluation.records import Record, arm_of
 from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
 from modeling_dclip.evaluation.reports.tables import (
     COUNTED,
