@@ -162,6 +162,8 @@ def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if done.records:
         try:
             show(done, arguments)
+        except BrokenPipeError:
+            raise  # nobody reads the table any more: `command` ends quietly
         except BENCHMARK_FAILURES as error:
             done.failures.append(describe_failure("tables and pictures", error))
     for failure in done.failures:

@@ -13,6 +13,7 @@ import lzma
 import os
 import pickle
 import re
+import select
 import shlex
 import signal
 import struct
@@ -384,6 +385,40 @@ def _follow_launcher() -> None:
     threading.Thread(target=watch, daemon=True, name="launcher").start()
 
 
+def _has_no_reader(stream: object) -> bool:
+    """Whether a stream is a pipe that nobody reads any more, as after `| head`."""
+    try:
+        poll = select.poll()
+        poll.register(stream, 0)  # type: ignore[arg-type]
+        return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+    except (AttributeError, OSError, TypeError, ValueError):  # a system without poll; a stream without a descriptor
+        return False
+
+
+@contextmanager
+def _quiet_without_reader() -> Iterator[None]:
+    """Once nobody reads what the command prints, end it as a signal would: quietly. A mistake keeps its line."""
+    end: SystemExit | None = None
+    streams = [stream for stream in (sys.stdout, sys.stderr) if stream is not None]
+    try:
+        try:
+            yield
+        except SystemExit as error:
+            end = error
+        for stream in streams:
+            stream.flush()
+    except BrokenPipeError:
+        gone = [stream for stream in streams if _has_no_reader(stream)]
+        if not gone:
+            raise  # another pipe, e.g. the connection to a server
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in gone:  # what it still holds would be complained of when Python ends
+            os.dup2(nowhere, stream.fileno())
+        end = end if end is not None and end.code else SystemExit(exit_status(_CLOSED_PIPE))
+    if end is not None:
+        raise end
+
+
 @contextmanager
 def naming(field: str) -> Iterator[None]:
     """Put a field in front of what is wrong with its value.
@@ -407,6 +442,7 @@ def naming(field: str) -> Iterator[None]:
         raise kind(f"{field}: {text}") from error
 
 
+_CLOSED_PIPE = 13  # SIGPIPE, which Python ignores and Windows lacks
 _WHERE = "(TRANSFORMERS_VERBOSITY=info shows where in the code)"
 _WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 
@@ -440,7 +476,8 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
     """Decorate the `main` of a command: a mistake of the user ends in one line on stderr and exit status 1.
 
     `TRANSFORMERS_VERBOSITY=info` shows the traceback instead. Ctrl+C, SIGTERM and SIGHUP end with one line and exit
-    status 130, 143 and 129; so does the end of `accelerate launch`. A second signal ends at once.
+    status 130, 143 and 129; so does the end of `accelerate launch`. A second signal ends at once. Where the reader of
+    its output has gone (`| head`), it ends with status 141 and says nothing.
 
     Args:
         main (`Callable`): The function; what it returns is passed on.
@@ -455,7 +492,7 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
         for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks stops no command
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")
-        with _interruptible() as interruption:
+        with _quiet_without_reader(), _interruptible() as interruption:
             try:
                 check_launcher()
                 return main(*args, **kwargs)
@@ -463,6 +500,8 @@ def command(main: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
                 interruption.end()
                 raise
             except (*FAILURES, RuntimeError) as error:
+                if isinstance(error, BrokenPipeError) and any(map(_has_no_reader, (sys.stdout, sys.stderr))):
+                    raise
                 if transformers_logging.get_verbosity() <= logging.INFO or not is_mistake(error):
                     raise
                 sys.exit(_told(error))

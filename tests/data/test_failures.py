@@ -1,6 +1,7 @@
 """A user's mistake ends every command in one line on stderr and status 1; an error in the code keeps its traceback."""
 
 import argparse
+import contextlib
 import csv
 import gzip
 import importlib
@@ -54,6 +55,10 @@ ROOT = Path(__file__).resolve().parents[2]
 def fail(error):
     """A command that raises what it is given."""
     raise error
+
+
+def fail_to_connect():
+    raise BrokenPipeError(32, "Broken pipe")
 
 
 @pytest.mark.parametrize(
@@ -158,6 +163,45 @@ def test_an_interruption_ends_plainly(capsys):
     with pytest.raises(SystemExit) as ended:
         fail(KeyboardInterrupt())
     assert ended.value.code == 130 and capsys.readouterr().err == f"\n{INTERRUPTED}\n"
+
+
+@pytest.mark.parametrize("unbuffered", [False, True], ids=["found at its end", "found while it prints"])
+@pytest.mark.parametrize(
+    ("end", "status"),
+    [
+        (lambda: 0, 141),
+        (lambda: sys.exit(0), 141),
+        (lambda: sys.exit("Failed: a"), "Failed: a"),
+        (fail_to_connect, None),
+    ],
+    ids=["returns", "help", "mistake", "other pipe"],
+)
+def test_a_command_whose_reader_has_gone_ends_quietly(end, status, unbuffered, monkeypatch, capsys):
+    """As `| head`. A mistake keeps its line, and a broken connection of which nobody prints is a mistake."""
+    read, write = os.pipe()
+    stream = io.TextIOWrapper(os.fdopen(write, "wb", 0 if unbuffered else -1), write_through=unbuffered)
+    monkeypatch.setattr(sys, "stdout", stream)
+
+    @command
+    def report():
+        if status != "Failed: a" or not unbuffered:
+            print("a line")
+        return end()
+
+    if status is not None:
+        os.close(read)
+    with pytest.raises(SystemExit) as caught:
+        report()
+    if status is None:
+        os.close(read)
+        assert caught.value.code.startswith("Failed: [Errno 32] Broken pipe")
+    else:
+        assert caught.value.code == status
+        stream.flush()  # as Python does at its end
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    with contextlib.suppress(BrokenPipeError):
+        stream.close()
 
 
 def test_what_a_command_returns_and_its_name_are_its_own():
