@@ -77,6 +77,7 @@ def save_point(arguments: argparse.Namespace) -> None:
     import yaml
     from transformers import AutoProcessor
 
+    from modeling_dclip.data.captions.parts import write_trained_images
     from modeling_dclip.data.files import read_yaml, replacing, write_text
     from modeling_dclip.distillation.trainer import (
         ARGUMENTS_NAME,
@@ -97,13 +98,17 @@ def save_point(arguments: argparse.Namespace) -> None:
     resolved = Path(name) / ARGUMENTS_NAME
     described = read_yaml(resolved, "training's arguments", "Train again.") if resolved.is_file() else None
     trained = described.get("student") if isinstance(described, dict) else None
+    same_text = have_one_text_encoder(*(cast_weights(end, dtype) for end in ends))
     with replacing(folder) as temporary:
         save_weights(model, temporary, weights, dtype)
         AutoProcessor.from_pretrained(name, **options).save_pretrained(temporary)
-        if isinstance(trained, dict) and have_one_text_encoder(*(cast_weights(end, dtype) for end in ends)):
+        write_trained_images(temporary, [], [name, anchor])
+        if isinstance(trained, dict) and same_text:
             trained["wise_ft_alpha"] = alpha * trained.get("wise_ft_alpha", 1)  # the model may be such a point itself
             write_text(temporary / ARGUMENTS_NAME, yaml.safe_dump(described, sort_keys=False))
     print(f"Saved to {folder}, in {dtype}: {alpha:g} of {name} and {1 - alpha:g} of {anchor}.")
+    if isinstance(trained, dict) and not same_text:
+        print(f"Without {ARGUMENTS_NAME}: the two have different text encoders, so training gave no such point.")
     print("If alpha was chosen by results on test images, these results are too good: report it on other images.")
 
 

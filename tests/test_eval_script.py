@@ -85,7 +85,7 @@ def test_a_dclip_folder_is_compared_with_its_anchor(script, tiny_clip_dir, dclip
     assert "T→I R@1 gain" in shown and "top-1 kept" in shown and "| student " in shown
 
 
-def test_a_point_from_another_clip_says_nothing_of_the_training(script, tiny_clip_dir, dclip_dir, tmp_path):
+def test_a_point_from_another_clip_says_nothing_of_the_training(script, tiny_clip_dir, dclip_dir, tmp_path, capsys):
     other = DCLIPModel.from_pretrained(tiny_clip_dir)
     with torch.no_grad():
         other.text_projection.weight.add_(1)
@@ -96,8 +96,10 @@ def test_a_point_from_another_clip_says_nothing_of_the_training(script, tiny_cli
     arguments = ["--model", str(student), "--save_alpha", "0.5", "--anchor"]
     assert script.main([*arguments, str(tiny_clip_dir), "--save_to", str(tmp_path / "half")]) == 0
     assert yaml.safe_load((tmp_path / "half" / "arguments.yaml").read_text())["student"]["wise_ft_alpha"] == 0.3
+    assert "Without arguments.yaml" not in capsys.readouterr().out
     assert script.main([*arguments, str(tmp_path / "other"), "--save_to", str(tmp_path / "mixed")]) == 0
     assert (tmp_path / "mixed" / "config.json").is_file() and not (tmp_path / "mixed" / "arguments.yaml").exists()
+    assert "Without arguments.yaml: the two have different text encoders" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from datasets import load_from_disk
 from fixtures.training import student_arguments
 from safetensors.torch import load_file
 
+from modeling_dclip.data.captions.parts import read_trained_images, write_trained_images
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
 from modeling_dclip.encoders.loading import load_dual_encoder
@@ -32,6 +33,7 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
         args = student_arguments(tmp_path / str(alpha), wise_ft_alpha=alpha)
         resolved = {"student": {"wise_ft_alpha": alpha}}
         fit_student(load_student(str(tiny_clip_dir)), args, data, processor, resolved, save_dtype=dtype)
+        write_trained_images(tmp_path / str(alpha), ["ab" * 32])
     trained, saved = tmp_path / "1.0", tmp_path / "new" / "point"
     arguments = ["--model", str(trained), "--anchor", str(tiny_clip_dir), "--save_alpha", "0.25"]
     assert script.main([*arguments, "--save_to", str(saved)]) == 0
@@ -45,6 +47,7 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
         torch.testing.assert_close(found[name], weight, **tolerance)
     names = {path.name for path in (tmp_path / "0.25").iterdir()} - {"runs", "trainer_state.json", "training_args.bin"}
     assert names == {path.name for path in saved.iterdir()}
+    assert read_trained_images(saved).describe_overlap(["ab" * 32, "cd" * 32]).startswith("1 of the 2 test images was")
     assert yaml.safe_load((saved / "arguments.yaml").read_text()) == {"student": {"wise_ft_alpha": 0.25}}
     assert f"Saved to {saved}, in {dtype}: 0.25 of" in (printed := capsys.readouterr().out) and "too good" in printed
     assert load_dual_encoder(saved)[0].config.model_type == "dclip"
