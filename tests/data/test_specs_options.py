@@ -46,7 +46,6 @@ INDEX = "hub.index.__main__ --model x --images y --output OUT"
             "hub.publish.__main__ --model x --results y --repo_id a/b --license mit --emissions_grams nan",
             "grams: expected",
         ),
-        ("hub.publish.__main__ --model x", "the following arguments are required: --results"),
         ("evaluation.results", "the following arguments are required: readme"),
     ],
 )
