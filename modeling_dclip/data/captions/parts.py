@@ -14,6 +14,7 @@ import io
 import logging
 import math
 import os
+import re
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -254,9 +255,7 @@ def read_held_out(run_folder: str, *, missing: str = "raise") -> Dataset:
         raise ValueError(f"Expected missing to be one of {MISSING_MODES}, got {missing!r}.")
     folder = find_held_out(run_folder)
     about, dataset = _read_about(folder), read_disk(str(folder / _IMAGES))
-    if _KEY not in dataset.column_names:
-        raise ValueError(f"Expected a column {_KEY!r} in '{folder / _IMAGES}', got {dataset.column_names}.")
-    keys = dataset[_KEY][:]
+    keys = _keys_of(dataset, folder)
     dataset = dataset.remove_columns(_KEY).cast_column("image", Image(mode=about["mode"]))
     dataset = with_paths(dataset, _moved_paths(dataset, about["run"], folder.parent))
     problems = _find_changes(dataset, keys)
@@ -275,6 +274,23 @@ def read_held_out(run_folder: str, *, missing: str = "raise") -> Dataset:
     kept = [row for row in range(len(ids)) if row not in problems]
     require_rows(len(kept), f"held_out:{printable(run_folder)}")
     return dataset.select(kept)
+
+
+def read_held_out_keys(run_folder: str | os.PathLike) -> list[str]:
+    """The keys of the pictures of a run's test part; the pictures themselves are not read.
+
+    Raises:
+        FileNotFoundError: As [`find_held_out`].
+        ValueError: If what the run kept is damaged.
+    """
+    folder = find_held_out(run_folder)
+    return _keys_of(read_disk(str(folder / _IMAGES)), folder)
+
+
+def _keys_of(dataset: Dataset, folder: Path) -> list[str]:
+    if _KEY not in dataset.column_names:
+        raise ValueError(f"Expected a column {_KEY!r} in '{folder / _IMAGES}', got {dataset.column_names}.")
+    return dataset[_KEY][:]
 
 
 def _moved_paths(dataset: Dataset, old_run: str, run: Path) -> dict[int, str]:
@@ -344,18 +360,45 @@ class TrainedImages(NamedTuple):
     path: Path
     keys: np.ndarray
 
-    def describe_overlap(self, keys: Sequence[str]) -> str:
-        """Say how many of some test images the model learned from; an empty text if none.
+    def count_overlap(self, keys: Sequence[str]) -> int:
+        """Count the test images that the model learned from.
 
         Args:
             keys (`Sequence[str]`): Of the test images: [`~modeling_dclip.data.columns.image_keys`].
         """
-        asked = _as_array(keys)
-        number = int(np.isin(asked, self.keys).sum())
+        return int(np.isin(_as_array(keys), self.keys).sum())
+
+    def describe_overlap(self, keys: Sequence[str]) -> str:
+        """Say how many of some test images the model learned from; an empty text if none.
+
+        Args:
+            keys (`Sequence[str]`): As in `count_overlap`.
+        """
+        number = self.count_overlap(keys)
         if not number:
             return ""
         verb = "was" if number == 1 else "were"
-        return f"{number:,} of the {len(asked):,} test images {verb} in this model's training data ({self.path})"
+        return f"{number:,} of the {len(keys):,} test images {verb} in this model's training data ({self.path})"
+
+
+_OVERLAP = re.compile(r"([\d,]+) of the ([\d,]+) test images (?:was|were) in this model's training data")
+
+
+def read_overlap(note: str) -> tuple[int, int] | None:
+    """Read what [`TrainedImages.describe_overlap`] wrote; `None` if a note says something else.
+
+    Args:
+        note (`str`): One of a record's notes.
+
+    Returns:
+        `tuple[int, int]`: The number of test images that were trained on, and of all.
+
+    Example:
+        >>> read_overlap("1,027 of the 2,108 test images were in this model's training data (a/trained_images.npy)")
+        (1027, 2108)
+    """
+    found = _OVERLAP.search(note)
+    return None if found is None else (int(found[1].replace(",", "")), int(found[2].replace(",", "")))
 
 
 def read_trained_images(model: str | os.PathLike) -> TrainedImages | None:

@@ -5,7 +5,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict, cast
 
-from modeling_dclip.data.captions.parts import HELD_OUT, find_held_out
+from modeling_dclip.data.captions.parts import (
+    HELD_OUT,
+    find_held_out,
+    read_held_out_keys,
+    read_overlap,
+    read_trained_images,
+)
 from modeling_dclip.data.files import list_folder, read_bytes
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
@@ -31,11 +37,14 @@ class BenchmarkFacts(NamedTuple):
 
 
 class EvaluationFacts(TypedDict):
-    """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured."""
+    """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured.
+
+    `trained_on` says by benchmark how many images were trained on; an empty text where only the dataset is known.
+    """
 
     benchmarks: list[BenchmarkFacts]
     records: list[Record]
-    trained_on: list[str]
+    trained_on: dict[str, str]
     held_out: list[str]
     is_synthetic: bool
     interval: str | None
@@ -143,16 +152,62 @@ def _held_out_run(benchmark: str) -> str:
     return re.split("[,@]", spec.partition(":")[2])[0] if spec.startswith(f"{HELD_OUT}:") else ""
 
 
-def is_own_test_part(benchmark: str, model: str) -> bool:
-    """Whether a benchmark is of the images that the model's own run held out.
+class Seen(NamedTuple):
+    """What is known of a benchmark's images and a model's training.
+
+    Attributes:
+        benchmark (`str`): `KIND=SPEC`, without folders of this machine.
+        held_out (`bool`): They are of the part that the model's own run held out, and the model learned from none.
+        trained_on (`str`): How many it learned from, in words; empty if none, or not known.
+    """
+
+    benchmark: str
+    held_out: bool
+    trained_on: str
+
+
+def find_seen(records: Sequence[Record], revision: str, model: str) -> list[Seen]:
+    """Find for each benchmark of these weights whether the model learned from its images.
+
+    The records say how many, and where they do not, the keys of the images do: those that training wrote beside the
+    weights, and those of the test part. Of a test part it is claimed only if both are there and have none in common.
 
     Args:
-        benchmark (`str`): `KIND=SPEC` as it was measured, with its folders.
+        records (`Sequence[Record]`): With the benchmarks as they were measured, with their folders.
+        revision (`str`): The revision of the weights.
         model (`str`): The model's folder; it lies in the run's folder, or in that of an arm and a seed in it.
     """
-    run = _held_out_run(benchmark)
+    own = [record for record in records if record["revision"] == revision and "condition" not in record]
+    own.sort(key=lambda record: record["created"])
+    seen = []
+    for benchmark, record in {show_spec(record["benchmark"]): record for record in own}.items():  # the newest
+        overlap = _count_trained_on(record, model)
+        number, of = overlap or (0, 0)
+        words = f"{number:,} of the {of:,} images" if number else ""
+        held_out = overlap is not None and not number and _is_own_test_part(record["benchmark"], model)
+        seen.append(Seen(benchmark, held_out, words))
+    return seen
+
+
+def _count_trained_on(record: Record, model: str) -> tuple[int, int] | None:
+    """How many of a benchmark's images a model learned from, and of how many; `None` if that is not known."""
+    for note in record.get("notes", []):
+        if (found := read_overlap(str(note))) is not None:
+            return found
+    run, trained = _held_out_run(record["benchmark"]), read_trained_images(model)
+    if not run or trained is None:
+        return None
     try:
-        return bool(run) and find_held_out(run) == find_held_out(model)
+        keys = read_held_out_keys(run)
+    except FileNotFoundError:  # the run is no longer there
+        return None
+    return trained.count_overlap(keys), len(keys)
+
+
+def _is_own_test_part(benchmark: str, model: str) -> bool:
+    """Whether a benchmark is of the images that the model's own run held out."""
+    try:
+        return find_held_out(_held_out_run(benchmark)) == find_held_out(model)
     except FileNotFoundError:  # one of the two is no longer there: nothing is claimed
         return False
 
@@ -169,7 +224,7 @@ def describe_evaluation(
     *,
     start: str | None = None,
     training: Sequence[str] = (),
-    held_out: Sequence[str] = (),
+    seen: Sequence[Seen] = (),
 ) -> EvaluationFacts:
     """Make a table of each benchmark, and say with what it was measured.
 
@@ -179,7 +234,7 @@ def describe_evaluation(
         name (`str`): The name of this model in the tables.
         start (`str`, *optional*): The name of the reference if training started from it: then a verdict is given.
         training (`Sequence[str]`, *optional*): Specs of the training data: a benchmark on them is marked.
-        held_out (`Sequence[str]`, *optional*): Benchmarks on what this model's run held out; they are marked too.
+        seen (`Sequence[Seen]`, *optional*): From [`find_seen`]: benchmarks that are marked too.
 
     Returns:
         [`EvaluationFacts`]
@@ -197,8 +252,9 @@ def describe_evaluation(
     return EvaluationFacts(
         benchmarks=[describe_benchmark(record, before.get(record["benchmark"]), name, role) for record in own],
         records=list(own),
-        trained_on=find_overlaps([record["benchmark"] for record in own], training),
-        held_out=list(held_out),
+        trained_on=dict.fromkeys(find_overlaps([record["benchmark"] for record in own], training), "")
+        | {one.benchmark: one.trained_on for one in seen if one.trained_on},
+        held_out=[one.benchmark for one in seen if one.held_out],
         is_synthetic=any(record["benchmark"].partition("=")[2].startswith("scenes:") for record in own),
         interval=f"{max(levels):.0%}" if levels else None,
         hardware=", ".join(sorted(machines)),

@@ -44,14 +44,14 @@ from modeling_dclip.hub.publish.cards import (
 from modeling_dclip.hub.publish.evaluation import (
     EvaluationFacts,
     describe_evaluation,
-    is_own_test_part,
+    find_seen,
     read_all_results,
     select_records,
     without_paths,
 )
 from modeling_dclip.hub.publish.licences import Origin, check_licence, describe_data, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import Example, Pictures, choose_pictures, make_examples
-from modeling_dclip.hub.publish.training import describe_training, show_spec
+from modeling_dclip.hub.publish.training import describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
 
@@ -275,10 +275,8 @@ def gather_card_facts(
     family = "dmclip" if model is not None and model.config.model_type == "dmclip" else "dclip"
     name = (arguments.repo_id or "").rpartition("/")[2]
     if records is not None and model is not None:
-        own_test = [one["benchmark"] for one in records if is_own_test_part(one["benchmark"], arguments.model)]
-        records = without_paths(records)
-        about: dict[str, Any] = {"held_out": list(map(show_spec, own_test))}
-        about |= {"training": [] if training is None else training["specs"], "start": _name_start(family, origins)}
+        about: dict[str, Any] = {"training": [] if training is None else training["specs"]}
+        about["start"] = _name_start(family, origins)
         evaluation = find(lambda: _evaluate(arguments, model, records, name, about))
     if records is not None and teacher is not None:
         read = find(lambda: describe_teacher(teacher, str(arguments.teacher), f"{name}-teacher", records))
@@ -311,8 +309,9 @@ def _evaluate(
     arguments: PublishArguments, model: PreTrainedModel, records: list[Record], name: str, about: dict[str, Any]
 ) -> EvaluationFacts:
     revision = model_revision(arguments.model, model)
-    own, reference = select_records(records, revision, arguments.model, arguments.results)
-    return describe_evaluation(own, reference, name, **about)
+    seen = find_seen(records, revision, arguments.model)
+    own, reference = select_records(without_paths(records), revision, arguments.model, arguments.results)
+    return describe_evaluation(own, reference, name, seen=seen, **about)
 
 
 def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:

@@ -14,6 +14,9 @@ from fixtures.publications import RETRIEVAL, make_arguments, make_dmclip, make_s
 from huggingface_hub import ModelCard
 from transformers import AutoModel
 
+from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_held_out, write_trained_images
+from modeling_dclip.data.columns import image_keys
+from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.evaluation.reports.document import show_text
 from modeling_dclip.hub.publish.cards import (
@@ -23,7 +26,7 @@ from modeling_dclip.hub.publish.cards import (
     render_card,
     template_name,
 )
-from modeling_dclip.hub.publish.evaluation import read_all_results, select_records
+from modeling_dclip.hub.publish.evaluation import Seen, find_seen, read_all_results, select_records
 from modeling_dclip.hub.publish.facts import gather_card_facts
 from modeling_dclip.hub.publish.licences import check_licence, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import LABELS, Example, choose_pictures, draw_pictures, save_pictures
@@ -270,6 +273,44 @@ def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
     own, reference = select_records(records, "sha256:own", "m", ["r"])
     assert [one["metrics"]["top1"] for one in own] == [0.3]
     assert [one["metrics"]["top1"] for one in reference] == [0.2]
+
+
+def test_a_test_part_is_called_held_out_only_where_no_image_of_it_was_trained_on(tmp_path):
+    scenes = load_scenes("test", n=3, image_size=32)
+    keys, run = image_keys(scenes), tmp_path / "run"
+    write_held_out(run / "held_out", scenes, keys, of=30, fraction=0.1)
+    (run / "student").mkdir()
+
+    def find(benchmark=f"retrieval=held_out:{run}", notes=(), **fields):
+        record = {"benchmark": benchmark, "revision": "sha256:own", "created": "2026-01-01", "notes": list(notes)}
+        others = [{**record, "revision": "sha256:other"}, {**record, "condition": "alpha=0.5"}]
+        return find_seen([record | fields, *others], "sha256:own", str(run / "student"))
+
+    shown = "retrieval=held_out:run"
+    assert find() == [Seen(shown, False, "")]  # nobody wrote what the model learned from
+    write_trained_images(run / "student", ["ab" * 32])
+    assert find() == [Seen(shown, True, "")]
+    (run / "start").mkdir()
+    write_trained_images(run / "start", keys[:2])
+    write_trained_images(run / "student", ["ab" * 32], [run / "start"])
+    assert find() == [Seen(shown, False, "2 of the 3 images")]
+    note = "x: 27 of the 1,108 test images were in this model's training data (a/trained_images.npy)"
+    assert find(notes=["of a run", note]) == [Seen(shown, False, "27 of the 1,108 images")]
+    assert find("retrieval=csv:a.csv:b", [note]) == [Seen("retrieval=csv:a.csv:b", False, "27 of the 1,108 images")]
+    (run / "student" / TRAINED_IMAGES).unlink()
+    assert find(notes=[note]) == [Seen(shown, False, "27 of the 1,108 images")]
+    assert find("retrieval=csv:a.csv:b", ["of a run"]) == [Seen("retrieval=csv:a.csv:b", False, "")]
+
+
+def test_a_card_counts_the_test_images_that_were_trained_on(made):
+    facts = gather(made)
+    told = [facts["evaluation"] | {"held_out": [RETRIEVAL], "trained_on": {RETRIEVAL: "27 of the 108 images"}}]
+    told += [told[0] | {"trained_on": {RETRIEVAL: ""}}, told[0] | {"trained_on": {}}]
+    cards = [render_card("dual", facts | {"evaluation": one}) for one in told]
+    claim = "it never trained on them"
+    assert [claim in card for card in cards] == [False, False, True]
+    assert "⚠ 27 of the 108 images were in the training data of this model" in cards[0]
+    assert "⚠ Images of this dataset were trained on" in cards[1]
 
 
 HOSTILE = (
