@@ -177,7 +177,8 @@ def bootstrap_outcomes(
 ) -> dict[str, Interval]:
     """Resample images, for intervals of several metrics of one evaluation at once.
 
-    Each metric is a ratio of sums over images. All come from the same draws.
+    Each metric is a ratio of sums over images. All come from the same draws. For few images the percentiles are set
+    apart as in [`bootstrap_differences`], so that the intervals of models, ratios and differences agree.
 
     Args:
         outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: the sum and the count of every image, e.g. the
@@ -209,13 +210,11 @@ def bootstrap_outcomes(
         torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf)
         for sums in _resampled_sums(pairs, resamples, seed)
     ]
-    ordered = torch.cat(ratios).sort(dim=0).values
-    tail = (1 - confidence) / 2 * (resamples - 1)
-    lows, highs = ordered[math.floor(tail)].tolist(), ordered[math.ceil(resamples - 1 - tail)].tolist()
+    draws, wider = torch.cat(ratios), _widen_for_few(confidence, shape[0])
     estimates = (totals[:, 0] / totals[:, 1]).tolist()
     return {
-        name: Interval(estimate, low, high, confidence, "images")
-        for name, estimate, low, high in zip(outcomes, estimates, lows, highs, strict=True)
+        name: Interval(estimates[index], *_percentiles(draws[:, index], wider), confidence, "images")
+        for index, name in enumerate(outcomes)
     }
 
 

@@ -4,8 +4,17 @@ import math
 
 import pytest
 import torch
+from scipy.stats import norm, t
 
-from modeling_dclip.evaluation.statistics import Interval, bootstrap_ratio, seed_interval, t_quantile
+from modeling_dclip.evaluation.statistics import (
+    GAIN_METRIC,
+    Interval,
+    bootstrap_ratio,
+    compare_to_anchor,
+    differences_to_anchor,
+    seed_interval,
+    t_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +77,22 @@ def test_bootstrap_equals_a_naive_loop():
         sum(float(numerators[i]) for i in row) / sum(float(denominators[i]) for i in row) for row in rows.tolist()
     )
     interval = bootstrap_ratio(numerators, denominators, resamples=101, confidence=0.9, seed=7)
-    assert (interval.low, interval.high) == pytest.approx((ratios[5], ratios[95]))
+    widened = 2 * norm.cdf(t.ppf(0.95, 3) * math.sqrt(4 / 3)) - 1  # for four images, as Hesterberg says
+    place = math.floor((1 - widened) / 2 * 100)
+    assert (interval.low, interval.high) == pytest.approx((ratios[place], ratios[100 - place]))
+
+
+def test_a_gain_and_a_difference_of_few_images_agree_on_what_is_beyond_noise():
+    """Thirty pairs of models on 10 images of 5 captions, some of them just apart and some just not."""
+    generator, apart = torch.Generator().manual_seed(0), 0
+    for _ in range(30):
+        hits = [(torch.rand(10, 5, generator=generator) < share).double().sum(dim=1) for share in (0.4, 0.6)]
+        anchor, student = (torch.stack([own, torch.full_like(own, 5)], dim=1) for own in hits)
+        both = {GAIN_METRIC: student}, {GAIN_METRIC: anchor}
+        (gain,), (difference,) = (found(*both).values() for found in (compare_to_anchor, differences_to_anchor))
+        assert (gain["low"] > 0, gain["high"] < 0) == (difference["low"] > 0, difference["high"] < 0)
+        apart += gain["low"] > 0
+    assert 5 < apart < 25
 
 
 def test_the_same_seed_gives_the_same_interval():
