@@ -200,7 +200,8 @@ class CommandParser(HfArgumentParser):
         near = difflib.get_close_matches(unknown, self.names, 1) if message.startswith("unrecognized") else []
         hint = f" Did you mean {near[0]}?" if near else ""
         told = _ARGUMENT.sub(r"\1:", message)
-        raise ValueError(f"{told}.{hint} `{self.prog} --help` lists all options.")
+        stop = "" if told.endswith((".", "?")) else "."
+        raise ValueError(f"{told}{stop}{hint} `{self.prog} --help` lists all options.")
 
     def parse(self, words: Sequence[str] | None = None) -> tuple[Any, ...]:
         """The dataclasses that the words of a command line fill; by default those of the process.

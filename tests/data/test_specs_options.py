@@ -61,6 +61,9 @@ def test_a_wrong_option_is_one_line_before_any_work(tmp_path, monkeypatch, capsy
 
 def test_an_option_has_its_range_in_the_help():
     parser = CommandParser(prog="a")
+    for told in ("one word", "one word."):
+        with pytest.raises(ValueError, match="^one word. `a --help` lists all options.$"):
+            parser.error(told)
     parser.add_argument("--share", range=Range(0, 1, above=True), help="How much.")
     assert "How much. Expected: a number above 0 and up to 1." in " ".join(parser.format_help().split())
     assert parser.parse_args(["--share", "0.25"]).share == 0.25
