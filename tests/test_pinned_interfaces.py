@@ -601,6 +601,7 @@ def test_tables_and_fields_of_results():
         "settings",
         "spread",
         "notes",
+        "n_trained_on",
     ]
 
 

@@ -231,11 +231,13 @@ def _measure_or_keep(
 
 def _take_notes(record: Record, benchmark: Benchmark, subject: _Subject) -> None:
     """Write into a record what its reader has to know: what the data are, and that the model was trained on them."""
+    record.pop("notes", None)
+    record.pop("n_trained_on", None)
     notes, trained = list(benchmark.notes), subject.trained
     if trained is not None and (overlap := trained.describe_overlap(benchmark.image_keys())):
         logger.warning("%s: %s", benchmark.name, overlap)
         notes.append(f"{benchmark.name}, {subject.candidate.label or subject.candidate.name}: {overlap}")
-    record.pop("notes", None)
+        record["n_trained_on"] = trained.count_overlap(benchmark.image_keys())
     if notes:
         record["notes"] = notes
 

@@ -66,7 +66,7 @@ FIELDS: dict[str, tuple[type, ...]] = {
 }
 OPTIONAL_FIELDS: dict[str, tuple[type, ...]] = {"label": (str,), "condition": (str,), "n_captions": (int,)}
 OPTIONAL_FIELDS |= dict.fromkeys(("chance", "comparison", "draws", "intervals", "settings", "spread"), (dict,))
-OPTIONAL_FIELDS |= {"notes": (list,)}
+OPTIONAL_FIELDS |= {"notes": (list,), "n_trained_on": (int,)}
 
 # Metrics that are shares of images, captions or questions, by their names.
 _SHARES = re.compile(r"(?:recall@\d+|accuracy|mrr|map|^top\d+|mean_per_class)$")
@@ -162,6 +162,8 @@ class Record(_RequiredFields, total=False):
         draws (`dict[str, list[float]]`): The single values whose mean a metric is.
         notes (`list[str]`): What a reader of the numbers has to know: that test images were trained on, or which run
             kept them.
+        n_trained_on (`int`): How many of the test images the model learned from; left out where it is not known that
+            there are any.
         intervals (`dict`): An [`~modeling_dclip.evaluation.statistics.IntervalDict`] by metric.
         settings (`dict`): What else the metrics depend on.
         spread (`dict`): Median, min and max of timings, by metric.
@@ -174,6 +176,7 @@ class Record(_RequiredFields, total=False):
     comparison: dict[str, Any]
     draws: dict[str, list[float]]
     notes: list[str]
+    n_trained_on: int
     intervals: dict[str, IntervalDict]
     settings: dict[str, Any]
     spread: dict[str, dict[str, float]]
@@ -235,7 +238,7 @@ def validate_record(record: Any, where: str) -> None:
 
 def _check_values(record: dict[str, Any], where: str) -> None:
     """Check what the types of the fields leave open: numbers, their and their ranges."""
-    for name, least in (("n", 0), ("n_captions", 0), ("seed", 0)):
+    for name, least in (("n", 0), ("n_captions", 0), ("n_trained_on", 1), ("seed", 0)):
         if name in record and not least <= record[name] < 2**63:
             raise ValueError(
                 f"Expected an integer from {least} in the field {name!r} of {where}, got {record[name]!r}."

@@ -104,12 +104,14 @@ def test_a_record_says_that_the_model_was_trained_on_its_images(world, tmp_path,
             ["of a run", f"retrieval=a, ours: {trained}"],
             ["of a run"],
         ]
+        assert [record.get("n_trained_on") for record in done.records] == [2, None]
         assert read_results(tmp_path / "r.json") == done.records
     assert f"retrieval=a: {trained}" in caplog.text
     assert f"ours: {trained}." in render_table(done.records)
     (tmp_path / TRAINED_IMAGES).unlink()
     done = evaluate(models[:1], BENCHMARKS[:1], tmp_path / "r.json")
     assert done.kept == 1 and done.records[0]["notes"] == ["of a run"]
+    assert "n_trained_on" not in done.records[0]
 
 
 def test_what_an_index_finds_stays_beside_what_exact_search_finds(world, tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from modeling_dclip.evaluation.reports.tables import (
     COUNTED,
     counted,
     interval_cell,
+    kind_of_record,
     merge_repeats,
     name_of,
     row_title,
@@ -39,7 +40,12 @@ from modeling_dclip.evaluation.statistics import (
 # Fields that hold what was measured. All other fields say on what, and are compared; so are fields of later versions.
 _MEASURED = {"metrics", "intervals", "draws", "spread", "comparison", "label", "created", "format_version"}
 _HASHES = {"revision", "dataset_fingerprint"}
-_WORDS = {"dataset_fingerprint": "data", "n_captions": "captions", "revision": "weights"}
+_WORDS = {
+    "dataset_fingerprint": "data",
+    "n_captions": "captions",
+    "revision": "weights",
+    "n_trained_on": "test images trained on",
+}
 # Rows that differ in one of these do not answer the same question. Weights, and commands with them, may differ.
 _DECISIVE = ("dataset_fingerprint", "split", "n", "n_captions", "settings")
 
@@ -82,6 +88,7 @@ class ComparedPair(TypedDict):
         benchmark (`str`): As in the records.
         a (`str`), b (`str`): Names of the two rows.
         n (`list[int]`): What was counted in each.
+        trained_on (`list[int]`): How many of the test images each model learned from, as far as is known.
         same_weights (`bool`): Whether the weights are the same.
         differences (`list[list[str]]`): Field, value in A, value in B, of what else differs.
         notes (`list[str]`): What to know about the intervals.
@@ -92,6 +99,7 @@ class ComparedPair(TypedDict):
     a: str
     b: str
     n: list[int]
+    trained_on: list[int]
     same_weights: bool
     differences: list[list[str]]
     notes: list[str]
@@ -266,6 +274,8 @@ def compare_results(
 ) -> Comparison:
     """Compare the records of two files that are of the same benchmark and condition, or two models.
 
+    Benchmarks are the same if their names are, or their kinds and their data.
+
     If each file holds one record of a benchmark, these two are compared. If there are several, those with the same
     label or model are compared; if then one record is left in each file, these two are compared too.
 
@@ -344,13 +354,18 @@ def _match(
     first: Sequence[Record], second: Sequence[Record], *, chosen: bool
 ) -> tuple[list[tuple[Record, Record]], list[str]]:
     """Pairs of records to compare, and the records without a partner as text. Models that were `chosen` may differ in
-    their condition: one may be a point on the line to the other.
+    their condition: one may be a point on the line to the other. Benchmarks of different names are one where kind and
+    data are the same.
     """
+    names = [{record["benchmark"] for record in records} for records in (first, second)]
+    by_data = {_data_of(record): record["benchmark"] for record in first if record["benchmark"] not in names[1]}
     groups: dict[tuple[str, Any], tuple[list, list]] = {}
     for side, records in enumerate((first, second)):
         for record in records:
-            condition = None if chosen else record.get("condition")
-            groups.setdefault((record["benchmark"], condition), ([], []))[side].append(record)
+            name, condition = record["benchmark"], None if chosen else record.get("condition")
+            if name not in names[0]:
+                name = by_data.get(_data_of(record), name)
+            groups.setdefault((name, condition), ([], []))[side].append(record)
     pairs, unmatched = [], []
     for (benchmark, condition), (ours, theirs) in groups.items():
         rest = list(theirs)
@@ -372,6 +387,10 @@ def _match(
             for one in some
         ]
     return pairs, unmatched
+
+
+def _data_of(record: Record) -> tuple[str, str]:
+    return kind_of_record(record), record["dataset_fingerprint"]
 
 
 def _outcomes_of(record: Record, known: Mapping[str, Outcomes], path: str | os.PathLike) -> Outcomes:
@@ -428,6 +447,7 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
         "a": row_title(first),
         "b": row_title(second),
         "n": [first["n"], second["n"]],
+        "trained_on": [record.get("n_trained_on", 0) for record in pair],
         "same_weights": first["revision"] == second["revision"] and first.get("condition") == second.get("condition"),
         "differences": [list(row) for row in differences(first, second) if row[0] != "command"],
         "notes": notes,
@@ -503,7 +523,9 @@ def _effects_of(pair: ComparedPair, metrics: Iterable[str]) -> dict[str, Effect]
             interval = None if row["method"] == "none" else row["difference"]
             method = "unpaired" if row["method"] == "none" else row["method"]
             noun = COUNTED.get(kind, "image")
-            effects[row["metric"]] = Effect(row["metric"], row["a"], row["b"], interval, method, min(pair["n"]), noun)
+            effect = Effect(row["metric"], row["a"], row["b"], interval, method, min(pair["n"]), noun)
+            images = min(pair["n"]) if noun == "image" else 0
+            effects[row["metric"]] = effect._replace(trained_on=(*pair["trained_on"],), images=images)
     return effects
 
 

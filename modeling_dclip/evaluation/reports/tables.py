@@ -35,6 +35,7 @@ INTERVAL_NOTES = {
     "seeds": "±: {:.0%} t-interval over training seeds, on one test set.",
     "images": "In brackets: {:.0%} bootstrap interval over test images, for these checkpoints.",
 }
+_TRAINED_NOTE = "Images that a model was trained on are no evidence for new images."
 ABSENT = "–"  # in place of a number that was not measured
 
 
@@ -285,10 +286,11 @@ def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, st
 
     Returns:
         `str`: Markdown; empty if no record has such a metric and an anchor. Shares are in percent, and the last line
-            says what the intervals are.
+            says what the intervals are. Test images that a model was trained on are counted beside `n`.
     """
     rows: list[list[str | Cell]] = []
     kinds: set[tuple[str, float]] = set()
+    notes: list[str] = []
     for record in records:
         anchor = next((one for one in records if _is_anchor_of(one, record)), None)
         if anchor is None:
@@ -301,14 +303,17 @@ def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, st
             change = record["comparison"].get(f"{name}{DIFFERENCE}")
             cells.append(interval_cell(change, signed=True) if change else Cell(ABSENT))
             size = counted(record["n"], COUNTED.get(kind, "image"))
+            if known := max(one.get("n_trained_on", 0) for one in (anchor, record)):
+                size += f", {known:,} trained on"
+                notes = [_TRAINED_NOTE]
             rows.append([metric_of(name).heading, shown or kind, size, *cells])
             bounds = [change, *(one.get("intervals", {}).get(name) for one in (anchor, record))]
             kinds |= {(one["covers"], one["confidence"]) for one in bounds if one and one["low"] is not None}
     if not rows:
         return ""
-    notes = " ".join(["In percent.", *_interval_notes(kinds)])
+    text = " ".join(["In percent.", *notes, *_interval_notes(kinds)])
     header = ["", "measured on", "n", "before", "after", "change"]
-    return render_markdown([Table(header, rows, 2), Text(notes)])
+    return render_markdown([Table(header, rows, 2), Text(text)])
 
 
 def _is_anchor_of(one: Record, record: Record) -> bool:

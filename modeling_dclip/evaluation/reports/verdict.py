@@ -60,6 +60,9 @@ class Effect(NamedTuple):
         relative (`bool`): Whether the interval is of after / before - 1.
         over_images (`IntervalDict`, *optional*): With `"seeds"`: the interval over images, the mean of those of the
             runs. A claim has to be beyond this noise too, where it is known.
+        trained_on (`tuple[int, int]`): How many of the test images the anchor and the model learned from, as far as
+            is known; with `"seeds"` the most of any run.
+        images (`int`): Test images; 0 where something else was counted.
     """
 
     metric: str
@@ -71,6 +74,8 @@ class Effect(NamedTuple):
     noun: str = "image"
     relative: bool = False
     over_images: IntervalDict | None = None
+    trained_on: tuple[int, int] = (0, 0)
+    images: int = 0
 
     @property
     def sign(self) -> int:
@@ -158,7 +163,8 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
         retrieval = [group for group in groups if kind_of_record(group[0]) == "retrieval"]
         others = [group for group in groups if kind_of_record(group[0]) in ("zero_shot", "fine_grained")]
         for group in retrieval or [[]]:
-            if verdict := _judge_one(group, others, records):
+            verdict = _judge_one(group, others, records)
+            if verdict and verdict not in verdicts:  # the same weights are so on every benchmark
                 verdicts.append(verdict)
     return verdicts
 
@@ -280,14 +286,28 @@ def _measure(runs: Sequence[Record], metric: str, records: Sequence[Record]) -> 
         effect = _measure_run(run, metric, records)
         if effect is None:
             return None
-        effects.append(effect)
+        effects.append(_note_training(effect, run, records))
     if len(effects) == 1:
         return effects[0]
     before = sum(one.before for one in effects) / len(effects)
     after = sum(one.after for one in effects) / len(effects)
     interval = seed_interval([one.after - one.before for one in effects]).to_dict()
     over_images = _mean_interval([one.interval for one in effects if one.interval is not None])
-    return Effect(metric, before, after, interval, "seeds", len(effects), "seed", over_images=over_images)
+    effect = Effect(metric, before, after, interval, "seeds", len(effects), "seed", over_images=over_images)
+    first, second = (max(one.trained_on[side] for one in effects) for side in (0, 1))
+    return effect._replace(trained_on=(first, second), images=effects[0].images)
+
+
+def _note_training(effect: Effect, run: Record, records: Sequence[Record]) -> Effect:
+    """Add how many of the test images were trained on."""
+    anchors = (one for one in records if _is_anchor(one, run) and _data_of(one) == _data_of(run))
+    before = next((one["n_trained_on"] for one in anchors if "n_trained_on" in one), 0)
+    images = run["n"] if effect.noun == "image" else 0
+    return effect._replace(trained_on=(before, run.get("n_trained_on", 0)), images=images)
+
+
+def _data_of(record: Record) -> tuple[str, str]:
+    return record["benchmark"], record["dataset_fingerprint"]
 
 
 def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect | None:
@@ -300,8 +320,7 @@ def _measure_run(run: Record, metric: str, records: Sequence[Record]) -> Effect 
     noun = COUNTED.get(kind_of_record(run), "image")
     if stored := comparison.get(f"{metric}{DIFFERENCE}"):
         return Effect(metric, after - stored["estimate"], after, stored, "paired", n, noun)
-    data = run["benchmark"], run["dataset_fingerprint"]
-    same = (one for one in records if (one["benchmark"], one["dataset_fingerprint"]) == data)
+    same = (one for one in records if _data_of(one) == _data_of(run))
     anchor = next((one for one in same if _is_anchor(one, run) and metric in one["metrics"]), None)
     if anchor is None:
         return None
@@ -342,7 +361,10 @@ def compose(
         n (`str`): What was counted, in words.
     """
     sentences = [_on_retrieval(model, anchor, directions)] if directions else []
-    sentences.append(_on_zero_shot(zero_shot, model, anchor, alone=not directions))
+    found = [("", effect) for effect in directions.values()]
+    sentences = [_qualify(sentence, found, model, anchor) for sentence in sentences]
+    on_zero_shot = _on_zero_shot(zero_shot, model, anchor, alone=not directions)
+    sentences.append(_qualify(on_zero_shot, [*zero_shot, *rest], model, anchor))
     details = [
         _show_effect(DIRECTION_WORDS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()
     ]
@@ -353,6 +375,26 @@ def compose(
     methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
     details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
     return Verdict(model, " ".join(filter(None, sentences)), tuple(details))
+
+
+def _qualify(sentence: str, found: Sequence[tuple[str, Effect]], model: str, anchor: str) -> str:
+    """Add to a sentence on benchmarks that test images were trained on, if any were."""
+    parts = []
+    for side, name in ((1, model), (0, anchor)):
+        shares = dict.fromkeys(
+            f"{_trained_share(effect.trained_on[side], effect.images)}{spec and f' of {spec}'}"
+            for spec, effect in found
+            if effect.trained_on[side]
+        )
+        told = f"test images of {len(shares)} sets" if len(shares) > 2 else " and ".join(shares)
+        parts += [f"{name} was trained on {told}"] if shares else []
+    if not parts:
+        return sentence
+    return f"{sentence.removesuffix('.')}; {', '.join(parts)}, so this is no evidence for new images."
+
+
+def _trained_share(trained: int, images: int) -> str:
+    return f"{trained:,} of the {images:,} test images" if images else counted(trained, "test image")
 
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:

@@ -117,7 +117,10 @@ def test_outcomes_of_another_evaluation_are_refused(tmp_path):
 
 
 def test_files_without_anything_in_common_or_of_another_form_are_named(tmp_path):
-    a, b = write(tmp_path / "a.json", measure(0.5)), write(tmp_path / "b.json", measure(0.5, benchmark="zero_shot=y"))
+    a, b = (
+        write(tmp_path / "a.json", measure(0.5)),
+        write(tmp_path / "b.json", measure(0.5, benchmark="zero_shot=y", dataset_fingerprint="sha256:other")),
+    )
     with pytest.raises(ValueError, match=r"one benchmark in .*a.json and .*b.json, got \['zero_shot=scenes'\] and"):
         compare_results(a, b)
     (tmp_path / "summary.json").write_text('{"arms": []}')
@@ -125,6 +128,20 @@ def test_files_without_anything_in_common_or_of_another_form_are_named(tmp_path)
         compare_results(a, tmp_path / "summary.json")
     with pytest.raises(FileNotFoundError):
         compare_results(a, tmp_path / "gone.json")
+
+
+def test_one_benchmark_of_two_names_is_found_by_its_data_and_what_was_trained_on_is_said(tmp_path):
+    a = write(tmp_path / "a.json", measure(0.5, benchmark="zero_shot=held_out:a"))
+    b = write(tmp_path / "b.json", measure(0.55, benchmark="zero_shot=held_out:b", n_trained_on=90))
+    compared = compare_results(a, b)
+    (pair,) = compared["pairs"]
+    assert pair["metrics"][0]["method"] == "paired" and compared["unmatched"] == []
+    assert ["benchmark", "zero_shot=held_out:a", "zero_shot=held_out:b"] in pair["differences"]
+    text = render_comparison(compared)
+    assert "B was trained on 90 of the 400 test images of held_out:a, so this is no evidence" in text.splitlines()[0]
+    other = write(tmp_path / "c.json", measure(0.55, benchmark="retrieval=held_out:b"))
+    with pytest.raises(ValueError, match="records of one benchmark"):
+        compare_results(a, other)
 
 
 def test_points_between_two_models_are_comparable_with_both():

@@ -129,6 +129,10 @@ def test_before_and_after_has_a_row_for_each_main_metric_and_names_the_interval(
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
     assert [row[:3] for row in cells] == [[f"{way} R@1", "test part", "40 images"] for way in ("T→I", "I→T")]
     assert cells[0][3].startswith("50.0") and cells[0][4].startswith("60.0") and cells[0][5] == "+10.0 [+5.0, +15.0]"
+    assert "trained on" not in table
+    after["n_trained_on"] = 7
+    marked = render_before_and_after([before, after])
+    assert marked.count("40 images, 7 trained on") == 2 and "trained on are no evidence for new images" in marked
     assert cells[1][5] == "–"  # no difference was stored
     assert "95% bootstrap interval over test images" in table
     assert render_before_and_after([before]) == render_before_and_after([before, {**after, "revision": "c"}][:1]) == ""

@@ -124,6 +124,44 @@ def test_models_without_an_anchor_have_no_verdict_and_same_weights_say_so():
     assert verdict_lines(both) == ["mine has the same weights as anchor: there is nothing to tell apart."]
 
 
+def test_the_same_weights_are_said_once_for_all_benchmarks():
+    both = pair((0.3, 0.4), (0.3, 0.4))
+    both += [{**one, "benchmark": "retrieval=coco"} for one in both]
+    for one in both:
+        one["revision"] = "sha256:anchor"
+    assert len(verdict_lines(both)) == 1
+
+
+def test_a_headline_says_that_test_images_were_trained_on():
+    retrieval, top1 = pair((0.3, 0.4), (0.4, 0.5)), zero_shot(0.8, 0.72)
+    retrieval[1]["n_trained_on"] = 90
+    (verdict,) = judge(retrieval + top1)
+    assert verdict.headline.startswith(
+        "mine is better than anchor at retrieval, in both directions; mine was trained on 90 of the 400 test images, "
+        "so this is no evidence for new images. Zero-shot accuracy fell"
+    )
+    assert verdict.headline.count("no evidence") == 1
+    retrieval[0]["n_trained_on"], top1[1]["n_trained_on"] = 1000, 3
+    (verdict,) = judge(retrieval + top1)
+    assert "90 of the 400 test images, anchor was trained on 1,000 of the 400" in verdict.headline
+    assert verdict.headline.endswith(
+        "; mine was trained on 3 of the 400 test images of scenes, so this is no evidence for new images."
+    )
+
+
+def test_questions_are_not_counted_as_images_and_runs_of_an_arm_say_the_most():
+    anchor = outcomes(40, accuracy=0.3)
+    fields = {"benchmark": "fine_grained=scenes"}
+    both = [
+        record("anchor", anchor, **fields),
+        record("mine", outcomes(40, accuracy=0.5), anchor, n_trained_on=1, **fields),
+    ]
+    assert "mine was trained on 1 test image of scenes, so" in judge(both)[0].headline
+    arms = runs((0.4, 0.41, 0.42))
+    arms[1]["n_trained_on"], arms[2]["n_trained_on"] = 5, 8
+    assert "arm was trained on 8 of the 400 test images" in verdict_lines(arms)[0]
+
+
 def test_points_between_two_models_have_lines_of_their_own():
     both = pair((0.3, 0.4), (0.4, 0.5))
     line = verdict_lines([*both, {**both[1], "condition": "alpha=0.5"}])[1]
