@@ -245,6 +245,12 @@ def test_a_recipe_builds_on_its_base_section_by_section(tmp_path):
         (["--stages", "teach"], "Unknown stage 'teach'"),
         (["--train_fraction", "1.5"], "^train_fraction: expected a number above 0 and up to 1, got '1.5'"),
         (["--student.wise_ft_alpha", "2"], "wise_ft_alpha"),
+        (
+            ["--student.metric_for_best_model", "foo"],
+            "^Recipe, student: metric_for_best_model: expected what a validation measures, of mean_recall@1, "
+            "text_to_image_recall@1, image_to_text_recall@1, loss, cosine_distillation_loss, contrastive_loss, got",
+        ),
+        (["--teacher.metric_for_best_model", "accuracy"], "metric_for_best_model: .* of loss, got 'accuracy'"),
         (["--dmclip.distilation_loss_weight", "1"], "Did you mean 'dmclip.distillation_loss_weight'"),
         (["--dmclip.augmentations", "2"], "write for example reinforce.augmentations"),
         (["--reinforce.captioner", "x", "--reinforce.synthetic_captions", "y"], "or captioner, got both"),

@@ -23,6 +23,7 @@ ADAPTER_FIELDS = (
     "lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_target_modules", "lora_text", "merge_adapter",
 )  # fmt: skip
 
+RECALLS = ("text_to_image_recall@1", "image_to_text_recall@1")  # that a validation of the student measures
 MEAN_RECALL = "mean_recall@1"  # of both directions, on the validation images: what chooses the student's checkpoint
 
 REGEX_PREFIX = "re:"  # of a freeze pattern that is a regular expression
@@ -293,6 +294,17 @@ class StageTrainingArguments(TrainingArguments):
             super().__post_init__()
         except TypeError as error:  # an unknown key of a mapping that transformers or accelerate takes
             raise ValueError(f"expected fields that transformers' TrainingArguments takes, got: {error}.") from error
+        metric, known = self.metric_for_best_model, self.validation_metrics
+        if metric is not None and metric.removeprefix("eval_") not in known:
+            raise ValueError(
+                f"metric_for_best_model: expected what a validation measures, of {', '.join(known)}, got "
+                f"{shown(metric)}."
+            )
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Names of what a validation measures, and `metric_for_best_model` may be."""
+        return ["loss"]
 
     @property
     def eval_batch_size(self) -> int:
@@ -603,6 +615,12 @@ class StudentArguments(AdapterArguments):
             "anchor_embeds": self.cosine_preservation_loss_weight,
         }
         return [name for name, read in names.items() if read]
+
+    @property
+    def validation_metrics(self) -> list[str]:
+        """Retrieval, the loss and each of its terms."""
+        terms = [name.removesuffix("_weight") for name in self.__dataclass_fields__ if name.endswith("_loss_weight")]
+        return [MEAN_RECALL, *RECALLS, "loss", *(name for name in terms if getattr(self, f"{name}_weight"))]
 
     def __post_init__(self) -> None:
         check_section(self)

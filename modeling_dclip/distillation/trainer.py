@@ -35,6 +35,7 @@ from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
     MEAN_RECALL,
+    RECALLS,
     AnchorArguments,
     DMCLIPArguments,
     StageTrainingArguments,
@@ -330,7 +331,7 @@ def _describe_loss(logs: Mapping[str, Any]) -> str:
 
 
 def _describe_recalls(logs: Mapping[str, Any]) -> str:
-    found = [100 * logs[f"eval_{way}_recall@1"] for way in ("text_to_image", "image_to_text")]
+    found = [100 * logs[f"eval_{name}"] for name in RECALLS]
     return f"R@1 {found[0]:.1f} % text to image, {found[1]:.1f} % image to text"
 
 
@@ -878,7 +879,7 @@ class StudentTrainer(BatchesTrainer):
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
         readable: Any = eval_batches
         if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
-            if args.metric_for_best_model == MEAN_RECALL:
+            if str(args.metric_for_best_model).removeprefix("eval_") in (MEAN_RECALL, *RECALLS):
                 raise ValueError(
                     "load_best_model_at_end: expected text_embeds among the columns of the validation images, which "
                     f"retrieval is measured against, got {list(readable.columns)}."
@@ -961,7 +962,7 @@ class StudentTrainer(BatchesTrainer):
                 f"{self.state.global_step}. Lower {self.guard.stage}.learning_rate."
             )
         found = metrics_from_ranks(retrieval_ranks(images, texts, owners.to(images.device)), ks=(1,))
-        recalls = {name: found[name] for name in ("text_to_image_recall@1", "image_to_text_recall@1")}
+        recalls = {name: found[name] for name in RECALLS}
         return broadcast_object_list([recalls | {MEAN_RECALL: sum(recalls.values()) / 2}])[0]
 
     def _embed_images(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
