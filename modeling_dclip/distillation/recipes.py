@@ -121,6 +121,17 @@ class Recipe:
         }
         return [name for name in STAGES if (name in self.run.stages if self.run.stages else needed[name])]
 
+    @property
+    def starts(self) -> list[str]:
+        """The models that the recipe names to start from or to be taught by: folders, Hub ids or presets."""
+        if self.trains_dmclip:
+            named = [self.dmclip.model, self.dmclip.vision_model, self.dmclip.text_model]
+            if "reinforce" in self.stages:
+                named += self.reinforce.teachers or [self.run.clip_model]
+        else:
+            named = [self.run.clip_model, self.run.teacher_model if self.student.reads_teacher else None]
+        return [name for name in dict.fromkeys(named) if name is not None]
+
     def resolved(self, *sections: str) -> dict[str, Any]:
         """The global fields and these sections as plain values, to be saved beside weights."""
         return {

@@ -21,7 +21,13 @@ from transformers.trainer_utils import IntervalStrategy
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_off_test, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
-from modeling_dclip.data.captions.parts import HELD_OUT, describe_copies, write_held_out, write_trained_images
+from modeling_dclip.data.captions.parts import (
+    HELD_OUT,
+    describe_copies,
+    read_trained_images,
+    write_held_out,
+    write_trained_images,
+)
 from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import (
@@ -29,6 +35,7 @@ from modeling_dclip.data.files import (
     MANIFEST_NAME,
     holding,
     list_folder,
+    printable,
     remove_leftovers,
     user_cache_dir,
     write_json,
@@ -422,6 +429,7 @@ class SharedData:
         whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
         tests ([`KeyedRows`] by `str`): The test parts.
         kept (`dict[str, set[Path]]`): The folders of this process's runs that hold each test part.
+        told (`set[tuple[str, str]]`): Start models and test parts that were compared, and a warning given.
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
@@ -432,6 +440,7 @@ class SharedData:
     whole: dict[str, KeyedRows] = field(default_factory=dict)
     tests: dict[str, KeyedRows] = field(default_factory=dict)
     kept: dict[str, set[Path]] = field(default_factory=dict)
+    told: set[tuple[str, str]] = field(default_factory=set)
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
     pixels: dict[tuple, PixelReader] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
@@ -587,6 +596,7 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
     run, places = recipe.run, Places.of(recipe)
     if (test := find_test_part(run, shared)) is None:
         return
+    _warn_of_seen(recipe, test, shared)
     kept, here = shared.kept.setdefault(_test_key(run), set()), places.folder.absolute()
     if kept.intersection((here, *here.parents)):
         return
@@ -602,6 +612,21 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
         PartialState().wait_for_everyone()
         record.finish()
     kept.add(here)
+
+
+def _warn_of_seen(recipe: Recipe, test: KeyedRows, shared: SharedData) -> None:
+    """Warn of test images that had a say in a model which the run starts from or is taught by."""
+    for model in recipe.starts:
+        told = (model, _test_key(recipe.run))
+        if told in shared.told or (trained := read_trained_images(model)) is None:
+            continue
+        shared.told.add(told)
+        if overlap := trained.describe_overlap(test.keys):
+            logger.warning(
+                "test part: this run begins with '%s', and %s. Results on them are too good: begin with a model that "
+                "never saw them.",
+                *(printable(model), overlap),
+            )
 
 
 def load_captioned(specs: Sequence[str], exclude_karpathy: Sequence[str], seed: int, shared: SharedData) -> Dataset:
@@ -678,7 +703,7 @@ class Learned(NamedTuple):
     """What a model learns from.
 
     Args:
-        keys (`Sequence[str]`): Of its images.
+        keys (`Sequence[str]`): Of its images, and of those that choose its checkpoint.
         starts (`Sequence`): Folders or Hub ids of the models that it starts from or is taught by.
     """
 

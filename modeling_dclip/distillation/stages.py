@@ -152,10 +152,20 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
         write_targets(teacher_path, data, clip, features, places)
     if "student" in stages:
         resolved = recipe.resolved("regions", "teacher", "targets", "student")
-        keys = [key for split in student_splits(images) for key in split.keys]
         teachers = [recipe.run.teacher_model or places.folder / "teacher"] if recipe.student.reads_teacher else []
-        learned = Learned(keys, [clip.path, *teachers])
+        learned = Learned(student_keys(recipe.student, images), [clip.path, *teachers])
         train_student(recipe.student, data, clip, places, resolved, shared, learned)
+
+
+def student_keys(args: StudentArguments, images: Splits) -> list[str]:
+    """Keys of the images that have a say in a student: it learns from them, or they choose its checkpoint.
+
+    Args:
+        args ([`StudentArguments`]): Say whether a validation chooses the checkpoint.
+        images (`dict[str, KeyedRows]`): From [`~modeling_dclip.distillation.run.load_training_images`].
+    """
+    choosing = [images["validation"]] if args.load_best_model_at_end and "validation" in images else []
+    return [key for split in [*student_splits(images), *choosing] for key in split.keys]
 
 
 def make_anchor(args: AnchorArguments, images: KeyedRows, places: Places, resolved_arguments: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import yaml
 from datasets import concatenate_datasets
 
 from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions.parts import write_trained_images
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.distillation.dmclip_stages import _captioned_images
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
@@ -19,6 +20,7 @@ from modeling_dclip.distillation.run import (
     load_training_images,
     without_test,
 )
+from modeling_dclip.distillation.stages import student_keys
 
 DATA = "scenes:train,n=20,image_size=32,captions_per_image=1"
 RECIPE = {"train_datasets": [DATA], "train_fraction": 0.8, "test_fraction": 0.1, "clip_model": "none-needed"}
@@ -128,6 +130,35 @@ def test_two_runs_that_share_data_keep_it_both(tmp_path, caplog):
         keep_test_part(recipe_of(tmp_path, "--output_dir", str(tmp_path / name)), shared)
         assert len(load_captions(f"held_out:{tmp_path / name}")) == 2
         assert f"test part: 2 of 20 images, which no stage sees; held_out:{tmp_path / name} names them" in caplog.text
+
+
+def test_images_that_choose_the_checkpoint_have_a_say_in_the_student(tmp_path):
+    shared, numbers = SharedData(), []
+    for words in ((), ("--student.load_best_model_at_end", "false")):
+        recipe = recipe_of(tmp_path, "--student.eval_strategy", "epoch", *words)
+        images = load_training_images(recipe, shared)
+        keys = student_keys(recipe.student, images)
+        numbers.append(len(keys))
+        assert set(images["train"].keys) <= set(keys) and not set(find_test_part(recipe.run, shared).keys) & set(keys)
+    assert numbers == [18, 16]
+
+
+def test_a_start_that_saw_test_images_is_told_once(tmp_path, caplog):
+    recipe, shared = recipe_of(tmp_path, clip_model=str(tmp_path / "clip")), SharedData()
+    test = find_test_part(recipe.run, shared)
+    (tmp_path / "clip").mkdir()
+    write_trained_images(tmp_path / "clip", [test.keys[0], "ab" * 32])
+    for _ in range(2):
+        keep_test_part(recipe, shared)
+    [told] = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert told.startswith(
+        f"test part: this run begins with '{tmp_path / 'clip'}', and 1 of the 2 test images trained this model or "
+        "chose its checkpoint ("
+    )
+    caplog.clear()
+    write_trained_images(tmp_path / "clip", ["ab" * 32])
+    keep_test_part(recipe, SharedData())
+    assert not [record for record in caplog.records if record.levelno == logging.WARNING]
 
 
 @pytest.mark.parametrize(

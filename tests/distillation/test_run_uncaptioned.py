@@ -82,7 +82,7 @@ def test_models_say_which_images_they_learned_from(finished, tiny_clip_dir):
     for stage, number in (("teacher", 8), ("student", 24)):
         trained = read_trained_images(finished / "run" / stage)
         assert len(trained.keys) == number
-        assert trained.describe_overlap(keys).startswith(f"{number} of the 24 test images were")
+        assert trained.describe_overlap(keys).startswith(f"{number} of the 24 test images trained")
     assert read_trained_images(tiny_clip_dir) is None
 
 

@@ -99,7 +99,7 @@ def test_a_record_says_that_the_model_was_trained_on_its_images(world, tmp_path,
     models = [Candidate("student", "ours"), Candidate("anchor")]
     for _ in range(2):  # measured, and kept
         done = evaluate(models, BENCHMARKS[:1], tmp_path / "r.json")
-        trained = f"2 of the 8 test images were in this model's training data ({tmp_path / TRAINED_IMAGES})"
+        trained = f"2 of the 8 test images trained this model or chose its checkpoint ({tmp_path / TRAINED_IMAGES})"
         assert [record.get("notes") for record in done.records] == [
             ["of a run", f"retrieval=a, ours: {trained}"],
             ["of a run"],

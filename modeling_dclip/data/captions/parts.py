@@ -3,8 +3,8 @@
 The *test part* is drawn by the content of the pictures: no seed, no file name and no caption decides it. The rest is
 split into training and validation by image id. Identical pictures are in one part, under whatever names they come.
 
-A model keeps the keys of the images that it learned from beside its weights, in `trained_images.npy`, so that an
-evaluation on some of them says so.
+A model keeps the keys of the images that it learned from, or that chose its checkpoint, beside its weights, in
+`trained_images.npy`, so that an evaluation on some of them says so.
 
 A run keeps its test part in `RUN_FOLDER/held_out`, and the spec `held_out:RUN_FOLDER` reads it: `held_out.json` says
 what it is of, `images` is a saved dataset. Pictures that are files stay where they are; stored bytes are copied.
@@ -53,7 +53,7 @@ HELD_OUT = "held_out"  # the folder of the test part in a run's folder
 _IMAGES, _ABOUT = "images", "held_out.json"
 _KEY = "image_key"  # the column of the pictures' keys
 _STORED = {"bytes": Value("binary"), "path": Value("string")}  # of an `Image`, the files' content would be saved too
-_LEVELS = 2  # of folders that an arm's run lies below the one that holds the test part
+_LEVELS = 4  # of folders below the one that holds the test part: arm, seed, stage, checkpoint
 
 
 def describe_copies(image_ids: Sequence[str], keys: Sequence[str]) -> str:
@@ -192,19 +192,31 @@ def write_held_out(folder: Path, dataset: Dataset, keys: Sequence[str], *, of: i
     write_json(folder / _ABOUT, about)
 
 
+def _holder(folder: Path) -> Path | None:
+    """The folder that holds a test part: this one or one of those above it."""
+    places = (folder, *folder.parents[:_LEVELS])
+    return next((place for place in places if (place / HELD_OUT / _ABOUT).is_file()), None)
+
+
 def find_held_out(run_folder: str | os.PathLike) -> Path:
     """The folder `held_out` of a run.
 
     Args:
-        run_folder (`str` or `os.PathLike`): The run's folder, one of an arm's run or of a stage in it.
+        run_folder (`str` or `os.PathLike`): The run's folder, one of an arm's run, or of a stage or checkpoint in it.
 
     Raises:
-        FileNotFoundError: If there is no such folder, or the run has no test part; the message says what to set.
+        FileNotFoundError: If there is no such folder, or the run has no test part; the message says what to name or
+            to set.
     """
-    root = Path(os.path.abspath(require_folder(run_folder, "run folder")))
-    for place in (root, *root.parents[:_LEVELS]):
-        if (place / HELD_OUT / _ABOUT).is_file():
-            return place / HELD_OUT
+    try:
+        root = Path(os.path.abspath(require_folder(run_folder, "run folder")))
+    except FileNotFoundError as error:
+        if (place := _holder(Path(run_folder))) is None:
+            raise
+        advice = f"{printable(place)} is a run's folder with a test part: write held_out:{printable(place)}."
+        raise FileNotFoundError(f"{str(error).removesuffix('Check the path.')}{advice}") from None
+    if (place := _holder(root)) is not None:
+        return place / HELD_OUT
     raise FileNotFoundError(
         f"The run '{printable(run_folder)}' has no test part. Train with test_fraction above 0, for example "
         "`--train_fraction 0.8 --test_fraction 0.1`, which leaves a tenth for validation."
@@ -213,7 +225,8 @@ def find_held_out(run_folder: str | os.PathLike) -> Path:
 
 def _read_about(folder: Path) -> dict[str, Any]:
     path = folder / _ABOUT
-    about = read_json(path, "description of a test part", ("run", "images", "of", "test_fraction", "mode"))
+    keys = ("run", "images", "of", "test_fraction", "mode")
+    about = read_json(path, "description of a test part", keys, advice="Run train.py again with --overwrite true.")
     require_field(about, "run", "The object", path, str)
     require_field(about, "mode", "The object", path, NULLABLE_TEXT)
     for name in ("images", "of"):
@@ -221,8 +234,12 @@ def _read_about(folder: Path) -> dict[str, Any]:
     return about
 
 
-def describe_held_out(run_folder: str | os.PathLike) -> str:
-    """What the test part of a run is, in a few words: `15 of the 155 images of the run outputs/mine`.
+def describe_held_out(run_folder: str | os.PathLike, images: int) -> str:
+    """What was read of the test part of a run, in a few words: `15 of the 155 images of the run outputs/mine`.
+
+    Args:
+        run_folder (`str` or `os.PathLike`): As for [`find_held_out`].
+        images (`int`): How many images were read of it; fewer than it has with `@COUNT` or `missing=skip`.
 
     Raises:
         FileNotFoundError: As [`find_held_out`].
@@ -231,7 +248,9 @@ def describe_held_out(run_folder: str | os.PathLike) -> str:
     folder = find_held_out(run_folder)
     about, here = _read_about(folder), Path(os.path.abspath(run_folder)) == folder.parent
     run = printable(run_folder if here else folder.parent)
-    return f"{about['images']:,} of the {about['of']:,} images of the run {run}, kept out of training"
+    if images != about["images"]:
+        return f"{images:,} of the {about['images']:,} test images of the run {run}, kept out of training"
+    return f"{images:,} of the {about['of']:,} images of the run {run}, kept out of training"
 
 
 def read_held_out(run_folder: str, *, missing: str = "raise") -> Dataset:
@@ -329,11 +348,12 @@ def _as_array(keys: Iterable[str]) -> np.ndarray:
 
 
 def write_trained_images(folder: Path, keys: Sequence[str], starts: Sequence[str | os.PathLike] = ()) -> None:
-    """Keep the keys of the images that a model learns from beside it, if any is known. No loader needs the file.
+    """Keep the keys of the images that had a say in a model beside it, if any is known. No loader needs the file.
 
     Args:
         folder (`Path`): The model's folder.
-        keys (`Sequence[str]`): Of the pictures: [`~modeling_dclip.data.columns.image_keys`].
+        keys (`Sequence[str]`): Of the pictures that it learns from or that choose its checkpoint:
+            [`~modeling_dclip.data.columns.image_keys`].
         starts (`Sequence`, *optional*): The models that it starts from or is taught by. What they learned from is
             added, where they are folders that say so.
 
@@ -350,7 +370,7 @@ def write_trained_images(folder: Path, keys: Sequence[str], starts: Sequence[str
 
 
 class TrainedImages(NamedTuple):
-    """The images that a model learned from.
+    """The images that a model learned from, or that chose its checkpoint.
 
     Attributes:
         path (`Path`): The file that says so.
@@ -361,7 +381,7 @@ class TrainedImages(NamedTuple):
     keys: np.ndarray
 
     def count_overlap(self, keys: Sequence[str]) -> int:
-        """Count the test images that the model learned from.
+        """Count the test images that had a say in the model.
 
         Args:
             keys (`Sequence[str]`): Of the test images: [`~modeling_dclip.data.columns.image_keys`].
@@ -369,7 +389,7 @@ class TrainedImages(NamedTuple):
         return int(np.isin(_as_array(keys), self.keys).sum())
 
     def describe_overlap(self, keys: Sequence[str]) -> str:
-        """Say how many of some test images the model learned from; an empty text if none.
+        """Say how many of some test images had a say in the model; an empty text if none.
 
         Args:
             keys (`Sequence[str]`): As in `count_overlap`.
@@ -377,11 +397,12 @@ class TrainedImages(NamedTuple):
         number = self.count_overlap(keys)
         if not number:
             return ""
-        verb = "was" if number == 1 else "were"
-        return f"{number:,} of the {len(keys):,} test images {verb} in this model's training data ({self.path})"
+        return f"{number:,} of the {len(keys):,} test images trained this model or chose its checkpoint ({self.path})"
 
 
-_OVERLAP = re.compile(r"([\d,]+) of the ([\d,]+) test images (?:was|were) in this model's training data")
+_OVERLAP = re.compile(  # records of earlier versions have the second form
+    r"([\d,]+) of the ([\d,]+) test images (?:trained this model|(?:was|were) in this model's training data)"
+)
 
 
 def read_overlap(note: str) -> tuple[int, int] | None:
@@ -391,10 +412,10 @@ def read_overlap(note: str) -> tuple[int, int] | None:
         note (`str`): One of a record's notes.
 
     Returns:
-        `tuple[int, int]`: The number of test images that were trained on, and of all.
+        `tuple[int, int]`: The number of test images that had a say in the model, and of all.
 
     Example:
-        >>> read_overlap("1,027 of the 2,108 test images were in this model's training data (a/trained_images.npy)")
+        >>> read_overlap("1,027 of the 2,108 test images trained this model or chose its checkpoint (a/x.npy)")
         (1027, 2108)
     """
     found = _OVERLAP.search(note)

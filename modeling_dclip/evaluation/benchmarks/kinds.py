@@ -100,7 +100,7 @@ def _make(
     """A benchmark of a dataset, which `evaluate` takes as `dataset`."""
     notes: tuple[str, ...] = ()
     if spec.source is CAPTION_SOURCES["held_out"]:
-        notes = (f"{name}: {describe_held_out(spec.fields[0])}",)
+        notes = (f"{name}: {describe_held_out(spec.fields[0], len(dataset))}",)
     return Benchmark(
         name,
         spec.split,

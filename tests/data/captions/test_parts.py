@@ -130,13 +130,16 @@ def test_a_run_names_its_test_part_from_any_folder(kept, monkeypatch):
     (kept / "run" / "student").mkdir()
     expected = load_captions(f"csv:{kept}/t.csv:{kept}/photos")
     about = f"3 of the 30 images of the run {kept}/run, kept out of training"
-    for folder in ("run", "run/student"):  # a stage of it, an arm of it
+    (kept / "run" / "arm" / "seed-0" / "student" / "checkpoint-3").mkdir(parents=True)
+    for folder in ("run", "run/student", "run/arm/seed-0/student/checkpoint-3"):  # a stage, a checkpoint of an arm
         found = load_captions(f"held_out:{kept}/{folder}")
         assert found.column_names == ["image_id", "captions", "image"]
         assert found["captions"][:] == expected["captions"][:] == [["a dog"], ["a cat", "two"], ["a bird"]]
         assert image_keys(found) == image_keys(expected)
-        assert describe_held_out(f"{kept}/{folder}") == about
+        assert describe_held_out(f"{kept}/{folder}", 3) == about
     assert len(load_captions(f"held_out:{kept}/run@2")) == 2
+    part = f"2 of the 3 test images of the run {kept}/run, kept out of training"
+    assert describe_held_out(f"{kept}/run", 2) == part
     assert load_uncaptioned([f"held_out:{kept}/run"], seed=0)["captions"][:] == [[], [], []]
 
 
@@ -184,11 +187,19 @@ def test_what_is_no_test_part_is_refused(kept):
         load_captions("held_out:other")
     with pytest.raises(FileNotFoundError, match="No run folder at 'nowhere'"):
         load_captions("held_out:nowhere")
+    message = (
+        "No run folder at 'run/student/checkpoint-3'.* run is a run's folder with a test part: write held_out:run."
+    )
+    with pytest.raises(FileNotFoundError, match=message):
+        load_captions("held_out:run/student/checkpoint-3")
     with pytest.raises(ValueError, match="missing to be one of"):
         load_captions("held_out:run,missing=no")
     about = kept / "run" / HELD_OUT / "held_out.json"
     about.write_text(json.dumps(json.loads(about.read_text()) | {"of": "many"}))
     with pytest.raises(ValueError, match="held_out.json': expected an integer under 'of', got 'many'"):
+        load_captions("held_out:run")
+    about.write_text("{")
+    with pytest.raises(ValueError, match="held_out.json', got .* Run train.py again with --overwrite true.$"):
         load_captions("held_out:run")
     about.write_text(json.dumps({"run": "x", "images": 3, "of": 30, "test_fraction": 0.1, "mode": None}))
     shutil.rmtree(about.parent / "images")
@@ -211,10 +222,10 @@ def test_a_model_says_which_test_images_it_learned_from(tmp_path):
     assert np.load(tmp_path / TRAINED_IMAGES, allow_pickle=False).shape == (3, 16)
     trained = read_trained_images(tmp_path)
     assert trained.describe_overlap(hashes(b"x", b"y")) == "" and trained.describe_overlap([]) == ""
-    one = f"1 of the 3 test images was in this model's training data ({tmp_path / TRAINED_IMAGES})"
+    one = f"1 of the 3 test images trained this model or chose its checkpoint ({tmp_path / TRAINED_IMAGES})"
     assert trained.describe_overlap(hashes(b"x", b"a", b"y")) == one
     assert trained.describe_overlap(hashes(b"x", b"a", b"a", b"y")).startswith("2 of the 4")  # as the benchmark counts
-    assert trained.describe_overlap(hashes(b"b", b"a")).startswith("2 of the 2 test images were")
+    assert trained.describe_overlap(hashes(b"b", b"a")).startswith("2 of the 2 test images trained")
 
 
 def test_keys_are_told_apart_by_their_first_16_bytes(tmp_path):
