@@ -295,7 +295,11 @@ def test_a_test_part_is_called_held_out_only_where_no_image_of_it_was_trained_on
     write_trained_images(run / "student", ["ab" * 32], [run / "start"])
     assert find() == [Seen(shown, False, "2 of the 3 images")]
     note = "x: 27 of the 1,108 test images were in this model's training data (a/trained_images.npy)"
-    assert find(notes=["of a run", note]) == [Seen(shown, False, "27 of the 1,108 images")]
+    for said in (
+        note,
+        note.replace("were in this model's training data", "trained this model or chose its checkpoint"),
+    ):
+        assert find(notes=["of a run", said]) == [Seen(shown, False, "27 of the 1,108 images")]
     assert find("retrieval=csv:a.csv:b", [note]) == [Seen("retrieval=csv:a.csv:b", False, "27 of the 1,108 images")]
     (run / "student" / TRAINED_IMAGES).unlink()
     assert find(notes=[note]) == [Seen(shown, False, "27 of the 1,108 images")]
@@ -309,7 +313,7 @@ def test_a_card_counts_the_test_images_that_were_trained_on(made):
     cards = [render_card("dual", facts | {"evaluation": one}) for one in told]
     claim = "it never trained on them"
     assert [claim in card for card in cards] == [False, False, True]
-    assert "⚠ 27 of the 108 images were in the training data of this model" in cards[0]
+    assert "⚠ 27 of the 108 images trained this model or chose its checkpoint" in cards[0]
     assert "⚠ Images of this dataset were trained on" in cards[1]
 
 
