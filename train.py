@@ -33,7 +33,7 @@ from accelerate import PartialState
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.captions.parts import HELD_OUT
 from modeling_dclip.data.failures import FAILURES, MistakeCollector, command, naming, one_line, recorded_command
-from modeling_dclip.data.files import entry_names
+from modeling_dclip.data.files import entry_names, show_script
 from modeling_dclip.distillation.checks import check_effects, check_recipe, check_starting_models
 from modeling_dclip.distillation.recipes import (
     ArmRun,
@@ -60,7 +60,7 @@ from modeling_dclip.evaluation.reports.tables import (
 )
 from modeling_dclip.evaluation.reports.verdict import show_verdicts
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
-from modeling_dclip.hub.publish.facts import PublishArguments
+from modeling_dclip.hub.publish.facts import PublishArguments, suggest_name
 from modeling_dclip.hub.publish.licences import check_licence, find_origins
 from modeling_dclip.progress import duration_in_words
 
@@ -240,7 +240,16 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
     gallery, index = folder / "gallery", folder / "index"
     steps: dict[str, list[list[str | Path]]] = {
         "See what it finds and misses. For other pictures, name them: retrieval=csv:CAPTIONS.csv:FOLDER": [
-            ["eval.py", "--model", model, *anchor, "--benchmark", f"retrieval={test}", "--gallery", gallery]
+            [
+                show_script("eval.py"),
+                "--model",
+                model,
+                *anchor,
+                "--benchmark",
+                f"retrieval={test}",
+                "--gallery",
+                gallery,
+            ]
             + ["--output", gallery / "results.json"]
         ],
         "Search pictures with words": [
@@ -249,7 +258,7 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
         ],
         "Write what would be published, under your name and licence; nothing leaves this machine": [
             ["-m", "modeling_dclip.hub.publish", "--model", model, "--results", folder / "results"]
-            + ["--repo_id", f"me/{folder.resolve().name}", "--license", "mit", "--dry_run"]
+            + ["--repo_id", f"me/{suggest_name(folder.resolve().name)}", "--license", "mit", "--dry_run"]
         ],
     }
     lines = ["Next:"]
@@ -316,7 +325,7 @@ def run_recipe(recipe: Recipe) -> None:
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("modeling_dclip").setLevel(logging.INFO if is_main else logging.WARNING)
     if (gpus := torch.cuda.device_count()) > 1 and PartialState().num_processes == 1:
-        start = f"accelerate launch --num_processes {gpus} train.py"
+        start = f"accelerate launch --num_processes {gpus} {show_script('train.py')}"
         logging.warning("One of %d GPUs is used. All of them: `%s` and the same words.", gpus, start)
     runs, shared = expand_arms(recipe), SharedData()
     publication = check_all(recipe, runs, shared)

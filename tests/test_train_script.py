@@ -166,6 +166,19 @@ def test_a_run_without_a_test_part_says_how_to_get_one_unless_it_is_evaluated(tm
         assert sorted(file.name for file in results.iterdir()) == ["records.json", "records.outcomes.safetensors"]
 
 
+@pytest.mark.parametrize(("here", "script"), [(ROOT, "eval.py"), (ROOT / "docs", str(ROOT / "eval.py"))])
+def test_the_next_commands_run_from_the_folder_that_they_were_printed_in(tmp_path, monkeypatch, here, script):
+    monkeypatch.chdir(here)
+    train_script = importlib.import_module("train")
+    fields = {"clip_model": str(ROOT / "recipes" / "demo_anchor"), "train_datasets": ["scenes:train,n=8"]}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
+    recipe = train_script.parse_recipe([], tmp_path / "recipe.yaml")
+    told = train_script.describe_next(recipe, tmp_path / "my run ü!", "student")
+    look, _, _, publish = [shlex.split(line) for line in told.splitlines() if line.startswith("  python ")]
+    assert look[1] == script and Path(script).is_file()
+    assert publish[publish.index("--repo_id") + 1] == "me/my-run-u"
+
+
 def test_an_error_in_a_stage_ends_with_one_clear_line_and_writes_nothing(tmp_path):
     (tmp_path / "photos").mkdir()
     (tmp_path / "captions.csv").write_text("image;caption\na.png;a dog\n")

@@ -1582,6 +1582,16 @@ def package_version(package: str) -> str:
         return "not installed"
 
 
+def show_script(name: str) -> str:
+    """Where a script of this checkout is, as to type it: relative below the working folder, else absolute.
+
+    Args:
+        name (`str`): `eval.py` or `train.py`.
+    """
+    path, here = Path(__file__).resolve().parents[2] / name, Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 @functools.cache
 def git_revision() -> str | None:
     """The commit of this package, with `-dirty` if files were changed since; `None` if it is no checkout of git."""

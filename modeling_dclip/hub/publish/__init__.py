@@ -8,6 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, get_token
 
 from modeling_dclip.data.files import temporary_folder
+from modeling_dclip.encoders.loading import stored_dtype
 from modeling_dclip.evaluation.reports.tables import counted
 from modeling_dclip.hub.publish.facts import Problems, PublishArguments, check_repo_name, gather
 from modeling_dclip.hub.publish.licences import check_licence, read_arguments
@@ -15,7 +16,7 @@ from modeling_dclip.hub.publish.pictures import EXAMPLES
 from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
 from modeling_dclip.hub.publish.staging import StagedRepo, check_staging, list_files, stage
 
-DRY_RUN_FOLDER = "outputs/publish"
+DRY_RUN_FOLDER = "outputs/publish"  # of a dry run; a folder in it for each dual encoder, named as its repository
 PUBLISH_COMMAND = "python -m modeling_dclip.hub.publish"
 _WIDTH = 120  # of a line in the terminal
 
@@ -60,10 +61,13 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
     """
     problems = Problems()
     with temporary_folder() as temporary:
-        root = Path(arguments.staging or (DRY_RUN_FOLDER if arguments.dry_run else temporary / "repos"))
-        problems.find(lambda: check_staging(root))
-        if not arguments.dry_run and _is_name(arguments.repo_id):
-            problems.find(lambda: check_access(str(arguments.repo_id), HfApi(), delays))
+        repo_id, root = str(arguments.repo_id), temporary / "repos"
+        if _is_name(arguments.repo_id):
+            if arguments.dry_run or arguments.staging:
+                root = Path(arguments.staging or Path(DRY_RUN_FOLDER, *repo_id.split("/")))
+                problems.find(lambda: check_staging(root, repo_id))
+            if not arguments.dry_run:
+                problems.find(lambda: check_access(repo_id, HfApi(), delays))
         staged = stage(gather(arguments, problems), root)
         return staged if arguments.dry_run else push_repos(staged, private=arguments.private, delays=delays)
 
@@ -146,6 +150,12 @@ def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -
         lines.append(
             "No example pictures: your own are not published unless you name them, with --examples FILE... or "
             "--examples csv:TABLE.csv:FOLDER@4."
+        )
+    saved, published = stored_dtype(arguments.model), stored_dtype(dual.folder)
+    if saved != published:
+        lines.append(
+            f"The weights go out in {published}, in which the results were measured; training saved them in {saved}, "
+            "which takes half the space. transformers computes in the type that is stored."
         )
     if not arguments.dataset and not _reads_known_data(arguments):
         lines.append("The card names the training data by file only; --dataset NAME... gives them a name.")

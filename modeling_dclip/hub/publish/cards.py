@@ -25,13 +25,17 @@ from modeling_dclip.hub.publish.training import TrainingFacts
 
 
 class ModelFacts(TypedDict):
-    """The sizes of a dual encoder. Numbers of parameters are in millions, rounded to three digits."""
+    """The sizes of a dual encoder. Numbers of parameters are in millions, rounded to three digits.
+
+    Its weights are published in `dtype`; training saved them in `saved_dtype`.
+    """
 
     image_size: int
     patch_size: int | None
     projection_dim: int
     text_length: int
     dtype: str
+    saved_dtype: str
     image_parameters_millions: str
     text_parameters_millions: str
 

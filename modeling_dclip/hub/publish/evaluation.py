@@ -12,7 +12,7 @@ from modeling_dclip.data.captions.parts import (
     read_overlap,
     read_trained_images,
 )
-from modeling_dclip.data.files import list_folder, read_bytes
+from modeling_dclip.data.files import list_folder, read_bytes, show_script
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
@@ -132,8 +132,8 @@ def select_records(
         models = sorted({record["model"] for record in records})
         raise ValueError(
             f"Expected results of the weights in '{model}' ({revision[:19]}...) in {', '.join(results)}, got only "
-            f"results of {', '.join(models)} with other weights. Evaluate these weights: eval.py --model {model} "
-            "--output FILE."
+            f"results of {', '.join(models)} with other weights. Evaluate these weights: python "
+            f"{show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE."
         )
     references = {
         record["comparison"]["anchor_revision"] for record in own if "anchor_revision" in record.get("comparison", {})
@@ -261,8 +261,31 @@ def describe_evaluation(
         versions=", ".join(sorted(versions)),
         has_reference=bool(reference),
         role=role,
-        verdicts=judge([*_named(reference, start), *_named(own, name)]) if start else [],
+        verdicts=merge_verdicts(judge([*_named(reference, start), *_named(own, name)])) if start else [],
     )
+
+
+def merge_verdicts(verdicts: Sequence[Verdict]) -> list[Verdict]:
+    """Make one of the verdicts that say the same of several benchmarks.
+
+    Its details are then a line for each, and what both say, as of the zero-shot accuracy, stands in the first.
+
+    Example:
+        >>> one, other = (Verdict("m", "It helped.", (f"R@1 {number} %.", "Top-1 5 %.")) for number in (2, 3))
+        >>> merge_verdicts([one, other])
+        [Verdict(model='m', headline='It helped.', details=('R@1 2 %. Top-1 5 %.', 'R@1 3 %.'))]
+    """
+    same: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in verdicts:
+        same.setdefault((verdict.model, verdict.headline), []).append(verdict)
+    merged = []
+    for found in same.values():
+        lines, said = [], set[str]()
+        for one in found:
+            lines.append(" ".join(line for line in one.details if line not in said))
+            said |= set(one.details)
+        merged.append(found[0] if len(found) == 1 else found[0]._replace(details=tuple(lines)))
+    return merged
 
 
 def describe_benchmark(record: Record, before: Record | None, name: str, role: str) -> BenchmarkFacts:

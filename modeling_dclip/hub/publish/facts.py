@@ -6,6 +6,7 @@ files. A fact that is missing is an error, and all errors are told at once.
 
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.failures import FAILURES, one_line
-from modeling_dclip.data.files import read_json
+from modeling_dclip.data.files import read_json, show_script
 from modeling_dclip.data.specs import Range
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
@@ -30,6 +31,7 @@ from modeling_dclip.encoders.loading import (
     load_merged,
     load_processor,
     read_config,
+    stored_dtype,
 )
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.tables import render_leakage
@@ -56,6 +58,7 @@ from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
 
 _Made = TypeVar("_Made")
+MOST_LETTERS = 96 - max(map(len, REPO_SUFFIXES.values()))  # of a repository's name: the Hub takes 96
 
 
 def _help(text: str, default: Any = None, **options: Any) -> Any:
@@ -103,7 +106,7 @@ class PublishArguments:
     dry_run: bool = _help("Write the folders and list what would be pushed. Nothing leaves this machine.", False)
     staging: str | None = _help(
         "Folder to write the repositories in; what an earlier run wrote there is replaced. The default is a temporary "
-        "one, or outputs/publish with dry_run."
+        "one, or outputs/publish/NAMESPACE/NAME with dry_run."
     )
     cards: str | None = _help("Folder of the cards' templates. The default is hub_cards of this checkout.")
 
@@ -286,7 +289,7 @@ def gather_card_facts(
     return CardFacts(
         family=family,
         repos=name_repos(str(arguments.repo_id), model, has_teacher=teacher is not None),
-        model=describe_model(model),
+        model=describe_model(model, arguments.model),
         training=training,
         teacher=read,
         has_adapter=has_adapter,
@@ -339,7 +342,8 @@ def find_results(model: str) -> list[str]:
             return [os.path.relpath(above / "results")]
     raise FileNotFoundError(
         f"results: expected results of '{model}', got none, and no folder 'results' beside it. Evaluate it: "
-        f"`python eval.py --model {model} --benchmark retrieval=SPEC --output FILE`, then give --results FILE."
+        f"`python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, then give "
+        "--results FILE."
     )
 
 
@@ -366,16 +370,36 @@ def check_repo_name(repo_id: str | None) -> None:
         repo_id (`str`): The name of the dual encoder's repository.
 
     Raises:
-        ValueError: If it is not `namespace/name`, or too long with a suffix such as `-teacher`.
+        ValueError: If it is not `namespace/name` as the Hub takes it, or too long with a suffix such as `-teacher`.
     """
     if repo_id is None:
         raise ValueError("repo_id: expected namespace/name, for example me/my-clip, got none. Give --repo_id.")
-    try:
-        validate_repo_id(f"{repo_id}-teacher")
-    except HFValidationError as error:
-        raise ValueError(f"repo_id: expected namespace/name as the Hub takes it, got {repo_id!r}: {error}") from error
     if repo_id.count("/") != 1:
-        raise ValueError(f"repo_id: expected namespace/name, for example me/dclip-vitb16, got {repo_id!r}.")
+        raise ValueError(f"repo_id: expected namespace/name, for example me/my-clip, got {repo_id!r}.")
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        advice = f"For example {repo_id.split('/')[0]}/{suggest_name(repo_id.split('/')[1])}."
+        raise ValueError(
+            f"repo_id: expected namespace/name as the Hub takes it, got {repo_id!r}: {error} {advice}"
+        ) from error
+    if (length := len(repo_id.split("/")[1])) > MOST_LETTERS:
+        raise ValueError(
+            f"repo_id: expected a name of at most {MOST_LETTERS} characters, because the other repositories get a "
+            f"suffix, got {length} in {repo_id!r}."
+        )
+
+
+def suggest_name(text: str) -> str:
+    """Make the name of a repository from any text, such as the name of a run's folder.
+
+    Example:
+        >>> suggest_name("my run \u00fc!"), suggest_name("???"), suggest_name("a--b.git")
+        ('my-run-u', 'my-clip', 'a-b')
+    """
+    plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
+    name = re.sub(r"[-.]{2,}", "-", re.sub(r"[^\w.-]+", "-", plain, flags=re.ASCII)).strip("-.")
+    return name[:MOST_LETTERS].removesuffix(".git").strip("-.") or "my-clip"
 
 
 def name_repos(repo_id: str, model: PreTrainedModel, has_teacher: bool) -> dict[str, str]:
@@ -446,8 +470,13 @@ def _load_teacher(folder: str, model: PreTrainedModel | None) -> Teacher:
     return Teacher(load_checked(DCLIPTeacher, folder), processor)
 
 
-def describe_model(model: PreTrainedModel) -> ModelFacts:
-    """Measure a dual encoder, from its config and weights."""
+def describe_model(model: PreTrainedModel, folder: str) -> ModelFacts:
+    """Measure a dual encoder, from its config and weights.
+
+    Args:
+        model (`PreTrainedModel`): As it is published.
+        folder (`str`): Where training saved it.
+    """
     vision, text = model.config.vision_config, model.config.text_config
     return ModelFacts(
         image_size=vision.image_size,
@@ -455,6 +484,7 @@ def describe_model(model: PreTrainedModel) -> ModelFacts:
         projection_dim=model.config.projection_dim,
         text_length=text.max_position_embeddings,
         dtype=str(model.dtype).removeprefix("torch."),
+        saved_dtype=stored_dtype(folder),
         image_parameters_millions=_millions(model, ("vision_model", "visual_projection")),
         text_parameters_millions=_millions(model, ("text_model", "text_projection")),
     )

@@ -66,21 +66,22 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
 
     Args:
         facts ([`Facts`]): What to write.
-        root (`Path`): A new or empty folder, or one that an earlier run wrote, which is replaced. Each repository gets
-            a folder in it, with the repository's name.
+        root (`Path`): A new or empty folder, or one that an earlier run wrote for the same repository, which is
+            replaced. Each repository gets a folder in it, with the repository's name.
 
     Returns:
         `list[StagedRepo]`: In the order of pushing. If one repository fails, `root` stays as it was.
 
     Raises:
-        FileExistsError: If `root` is in use, or what an earlier run wrote there was changed.
+        FileExistsError: If `root` is in use, or holds another publication, or what an earlier run wrote there was
+            changed.
         FileNotFoundError: If a template or a written file is missing.
         ValueError: If a card is not valid, or the stock `CLIPModel` gives other outputs than the model.
     """
-    earlier = check_staging(root)
+    repos = facts.card["repos"]
+    earlier = check_staging(root, repos["dual"])
     if root.is_dir() and not entry_names(root):
         root.rmdir()
-    repos = facts.card["repos"]
     staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in repos.items()]
     with holding(root, beside=True), replacing(root) as temporary:
         written = {repo.kind: replace(repo, folder=temporary / repo.folder.name) for repo in staged}
@@ -98,25 +99,31 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
     return [replace(repo, changed=tuple(_differences(earlier, hashes, repo.folder.name))) for repo in staged]
 
 
-def check_staging(root: Path) -> dict[str, str] | None:
+def check_staging(root: Path, repo_id: str) -> dict[str, str] | None:
     """Check early that a folder can be written or replaced.
 
     Args:
         root (`Path`): The staging folder.
+        repo_id (`str`): The dual encoder's repository.
 
     Returns:
         `dict[str, str]`: The hashes of what an earlier run wrote there; `None` if the folder is new or empty.
 
     Raises:
-        FileExistsError: If it holds anything else, or a file that was changed since.
+        FileExistsError: If it holds anything else, another publication, or a file that was changed since.
     """
     if not (root / RECORD).is_file():
         check_new_folder(root)
         return None
     remove_leftovers(root.parent)
     check_output_folder(root)
-    recorded = read_json(root / RECORD, "record of a dry run", keys=("files",), advice="Remove the folder.")["files"]
-    found = hash_files(root)
+    record = read_json(root / RECORD, "record of a dry run", keys=("repos", "files"), advice="Remove the folder.")
+    if repo_id not in record["repos"][-1:]:  # the dual encoder's is last
+        raise FileExistsError(
+            f"staging: expected a new folder, or the one that a run for {repo_id} wrote, got '{root}' with "
+            f"{', '.join(map(str, record['repos']))}. Name another folder, or move this one away."
+        )
+    recorded, found = record["files"], hash_files(root)
     if changed := sorted(name for name in recorded.keys() | found.keys() if recorded.get(name) != found.get(name)):
         raise FileExistsError(
             f"staging: expected in '{root}' what the last run wrote, got changes in {', '.join(changed[:3])}"

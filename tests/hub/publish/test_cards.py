@@ -18,6 +18,7 @@ from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_held_out, w
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders.loading import load_merged
+from modeling_dclip.evaluation.records import write_results
 from modeling_dclip.evaluation.reports.document import show_text
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
@@ -27,7 +28,7 @@ from modeling_dclip.hub.publish.cards import (
     template_name,
 )
 from modeling_dclip.hub.publish.evaluation import Seen, find_seen, read_all_results, select_records
-from modeling_dclip.hub.publish.facts import gather_card_facts
+from modeling_dclip.hub.publish.facts import MOST_LETTERS, check_repo_name, gather_card_facts, suggest_name
 from modeling_dclip.hub.publish.licences import check_licence, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import LABELS, Example, choose_pictures, draw_pictures, save_pictures
 from modeling_dclip.hub.publish.training import DataSource, show_spec
@@ -152,6 +153,24 @@ def test_a_text_encoder_that_trained_is_not_called_untouched(made):
     assert "left as it was" not in render_card("dual", facts)
 
 
+def test_a_card_says_why_its_weights_are_larger_than_those_that_training_saved(made, tiny_clip_dir, tmp_path):
+    half = {**made, "dclip": make_student(tmp_path / "half", tiny_clip_dir, dtype=torch.float16)}
+    half["results"] = write_records(tmp_path, half["dclip"], anchor=tiny_clip_dir)
+    told = "stored in float32, with the values that training saved in float16: transformers computes in the type that"
+    assert [told in render_card("dual", gather(one, teacher=False)) for one in (made, half)] == [False, True]
+
+
+def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
+    records = read_all_results([str(made["results"])])
+    records += [{**one, "benchmark": "retrieval=scenes:val"} for one in records if one["benchmark"] == RETRIEVAL]
+    write_results(tmp_path / "records.json", records)
+    facts = gather({**made, "results": tmp_path}, teacher=False)
+    (verdict,) = facts["evaluation"]["verdicts"]
+    assert len(verdict.details) == 2 and "scenes:test" in verdict.details[0] and "scenes:val" in verdict.details[1]
+    card = render_card("dual", facts)
+    assert card.count(f"**{verdict.headline}") == 2  # at the top, and over the numbers
+
+
 def test_the_metadata_of_a_widget_hold_labels_and_stored_outputs(made):
     for kind, has_widget in (("dual", True), ("clip", True), ("vision", False), ("teacher", False)):
         data = make_metadata(kind, gather(made)).to_dict()
@@ -180,7 +199,9 @@ def test_every_template_has_a_model_and_types_no_measurement():
 
 def test_results_of_other_weights_are_refused(made, tiny_clip_dir, tmp_path):
     other = make_student(tmp_path / "other", tiny_clip_dir, seed=5)
-    with pytest.raises(ValueError, match="Expected results of the weights in .*Evaluate these weights: eval.py"):
+    with pytest.raises(
+        ValueError, match="Expected results of the weights in .*Evaluate these weights: python eval.py"
+    ):
         gather({**made, "dclip": other})
     with pytest.raises(FileNotFoundError, match="Expected a results file or a folder"):
         gather({**made, "results": tmp_path / "nowhere"})
@@ -262,6 +283,27 @@ def test_pictures_are_always_the_same(tmp_path):
     assert json.dumps([example.to_widget() for example in make_fake_examples()])
 
 
+def test_a_suggested_name_is_one_that_the_hub_takes():
+    for text in ("my run ü!", "", "...", "-a-", "a--b..c", "x.git", "ÄÖ", "新", "n" * 200, "a/b", "_x_", "1.5"):
+        check_repo_name(f"me/{suggest_name(text)}")
+    assert [suggest_name(text) for text in ("mine", "my run ü!", "legit")] == ["mine", "my-run-u", "legit"]
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("me/my run ü!", r"got 'me/my run ü!': .*For example me/my-run-u\."),
+        ("me/x.git", r"got 'me/x.git': .*For example me/x\."),
+        ("alone", "expected namespace/name, for example me/my-clip, got 'alone'"),
+        ("me/" + "n" * 90, f"at most {MOST_LETTERS} characters, .* got 90 in 'me/nnn"),
+    ],
+)
+def test_a_wrong_name_is_named_as_it_was_given(repo_id, message):
+    with pytest.raises(ValueError, match=message) as raised:
+        check_repo_name(repo_id)
+    assert "-teacher" not in str(raised.value)
+
+
 def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
     def record(top1, created, revision="sha256:own", **fields):
         shared = {"model": "m", "benchmark": "zero_shot=x", "metrics": {"top1": top1}, "revision": revision}
@@ -331,7 +373,7 @@ def spoil(value, text, path=()):
     """The facts with a text in every field that comes from files or names, not from a closed list."""
     closed = {"repos", "license", "base_models", "cross_attention", "section", "table", "leakage", "path"}
     closed |= {"image_parameters_millions", "text_parameters_millions", "parameters_millions"}  # numbers
-    closed |= {"family", "dtype", "hub_id", "allowed", "emissions_grams", "license_link", "split"}
+    closed |= {"family", "dtype", "saved_dtype", "hub_id", "allowed", "emissions_grams", "license_link", "split"}
     if isinstance(value, dict):
         return {name: one if name in closed else spoil(one, text, (*path, name)) for name, one in value.items()}
     if is_dataclass(value):

@@ -439,6 +439,28 @@ def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(tra
     assert card.read_text() == "edited"
 
 
+def test_dry_runs_of_several_models_lie_beside_each_other(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    named = {"dry_run": True, "examples": ["none"]}
+    one = publish(make_arguments(trained["student"], trained["results"], repo_id="me/a1", **named))
+    written = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
+    other = publish(make_arguments(trained["later"], trained["results"], repo_id="me/c1", **named))
+    assert [repo.folder for repo in one] == [
+        Path("outputs/publish/me/a1", f"a1{end}") for end in ("-vision", "-clip", "")
+    ]
+    assert all(repo.changed is None for repo in (*one, *other))
+    assert {path.parent.name for path in written} == {"a1", "a1-clip", "a1-vision"} and all(
+        path.read_bytes() == content for path, content in written.items()
+    )
+    with pytest.raises(
+        FileExistsError, match="wrote, got 'outputs/publish/me/a1' with me/a1-vision, me/a1-clip, me/a"
+    ):
+        publish(
+            make_arguments(trained["later"], trained["results"], repo_id="me/c1", staging=str(one[0].folder.parent))
+        )
+    assert all(path.read_bytes() == content for path, content in written.items())
+
+
 def test_all_problems_are_said_at_once_one_line_each(trained, tmp_path, capsys):
     words = ["--model", str(trained["student"]), "--results", str(tmp_path / "nowhere"), "--examples", "IMG_1.jpg"]
     with pytest.raises(SystemExit) as ended:
