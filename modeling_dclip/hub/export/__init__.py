@@ -63,7 +63,7 @@ _WHY = {
     "transformers differs by 1 to 2 grey levels, and transformers.js resizes in its own way. None turns a picture as "
     "EXIF says, and 16 bits a pixel become white: `open_picture` in the README makes up for both.",
 }
-# The code in a README: for each tower how to make its input, and how each runtime computes it.
+# The code in a README: for each tower how to make its input, how each runtime computes it, and what to do with it.
 _INPUTS = {
     "image": """
 image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
@@ -93,6 +93,10 @@ text_embeds = torch.export.load(f"{folder}/text_model.pt2").module()(ids)
 """,
 }
 
+_LENGTH = (
+    "length = lambda embeds: (embeds**2).sum(-1)[:, None] ** 0.5  # vectors of length 1: inner products are cosines"
+)
+
 
 class _Runtime(NamedTuple):
     name: str
@@ -106,7 +110,8 @@ class _Runtime(NamedTuple):
         head = [f"import {self.module}", "from transformers import AutoImageProcessor, AutoTokenizer"]
         made = [_INPUTS[kind].strip().replace("{tensors}", self.tensors) for kind in kinds]
         runs = [self.runs[kind].strip() for kind in kinds]
-        return "\n".join([*head, OPEN_PICTURE.strip(), "\n", 'folder = "FOLDER"  # this one', *made, *runs])
+        last = "\n".join([_LENGTH, *(f"{kind}_embeds = {kind}_embeds / length({kind}_embeds)" for kind in kinds)])
+        return "\n".join([*head, OPEN_PICTURE.strip(), "\n", 'folder = "FOLDER"  # this one', *made, *runs, last])
 
 
 _ONNX = _Runtime("ONNX Runtime", "onnxruntime", "onnxruntime transformers pillow", "np", _ONNX_RUNS)

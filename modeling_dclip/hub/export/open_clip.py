@@ -32,8 +32,8 @@ import open_clip
 folder = "local-dir:FOLDER"  # this one
 model, preprocess = open_clip.create_model_from_pretrained(folder)
 tokenizer = open_clip.get_tokenizer(folder)
-image_embeds = model.encode_image(preprocess(open_picture("photo.jpg"))[None])
-text_embeds = model.encode_text(tokenizer(["a photo of a dog"]))
+image_embeds = model.encode_image(preprocess(open_picture("photo.jpg"))[None], normalize=True)
+text_embeds = model.encode_text(tokenizer(["a photo of a dog"]), normalize=True)  # inner products are cosines
 """
 _WHY = {
     "text": "Before its tokenizer, open_clip repairs every text with ftfy (quotes, ligatures, widths, encodings) and "

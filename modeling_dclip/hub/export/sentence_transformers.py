@@ -33,8 +33,8 @@ from sentence_transformers import SentenceTransformer
 
 
 model = SentenceTransformer("FOLDER")  # this one
-image_embeds = model.encode([open_picture("photo.jpg")])
-text_embeds = model.encode(["a photo of a dog"])
+image_embeds = model.encode([open_picture("photo.jpg")], normalize_embeddings=True)  # inner products are cosines
+text_embeds = model.encode(["a photo of a dog"], normalize_embeddings=True)
 """
 _WHY = {
     "text": "sentence-transformers reads a text that is the address of a picture, or the path of one that is there, "
