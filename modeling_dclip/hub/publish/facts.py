@@ -74,7 +74,7 @@ class PublishArguments:
         default_factory=list,
         metadata={
             "help": "Results files, or folders of them; the card shows the records of these weights. The default is "
-            "the folder `results` of the model's run."
+            "the folder `results` of the model's run, and its file `results.json`."
         },
     )
     repo_id: str | None = _help(
@@ -325,24 +325,26 @@ def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:
 
 
 def find_results(model: str) -> list[str]:
-    """Find the results that train.py wrote: the folder `results` beside the model's, or up to two folders above it.
+    """Find the results of a run: its folder `results`, which train.py writes, and its file `results.json`, where the
+    documentation lets eval.py write. They lie beside the model's folder, or up to two folders above it.
 
     Args:
         model (`str`): The model's folder, such as `outputs/mine/student`.
 
     Returns:
-        `list[str]`: One folder.
+        `list[str]`: The folder, the file, or both.
 
     Raises:
         FileNotFoundError: If there is none.
     """
     folder = Path(model).absolute()
     for above in list(folder.parents)[:3]:
-        if (above / "results").is_dir() and above != Path.cwd():
-            return [os.path.relpath(above / "results")]
+        found = [above / name for name in ("results", "results.json")]
+        if above != Path.cwd() and (found := [path for path in found if path.exists()]):
+            return [os.path.relpath(path) for path in found]
     raise FileNotFoundError(
-        f"results: expected results of '{model}', got none, and no folder 'results' beside it. Evaluate it: "
-        f"`python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, then give "
+        f"results: expected results of '{model}', got none, and neither 'results' nor 'results.json' beside it. "
+        f"Evaluate it: `python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, then give "
         "--results FILE."
     )
 

@@ -27,7 +27,7 @@ from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
 from modeling_dclip.hub.publish.cards import CARD_TEMPLATES
-from modeling_dclip.hub.publish.facts import gather
+from modeling_dclip.hub.publish.facts import find_results, gather
 from modeling_dclip.hub.publish.pictures import LABELS, draw_pictures
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
@@ -657,3 +657,14 @@ def test_a_publication_that_fails_half_way_leaves_no_folder(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="card's template dclip-vision.md.jinja"):
         publish(arguments)
     assert not [path for path in tmp_path.iterdir() if "staged" in path.name]
+
+
+def test_the_results_of_a_run_are_those_of_training_and_those_of_the_documented_evaluation(tmp_path, monkeypatch):
+    (tmp_path / "mine" / "student").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="neither 'results' nor 'results.json' beside it"):
+        find_results("mine/student")
+    (tmp_path / "mine" / "results.json").touch()
+    assert find_results("mine/student") == ["mine/results.json"]
+    (tmp_path / "mine" / "results").mkdir()
+    assert find_results("mine/student") == ["mine/results", "mine/results.json"]
