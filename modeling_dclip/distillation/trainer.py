@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import IntervalStrategy, TrainOutput
+from transformers.trainer_utils import IntervalStrategy, SchedulerType, TrainOutput
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.collation import Batches, TokenizedStudentBatches, pass_batch
@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 ARGUMENTS_NAME = "arguments.yaml"
+_NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedules that ignore warmup_steps
 
 logger = logging.getLogger(__name__)
 
@@ -504,6 +505,22 @@ class BatchesTrainer(Trainer):
             self.is_in_train = False
             return TrainOutput(self.state.global_step, 0.0, {})
 
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """As the base class; a warm-up that takes all steps is told."""
+        args, stage, steps = self.args, self.guard.stage, num_training_steps
+        if (
+            str(SchedulerType(args.lr_scheduler_type).value) not in _NO_WARMUP
+            and args.get_warmup_steps(steps) >= steps
+        ):
+            learns = "the one step has the rate 0, so nothing is learned" if steps == 1 else "the rate stays below it"
+            logger.warning(
+                "%s: warm-up (warmup_steps %g) takes all of the %s, before learning_rate %g is reached: %s. Set %s "
+                "to 0, or train for more steps: raise num_train_epochs or lower per_device_train_batch_size.",
+                *(stage, args.warmup_steps, count_of(steps, "step"), args.learning_rate, learns),
+                f"{stage}.warmup_steps",
+            )
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def describe_best(self) -> None:
         """Log which step's weights were kept, if a validation chose them."""
         state, step = self.state, self.state.best_global_step
@@ -515,6 +532,8 @@ class BatchesTrainer(Trainer):
         found = f"{name} {_number(state.best_metric)}"
         if name == MEAN_RECALL and f"eval_{name}" in kept:
             found = f"mean {_describe_recalls(kept)}"
+        if (alpha := getattr(self.args, "wise_ft_alpha", 1)) < 1:
+            found += f", measured before its weights are averaged with the anchor's (wise_ft_alpha {alpha:g})"
         logger.info(
             "%s: kept step %s of %s, the best of %s by %s. No test image had a say.",
             *(self.guard.stage, f"{step:,}", f"{state.global_step:,}", count_of(len(measured), "validation"), found),

@@ -19,7 +19,7 @@ from modeling_dclip.distillation.arguments import TeacherArguments
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
 from modeling_dclip.distillation.run import load_student
 from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.distillation.trainer import TeacherTrainer, ValidationSplit
+from modeling_dclip.distillation.trainer import StudentTrainer, TeacherTrainer, ValidationSplit
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
@@ -277,6 +277,29 @@ def test_validation_measures_retrieval_as_evaluation_does(tiny_clip_dir, data, p
     names = ("text_to_image_recall@1", "image_to_text_recall@1")
     assert {name: log[f"eval_{name}"] for name in names} == {name: expected[name] for name in names}
     assert log["eval_mean_recall@1"] == (expected[names[0]] + expected[names[1]]) / 2
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            {"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "max_steps": 1},
+            "takes all of the 1 step,.* is learned",
+        ),
+        (
+            {"lr_scheduler_type": "linear", "warmup_steps": 3, "max_steps": 3},
+            "takes all of the 3 steps,.* stays below",
+        ),
+        ({"lr_scheduler_type": "cosine", "warmup_steps": 0.1, "max_steps": 2}, None),
+        ({"lr_scheduler_type": "constant", "warmup_steps": 1, "max_steps": 1}, None),
+    ],
+)
+def test_a_warm_up_that_takes_all_steps_is_told(options, told, tiny_clip_dir, data, processor, tmp_path, caplog):
+    args = student_arguments(tmp_path, **options)
+    batches = StudentBatches(data, processor.image_processor, args.columns, width=16)
+    trainer = StudentTrainer(load_student(str(tiny_clip_dir)), args, batches, processor, {})
+    trainer.create_optimizer_and_scheduler(args.max_steps)
+    assert bool(re.search(told or "warm-up", caplog.text)) == (told is not None)
 
 
 def test_training_is_told_in_lines_that_people_read(tiny_clip_dir, data, processor, tmp_path, caplog, capfd):

@@ -153,6 +153,9 @@ def test_the_student_of_the_best_validation_is_kept_wherever_a_run_was_stopped(
     anchor = load_student(inputs["clip"]).state_dict()
     assert equal(weights(tmp_path / "whole"), best if alpha == 1 else interpolate_weights(anchor, best, alpha))
     assert "kept step 4 of 10, the best of 5 validations by mean R@1 50.0 % text to image, 50.0 %" in caplog.text
+    assert ("measured before its weights are averaged with the anchor's (wise_ft_alpha 0.5)" in caplog.text) == (
+        alpha < 1
+    )
     for step in (2, 8):
         stop_at(tmp_path / "whole", tmp_path / f"from-{step}", step)
         train_validated(inputs, tmp_path / f"from-{step}", **options)
