@@ -233,7 +233,8 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
     test = pictures if recipe.run.train_datasets else "csv:CAPTIONS.csv:FOLDER"
     if recipe.run.test_fraction:
         test = f"{HELD_OUT}:{folder}"
-        query = " ".join(load_captions(parse_caption_spec(test))[0]["captions"][0].split()[:8])
+        captions = load_captions(parse_caption_spec(test))[:5]["captions"]
+        query = min((one for row in captions for one in row), key=len).strip().rstrip(".")
     anchor = []
     if recipe.run.clip_model is not None or recipe.makes_anchor:  # a DM-CLIP may start from no CLIP
         anchor = ["--anchor", find_clip(recipe, Places.of(recipe))]

@@ -39,6 +39,7 @@ from modeling_dclip.data.rows import (
     flickr_id,
     require_unique,
 )
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -416,7 +417,8 @@ def _group_lines(
         captions.setdefault(name, []).append(line.cells[caption_at])
         numbers.setdefault(name, line.number)
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
-        logger.warning("'%s': left out %d lines without a caption, lines %s", path, len(empty), first(empty))
+        shown = count_of(len(empty), "line")
+        logger.warning("'%s': left out %s without a caption: %s", path, shown, first(empty))
     root = folder.resolve().name
     ids = [name if name.startswith("/") else f"{root}/{name}" for name in captions]
     if source is not None:

@@ -18,7 +18,6 @@ from modeling_dclip.evaluation.reports.document import Block, Code, Heading, Tab
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import (
     COUNTED,
-    counted,
     interval_cell,
     kind_of_record,
     merge_repeats,
@@ -36,6 +35,7 @@ from modeling_dclip.evaluation.statistics import (
     excludes_zero,
     unpaired_difference,
 )
+from modeling_dclip.progress import count_of
 
 # Fields that hold what was measured. All other fields say on what, and are compared; so are fields of later versions.
 _MEASURED = {"metrics", "intervals", "draws", "spread", "comparison", "label", "created", "format_version"}
@@ -499,7 +499,7 @@ def judge_comparison(comparison: Comparison) -> list[Verdict]:
         if not (retrieval or zero_shot or rest):
             continue
         shown = [
-            (_effects_of(one, DIRECTION_WORDS), f"{counted(one['n'][0], 'image')} of {_spec_of(one)}")
+            (_effects_of(one, DIRECTION_WORDS), f"{count_of(one['n'][0], 'image')} of {_spec_of(one)}")
             for one in retrieval
         ]
         for effects, where in shown or [({}, "")]:
@@ -577,7 +577,7 @@ def _count(comparison: Comparison) -> str:
     chance = len(judged) * (1 - comparison["confidence"])
     beyond = sum(row["beyond_noise"] for row in judged)
     return (
-        f"{counted(len(judged), 'metric')} of different weights compared, each with a {comparison['confidence']:.0%} "
+        f"{count_of(len(judged), 'metric')} of different weights compared, each with a {comparison['confidence']:.0%} "
         f"interval; {beyond} beyond noise. If the models were alike, about {chance:.1f} would differ by chance, and "
         "metrics of one benchmark mostly together."
     )

@@ -72,6 +72,7 @@ from modeling_dclip.evaluation.reports.tables import (
 )
 from modeling_dclip.evaluation.reports.verdict import judge
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, IntervalDict, Summary, seed_interval
+from modeling_dclip.progress import count_of
 
 
 def _kind_of(record: Record) -> str:
@@ -715,7 +716,7 @@ def _add_left_out(report: _Builder, most: int = 30) -> None:
         counts = Counter(path.name for path in others)
         named = ", ".join(f"{name} ×{count}" if count > 1 else name for name, count in sorted(counts.items()))
         report.blocks.append(
-            Terms([("Passed over", f"{_counted(len(others), 'JSON file')} without results: {named}")])
+            Terms([("Passed over", f"{count_of(len(others), 'JSON file')} without results: {named}")])
         )
 
 
@@ -761,12 +762,6 @@ def _find_beside(paths: Sequence[str | os.PathLike], sources: Sources, output: P
     return [Links(linked)] if linked else []
 
 
-def _counted(count: int, what: str) -> str:
-    """A count with its noun: "1 file", "2 files", "3 measurements of speed"."""
-    noun, _, rest = what.partition(" of ")
-    return f"{count:,} {noun}{'s' * (count != 1)}{f' of {rest}' if rest else ''}"
-
-
 def _introduce(report: _Builder) -> list[Block]:
     sources = report.sources
     records = [record for _, record in sources.records]
@@ -775,14 +770,14 @@ def _introduce(report: _Builder) -> list[Block]:
         (len({record["revision"] for record in records}), "model"),
         (len({record["benchmark"] for record in records}), "benchmark"),
         (len(sources.summaries), "experiment"),
-        (len(sources.speed), "measurement of speed"),
+        (len(sources.speed), "speed measurement"),
     ]
-    counted = ", ".join(_counted(count, what) for count, what in parts if count)
+    counted = ", ".join(count_of(count, what) for count, what in parts if count)
     made = datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
     read = len(sources.names) - len(sources.left_out) - len(sources.others)
-    intro = [f"Made {made} from {_counted(read, 'file')}: {counted}."]
+    intro = [f"Made {made} from {count_of(read, 'file')}: {counted}."]
     if left_out := len(sources.left_out):
-        intro.append(f"{_counted(left_out, 'file')} {'is' if left_out == 1 else 'are'} not shown; see the last part.")
+        intro.append(f"{count_of(left_out, 'file')} {'is' if left_out == 1 else 'are'} not shown; see the last part.")
     if report.warned:
         intro.append(f"Compare rows with care in: {'; '.join(dict.fromkeys(report.warned))}.")
     return [Text(paragraph) for paragraph in intro]

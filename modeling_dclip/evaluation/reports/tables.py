@@ -20,6 +20,7 @@ from modeling_dclip.evaluation.statistics import (
     seed_interval,
     unpaired_difference,
 )
+from modeling_dclip.progress import count_of
 
 LEAKAGE_TITLES = {
     "as_trained": "own regions, own caption",
@@ -200,16 +201,6 @@ def kind_of_record(record: Record) -> str:
     return record["benchmark"].partition("=")[0]
 
 
-def counted(n: int, noun: str) -> str:
-    """A count with its noun.
-
-    Example:
-        >>> counted(1, "image"), counted(1000, "image")
-        ('1 image', '1,000 images')
-    """
-    return f"{n:,} {noun}{'s' * (n != 1)}"
-
-
 def render_table(
     records: Sequence[Record],
     *,
@@ -302,7 +293,7 @@ def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, st
             cells = [_metric_cell(one, name) for one in (anchor, record)]
             change = record["comparison"].get(f"{name}{DIFFERENCE}")
             cells.append(interval_cell(change, signed=True) if change else Cell(ABSENT))
-            size = counted(record["n"], COUNTED.get(kind, "image"))
+            size = count_of(record["n"], COUNTED.get(kind, "image"))
             if known := max(one.get("n_trained_on", 0) for one in (anchor, record)):
                 size += f", {known:,} trained on"
                 notes = [_TRAINED_NOTE]
@@ -330,12 +321,12 @@ def _describe_rows(kind: str, records: Sequence[Record]) -> tuple[Text, list[str
     title = KIND_TITLES.get(kind, kind.replace("_", " ").capitalize())
     columns = ["model", *["benchmark"] * (len(specs) > 1), *["data"] * (len(data) > len(specs))]
     if len(specs) > 1:
-        return Text(f"{title}, {counted(len(specs), 'benchmark')}:"), [*columns, "n"]
+        return Text(f"{title}, {count_of(len(specs), 'benchmark')}:"), [*columns, "n"]
     where: list[str] = [" on ", Code(spec)] if (spec := next(iter(specs))) else []
     if len(sizes) > 1:
         return Text(title, *where, ":"), [*columns, "n"]
     n, captions = next(iter(sizes))
-    size = counted(n, COUNTED.get(kind, "image")) + (f" with {counted(captions, 'caption')}" if captions else "")
+    size = count_of(n, COUNTED.get(kind, "image")) + (f" with {count_of(captions, 'caption')}" if captions else "")
     return Text(title, *where, f", {size}:"), columns
 
 

@@ -6,13 +6,12 @@ A claim ("better", "worse", "lost") is made only where the interval of the diffe
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from modeling_dclip.evaluation.records import Record, arm_of
 from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
 from modeling_dclip.evaluation.reports.tables import (
     COUNTED,
-    counted,
     interval_cell,
     kind_of_record,
     name_of,
@@ -26,11 +25,11 @@ from modeling_dclip.evaluation.statistics import (
     GAIN_METRIC,
     RETENTION_METRIC,
     IntervalDict,
-    Summary,
     excludes_zero,
     seed_interval,
     unpaired_difference,
 )
+from modeling_dclip.progress import count_of
 
 IMAGE_TO_TEXT = "image_to_text_recall@1"
 DIRECTION_WORDS = {GAIN_METRIC: "text to image", IMAGE_TO_TEXT: "image to text"}
@@ -169,66 +168,9 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
     return verdicts
 
 
-def summary_verdict_lines(summary: Summary) -> list[str]:
-    """Say of each arm of a summary whether it is better than the anchor, and than the arm it is compared with.
-
-    Args:
-        summary ([`~modeling_dclip.evaluation.statistics.Summary`]): From
-            [`~modeling_dclip.evaluation.statistics.summarise_arms`].
-
-    Returns:
-        `list[str]`: One line for each arm with several seeds, then one for each comparison of two arms. Intervals
-            cover training seeds.
-    """
-    rows = {row["arm"]: row for row in summary["arms"]}
-    name = summary["anchor"]
-    anchor = rows[name]["metrics"]
-    lines = []
-    for arm, row in rows.items():
-        if arm == name or len(row["seeds"]) < 2:
-            continue
-        effects = {
-            metric: Effect(
-                metric,
-                anchor[metric]["estimate"],
-                row["metrics"][metric]["estimate"],
-                _from_seeds(row["metrics"][metric], anchor[metric]),
-                "seeds",
-                len(row["seeds"]),
-            )
-            for metric in (*DIRECTION_WORDS, RETENTION_METRIC)
-            if metric in anchor
-        }
-        zero_shot = [("", effects.pop(RETENTION_METRIC))] if RETENTION_METRIC in effects else []
-        if effects or zero_shot:
-            lines.append(compose(arm, name, effects, zero_shot, [], f"{len(row['seeds'])} seeds").text)
-    return lines + [_compare_arms(pair, rows) for pair in summary.get("comparisons", [])]
-
-
-def _from_seeds(arm: IntervalDict, anchor: IntervalDict) -> IntervalDict | None:
-    """The interval of the difference: the anchor is one checkpoint, or was trained with several seeds itself."""
-    if anchor["low"] is None:
-        return _shift(arm, -anchor["estimate"])
-    found = unpaired_difference(anchor, arm)
-    return None if found is None else found.to_dict()
-
-
 def _shift(interval: IntervalDict, by: float) -> IntervalDict:
     low, high = (None if end is None else end + by for end in (interval["low"], interval["high"]))
     return {**interval, "estimate": interval["estimate"] + by, "low": low, "high": high}
-
-
-def _compare_arms(pair: Mapping[str, Any], rows: Mapping[str, Any]) -> str:
-    """The line on two arms, paired by seed."""
-    student, baseline = pair["student"], pair["baseline"]
-    seeds = len(rows[student]["seeds"])
-    effects = {}
-    for metric, interval in pair["metrics"].items():
-        before, after = (rows[arm]["metrics"][metric]["estimate"] for arm in (baseline, student))
-        effects[metric] = Effect(metric, before, after, interval, "seeds", seeds)
-    zero_shot = [("", effects[RETENTION_METRIC])] if RETENTION_METRIC in effects else []
-    directions = {metric: effects[metric] for metric in DIRECTION_WORDS if metric in effects}
-    return compose(student, baseline, directions, zero_shot, [], f"{seeds} seeds").text
 
 
 def _spec(record: Record) -> str:
@@ -260,7 +202,7 @@ def _judge_one(
             (zero_shot if judged == RETENTION_METRIC else rest).append((_spec(group[0]), effect))
     if not (effects or zero_shot or rest):
         return None
-    n = f"{counted(retrieval[0]['n'], 'image')} of {_spec(retrieval[0])}" if retrieval else ""
+    n = f"{count_of(retrieval[0]['n'], 'image')} of {_spec(retrieval[0])}" if retrieval else ""
     if arm is not None:
         n = ", ".join(filter(None, [n, f"{len(retrieval or others[0])} seeds"]))
     if first["revision"] == first["comparison"]["anchor_revision"] and "condition" not in first:
@@ -394,7 +336,7 @@ def _qualify(sentence: str, found: Sequence[tuple[str, Effect]], model: str, anc
 
 
 def _trained_share(trained: int, images: int) -> str:
-    return f"{trained:,} of the {images:,} test images" if images else counted(trained, "test image")
+    return f"{trained:,} of the {images:,} test images" if images else count_of(trained, "test image")
 
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
@@ -453,7 +395,7 @@ def _explain_noise(effect: Effect) -> str:
     if effect.sign:
         return ""
     if effect.method != "seeds" and effect.n < FEWEST_IMAGES:
-        return f" ({counted(effect.n, effect.noun)} cannot show a difference; take hundreds)"
+        return f" ({count_of(effect.n, effect.noun)} cannot show a difference; take hundreds)"
     if effect.unseen is None or math.isinf(effect.unseen):
         return " (no interval)"
     if effect.interval is not None and effect.method == "seeds":
@@ -461,5 +403,5 @@ def _explain_noise(effect: Effect) -> str:
             return f" (the same for all {effect.n} seeds)"
         if _side(effect.interval, effect.n):
             return " (beyond the noise of the seeds, within that of the images)"
-    smallest = f"{counted(effect.n, effect.noun)} cannot show less than {percent(effect.unseen)} points"
+    smallest = f"{count_of(effect.n, effect.noun)} cannot show less than {percent(effect.unseen)} points"
     return f" (within noise: {smallest})"

@@ -9,12 +9,12 @@ from huggingface_hub import HfApi, get_token
 
 from modeling_dclip.data.files import temporary_folder
 from modeling_dclip.encoders.loading import stored_dtype
-from modeling_dclip.evaluation.reports.tables import counted
 from modeling_dclip.hub.publish.facts import Problems, PublishArguments, check_repo_name, gather
 from modeling_dclip.hub.publish.licences import check_licence, read_arguments
 from modeling_dclip.hub.publish.pictures import EXAMPLES
 from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
 from modeling_dclip.hub.publish.staging import StagedRepo, check_staging, list_files, stage
+from modeling_dclip.progress import count_of
 
 DRY_RUN_FOLDER = "outputs/publish"  # of a dry run; a folder in it for each dual encoder, named as its repository
 PUBLISH_COMMAND = "python -m modeling_dclip.hub.publish"
@@ -93,11 +93,11 @@ def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
         if isinstance(repo, StagedRepo):
             files = list_files(repo.folder)
             size = sum((repo.folder / name).stat().st_size for name in files)
-            lines.append(f"{repo.repo_id}: would push {counted(len(files), 'file')}, {_show_size(size)}")
+            lines.append(f"{repo.repo_id}: would push {count_of(len(files), 'file')}, {_show_size(size)}")
             lines += textwrap.wrap(", ".join(files), _WIDTH, initial_indent="    ", subsequent_indent="    ")
         elif repo.changed or repo.deleted:
             deleted = f", {len(repo.deleted)} deleted" if repo.deleted else ""
-            written = f"{counted(len(repo.changed), 'file')} written{deleted}"
+            written = f"{count_of(len(repo.changed), 'file')} written{deleted}"
             lines.append(f"{repo.url}: {written}, commit {repo.commit}")
         else:
             lines.append(f"{repo.url}: nothing to change, commit {repo.commit}")
@@ -135,7 +135,7 @@ def _describe_changes(staged: list[StagedRepo]) -> str:
 
 
 def _list_some(names: tuple[str, ...], most: int = 4) -> str:
-    more = f" and {counted(len(names) - most, 'other file')}" if len(names) > most else ""
+    more = f" and {count_of(len(names) - most, 'other file')}" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
@@ -145,7 +145,7 @@ def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -
     shown = [name for name in list_files(dual.folder) if name.startswith(f"{EXAMPLES}/")]
     lines = []
     if arguments.examples and shown:
-        lines.append(f"{counted(len(shown), 'example picture')} will be public. Make sure that you may publish them.")
+        lines.append(f"{count_of(len(shown), 'example picture')} will be public. Make sure that you may publish them.")
     elif not arguments.examples and not shown:
         lines.append(
             "No example pictures: your own are not published unless you name them, with --examples FILE... or "

@@ -16,10 +16,11 @@ from modeling_dclip.data.files import list_folder, read_bytes, show_script
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
-from modeling_dclip.evaluation.reports.tables import ABSENT, COUNTED, KIND_TITLES, counted, interval_of
+from modeling_dclip.evaluation.reports.tables import ABSENT, COUNTED, KIND_TITLES, interval_of
 from modeling_dclip.evaluation.reports.verdict import Verdict, judge
 from modeling_dclip.evaluation.statistics import IntervalDict
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
+from modeling_dclip.progress import count_of
 
 # What a card shows of a record, by the record's field. Reading a results file does not check these.
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
@@ -310,9 +311,9 @@ def describe_benchmark(record: Record, before: Record | None, name: str, role: s
             change = record["metrics"][metric] - before["metrics"][metric]
             rows[-1].append(known.show(change, signed=True))
     rows = [[*row, *([ABSENT] * (len(header) - len(row)))] for row in rows]
-    size = counted(record["n"], COUNTED.get(kind, "image"))
+    size = count_of(record["n"], COUNTED.get(kind, "image"))
     if "n_captions" in record:
-        size += f" with {counted(record['n_captions'], 'caption')}"
+        size += f" with {count_of(record['n_captions'], 'caption')}"
     words = describe_source(spec).words if spec else kind
     title = f"{KIND_TITLES.get(kind, kind.replace('_', ' ').capitalize())} on {words}"
     return BenchmarkFacts(title, size, record["benchmark"], render_markdown([Table(header, rows)]))
@@ -358,7 +359,7 @@ def range_in_words(interval: IntervalDict, show: Any) -> str:
 def _machine(hardware: Mapping[str, Any]) -> str:
     if hardware["gpus"]:
         return ", ".join(hardware["gpus"])
-    return f"{hardware['cpu']} with {counted(hardware['torch_threads'], 'thread')}"
+    return f"{hardware['cpu']} with {count_of(hardware['torch_threads'], 'thread')}"
 
 
 def _named(records: Sequence[Record], label: str) -> list[Record]:

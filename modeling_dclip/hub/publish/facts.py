@@ -344,8 +344,8 @@ def find_results(model: str) -> list[str]:
             return [os.path.relpath(path) for path in found]
     raise FileNotFoundError(
         f"results: expected results of '{model}', got none, and neither 'results' nor 'results.json' beside it. "
-        f"Evaluate it: `python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, then give "
-        "--results FILE."
+        f"Evaluate it: `python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, "
+        "then give --results FILE."
     )
 
 

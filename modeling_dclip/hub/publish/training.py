@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from modeling_dclip.data.files import MANIFEST_NAME, read_json
-from modeling_dclip.evaluation.reports.tables import counted
+from modeling_dclip.progress import count_of
 
 # The settings of each training stage that a card's table shows, in this order.
 _OPTIMISER = (
@@ -219,7 +219,7 @@ def show_duration(seconds: float) -> str:
         parts = (minutes // 60, "hour"), (minutes % 60, "minute")
     else:
         parts = (hours // 24, "day"), (hours % 24, "hour")
-    return " ".join(counted(number, noun) for number, noun in parts if number)
+    return " ".join(count_of(number, noun) for number, noun in parts if number)
 
 
 def _describe_counts(manifest: Path) -> list[str]:
@@ -233,7 +233,7 @@ def _describe_counts(manifest: Path) -> list[str]:
         "validation": "{} with {} were used for validation",
     }
     return [
-        words.format(counted(found["images"], "image"), counted(found["captions"], "caption"))
+        words.format(count_of(found["images"], "image"), count_of(found["captions"], "caption"))
         for part, words in parts.items()
         if (found := counts.get(part))
     ]
@@ -277,7 +277,7 @@ def _describe_optimiser(values: Mapping[str, Any]) -> str:
     rate = f"{optimiser}, learning rate {show_value(values['learning_rate'])}, {schedule}"
     warmup = values["warmup_steps"]
     if warmup:
-        rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else counted(int(warmup), 'step')}"
+        rate += f" after a warm-up of {f'{warmup:.0%} of the steps' if warmup < 1 else count_of(int(warmup), 'step')}"
     precision = next((name for name in ("bf16", "fp16") if values.get(name)), "float32")
     return (
         f"{rate}; weight decay {show_value(values['weight_decay'])}; gradients clipped at norm "
@@ -296,7 +296,7 @@ def _describe_length(state: Mapping[str, Any] | None, values: Mapping[str, Any])
     if state is None or not state["global_step"]:
         return None
     size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
-    parts = [f"{counted(state['global_step'], 'step')} of {counted(size, 'pair')} per device"]
+    parts = [f"{count_of(state['global_step'], 'step')} of {count_of(size, 'pair')} per device"]
     if state["epoch"]:
         parts.insert(0, f"{state['epoch']:.4g} epoch{'' if state['epoch'] == 1 else 's'}")
     runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]

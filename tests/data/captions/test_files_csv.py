@@ -123,7 +123,7 @@ def test_empty_captions_are_left_out_and_their_lines_told(tmp_path, draw, caplog
     with caplog.at_level(logging.WARNING):
         dataset = load_captions(write(tmp_path, TABLE + "a.jpg,,me\n", draw))
     assert dataset["captions"][:] == [["a dog, a cat", "pets"], ["two birds"]]
-    assert "left out 1 lines without a caption, lines 5" in caplog.text
+    assert "left out 1 line without a caption: 5" in caplog.text
 
 
 def test_the_lines_that_name_missing_files_are_told(tmp_path, draw, caplog):

@@ -4,13 +4,12 @@ import pytest
 import torch
 
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.verdict import judge, summary_verdict_lines, verdict_lines
+from modeling_dclip.evaluation.reports.verdict import judge, verdict_lines
 from modeling_dclip.evaluation.statistics import (
     FEWEST_IMAGES,
     bootstrap_outcomes,
     compare_to_anchor,
     differences_to_anchor,
-    summarise_arms,
 )
 
 RETRIEVAL = ("text_to_image_recall@1", "image_to_text_recall@1")
@@ -191,22 +190,3 @@ def test_a_difference_beyond_the_seeds_noise_alone_is_no_claim():
     assert "not told apart" in line
     (line,) = verdict_lines(runs((0.3075, 0.305, 0.3075)))  # 3, 2 and 3 images of 400
     assert "beyond the noise of the seeds, within that of the images" in line
-
-
-def test_a_summary_of_arms_has_lines_against_the_anchor_and_between_arms():
-    def run(value, top1):
-        return {"text_to_image_recall@1": value, "image_to_text_recall@1": 0.4, "top1": top1}
-
-    arms = {
-        "anchor": {0: run(0.3, 0.9)},
-        "base": {0: run(0.4, 0.8), 1: run(0.41, 0.81), 2: run(0.42, 0.8)},
-        "mine": {0: run(0.4, 0.85), 1: run(0.42, 0.87), 2: run(0.41, 0.86)},
-    }
-    lines = summary_verdict_lines(summarise_arms(arms, pairs=[("mine", "base")]))
-    assert [line.split(" at ")[0] for line in lines] == [
-        "base is better than anchor",
-        "mine is better than anchor",
-        "mine and base are not told apart",
-    ]
-    assert "Zero-shot accuracy fell beyond noise" in lines[0] and "rose beyond noise" in lines[2]
-    assert "[+8.5, +13.5]" in lines[0] and all("3 seeds" in line for line in lines)
