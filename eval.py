@@ -7,7 +7,7 @@
     python eval.py --model STUDENT --anchor recipes/demo_anchor --save_alpha 0.5 --save_to outputs/half
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
-    python eval.py compare a.json --models STUDENT OTHER
+    python eval.py compare a.json --models ANCHOR STUDENT
 
 Each model and benchmark adds one record to the results file. Run again, it keeps the records that are there. What
 fails is reported at the end and does not lose the rest. Numbers are for the PIL image processor, in float32.
@@ -199,7 +199,7 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json", nargs="?", help="without it, two models of A.json are compared")
     parser.add_argument(
-        "--models", nargs=2, metavar=("A", "B"), help="two models, by label or path: of A.json, of B.json"
+        "--models", nargs=2, metavar=("A", "B"), help="two models, by label or path, of A.json and of B.json: is B better than A?"
     )
     arguments = parser.parse_args(argv)
     from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
