@@ -199,7 +199,10 @@ def compare(argv: Sequence[str]) -> int:
     parser.add_argument("a", metavar="A.json")
     parser.add_argument("b", metavar="B.json", nargs="?", help="without it, two models of A.json are compared")
     parser.add_argument(
-        "--models", nargs=2, metavar=("A", "B"), help="two models, by label or path, of A.json and of B.json: is B better than A?"
+        "--models",
+        nargs=2,
+        metavar=("A", "B"),
+        help="two models, by label or path, of A.json and B.json: is B better?",
     )
     arguments = parser.parse_args(argv)
     from modeling_dclip.evaluation.reports.comparison import compare_results, render_comparison
