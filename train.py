@@ -43,7 +43,7 @@ from modeling_dclip.distillation.recipes import (
     parse_recipe,
     shared_anchor,
 )
-from modeling_dclip.distillation.run import Places, SharedData, find_clip, holding_folders, keep_test_part
+from modeling_dclip.distillation.run import Places, SharedData, check_parts, find_clip, holding_folders, keep_test_part
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER
 from modeling_dclip.evaluation.arms import evaluate_arms, evaluate_run
@@ -123,6 +123,8 @@ def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> Pub
 
 def train_runs(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> None:
     """Run every arm's stages, after the anchor that all share."""
+    for run in runs:
+        check_parts(run.recipe, shared)
     keep_test_part(recipe, shared)  # in the folder that holds the runs, which share it
     if (anchor := shared_anchor(recipe)) is not None:
         run_stages(anchor, shared)
@@ -239,6 +241,7 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
     if recipe.run.clip_model is not None or recipe.makes_anchor:  # a DM-CLIP may start from no CLIP
         anchor = ["--anchor", find_clip(recipe, Places.of(recipe))]
     gallery, index = folder / "gallery", folder / "index"
+    skipping = ["--on_bad_image", "skip"] if recipe.run.on_bad_image == "skip" else []
     steps: dict[str, list[list[str | Path]]] = {
         "See what it finds and misses. For other pictures, name them: retrieval=csv:CAPTIONS.csv:FOLDER": [
             [
@@ -254,7 +257,7 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
             + ["--output", gallery / "results.json"]
         ],
         "Search pictures with words": [
-            ["-m", "modeling_dclip.hub.index", "--model", model, "--images", pictures, "--output", index],
+            ["-m", "modeling_dclip.hub.index", "--model", model, "--images", pictures, "--output", index, *skipping],
             ["-m", "modeling_dclip.hub.index", "search", query, "--index", index, "--page", folder / "search.html"],
         ],
         "Write what would be published, under your name and licence; nothing leaves this machine": [

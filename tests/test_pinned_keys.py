@@ -33,7 +33,7 @@ from transformers import (
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DMCLIPModel
 from modeling_dclip.data.captions import load_captions, split_train_validation
 from modeling_dclip.data.chunks import compute_chunks
-from modeling_dclip.data.columns import dataset_fingerprint, image_keys, row_keys
+from modeling_dclip.data.columns import dataset_fingerprint, hash_images, image_keys, row_keys
 from modeling_dclip.data.files import user_cache_dir
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles
 from modeling_dclip.data.questions.tables import standardise_items
@@ -87,7 +87,7 @@ from modeling_dclip.evaluation.reports.gallery import page_name
 from modeling_dclip.evaluation.reports.tables import short_hash
 from modeling_dclip.hub.index import write_index
 from modeling_dclip.hub.index.build import build_index
-from modeling_dclip.hub.index.embeddings import EmbeddingStore, fingerprint_encoder, hash_images
+from modeling_dclip.hub.index.embeddings import EmbeddingStore, fingerprint_encoder
 from modeling_dclip.hub.publish.push import find_differences
 from modeling_dclip.hub.space import SpaceAnswers
 

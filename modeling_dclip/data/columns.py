@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset, Features, Image, List, Value, concatenate_datasets
 from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from tqdm.auto import tqdm
 
 from modeling_dclip.data.files import plain_array, plain_type, writing
-from modeling_dclip.data.images import read_encoded, undecoded_images
+from modeling_dclip.data.images import UnreadableImageError, read_encoded, undecoded_images
 from modeling_dclip.encoders.fingerprints import hash_bytes, hash_parts
 
 
@@ -492,6 +494,33 @@ def image_keys(dataset: Dataset) -> list[str]:
     """
     images = tqdm(encoded_images(dataset), total=len(dataset), desc="Hashing images", unit="image")
     return [hash_bytes(image) for image in images]
+
+
+def hash_images(dataset: Dataset) -> list[str | None]:
+    """Key the encoded image of each row. Under several processes each hashes its share.
+
+    Args:
+        dataset (`datasets.Dataset`): With the column `image`.
+
+    Returns:
+        `list[str | None]`: A hexadecimal SHA-256 for each row, `None` where there are no bytes to read.
+    """
+    state = PartialState()
+    share = range(state.process_index, len(dataset), state.num_processes)
+    rows = undecoded_images(dataset)
+    keys: list[str | None] = []
+    hidden = not state.is_local_main_process
+    for row in tqdm(share, desc="Reading images", unit="image", disable=hidden, leave=False):
+        try:
+            keys.append(hash_bytes(read_encoded(rows[row]["image"])))
+        except UnreadableImageError:
+            keys.append(None)
+    if state.num_processes == 1:
+        return keys
+    found: list[str | None] = [None] * len(dataset)
+    for row, key in gather_object(list(zip(share, keys, strict=True))):
+        found[row] = key
+    return found
 
 
 def row_keys(dataset: Dataset, images: Sequence[str] | None = None) -> list[str]:

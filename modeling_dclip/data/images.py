@@ -18,6 +18,7 @@ import re
 import stat
 import warnings
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -378,7 +379,39 @@ def decode_image(dataset: Dataset, row: int) -> Image.Image:
     return image if mode is None or mode[0] in "IF" else image.convert(mode).convert("RGB")
 
 
-_ADVICE = "Replace the file or drop the row; the regions stage does so with on_bad_image: skip."
+_ADVICE = (
+    "Replace the file or drop the row; train.py leaves such images out of all parts with --on_bad_image skip (and "
+    "--overwrite true, where stages were begun)."
+)
+
+
+def find_unreadable(dataset: Dataset, rows: Sequence[int]) -> dict[int, dict[str, str]]:
+    """Decode images whole, several at a time, and name those that cannot be read.
+
+    Args:
+        dataset (`datasets.Dataset`): With `image_id` and `image`.
+        rows (`Sequence[int]`): Which to look at.
+
+    Returns:
+        `dict[int, dict[str, str]]`: `image_id`, `file` and `reason` of each such row.
+    """
+    images, found = undecoded_images(dataset), {}
+
+    def look(row: int, stored: Mapping[str, Any]) -> None:
+        try:
+            open_image(stored["image"])
+        except UnreadableImageError as error:
+            file = (stored["image"] or {}).get("path") or "stored bytes"
+            found[row] = {"image_id": stored["image_id"], "file": file, "reason": error.reason}
+
+    # Threads that pass through `_open_lazily` at the same time may leave its filter behind: it is taken back here.
+    with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:
+        with tqdm(total=len(rows), desc="Checking images", unit="image") as progress:
+            for start in range(0, len(rows), IMAGES_PER_READ):
+                part = rows[start : start + IMAGES_PER_READ]
+                list(pool.map(look, part, images.select(part)))
+                progress.update(len(part))
+    return {row: found[row] for row in sorted(found)}
 
 
 def _name_of(stored: Mapping[str, Any], row: int) -> str:

@@ -163,6 +163,11 @@ class RunArguments:
         0.0,
         range=Range(0, 1, below=True),
     )
+    on_bad_image: Literal["raise", "skip"] = _help(
+        "What to do with a picture that cannot be read. skip: decode every picture once before the parts are drawn, "
+        "leave those out of every part, and list them in OUTPUT_DIR/train_datasets_report.json.",
+        "raise",
+    )
     exclude_karpathy: list[str] = _help("Karpathy JSON files. Their test images are left out of training.", [])
     cache_dir: str | None = _help(
         "Folder of what is cached by content: a detector's answers and the frozen models' features. By default "
@@ -485,7 +490,7 @@ class RegionsArguments:
     max_regions: int | None = _help("Keep this many regions per image, those with the highest scores.", range=COUNT)
     batch_size: int = _help("Images per call of the detector.", 16, range=BATCH)
     on_bad_image: Literal["raise", "skip"] = _help(
-        "What to do with an image that cannot be read. skip: leave it out and list it in the report.", "raise"
+        "Must stay raise: the global --on_bad_image skip leaves images that cannot be read out of every part.", "raise"
     )
     trust_checkpoint: bool = _help(
         "Load YOLO weights (.pt) whose SHA-256 is not known. Such a file runs code when it is loaded.", False
@@ -493,6 +498,11 @@ class RegionsArguments:
 
     def __post_init__(self) -> None:
         check_section(self)
+        if self.on_bad_image != "raise":
+            raise ValueError(
+                f"on_bad_image: expected raise, got {self.on_bad_image}. Set the global field, --on_bad_image skip: "
+                "it leaves images that cannot be read out of every part, with and without regions."
+            )
 
 
 @dataclass

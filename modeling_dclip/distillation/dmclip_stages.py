@@ -11,7 +11,7 @@ from accelerate import PartialState
 from transformers import AutoModel, PreTrainedTokenizerFast, set_seed
 
 from modeling_dclip.configuration_dclip import PRESETS
-from modeling_dclip.data.columns import image_keys, row_keys
+from modeling_dclip.data.columns import row_keys
 from modeling_dclip.data.reinforced import ReinforcedBatches, SampleView
 from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.shards import INDEX_NAME, find_shards
@@ -35,6 +35,7 @@ from modeling_dclip.distillation.run import (
     find_clip,
     holding_folders,
     load_captioned,
+    read_keyed,
     without_test,
 )
 from modeling_dclip.distillation.trainer import DMCLIPTrainer, train_or_resume
@@ -157,10 +158,12 @@ def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> tuple
     """The images to reinforce, the same for every arm and seed, without the test part: with keys of the images, and
     with keys of their rows.
     """
-    key = json.dumps(["reinforce", run.train_datasets, run.exclude_karpathy, run.test_fraction, seed])
+    key = json.dumps(
+        ["reinforce", run.train_datasets, run.exclude_karpathy, run.test_fraction, run.on_bad_image, seed]
+    )
     if key not in shared.sources:
         dataset = load_captioned(run.train_datasets, run.exclude_karpathy, 0 if run.test_fraction else seed, shared)
-        images = without_test(KeyedRows(dataset, image_keys(dataset)), run, shared)
+        images = without_test(read_keyed(dataset, run, "reinforce"), run, shared)
         shared.sources[key] = {"images": images, "rows": KeyedRows(images.rows, row_keys(*images))}
     return shared.sources[key]["images"], shared.sources[key]["rows"]
 

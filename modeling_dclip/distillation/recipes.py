@@ -101,10 +101,8 @@ class Recipe:
 
     @property
     def uses_detector(self) -> bool:
-        """Whether a detector looks at the images: for the teacher, or to leave out images that cannot be read."""
-        return self.regions.detector is not None and (
-            self.student.reads_teacher or self.regions.on_bad_image == "skip"
-        )
+        """Whether a detector looks at the images, for the teacher."""
+        return self.regions.detector is not None and self.student.reads_teacher
 
     @property
     def stages(self) -> list[str]:
@@ -537,7 +535,7 @@ def check_same_test_part(recipe: Recipe, one: Recipe, arm: str) -> None:
     Raises:
         ValueError: Naming the field that the arm sets.
     """
-    for name in ("test_fraction", "train_datasets", "exclude_karpathy"):
+    for name in ("test_fraction", "train_datasets", "exclude_karpathy", "on_bad_image"):
         given, other = getattr(recipe.run, name), getattr(one.run, name)
         if given != other and (recipe.run.test_fraction or one.run.test_fraction):
             raise ValueError(

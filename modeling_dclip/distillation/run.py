@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, load_from_disk
 from transformers import BaseImageProcessor
 from transformers.trainer_utils import IntervalStrategy
@@ -28,7 +28,7 @@ from modeling_dclip.data.captions.parts import (
     write_held_out,
     write_trained_images,
 )
-from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys
+from modeling_dclip.data.columns import attach_columns, concatenate_shared, hash_images, image_keys, row_keys
 from modeling_dclip.data.failures import redact_values
 from modeling_dclip.data.files import (
     LOCK_NAME,
@@ -36,13 +36,15 @@ from modeling_dclip.data.files import (
     holding,
     list_folder,
     printable,
+    read_json,
     remove_leftovers,
+    require_field,
     user_cache_dir,
     write_json,
     write_manifest,
 )
-from modeling_dclip.data.images import PixelReader
-from modeling_dclip.data.rows import require_rows
+from modeling_dclip.data.images import PixelReader, find_unreadable, readable_formats
+from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments
 from modeling_dclip.distillation.checkpoints import (
     NOTES_NAME,
@@ -428,6 +430,7 @@ class SharedData:
         sources (`dict[str, Splits]`): Images by split.
         whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
         tests ([`KeyedRows`] by `str`): The test parts.
+        decoded (`set[str]`): Keys of images that were found to be whole.
         kept (`dict[str, set[Path]]`): The folders of this process's runs that hold each test part.
         told (`set[tuple[str, str]]`): Start models and test parts that were compared, and a warning given.
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
@@ -439,6 +442,7 @@ class SharedData:
     sources: dict[str, Splits] = field(default_factory=dict)
     whole: dict[str, KeyedRows] = field(default_factory=dict)
     tests: dict[str, KeyedRows] = field(default_factory=dict)
+    decoded: set[str] = field(default_factory=set)
     kept: dict[str, set[Path]] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
@@ -473,7 +477,7 @@ def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
             + ": set it below 1, or set eval_strategy to no."
         )
     selection = (run.train_datasets, run.exclude_karpathy, run.train_fraction, run.test_fraction, run.seed)
-    key = json.dumps([*selection, ignores_boxes, validates])
+    key = json.dumps([*selection, run.on_bad_image, ignores_boxes, validates])
     whole = load_all_captioned(run, shared)
     if key not in shared.sources:
         shared.sources[key] = _split(whole, run, validates, ignores_boxes, shared)
@@ -484,7 +488,7 @@ def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
     if new not in shared.sources:
         excluded = _excluded_ids(run.exclude_karpathy, shared) | set(whole.rows["image_id"][:])
         specs, known = run.uncaptioned_datasets, set(whole.keys)
-        found = load_new_images(specs, seed=run.data_seed, exclude_ids=excluded, known=known)
+        found = load_new_images(specs, run, exclude_ids=excluded, known=known)
         rows = _without_boxes(found.rows) if ignores_boxes else found.rows
         shared.sources[new] = {UNCAPTIONED: KeyedRows(rows, found.keys)}
         _warn_of_boxes(recipe, captioned["train"].rows, found.rows)
@@ -521,13 +525,113 @@ def load_all_captioned(run: RunArguments, shared: SharedData) -> KeyedRows:
     Raises:
         FileNotFoundError, ValueError: As [`load_captioned`].
     """
-    key = json.dumps([run.train_datasets, run.exclude_karpathy, run.data_seed])
+    key = json.dumps([run.train_datasets, run.exclude_karpathy, run.data_seed, run.on_bad_image])
     if key not in shared.whole:
         rows = load_captioned(run.train_datasets, run.exclude_karpathy, run.data_seed, shared)
-        shared.whole[key] = KeyedRows(rows, image_keys(rows))
+        shared.whole[key] = read_keyed(rows, run, "train_datasets")
         if copies := describe_copies(rows["image_id"][:], shared.whole[key].keys):
             logger.warning("train_datasets: %s", copies)
     return shared.whole[key]
+
+
+def read_keyed(rows: Dataset, run: RunArguments, what: str) -> KeyedRows:
+    """Compute the keys of images. With `on_bad_image: skip` every image is decoded, and those that cannot be are left
+    out, counted, named, and listed in `{what}_report.json` in the run's folder. The same images are not decoded again.
+
+    Args:
+        rows (`datasets.Dataset`): With `image_id` and `image`.
+        run ([`RunArguments`]): Says what to do with images that cannot be read, and names the folder.
+        what (`str`): The field that names the images.
+
+    Returns:
+        [`KeyedRows`]: With keys of the images.
+
+    Raises:
+        UnreadableImageError: If a file is missing, with `raise`.
+        ValueError: If no image is left, or the report of an earlier start is damaged.
+    """
+    if run.on_bad_image == "raise":
+        return KeyedRows(rows, image_keys(rows))
+    keys, report = hash_images(rows), Path(run.output_dir) / f"{what}_report.json"
+    made_from = combine_keys([*readable_formats(), *(key or "" for key in keys)])
+    bad = _read_report(report, made_from)
+    PartialState().wait_for_everyone()  # every process reads before the first one writes
+    if bad is None:
+        bad = [{"row": row, **fault} for row, fault in _find_unreadable(rows, range(len(rows))).items()]
+        if PartialState().is_main_process:
+            report.parent.mkdir(parents=True, exist_ok=True)
+            told = {"images": len(rows), "skipped_images": len(bad), "skipped": bad, "key": made_from}
+            write_json(report, told, indent=2)
+    if not bad:
+        return KeyedRows(rows, image_keys(rows) if None in keys else [key for key in keys if key is not None])
+    logger.warning(
+        "%s: left out %d of %d images that cannot be read, first: %s; %s lists them with the reasons",
+        *(what, len(bad), len(rows), first(one["image_id"] for one in bad), report),
+    )
+    out = {one["row"] for one in bad}
+    left = [(row, key) for row, key in enumerate(keys) if row not in out and key is not None]
+    require_rows(len(left), f"{what} after leaving out {len(bad)} images that cannot be read", "an image")
+    return KeyedRows(rows.select([row for row, _ in left]), [key for _, key in left])
+
+
+def _read_report(report: Path, made_from: str) -> list[dict[str, Any]] | None:
+    """The images that an earlier start left out of the same ones; `None` if it did not look at these."""
+    if not report.is_file():
+        return None
+    advice = "Delete it: the images are then decoded again."
+    told = read_json(report, "report of images", ("key", "skipped"), advice=advice)
+    if told["key"] != made_from:
+        return None
+    bad = require_field(told, "skipped", "The object", report, list)
+    for number, one in enumerate(bad):
+        require_field(one, "row", f"Image {number}", report, int)
+        require_field(one, "image_id", f"Image {number}", report, str)
+    return bad
+
+
+def _find_unreadable(rows: Dataset, which: Sequence[int]) -> dict[int, dict[str, str]]:
+    """As [`~modeling_dclip.data.images.find_unreadable`]. Under several processes each decodes its share."""
+    state = PartialState()
+    found = find_unreadable(rows, which[state.process_index :: state.num_processes])
+    return dict(sorted(found.items() if state.num_processes == 1 else gather_object(list(found.items()))))
+
+
+def check_parts(recipe: Recipe, shared: SharedData) -> None:
+    """Decode the images that are measured, those of the test and validation parts, before anything is trained.
+
+    With `on_bad_image: skip` they were decoded when they were loaded.
+
+    Args:
+        recipe ([`Recipe`]): Of a run.
+        shared ([`SharedData`]): Images that an earlier run loaded are taken from it; new ones are added.
+
+    Raises:
+        FileNotFoundError, ValueError: As [`load_training_images`]; also if images cannot be read: the message names
+            them.
+    """
+    if recipe.run.on_bad_image == "skip":
+        return
+    parts = {"test": find_test_part(recipe.run, shared)}
+    if {"regions", "teacher", "targets"} & set(recipe.stages):
+        parts["validation"] = load_training_images(recipe, shared).get("validation")
+    faults, images = [], 0
+    for part in parts.values():
+        if part is not None:
+            new = [row for row, key in enumerate(part.keys) if key not in shared.decoded]
+            bad = _find_unreadable(part.rows, new) if new else {}
+            shared.decoded.update(part.keys[row] for row in new if row not in bad)
+            faults += [f"{printable(one['image_id'])} ({one['file']}): {one['reason']}" for one in bad.values()]
+            images += len(part.keys)
+    if faults:
+        more = f"; and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
+        raise ValueError(
+            f"train_datasets: {len(faults)} of {images} images of the test and validation parts cannot be read: "
+            f"{'; '.join(faults[:_MOST_NAMED])}{more}. Replace the files, or start again with --on_bad_image skip, "
+            "which leaves such images out of every part. Nothing was trained."
+        )
+
+
+_MOST_NAMED = 40  # images in one message
 
 
 def find_test_part(run: RunArguments, shared: SharedData) -> KeyedRows | None:
@@ -557,7 +661,7 @@ def find_test_part(run: RunArguments, shared: SharedData) -> KeyedRows | None:
 
 
 def _test_key(run: RunArguments) -> str:
-    return json.dumps([run.train_datasets, run.exclude_karpathy, run.test_fraction])
+    return json.dumps([run.train_datasets, run.exclude_karpathy, run.test_fraction, run.on_bad_image])
 
 
 def without_test(images: KeyedRows, run: RunArguments, shared: SharedData) -> KeyedRows:
@@ -671,12 +775,14 @@ def _warn_of_boxes(recipe: Recipe, captioned: Dataset, uncaptioned: Dataset) -> 
         )
 
 
-def load_new_images(specs: list[str], *, seed: int, exclude_ids: Collection[str], known: Collection[str]) -> KeyedRows:
+def load_new_images(
+    specs: list[str], run: RunArguments, *, exclude_ids: Collection[str], known: Collection[str]
+) -> KeyedRows:
     """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
 
     Args:
         specs (`list[str]`): Of [`load_uncaptioned`].
-        seed (`int`): Seed of the draws.
+        run ([`RunArguments`]): Has the seed of the draws, and says what to do with images that cannot be read.
         exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
         known (`Collection[str]`): Keys of the captioned images. The same file under another id is left out too.
 
@@ -687,8 +793,8 @@ def load_new_images(specs: list[str], *, seed: int, exclude_ids: Collection[str]
         FileNotFoundError: As [`load_uncaptioned`].
         ValueError: As [`load_uncaptioned`]; also if no image is left.
     """
-    dataset = load_uncaptioned(specs, seed=seed, exclude_ids=exclude_ids)
-    keys = image_keys(dataset)
+    dataset = load_uncaptioned(specs, seed=run.data_seed, exclude_ids=exclude_ids)
+    dataset, keys = read_keyed(dataset, run, "uncaptioned_datasets")
     new = [row for row, key in enumerate(keys) if key not in known]
     if len(new) < len(keys):
         left_out = len(keys) - len(new)

@@ -17,7 +17,7 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, set_see
 from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
-from modeling_dclip.data.columns import attach_columns, concatenate_shared, image_keys, row_keys, save_columns
+from modeling_dclip.data.columns import attach_columns, concatenate_shared, row_keys, save_columns
 from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
@@ -51,6 +51,7 @@ from modeling_dclip.distillation.run import (
     Splits,
     attach_regions,
     check_batches,
+    check_parts,
     check_uncaptioned,
     find_clip,
     find_teacher,
@@ -60,6 +61,7 @@ from modeling_dclip.distillation.run import (
     load_student,
     load_training_images,
     read_clip,
+    read_keyed,
     share_pixels,
     student_splits,
     without_test,
@@ -105,11 +107,12 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     shared = SharedData() if shared is None else shared
     places, stages = Places.of(recipe), recipe.stages
     logger.info("Stages: %s, in %s", ", ".join(stages), places.folder)
+    check_parts(recipe, shared)
     keep_test_part(recipe, shared)
     if "anchor" in stages:
         if recipe.run.clip_model is None:
             dataset = load_mix(recipe.anchor.train_datasets or recipe.run.train_datasets, seed=recipe.anchor.seed)
-            images = without_test(KeyedRows(dataset, image_keys(dataset)), recipe.run, shared)
+            images = without_test(read_keyed(dataset, recipe.run, "anchor"), recipe.run, shared)
             make_anchor(recipe.anchor, images, places, recipe.resolved("anchor"))
         else:
             logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
@@ -246,11 +249,7 @@ def find_regions(args: RegionsArguments, images: Splits, places: Places) -> None
     record = places.record("regions", inputs)
     if record.finished:
         return
-    options: dict[str, Any] = {
-        "batch_size": args.batch_size,
-        "cache_dir": places.regions_cache,
-        "on_bad_image": args.on_bad_image,
-    }
+    options: dict[str, Any] = {"batch_size": args.batch_size, "cache_dir": places.regions_cache}
     state = PartialState()
     logger.info("regions: looks at %s with %s", _total(images), args.detector)
     for split, (dataset, _) in images.items():

@@ -19,7 +19,7 @@ from PIL import Image as PILImage
 from torch.utils.data import DataLoader
 from transformers import CLIPImageProcessor, CLIPImageProcessorPil
 
-from modeling_dclip.data.columns import dataset_fingerprint, row_keys
+from modeling_dclip.data.columns import dataset_fingerprint, hash_images, row_keys
 from modeling_dclip.data.images import (
     MissingImageError,
     PixelReader,
@@ -36,7 +36,6 @@ from modeling_dclip.data.regions import add_regions, build_detector
 from modeling_dclip.data.reinforced.shards import storable_image
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders.open_clip import OpenClipImageProcessor
-from modeling_dclip.hub.index.embeddings import hash_images
 from modeling_dclip.processing_dclip import as_rgb, cut_long
 
 SQUARE = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}

@@ -206,7 +206,10 @@ def effects(*words, path=None):
             "reads no teacher.* run: anchor, targets, student",
         ),
         ([*NO_TEACHER, "--regions.detector", "grid:1x1"], "--regions.detector: .*the student reads no teacher"),
-        (["--regions.on_bad_image", "skip"], "--regions.on_bad_image: .*regions.detector is not set"),
+        (
+            ["--regions.on_bad_image", "skip"],
+            "regions.*expected raise, got skip. Set the global field, --on_bad",
+        ),
         ([*NO_TEACHER, "--teacher_model", "a/b"], "--teacher_model: .*no loss of a student reads a teacher"),
         ([*CLIP, "--teacher_model", "a/b", "--teacher.learning_rate", "1"], "teacher_model is named"),
         (["--stages", "anchor", "--student.learning_rate", "1"], "the stage student is not among --stages"),

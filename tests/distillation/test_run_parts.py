@@ -5,8 +5,9 @@ import logging
 
 import pytest
 import yaml
-from datasets import concatenate_datasets
+from datasets import Dataset, concatenate_datasets
 
+import modeling_dclip.distillation.run as run_module
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.parts import write_trained_images
 from modeling_dclip.data.columns import image_keys
@@ -15,6 +16,7 @@ from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import (
     KeyedRows,
     SharedData,
+    check_parts,
     find_test_part,
     keep_test_part,
     load_training_images,
@@ -186,3 +188,72 @@ def test_validation_needs_a_part_of_its_own(tmp_path):
     with pytest.raises(ValueError, match="train_fraction is 0.9 and test_fraction 0.1, which is all: set it below"):
         load_training_images(recipe_of(tmp_path, *words), SharedData())
     assert len(load_training_images(recipe_of(tmp_path, "--train_fraction", "0.9"), SharedData())["train"].rows) == 18
+
+
+def write_damaged(folder, count):
+    """Write the scenes with the first `count` cut off behind their header; the ids of these, and a recipe's fields."""
+    scenes = load_captions(DATA).select_columns(["image_id", "image", "captions"])
+    rows = scenes.with_format(None).to_dict()
+    for image in rows["image"][:count]:
+        image["bytes"] = image["bytes"][:150]
+    Dataset.from_dict(rows, features=scenes.features).to_parquet(folder / "scenes.parquet")
+    fields = {"train_datasets": [f"parquet:{folder}/scenes.parquet"], "train_fraction": 0.6, "test_fraction": 0.2}
+    return set(rows["image_id"][:count]), {**fields, "student": {"eval_strategy": "epoch"}}
+
+
+def parts_of(recipe, check=True):
+    shared = SharedData()
+    if check:
+        check_parts(recipe, shared)
+        keep_test_part(recipe, shared)
+    return {**load_training_images(recipe, shared), "test": find_test_part(recipe.run, shared)}
+
+
+def ids_of(part):
+    return set(part.rows["image_id"][:])
+
+
+@pytest.mark.parametrize("regions", [{}, {"detector": "grid:1x2"}])
+def test_images_that_cannot_be_read_are_left_out_of_every_part_before_the_split(tmp_path, regions, caplog):
+    bad, fields = write_damaged(tmp_path, 10)
+    assert all(ids_of(part) & bad for part in parts_of(recipe_of(tmp_path, **fields), check=False).values())
+    parts = parts_of(recipe_of(tmp_path, on_bad_image="skip", regions=regions, **fields))
+    assert {name: len(part.rows) for name, part in parts.items()} == {"train": 6, "validation": 2, "test": 2}
+    for part in parts.values():
+        assert part.keys == image_keys(part.rows) and not ids_of(part) & bad
+    report = json.loads((tmp_path / "run" / "train_datasets_report.json").read_text())
+    assert (report["images"], report["skipped_images"]) == (20, 10)
+    assert {one["image_id"] for one in report["skipped"]} == bad
+    assert "train_datasets: left out 10 of 20 images that cannot be read, first: scenes-train-0-0, " in caplog.text
+
+
+def test_a_second_start_takes_the_answer_of_the_first_one_for_the_same_images(tmp_path, monkeypatch):
+    recipe = recipe_of(tmp_path, on_bad_image="skip", **write_damaged(tmp_path, 1)[1])
+    first, looked = parts_of(recipe), []
+    look = run_module.find_unreadable
+    monkeypatch.setattr(run_module, "find_unreadable", lambda *words: looked.append(words) or look(*words))
+    again = parts_of(recipe)
+    assert not looked and {name: part.keys for name, part in again.items()} == {n: p.keys for n, p in first.items()}
+    write_damaged(tmp_path, 2)
+    assert len(parts_of(recipe, check=False)["train"].rows) == 10 and looked  # 0.6 of 18
+    (tmp_path / "run" / "train_datasets_report.json").write_text("{")
+    with pytest.raises(ValueError, match="train_datasets_report.json.*Delete it"):
+        parts_of(recipe)
+
+
+def test_bad_images_that_are_measured_are_named_together_before_anything_is_written(tmp_path):
+    bad, fields = write_damaged(tmp_path, 10)
+    recipe = recipe_of(tmp_path, **fields)
+    parts = parts_of(recipe, check=False)
+    measured = (ids_of(parts["test"]) | ids_of(parts["validation"])) & bad
+    message = f"{len(measured)} of 8 images of the test and validation parts.*--on_bad_image skip, which"
+    with pytest.raises(ValueError, match=message) as caught:
+        parts_of(recipe)
+    assert all(f"{image_id} (stored bytes)" in str(caught.value) for image_id in measured) and len(measured) > 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_whole_images_have_the_same_parts_whether_bad_ones_are_skipped_or_not(tmp_path):
+    _, fields = write_damaged(tmp_path, 0)
+    one, other = (parts_of(recipe_of(tmp_path, on_bad_image=mode, **fields)) for mode in ("raise", "skip"))
+    assert {name: part.keys for name, part in one.items()} == {name: part.keys for name, part in other.items()}

@@ -152,7 +152,8 @@ def test_a_folder_of_images_goes_through_the_detector_and_captioned_files_stay_o
         tiny_clip_dir,
         train_datasets=[captioned],
         uncaptioned_datasets=[f"images:{folder}"],
-        regions={"detector": "grid:1x2", "on_bad_image": "skip"},
+        regions={"detector": "grid:1x2"},
+        on_bad_image="skip",
     )
     with caplog.at_level(logging.INFO):
         out = run(path)
@@ -160,7 +161,7 @@ def test_a_folder_of_images_goes_through_the_detector_and_captioned_files_stay_o
     assert "left out 1 images that are captioned ones under another id" in caplog.text
     assert load_from_disk(out / "targets" / "uncaptioned")["image_id"][:] == ids
     assert [len(boxes) for boxes in load_from_disk(out / "regions" / "uncaptioned")["boxes"]] == [2] * 5
-    assert json.loads((out / "regions" / "uncaptioned_report.json").read_text())["skipped_images"] == 1
+    assert json.loads((out / "uncaptioned_datasets_report.json").read_text())["skipped_images"] == 1
 
 
 @pytest.fixture

@@ -134,16 +134,17 @@ def test_an_unreadable_image_stays_out_of_every_arm_where_bad_images_are_skipped
     Dataset.from_dict(rows, features=scenes.features).to_parquet(tmp_path / "scenes.parquet")
     common = {"clip_model": str(finished / "run" / "anchor"), "train_datasets": [f"parquet:{tmp_path}/scenes.parquet"]}
     for weight in (1.0, 0.0):
-        regions = {"detector": "grid:1x2", "on_bad_image": "skip"}
+        regions = {"detector": "grid:1x2"}
         student = {**RECIPE["student"], "cosine_distillation_loss_weight": weight}
         out = run(
-            write_recipe(tmp_path, regions=regions, student=student, **common), "--output_dir", f"{tmp_path}/{weight}"
+            write_recipe(tmp_path, regions=regions, student=student, on_bad_image="skip", **common),
+            *("--output_dir", f"{tmp_path}/{weight}"),
         )
         assert load_from_disk(out / "targets" / "train")["image_id"][:] == [
             i for i in rows["image_id"] if not i.endswith("-3")
         ]
-        assert json.loads((out / "regions" / "train_report.json").read_text())["skipped_images"] == 1
-    with pytest.raises(ValueError, match="cannot be read.*on_bad_image"):
+        assert json.loads((out / "train_datasets_report.json").read_text())["skipped_images"] == 1
+    with pytest.raises(ValueError, match="cannot be read.*--on_bad_image skip"):
         run(write_recipe(tmp_path, **common), "--output_dir", f"{tmp_path}/raises")
 
 

@@ -148,7 +148,7 @@ def _find_regions(
     progress = _Progress(regions=[None] * len(dataset))
     pending: dict[str, _Pending] = {}
     rows = dataset.with_format(None).cast_column("image", ImageFeature(decode=False))
-    advice = "Replace the file, or leave such images out with on_bad_image='skip'."
+    advice = "Replace the file, or leave such images out with --on_bad_image skip."
     for index, row in enumerate(tqdm(rows, desc="Finding regions", unit="image")):
         stored = row.pop("image")
         file = (stored or {}).get("path") or "stored bytes"

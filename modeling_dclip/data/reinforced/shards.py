@@ -64,7 +64,7 @@ class DamagedSampleError(ValueError):
         place = f"Shard '{shard}'"
         place += f", sample {key!r}" if key is not None else ""
         place += f", member {member!r}" if member is not None else ""
-        remedy = "Download or write the shard again, or pass on_bad_sample='skip' to leave out what is damaged."
+        remedy = "Download or write the shard again, or leave out what is damaged with --dmclip.on_bad_sample skip."
         error = cls(f"{place}: {problem}. {remedy}")
         error.shard, error.key, error.member, error.problem = shard, key, member, problem
         return error

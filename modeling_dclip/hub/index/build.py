@@ -16,6 +16,7 @@ from datasets import Dataset
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
+from modeling_dclip.data.columns import hash_images
 from modeling_dclip.data.files import check_output_folder
 from modeling_dclip.data.images import PixelReader, UnreadableImageError, decode_image, undecoded_images
 from modeling_dclip.data.rows import FIRST_IDS, first
@@ -42,7 +43,7 @@ from modeling_dclip.hub.index import (
     read_manifest,
     write_index,
 )
-from modeling_dclip.hub.index.embeddings import EmbeddingStore, embed_readable, fingerprint_encoder, hash_images
+from modeling_dclip.hub.index.embeddings import EmbeddingStore, embed_readable, fingerprint_encoder
 
 # Factory strings of FAISS's `index_factory`. The empty one is an inverted file whose number of cells follows from the
 # number of images.
@@ -215,7 +216,7 @@ def refuse_unreadable(dataset: Dataset, rows: Sequence[int]) -> NoReturn:
     ids = first(dataset.select_columns("image_id")[row]["image_id"] for row in rows)
     raise ValueError(
         f"{len(rows)} of the images read so far cannot be read ({ids}): {examples}. Replace or remove the files, or "
-        "leave such images out with on_bad_image 'skip'. The embeddings that were computed are kept."
+        "leave such images out with --on_bad_image skip. The embeddings that were computed are kept."
     )
 
 

@@ -14,17 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
-from datasets import Dataset
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from modeling_dclip.data.chunks import Chunk, compute_chunks, read_chunk
 from modeling_dclip.data.files import list_folder
-from modeling_dclip.data.images import PixelReader, UnreadableImageError, read_encoded, undecoded_images
+from modeling_dclip.data.images import PixelReader
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import projected
-from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
+from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model
 from modeling_dclip.encoders.open_clip import OpenClipDualEncoder, fingerprint_open_clip
 
 logger = logging.getLogger(__name__)
@@ -47,33 +44,6 @@ def fingerprint_encoder(model: DualEncoder, processor: Any) -> str:
     images = processor.image_processor
     settings = images.to_dict() if hasattr(images, "to_dict") else re.sub(r" at 0x\w+", "", repr(vars(images)))
     return combine_keys([fingerprint_model(model), canonical_json(settings)])
-
-
-def hash_images(dataset: Dataset) -> list[str | None]:
-    """Key the encoded image of each row. Under several processes each hashes its share.
-
-    Args:
-        dataset (`datasets.Dataset`): With the column `image`.
-
-    Returns:
-        `list[str | None]`: A hexadecimal SHA-256 for each row, `None` where there are no bytes to read.
-    """
-    state = PartialState()
-    share = range(state.process_index, len(dataset), state.num_processes)
-    rows = undecoded_images(dataset)
-    keys: list[str | None] = []
-    hidden = not state.is_local_main_process
-    for row in tqdm(share, desc="Reading images", unit="image", disable=hidden, leave=False):
-        try:
-            keys.append(hash_bytes(read_encoded(rows[row]["image"])))
-        except UnreadableImageError:
-            keys.append(None)
-    if state.num_processes == 1:
-        return keys
-    found: list[str | None] = [None] * len(dataset)
-    for row, key in gather_object(list(zip(share, keys, strict=True))):
-        found[row] = key
-    return found
 
 
 @torch.no_grad()

@@ -467,9 +467,9 @@ def test_a_damaged_sample_is_named_or_skipped_and_counted(tmp_path, caplog, dama
     path = write_tar(tmp_path / "some.tar", samples)
     with pytest.raises(DamagedSampleError, match=problem) as caught:
         list(read(path))
-    assert f"Shard '{path}', sample 'b', member '{member}" in str(caught.value) and "on_bad_sample='skip'" in str(
+    assert f"Shard '{path}', sample 'b', member '{member}" in str(
         caught.value
-    )
+    ) and "--dmclip.on_bad_sample skip" in str(caught.value)
     dataset = read(path, on_bad_sample="skip", samples_per_epoch=2)
     assert sorted(keys(dataset)) == ["a", "c"] and dataset.skipped in ({"some.tar": 1}, {})
     dataset = read(path, on_bad_sample="skip", samples_per_epoch=4)

@@ -195,7 +195,7 @@ def test_a_damaged_image_is_fatal_unless_said_otherwise(tiny_clip_dir, own_pictu
     damage(own_pictures)
     arguments = (str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
     for _ in range(2):
-        with pytest.raises(ValueError, match=r"3 of the images.*pictures/01.png.*02.png.*on_bad_image 'skip'"):
+        with pytest.raises(ValueError, match=r"3 of the images.*pictures/01.png.*02.png.*--on_bad_image skip"):
             build_index(*arguments)
     assert len(build_index(*arguments, on_bad_image="skip")) == 9
     again = build_index(*arguments, on_bad_image="skip")
@@ -525,7 +525,7 @@ def test_two_processes_end_together_over_a_damaged_image(tiny_clip_dir, own_pict
     damage(own_pictures)
     arguments = ("--model", tiny_clip_dir, "--images", own_pictures, "--output", tmp_path / "index", "--chunk_rows", 2)
     done = launch_two(*arguments)
-    assert done.returncode != 0 and "on_bad_image 'skip'" in done.stderr and "01.png" in done.stderr
+    assert done.returncode != 0 and "--on_bad_image skip" in done.stderr and "01.png" in done.stderr
 
 
 def test_equal_models_have_equal_keys_and_settings_count(tiny_clip_dir, other_model):
