@@ -174,7 +174,10 @@ def test_the_next_commands_run_from_the_folder_that_they_were_printed_in(tmp_pat
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(fields))
     recipe = train_script.parse_recipe([], tmp_path / "recipe.yaml")
     told = train_script.describe_next(recipe, tmp_path / "my run ü!", "student")
-    look, _, _, publish = [shlex.split(line) for line in told.splitlines() if line.startswith("  python ")]
+    look, search, _, publish = [shlex.split(line) for line in told.splitlines() if line.startswith("  python ")]
+    skipping = train_script.parse_recipe(["--on_bad_image", "skip"], tmp_path / "recipe.yaml")
+    assert "--on_bad_image" not in search
+    assert "/index' --on_bad_image skip\n" in train_script.describe_next(skipping, tmp_path / "my run ü!", "student")
     assert look[1] == script and Path(script).is_file()
     assert publish[publish.index("--repo_id") + 1] == "me/my-run-u"
 
