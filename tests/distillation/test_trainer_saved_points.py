@@ -47,7 +47,8 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
         torch.testing.assert_close(found[name], weight, **tolerance)
     names = {path.name for path in (tmp_path / "0.25").iterdir()} - {"runs", "trainer_state.json", "training_args.bin"}
     assert names == {path.name for path in saved.iterdir()}
-    assert read_trained_images(saved).describe_overlap(["ab" * 32, "cd" * 32]).startswith("1 of the 2 test images was")
+    told = read_trained_images(saved).describe_overlap(["ab" * 32, "cd" * 32])
+    assert told.startswith("1 of the 2 test images trained this model or chose its checkpoint (")
     assert yaml.safe_load((saved / "arguments.yaml").read_text()) == {"student": {"wise_ft_alpha": 0.25}}
     assert f"Saved to {saved}, in {dtype}: 0.25 of" in (printed := capsys.readouterr().out) and "too good" in printed
     assert load_dual_encoder(saved)[0].config.model_type == "dclip"
