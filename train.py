@@ -236,7 +236,7 @@ def describe_next(recipe: Recipe, folder: Path, model: str) -> str:
     if recipe.run.test_fraction:
         test = f"{HELD_OUT}:{folder}"
         captions = load_captions(parse_caption_spec(test))[:5]["captions"]
-        query = min((one for row in captions for one in row), key=len).strip().rstrip(".")
+        query = min((one for row in captions for one in row), key=len).strip(" .")
     anchor = []
     if recipe.run.clip_model is not None or recipe.makes_anchor:  # a DM-CLIP may start from no CLIP
         anchor = ["--anchor", find_clip(recipe, Places.of(recipe))]

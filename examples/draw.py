@@ -84,6 +84,6 @@ def write_cards(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("Expected one word after examples/draw.py, the folder to write to.")
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit(f"{__doc__}\nExpected one word after examples/draw.py, the folder to write to.")
     write_cards(Path(sys.argv[1]))
