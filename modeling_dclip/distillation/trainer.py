@@ -384,6 +384,7 @@ class _Narrator(ProgressCallback):
             told += [f"validation loss {_number(logs['eval_loss'])}"] if "eval_loss" in logs else []
             told += [_describe_recalls(logs)] if f"eval_{MEAN_RECALL}" in logs else []
             self._say(f"{place}: {', '.join(told)}")
+            self.loss = None  # said once: a loss that was logged before an earlier validation is not this one's
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()
