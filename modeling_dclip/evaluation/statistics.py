@@ -1,11 +1,11 @@
 """How sure a number is, and whether one model is better than another beyond chance.
 
 Every value comes as an [`Interval`] that says what it covers: test images, or training seeds. From top to bottom: the
-interval; training seeds (Student's t); test images (bootstrap); differences between two models; gain and retention
-against an anchor; the summary of an experiment's arms.
+interval; training seeds (Student's t); one share (Clopper and Pearson); test images (bootstrap); differences between
+two models; gain and retention against an anchor; the summary of an experiment's arms.
 
-Source: percentile bootstrap, Student's t, and the normal approximation of a difference of independent estimates, as in
-any textbook.
+Source: percentile bootstrap, Student's t, the exact interval of a share, and the normal approximation of a difference
+of independent estimates, as in any textbook.
 """
 
 import math
@@ -14,7 +14,7 @@ from statistics import NormalDist
 from typing import NamedTuple, TypedDict
 
 import torch
-from scipy.special import stdtrit
+from scipy.special import betaincinv, stdtrit
 
 GAIN_METRIC = "text_to_image_recall@1"
 RETENTION_METRIC = "top1"
@@ -160,6 +160,37 @@ def seed_interval(values: Sequence[float], *, confidence: float = 0.95) -> Inter
     return Interval(mean, mean - half, mean + half, confidence, "seeds")
 
 
+def exact_interval(hits: float, n: int, *, confidence: float = 0.95) -> Interval:
+    """The interval of a share that is exact for few images and at its ends: 0 of 10 may well be 30 % of all.
+
+    Source: Clopper and Pearson, "The use of confidence or fiducial limits illustrated in the case of the binomial",
+    Biometrika 26 (1934). The share is above a level beyond chance, by the exact binomial test of one side at
+    (1 - confidence) / 2, where `low` is above that level.
+
+    Args:
+        hits (`float`): In [0, n]. Not an integer where several captions of one image are averaged.
+        n (`int`): Images, >= 1.
+        confidence (`float`, *optional*, defaults to 0.95): In (0, 1).
+
+    Returns:
+        [`Interval`]: Of hits / n; `covers="images"`.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> [round(value, 3) for value in exact_interval(0, 10)[:3]]
+        [0.0, 0.0, 0.308]
+    """
+    _check_confidence(confidence)
+    if n < 1 or not 0 <= hits <= n:
+        raise ValueError(f"Expected hits in [0, n] of n >= 1 images, got {hits} of {n}.")
+    tail = (1 - confidence) / 2
+    low = float(betaincinv(hits, n - hits + 1, tail)) if hits > 0 else 0.0
+    high = float(betaincinv(hits + 1, n - hits, 1 - tail)) if hits < n else 1.0
+    return Interval(hits / n, low, high, confidence, "images")
+
+
 def _resampled_sums(values: torch.Tensor, resamples: int, seed: int) -> Iterator[torch.Tensor]:
     """Draw images with replacement and sum their rows, some draws at a time: `(I, ...)` float64 -> `(draws, ...)`."""
     images, generator = len(values), torch.Generator().manual_seed(seed)
@@ -178,11 +209,12 @@ def bootstrap_outcomes(
     """Resample images, for intervals of several metrics of one evaluation at once.
 
     Each metric is a ratio of sums over images. All come from the same draws. For few images the percentiles are set
-    apart as in [`bootstrap_differences`], so that the intervals of models, ratios and differences agree.
+    apart as in [`bootstrap_differences`], so that the intervals of models, ratios and differences agree. Where every
+    image scores 0, or every image 1, all draws are alike: the interval is then that of [`exact_interval`].
 
     Args:
         outcomes (`Mapping[str, torch.Tensor]`): Metric -> `(I, 2)`: the sum and the count of every image, e.g. the
-            hits of its captions and their number. Counts are >= 0. All have one length.
+            hits of its captions and their number. Counts are >= 0, and no sum exceeds its count. All have one length.
         resamples, confidence, seed: As in [`bootstrap_ratio`].
 
     Returns:
@@ -191,6 +223,19 @@ def bootstrap_outcomes(
     Raises:
         ValueError: If shapes differ, there are fewer than two images, or the counts of a metric sum to 0.
     """
+    found = _bootstrap(outcomes, resamples=resamples, confidence=confidence, seed=seed)
+    for name, values in outcomes.items():
+        sums, counts = values.double().cpu().unbind(dim=1)
+        counted = int((counts > 0).sum())
+        if torch.equal(sums, counts) or not sums.any():
+            found[name] = exact_interval(counted if sums.any() else 0, counted, confidence=confidence)
+    return found
+
+
+def _bootstrap(
+    outcomes: Mapping[str, torch.Tensor], *, resamples: int, confidence: float, seed: int
+) -> dict[str, Interval]:
+    """[`bootstrap_outcomes`] of any ratio, also of one that may exceed 1."""
     _check_confidence(confidence)
     if resamples < 1:
         raise ValueError(f"Expected resamples >= 1, got {resamples}.")
@@ -250,7 +295,7 @@ def bootstrap_ratio(
             f"{tuple(denominators.shape)}. Were both models evaluated on the same images?"
         )
     outcomes = {"ratio": torch.stack([numerators, denominators], dim=1)}
-    return bootstrap_outcomes(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
+    return _bootstrap(outcomes, resamples=resamples, confidence=confidence, seed=seed)["ratio"]
 
 
 def bootstrap_differences(

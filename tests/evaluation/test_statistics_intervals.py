@@ -4,14 +4,16 @@ import math
 
 import pytest
 import torch
-from scipy.stats import norm, t
+from scipy.stats import binom, binomtest, norm, t
 
 from modeling_dclip.evaluation.statistics import (
     GAIN_METRIC,
     Interval,
+    bootstrap_outcomes,
     bootstrap_ratio,
     compare_to_anchor,
     differences_to_anchor,
+    exact_interval,
     seed_interval,
     t_quantile,
 )
@@ -51,6 +53,35 @@ def test_one_run_has_no_interval():
 def test_runs_must_be_finite_and_there(values):
     with pytest.raises(ValueError, match="one or more finite values"):
         seed_interval(values)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (3, 10), (10, 10), (1, 1), (37, 400)])
+def test_the_exact_interval_equals_scipys(hits, n):
+    expected = binomtest(hits, n).proportion_ci(0.95, method="exact")
+    assert exact_interval(hits, n)[:3] == pytest.approx((hits / n, expected.low, expected.high), abs=1e-9)
+
+
+def test_a_share_is_above_a_level_where_the_binomial_test_says_so():
+    for hits in range(1, 31):
+        assert (exact_interval(hits, 100).low > 0.1) == (binom.sf(hits - 1, 100, 0.1) < 0.025)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(-1, 10), (11, 10), (0, 0)])
+def test_hits_must_be_in_the_number_of_images(hits, n):
+    with pytest.raises(ValueError, match="hits in"):
+        exact_interval(hits, n)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_that_all_images_have_still_has_an_interval(share):
+    counts = torch.tensor([2.0, 1.0, 3.0, 0.0])  # an image without a count says nothing
+    found = bootstrap_outcomes({"recall": torch.stack([share * counts, counts], dim=1)})["recall"]
+    assert found == exact_interval(share * 3, 3)
+
+
+def test_a_ratio_of_models_is_no_share():
+    assert bootstrap_ratio(torch.zeros(10), torch.ones(10))[:3] == (0.0, 0.0, 0.0)
+    assert bootstrap_ratio(torch.ones(10), torch.ones(10))[:3] == (1.0, 1.0, 1.0)
 
 
 def test_bootstrap_intervals_cover_the_truth_as_often_as_they_say():

@@ -372,8 +372,9 @@ def evaluate_zero_shot(
 
     Returns:
         `BenchmarkResult`: `n` images and the metrics, in [0, 1]. With one label an image: `top1`; `top5` with five
-            classes or more; `mean_per_class`, the mean accuracy of the classes that have images; and `outcomes` of
-            each ([`accuracy_outcomes`]). With several labels an image: `map` ([`mean_average_precision`]).
+            classes or more; `mean_per_class`, the mean accuracy of the classes that have images; `outcomes` of each
+            ([`accuracy_outcomes`]); and `chance`, what guessing one of the K classes scores. With several labels an
+            image: `map` ([`mean_average_precision`]).
 
     Raises:
         TypeError: If the model is not a dual encoder.
@@ -389,4 +390,5 @@ def evaluate_zero_shot(
     outcomes = accuracy_outcomes(ranks, labels, len(class_names))
     sums = {name: pairs.sum(0) for name, pairs in outcomes.items()}
     metrics = {name: float(total / count) for name, (total, count) in sums.items()}
-    return {**metrics, "n": len(ranks), "outcomes": outcomes}
+    chance = {name: (5 if name == "top5" else 1) / len(class_names) for name in outcomes}
+    return {**metrics, "n": len(ranks), "outcomes": outcomes, "chance": chance}

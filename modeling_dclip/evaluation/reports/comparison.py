@@ -27,7 +27,15 @@ from modeling_dclip.evaluation.reports.tables import (
     shorten_benchmark,
     shorten_paths,
 )
-from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS, OTHER_TITLES, Effect, Verdict, compose
+from modeling_dclip.evaluation.reports.verdict import (
+    DIRECTION_WORDS,
+    OTHER_TITLES,
+    Effect,
+    Verdict,
+    advice_of,
+    chance_of,
+    compose,
+)
 from modeling_dclip.evaluation.statistics import (
     RETENTION_METRIC,
     IntervalDict,
@@ -38,7 +46,7 @@ from modeling_dclip.evaluation.statistics import (
 from modeling_dclip.progress import count_of
 
 # Fields that hold what was measured. All other fields say on what, and are compared; so are fields of later versions.
-_MEASURED = {"metrics", "intervals", "draws", "spread", "comparison", "label", "created", "format_version"}
+_MEASURED = {"metrics", "intervals", "draws", "spread", "chance", "comparison", "label", "created", "format_version"}
 _HASHES = {"revision", "dataset_fingerprint"}
 _WORDS = {
     "dataset_fingerprint": "data",
@@ -88,6 +96,7 @@ class ComparedPair(TypedDict):
         benchmark (`str`): As in the records.
         a (`str`), b (`str`): Names of the two rows.
         n (`list[int]`): What was counted in each.
+        chance (`dict[str, float]`): What guessing scores, by metric, as far as is known.
         trained_on (`list[int]`): How many of the test images each model learned from, as far as is known.
         same_weights (`bool`): Whether the weights are the same.
         differences (`list[list[str]]`): Field, value in A, value in B, of what else differs.
@@ -99,6 +108,7 @@ class ComparedPair(TypedDict):
     a: str
     b: str
     n: list[int]
+    chance: dict[str, float]
     trained_on: list[int]
     same_weights: bool
     differences: list[list[str]]
@@ -447,6 +457,7 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
         "a": row_title(first),
         "b": row_title(second),
         "n": [first["n"], second["n"]],
+        "chance": {name: level for name in first["metrics"] if (level := chance_of(first, name)) is not None},
         "trained_on": [record.get("n_trained_on", 0) for record in pair],
         "same_weights": first["revision"] == second["revision"] and first.get("condition") == second.get("condition"),
         "differences": [list(row) for row in differences(first, second) if row[0] != "command"],
@@ -465,10 +476,12 @@ def render_comparison(comparison: Comparison) -> str:
         `str`: Markdown: first the verdict on B; for each pair a table and what else differs; at the end, how far to
             trust many comparisons at once.
     """
+    found = judge_comparison(comparison)
     verdicts = [
         "\n- ".join(render_markdown([Text(text)]) for text in (verdict.headline, *verdict.details))
-        for verdict in judge_comparison(comparison)
+        for verdict in found
     ]
+    verdicts += [render_markdown([Text(line)]) for line in advice_of(found)]
     files = [render_markdown([Text(f"{side.upper()}: ", Code(comparison[side]))]) for side in ("a", "b")]
     blocks = [block for pair in comparison["pairs"] for block in _tabulate_pair(pair)]
     if comparison["unmatched"]:
@@ -525,7 +538,12 @@ def _effects_of(pair: ComparedPair, metrics: Iterable[str]) -> dict[str, Effect]
             noun = COUNTED.get(kind, "image")
             effect = Effect(row["metric"], row["a"], row["b"], interval, method, min(pair["n"]), noun)
             images = min(pair["n"]) if noun == "image" else 0
-            effects[row["metric"]] = effect._replace(trained_on=(*pair["trained_on"],), images=images)
+            effects[row["metric"]] = effect._replace(
+                trained_on=(*pair["trained_on"],),
+                images=images,
+                chance=pair["chance"].get(row["metric"]),
+                counted=min(pair["n"]),
+            )
     return effects
 
 

@@ -1,7 +1,7 @@
 """Did training help? One line for each model that was measured beside its anchor, from results records or a summary.
 
-A claim ("better", "worse", "lost") is made only where the interval of the difference excludes 0. Everything else is
-"not told apart", with the size of a difference that so few images cannot show.
+A claim ("better", "worse", "lost") is made only where the interval of the difference excludes 0 and one of the two
+models does more than guess. Everything else is "not told apart", with the width of the interval.
 """
 
 import math
@@ -25,6 +25,7 @@ from modeling_dclip.evaluation.statistics import (
     GAIN_METRIC,
     RETENTION_METRIC,
     IntervalDict,
+    exact_interval,
     excludes_zero,
     seed_interval,
     unpaired_difference,
@@ -44,6 +45,15 @@ _METHODS = {
     "unpaired": "95 % intervals over images, as if the images were not the same",
     "seeds": "95 % intervals over training seeds, on one test set",
 }
+# What to do next, where the numbers leave a question open. Beside the verdicts of a command, not on a card.
+MEASURE_ZERO_SHOT = (
+    'Zero-shot accuracy shows what a model forgot. eval.py measures it with --benchmark "zero_shot=imagefolder:DIR"; '
+    'other sets are in docs/evaluating.md, "Zero-shot classification".'
+)
+IF_NOT_TOLD_APART = (
+    "Not told apart: a larger test part decides more, because intervals narrow with the number of images. See "
+    'docs/evaluating.md, "If it did not help".'
+)
 
 
 class Effect(NamedTuple):
@@ -62,6 +72,8 @@ class Effect(NamedTuple):
         trained_on (`tuple[int, int]`): How many of the test images the anchor and the model learned from, as far as
             is known; with `"seeds"` the most of any run.
         images (`int`): Test images; 0 where something else was counted.
+        chance (`float`, *optional*): What guessing scores; `None` if unknown.
+        counted (`int`): Images or questions that a share is of, with `"seeds"` too; 0 if unknown.
     """
 
     metric: str
@@ -75,21 +87,38 @@ class Effect(NamedTuple):
     over_images: IntervalDict | None = None
     trained_on: tuple[int, int] = (0, 0)
     images: int = 0
+    chance: float | None = None
+    counted: int = 0
+
+    @property
+    def guesses(self) -> tuple[bool, bool]:
+        """Whether the anchor, and the model, are not above chance by [`exact_interval`].
+
+        Its count is images, also where each has several captions: these are not independent of each other. Fewer than
+        [`FEWEST_IMAGES`] show nothing, not even that.
+        """
+        if self.chance is None or self.counted < FEWEST_IMAGES:
+            return False, False
+        ends = (exact_interval(min(share, 1) * self.counted, self.counted).low for share in (self.before, self.after))
+        before, after = (end is not None and end <= self.chance for end in ends)
+        return before, after
 
     @property
     def sign(self) -> int:
-        """1 for better beyond noise, -1 for worse, 0 for not told apart."""
+        """1 for better beyond noise, -1 for worse, 0 for not told apart, as where both guess."""
+        if all(self.guesses):
+            return 0
         side = 0 if self.interval is None else _side(self.interval, self.n)
         if self.over_images is not None and _side(self.over_images, FEWEST_IMAGES) != side:
             side = 0
         return side if metric_of(self.metric).higher_is_better else -side
 
     @property
-    def unseen(self) -> float | None:
-        """About the smallest difference that would have been seen, as a share; `None` if nothing is known.
+    def half_width(self) -> float | None:
+        """Half the interval's width, as a share; `None` if nothing is known.
 
-        It is half the interval's width. Where no image changed, it is the 95 % bound on the share of images that
-        change, 1 - 0.05 ** (1 / n).
+        It depends on how many images change, so it is of this comparison, and no floor for others. Where no image
+        changed, it is the 95 % bound on the share of images that change, 1 - 0.05 ** (1 / n).
         """
         if self.interval is None or self.interval["low"] is None or self.interval["high"] is None:
             return None
@@ -111,15 +140,17 @@ class Verdict(NamedTuple):
         model (`str`): Its name in tables.
         headline (`str`): Whether it is better, and what that costs, in one or two sentences.
         details (`tuple[str, ...]`): The numbers: a sentence for each metric, and one on what was counted.
+        advice (`tuple[str, ...]`): What would answer what is open.
     """
 
     model: str
     headline: str
     details: tuple[str, ...]
+    advice: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
-        """All in one line."""
+        """All in one line, without the advice."""
         return " ".join([self.headline, *self.details])
 
 
@@ -138,8 +169,15 @@ def verdict_lines(records: Sequence[Record]) -> list[str]:
 
 
 def show_verdicts(records: Sequence[Record]) -> str:
-    """[`verdict_lines`] for a terminal: the headline, and below it a line for each number."""
-    return "\n".join("\n  ".join([verdict.headline, *verdict.details]) for verdict in judge(records))
+    """[`verdict_lines`] for a terminal: the headline, below it a line for each number, and at the end the advice."""
+    verdicts = judge(records)
+    lines = ["\n  ".join([verdict.headline, *verdict.details]) for verdict in verdicts]
+    return "\n".join([*lines, *advice_of(verdicts)])
+
+
+def advice_of(verdicts: Sequence[Verdict]) -> list[str]:
+    """The advice of several verdicts, each sentence once."""
+    return list(dict.fromkeys(line for verdict in verdicts for line in verdict.advice))
 
 
 def judge(records: Sequence[Record]) -> list[Verdict]:
@@ -237,15 +275,27 @@ def _measure(runs: Sequence[Record], metric: str, records: Sequence[Record]) -> 
     over_images = _mean_interval([one.interval for one in effects if one.interval is not None])
     effect = Effect(metric, before, after, interval, "seeds", len(effects), "seed", over_images=over_images)
     first, second = (max(one.trained_on[side] for one in effects) for side in (0, 1))
-    return effect._replace(trained_on=(first, second), images=effects[0].images)
+    one = effects[0]
+    return effect._replace(trained_on=(first, second), images=one.images, chance=one.chance, counted=one.counted)
 
 
 def _note_training(effect: Effect, run: Record, records: Sequence[Record]) -> Effect:
-    """Add how many of the test images were trained on."""
+    """Add how many of the test images were trained on, and what guessing scores."""
     anchors = (one for one in records if _is_anchor(one, run) and _data_of(one) == _data_of(run))
     before = next((one["n_trained_on"] for one in anchors if "n_trained_on" in one), 0)
     images = run["n"] if effect.noun == "image" else 0
-    return effect._replace(trained_on=(before, run.get("n_trained_on", 0)), images=images)
+    chance = chance_of(run, effect.metric)
+    return effect._replace(
+        trained_on=(before, run.get("n_trained_on", 0)), images=images, chance=chance, counted=run["n"]
+    )
+
+
+def chance_of(record: Record, metric: str) -> float | None:
+    """What guessing scores in R@1, or in another metric by the record; `None` if it does not say.
+
+    A guess of one of n images is right once in n; so is a guess of one of their captions, by the mean over the images.
+    """
+    return 1 / record["n"] if metric in DIRECTION_WORDS and record["n"] else record.get("chance", {}).get(metric)
 
 
 def _data_of(record: Record) -> tuple[str, str]:
@@ -316,7 +366,9 @@ def compose(
     effects = [*directions.values(), *(effect for _, effect in [*zero_shot, *rest])]
     methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
     details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
-    return Verdict(model, " ".join(filter(None, sentences)), tuple(details))
+    advice = [MEASURE_ZERO_SHOT] if directions and not zero_shot else []
+    advice += [IF_NOT_TOLD_APART] if directions and not any(one.sign for one in directions.values()) else []
+    return Verdict(model, " ".join(filter(None, sentences)), tuple(details), tuple(advice))
 
 
 def _qualify(sentence: str, found: Sequence[tuple[str, Effect]], model: str, anchor: str) -> str:
@@ -341,6 +393,9 @@ def _trained_share(trained: int, images: int) -> str:
 
 def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str:
     """The sentence on both directions of retrieval."""
+    if all(all(effect.guesses) for effect in effects.values()):
+        where = "in both directions" if len(effects) > 1 else DIRECTION_WORDS[next(iter(effects))]
+        return f"{model} and {anchor} are both at chance at retrieval, {where}: neither finds more than a guess."
     signs = {DIRECTION_WORDS[metric]: effect.sign for metric, effect in effects.items()}
     better, worse, open_ = ([name for name, sign in signs.items() if sign == one] for one in (1, -1, 0))
     if better and worse:
@@ -368,6 +423,8 @@ def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, 
         return f"{who}Zero-shot accuracy is {counted}{kept and f'; {kept}'}."
     words = {1: "rose beyond noise", -1: "fell beyond noise", 0: "did not change beyond noise"}
     kept = kept and f", now {kept}"
+    if all(all(effect.guesses) for _, effect in found):
+        return f"{who}Zero-shot accuracy is at chance for both, so it shows nothing that could be forgotten."
     if len(set(signs)) > 1:
         parts = "; ".join(f"{words[sign]} on {spec}" for sign, (spec, _) in zip(signs, found, strict=True))
         return f"{who}Zero-shot accuracy {parts}{kept and f'{kept} on average'}."
@@ -382,6 +439,7 @@ def _show_effect(title: str, effect: Effect) -> str:
     if effect.interval is not None:
         brackets = _brackets(effect.interval)
         points, gain = (points, f"{gain} {brackets}") if effect.relative else (f"{points} {brackets}", gain)
+    gain = gain or f"not given in percent of {metric.show(effect.before)}"
     values = f"{title} {metric.show(effect.before)} → {metric.show(effect.after)} %"
     return f"{values}: {', '.join(filter(None, [points, gain]))}{_explain_noise(effect)}."
 
@@ -392,16 +450,21 @@ def _brackets(interval: IntervalDict) -> str:
 
 def _explain_noise(effect: Effect) -> str:
     """Why nothing is claimed, where nothing is."""
+    at_chance, guesses = f"at chance, which is {percent(effect.chance or 0)} %", effect.guesses
+    if all(guesses):
+        return f" (both {at_chance})"
     if effect.sign:
-        return ""
+        return f" (now {at_chance})" if guesses[1] else ""
     if effect.method != "seeds" and effect.n < FEWEST_IMAGES:
         return f" ({count_of(effect.n, effect.noun)} cannot show a difference; take hundreds)"
-    if effect.unseen is None or math.isinf(effect.unseen):
+    if effect.half_width is None or math.isinf(effect.half_width):
         return " (no interval)"
     if effect.interval is not None and effect.method == "seeds":
         if effect.interval["low"] == effect.interval["high"]:
             return f" (the same for all {effect.n} seeds)"
         if _side(effect.interval, effect.n):
             return " (beyond the noise of the seeds, within that of the images)"
-    smallest = f"{count_of(effect.n, effect.noun)} cannot show less than {percent(effect.unseen)} points"
-    return f" (within noise: {smallest})"
+    width, these = f"{percent(effect.half_width)} points", count_of(effect.n, effect.noun)
+    if effect.interval is not None and effect.interval["low"] == effect.interval["high"]:
+        return f" (none of these {these} changed; that leaves up to {width})"
+    return f" (within noise: with these {these} the interval is ±{width}, and smaller differences are not seen)"

@@ -274,7 +274,7 @@ def merge_verdicts(verdicts: Sequence[Verdict]) -> list[Verdict]:
     Example:
         >>> one, other = (Verdict("m", "It helped.", (f"R@1 {number} %.", "Top-1 5 %.")) for number in (2, 3))
         >>> merge_verdicts([one, other])
-        [Verdict(model='m', headline='It helped.', details=('R@1 2 %. Top-1 5 %.', 'R@1 3 %.'))]
+        [Verdict(model='m', headline='It helped.', details=('R@1 2 %. Top-1 5 %.', 'R@1 3 %.'), advice=())]
     """
     same: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:

@@ -108,7 +108,8 @@ def test_classes_of_one_name_share_a_row_and_are_told_of(tiny_clip):
 def test_few_classes_have_no_top5(tiny_clip, objects):
     few = objects.filter(lambda label: label < 4, input_columns="label")
     result = evaluate_zero_shot(Encoder(*tiny_clip), few, NAMES[:4], ["a {}"])
-    assert {"top1", "mean_per_class", "n", "outcomes"} == set(result)
+    assert {"top1", "mean_per_class", "n", "outcomes", "chance"} == set(result)
+    assert result["chance"] == {"top1": 0.25, "mean_per_class": 0.25}
     assert set(result["outcomes"]) == {"top1", "mean_per_class"}
 
 

@@ -1,10 +1,18 @@
 """The verdict: a claim only beyond noise, both directions, what zero-shot accuracy it costs, and what n can show."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.verdict import judge, verdict_lines
+from modeling_dclip.evaluation.reports.verdict import (
+    IF_NOT_TOLD_APART,
+    MEASURE_ZERO_SHOT,
+    judge,
+    show_verdicts,
+    verdict_lines,
+)
 from modeling_dclip.evaluation.statistics import (
     FEWEST_IMAGES,
     bootstrap_outcomes,
@@ -65,7 +73,8 @@ def test_a_gain_in_both_directions_is_said_with_points_and_interval_and_the_miss
 def test_a_claim_needs_a_difference_beyond_noise():
     (line,) = verdict_lines(pair((0.3, 0.4), (0.3025, 0.3975)))  # one image of 400 each
     assert line.startswith("mine and anchor are not told apart at retrieval, in both directions.")
-    assert line.count("within noise: 400 images cannot show less than") == 2
+    assert line.count("within noise: with these 400 images the interval is ±") == 2
+    assert line.count("points, and smaller differences are not seen") == 2
     assert "better" not in line and "worse" not in line
 
 
@@ -83,7 +92,44 @@ def test_zero_shot_accuracy_is_said_with_the_share_that_is_kept():
     assert "Zero-shot top-1 on scenes 80.0 → 72.0 %: -8.0 points [-" in verdict.text
     (verdict,) = judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.8))
     assert "did not change beyond noise, now 100.0 % of anchor's" in verdict.headline
-    assert "400 images cannot show less than 0.7 points" in verdict.text  # 1 - 0.05 ** (1 / 400)
+    assert "none of these 400 images changed; that leaves up to 0.7 points" in verdict.text  # 1 - 0.05 ** (1 / 400)
+
+
+def test_where_both_guess_nothing_is_claimed_and_chance_is_named():
+    guessing = zero_shot(0.11, 0.08, n=1000)  # an image is right for both or for none, so the difference is sure
+    for one in guessing:
+        one["chance"] = {"top1": 0.1}
+    (verdict,) = judge(guessing)
+    assert verdict.headline.endswith(
+        "Zero-shot accuracy is at chance for both, so it shows nothing that could be forgotten."
+    )
+    assert "(both at chance, which is 10.0 %)" in verdict.text
+    fallen = zero_shot(0.5, 0.1, n=1000)
+    for one in fallen:
+        one["chance"] = {"top1": 0.1}
+    (verdict,) = judge(fallen)
+    assert "fell beyond noise, now 20.0 %" in verdict.headline and "(now at chance, which is 10.0 %)" in verdict.text
+    del fallen[1]["chance"]  # as in records of earlier versions
+    assert "at chance" not in judge(fallen)[0].text
+    (line,) = verdict_lines(pair((0.01, 0.0), (0.0, 0.01), n=200))
+    assert line.startswith("mine and anchor are both at chance at retrieval, in both directions: neither finds more")
+    assert line.count("both at chance, which is 0.5 %") == 2
+    assert "not given in percent of 0.0" in line
+
+
+def test_advice_names_what_measures_zero_shot_accuracy_and_what_to_do_where_nothing_is_told_apart():
+    (verdict,) = judge(pair((0.3, 0.4), (0.3025, 0.3975)))
+    measure, decide = verdict.advice
+    assert '--benchmark "zero_shot=imagefolder:DIR"' in measure and "a larger test part decides more" in decide
+    assert measure not in verdict.text and show_verdicts(pair((0.3, 0.4), (0.4, 0.5))).endswith(measure)
+    assert judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.72))[0].advice == ()
+
+
+@pytest.mark.parametrize("section", ["Zero-shot classification", "If it did not help"])
+def test_advice_names_sections_that_are_there(section):
+    page = Path(__file__).parents[3] / "docs" / "evaluating.md"
+    assert f"\n## {section}\n" in page.read_text()
+    assert any(f'"{section}"' in line for line in (MEASURE_ZERO_SHOT, IF_NOT_TOLD_APART))
 
 
 def test_several_zero_shot_sets_are_counted():
@@ -102,7 +148,7 @@ def test_few_images_show_nothing_however_large_the_difference(n):
 
 def test_fifteen_images_show_only_a_large_difference():
     (line,) = verdict_lines(pair((0.2, 0.2), (0.4, 0.4), n=15))
-    assert "not told apart" in line and "15 images cannot show less than" in line
+    assert "not told apart" in line and "with these 15 images the interval is ±" in line
     assert "is better" in verdict_lines(pair((0.2, 0.2), (0.8, 0.8), n=15))[0]
 
 
