@@ -16,6 +16,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from huggingface_hub.utils import WeakFileLock
 from PIL import Image
@@ -111,6 +112,18 @@ class Hit(NamedTuple):
     name: str
 
 
+def is_picture_file(query: str | Path | Image.Image) -> bool:
+    """Whether what is looked for is the file of a picture: a `Path`, or a text that ends as the names of pictures do.
+
+    Example:
+        >>> is_picture_file("a dog"), is_picture_file("dog.jpg")
+        (False, True)
+    """
+    from modeling_dclip.data.images import has_image_suffix
+
+    return isinstance(query, Path) or (isinstance(query, str) and has_image_suffix(query))
+
+
 def read_query(query: str | Path | Image.Image) -> str | Image.Image:
     """Take what is looked for: words, or a picture.
 
@@ -125,14 +138,13 @@ def read_query(query: str | Path | Image.Image) -> str | Image.Image:
         FileNotFoundError: If there is no such picture.
         ValueError: If there are no words, they are the path of a folder or of another file, or the picture is damaged.
     """
-    from modeling_dclip.data.images import has_image_suffix
-
     if isinstance(query, Image.Image):
         return query
-    if isinstance(query, Path) or has_image_suffix(query):
+    if is_picture_file(query):
         from modeling_dclip.evaluation.embedding import open_picture
 
         return open_picture(query)
+    query = str(query)
     if not query.strip():
         raise ValueError("Expected words or a picture to look for, got an empty text. Say what the picture shows.")
     if "/" in query and Path(query).exists():
@@ -335,12 +347,14 @@ class SearchIndex:
             self._encoder = (model, processor)
         return self._encoder
 
-    def search(self, query: str | Path | Image.Image, top_k: int = 10) -> list[Hit]:
+    def search(self, query: str | Path | Image.Image, top_k: int = 10, *, keep_same: bool = False) -> list[Hit]:
         """Find the images nearest to a text or to a picture.
 
         Args:
             query (`str`, `Path` or `PIL.Image.Image`): As for [`read_query`].
             top_k (`int`, *optional*, defaults to 10): The number of images to return, if the index has as many.
+            keep_same (`bool`, *optional*, defaults to `False`): Also return the images of [`copies_of`], which would
+                come first. Those of a `PIL.Image.Image`, which is no file, are always returned.
 
         Returns:
             `list[Hit]`: Best first. An approximate index may find fewer, or none.
@@ -354,8 +368,28 @@ class SearchIndex:
 
         if top_k < 1:
             raise ValueError(f"Expected top_k >= 1, got {top_k}.")
-        query = read_query(query)
-        return self.nearest(embed_query(*self.encoder(), query), top_k)
+        picture = read_query(query)
+        same = set() if keep_same else {hit.image_id for hit in self.copies_of(query)}
+        hits = self.nearest(embed_query(*self.encoder(), picture), top_k + len(same))
+        return [hit for hit in hits if hit.image_id not in same][:top_k]
+
+    def copies_of(self, query: str | Path | Image.Image) -> list[Hit]:
+        """The images whose file has the same content as a picture's: the picture itself, if it is in the index.
+
+        Args:
+            query (`str`, `Path` or `PIL.Image.Image`): As for [`read_query`]. Words and a `PIL.Image.Image` have no
+                file, and no copies.
+
+        Returns:
+            `list[Hit]`: In the order of the index. The scores are NaN.
+
+        Raises:
+            OSError: If the picture's file cannot be read.
+        """
+        if not is_picture_file(query):
+            return []
+        equal = pc.equal(self.rows["sha256"], hash_file(Path(cast("str | Path", query))))
+        return self.hits(pc.indices_nonzero(equal).to_pylist())
 
     def nearest(self, query_embeds: "torch.Tensor", top_k: int = 10) -> list[Hit]:
         """Find the images nearest to an embedding.

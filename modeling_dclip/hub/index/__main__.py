@@ -4,9 +4,10 @@
     python -m modeling_dclip.hub.index search "a dog on a beach" --index INDEX --page results.html
     python -m modeling_dclip.hub.index search photo.jpg --index INDEX --top_k 5
 
-MODEL is any dual encoder: of this package, of transformers, or `open_clip:NAME:PRETRAINED`. A build that was killed
-continues when it is started again, and a second build embeds only new images. To build on several GPUs, start it with
-`accelerate launch -m modeling_dclip.hub.index`.
+MODEL compares pictures and words: your own (outputs/mine/student), any CLIP or SigLIP of transformers
+(openai/clip-vit-base-patch16), or open_clip:NAME:PRETRAINED. A build that was killed continues when it is started
+again, and a second build embeds only new pictures. `search --help` lists the options of a search. To build on several
+GPUs, start it with `accelerate launch -m modeling_dclip.hub.index`.
 """
 
 import shlex
@@ -31,27 +32,49 @@ SHOWN = 10  # images that could not be read, or are copies
 class BuildArguments:
     """Arguments of building; the word `build` may stand before them."""
 
-    model: str = field(metadata={"help": "Folder or Hub id of a dual encoder, or open_clip:NAME:PRETRAINED."})
-    images: str = field(
-        metadata={"help": "A folder, searched with its subfolders, or a dataset's spec such as parquet:GLOB."}
+    model: str = field(
+        metadata={"help": "Model that compares pictures and words: a folder, a Hub id, or open_clip:NAME:PRETRAINED."}
     )
-    output: str = field(metadata={"help": "Folder of the index."})
+    images: str = field(
+        metadata={"help": "Your pictures: a folder with its subfolders, or a dataset such as parquet:GLOB."}
+    )
+    output: str = field(metadata={"help": "Folder to write the index to."})
     index: str = field(
         default="exact",
-        metadata={"help": "exact; ivf (inverted file) or hnsw (graph) for millions; or a factory string of FAISS."},
+        metadata={
+            "help": "exact; for millions of pictures ivf (inverted file) or hnsw (graph); or FAISS's factory string."
+        },
     )
     queries: str | None = field(
         default=None,
         metadata={"help": "Text file with one typical query in a line, to tune and measure an approximate index."},
     )
-    on_bad_image: str = field(default="raise", metadata={"help": "raise or skip, for images that cannot be read."})
-    batch_size: int = field(default=64, metadata={"help": "Images in one forward pass.", "range": BATCH})
-    chunk_rows: int = field(default=1024, metadata={"help": "Images in one file of embeddings.", "range": _MANY})
+    on_bad_image: str = field(
+        default="raise",
+        metadata={
+            "help": "What to do with a picture that cannot be read: raise (stop and name it) or skip (leave it out)."
+        },
+    )
+    batch_size: int = field(default=64, metadata={"help": "Pictures embedded at once.", "range": BATCH})
+    chunk_rows: int = field(default=1024, metadata={"help": "Pictures between two saves.", "range": _MANY})
     num_workers: int = field(
         default=0, metadata={"help": "Processes that decode images, for each GPU.", "range": WORKERS}
     )
-    overwrite: bool = field(default=False, metadata={"help": "Replace an index of another model or of other images."})
+    overwrite: bool = field(
+        default=False, metadata={"help": "Replace an index of another model or of other pictures."}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
+
+
+SEARCH_DESCRIPTION = """Search an index with words or with a picture. The nearest pictures come first.
+
+    python -m modeling_dclip.hub.index search "a dog on a beach" --index my_index
+    python -m modeling_dclip.hub.index search "a dog on a beach" --index my_index --page results.html
+    python -m modeling_dclip.hub.index search photo.jpg --index my_index --top_k 5
+
+Each line shows rank, cosine (higher is nearer, 1 is the same) and file. A search takes some seconds, most of them to
+load the model.
+"""
 
 
 @dataclass
@@ -73,7 +96,11 @@ class SearchArguments:
     model: str | None = field(default=None, metadata={"help": "Where the model is now, if it has moved."})
     images: str | None = field(
         default=None,
-        metadata={"help": "Where the pictures are now, if they have moved: a folder, or a spec."},
+        metadata={"help": "Where the pictures are now, if they have moved: a folder, or a dataset."},
+    )
+    keep_same: bool = field(
+        default=False,
+        metadata={"help": "When you search with a picture that is in the index, also show it and its copies."},
     )
     json: bool = field(default=False, metadata={"help": "Print one JSON object in a line, for other programs."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
@@ -146,10 +173,10 @@ def describe_build(index: SearchIndex) -> str:
 
 
 def _build(argv: Sequence[str]) -> str | None:
-    from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
-
     parser = CommandParser(BuildArguments, prog=COMMAND, description=__doc__)
     (arguments,) = parser.parse(argv)
+    from modeling_dclip.hub.index.build import EmbeddingOptions, build_index
+
     index = build_index(
         arguments.model,
         arguments.images,
@@ -173,8 +200,8 @@ def _build(argv: Sequence[str]) -> str | None:
 
 
 def _search(argv: Sequence[str]) -> str:
-    parser = CommandParser(SearchArguments, prog=f"{COMMAND} search", description="Search an index.")
-    parser.add_argument("query", help="Words, or the path of a picture.")
+    parser = CommandParser(SearchArguments, prog=f"{COMMAND} search", description=SEARCH_DESCRIPTION)
+    parser.add_argument("query", help='Words between quotes ("a dog on a beach"), or the file of a picture.')
     arguments, asked = parser.parse(argv)
     from modeling_dclip.hub.index.answers import check_page, describe_hits, describe_query, write_page
 
@@ -185,10 +212,14 @@ def _search(argv: Sequence[str]) -> str:
     index = SearchIndex.load(arguments.index, **places, trust_remote_code=arguments.trust_remote_code)
     if arguments.effort is not None:
         index.set_effort(arguments.effort)
-    hits = index.search(query, arguments.top_k)
+    hits = index.search(asked.query, arguments.top_k, keep_same=arguments.keep_same)
     lines = [describe_hits(index, describe_query(query, asked.query), hits, arguments.json)]
+    same = [] if arguments.keep_same else [hit.name for hit in index.copies_of(asked.query)]
+    if same:
+        names = _names(same[:SHOWN], len(same))
+        lines.append(f"Left out, because it is the same picture: {names}. --keep_same shows it too.")
     if arguments.page is not None:
-        tiles = write_page(index, query, hits, arguments.page, asked.query)
+        tiles = write_page(index, query, hits, arguments.page, asked.query, left_out=same)
         unread = [tile.hit.name for tile in tiles if tile.reason]
         if unread:
             lines.append(

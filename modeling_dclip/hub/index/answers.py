@@ -2,9 +2,10 @@
 
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 from urllib.parse import quote
 
@@ -14,8 +15,11 @@ from modeling_dclip.data.files import check_output_folder, printable, write_text
 from modeling_dclip.data.images import Thumbnail, UnreadableImageError, make_thumbnail
 from modeling_dclip.evaluation.reports.document import render_page
 from modeling_dclip.hub.index import Hit, SearchIndex
+from modeling_dclip.progress import count_of
 
 MOST_COLUMNS = 120  # columns of a line
+LONGEST_WORD = 18  # characters of a name in one line, on a telephone
+_TELLS_NOTHING = re.compile(r"student|teacher|anchor|model|final|(seed|checkpoint)-\d+")
 LONGEST_QUERY = 300  # characters shown
 THUMBNAIL_SIZE = 320  # pixels of the longest side: sharp on a telephone, 20 KB each
 NOTHING_FOUND = (
@@ -32,6 +36,7 @@ class Tile(NamedTuple):
         link (`str`, *optional*): Where the picture's file is, as seen from the page; `None` if a dataset holds it.
         thumbnail ([`Thumbnail`], *optional*): The small picture; `None` if it cannot be read.
         reason (`str`): Why it cannot be read; empty if it can.
+        name (`list[str]`): The picture's name, in the parts between which a line may break.
     """
 
     rank: int
@@ -39,6 +44,7 @@ class Tile(NamedTuple):
     link: str | None
     thumbnail: Thumbnail | None
     reason: str
+    name: list[str]
 
 
 def _columns(text: str) -> int:
@@ -58,13 +64,65 @@ def _shorten_name(name: str, width: int) -> str:
 
 
 def short_name(model: str) -> str:
-    """The name of a model to show: a Hub id, or the end of a folder's path.
+    """The name of a model to show: a Hub id, or a folder's name, with the folder above where it tells nothing alone.
 
     Example:
         >>> short_name("openai/clip-vit-base-patch16")
         'openai/clip-vit-base-patch16'
     """
-    return "/".join(Path(model).resolve().parts[-3:]) if os.path.isdir(model) else model
+    if not os.path.isdir(model):
+        return model
+    parts = Path(model).resolve().parts
+    start = len(parts) - 1
+    while start > 1 and _TELLS_NOTHING.fullmatch(parts[start]):
+        start -= 1
+    return "/".join(parts[start:])
+
+
+def short_place(images: str) -> str:
+    """Name what was indexed as people do: a folder by its name, a dataset by the name of its file and its split.
+
+    Args:
+        images (`str`): A folder that is there, or a dataset's spec.
+
+    Example:
+        >>> short_place("coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
+        'captions_val2017.json'
+        >>> short_place("scenes:validation,n=60"), short_place("hub:me/photos:test")
+        ('drawn scenes (validation)', 'me/photos (test)')
+    """
+    if os.path.isdir(images):
+        return Path(images).resolve().name or images
+    from modeling_dclip.data.captions import parse_caption_spec
+
+    spec = parse_caption_spec(images)
+    kind = spec.source.form.partition(":")[0]
+    place = spec.fields[0] if spec.fields else ""
+    names = {"scenes": "drawn scenes", "hub": place, "held_out": f"the held-out pictures of {short_name(place)}"}
+    name = names.get(kind) or PurePath(place).name or place
+    return f"{name} ({spec.split})" if spec.split else name
+
+
+def count_nearest(found: int, total: int) -> str:
+    """Say how many pictures were found, of how many.
+
+    Example:
+        >>> count_nearest(1, 1), count_nearest(3, 1800)
+        ('The nearest of 1 picture', 'The 3 nearest of 1,800 pictures')
+    """
+    return f"The {f'{found:,} ' if found != 1 else ''}nearest of {count_of(total, 'picture')}"
+
+
+def split_name(name: str) -> list[str]:
+    """Cut a long name where a line may break: after `_`, and before the ending. Browsers break at `/`, `-` and spaces.
+
+    Example:
+        >>> split_name("IMG_0013.jpg"), split_name("holiday/20240613_summer_holidays.jpg")
+        (['IMG_0013.jpg'], ['holiday/20240613_', 'summer_', 'holidays', '.jpg'])
+    """
+    if max(map(len, re.split(r"[/\s-]", name))) <= LONGEST_WORD:
+        return [name]
+    return re.split(r"(?<=_)(?!_)|(?=\.\w+$)", name)
 
 
 def describe_query(query: str | Image.Image, name: str | None = None) -> str:
@@ -96,12 +154,11 @@ def describe_hits(index: SearchIndex, asked: str, hits: Sequence[Hit], as_json: 
         return "\n".join(json.dumps(hit._asdict()) for hit in hits)
     if not hits:
         return NOTHING_FOUND
-    place = f"The {len(hits)} nearest of {len(index):,} pictures in {printable(index.images)}"
-    lines = [
-        _shorten_name(f"{place}, to {asked}", MOST_COLUMNS)
-        if _columns(asked) < 60
-        else _shorten_name(place, MOST_COLUMNS)
-    ]
+    nearest = count_nearest(len(hits), len(index))
+    folder = [index.images] if os.path.isdir(index.images) else []  # its path, where a line holds it
+    places = [f" in {printable(place)}" for place in (*folder, short_place(index.images))] + [""]
+    headers = [f"{nearest}{place}, to {asked}" for place in places] + [nearest]
+    lines = [next(header for header in headers if _columns(header) <= MOST_COLUMNS)]
     digits = max(4, len(str(len(hits))))
     lines.append(f"{'rank':>{digits}}  cosine  picture")
     room = MOST_COLUMNS - digits - 10
@@ -125,7 +182,12 @@ def check_page(path: str | os.PathLike) -> None:
 
 
 def write_page(
-    index: SearchIndex, query: str | Image.Image, hits: Sequence[Hit], path: str | os.PathLike, name: str | None = None
+    index: SearchIndex,
+    query: str | Image.Image,
+    hits: Sequence[Hit],
+    path: str | os.PathLike,
+    name: str | None = None,
+    left_out: Sequence[str] = (),
 ) -> list[Tile]:
     """Write what a search found as one HTML page: query, pictures, file names and cosines.
 
@@ -139,6 +201,7 @@ def write_page(
         hits (`Sequence[Hit]`): What [`SearchIndex.search`] found.
         path (`str` or `os.PathLike`): A `.html` file, written whole or not at all.
         name (`str`, *optional*): The file of a picture that was looked for.
+        left_out (`Sequence[str]`, *optional*): Names of pictures that are the same as the one that was looked for.
 
     Returns:
         `list[Tile]`: What the page shows. A picture that is gone or damaged has its reason in place of the picture.
@@ -154,8 +217,9 @@ def write_page(
         asked=describe_query(query, name),
         asking=make_thumbnail(query, THUMBNAIL_SIZE) if isinstance(query, Image.Image) else None,
         tiles=tiles,
-        total=len(index),
-        images=os.path.basename(index.images) if os.path.isdir(index.images) else index.images,
+        nearest=count_nearest(len(hits), len(index)),
+        images=short_place(index.images),
+        left_out=left_out,
         model=short_name(index.model),
         nothing_found=NOTHING_FOUND,
     )
@@ -165,7 +229,8 @@ def write_page(
 
 def _make_tile(index: SearchIndex, rank: int, hit: Hit, page: Path) -> Tile:
     link = quote(os.path.relpath(hit.path, page.absolute().parent)) if hit.path is not None else None
+    name = split_name(hit.name)
     try:
-        return Tile(rank, hit, link, make_thumbnail(index.picture(hit), THUMBNAIL_SIZE), "")
+        return Tile(rank, hit, link, make_thumbnail(index.picture(hit), THUMBNAIL_SIZE), "", name)
     except UnreadableImageError as error:
-        return Tile(rank, hit, None, None, error.reason)
+        return Tile(rank, hit, None, None, error.reason, name)

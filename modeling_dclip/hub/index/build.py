@@ -44,6 +44,7 @@ from modeling_dclip.hub.index import (
     write_index,
 )
 from modeling_dclip.hub.index.embeddings import EmbeddingStore, embed_readable, fingerprint_encoder
+from modeling_dclip.progress import count_of
 
 # Factory strings of FAISS's `index_factory`. The empty one is an inverted file whose number of cells follows from the
 # number of images.
@@ -133,7 +134,10 @@ def build_index(
     kept = [row for row, key in enumerate(keys) if store.has(key)]
     bad = sorted(set(range(len(keys))) - set(kept))
     if not kept:
-        raise ValueError(f"None of the {len(keys)} pictures of {images!r} can be read: {reason_of(dataset, bad[0])}.")
+        raise ValueError(
+            f"Expected pictures that can be read in {images!r}, got {len(keys)} of which none can: "
+            f"{reason_of(dataset, bad[0])}."
+        )
     hashes = [key for key in keys if key is not None and store.has(key)]
     embeds = store.read(hashes)
     vectors = build_faiss_index(faiss, embeds, FACTORIES.get(index, index))
@@ -282,7 +286,7 @@ def _set_effort(
         if index == "ivf":
             notes.insert(
                 0,
-                f"{n} pictures are too few for an inverted file, which begins at {LEAST_CELLS * POINTS_PER_CELL}: the "
+                f"An inverted file begins at {LEAST_CELLS * POINTS_PER_CELL:,} pictures, and these are {n:,}: the "
                 "index is exact, and as fast.",
             )
         return {"effort": None, "recall@10": None}, notes
@@ -290,8 +294,8 @@ def _set_effort(
     notes = []
     if name == "nprobe" and n < most * POINTS_PER_CELL:
         notes.append(
-            f"{n} pictures are few for {most} cells: FAISS asks for {most * POINTS_PER_CELL}. Take fewer cells, or "
-            "an exact index."
+            f"FAISS asks for {most * POINTS_PER_CELL:,} pictures for {count_of(most, 'cell')}, and these are {n:,}. "
+            "Take fewer cells, or an exact index."
         )
     if not queries:
         setattr(holder, name, min(most, FIRST_EFFORT[name]))

@@ -11,7 +11,15 @@ from PIL import Image
 
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.__main__ import main
-from modeling_dclip.hub.index.answers import MOST_COLUMNS, NOTHING_FOUND, describe_hits, describe_query, write_page
+from modeling_dclip.hub.index.answers import (
+    MOST_COLUMNS,
+    NOTHING_FOUND,
+    describe_hits,
+    describe_query,
+    short_name,
+    short_place,
+    write_page,
+)
 from modeling_dclip.hub.index.build import build_index
 
 pytest.importorskip("faiss")
@@ -51,9 +59,8 @@ def test_the_page_of_a_picture_shows_it_and_says_what_is_gone(index, pictures, t
     (moved / NAMES[1]).write_bytes(b"no picture")
     (moved / NAMES[2]).unlink()
     again = SearchIndex.load(index.folder, images=str(moved))
-    tiles = write_page(
-        again, Image.open(pictures / NAMES[0]), again.search(pictures / NAMES[0]), tmp_path / "page.html", NAMES[0]
-    )
+    hits = again.search(pictures / NAMES[0], keep_same=True)
+    tiles = write_page(again, Image.open(pictures / NAMES[0]), hits, tmp_path / "page.html", NAMES[0])
     page = (tmp_path / "page.html").read_text()
     assert "<h1>Pictures like a &amp; b.png</h1>" in page and page.count("data:image/jpeg") == 3
     assert {tile.hit.name for tile in tiles if tile.reason} == {NAMES[1], NAMES[2]}
@@ -78,9 +85,13 @@ def test_lines_fit_a_terminal_and_keep_the_end_of_a_name(index):
 def test_the_command_writes_a_page_and_checks_its_place_first(index, pictures, tmp_path, monkeypatch, capsys):
     words = ["search", str(pictures / NAMES[3]), "--index", str(index.folder), "--top_k", "2"]
     main([*words, "--page", str(tmp_path / "page.html")])
-    assert capsys.readouterr().out.splitlines()[-1] == f"Pictures: {tmp_path}/page.html (open it in a browser)"
-    assert "Pictures like &lt;b&gt;.png" in (tmp_path / "page.html").read_text()
-    main([*words, "--json", "--page", str(tmp_path / "page.html")])
+    *lines, left_out, written = capsys.readouterr().out.splitlines()
+    assert left_out == f"Left out, because it is the same picture: {NAMES[3]}. --keep_same shows it too."
+    assert written == f"Pictures: {tmp_path}/page.html (open it in a browser)"
+    assert len(lines) == 4 and not any(line.endswith(NAMES[3]) for line in lines[1:])
+    page = (tmp_path / "page.html").read_text()
+    assert "Pictures like &lt;b&gt;.png" in page and "because it is the same picture: &lt;b&gt;.png." in page
+    main([*words, "--json", "--keep_same", "--page", str(tmp_path / "page.html")])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["name"] for one in found][0] == NAMES[3] and len(found) == 2
     monkeypatch.setattr(SearchIndex, "load", None)
@@ -88,3 +99,36 @@ def test_the_command_writes_a_page_and_checks_its_place_first(index, pictures, t
     for page, message in (("page.pdf", "--page: expected a .html file"), ("file/page.html", "is a file")):
         with pytest.raises(SystemExit, match=message):
             main([*words, "--page", str(tmp_path / page)])
+
+
+def test_the_header_names_a_dataset_by_its_files(index, tmp_path):
+    hits = index.search("a dog", 1)
+    folder = "/a/long/way/to/the/pictures/of/our/last/holidays/in/the/mountains"
+    dataset = SearchIndex.load(index.folder, images=f"csv:{folder}/captions.csv:{folder}/photos,sep=;")
+    assert describe_hits(dataset, "“a dog”", hits).startswith("The nearest of 4 pictures in captions.csv, to “a dog”")
+    write_page(dataset, "a dog", [], tmp_path / "page.html")
+    assert "of 4 pictures in captions.csv, by the model" in (tmp_path / "page.html").read_text()
+    deep = tmp_path.joinpath(*["folder"] * 20)
+    deep.mkdir(parents=True)
+    moved = SearchIndex.load(index.folder, images=str(deep))
+    assert describe_hits(moved, "“a dog”", hits).startswith("The nearest of 4 pictures in folder, to “a dog”")
+    assert describe_hits(moved, "x" * 110, hits).startswith("The nearest of 4 pictures\n")
+
+
+@pytest.mark.parametrize(
+    "spec, name",
+    [
+        ("karpathy:/data/dataset_coco.json:/data/coco:test", "dataset_coco.json (test)"),
+        ("parquet:/data/flickr8k/test-*.parquet,image=picture", "test-*.parquet"),
+        ("images:/data/photos", "photos"),
+        ("held_out:outputs/mine", "the held-out pictures of outputs/mine"),
+    ],
+)
+def test_a_dataset_has_a_name_without_folders(spec, name):
+    assert short_place(spec) == name
+
+
+def test_a_models_name_tells_which_it_is(tmp_path):
+    for name, shown in (("mine/student", "mine/student"), ("arm/seed-0/student", "arm/seed-0/student"), ("a/b", "b")):
+        (tmp_path / name).mkdir(parents=True)
+        assert short_name(str(tmp_path / name)) == shown

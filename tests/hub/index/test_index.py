@@ -99,7 +99,7 @@ def test_answers_are_those_of_comparing_everything(built, tiny_clip_dir, picture
 def test_every_picture_finds_itself_and_says_where_it_is(built, pictures):
     for path in sorted(pictures.rglob("*.png")):
         for query in (path, Image.open(path)):
-            hit = built.search(query, top_k=1)[0]
+            hit = built.search(query, top_k=1, keep_same=True)[0]
             assert hit.path == str(path) and hit.score == pytest.approx(1, abs=1e-5)
             assert hit.image_id == f"{pictures.name}/{path.relative_to(pictures).as_posix()}"
 
@@ -165,9 +165,9 @@ def test_only_new_pictures_are_embedded_and_changes_are_said(
     }
     assert len(index) == len(index.rows) == 13
     assert len(list(index.folder.glob("vectors-*"))) == len(list(index.folder.glob("images-*"))) == 1
-    first, second, *_ = index.search(pictures / "01.png")
+    first, second, *_ = index.search(pictures / "01.png", keep_same=True)
     assert {Path(first.path).name, Path(second.path).name} == {"01.png", "the same again.png"}
-    assert Path(index.search(pictures / "02.png")[0].path).name == "renamed.png"
+    assert Path(index.search(pictures / "02.png", keep_same=True)[0].path).name == "renamed.png"
 
 
 def damage(folder):
@@ -188,7 +188,7 @@ def test_damaged_images_are_left_out_by_name(tiny_clip_dir, own_pictures, tmp_pa
     assert all(one["reason"] and one["image_id"].endswith(Path(one["file"]).name) for one in index.manifest["skipped"])
     assert len(index) == index.manifest["computed"] == 9
     for path in (own_pictures / "00.png", own_pictures / "more" / "03.png"):  # no vector went to another image
-        assert index.search(path)[0].path == str(path)
+        assert index.search(path, keep_same=True)[0].path == str(path)
 
 
 def test_a_damaged_image_is_fatal_unless_said_otherwise(tiny_clip_dir, own_pictures, tmp_path):
@@ -216,7 +216,7 @@ def test_a_file_that_cannot_be_opened_is_a_damaged_image(tiny_clip_dir, own_pict
 def test_a_folder_of_damaged_images_alone_makes_no_index(tiny_clip_dir, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="None of the 1 pictures"):
+    with pytest.raises(ValueError, match="got 1 of which none can: "):
         build_index(str(tiny_clip_dir), str(tmp_path / "bad"), tmp_path / "index", on_bad_image="skip")
     assert not (tmp_path / "index" / "index.json").exists()
 
@@ -238,7 +238,7 @@ def test_an_index_of_another_model_is_not_mixed_in(copied, other_model, tiny_cli
     replaced = build_index(str(other_model), str(pictures), copied, overwrite=True)
     assert replaced.manifest["computed"] == 12
     path = pictures / "05.png"
-    assert replaced.search(path)[0].path == str(path)
+    assert replaced.search(path, keep_same=True)[0].path == str(path)
 
 
 def test_a_question_to_another_model_is_refused(copied, other_model):
@@ -332,9 +332,9 @@ def test_an_approximate_index_is_tuned_on_queries_and_says_what_it_misses(tiny_c
     "factory, queries, notes",
     [
         ("hnsw", [], ["How much this approximate index finds was not measured; its effort is 12. "]),
-        ("ivf", [], ["12 pictures are too few for an inverted file, which begins at 624: the index is exact"]),
+        ("ivf", [], ["An inverted file begins at 624 pictures, and these are 12: the index is exact"]),
         ("exact", TEXTS, ["The queries were not used: an exact index has nothing to tune."]),
-        ("IVF2,Flat", TEXTS[:2], ["12 pictures are few for 2 cells: FAISS asks for 78.",
+        ("IVF2,Flat", TEXTS[:2], ["FAISS asks for 78 pictures for 2 cells, and these are 12.",
             "It finds 100.0% of the exact first 10, at an effort of 2: measured on 1 of the queries, tuned on",
             "2 queries are few for such a number. Give 100 or more."]),
     ],
@@ -410,7 +410,7 @@ def test_pictures_and_model_may_have_moved(tiny_clip_dir, own_pictures, tmp_path
     with pytest.raises(UnreadableImageError, match="'00.png' cannot be read.*No such file.*Build the index again"):
         lost.picture(lost.search("a dog", 12)[0]._replace(path=str(own_pictures / "00.png"), name="00.png"))
     index = SearchIndex.load(tmp_path / "index", images=str(moved))
-    hit = index.search(moved / "more" / "03.png")[0]
+    hit = index.search(moved / "more" / "03.png", keep_same=True)[0]
     assert hit[2:] == (str(moved / "more" / "03.png"), "more/03.png")
     assert index.picture(hit).tobytes() == Image.open(moved / "more" / "03.png").tobytes()
 
@@ -435,8 +435,8 @@ def test_one_import_opens_an_index(built):
 
 
 def test_a_text_that_names_a_picture_is_the_picture(built, pictures):
-    by_path = built.search(pictures / "01.png", 3)
-    assert built.search(str(pictures / "01.png"), 3) == by_path and by_path[0].name == "01.png"
+    by_path = built.search(pictures / "01.png", 3, keep_same=True)
+    assert built.search(str(pictures / "01.png"), 3, keep_same=True) == by_path and by_path[0].name == "01.png"
 
 
 def test_wrong_queries_are_refused(built, tmp_path):
@@ -479,7 +479,7 @@ def test_the_command_builds_and_answers(tiny_clip_dir, pictures, tmp_path, capsy
     assert said == f"The 3 nearest of 12 pictures in {pictures}, to “a dog on a beach”"
     assert header.split() == ["rank", "cosine", "picture"]
     assert len(lines) == 3 and all((pictures / line.split(maxsplit=2)[2]).is_file() for line in lines)
-    main(["search", str(pictures / "00.png"), "--index", index, "--top_k", "1", "--json"])
+    main(["search", str(pictures / "00.png"), "--index", index, "--top_k", "1", "--json", "--keep_same"])
     assert json.loads(capsys.readouterr().out)["path"] == str(pictures / "00.png")
     assert read_manifest(index)["images"] == str(pictures)
 
@@ -582,3 +582,16 @@ def test_a_query_that_is_a_folder_or_no_utf8_is_refused(built, tmp_path, capsys)
     for query, message in ((str(tmp_path), "which is a folder or another file"), ("caf\udce9", "half a character")):
         with pytest.raises(SystemExit, match=f"Failed: .*{message}"):
             main(["search", query, "--index", str(built.folder)])
+
+
+def test_the_same_picture_is_not_what_a_search_finds(tiny_clip_dir, own_pictures, tmp_path):
+    shutil.copy(own_pictures / "00.png", own_pictures / "more" / "copy.png")
+    index = build_index(str(tiny_clip_dir), str(own_pictures), tmp_path / "index")
+    same = ["00.png", "more/copy.png"]
+    assert [hit.name for hit in index.copies_of(own_pictures / "00.png")] == same
+    kept = index.search(str(own_pictures / "00.png"), 6, keep_same=True)
+    assert sorted(hit.name for hit in kept[:2]) == same
+    assert index.search(own_pictures / "00.png", 4) == kept[2:]
+    assert len(index.search(own_pictures / "00.png", 100)) == len(index) - 2
+    assert index.search(Image.open(own_pictures / "00.png"), 6) == kept  # no file, which could be compared
+    assert index.copies_of("a dog") == []
