@@ -11,7 +11,7 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import PurePath
-from typing import Any, TypedDict
+from typing import Any, Literal, TypedDict
 
 from modeling_dclip.evaluation.records import Outcomes, Record, outcomes_path, read_outcomes, read_results, record_key
 from modeling_dclip.evaluation.reports.document import Block, Code, Heading, Table, Text, render_markdown
@@ -482,12 +482,20 @@ def render_comparison(comparison: Comparison) -> str:
         for verdict in found
     ]
     verdicts += [render_markdown([Text(line)]) for line in advice_of(found)]
-    files = [render_markdown([Text(f"{side.upper()}: ", Code(comparison[side]))]) for side in ("a", "b")]
+    files = [render_markdown([_name_side(comparison, side)]) for side in ("a", "b")]
     blocks = [block for pair in comparison["pairs"] for block in _tabulate_pair(pair)]
     if comparison["unmatched"]:
         blocks.append(Text(f"Not compared: {'; '.join(comparison['unmatched'])}."))
     blocks.append(Text(_count(comparison)))
     return "\n\n".join([*verdicts, "  \n".join(files), render_markdown(blocks)])
+
+
+def _name_side(comparison: Comparison, side: Literal["a", "b"]) -> Text:
+    """Name one side: by the model where both are of one file, and else by the file."""
+    models = dict.fromkeys(pair[side] for pair in comparison["pairs"])
+    if comparison["a"] != comparison["b"] or len(models) != 1:
+        return Text(f"{side.upper()}: ", Code(comparison[side]))
+    return Text(f"{side.upper()}: {next(iter(models))}, of ", Code(comparison[side]))
 
 
 def judge_comparison(comparison: Comparison) -> list[Verdict]:

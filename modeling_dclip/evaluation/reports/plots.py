@@ -306,7 +306,7 @@ def _write_labels(
     left, bottom, right, top = axes.bbox.extents
     x, y = to_pixels((100 * points[0]["x"], 100 * points[0]["y"]))
     taken += [np.array([x - 1, bottom, x + 1, top]), np.array([left, y - 1, right, y + 1])]  # through the reference
-    for point, _ in wanted:
+    for point in [*points, *(step for steps in curves.values() for step in steps if step["label"])]:
         for axis in "xy":
             if (bars := _error_bars(point, axis)) is not None:
                 ends = [[100 * point["x"], 100 * point["y"]] for _ in range(2)]
@@ -348,9 +348,10 @@ def _place(text: Any, point: np.ndarray, frame: np.ndarray, taken: Sequence[np.n
             centre = point + side * (half + distance / math.hypot(*side))
             place = _around(centre, *half)
             overlap = np.minimum(place[2:] + 2, others[:, 2:]) - np.maximum(place[:2] - 2, others[:, :2])
-            covered = float(overlap.clip(min=0).prod(axis=1).sum())
+            covered = overlap.clip(min=0).prod(axis=1)
             outside = float((frame[:2] - place[:2]).clip(min=0).sum() + (place[2:] - frame[2:]).clip(min=0).sum())
-            cost = 2 * covered + 100 * outside + 4 * distance
+            # A thin bar through a name covers little of it and makes it as hard to read as a wide one.
+            cost = 2 * covered.sum() + 200 * (covered > 0).sum() + 100 * outside + 4 * distance
             if cost < best[0]:
                 best = (cost, centre, distance)
     _, centre, distance = best

@@ -59,9 +59,9 @@ from modeling_dclip.evaluation.reports.plots import (
 from modeling_dclip.evaluation.reports.tables import (
     ABSENT,
     BENCHMARK_TABLES,
+    HEADLINES,
     interval_of,
     name_of,
-    row_title,
     short_hash,
     shorten_benchmark,
     shorten_paths,
@@ -70,7 +70,7 @@ from modeling_dclip.evaluation.reports.tables import (
     tabulate_rows,
     tabulate_summary,
 )
-from modeling_dclip.evaluation.reports.verdict import judge
+from modeling_dclip.evaluation.reports.verdict import Verdict, advice_of, group_models, judge
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, IntervalDict, Summary, seed_interval
 from modeling_dclip.progress import count_of
 
@@ -124,7 +124,8 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[Row], int]:
         found (`Sequence[tuple[str, dict]]`): Name of the file, record.
 
     Returns:
-        `tuple[list[Row], int]`: Records with other labels; and how many records were left out because they repeat
+        `tuple[list[Row], int]`: Records with other labels, which name the file only where rows of two files would have
+            one label; and how many records were left out because they repeat
             another one: the same weights, data and numbers.
     """
     unique: dict[str, tuple[Record, list[str]]] = {}
@@ -132,17 +133,23 @@ def merge_rows(found: Sequence[tuple[str, Record]]) -> tuple[list[Row], int]:
         names = ("revision", "benchmark", "dataset_fingerprint", "condition", "settings", "seed", "metrics")
         key = repr([record.get(name) for name in names])
         unique.setdefault(key, (record, []))[1].append(source)
-    several = len({source for source, _ in found}) > 1
     arms: dict[tuple[str, ...], list[Record]] = {}
     for record, sources in unique.values():
-        where = f" ({', '.join(dict.fromkeys(sources))})" if several else ""
+        where = ", ".join(dict.fromkeys(sources))
         condition = f", {record['condition']}" if "condition" in record else ""
         arm = arm_of(record)
         series = name_of(record) if arm is None else arm
-        label = f"{series}{condition}{where}"
+        label = f"{series}{condition}"
         data = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings")))
-        place = (label, *data, str(len(arms)) if arm is None else "")  # a record of no arm has a row of its own
+        place = (label, where, *data, str(len(arms)) if arm is None else "")  # a record of no arm has its own row
         arms.setdefault(place, []).append({**record, "label": label, "series": series})
+    # A name is followed by the files only where rows of other files have it too.
+    files: dict[str, set[str]] = {}
+    for label, where, *_ in arms:
+        files.setdefault(label, set()).add(where)
+    for (label, where, *_), runs in arms.items():
+        if len(files[label]) > 1:
+            runs[:] = [{**run, "label": f"{label} ({where})"} for run in runs]
     return [_average(runs) if len(runs) > 1 else runs[0] for runs in arms.values()], len(found) - len(unique)
 
 
@@ -439,6 +446,7 @@ BEST_NOTE = Text(
     Code("eval.py compare"),
     " compares two models in pairs.",
 )
+MORE_METRICS = Text("The other metrics of the same rows, and their weights:")
 LINES_NOTE = "Lines are 95 % intervals: over training seeds for a model marked ×N, otherwise over test images."
 
 
@@ -579,15 +587,20 @@ def _add_benchmark(
 
 def _tabulate(rows: Sequence[Row]) -> list[Table | Text]:
     several = len({row["dataset_fingerprint"] for row in rows}) > 1
-    columns = [
-        "model",
-        *(["data"] if several else []),
-        "revision",
-        *(["runs"] if any("runs" in row for row in rows) else []),
-    ]
-    table, *notes = tabulate_rows(rows, order_metrics(rows), best=True, columns=columns)
-    has_best = any(isinstance(cell, Cell) and cell.is_best for row in table.rows for cell in row)
-    return [table, *notes, *([BEST_NOTE] if has_best else [])]
+    columns = ["model", *(["data"] if several else [])]
+    runs = ["runs"] if any("runs" in row for row in rows) else []
+    names = order_metrics(rows)
+    first = [name for name in HEADLINES.get(_kind_of(rows[0]), ()) if name in names]
+    rest = [name for name in names if name not in first]
+    if len(first) < 2 or not rest:
+        tables = [tabulate_rows(rows, names, best=True, columns=[*columns, "revision", *runs])]
+    else:
+        wide = tabulate_rows(rows, rest, best=True, columns=[*columns, "revision"], ratios=False)
+        tables = [tabulate_rows(rows, first, best=True, columns=[*columns, *runs]), [MORE_METRICS, *wide[:1]]]
+    blocks = [block for own in tables for block in own]
+    cells = (cell for block in blocks if isinstance(block, Table) for row in block.rows for cell in row)
+    has_best = any(isinstance(cell, Cell) and cell.is_best for cell in cells)
+    return [*blocks, *([BEST_NOTE] if has_best else [])]
 
 
 def _add_suite(report: _Builder, groups: Mapping[str, Sequence[tuple[Path, Record]]]) -> None:
@@ -720,19 +733,70 @@ def _add_left_out(report: _Builder, most: int = 30) -> None:
         )
 
 
-def _judge_all(sources: Sources) -> list[Findings]:
-    """What each results file says of its models, trained models first, then points between them and their anchors."""
-    found: dict[tuple[str, tuple[str, ...]], bool] = {}
-    files = dict.fromkeys(file for file, record in sources.records if "comparison" in record)
-    for file in files:
-        records = [record for one, record in sources.records if one == file]
-        between = {row_title(record) for record in records if "condition" in record}
-        for verdict in judge(records):
-            headline = f"{sources.names[file]}: {verdict.headline}" if len(files) > 1 else verdict.headline
-            found[headline, tuple(verdict.details)] = verdict.model in between
-    models = [lines for lines, is_between in found.items() if not is_between]
-    rest = [lines for lines, is_between in found.items() if is_between]
-    return [Findings(models[:OPEN_FINDINGS], [*models[OPEN_FINDINGS:], *rest])] if found else []
+class _Model(NamedTuple):
+    """What all files say of one model: the same weights at the same point, beside the same anchor."""
+
+    files: dict[Path, list[Record]]
+
+    def newest(self) -> list[Record]:
+        """One record for each measurement, the newest; all with the name of the newest."""
+        records = sorted((one for own in self.files.values() for one in own), key=lambda one: one["created"])
+        labels = {one["revision"]: name_of(one) for one in records}
+        kept = {_measurement_of(one): one for one in records}
+        return [{**one, "label": labels[one["revision"]]} for one in kept.values()]
+
+    def disagreements(self, names: Mapping[Path, str]) -> list[str]:
+        """A sentence for each measurement that two files have with other numbers."""
+        found: dict[tuple, dict[str, Record]] = {}
+        for file, own in self.files.items():
+            for one in own:
+                found.setdefault(_measurement_of(one), {}).setdefault(names[file], one)
+        return [
+            f"{' and '.join(own)} have different numbers on "
+            f"{benchmark_heading(next(iter(own.values()))['benchmark'])}: the newest are shown."
+            for own in found.values()
+            if len({repr(sorted(one["metrics"].items())) for one in own.values()}) > 1
+        ]
+
+
+def _measurement_of(record: Record) -> tuple:
+    """What was measured of a model: the kind of benchmark, the data, and how."""
+    data = (_kind_of(record), record["dataset_fingerprint"], record["n"], record["seed"])
+    return (record["revision"], *data, repr(sorted(record.get("settings", {}).items())))
+
+
+def _judge_all(sources: Sources) -> list[Block]:
+    """What the files say of each model, once: trained models first, then points between them and their anchors."""
+    by_file: dict[Path, list[Record]] = {}
+    for file, record in sources.records:
+        by_file.setdefault(file, []).append(record)
+    models: dict[tuple, _Model] = {}
+    for file, records in by_file.items():
+        for own in group_models(records):
+            identity = (frozenset(one["revision"] for one in own), own[0].get("condition"))
+            against = own[0]["comparison"]["anchor_revision"]
+            models.setdefault((*identity, against), _Model({})).files[file] = own
+    found: list[tuple[Verdict, str, bool]] = []
+    for model in models.values():
+        anchors = [one for file in model.files for one in by_file[file] if "comparison" not in one]
+        anchors.sort(key=lambda one: one["created"], reverse=True)
+        conflicts = tuple(model.disagreements(sources.names))
+        where = ", ".join(sources.names[file] for file in model.files)
+        found += [
+            (one._replace(details=one.details + conflicts), where, "condition" in next(iter(model.files.values()))[0])
+            for one in judge([*model.newest(), *anchors])
+        ]
+    places = {one.model: {where for other, where, _ in found if other.model == one.model} for one, *_ in found}
+    lines = [
+        (f"{where}: {one.headline}" if len(places[one.model]) > 1 else one.headline, one.details, is_between)
+        for one, where, is_between in found
+    ]
+    first = [(headline, details) for headline, details, is_between in lines if not is_between]
+    rest = [(headline, details) for headline, details, is_between in lines if is_between]
+    if not found:
+        return []
+    advice = [Text(line) for line in advice_of([one for one, *_ in found])]
+    return [Findings(first[:OPEN_FINDINGS], [*first[OPEN_FINDINGS:], *rest]), *advice]
 
 
 def _find_beside(paths: Sequence[str | os.PathLike], sources: Sources, output: Path) -> list[Links]:

@@ -345,7 +345,7 @@ def _name_benchmarks(records: Sequence[Record], *, short: bool) -> list[Record]:
 
 
 def tabulate_rows(
-    records: Sequence[Record], names: Sequence[str], *, best: bool, columns: Sequence[str]
+    records: Sequence[Record], names: Sequence[str], *, best: bool, columns: Sequence[str], ratios: bool = True
 ) -> list[Table | Text]:
     """Make one table of records, gain and retention first, and a note on its intervals where it has any.
 
@@ -357,7 +357,9 @@ def tabulate_rows(
         names (`Sequence[str]`): The metrics; one that a record lacks is a dash in its row.
         best (`bool`): As in [`render_table`].
         columns (`Sequence[str]`): The columns before the metrics, of `RECORD_COLUMNS`.
+        ratios (`bool`, *optional*, defaults to `True`): Whether gain and retention are shown.
     """
+    records = records if ratios else [{**record, "comparison": {}} for record in records]
     table, notes = _tabulate(records, names, best=best, columns=columns, with_intervals=names)
     return [table, Text(" ".join(notes))] if notes else [table]
 
@@ -383,7 +385,7 @@ def _tabulate(
         row: list[str | Cell] = [RECORD_COLUMNS[name][1](record) for name in columns]
         for key in ratios:
             interval = record.get("comparison", {}).get(key)
-            row.append(interval_cell(interval, signed=key.endswith("_gain"), unit="%") if interval else ABSENT)
+            row.append(_ratio_cell(interval, key))
         for name in names:
             cell = _metric_cell(record, name)._replace(is_best=(index, name) in winners)
             row.append(cell if name in shown else cell._replace(interval=""))
@@ -402,6 +404,20 @@ def _tabulate(
     return table, [*own, *_interval_notes(kinds), *_ratio_notes(records, ratios)]
 
 
+_NEAR_ZERO = "{}: no number where the anchor's is 0 or so near it that a difference cannot be given in percent."
+
+
+def _is_open(interval: IntervalDict) -> bool:
+    """Whether a ratio has no upper end: in some draws of images the anchor is at 0."""
+    return interval["low"] is not None and interval["high"] is None
+
+
+def _ratio_cell(interval: IntervalDict | None, key: str) -> str | Cell:
+    if interval is None or _is_open(interval):
+        return ABSENT
+    return interval_cell(interval, signed=key.endswith("_gain"), unit="%")
+
+
 def _ratios_of(record: Record) -> dict[str, IntervalDict]:
     return {key: value for key, value in record.get("comparison", {}).items() if comparison_title(key)}
 
@@ -414,8 +430,10 @@ def _ratio_notes(records: Sequence[Record], ratios: Sequence[str]) -> list[str]:
     named = [name_of(record) for record in records if record["revision"] in anchors and "condition" not in record]
     against = named[0] if len(set(named)) == 1 else "the anchor"
     words = {"gain": "relative to {}.", "kept": "in percent of {}'s."}
-    titles = [title for key in ratios if (title := comparison_title(key))]
-    return [f"{title}: {words[title.rpartition(' ')[2]].format(against)}" for title in titles]
+    titles = {key: title for key in ratios if (title := comparison_title(key))}
+    notes = [f"{title}: {words[title.rpartition(' ')[2]].format(against)}" for title in titles.values()]
+    unknown = {key for record in records for key, ratio in _ratios_of(record).items() if _is_open(ratio)}
+    return notes + [_NEAR_ZERO.format(title) for key, title in titles.items() if key in unknown]
 
 
 def _narrow(table: Table, widest: int | None, least: int) -> Table:

@@ -183,15 +183,8 @@ def advice_of(verdicts: Sequence[Verdict]) -> list[str]:
 def judge(records: Sequence[Record]) -> list[Verdict]:
     """[`verdict_lines`], with the headline apart from the numbers."""
     records = shorten_paths(records)
-    models: dict[tuple, list[Record]] = {}
-    for record in records:
-        if "anchor_revision" in record.get("comparison", {}):
-            arm, condition = arm_of(record), record.get("condition")
-            seeds = {one["seed"] for one in records if arm is not None and arm_of(one) == arm}
-            place = (arm, condition) if len(seeds) > 1 else (record["revision"], name_of(record), condition)
-            models.setdefault(place, []).append(record)
     verdicts = []
-    for own in models.values():
+    for own in group_models(records):
         by_benchmark: dict[tuple, list[Record]] = {}
         for record in own:
             key = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings", {}).get("index")))
@@ -204,6 +197,18 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
             if verdict and verdict not in verdicts:  # the same weights are so on every benchmark
                 verdicts.append(verdict)
     return verdicts
+
+
+def group_models(records: Sequence[Record]) -> list[list[Record]]:
+    """The records of each model that was measured beside its anchor; all runs of an arm are one model."""
+    models: dict[tuple, list[Record]] = {}
+    for record in records:
+        if "anchor_revision" in record.get("comparison", {}):
+            arm, condition = arm_of(record), record.get("condition")
+            seeds = {one["seed"] for one in records if arm is not None and arm_of(one) == arm}
+            place = (arm, condition) if len(seeds) > 1 else (record["revision"], name_of(record), condition)
+            models.setdefault(place, []).append(record)
+    return list(models.values())
 
 
 def _shift(interval: IntervalDict, by: float) -> IntervalDict:
@@ -436,7 +441,9 @@ def _show_effect(title: str, effect: Effect) -> str:
     metric = metric_of(effect.metric)
     points = f"{metric.show(effect.after - effect.before, signed=True)} points"
     gain = f"{percent(effect.after / effect.before - 1, signed=True)} % relative" if effect.before > 0 else ""
-    if effect.interval is not None:
+    if effect.interval is not None and effect.relative and effect.interval["high"] is None:
+        gain = f"{metric.show(effect.before)} is too near 0 to give it in percent"
+    elif effect.interval is not None:
         brackets = _brackets(effect.interval)
         points, gain = (points, f"{gain} {brackets}") if effect.relative else (f"{points} {brackets}", gain)
     gain = gain or f"not given in percent of {metric.show(effect.before)}"

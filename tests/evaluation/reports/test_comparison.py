@@ -166,7 +166,8 @@ def test_two_models_of_one_file_are_compared_and_the_verdict_comes_first(tmp_pat
     assert [(pair["a"], pair["b"]) for pair in compared["pairs"]] == [("old", "newest")]
     first = render_comparison(compared).splitlines()[0]
     assert first.startswith("newest is better than old at retrieval, in both directions. Zero-shot accuracy was not")
-    assert render_comparison(compare_results(path, models=("new", "old"))).startswith("old is worse than new")
+    shown = render_comparison(compare_results(path, models=("new", "old")))
+    assert shown.startswith("old is worse than new") and f"A: new, of `{path}`  \nB: old, of `{path}`" in shown
     with pytest.raises(ValueError, match="model of .*a.json, got 'gone'. It holds: old; new; newest"):
         compare_results(path, models=("old", "gone"))
     with pytest.raises(ValueError, match="two different models"):

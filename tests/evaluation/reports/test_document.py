@@ -72,9 +72,12 @@ def test_a_cell_shows_its_interval_below_its_number_in_html():
     table = Table(["Model", "a", "b", "c"], [["runs/x/a-long-name-of-a-student", *cells]])
     assert render_markdown([table]).splitlines()[2].endswith("| **12.3** [11.0, 14.1] % | 1.0 ± 0.2 |   – |")
     page = render_html(Report("t", [], [table]))
-    assert '<td class="number"><b>12.3</b> %<small>[11.0, 14.1]</small></td>' in page
-    assert '<td class="number">1.0<small>± 0.2</small></td><td class="number">–</td>' in page
-    assert '<td class="long">runs/<wbr>x/<wbr>a-long-name-of-a-student</td>' in page
+    assert '<td class="number" data-column="a"><b>12.3</b> %<small>[11.0, 14.1]</small></td>' in page
+    assert (
+        '<td class="number" data-column="b">1.0<small>± 0.2</small></td><td class="number" data-column="c">–</td>'
+        in page
+    )
+    assert '<td class="long" data-column="Model">runs/<wbr>x/<wbr>a-long-name-of-a-student</td>' in page
 
 
 def test_the_contents_list_parts_with_their_sections():

@@ -66,7 +66,7 @@ def test_tradeoff_shows_points_with_their_names_bars_and_the_curve(tmp_path, fig
     axes = figures[0].axes[0]
     assert names_in(axes) == ["anchor", "student", "α 0.5"] and axes.get_legend() is None
     colour = plots.style_of(1)["color"]
-    assert [text.get_color() for text in axes.texts[:3]] == [plots.SERIES_COLOURS[0], colour, colour]
+    assert [text.get_color() for text in axes.texts if text.get_text()] == [plots.SERIES_COLOURS[0], colour, colour]
     line = next(line for line in axes.lines if len(line.get_xdata()) == 3)
     assert np.allclose(line.get_xydata(), [[100, 19], [97.5, 21], [95, 23]]) and line.get_color() == colour
     bars = {
@@ -93,6 +93,26 @@ def test_noise_does_not_fill_the_picture(tmp_path, figures):
 
 def boxes_of(axes):
     return [text.get_window_extent() for text in axes.texts if text.get_text()]
+
+
+def test_no_name_lies_on_an_interval_of_any_point(tmp_path, figures):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    points = [
+        {"label": f"model {name}", "series": series, "x": x, "y": y, "x_interval": (x - 0.02, x + 0.02),
+         "y_interval": (y - 0.02, y + 0.02)}
+        for name, series, x, y in (("a", "a", 0.927, 0.31), ("b", "b", 0.942, 0.309), ("c", "c", 0.926, 0.31),
+                                   ("d", "c", 0.921, 0.329), ("e", "c", 0.905, 0.313))
+    ]  # fmt: skip
+    plot_tradeoff(points, tmp_path / "a.png")
+    axes = figures[0].axes[0]
+    ends = [
+        [(x - 0.02, y), (x + 0.02, y), (x, y - 0.02), (x, y + 0.02)] for x, y in ((p["x"], p["y"]) for p in points)
+    ]
+    for point in ends:
+        left, right, bottom, top = axes.transData.transform(100 * np.array(point))
+        for box in boxes_of(axes):
+            assert not (box.y0 < left[1] < box.y1 and box.x0 < right[0] and box.x1 > left[0])
+            assert not (box.x0 < bottom[0] < box.x1 and box.y0 < top[1] and box.y1 > bottom[1])
 
 
 def test_names_do_not_overlap_even_where_points_do(tmp_path, figures):

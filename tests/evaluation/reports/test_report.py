@@ -87,7 +87,8 @@ def test_records_become_tables_with_bold_intervals_and_what_they_were_measured_o
     write_results(tmp_path / "in" / "deep" / "records.json", records)
     text, page = report()
     assert "25.0 [20.0, 31.0]" in text and "**41.0** [36.0, 47.0]" in text
-    assert '<td class="number">25.0<small>[20.0, 31.0]</small></td>' in page and "<b>41.0</b>" in page
+    shown = '<td class="number" data-column="T→I R@1">25.0<small>[20.0, 31.0]</small></td>'
+    assert shown in page and "<b>41.0</b>" in page
     for fact in (
         "- n: 1,000\n",
         "Split: test",
@@ -268,11 +269,66 @@ def test_runs_of_an_arm_become_their_mean_and_repeated_records_one_row():
     ]
     anchor = record("anchor", label="anchor")
     rows, repeated = merge_rows([*(("one", run) for run in runs), ("one", anchor), ("two", anchor)])
-    assert repeated == 1 and [row["label"] for row in rows] == ["arm (one)", "anchor (one, two)"]
+    assert repeated == 1 and [row["label"] for row in rows] == ["arm", "anchor"]
     assert rows[0]["runs"] == 3 and rows[0]["metrics"]["text_to_image_recall@1"] == pytest.approx(0.3)
     assert rows[0]["intervals"]["text_to_image_recall@1"]["covers"] == "seeds" and "seed" not in rows[0]
     other = {**runs[2], "dataset_fingerprint": "sha256:other"}
     assert [row.get("runs") for row in merge_rows([("one", run) for run in (*runs[:2], other)])[0]] == [2, None]
+
+
+def test_a_row_names_its_file_only_where_another_file_has_a_row_of_that_name():
+    one, other = record("a", metrics={"text_to_image_recall@1": 0.2}), record("b", revision="sha256:b")
+    assert [row["label"] for row in merge_rows([("one", one), ("two", other)])[0]] == ["a", "b"]
+    other = record("a", revision="sha256:other", metrics={"text_to_image_recall@1": 0.3})
+    assert [row["label"] for row in merge_rows([("one", one), ("two", other)])[0]] == ["a (one)", "a (two)"]
+
+
+def beside_anchor(model, value, benchmark="retrieval=scenes:test", metric="text_to_image_recall@1", **fields):
+    change = {"estimate": value - 0.2, "low": value - 0.23, "high": value - 0.17, "confidence": 0.95}
+    against = {"anchor": "z", "anchor_revision": "sha256:z", f"{metric}_difference": {**change, "covers": "images"}}
+    filled = {"metrics": {metric: value}, "revision": "sha256:m", "comparison": against, **fields}
+    return record(model, benchmark, **filled)
+
+
+def test_a_model_of_several_files_has_one_verdict_from_its_newest_records(tmp_path, report):
+    old, new = "2026-01-01T00:00:00+00:00", "2026-02-01T00:00:00+00:00"
+    top1 = beside_anchor("m", 0.1, "zero_shot=scenes:test", "top1", created=old)
+    for name, rows in {
+        "a": [beside_anchor("m", 0.3, created=old), top1],
+        "b": [beside_anchor("m", 0.3, created=new)],
+        "c": [beside_anchor("other", 0.3, revision="sha256:other")],
+    }.items():
+        write_results(tmp_path / "in" / name / "records.json", rows)
+    text, _ = report()
+    findings = text.partition("Made ")[0]
+    assert findings.count("m is better than z at retrieval") == findings.count("other is better than z") == 1
+    assert "**m is better" in findings and "Zero-shot accuracy fell beyond noise" in findings  # of the older file
+    assert "different numbers" not in findings and findings.count("eval.py measures it with") == 1
+    write_results(tmp_path / "in" / "b" / "records.json", [beside_anchor("m", 0.4, created=new)])
+    findings = report()[0].partition("Made ")[0]
+    assert "20.0 → 40.0 %" in findings and "20.0 → 30.0 %" in findings  # the second is of the other model
+    assert "- a and b have different numbers on scenes:test: the newest are shown." in findings
+    write_results(tmp_path / "in" / "c" / "records.json", [beside_anchor("m", 0.3, revision="sha256:other")])
+    findings = report()[0].partition("Made ")[0]
+    assert "**a, b: m is better" in findings and "**c: m is better" in findings  # two models of one name
+
+
+def test_the_first_columns_of_a_wide_table_stand_below_each_other_on_a_telephone(tmp_path, report):
+    names = [f"{way}_{name}" for way in ("text_to_image", "image_to_text") for name in ("recall@1", "recall@5", "mrr")]
+    metrics = {name: 0.1 * place for place, name in enumerate([*names, "rsum"], start=1)}
+    write_results(tmp_path / "in" / "records.json", [record("a", metrics=metrics), record("b", metrics=metrics)])
+    text, page = report()
+    first, second = (line for line in text.splitlines() if line.startswith("| Model"))
+    assert [cell.strip() for cell in first.strip("|").split("|")] == ["Model", "T→I R@1", "I→T R@1"]
+    assert "Weights" in second and "T→I R@5" in second and "R@1" not in second
+    assert '<div class="scroll stacks"' in page and '<td class="number" data-column="I→T R@1">' in page
+
+
+def test_a_table_too_wide_for_a_telephone_says_that_it_scrolls(tmp_path, report):
+    metrics = {f"{name}_accuracy": 0.5 for name in "abcdefgh"}
+    write_results(tmp_path / "in" / "records.json", record("m", "fine_grained=scenes:test", metrics=metrics))
+    _, page = report()
+    assert "Scroll the table sideways: it has 10 columns." in page and '<div class="scroll" tabindex' in page
 
 
 def test_tradeoff_pairs_the_same_weights_and_draws_the_line_between_them():

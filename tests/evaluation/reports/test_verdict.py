@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from modeling_dclip.evaluation.records import make_record
+from modeling_dclip.evaluation.reports.tables import render_table
 from modeling_dclip.evaluation.reports.verdict import (
     IF_NOT_TOLD_APART,
     MEASURE_ZERO_SHOT,
@@ -160,6 +161,16 @@ def test_records_of_earlier_versions_are_judged_by_their_gain_and_their_interval
     assert "is better than anchor at retrieval from text to image" in line and "% relative [+" in line
     assert "as if the images were not the same" in line  # image to text has no gain
     assert verdict_lines(both[1:]) == []  # the anchor's values are not known
+
+
+def test_a_ratio_to_a_number_near_0_is_not_given_in_percent():
+    both = pair((0.01, 0.02), (0.02, 0.02))
+    del both[1]["comparison"]["text_to_image_recall@1_difference"]
+    both[1]["comparison"]["text_to_image_recall@1_gain"].update(low=-1.0, high=None)
+    (line,) = verdict_lines(both)
+    assert "1.0 → 2.0 %: +1.0 points, 1.0 is too near 0 to give it in percent (no interval)" in line
+    assert "∞" not in line and "∞" not in (table := render_table(both))
+    assert "T→I R@1 gain: no number where the anchor's is 0 or so near it" in table
 
 
 def test_models_without_an_anchor_have_no_verdict_and_same_weights_say_so():
