@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
@@ -31,6 +32,8 @@ from modeling_dclip.data.columns import (
     ragged_column,
 )
 from modeling_dclip.data.images import PixelReader, random_resized_crop
+from modeling_dclip.encoders import DualEncoder
+from modeling_dclip.encoders.families import READ_PADDING, longest_text
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 logger = logging.getLogger(__name__)
@@ -350,20 +353,32 @@ class TokenizedStudentBatches(StudentBatches):
 
     Args:
         dataset (`datasets.Dataset`): As in [`StudentBatches`]; every row has a caption.
-        processor ([`DCLIPProcessor`]): Image processor and tokenizer.
+        model ([`~modeling_dclip.encoders.DualEncoder`]): The student; its config says how its family reads text.
+        processor: Image processor and tokenizer.
         columns, options: As in [`StudentBatches`].
 
     Raises:
         ValueError: As in [`StudentBatches`], or if a row has no caption.
     """
 
-    def __init__(self, dataset: Dataset, processor: DCLIPProcessor, columns: Sequence[str], **options: Any):
+    def __init__(self, dataset: Dataset, model: DualEncoder, processor: Any, columns: Sequence[str], **options: Any):
         super().__init__(dataset, processor.image_processor, columns, **options)
-        self.tokens = tokenize_captions(processor.tokenizer, read_captions(dataset).values)
-        self.pad_token_id = processor.tokenizer.pad_token_id
+        longest, tokenizer = longest_text(model, processor.tokenizer), processor.tokenizer
+        self.tokens = tokenize_captions(tokenizer, read_captions(dataset).values, longest)
+        self.pad_token_id = tokenizer.pad_token_id
+        self.length = longest if model.config.model_type in READ_PADDING else None
+
+    def read_tokens(self, captions: np.ndarray) -> dict[str, torch.Tensor]:
+        """Captions as the model reads them: `input_ids (B, T)`, and `attention_mask (B, T)` unless it reads padding.
+
+        Args:
+            captions (`np.ndarray` of shape `(B,)`): Indices into the captions of all rows.
+        """
+        input_ids, mask = (torch.from_numpy(part).long() for part in self.tokens.pad(captions, self.pad_token_id))
+        if self.length is None:
+            return {"input_ids": input_ids, "attention_mask": mask}
+        return {"input_ids": F.pad(input_ids, (0, self.length - input_ids.shape[1]), value=self.pad_token_id)}
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """The batch of [`StudentBatches`] with `input_ids (B, T)` and `attention_mask (B, T)`."""
-        input_ids, mask = self.tokens.pad(captions, self.pad_token_id)
-        tokens = {"input_ids": torch.from_numpy(input_ids).long(), "attention_mask": torch.from_numpy(mask).long()}
-        return super().collate(rows, captions) | tokens
+        """The batch of [`StudentBatches`] with what [`read_tokens`] gives."""
+        return super().collate(rows, captions) | self.read_tokens(captions)

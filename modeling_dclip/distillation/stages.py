@@ -501,7 +501,7 @@ def _make_batches(
 
     def make(rows: Dataset, columns: list[str], **more: Any) -> StudentBatches:
         if args.lora_text:
-            return TokenizedStudentBatches(rows, processor, columns, **options, **more)
+            return TokenizedStudentBatches(rows, model, processor, columns, **options, **more)
         return StudentBatches(rows, processor.image_processor, columns, **options, **more)
 
     train = make(dataset, args.columns, pixels=pixels, min_crop_area=args.min_crop_area)

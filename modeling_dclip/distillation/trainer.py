@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
@@ -57,10 +58,10 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
-from modeling_dclip.encoders.families import projected
+from modeling_dclip.encoders.families import is_image_side, projected
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS, stays_float32
 from modeling_dclip.encoders.retrieval_ranks import metrics_from_ranks, retrieval_ranks
-from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
+from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 from modeling_dclip.progress import LOG_EVERY_SECONDS, count_of
@@ -848,18 +849,39 @@ class TeacherTrainer(BatchesTrainer):
         return {"contrastive_loss": (contrastive_loss(teacher_embeds, text_embeds, temperature, 0.5, image_ids), 1.0)}
 
 
-def share_image_encoder(model: DCLIPModel) -> DCLIPVisionModel:
-    """The image encoder of a dual encoder as a model of its own.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+class ImageSide(nn.Module):
+    """The image encoder of a dual encoder as a module of its own: what images pass and texts do not, of any family.
 
     Args:
-        model ([`DCLIPModel`]): The dual encoder.
-
-    Returns:
-        [`DCLIPVisionModel`]: With the same parameters, not copies, under the same names.
+        model ([`~modeling_dclip.encoders.DualEncoder`]): The dual encoder. Its parameters are shared, not copied, and
+            keep their names.
     """
-    vision = DCLIPVisionModel(model.config.vision_config)
-    vision.vision_model, vision.visual_projection = model.vision_model, model.visual_projection
-    return vision.train(model.training)
+
+    def __init__(self, model: Any):
+        super().__init__()
+        for name, child in model.named_children():
+            if is_image_side(f"{name}."):
+                self.add_module(name, child)
+        classes = {type(module).__name__ for module in self.modules()}
+        layers = {name for child in self.children() for name in getattr(child, "_no_split_modules", None) or ()}
+        self._no_split_modules = sorted(layers & classes)  # where sharded training cuts
+        self._get_image_features = model.get_image_features  # as a method, so that the text encoder is no child
+        self.train(model.training)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed images `(B, 3, H, W)`: `(B, D)`, not normalised."""
+        return projected(self._get_image_features(pixel_values=pixel_values))
+
+    def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """As of a model of transformers: compute activations again in the backward pass."""
+        self.vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
+        """The name of the method above in earlier versions of transformers."""
+        self.vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 class StudentTrainer(BatchesTrainer):
@@ -895,8 +917,9 @@ class StudentTrainer(BatchesTrainer):
         adapters: "PeftModel | None" = None,
     ):
         self.dual_encoder, self.adapters = model, adapters
-        trained = model if args.lora_text else share_image_encoder(model)
+        trained = model if args.lora_text else ImageSide(model)
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
+        self._batch_norms = [module for module in trained.modules() if isinstance(module, BATCH_NORMS)]
         readable: Any = eval_batches
         if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
             if str(args.metric_for_best_model).removeprefix("eval_") in (MEAN_RECALL, *RECALLS):
@@ -916,10 +939,12 @@ class StudentTrainer(BatchesTrainer):
     def loss_terms(self, model, batch):
         """Every term whose weight is not 0, over the global batch; the in-batch terms over its rows with a caption."""
         inputs = {name: batch.pop(name) for name in ("pixel_values", "input_ids", "attention_mask") if name in batch}
+        for norm in self._batch_norms:  # each step begins with `train()` of the whole model
+            norm.eval()
         outputs = model(**inputs)
-        image_embeds = outputs.image_embeds
+        image_embeds = outputs
         if "input_ids" in inputs:
-            batch["student_text_embeds"] = outputs.text_embeds
+            image_embeds, batch["student_text_embeds"] = outputs.image_embeds, outputs.text_embeds
         image_embeds, *gathered = gather_across_processes(image_embeds, *batch.values())
         columns = dict(zip(batch, gathered, strict=True))
         args, terms = self.args, {}
@@ -991,12 +1016,11 @@ class StudentTrainer(BatchesTrainer):
         with self.compute_loss_context_manager():
             if self.args.lora_text:
                 return projected(model.get_image_features(pixel_values=pixel_values))
-            return model(pixel_values=pixel_values).image_embeds
+            return model(pixel_values=pixel_values)
 
     def _embed_captions(self, batches: TokenizedStudentBatches, rows: list[int]) -> torch.Tensor:
-        tokens, mask = (torch.from_numpy(part).long() for part in batches.tokens.pad(rows, batches.pad_token_id))
         model: Any = self.model
-        inputs = self._prepare_inputs({"input_ids": tokens, "attention_mask": mask})
+        inputs = self._prepare_inputs(batches.read_tokens(np.array(rows)))
         with self.compute_loss_context_manager():
             return projected(model.get_text_features(**inputs))
 
@@ -1008,9 +1032,13 @@ class StudentTrainer(BatchesTrainer):
         """Save as the base class, and the adapter. In the saved config the text tower is frozen, even if an adapter
         trained it.
         """
-        freeze_text, self.dual_encoder.config.freeze_text = self.dual_encoder.config.freeze_text, True
-        super()._save(output_dir, state_dict)
-        self.dual_encoder.config.freeze_text = freeze_text
+        config = self.dual_encoder.config
+        if hasattr(config, "freeze_text"):  # of this package's models; others keep their own format
+            freeze_text, config.freeze_text = config.freeze_text, True
+            super()._save(output_dir, state_dict)
+            config.freeze_text = freeze_text
+        else:
+            super()._save(output_dir, state_dict)
         if self.adapters is not None and self.args.should_save:
             save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
 
