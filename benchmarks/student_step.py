@@ -23,7 +23,7 @@ from modeling_dclip import DCLIPTeacher, DCLIPTeacherConfig
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.distillation.losses import contrastive_loss, cosine_distillation_loss
-from modeling_dclip.distillation.trainer import share_image_encoder
+from modeling_dclip.distillation.trainer import ImageSide
 from modeling_dclip.evaluation.benchmarks.efficiency import spread
 from modeling_dclip.evaluation.records import environment
 from modeling_dclip.modeling_dclip import DCLIPModel
@@ -75,12 +75,12 @@ class Steps:
         config = DCLIPTeacherConfig(cross_attention=args.cross_attention)  # ViT-B/16
         self.device = torch.device(args.device)
         self.teacher = DCLIPTeacher(config).eval().to(self.device)
-        self.student = share_image_encoder(DCLIPModel(config.clip_config)).train().to(self.device)
+        self.student = ImageSide(DCLIPModel(config.clip_config)).train().to(self.device)
         self.optimizer = torch.optim.AdamW(self.student.parameters(), lr=1e-6, weight_decay=0.01, fused=True)
         self.batch = make_batch(args, config)
 
     def _learn(self, teacher_embeds: torch.Tensor, text_embeds: torch.Tensor) -> None:
-        image_embeds = self.student(pixel_values=self.batch["pixel_values"]).image_embeds
+        image_embeds = self.student(pixel_values=self.batch["pixel_values"])
         loss = cosine_distillation_loss(image_embeds, teacher_embeds) + contrastive_loss(image_embeds, text_embeds)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.student.parameters(), 0.5)

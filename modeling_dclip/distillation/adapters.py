@@ -29,8 +29,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Names of the linear layers of attention, Mamba mixers and MLPs, in CLIP's towers and in MambaVision: the last parts.
-ADAPTED_LAYERS = ("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj", "in_proj", "x_proj", "fc1", "fc2")
+# The last parts of names of the linear layers of attention, Mamba mixers and MLPs: first in CLIP's towers and its kin,
+# in timm's ViTs and in MambaVision, then in BERT and its kin.
+ADAPTED_LAYERS = (
+    *("q_proj", "k_proj", "v_proj", "out_proj", "qkv", "proj", "in_proj", "x_proj", "fc1", "fc2"),
+    *("query", "key", "value", "dense"),
+)
 
 
 @dataclass(frozen=True)
@@ -137,25 +141,51 @@ def add_adapters(
         ) from error
     if args.lora_rank is None:
         raise ValueError("lora_rank: expected the adapters' rank, got none. Set it, for example to 16.")
-    names = tuple(args.lora_target_modules) or ADAPTED_LAYERS
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    linear = [name for name in linear if name.split(".")[0] in towers]
-    found = {name.rpartition(".")[2] for name in linear}
-    if unknown := sorted(set(args.lora_target_modules) - found) or not found & set(names):
-        raise ValueError(
-            f"lora_target_modules: expected names of linear layers in {' and '.join(towers)} "
-            f"({', '.join(sorted(found))}), got {unknown if isinstance(unknown, list) else list(names)}."
-        )
+    names, left_out = find_adapted_layers(model, args, towers)
     config = LoraConfig(
         r=args.lora_rank,
         lora_alpha=args.lora_rank if args.lora_alpha is None else args.lora_alpha,
         lora_dropout=args.lora_dropout,
         use_dora=args.use_dora,
         target_modules=rf"({'|'.join(towers)})\.(.*\.)?({'|'.join(names)})",
+        exclude_modules=left_out or None,
     )
     with warnings.catch_warnings():  # of a name in transformers that peft reads
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config)
+
+
+def find_adapted_layers(
+    model: nn.Module, args: AdapterArguments, towers: Sequence[str] = ("vision_model",)
+) -> tuple[tuple[str, ...], list[str]]:
+    """The last parts of the names of the layers that adapters are added to, and layers of such a name that get none.
+
+    PyTorch's own attention reads the weights of its layers without calling them, so that an adapter there would have
+    no effect.
+
+    Args:
+        model (`nn.Module`): A dual encoder, with or without weights.
+        args ([`AdapterArguments`]): May name layers.
+        towers (`Sequence[str]`, *optional*, defaults to the image encoder): Submodules of the model.
+
+    Returns:
+        `tuple`: The last parts, and whole names that are left out.
+
+    Raises:
+        ValueError: If no linear layer of the towers has one of the names.
+    """
+    names = tuple(args.lora_target_modules) or ADAPTED_LAYERS
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention))
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name in linear if name.split(".")[0] in towers]
+    found = {name.rpartition(".")[2] for name in linear if not name.startswith(inside)}
+    if unknown := sorted(set(args.lora_target_modules) - found) or not found & set(names):
+        there = ", ".join(sorted(found)) or "none: it has no linear layer, so train without lora_rank"
+        raise ValueError(
+            f"lora_target_modules: expected names of linear layers in {' and '.join(towers)} ({there}), got "
+            f"{unknown if isinstance(unknown, list) else list(names)}."
+        )
+    return names, [name for name in linear if name.startswith(inside) and name.rpartition(".")[2] in names]
 
 
 def adapted_layers(model: nn.Module) -> dict[str, "LoraLayer"]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import CLIPTextConfig
+from transformers import AutoModel, CLIPTextConfig, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
@@ -23,20 +23,26 @@ from modeling_dclip.data.failures import MistakeCollector, naming
 from modeling_dclip.data.files import check_output_folder, entry_names, require_file
 from modeling_dclip.data.regions.detectors import check_detector
 from modeling_dclip.data.specs import parse_spec
-from modeling_dclip.distillation.adapters import freeze_parameters
-from modeling_dclip.distillation.arguments import SECTIONS, StageTrainingArguments
+from modeling_dclip.distillation.adapters import find_adapted_layers, freeze_parameters
+from modeling_dclip.distillation.arguments import SECTIONS, StageTrainingArguments, StudentArguments
 from modeling_dclip.distillation.dmclip import check_starts, find_image_size
 from modeling_dclip.distillation.dmclip_stages import check_shards
 from modeling_dclip.distillation.recipes import GLOBAL, ArmRun, Recipe
-from modeling_dclip.distillation.run import Places, SharedData, check_uncaptioned, load_matching_teacher, read_clip
-from modeling_dclip.distillation.trainer import share_image_encoder
-from modeling_dclip.encoders.loading import check_model, load_processor, load_tokenizer
+from modeling_dclip.distillation.run import (
+    READ_AS_CLIP,
+    Places,
+    SharedData,
+    check_positions,
+    check_uncaptioned,
+    load_matching_teacher,
+    read_clip,
+)
+from modeling_dclip.distillation.trainer import ImageSide
+from modeling_dclip.encoders.loading import DUAL_ENCODERS, check_model, load_processor, load_tokenizer
 from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
-from modeling_dclip.modeling_dclip import DCLIPModel
 
 logger = logging.getLogger(__name__)
 
-_CLIPS = ("clip", "dclip")  # model types that teacher and student start from
 _MADE_TOKENIZERS = ("scenes", "captions")  # that the stage anchor trains
 
 
@@ -234,24 +240,41 @@ def _check_architectures(recipe: Recipe, config: Any) -> None:
     stages = set(recipe.stages)
     if "teacher" in stages and recipe.run.teacher_model is None:
         _build("teacher", DCLIPTeacherConfig, clip_config=config.to_dict(), **recipe.teacher.architecture())
-    if "student" in stages and recipe.student.lora_rank is None:
-        config.vision_config.position_embedding_type = recipe.student.position_embedding_type
-        with torch.device("meta"):
-            encoder = share_image_encoder(DCLIPModel(config))
-        freeze_parameters(encoder, recipe.student.freeze)
+    if "student" in stages:
+        _check_student(recipe.student, config)
 
 
-def _planned_clip(recipe: Recipe, whole: Recipe) -> DCLIPConfig | None:
-    """The configuration of the CLIP that teacher and student start from; `None` if neither is made."""
+def _check_student(args: StudentArguments, config: Any) -> None:
+    """Build the student without weights, and see that it can train as it is asked to."""
+    check_positions(config, args.position_embedding_type)
+    own = DUAL_ENCODERS.get(config.model_type)
+    if config.model_type in READ_AS_CLIP:
+        config.vision_config.position_embedding_type = args.position_embedding_type
+    with torch.device("meta"):
+        model = AutoModel.from_config(config) if own is None else own(config)
+    if args.gradient_checkpointing and not model.vision_model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"student.gradient_checkpointing: expected an image encoder that can compute activations again, got "
+            f"{type(model.vision_model).__name__}. Leave it out."
+        )
+    if args.lora_rank is None:
+        freeze_parameters(ImageSide(model), args.freeze)
+    else:
+        find_adapted_layers(model, args)
+
+
+def _planned_clip(recipe: Recipe, whole: Recipe) -> PreTrainedConfig | None:
+    """The configuration of the dual encoder that teacher and student start from; `None` if neither is made."""
     if whole.makes_anchor:
         return _planned_anchor(whole)
     clip = named_clip(recipe, whole)
     if clip is None or not {"teacher", "targets", "student"} & set(recipe.stages):
         return None
     with naming("clip_model"):
-        check_named_model(clip, _CLIPS)
+        config = check_named_model(clip, READ_AS_CLIP)
         load_processor(clip)
-    return DCLIPConfig.from_pretrained(clip)
+    own = DUAL_ENCODERS.get(config.model_type)
+    return config if own is None else own.config_class.from_pretrained(clip)
 
 
 def _planned_anchor(whole: Recipe) -> DCLIPConfig:

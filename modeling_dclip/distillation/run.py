@@ -15,10 +15,10 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, load_from_disk
-from transformers import BaseImageProcessor
+from transformers import AutoModel, BaseImageProcessor, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig
+from modeling_dclip.configuration_dclip import PRESETS, DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_off_test, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.captions.parts import (
@@ -55,10 +55,12 @@ from modeling_dclip.distillation.checkpoints import (
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.distillation.trainer import cast_weights
-from modeling_dclip.encoders.families import check_end_token
+from modeling_dclip.encoders.families import check_end_token, image_modules, shared_width
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
+    DUAL_ENCODERS,
+    STUDENT_ENCODERS,
     check_vocabulary,
     check_weights,
     load_checked,
@@ -66,7 +68,6 @@ from modeling_dclip.encoders.loading import (
     read_config,
     stored_dtype,
 )
-from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.progress import duration_in_words
 
@@ -988,24 +989,59 @@ def check_uncaptioned(recipe: Recipe) -> None:
         require_leak_free(f"cross_attention of teacher_model '{run.teacher_model}'", config.cross_attention)
 
 
-def load_student(clip_path: str, position_embedding_type: str = "absolute") -> DCLIPModel:
-    """Load a CLIP that will become a student.
+def load_student(clip_path: str, position_embedding_type: str = "absolute") -> Any:
+    """Load a dual encoder that will become a student.
+
+    A CLIP becomes a model of this package; a model of another family of transformers stays what it is.
 
     Args:
-        clip_path (`str`): Folder or Hub id of a CLIP or of a model of this package.
-        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): `rope` gives rotary positions.
+        clip_path (`str`): Folder or Hub id of a dual encoder of [`~modeling_dclip.encoders.loading.STUDENT_ENCODERS`].
+        position_embedding_type (`str`, *optional*, defaults to `"absolute"`): `rope` gives a CLIP rotary positions.
 
     Returns:
-        [`DCLIPModel`]: Pretrained weights in float32, the text tower frozen.
+        `PreTrainedModel`: Pretrained weights in float32; all but the image side is frozen.
 
     Raises:
-        ValueError: If a weight is missing, as in a teacher's folder or one tower's, or one is NaN or infinite.
+        WrongModelError: If it is of another kind.
+        ValueError: If a weight is missing, as in a teacher's folder or one tower's, or one is NaN or infinite; or if
+            rotary positions are asked for and it is no CLIP.
     """
-    read_config(clip_path, ("clip", "dclip"))
-    config = DCLIPConfig.from_pretrained(clip_path)
+    stored = read_config(clip_path, STUDENT_ENCODERS)
+    check_positions(stored, position_embedding_type)
+    if (own := DUAL_ENCODERS.get(stored.model_type)) is None:
+        return freeze_text_side(load_checked(AutoModel, clip_path))
+    config = own.config_class.from_pretrained(clip_path)
     config.freeze_text = True
-    config.vision_config.position_embedding_type = position_embedding_type
-    return load_checked(DCLIPModel, clip_path, config=config)
+    if stored.model_type in READ_AS_CLIP:
+        config.vision_config.position_embedding_type = position_embedding_type
+    return load_checked(own, clip_path, config=config)
+
+
+READ_AS_CLIP = ("clip", "dclip")  # have a table of positions that rotary ones can replace
+
+
+def check_positions(config: PreTrainedConfig, position_embedding_type: str) -> None:
+    """Refuse rotary positions in an image encoder that is no CLIP's.
+
+    Args:
+        config (`PreTrainedConfig`): Of the dual encoder.
+        position_embedding_type (`str`): `absolute` or `rope`.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if position_embedding_type != "absolute" and config.model_type not in READ_AS_CLIP:
+        raise ValueError(
+            f"position_embedding_type: expected absolute for a model of type {config.model_type!r}, got "
+            f"{position_embedding_type}. Only a CLIP's positions can be replaced. Leave it out."
+        )
+
+
+def freeze_text_side(model: Any) -> Any:
+    """Turn off the gradient of all that is not on the image side of a dual encoder, and return it."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.startswith(image_modules(model)))
+    return model
 
 
 def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:
@@ -1029,7 +1065,7 @@ def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:
 
 def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -> None:
     student = load_student(clip_path)
-    expected, got = student.config.projection_dim, teacher.config.projection_dim
+    expected, got = shared_width(student.config), teacher.config.projection_dim
     if expected != got:
         raise ValueError(
             f"Expected a teacher of the student's width {expected} ({clip_path}), got {got} ({teacher_path}). Distil "

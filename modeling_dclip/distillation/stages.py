@@ -75,9 +75,9 @@ from modeling_dclip.distillation.trainer import (
     save_weights,
     train_or_resume,
 )
-from modeling_dclip.encoders.families import stated_length
+from modeling_dclip.encoders.families import image_modules, shared_width, stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_tokenizer, stored_dtype
+from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_processor, load_tokenizer, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -269,7 +269,7 @@ def _total(splits: Splits) -> str:
 
 
 def _teacher_processor(path: str) -> DCLIPTeacherProcessor:
-    processor = DCLIPProcessor.from_pretrained(path)
+    processor = load_processor(path)
     return DCLIPTeacherProcessor(processor.image_processor, processor.tokenizer)
 
 
@@ -421,7 +421,7 @@ def train_student(
     record.count(data)
     set_seed(args.seed)
     model = load_student(clip.path, args.position_embedding_type)
-    processor = DCLIPProcessor.from_pretrained(clip.path)
+    processor = load_processor(clip.path)
     pixels = share_pixels(data, processor.image_processor, args.image_cache_mib, shared)
     adapter_alone = args.lora_rank is not None and not args.merge_adapter
     dtype = "float32" if adapter_alone else _resolve_dtype(args.save_dtype, "student", clip.path)
@@ -431,10 +431,10 @@ def train_student(
 
 
 def fit_student(
-    model: DCLIPModel,
+    model: Any,
     args: StudentArguments,
     dataset: Dataset,
-    processor: DCLIPProcessor,
+    processor: Any,
     resolved_arguments: dict[str, Any],
     *,
     validation: Dataset | None = None,
@@ -446,10 +446,10 @@ def fit_student(
     With `args.lora_rank` the weights stay as they are and adapters train; these are saved in `adapter/` too.
 
     Args:
-        model ([`DCLIPModel`]): From [`load_student`]; changed in place.
+        model (`PreTrainedModel`): From [`load_student`], of any family; changed in place.
         args ([`StudentArguments`]): Losses, freezing, optimiser.
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions` and the target columns that `args` reads.
-        processor ([`DCLIPProcessor`]): The student's.
+        processor: The student's, of its family.
         resolved_arguments (`dict`): Saved beside the weights.
         validation (`datasets.Dataset`, *optional*): Rows for `args.eval_strategy`.
         pixels ([`PixelReader`], *optional*): Of the same rows, shared by several runs in one process.
@@ -467,7 +467,8 @@ def fit_student(
     anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = None
     if args.lora_rank is not None:
-        model.config.freeze_text = not args.lora_text  # otherwise each call of train() would freeze its adapter
+        if hasattr(model.config, "freeze_text"):  # each call of train() would freeze an adapter in the text tower
+            model.config.freeze_text = not args.lora_text
         adapters = add_adapters(model, args, ("vision_model", "text_model") if args.lora_text else ("vision_model",))
     batches, eval_batches = _make_batches(model, args, dataset, processor, validation, pixels)
     trainer = StudentTrainer(model, args, batches, processor, resolved_arguments, eval_batches, adapters=adapters)
@@ -478,7 +479,7 @@ def fit_student(
     )
     train_or_resume(trainer, Path(args.output_dir))
     trained = {name: tensor.cpu() for name, tensor in plain_state(model, merged=False).items()}
-    _check_frozen(anchor, trained, whole_model=adapters is not None)
+    _check_frozen(anchor, trained, trains=() if adapters is not None else image_modules(model))
     if adapters is not None:
         _finish_adapters(trainer, args, save_dtype)
         return trainer
@@ -489,14 +490,14 @@ def fit_student(
 
 
 def _make_batches(
-    model: DCLIPModel,
+    model: Any,
     args: StudentArguments,
     dataset: Dataset,
-    processor: DCLIPProcessor,
+    processor: Any,
     validation: Dataset | None,
     pixels: PixelReader | None,
 ) -> tuple[StudentBatches, StudentBatches | None]:
-    width = model.config.projection_dim
+    width = shared_width(model.config)
     options: dict[str, Any] = {"width": width, "seed": args.seed, "cache_mib": args.image_cache_mib}
 
     def make(rows: Dataset, columns: list[str], **more: Any) -> StudentBatches:
@@ -510,9 +511,9 @@ def _make_batches(
     return train, make(validation, list(dict.fromkeys([*args.columns, "text_embeds"])))  # for retrieval
 
 
-def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], whole_model: bool) -> None:
-    """Check that frozen weights did not change: the text tower's, or with adapters every weight of the model."""
-    frozen = [name for name in anchor if whole_model or not name.startswith(("vision_model.", "visual_projection."))]
+def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor], trains: tuple[str, ...]) -> None:
+    """Check that frozen weights did not change: those whose names do not begin as `trains` says."""
+    frozen = [name for name in anchor if not name.startswith(trains)]
     moved = [name for name in frozen if name not in trained or not torch.equal(anchor[name].cpu(), trained[name])]
     if moved:
         raise RuntimeError(
@@ -528,7 +529,9 @@ def _finish_adapters(trainer: StudentTrainer, args: StudentArguments, save_dtype
     if args.merge_adapter:
         trainer.save_result(save_dtype)  # writes the adapter too
         trainer.adapters.merge_and_unload()
-        trainer.adapters, model.config.freeze_text = None, True
+        trainer.adapters = None
+        if hasattr(model.config, "freeze_text"):
+            model.config.freeze_text = True
     else:
         trainer.guard.check_weights(model, trainer.state.global_step)
         if args.should_save:

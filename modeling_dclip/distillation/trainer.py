@@ -58,10 +58,15 @@ from modeling_dclip.distillation.losses import (
     gather_across_processes,
     similarity_distillation_loss,
 )
-from modeling_dclip.encoders.families import is_image_side, projected
-from modeling_dclip.encoders.loading import ADAPTER_FOLDER, ADAPTER_WEIGHTS, stays_float32
+from modeling_dclip.encoders.families import image_modules, projected
+from modeling_dclip.encoders.loading import (
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    DUAL_ENCODERS,
+    load_checked,
+    stays_float32,
+)
 from modeling_dclip.encoders.retrieval_ranks import metrics_from_ranks, retrieval_ranks
-from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 from modeling_dclip.progress import LOG_EVERY_SECONDS, count_of
@@ -759,13 +764,17 @@ class BatchesTrainer(Trainer):
         if self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with reading_checkpoint(resume_from_checkpoint):
-            self._take_weights(load_weights(Path(resume_from_checkpoint)))
+            self._take_weights(self._read_weights(Path(resume_from_checkpoint)))
 
     def _load_best_model(self):
         """As for resuming: the base class would go on without a word if the weights were missing."""
         if self.is_fsdp_enabled:
             return super()._load_best_model()
         return self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+    def _read_weights(self, folder: Path) -> dict[str, torch.Tensor]:
+        """The weights in a checkpoint by the names that they have in the model."""
+        return load_weights(folder)
 
     def _take_weights(self, weights: dict[str, torch.Tensor]) -> None:
         """Load the weights of a checkpoint into what trains."""
@@ -862,9 +871,8 @@ class ImageSide(nn.Module):
 
     def __init__(self, model: Any):
         super().__init__()
-        for name, child in model.named_children():
-            if is_image_side(f"{name}."):
-                self.add_module(name, child)
+        for name in image_modules(model):
+            self.add_module(name.rstrip("."), getattr(model, name.rstrip(".")))
         classes = {type(module).__name__ for module in self.modules()}
         layers = {name for child in self.children() for name in getattr(child, "_no_split_modules", None) or ()}
         self._no_split_modules = sorted(layers & classes)  # where sharded training cuts
@@ -877,11 +885,13 @@ class ImageSide(nn.Module):
 
     def activation_checkpointing_enable(self, activation_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """As of a model of transformers: compute activations again in the backward pass."""
-        self.vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
+        vision_model: Any = self.vision_model
+        vision_model.activation_checkpointing_enable(activation_checkpointing_kwargs, **options)
 
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None, **options: Any) -> None:
         """The name of the method above in earlier versions of transformers."""
-        self.vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
+        vision_model: Any = self.vision_model
+        vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
 class StudentTrainer(BatchesTrainer):
@@ -893,8 +903,9 @@ class StudentTrainer(BatchesTrainer):
     Source: [D] student loss; docs/papers.md. Deviation: relational term and direction weights, off by default.
 
     Args:
-        model ([`DCLIPModel`]): Its image encoder trains, in place; with `args.lora_text` the adapters of both
-            towers.
+        model (`PreTrainedModel`): A dual encoder of any family, from
+            [`~modeling_dclip.distillation.run.load_student`]. Its image side trains, in place; with `args.lora_text`
+            the adapters of both towers. BatchNorm keeps its running statistics, and normalises by them.
         adapters (`peft.PeftModel`, *optional*): Around it, from
             [`~modeling_dclip.distillation.adapters.add_adapters`].
         args ([`StudentArguments`]): Losses and optimiser.
@@ -908,7 +919,7 @@ class StudentTrainer(BatchesTrainer):
 
     def __init__(
         self,
-        model: DCLIPModel,
+        model: Any,
         args: StudentArguments,
         train_batches: Batches,
         processor: DCLIPProcessor,
@@ -932,7 +943,7 @@ class StudentTrainer(BatchesTrainer):
                 "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."
             )
 
-    def model_to_save(self) -> DCLIPModel:
+    def model_to_save(self) -> PreTrainedModel:
         """The dual encoder that holds the image encoder."""
         return self.dual_encoder
 
@@ -1059,6 +1070,12 @@ class StudentTrainer(BatchesTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with reading_checkpoint(resume_from_checkpoint):
             load_adapters(self.adapters, Path(resume_from_checkpoint))
+
+    def _read_weights(self, folder):
+        """As the base class; in the files of some families of transformers weights have other names."""
+        if self.dual_encoder.config.model_type in DUAL_ENCODERS:
+            return super()._read_weights(folder)
+        return load_checked(type(self.dual_encoder), folder).state_dict()
 
     def _take_weights(self, weights):
         """The image encoder's of the dual encoder."""

@@ -52,6 +52,27 @@ def is_image_side(name: str) -> bool:
     return _IMAGE_SIDE.match(name) is not None
 
 
+def image_modules(model: Any) -> tuple[str, ...]:
+    """Prefixes of the names of a dual encoder's weights that images pass and texts do not, without scale and bias.
+
+    Args:
+        model ([`DualEncoder`]): Of transformers or of this package.
+
+    Returns:
+        `tuple[str, ...]`: Such as `("vision_model.", "visual_projection.")`.
+    """
+    return tuple(f"{name}." for name, _ in model.named_children() if is_image_side(f"{name}."))
+
+
+def shared_width(config: Any) -> int:
+    """The width of a dual encoder's embeddings.
+
+    Args:
+        config (`PreTrainedConfig`): Of a dual encoder of transformers or of this package.
+    """
+    return config.text_config.projection_size if config.model_type in READ_PADDING else config.projection_dim
+
+
 def projected(output: Any) -> torch.Tensor:
     """The shared-space embeddings in the result of `get_*_features`: a tensor or an output object of transformers.
 

@@ -5,6 +5,7 @@
 | [`load_dual_encoder`] | model, processor and revision, of any family |
 | [`load_pair`] | model and processor, of any family |
 | [`load_merged`] | a model of this package, its adapters merged |
+| [`load_processor`] | the processor of a dual encoder that can be taught |
 | [`load_checked`] | a model of a given class, every weight stored |
 | [`read_config`] | a configuration of one of some kinds, its numbers within bounds |
 | [`check_model`] | a configuration, and that there are weights; none is fetched or read |
@@ -57,7 +58,10 @@ logger = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
 # By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
-DUAL_ENCODERS = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
+DUAL_ENCODERS: dict[str, Any] = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
+# Families of transformers that a student can be of; it stays what it is.
+NATIVE_ENCODERS = ("altclip", "chinese_clip", "metaclip_2", "siglip", "vision-text-dual-encoder")
+STUDENT_ENCODERS = (*DUAL_ENCODERS, *NATIVE_ENCODERS)
 _NAMED = 5  # missing weights in a message
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them
 _FLOAT32_WEIGHTS = ("logit_scale", "logit_bias", "A_log", "D")  # the last part of names that every model keeps so
@@ -131,6 +135,11 @@ def read_config(
             raise _no_model(name, error) from error
         found = stored.get("model_type")
         if kinds is not None and found not in kinds:
+            if found == "siglip2" and "siglip" in kinds:
+                raise WrongModelError(
+                    f"Expected a model that takes square images at '{name}', got SigLIP 2 in its NaFlex form, whose "
+                    "images have any shape. Name a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224."
+                )
             raise WrongModelError(
                 f"Expected a model of type {' or '.join(kinds)} at '{name}', got {found!r}. Name another folder or "
                 "another model."
@@ -585,7 +594,7 @@ def load_merged(model: str | os.PathLike) -> PreTrainedModel:
         model (`str` or `os.PathLike`): Folder or Hub id.
 
     Returns:
-        [`DCLIPModel`] or [`DMCLIPModel`]: In eval mode, on the CPU.
+        `PreTrainedModel`: One of [`DUAL_ENCODERS`], in eval mode, on the CPU.
 
     Raises:
         ImportError: If there are adapters and `peft` is not installed.
@@ -650,15 +659,16 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         return prepare_tokenizer(tokenizer)
 
 
-def load_processor(model: str | os.PathLike, kind: type = DCLIPProcessor) -> Any:
-    """Load the processor of a model of this package.
+def load_processor(model: str | os.PathLike, kind: type | None = None) -> Any:
+    """Load the processor of a dual encoder that can be taught, or of a teacher.
 
     Args:
         model (`str` or `os.PathLike`): Folder or Hub id.
-        kind (`type`, *optional*, defaults to [`DCLIPProcessor`]): Its class, for a teacher [`DCLIPTeacherProcessor`].
+        kind (`type`, *optional*): Its class, for a teacher [`DCLIPTeacherProcessor`]. By default [`DCLIPProcessor`]
+            for a CLIP and the models of this package, and its own for another family.
 
     Returns:
-        [`DCLIPProcessor`] or [`DCLIPTeacherProcessor`]
+        `ProcessorMixin`: With an image processor of the PIL backend where there is one.
 
     Raises:
         ValueError: If a file is missing or damaged, or the image processor's numbers make no picture.
@@ -666,7 +676,20 @@ def load_processor(model: str | os.PathLike, kind: type = DCLIPProcessor) -> Any
     _require_files(model)
     what = f"the files of a processor in '{model}' (preprocessor_config.json and those of a tokenizer)"
     with _Reading(what, "Save them beside the weights.", (*_UNREADABLE, OSError)):
-        processor: Any = kind.from_pretrained(model, trust_remote_code=False)  # type: ignore[attr-defined]
+        family = None if kind is not None else _stored_family(model)
+        if family in NATIVE_ENCODERS:
+            processor: Any = AutoProcessor.from_pretrained(model, backend="pil", trust_remote_code=False)
+        else:
+            loaded: Any = DCLIPProcessor if kind is None else kind
+            processor = loaded.from_pretrained(model, trust_remote_code=False)
     check_processor(processor, str(model))
-    prepare_tokenizer(processor.tokenizer)
+    prepare_tokenizer(processor.tokenizer, family)
     return processor
+
+
+def _stored_family(model: str | os.PathLike) -> str | None:
+    """The model type in a configuration; `None` if there is none, as in a folder with a processor alone."""
+    if Path(model).is_dir() and not (Path(model) / "config.json").is_file():
+        return None
+    stored: Any = PreTrainedConfig.get_config_dict(model)[0]
+    return stored.get("model_type")

@@ -1,0 +1,92 @@
+"""Students of every family: one small step, what moves, what is saved, and what is refused before any work."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures.tiny_dual_encoders import save_dual_encoder
+from fixtures.training import equal, student_arguments
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoProcessor
+
+from modeling_dclip.data.columns import Ragged, with_flat_embeds, with_ragged_embeds
+from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.distillation.run import load_student, read_clip
+from modeling_dclip.distillation.stages import fit_student
+from modeling_dclip.encoders.families import image_modules, projected, shared_width
+from modeling_dclip.encoders.loading import load_processor
+
+NATIVE = ["siglip", "altclip", "chinese_clip", "metaclip_2", "vision_text", "timm"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """`folders(family)`: of a random checkpoint, made once."""
+    made = {}
+
+    def folder(family):
+        if family == "timm":
+            pytest.importorskip("timm", reason="needs timm")
+        if family not in made:
+            made[family] = save_dual_encoder(family, tmp_path_factory.mktemp(family))
+        return str(made[family])
+
+    return folder
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    return load_scenes("train", n=8, captions_per_image=2, image_size=32)
+
+
+def with_targets(scenes, width):
+    """Random targets of a width, as columns."""
+    draw = np.random.default_rng(1)
+    for name in ("teacher_embeds", "text_embeds"):
+        values = draw.standard_normal((2 * len(scenes), width)).astype(np.float16)
+        scenes = with_ragged_embeds(scenes, name, Ragged.from_lengths(values, np.full(len(scenes), 2)))
+    return with_flat_embeds(scenes, "anchor_embeds", draw.standard_normal((len(scenes), width)).astype(np.float16))
+
+
+def fit(folder, scenes, output, **options):
+    model = load_student(folder)
+    args = student_arguments(output, cosine_preservation_loss_weight=1.0, **{"max_steps": 1, **options})
+    trainer = fit_student(
+        model, args, with_targets(scenes, shared_width(model.config)), load_processor(folder), {"student": {}}
+    )
+    return trainer.dual_encoder
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_student_of_another_family_is_its_native_model(family, folders, scenes, tmp_path):
+    folder = folders(family)
+    before = load_student(folder).state_dict()
+    model = fit(folder, scenes, tmp_path)
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(f"{folder}/model.safetensors").keys()
+    moved = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert moved and all(name.startswith(image_modules(model)) for name in moved)
+    assert not any(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in moved)
+    config = json.loads((tmp_path / "config.json").read_text())
+    original = json.loads((Path(folder) / "config.json").read_text())
+    assert "auto_map" not in config and not list(tmp_path.glob("*.py"))
+    assert config.keys() == original.keys() and config["architectures"] == original["architectures"]
+    loaded, processor = AutoModel.from_pretrained(tmp_path), AutoProcessor.from_pretrained(tmp_path)
+    assert type(loaded) is type(model) and type(processor) is type(AutoProcessor.from_pretrained(folder))
+    pixels = processor.image_processor(images=scenes["image"][:2], return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        first, second = (projected(one.eval().get_image_features(pixel_values=pixels)) for one in (model, loaded))
+    assert torch.equal(first, second) and equal(model.state_dict(), loaded.state_dict())
+    assert read_clip(str(tmp_path)).key != read_clip(folder).key
+
+
+@pytest.mark.parametrize("family", ["altclip", "timm"])  # files with other names than in memory; BatchNorm
+def test_a_resumed_student_ends_with_the_weights_of_an_uninterrupted_one(family, folders, scenes, tmp_path):
+    folder, options = folders(family), {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    options["save_total_limit"] = 2
+    options |= {"per_device_train_batch_size": 4, "gradient_checkpointing": True, "bf16": True}
+    whole = fit(folder, scenes, tmp_path / "whole", **options).state_dict()
+    (tmp_path / "resumed").mkdir()
+    (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "resumed" / "checkpoint-1")
+    assert equal(fit(folder, scenes, tmp_path / "resumed", **options).state_dict(), whole)
