@@ -1,291 +1,35 @@
-"""The page of the Space: search pictures by text or picture, and see what the models see. It runs on a CPU, offline.
+"""Open a page in the browser that searches pictures with words or with a picture. It runs on a CPU, without a network.
 
-    python hub_cards/space/app.py --index INDEX
-    python hub_cards/space/app.py --model FOLDER_OR_HUB_ID [--gallery FOLDER_OR_DATASET] [--teacher FOLDER_OR_HUB_ID]
+    python hub_cards/space/app.py --index my_index
+    python hub_cards/space/app.py --model outputs/mine/student --gallery my_pictures
+    python hub_cards/space/app.py --model outputs/mine/student --gallery my_pictures --teacher outputs/mine/teacher
 
-On the Hub, set the variables INDEX, MODEL, GALLERY, TEACHER and DETECTOR instead.
+The first form opens a search index at once; `python -m modeling_dclip.hub.index` builds one. The others embed the
+pictures at each start, about a minute for a thousand. Without options it shows drawn pictures, with the models of
+`make demo` or else the repository's small CLIP. On the Hub, set the variables INDEX, MODEL, GALLERY, TEACHER and
+DETECTOR instead of the options.
 """
 
+import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load
+
+# isort: split
 import argparse
 import os
-import re
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import gradio as gr
-from PIL import Image
-from transformers.utils import logging
+from modeling_dclip.data.failures import command, naming
+from modeling_dclip.data.files import require_folder
+from modeling_dclip.data.specs import CommandParser, Range
 
-from modeling_dclip.data.failures import HelpFormatter, command
-from modeling_dclip.data.images import UnreadableImageError, open_image
-from modeling_dclip.evaluation.reports.document import escape_markdown
-from modeling_dclip.hub.index import Hit
-from modeling_dclip.hub.index.answers import short_name
-from modeling_dclip.hub.space import (
-    DETECTOR,
-    MOST_UPLOADED_PIXELS,
-    SpaceAnswers,
-    UserMistake,
-    suggest_labels,
-    suggest_queries,
-)
+# The rest is imported after the arguments are checked: gradio and PyTorch take seconds.
 
 ROOT = Path(__file__).resolve().parents[2]
 # Folders that `make demo` writes, best first. The small CLIP of the repository is always there.
 DEMO_MODELS = ("outputs/demo/leak_free/seed-0", "outputs/demo/paper/seed-0")
 FALLBACK_MODEL = "recipes/demo_anchor"
-EXAMPLES = 5
-LARGEST_EXAMPLE = 1024  # pixels of the longest side
-FONTS = ["system-ui", "sans-serif"]  # nothing is fetched
-CSS = """
-.gradio-container {width: 100% !important; max-width: 1100px !important; margin: 0 auto !important}
-.found .grid-wrap {max-height: none !important; min-height: 0 !important; height: auto !important; overflow: visible}
-.found .grid-container {grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)) !important}
-.found .grid-container, .found .gallery-container {height: auto !important}
-.found .gallery-item, .found .thumbnail-lg {height: auto !important; aspect-ratio: auto !important; overflow: hidden}
-.found .thumbnail-lg {display: flex; flex-direction: column; width: 100%; justify-content: flex-start}
-.found .thumbnail-lg img {aspect-ratio: 1; height: auto !important; width: 100%; object-fit: contain}
-.found .caption-label {position: static !important; max-width: none !important; width: 100%; margin: 0; border: 0;
-  border-radius: 0; box-shadow: none; white-space: normal !important; overflow-wrap: anywhere; text-align: left;
-  font-size: 13px; line-height: 1.35}
-.search-box .submit-button {background: var(--button-primary-background-fill); padding: 0 18px; height: 36px;
-  color: var(--button-primary-text-color); font-weight: 600; border-radius: 8px}
-@media (max-width: 640px) {
-  .gradio-container main {padding: 12px 10px !important}
-  .found .grid-container {grid-template-columns: repeat(2, minmax(0, 1fr)) !important}
-}
-"""
-
-
-class BrokenUpload(NamedTuple):
-    """An uploaded file that cannot be read as a picture, and why."""
-
-    message: str
-
-
-def make_upload(**options: Any) -> gr.Image:
-    """Make an upload that is read as all other pictures are, and passes one that cannot be read on as
-    [`BrokenUpload`], so that the answer can say so.
-
-    gradio would decode a picture before its size is looked at, and lay transparent pixels over black. The component is
-    not subclassed, because gradio would write a `.pyi` file beside this one.
-    """
-    upload = gr.Image(type="filepath", **options)
-
-    def preprocess(payload: Any) -> Image.Image | BrokenUpload | None:
-        if payload is None:
-            return None
-        name = f"'{payload.orig_name}'" if payload.orig_name else "The picture"
-        if payload.path is None:
-            return BrokenUpload(f"{name} is no file. Upload it as a file.")
-        try:
-            return open_image(
-                payload.path,
-                name,
-                most_pixels=MOST_UPLOADED_PIXELS,
-                advice="Give an undamaged JPEG, PNG or WebP file.",
-            )
-        except UnreadableImageError as error:
-            return BrokenUpload(str(error).replace(str(payload.path), name))
-
-    upload.preprocess = preprocess
-    return upload
-
-
-def said_plainly(function: Callable[..., tuple[Any, ...]], answers: int = 1) -> Callable[..., tuple[Any, ...]]:
-    """Show a visitor's mistake in place of the remark, which comes last, with so many empty answers."""
-
-    def answer(*inputs: Any) -> tuple[Any, ...]:
-        try:
-            for given in inputs:
-                if isinstance(given, BrokenUpload):
-                    raise UserMistake(given.message)
-            return function(*inputs)
-        except UserMistake as mistake:
-            return *[None] * answers, f"⚠️ {escape_markdown(str(mistake))}"
-
-    return answer
-
-
-def save_examples(answers: SpaceAnswers) -> list[str]:
-    """Save some pictures of the gallery, spread over it, as files. Those that cannot be read any more are left out."""
-    folder, paths = Path(tempfile.mkdtemp(prefix="space-")), []
-    for number, hit in enumerate(answers.sample(EXAMPLES)):
-        try:
-            picture = answers.picture(hit).copy()
-        except UserMistake:
-            continue
-        stem = re.sub(r"[^\w-]+", "-", Path(hit.name).stem)[:80]
-        if max(picture.size) > LARGEST_EXAMPLE:
-            picture.thumbnail((LARGEST_EXAMPLE, LARGEST_EXAMPLE))
-            paths.append(folder / f"{number}-{stem}.jpg")
-        else:
-            paths.append(folder / f"{number}-{stem}.png")  # its pixels as they are: they tell which picture it is
-        picture.save(paths[-1])
-    return [str(path) for path in paths]
-
-
-def _offer(kind: gr.components.Component, label: str, samples: list[str], into: gr.components.Component) -> Any:
-    """Offer samples that go into a component when they are clicked; the event, to go on from.
-
-    Not gr.Examples: it would make an upload anew, without what `make_upload` did to it.
-    """
-    shown = gr.Dataset(components=[kind], samples=[[one] for one in samples], type="index", label=label)
-    return shown.click(samples.__getitem__, shown, into, api_visibility="private", show_progress="hidden")
-
-
-def _picture_input(examples: list[str], height: int = 300) -> tuple[gr.Image, Any]:
-    """An upload with some pictures of the gallery, and the event that one of these was chosen."""
-    picture = make_upload(label="Picture", height=height, sources=["upload", "clipboard"])
-    return picture, _offer(gr.Image(visible=False), "Pictures of the gallery", examples, picture)
-
-
-def _search_tab(answers: SpaceAnswers, examples: list[str]) -> None:
-    """Search by text, by picture, and by a picture that was found."""
-    queries = suggest_queries(answers)
-    most, start = min(60, len(answers.gallery)), answers.browse()
-    with gr.Row(equal_height=True):
-        text = gr.Textbox(label="What should the picture show?", scale=5, min_width=280, submit_btn="Search",
-                          elem_classes="search-box", max_lines=4,
-                          placeholder=f"for example: {min(queries, key=len)}")  # fmt: skip
-        count = gr.Slider(1, most, value=min(12, most), step=1, label="Pictures", scale=2, min_width=180)
-    example = _offer(gr.Textbox(visible=False), "Examples", queries, text)
-    with gr.Accordion("Search by a picture", open=False):
-        picture, chosen = _picture_input(examples, 220)
-        by_picture = gr.Button("Search by this picture", variant="primary")
-    with gr.Row(elem_id="answer"):
-        asked = gr.Image(visible=False, interactive=False, height=180, min_width=140, scale=1, format="png",
-                         buttons=["download", "fullscreen"])  # fmt: skip
-        remark = gr.Markdown(start.remark)
-    found = gr.Gallery(start.tiles, label="Pictures, best first", show_label=False, columns=4, height="auto",
-                       object_fit="contain", allow_preview=False, interactive=False, buttons=[],
-                       elem_classes="found")  # fmt: skip
-    shown = gr.State(start.hits)
-    outputs = [found, remark, shown, asked]
-
-    def find(query: str | Image.Image | BrokenUpload | None, count: int) -> tuple[Any, str, list[Hit], Any]:
-        result, told = said_plainly(lambda *given: (answers.find_pictures(*given), ""))(query, count)
-        if result is None:
-            return start.tiles, told, start.hits, gr.Image(value=None, visible=False)
-        is_picture = isinstance(query, Image.Image)
-        preview = (
-            gr.Image(value=query, visible=True, label="Like this picture") if is_picture else gr.Image(visible=False)
-        )
-        return result.tiles, result.remark, result.hits, preview
-
-    def find_by(picture: Image.Image | BrokenUpload | None, count: int) -> tuple[Any, str, list[Hit], Any]:
-        nothing = BrokenUpload("There is no picture. Upload one, or choose one of the gallery.")
-        return find(nothing if picture is None else picture, count)
-
-    def find_like(shown: list[Hit], count: int, event: gr.SelectData) -> tuple[Any, str, list[Hit], Any]:
-        result, told = said_plainly(lambda hit, count: (answers.find_like(hit, count), ""))(shown[event.index], count)
-        if result is None:
-            return gr.skip(), told, gr.skip(), gr.skip()
-        picture, like = result
-        return (
-            gr.Gallery(like.tiles, selected_index=None),
-            like.remark,
-            like.hits,
-            gr.Image(value=picture, visible=True, label=shown[event.index].name),
-        )
-
-    text.submit(find, [text, count], outputs, api_name="search")
-    by_picture.click(find_by, [picture, count], outputs, api_name="search_by_picture")
-    picture.upload(find_by, [picture, count], outputs, api_visibility="private")
-    chosen.then(find_by, [picture, count], outputs, api_visibility="private")
-    example.then(find, [text, count], outputs, api_visibility="private")
-    clicked = found.select(find_like, [shown, count], outputs, api_visibility="private")
-    clicked.then(None, js="() => document.getElementById('answer').scrollIntoView({behavior: 'smooth'})")
-
-
-def _texts_tab(answers: SpaceAnswers, examples: list[str]) -> None:
-    with gr.Row():
-        with gr.Column():
-            picture, _ = _picture_input(examples)
-            own = gr.Textbox(
-                label="Your own texts, one in each line", placeholder="empty: the gallery's captions", lines=3
-            )
-            button = gr.Button("Find texts", variant="primary")
-        with gr.Column():
-            remark = gr.Markdown()
-            table = gr.Dataframe(headers=["text", "cosine"], datatype=["str", "number"], wrap=True, interactive=False,
-                                 column_widths=["80%", "20%"], label="Texts, best first")  # fmt: skip
-    button.click(said_plainly(answers.find_texts), [picture, own], [table, remark], api_name="texts")
-
-
-def _classes_tab(answers: SpaceAnswers, examples: list[str]) -> None:
-    labels, prompt = suggest_labels(answers)
-    with gr.Row():
-        with gr.Column():
-            picture, _ = _picture_input(examples)
-            names = gr.Textbox(value=labels, label="Labels, separated by commas or one in each line", lines=2)
-            phrase = gr.Textbox(value=prompt, label="Prompt ({} stands for the label)")
-            button = gr.Button("Classify", variant="primary")
-        with gr.Column():
-            remark = gr.Markdown()
-            shares = gr.Label(num_top_classes=8, label="Probability of each label")
-    button.click(said_plainly(answers.classify), [picture, names, phrase], [shares, remark], api_name="classify")
-
-
-def _attention_tab(answers: SpaceAnswers, examples: list[str]) -> None:
-    if answers.teacher is None:
-        gr.Markdown(
-            "This page was started without a teacher. To add one, start it with `--teacher FOLDER`, or set the "
-            "variable `TEACHER` of the Space."
-        )
-        return
-    reads_text = answers.teacher[0].config.cross_attention != "regions"
-    hint = "this teacher reads the text" if reads_text else "optional: the title of the drawing"
-    with gr.Row():
-        with gr.Column():
-            picture, _ = _picture_input(examples)
-            caption = gr.Textbox(
-                label="What does it show?",
-                placeholder=hint,
-            )
-            button = gr.Button("Show attention", variant="primary")
-        with gr.Column():
-            remark = gr.Markdown()
-            drawing = gr.Image(label="Where the teacher looks", show_label=False, interactive=False, format="png",
-                               buttons=["download", "fullscreen"])  # fmt: skip
-            table = gr.Dataframe(headers=["box", "share", "score", "left, top, right, bottom"], interactive=False,
-                                 label="Boxes, in pixels of the picture", wrap=True)  # fmt: skip
-    outputs = [drawing, table, remark]
-    button.click(said_plainly(answers.attend, 2), [picture, caption], outputs, api_name="attention")
-
-
-def describe_page(answers: SpaceAnswers) -> str:
-    """What the page searches, with which model, and what was left out; in Markdown."""
-    place = Path(answers.place).resolve().name if os.path.isdir(answers.place) else answers.place.partition(",")[0]
-    lines = [
-        f"**{len(answers.gallery):,} pictures** of {escape_markdown(place)}. "
-        f"Model: **{escape_markdown(short_name(answers.name))}**, {answers.origin}."
-    ]
-    if answers.teacher_name:
-        lines[0] += f" Teacher: **{escape_markdown(short_name(answers.teacher_name))}**."
-    if answers.skipped:
-        names = ", ".join(answers.skipped[:EXAMPLES]) + (", …" if len(answers.skipped) > EXAMPLES else "")
-        lines.append(f"⚠️ {len(answers.skipped)} left out, because they cannot be read: {escape_markdown(names)}")
-    return "\n\n".join(lines)
-
-
-def build_app(answers: SpaceAnswers) -> gr.Blocks:
-    """Build the page."""
-    examples = save_examples(answers)
-    with gr.Blocks(title="Picture search", analytics_enabled=False) as app:
-        gr.Markdown(f"# Picture search\n{describe_page(answers)}")
-        with gr.Tab("Search"):
-            _search_tab(answers, examples)
-        with gr.Tab("Texts"):
-            _texts_tab(answers, examples)
-        with gr.Tab("Classify"):
-            _classes_tab(answers, examples)
-        with gr.Tab("Teacher"):
-            _attention_tab(answers, examples)
-    return app
+PORTS = Range(0, 2**16 - 1, whole=True)
 
 
 def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
@@ -300,47 +44,69 @@ def default_models(root: Path = ROOT) -> tuple[str | None, str | None]:
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line, then the variables, then what `make demo` wrote."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = CommandParser(prog="python hub_cards/space/app.py", description=__doc__)
     variables = {
-        "index": "Folder of a search index (python -m modeling_dclip.hub.index), which names model and pictures.",
-        "model": "Folder or Hub id of a dual encoder; with an index, where its model is now.",
-        "gallery": "Folder of pictures to search, or a dataset; with an index, where its pictures are now.",
-        "teacher": "Folder or Hub id of a trained teacher.",
-        "detector": f"What finds regions in pictures without boxes; {DETECTOR} if not given.",
+        "index": "Folder of a search index, which names its model and its pictures.",
+        "model": "Model that compares pictures and words: a folder or a Hub id. With --index: where its model is now.",
+        "gallery": "Pictures to search: a folder, or a dataset such as csv:captions.csv:photos. With --index: where "
+        "its pictures are now. Default: drawn pictures.",
+        "teacher": "Folder or Hub id of a trained teacher. Adds a tab that shows where it looks.",
+        "detector": "What finds regions for the teacher in pictures without boxes: grid:ROWSxCOLUMNS, or "
+        "transformers:MODEL. Default: grid:3x3.",
     }
     for name, text in variables.items():
         parser.add_argument(f"--{name}", default=os.environ.get(name.upper()) or None, help=text)
     parser.add_argument("--trust_remote_code", action="store_true", help="Run code that comes with the model.")
-    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help="Address to listen on.")
-    parser.add_argument("--port", type=int, default=None, help="Port; by default the first free one from 7860.")
+    host = "Address to listen on; 0.0.0.0 lets other machines in. Default: this machine only."
+    parser.add_argument("--host", default=os.environ.get("GRADIO_SERVER_NAME"), help=host)
+    parser.add_argument("--port", range=PORTS, help="Port to listen on. Default: the first free one from 7860.")
     arguments = parser.parse_args(argv)
-    arguments.detector = arguments.detector or DETECTOR
     if arguments.model is None and arguments.index is None:
         arguments.model, teacher = default_models()
         arguments.teacher = arguments.teacher or teacher
         if arguments.model is None:
             parser.error("Expected a model, got none. Give --model or --index, or set the variable MODEL or INDEX.")
-    if arguments.port is not None and not 0 <= arguments.port < 2**16:
-        parser.error(f"--port: expected a number from 0 to 65535, got {arguments.port}")
     return arguments
 
 
-def launch(app: gr.Blocks, **options: Any) -> tuple[Any, str, str]:
-    """Start the server with the page's theme, and come back."""
-    theme = gr.themes.Soft(primary_hue="blue", font=FONTS, font_mono=["ui-monospace", "monospace"])
-    return app.launch(
-        theme=theme, css=CSS, max_file_size="20mb", footer_links=["gradio"], quiet=True, prevent_thread_lock=True,
-        **options,
-    )  # fmt: skip
+def check_places(given: argparse.Namespace) -> None:
+    """Refuse an index, a model or pictures that are not there, before anything slow is imported.
+
+    Raises:
+        FileNotFoundError, ValueError: Naming the option, or what the index says.
+    """
+    from modeling_dclip.hub.index import read_manifest
+
+    if given.index is not None:
+        with naming("--index"):
+            model = read_manifest(given.index)["model"]
+        if given.model is None and os.path.isabs(model) and not os.path.isdir(model):
+            raise FileNotFoundError(
+                f"--index: the model of '{given.index}' is no longer at '{model}'. Say with --model where it is now."
+            )
+    for option, place in {"--model": given.model, "--teacher": given.teacher}.items():
+        # Any other form is a Hub id or a name of open_clip, which loading looks up.
+        if place is not None and (os.path.isabs(place) or place.startswith(".") or place.count("/") > 1):
+            with naming(option):
+                require_folder(place, "model")
+    if given.gallery is not None and ":" not in given.gallery:
+        with naming("--gallery"):
+            require_folder(given.gallery, "pictures")
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> None:
     """Load the models and serve the page."""
     given = parse_arguments(argv)
+    check_places(given)
+    from page import build_app, launch
+    from transformers.utils import logging
+
+    from modeling_dclip.hub.space import DETECTOR, SpaceAnswers
+
     logging.disable_progress_bar()  # of loading weights; embedding has its own bar
     answers = SpaceAnswers(
-        given.model, given.teacher, gallery=given.gallery, index=given.index, detector=given.detector,
+        given.model, given.teacher, gallery=given.gallery, index=given.index, detector=given.detector or DETECTOR,
         trust_remote_code=given.trust_remote_code,
     )  # fmt: skip
     app = build_app(answers)

@@ -34,35 +34,35 @@ from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_quer
 from modeling_dclip.evaluation.reports.document import escape_markdown
 from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.hub.index import Hit, SearchIndex
-from modeling_dclip.hub.index.answers import short_name
+from modeling_dclip.hub.index.answers import count_nearest, short_name, split_name
 from modeling_dclip.hub.index.embeddings import embed_readable
 from modeling_dclip.hub.publish.licences import read_arguments
-from modeling_dclip.hub.publish.training import describe_training
+from modeling_dclip.hub.publish.training import SOURCES, describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, as_rgb
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
 GALLERY = "scenes:validation,n=60,image_size=224,max_siblings=2"
 DETECTOR = "grid:3x3"
+DRAWN_DATA = SOURCES["scenes"]  # what a card says of a model that knows drawn shapes alone
 LONGEST_INPUT = 2000  # characters of a text, before it is tokenized
 MOST_LABELS = 200
 MOST_TEXTS = 500  # of a visitor's own
 LONGEST_PROMPT = 500  # characters
 MOST_SHOWN = 100
+MOST_COPIES = 10  # of a picture, to leave out
+NEARLY_SAME = 0.99  # cosine from which pixels are compared; a compressed index rounds that of equal pictures
 MOST_UPLOADED_PIXELS = 50_000_000
 BATCH_SIZE = 64
 TILE_SIZE = 640  # pixels of the longest side of a picture among others
-NEAREST_COMPARED = 100  # pictures that tell how clearly the nearest one stands out
 LONGEST_SUGGESTION = 45  # characters
-# What photographs often show. Those that a gallery shows most clearly are suggested to its visitors.
-THINGS = (
-    *("a dog", "a cat", "a bird", "a horse", "a cow", "an elephant", "a giraffe", "a bear", "a person", "a child"),
-    *("a crowd of people", "a car", "a bus", "a train", "an airplane", "a bicycle", "a motorcycle", "a boat"),
-    *("food on a plate", "a pizza", "a cake", "fruit", "a kitchen", "a bathroom", "a living room", "a bed"),
-    *("a laptop", "a phone", "a book", "a clock", "a street", "a building", "a tree", "flowers", "a mountain"),
-    *("a beach", "the sea", "snow", "a sunset", "a field of grass", "a ball game", "a surfer", "a skier", "text"),
-)
+# Suggested to a visitor where no captions tell what the pictures show: for photographs, and for drawn shapes.
+QUERIES = ("a dog on a beach", "a person riding a bicycle", "food on a plate", "a street with cars")
+SUGGESTED_LABELS = "dog, cat, person, car, food, building"
+DRAWN_QUERIES = ("two small red circles", "a large blue square", "a striped yellow star", "a green ring above a cross")
+SUGGESTED_SHAPES = "red circle, blue circle, green star, yellow square, black cross, pink heart"
 
 
 class UserMistake(ValueError):
@@ -110,7 +110,10 @@ class Gallery:
         ids = dataset["image_id"][:]
         self.skipped = [name for name, is_read in zip(ids, readable, strict=True) if not is_read]
         if not embeds:
-            raise ValueError(f"None of the {len(dataset)} pictures of {spec!r} can be read: {first(self.skipped)}.")
+            raise ValueError(
+                f"Expected pictures that can be read in {spec!r}, got {len(dataset)} of which none can: "
+                f"{first(self.skipped)}."
+            )
         self.dataset = dataset.select([row for row, is_read in enumerate(readable) if is_read])
         self.image_embeds = torch.cat(embeds)
         self.row_of = {image_id: row for row, image_id in enumerate(self.dataset["image_id"])}
@@ -144,6 +147,20 @@ def load_gallery(spec: str) -> Dataset:
     return load_uncaptioned([spec], seed=0) if spec.startswith("images:") else load_captions(spec)
 
 
+def load_some_captions(images: str) -> list[str]:
+    """The first caption of some pictures, spread over a dataset; none of pictures that come without captions.
+
+    Args:
+        images (`str`): A folder, or a dataset's spec.
+    """
+    if os.path.isdir(images) or images.startswith("images:"):
+        return []
+    captions = load_captions(images).select_columns("captions")
+    count = min(MOST_TEXTS, len(captions))
+    rows = captions.select([place * len(captions) // count for place in range(count)])["captions"][:]
+    return list(dict.fromkeys(row[0] for row in rows if row))
+
+
 def describe_origin(model: str) -> str:
     """Say on what a model was trained, in Markdown, as far as its folder, its card or its name tells.
 
@@ -158,7 +175,8 @@ def describe_origin(model: str) -> str:
             facts = describe_training(arguments, model)
             start = arguments.get("clip_model")
             sources = dict.fromkeys(source.words for source in (*facts["sources"], *facts["uncaptioned"]))
-            data = ", ".join(map(escape_markdown, sources))
+            # To a visitor of the page there is no publisher.
+            data = ", ".join(escape_markdown(source.removeprefix("the publisher's own ")) for source in sources)
             return f"fine-tuned from {escape_markdown(short_name(start))} on {data}" if start else f"trained on {data}"
         if os.path.isdir(model) and not (Path(model) / "README.md").is_file():
             return "its folder does not say on what it was trained"
@@ -195,6 +213,11 @@ def split_lines(text: str | None) -> list[str]:
     """
     pieces = (text or "").replace("\n", ",").split(",")
     return list(dict.fromkeys(piece.strip() for piece in pieces if piece.strip()))
+
+
+def _breakable(name: str) -> str:
+    """A name with spaces of no width, where a long one may be broken."""
+    return "\u200b".join(split_name(name))
 
 
 def _key(picture: Image.Image) -> str:
@@ -234,7 +257,8 @@ class SpaceAnswers:
         if index is not None:
             self.gallery = SearchIndex.load(index, model=model, images=gallery, trust_remote_code=trust_remote_code)
             self.name, (self.model, self.processor) = self.gallery.model, self.gallery.encoder()
-            self.place, self.captions, self.skipped = self.gallery.images, list[str](), list[str]()
+            self.place, self.skipped = self.gallery.images, list[str]()
+            self.captions = load_some_captions(self.place)
         elif model is None:
             raise ValueError("Expected a model or an index, got neither.")
         else:
@@ -242,30 +266,20 @@ class SpaceAnswers:
             self.model, self.processor, _ = load_dual_encoder(model, trust_remote_code=trust_remote_code)
             self.gallery = Gallery(self.place, self.model, self.processor)
             self.captions, self.skipped = self.gallery.captions, self.gallery.skipped
-        self.is_drawn = self.place.startswith("scenes:")
         self.origin, self.teacher_name = describe_origin(self.name), teacher
+        self.knows_shapes = self.place.startswith("scenes:") or DRAWN_DATA in self.origin
         self.teacher = load_teacher(teacher) if teacher else None
         self.detector_name, self.detector = detector, build_detector(detector)
         self.caption_embeds = (
             embed_texts(Encoder(self.model, self.processor), self.captions) if self.captions else None
         )
         self.row_of = dict(self._keys()) if isinstance(self.gallery, Gallery) else {}
-        self.things = [] if self.is_drawn else self._clearest_things()
 
     def _keys(self) -> Iterator[tuple[str, int]]:
         """The pixels' keys of pictures that come with boxes, and their rows."""
         dataset = self.gallery.dataset if isinstance(self.gallery, Gallery) else None
         if dataset is not None and "boxes" in dataset.column_names:
             yield from ((_key(decode_image(dataset, row)), row) for row in range(len(dataset)))
-
-    def _clearest_things(self) -> list[str]:
-        """[`THINGS`], first those whose nearest picture stands out most among the pictures near to it."""
-        embeds = embed_texts(Encoder(self.model, self.processor), THINGS)
-        clear = []
-        for thing, one in zip(THINGS, embeds, strict=True):
-            scores = [hit.score for hit in self.gallery.nearest(one[None], NEAREST_COMPARED)]
-            clear.append((scores[0] - float(np.mean(scores)) if scores else -math.inf, thing))
-        return [thing for _, thing in sorted(clear, key=lambda pair: -pair[0])]
 
     def sample(self, count: int) -> list[Hit]:
         """Some pictures, spread over the gallery."""
@@ -295,21 +309,34 @@ class SpaceAnswers:
     def find_like(self, hit: Hit, top_k: int = 10) -> tuple[Image.Image, Found]:
         """Find the gallery's pictures for one of them; the picture itself comes too, and is not among them."""
         picture = self.picture(hit)
-        found = self._find(picture, top_k, escape_markdown(hit.name), "", leave_out=hit.image_id)
-        return picture, found
+        return picture, self._find(picture, top_k, escape_markdown(hit.name), "", hit.image_id)
+
+    def _shows(self, hit: Hit, picture: Image.Image) -> bool:
+        """Whether a picture of the gallery has the pixels of this one."""
+        if hit.score < NEARLY_SAME:
+            return False
+        try:
+            return _key(self.gallery.picture(hit)) == _key(picture)
+        except UnreadableImageError:
+            return False
 
     def _find(
-        self, query: str | Image.Image, top_k: int, asked: str, remark: str, leave_out: str | None = None
+        self, query: str | Image.Image, top_k: int, asked: str, remark: str, clicked: str | None = None
     ) -> Found:
         count = min(max(1, int(top_k)), MOST_SHOWN)
-        hits = self.gallery.nearest(embed_query(self.model, self.processor, query), count + (leave_out is not None))
-        hits = [hit for hit in hits if hit.image_id != leave_out][:count]
-        labels = [f"{rank} · {hit.score:.3f} · {hit.name}" for rank, hit in enumerate(hits, 1)]
+        hits = self.gallery.nearest(embed_query(self.model, self.processor, query), count + MOST_COPIES)
+        hits = [hit for hit in hits if hit.image_id != clicked]
+        same = [] if isinstance(query, str) else [hit for hit in hits if self._shows(hit, query)]
+        hits = [hit for hit in hits if hit not in same][:count]
+        labels = [f"{rank} · cosine {hit.score:.3f}\n{_breakable(hit.name)}" for rank, hit in enumerate(hits, 1)]
         tiles, gone = self._make_tiles(hits, labels)
         said = (
-            f"The {len(hits)} nearest of {len(self.gallery):,} pictures to {asked}: rank, cosine, name. Click one to "
-            "search for pictures like it."
+            f"{count_nearest(len(hits), len(self.gallery))} to {asked}. The number is the cosine: higher is nearer. "
+            "Click a picture to search for others like it."
         )
+        if same:
+            names = ", ".join(escape_markdown(hit.name) for hit in same)
+            said += f" Left out, because it is the same picture: {names}."
         if not hits:
             said = "No picture was found: the index looked at too little of itself. Its owner can build an exact one."
         return Found(tiles, hits, " ".join(part for part in (said, gone, remark) if part))
@@ -317,7 +344,7 @@ class SpaceAnswers:
     def browse(self, count: int = 12) -> Found:
         """Some pictures of the gallery, before anything is searched."""
         hits = self.sample(count)
-        tiles, gone = self._make_tiles(hits, [hit.name for hit in hits])
+        tiles, gone = self._make_tiles(hits, [_breakable(hit.name) for hit in hits])
         said = "Some of the pictures. Type above what to look for, or click a picture to search for pictures like it."
         return Found(tiles, hits, f"{said} {gone}".strip())
 
@@ -357,7 +384,8 @@ class SpaceAnswers:
             [names[row], round(score, 3)]
             for score, row in zip(best.values.tolist(), best.indices.tolist(), strict=True)
         ]
-        whose = f"your {len(names)} texts" if texts else f"the {len(names)} captions of the gallery"
+        what = count_of(len(names), "text" if texts else "caption")
+        whose = f"your {what}" if texts else f"{what} of the gallery"
         return rows, f"The {len(rows)} nearest of {whose}, each with its cosine to the picture."
 
     def classify(
@@ -418,7 +446,7 @@ class SpaceAnswers:
         ]  # fmt: skip
         reads = "It reads the text too." if reads_text else "It reads no text."
         shares = "The percentages are their shares of the teacher's attention."
-        return drawing, rows, f"{len(boxes)} regions, {source}. {shares} {reads} {remark}".strip()
+        return drawing, rows, f"{count_of(len(boxes), 'region')}, {source}. {shares} {reads} {remark}".strip()
 
     def _regions(self, picture: Image.Image) -> tuple[np.ndarray, np.ndarray, str]:
         row = self.row_of.get(_key(picture)) if self.row_of else None
@@ -441,7 +469,11 @@ class SpaceAnswers:
                 f"The text has {len(text)} characters, more than {LONGEST_INPUT}. Describe it in one or two sentences."
             )
         dropped = count_dropped_tokens(self.model, self.processor, text)
-        return text, f"**The text is too long: its last {dropped} tokens were not read.**" if dropped else ""
+        was = "was" if dropped == 1 else "were"
+        return (
+            text,
+            f"**The text is too long: its last {count_of(dropped, 'token')} {was} not read.**" if dropped else "",
+        )
 
     @staticmethod
     def _checked_picture(picture: Image.Image | None) -> Image.Image:
@@ -465,17 +497,15 @@ def _blank_tile() -> Image.Image:
 
 
 def suggest_labels(answers: SpaceAnswers) -> tuple[str, str]:
-    """Suggest labels and a prompt, for drawn pictures or for what the gallery shows."""
-    if answers.is_drawn:
-        return "red circle, blue circle, green star, yellow square, black cross, pink heart", "a {}"
-    return ", ".join(answers.things[:6]), "a photo of {}"
+    """Suggest labels and a prompt: of drawn shapes where the model or the gallery is of these, else of photographs."""
+    return (SUGGESTED_SHAPES, "a {}") if answers.knows_shapes else (SUGGESTED_LABELS, "a photo of a {}")
 
 
 def suggest_queries(answers: SpaceAnswers, count: int = 4) -> list[str]:
-    """Suggest texts to search for: short captions of the gallery, spread over it, or else what it shows."""
+    """Suggest texts to search for: short captions of the gallery, spread over it; where it has none, neutral ones."""
     short = [text for text in answers.captions if len(text) <= LONGEST_SUGGESTION]
     candidates = short or sorted(answers.captions, key=len)[:count]
     if not candidates:
-        return answers.things[:count]
+        return list(DRAWN_QUERIES if answers.knows_shapes else QUERIES)[:count]
     count = min(count, len(candidates))
     return [candidates[place * len(candidates) // count] for place in range(count)]

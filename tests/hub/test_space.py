@@ -40,13 +40,23 @@ SPACE = ROOT / "hub_cards" / "space"
 GALLERY = "scenes:validation,n=8,image_size=48"
 
 
-@pytest.fixture(scope="module")
-def app():
-    """The Space's script as a module."""
-    specification = importlib.util.spec_from_file_location("space_app", SPACE / "app.py")
+def load_script(name):
+    specification = importlib.util.spec_from_file_location(f"space_{name}", SPACE / f"{name}.py")
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def app():
+    """The Space's page as a module."""
+    return load_script("page")
+
+
+@pytest.fixture(scope="module")
+def start():
+    """The script that starts it."""
+    return load_script("app")
 
 
 @pytest.fixture(scope="module", params=["bidirectional", "regions"])
@@ -85,7 +95,7 @@ def test_pictures_come_in_the_order_of_their_cosines(answers):
     for rank, ((picture, label), hit, row) in enumerate(zip(found.tiles, found.hits, order, strict=True), 1):
         assert picture.tobytes() == dataset[row]["image"].tobytes()
         assert hit.name == hit.image_id == dataset[row]["image_id"]
-        assert label == f"{rank} · {scores[row]:.3f} · {hit.name}"
+        assert label == f"{rank} · cosine {scores[row]:.3f}\n{hit.name}"
     assert found.remark.startswith("The 3 nearest of 8 pictures to the text")
 
 
@@ -93,10 +103,17 @@ def test_a_picture_finds_pictures_and_one_that_was_found_finds_others(answers):
     first = answers.sample(1)[0]
     picture = answers.picture(first)
     found = answers.find_pictures(picture, 3)
-    assert found.hits[0].image_id == first.image_id and found.hits[0].score == pytest.approx(1, abs=1e-5)
-    shown, like = answers.find_like(found.hits[0], 2)
-    assert shown.tobytes() == picture.tobytes() and like.hits == found.hits[1:]
-    assert like.remark.startswith(f"The 2 nearest of 8 pictures to {first.name}")
+    assert first.image_id not in [hit.image_id for hit in found.hits] and len(found.hits) == 3
+    assert f"Left out, because it is the same picture: {first.name}." in found.remark
+    shown, like = answers.find_like(first, 3)
+    assert shown.tobytes() == picture.tobytes() and like.hits == found.hits
+    assert like.remark.startswith(f"The 3 nearest of 8 pictures to {first.name}") and "Left out" not in like.remark
+    other = picture.copy()
+    other.putpixel(
+        (0, 0), tuple(255 - value for value in other.getpixel((0, 0)))
+    )  # nearly the same is another picture
+    assert "Left out" not in (nearly := answers.find_pictures(other, 3)).remark
+    assert nearly.hits[0].image_id == first.image_id and nearly.hits[0].score > space.NEARLY_SAME
 
 
 @pytest.fixture
@@ -115,7 +132,7 @@ def test_damaged_pictures_are_left_out_and_named(tiny_clip_dir, app, photos):
     answers = SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
     assert len(answers.gallery) == 3 and answers.skipped == ["photos/empty.png", "photos/text.jpg"]
     assert len(answers.find_pictures("a dog").tiles) == 3
-    assert "⚠️ 2 left out, because they cannot be read: photos/empty.png, photos/text.jpg" in app.describe_page(answers)
+    assert "⚠️ 2 pictures left out that cannot be read: photos/empty.png, photos/text.jpg" in app.describe_page(answers)
     for path in photos.glob("*写真*"):
         path.write_bytes(b"damaged now")
     found = answers.find_pictures("a dog", 2)
@@ -123,7 +140,7 @@ def test_damaged_pictures_are_left_out_and_named(tiny_clip_dir, app, photos):
     assert app.save_examples(answers) == []
     with pytest.raises(UserMistake, match="写真.png cannot be read any more"):
         answers.find_like(found.hits[0])
-    with pytest.raises(ValueError, match="None of the 5 pictures of .* can be read"):
+    with pytest.raises(ValueError, match="Expected pictures that can be read in .*, got 5 of which none can"):
         SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
 
 
@@ -132,11 +149,13 @@ def test_an_index_is_opened_in_place_of_embedding(tiny_clip_dir, photos, tmp_pat
     index = build_index(str(tiny_clip_dir), str(photos), tmp_path / "index", on_bad_image="skip")
     embedded = SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
     monkeypatch.setattr(space, "embed_readable", None)
+    queries = ("a dog", Image.open(photos / "1 写真.png"))
+    expected = [embedded.find_pictures(query, 3) for query in queries]
     moved = photos.rename(tmp_path / "moved")
     opened = SpaceAnswers(index=str(index.folder), gallery=str(moved))
     assert opened.name == str(tiny_clip_dir) and opened.place == str(moved)
-    for query in ("a dog", Image.open(moved / "1 写真.png")):
-        one, other = opened.find_pictures(query, 3), embedded.find_pictures(query, 3)
+    for query, other in zip(queries, expected, strict=True):
+        one = opened.find_pictures(query, 3)
         assert [label for _, label in one.tiles] == [label for _, label in other.tiles]
     assert opened.find_like(opened.sample(3)[2], 5)[1].hits[0].name.endswith(".png")
     assert opened.sample(2) != opened.sample(1) and len(suggest_queries(opened)) == 4
@@ -154,12 +173,24 @@ def test_what_a_model_was_trained_on_is_said(tmp_path):
     assert describe_origin(str(tmp_path)) == "its card does not name its training data"
 
 
-def test_suggestions_come_from_the_gallery(answers, tiny_clip_dir, photos):
+def test_suggestions_come_from_the_gallery_or_are_neutral(answers, tiny_clip_dir, photos):
     queries = suggest_queries(answers)
     assert len(queries) == 4 and set(queries) <= set(answers.captions)
     of_photos = SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
-    assert suggest_queries(of_photos) == of_photos.things[:4] and set(of_photos.things) == set(space.THINGS)
-    assert suggest_labels(of_photos) == (", ".join(of_photos.things[:6]), "a photo of {}")
+    assert suggest_queries(of_photos) == list(space.QUERIES)
+    assert suggest_labels(of_photos) == (space.SUGGESTED_LABELS, "a photo of a {}")
+    of_shapes = SpaceAnswers(str(ROOT / "recipes/demo_anchor"), gallery=str(photos))
+    assert suggest_queries(of_shapes) == list(space.DRAWN_QUERIES)
+
+
+def test_an_index_of_captioned_pictures_suggests_their_captions(tiny_clip_dir, photos, tmp_path):
+    pytest.importorskip("faiss")
+    rows = "".join(f"{number} 写真.png,caption {number}\n" for number in range(3))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    spec = f"csv:{tmp_path}/captions.csv:{photos}"
+    answers = SpaceAnswers(index=str(build_index(str(tiny_clip_dir), spec, tmp_path / "index").folder))
+    assert suggest_queries(answers) == ["caption 0", "caption 1", "caption 2"]
+    assert answers.find_texts(Image.open(photos / "0 写真.png"))[1].startswith("The 3 nearest of 3 captions")
 
 
 def test_texts_come_in_the_order_of_their_cosines(answers):
@@ -282,31 +313,62 @@ def test_a_visitors_words_are_shown_as_they_are(answers, app):
     assert remark.startswith("Most likely: '&lt;img") and "](http" not in remark
 
 
-def test_the_demos_models_are_the_default(app, tmp_path, monkeypatch, capsys):
+def test_the_demos_models_are_the_default(start, tmp_path, monkeypatch):
     for name in ("INDEX", "MODEL", "TEACHER", "GALLERY", "DETECTOR"):
         monkeypatch.delenv(name, raising=False)
-    assert app.default_models(tmp_path) == (None, None)
+    assert start.default_models(tmp_path) == (None, None)
     (tmp_path / "recipes/demo_anchor").mkdir(parents=True)
-    assert app.default_models(tmp_path) == (str(tmp_path / "recipes/demo_anchor"), None)
+    assert start.default_models(tmp_path) == (str(tmp_path / "recipes/demo_anchor"), None)
     run = tmp_path / "outputs/demo/leak_free/seed-0"
     (run / "student").mkdir(parents=True)
     (run / "teacher").mkdir()
-    assert app.default_models(tmp_path) == (str(run / "student"), str(run / "teacher"))
+    assert start.default_models(tmp_path) == (str(run / "student"), str(run / "teacher"))
     monkeypatch.setenv("MODEL", "me/model")
-    with pytest.raises(SystemExit):
-        app.parse_arguments(["--model", "a", "--port", "999999"])
-    assert "--port: expected a number from 0 to 65535, got 999999" in capsys.readouterr().err
-    given = app.parse_arguments(["--gallery", "pictures"])
+    with pytest.raises(ValueError, match="--port: .*an integer from 0 to 65535, got '?999999"):
+        start.parse_arguments(["--model", "a", "--port", "999999"])
+    given = start.parse_arguments(["--gallery", "pictures"])
     assert (given.model, given.teacher, given.gallery, given.index) == ("me/model", None, "pictures", None)
     monkeypatch.delenv("MODEL")
     monkeypatch.setenv("INDEX", "my_index")
-    given = app.parse_arguments([])
-    assert (given.model, given.index, given.detector) == (None, "my_index", "grid:3x3")  # the index names its model
+    given = start.parse_arguments([])
+    assert (given.model, given.index, given.detector) == (None, "my_index", None)  # the index names its model
 
 
-def test_a_wrong_model_ends_with_a_message(app):
-    with pytest.raises(SystemExit, match="^Failed: Expected a folder with a model at /nowhere"):
-        app.main(["--model", "/nowhere"])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model", "/nowhere"], "^Failed: --model: No model at '/nowhere'"),
+        (
+            ["--model", "a/b", "--teacher", "./nowhere"],
+            "^Failed: --teacher: No model at 'nowhere'",
+        ),
+        (
+            ["--model", "a/b", "--gallery", "nowhere"],
+            "^Failed: --gallery: No pictures at 'nowhere'",
+        ),
+        (["--index", "/nowhere"], "^Failed: --index: expected an index with index.json in '/nowhere'"),
+    ],
+)
+def test_what_is_not_there_is_refused_before_anything_is_loaded(start, monkeypatch, words, message):
+    monkeypatch.setitem(sys.modules, "page", None)  # importing it would fail
+    with pytest.raises(SystemExit, match=message):
+        start.main(words)
+
+
+def test_an_index_whose_model_has_gone_is_refused_at_once(start, tiny_clip_dir, photos, tmp_path):
+    pytest.importorskip("faiss")
+    model = shutil.copytree(tiny_clip_dir, tmp_path / "model")
+    build_index(str(model), str(photos), tmp_path / "index", on_bad_image="skip")
+    start.check_places(start.parse_arguments(["--index", str(tmp_path / "index")]))
+    model.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="is no longer at .*/model'. Say with --model where it is now"):
+        start.check_places(start.parse_arguments(["--index", str(tmp_path / "index")]))
+    start.check_places(start.parse_arguments(["--index", str(tmp_path / "index"), "--model", str(tmp_path / "moved")]))
+
+
+def test_without_a_teacher_there_is_no_tab_for_it(app, answers):
+    tabs = [block.label for block in app.build_app(answers).blocks.values() if isinstance(block, gradio.Tab)]
+    assert tabs == ["Search", "Texts", "Classify"]
 
 
 def test_the_front_matter_and_requirements_are_what_a_space_needs():
