@@ -114,15 +114,18 @@ def count_nearest(found: int, total: int) -> str:
 
 
 def split_name(name: str) -> list[str]:
-    """Cut a long name where a line may break: after `_`, and before the ending. Browsers break at `/`, `-` and spaces.
+    """Cut a name where a line may break: after `/`, and in a long part after `_` and before the ending. Browsers break
+    at `-` and spaces by themselves.
 
     Example:
-        >>> split_name("IMG_0013.jpg"), split_name("holiday/20240613_summer_holidays.jpg")
-        (['IMG_0013.jpg'], ['holiday/20240613_', 'summer_', 'holidays', '.jpg'])
+        >>> split_name("photos/IMG_0013.jpg"), split_name("20240613_summer_holidays.jpg")
+        (['photos/', 'IMG_0013.jpg'], ['20240613_', 'summer_', 'holidays', '.jpg'])
     """
-    if max(map(len, re.split(r"[/\s-]", name))) <= LONGEST_WORD:
-        return [name]
-    return re.split(r"(?<=_)(?!_)|(?=\.\w+$)", name)
+    pieces: list[str] = []
+    for part in re.split(r"(?<=/)", name):
+        is_long = max(map(len, re.split(r"[\s-]", part))) > LONGEST_WORD
+        pieces += re.split(r"(?<=_)(?!_)|(?=\.\w+$)", part) if is_long else [part]
+    return [piece for piece in pieces if piece]
 
 
 def describe_query(query: str | Image.Image, name: str | None = None) -> str:
