@@ -122,11 +122,11 @@ def have_one_text_encoder(start: Mapping[str, torch.Tensor], model: Mapping[str,
 
 def run(argv: Sequence[str]) -> int:
     """Evaluate, and save a point between anchor and model; the exit status is 1 if something failed."""
-    from transformers import set_seed
-
     from modeling_dclip.evaluation.command_line import parse_arguments
 
     arguments = parse_arguments(argv, __doc__)
+    from transformers import set_seed
+
     set_seed(arguments.seed)
     status = measure(arguments, argv) if arguments.benchmark else 0
     if arguments.save_alpha is not None:
@@ -179,8 +179,15 @@ def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
 def report(argv: Sequence[str]) -> int:
     """Run `eval.py report`."""
     parser = CommandParser(prog="eval.py report", description="Render results files as Markdown and HTML.")
-    parser.add_argument("results", nargs="+", help="results files, or folders of them")
-    parser.add_argument("--output", default="report", metavar="DIR", help="where to write (default: %(default)s)")
+    parser.add_argument(
+        "results", nargs="+", help="results files of eval.py, train.py or benchmarks/, or folders of them"
+    )
+    parser.add_argument(
+        "--output",
+        default="report",
+        metavar="DIR",
+        help="where to write report.html, report.md and plots/ (default: %(default)s)",
+    )
     arguments = parser.parse_args(argv)
     from modeling_dclip.evaluation.reports.report import write_report
 
@@ -196,8 +203,10 @@ def compare(argv: Sequence[str]) -> int:
         description="Say what differs between two results files, or between two models of one file, and whether "
         "beyond noise.",
     )
-    parser.add_argument("a", metavar="A.json")
-    parser.add_argument("b", metavar="B.json", nargs="?", help="without it, two models of A.json are compared")
+    parser.add_argument("a", metavar="A.json", help="results file of eval.py")
+    parser.add_argument(
+        "b", metavar="B.json", nargs="?", help="another one; without it, two models of A.json are compared"
+    )
     parser.add_argument(
         "--models",
         nargs=2,

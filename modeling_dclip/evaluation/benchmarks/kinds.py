@@ -1,6 +1,5 @@
 """Benchmarks by name: load the data once, evaluate any number of models on it, and make the records."""
 
-import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -17,12 +16,13 @@ from modeling_dclip.data.columns import dataset_fingerprint, image_keys
 from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
 from modeling_dclip.data.labels.prompts import read_names
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
-from modeling_dclip.data.specs import Source, Spec, bind_options
+from modeling_dclip.data.specs import Spec, bind_options
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation.benchmarks.diagnostics import evaluate_diagnostics
 from modeling_dclip.evaluation.benchmarks.efficiency import evaluate_efficiency
 from modeling_dclip.evaluation.benchmarks.fine_grained import evaluate_fine_grained, questions_fingerprint
+from modeling_dclip.evaluation.benchmarks.forms import KIND_HELP
 from modeling_dclip.evaluation.benchmarks.hessian import HessianOptions, evaluate_hessian
 from modeling_dclip.evaluation.benchmarks.retrieval import evaluate_retrieval
 from modeling_dclip.evaluation.benchmarks.suite import expand_suite
@@ -175,58 +175,17 @@ class Kind(NamedTuple):
     help: str
 
 
-def _forms(sources: Mapping[str, Source]) -> str:
-    return ", ".join(source.form for source in sources.values())
-
-
-# The source `images` has no captions.
-_CAPTIONED = _forms({name: source for name, source in CAPTION_SOURCES.items() if name != "images"})
-KINDS = {
-    "retrieval": Kind(
-        "scenes:test", parse_caption_spec, _load_retrieval, _CAPTIONED, "recall, MRR, mAP and ranks, both directions"
-    ),
-    "diagnostics": Kind(
-        "scenes:test", parse_caption_spec, _load_diagnostics, _CAPTIONED, "modality gap, alignment, uniformity"
-    ),
-    "hessian": Kind(
-        "scenes:test",
-        parse_caption_spec,
-        _load_hessian,
-        _CAPTIONED,
-        "largest Hessian eigenvalues of the contrastive loss",
-    ),
-    "zero_shot": Kind(
-        "scenes:test",
-        parse_label_spec,
-        _load_zero_shot,
-        f"{_forms(LABEL_SOURCES)}, suite:ROOT[:SPLIT]",
-        "top-1, top-5, mean per class; mean average precision where images have several labels",
-    ),
-    "fine_grained": Kind(
-        "scenes:test",
-        parse_question_spec,
-        _load_fine_grained,
-        _forms(QUESTION_SOURCES),
-        "the true caption before false ones, by category",
-    ),
-    "efficiency": Kind(
-        "", _parse_no_spec, _load_efficiency, "", "latency, throughput, parameters, operations, memory"
-    ),
+_LOADERS: dict[str, tuple[Callable[[str], Spec | None], Callable[[str, Any, EvaluationOptions], Benchmark]]] = {
+    "retrieval": (parse_caption_spec, _load_retrieval),
+    "diagnostics": (parse_caption_spec, _load_diagnostics),
+    "hessian": (parse_caption_spec, _load_hessian),
+    "zero_shot": (parse_label_spec, _load_zero_shot),
+    "fine_grained": (parse_question_spec, _load_fine_grained),
+    "efficiency": (_parse_no_spec, _load_efficiency),
 }
-
-
-def describe_kinds() -> str:
-    """Describe every kind for a command's help: what it measures and which specs it takes."""
-    lines, last = [], None
-    for name, kind in KINDS.items():
-        lines.append(f"  {name}{'[=SPEC]' * bool(kind.forms)}: {kind.help}.")
-        if kind.forms and kind.forms != last:
-            specs = f"SPEC is {kind.forms}; {kind.default_spec} by default."
-            lines += textwrap.wrap(specs, 110, initial_indent="    ", subsequent_indent="    ", break_on_hyphens=False)
-        elif kind.forms:
-            lines.append("    SPEC as above.")
-        last = kind.forms
-    return "\n".join(lines)
+KINDS = {
+    name: Kind(about.default_spec, *_LOADERS[name], about.forms, about.measures) for name, about in KIND_HELP.items()
+}
 
 
 def explain_default(benchmark: str) -> str | None:
