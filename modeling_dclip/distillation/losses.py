@@ -5,7 +5,8 @@ with gradient; the losses themselves know nothing of processes. Each process the
 mean that `DistributedDataParallel` takes of the gradients is the gradient of one process with the whole batch.
 
 Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from
-Transformer to Mamba for an efficient CLIP" [M]; docs/papers.md.
+Transformer to Mamba for an efficient CLIP" [M]; "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343
+[SigLIP]; docs/papers.md.
 Letters in shape comments: B batch, D embedding.
 """
 
@@ -155,6 +156,51 @@ def contrastive_loss(
         image_to_text_loss = F.cross_entropy(logits, targets)
         text_to_image_loss = F.cross_entropy(logits.T, targets)
         return image_to_text_weight * image_to_text_loss + (1 - image_to_text_weight) * text_to_image_loss
+
+
+def sigmoid_contrastive_loss(
+    image_embeds: torch.Tensor,
+    text_embeds: torch.Tensor,
+    logit_scale: float | torch.Tensor,
+    logit_bias: float | torch.Tensor,
+    image_ids: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Ask of each image and each text of the batch, on its own, whether they belong together.
+
+    -log sigmoid(+-(scale * cosine + bias)), plus for the right pairs and minus for the others, summed over texts and
+    averaged over images. Unlike [`contrastive_loss`] pairs do not compete, and the loss has one direction. Rows with
+    the same `image_ids` (two captions of one image) are right pairs, too.
+
+    Source: [SigLIP] eq. 1 and its algorithm 1; docs/papers.md. Deviation: `image_ids`, neutral by default.
+
+    Args:
+        image_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        text_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
+        logit_scale (`float` or `torch.Tensor` of shape `()` or `(1,)`): Logarithm of what multiplies the cosines, as
+            the model stores it. Gradient flows.
+        logit_bias (`float` or `torch.Tensor` of shape `()` or `(1,)`): Added to each product. Gradient flows.
+        image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all
+            differ.
+
+    Returns:
+        `torch.Tensor` of shape `()`: In nats an image, >= 0. float32 even under autocast.
+
+    Raises:
+        ValueError: If shapes differ.
+
+    Example:
+        >>> round(float(sigmoid_contrastive_loss(torch.eye(2), torch.eye(2), 0.0, 0.0)), 4)
+        1.0064
+    """
+    _check_same_width(image_embeds=image_embeds, text_embeds=text_embeds)
+    with _full_precision(image_embeds):
+        cosines = _normalise(image_embeds) @ _normalise(text_embeds).T  # (B, B): image rows, text columns
+        logits = torch.as_tensor(logit_scale, device=cosines.device).float().exp() * cosines
+        logits = logits + torch.as_tensor(logit_bias, device=cosines.device).float()
+        if image_ids is None:
+            image_ids = torch.arange(len(logits), device=logits.device)
+        right = (image_ids[:, None] == image_ids[None, :]).float()
+        return F.binary_cross_entropy_with_logits(logits, right, reduction="sum") / len(logits)
 
 
 def _mean_cosine_distance(embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:

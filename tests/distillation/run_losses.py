@@ -15,6 +15,7 @@ from modeling_dclip.distillation.losses import (
     cosine_preservation_loss,
     distillation_loss,
     gather_across_processes,
+    sigmoid_contrastive_loss,
     similarity_distillation_loss,
 )
 
@@ -27,6 +28,9 @@ LOSSES = {
     ),
     "repeated_image_contrastive_loss": lambda image, text, teacher, scale: contrastive_loss(
         image, text, image_ids=gather_across_processes(image_ids)[0]
+    ),
+    "sigmoid_contrastive_loss": lambda image, text, teacher, scale: sigmoid_contrastive_loss(
+        image, text, scale, -2 * scale, gather_across_processes(image_ids)[0]
     ),
     "cosine_distillation_loss": lambda image, text, teacher, scale: cosine_distillation_loss(image, teacher),
     "cosine_preservation_loss": lambda image, text, teacher, scale: cosine_preservation_loss(image, teacher),

@@ -12,6 +12,7 @@ from modeling_dclip.distillation.losses import (
     cosine_distillation_loss,
     cosine_preservation_loss,
     gather_across_processes,
+    sigmoid_contrastive_loss,
     similarity_distillation_loss,
 )
 
@@ -45,6 +46,15 @@ def naive_contrastive_loss(image_embeds, text_embeds, temperature, image_to_text
             right = [j for j in range(len(row)) if image_ids[j] == image_ids[i]]
             total += weight * sum(-math.log(probabilities[j]) for j in right) / len(right) / len(table)
     return total
+
+
+def naive_sigmoid_loss(image_embeds, text_embeds, logit_scale, logit_bias, image_ids):
+    total = 0.0
+    for i, row in enumerate(cosines(image_embeds, text_embeds)):
+        for j, cosine in enumerate(row):
+            sign = 1 if image_ids[i] == image_ids[j] else -1
+            total += math.log1p(math.exp(-sign * (math.exp(logit_scale) * cosine + logit_bias)))
+    return total / len(image_embeds)
 
 
 def naive_divergence(student, teacher, temperature, teacher_temperature):
@@ -92,6 +102,43 @@ def test_contrastive_loss_trains_a_logit_scale():
     logit_scale = torch.tensor(1.0, requires_grad=True)
     contrastive_loss(embeds(4, 3), embeds(4, 3, seed=1), logit_scale.neg().exp()).backward()
     assert logit_scale.grad.abs() > 0
+
+
+@pytest.mark.parametrize("scale_and_bias", [(0.0, 0.0), (2.3, -10.0), (4.7, -16.5)])  # untrained; the start; trained
+@pytest.mark.parametrize("image_ids", [None, [0, 1, 0, 2, 1]])
+def test_sigmoid_contrastive_loss_equals_the_naive_one(scale_and_bias, image_ids):
+    image_embeds, text_embeds = embeds(5, 7), embeds(5, 7, seed=1)
+    ids = image_ids or list(range(5))
+    expected = naive_sigmoid_loss(image_embeds.double().tolist(), text_embeds.double().tolist(), *scale_and_bias, ids)
+    given = None if image_ids is None else torch.tensor(image_ids)
+    computed = sigmoid_contrastive_loss(image_embeds, text_embeds, *scale_and_bias, given)
+    assert float(computed) == pytest.approx(expected, rel=1e-5)
+
+
+def test_sigmoid_contrastive_loss_is_that_of_siglip_in_transformers():
+    from transformers import SiglipConfig, SiglipModel
+
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    text = {**sizes, "vocab_size": 9, "max_position_embeddings": 4, "projection_size": 8}
+    config = SiglipConfig(text_config=text, vision_config={**sizes, "image_size": 8, "patch_size": 4})
+    torch.manual_seed(0)
+    model = SiglipModel(config).eval()
+    model.logit_scale.data.fill_(2.0)
+    model.logit_bias.data.fill_(-3.0)
+    outputs = model(pixel_values=embeds(3, 3, 8, 8), input_ids=torch.arange(12).reshape(3, 4) % 9, return_loss=True)
+    computed = sigmoid_contrastive_loss(outputs.image_embeds, outputs.text_embeds, model.logit_scale, model.logit_bias)
+    torch.testing.assert_close(computed, outputs.loss, rtol=1e-5, atol=1e-6)
+
+
+def test_sigmoid_contrastive_loss_trains_scale_and_bias_and_stays_float32_under_autocast():
+    scale, bias = torch.tensor([1.0], requires_grad=True), torch.tensor([-1.0], requires_grad=True)
+    expected = sigmoid_contrastive_loss(embeds(4, 8), embeds(4, 8, seed=1), scale, bias)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        computed = sigmoid_contrastive_loss(3 * embeds(4, 8), 0.5 * embeds(4, 8, seed=1), scale, bias)
+    assert computed.dtype == torch.float32 and computed.shape == ()
+    torch.testing.assert_close(computed, expected, rtol=1e-5, atol=1e-6)
+    computed.backward()
+    assert scale.grad.abs() > 0 and bias.grad.abs() > 0
 
 
 def test_cosine_losses_equal_the_naive_one_and_train_the_student_only():
@@ -155,6 +202,8 @@ def test_losses_ignore_scale_and_stay_float32_under_autocast(loss):
         (lambda: contrastive_loss(embeds(4, 3), embeds(4, 2)), "one width"),
         (lambda: contrastive_loss(embeds(4, 3), embeds(4, 3), temperature=0.0), "temperature > 0"),
         (lambda: contrastive_loss(embeds(4, 3), embeds(4, 3), image_to_text_weight=1.5), "image_to_text_weight"),
+        (lambda: sigmoid_contrastive_loss(embeds(4, 3), embeds(5, 3), 1.0, 0.0), "one B"),
+        (lambda: sigmoid_contrastive_loss(embeds(4, 3), embeds(4, 2), 1.0, 0.0), "one width"),
         (lambda: cosine_distillation_loss(embeds(4, 3), embeds(4, 2)), "one width"),
         (lambda: cosine_preservation_loss(embeds(4, 3), embeds(3, 3)), "one B"),
         (lambda: similarity_distillation_loss(embeds(4, 3), embeds(3, 3)), "one B"),
