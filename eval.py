@@ -87,13 +87,13 @@ def save_point(arguments: argparse.Namespace) -> None:
         save_weights,
     )
     from modeling_dclip.encoders.loading import load_pair, stored_dtype
-    from modeling_dclip.encoders.weight_interpolation import interpolate_weights
+    from modeling_dclip.encoders.weight_interpolation import interpolate_models
 
     (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
     options = {"trust_remote_code": arguments.trust_remote_code}
     model, start = (load_pair(spec, **options)[0] for spec in (name, anchor))
     dtype, ends = stored_dtype(name), [one.state_dict() for one in (start, model)]
-    weights = interpolate_weights(*ends, alpha)
+    weights = interpolate_models(start, model, alpha)
     require_fit(find_overflows(weights, dtype), dtype, "student")
     resolved = Path(name) / ARGUMENTS_NAME
     described = read_yaml(resolved, "training's arguments", "Train again.") if resolved.is_file() else None

@@ -4,8 +4,54 @@ Source: "Robust fine-tuning of zero-shot models" (WiSE-FT), arXiv 2109.01903; do
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
+
+# Fields of a tower that no weight has, and that change what a model computes from its weights.
+_COMPUTED = ("position_embedding_type", "rotary_base", "hidden_act", "num_attention_heads")
+_DEFAULTS = {"position_embedding_type": "absolute"}  # CLIP's own configurations have no such field
+_COUNTER = "num_batches_tracked"  # of BatchNorm: how many batches it has seen, which no output depends on
+
+
+def interpolate_models(anchor: Any, student: Any, alpha: float) -> dict[str, torch.Tensor]:
+    """As [`interpolate_weights`], between two models, which must compute the same from the same weights.
+
+    Args:
+        anchor, student ([`~modeling_dclip.encoders.DualEncoder`]): The untouched and the trained model.
+        alpha (`float`): In [0, 1]; 0 is the anchor.
+
+    Returns:
+        `dict[str, torch.Tensor]`: The weights for the student's architecture.
+
+    Raises:
+        ValueError: If their architectures differ, as with rotary positions in one of them; or as
+            [`interpolate_weights`].
+    """
+    for tower in ("vision_config", "text_config"):
+        ends = [getattr(model.config, tower, None) for model in (anchor, student)]
+        if ends[0] is None or ends[1] is None:
+            continue
+        for name in _COMPUTED:
+            values = [getattr(end, name, _DEFAULTS.get(name)) for end in ends]
+            if values[0] != values[1] and _matters(name, ends):
+                advice = "Name an anchor of the model's own architecture."
+                if name == "position_embedding_type":
+                    advice = (
+                        "A student with rotary positions starts from the CLIP with these switched on, and not from the "
+                        "CLIP: name a model that `load_student(CLIP, 'rope')` of modeling_dclip.distillation.run "
+                        "gives as the anchor."
+                    )
+                raise ValueError(
+                    f"Expected two models of one architecture to interpolate between, got {tower}.{name} "
+                    f"{values[0]!r} in the anchor and {values[1]!r} in the model. {advice}"
+                )
+    return interpolate_weights(anchor.state_dict(), student.state_dict(), alpha)
+
+
+def _matters(name: str, ends: list[Any]) -> bool:
+    """Whether a field changes what a tower computes: the base of rotations does where there are any."""
+    return name != "rotary_base" or any(getattr(end, "position_embedding_type", None) == "rope" for end in ends)
 
 
 def interpolate_weights(
@@ -13,7 +59,8 @@ def interpolate_weights(
 ) -> dict[str, torch.Tensor]:
     """Interpolate linearly from the anchor to the student (WiSE-FT): (1 - alpha) * anchor + alpha * student.
 
-    Computed in float32 or wider and cast back. `alpha` 0 and 1 give exact copies. Integers and booleans must be equal.
+    Computed in float32 or wider and cast back. `alpha` 0 and 1 give exact copies. Integers and booleans must be equal;
+    of BatchNorm's counters of batches, which no output depends on, the student's is taken.
 
     Args:
         anchor, student (`Mapping[str, torch.Tensor]`): States of the untouched and the trained model: same names,
@@ -39,10 +86,11 @@ def interpolate_weights(
     for name, end in student.items():
         start = anchor[name].to(end.device)
         shapes = [f"{tuple(tensor.shape)} {tensor.dtype}" for tensor in (start, end)]
-        if shapes[0] != shapes[1] or not (end.is_floating_point() or torch.equal(start, end)):
+        counts = name.rpartition(".")[2] == _COUNTER
+        if shapes[0] != shapes[1] or not (end.is_floating_point() or counts or torch.equal(start, end)):
             raise ValueError(f"Expected one shape and type in both, and equal integers, got {shapes} for {name!r}.")
         if alpha in (0, 1) or not end.is_floating_point():
-            mixed[name] = (end if alpha == 1 else start).clone()
+            mixed[name] = (start if alpha == 0 or not (counts or alpha == 1) else end).clone()
         else:
             wide = torch.promote_types(end.dtype, torch.float32)
             mixed[name] = torch.lerp(start.to(wide), end.to(wide), alpha).to(end.dtype)

@@ -16,7 +16,7 @@ from modeling_dclip.data.captions.parts import TrainedImages, read_trained_image
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
-from modeling_dclip.encoders.weight_interpolation import interpolate_weights
+from modeling_dclip.encoders.weight_interpolation import interpolate_models
 from modeling_dclip.evaluation.benchmarks.kinds import (
     Benchmark,
     EvaluationOptions,
@@ -187,7 +187,7 @@ def _load_subject(
     settings: dict[str, float | str] = {}
     if candidate.alpha is not None and anchor is not None:
         start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
-        model.load_state_dict(interpolate_weights(start.state_dict(), model.state_dict(), candidate.alpha))
+        model.load_state_dict(interpolate_models(start, model, candidate.alpha))
         settings = {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
     seed = options.seed if candidate.seed is None else candidate.seed
     trained = read_trained_images(candidate.name)

@@ -1,9 +1,11 @@
 """The line between two checkpoints: its ends, its middle, and what does not lie on it."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from modeling_dclip.encoders.weight_interpolation import interpolate_weights
+from modeling_dclip.encoders.weight_interpolation import interpolate_models, interpolate_weights
 
 
 def make_states(dtype=torch.float32):
@@ -49,3 +51,39 @@ def test_checkpoints_that_do_not_match_are_refused(change, alpha, message):
     change(student)
     with pytest.raises(ValueError, match=message):
         interpolate_weights(anchor, student, alpha)
+
+
+def test_batch_norms_counters_may_differ_and_are_the_students():
+    anchor, student = make_states()
+    for state, batches in ((anchor, 3), (student, 5)):
+        state["norm.num_batches_tracked"] = torch.tensor(batches)
+    found = [int(interpolate_weights(anchor, student, alpha)["norm.num_batches_tracked"]) for alpha in (0, 0.5, 1)]
+    assert found == [3, 5, 5]
+
+
+def model_of(vision, state):
+    """What [`interpolate_models`] reads of a model with these fields of its image encoder."""
+    config = SimpleNamespace(vision_config=SimpleNamespace(**vision), text_config=SimpleNamespace(hidden_act="gelu"))
+    return SimpleNamespace(config=config, state_dict=lambda: state)
+
+
+@pytest.mark.parametrize(
+    ("anchor", "student", "message"),
+    [
+        ({}, {"position_embedding_type": "absolute"}, None),  # a stock CLIP and a student
+        ({}, {"position_embedding_type": "absolute", "rotary_base": 100.0}, None),
+        ({}, {"position_embedding_type": "rope"}, "position_embedding_type 'absolute' in the anchor and 'rope' in .*"),
+        *[
+            ({"position_embedding_type": kind, "rotary_base": 10.0}, {"position_embedding_type": kind}, message)
+            for kind, message in (("rope", "rotary_base 10.0 in the anchor and None"), ("absolute", None))
+        ],
+        ({"hidden_act": "gelu"}, {"hidden_act": "quick_gelu"}, "hidden_act 'gelu' in .*own architecture"),
+    ],
+)
+def test_models_that_compute_otherwise_from_equal_weights_are_not_interpolated(anchor, student, message):
+    ends = [model_of(vision, state) for vision, state in zip((anchor, student), make_states(), strict=True)]
+    if message is None:
+        assert interpolate_models(*ends, 0.5).keys() == {"weight", "positions"}
+    else:
+        with pytest.raises(ValueError, match=f"vision_config.{message}"):
+            interpolate_models(*ends, 0.5)
