@@ -4,7 +4,7 @@
 |---|---|
 | [`load_dual_encoder`] | model, processor and revision, of any family |
 | [`load_pair`] | model and processor, of any family |
-| [`load_merged`] | a model of this package, its adapters merged |
+| [`load_merged`] | a dual encoder that can be taught, its adapters merged |
 | [`load_processor`] | the processor of a dual encoder that can be taught |
 | [`load_checked`] | a model of a given class, every weight stored |
 | [`read_config`] | a configuration of one of some kinds, its numbers within bounds |
@@ -585,7 +585,7 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
 
 
 def load_merged(model: str | os.PathLike) -> PreTrainedModel:
-    """Load a dual encoder of this package in float32, with PEFT adapters merged.
+    """Load a dual encoder that can be taught in float32, with PEFT adapters merged.
 
     Adapters in the folder, or in `adapter/` of a folder without whole weights, are loaded over the model that they
     name and merged into it.
@@ -594,7 +594,7 @@ def load_merged(model: str | os.PathLike) -> PreTrainedModel:
         model (`str` or `os.PathLike`): Folder or Hub id.
 
     Returns:
-        `PreTrainedModel`: One of [`DUAL_ENCODERS`], in eval mode, on the CPU.
+        `PreTrainedModel`: Of one of [`STUDENT_ENCODERS`], in eval mode, on the CPU.
 
     Raises:
         ImportError: If there are adapters and `peft` is not installed.
@@ -604,7 +604,8 @@ def load_merged(model: str | os.PathLike) -> PreTrainedModel:
         return _merge_adapters(adapter)
     if not Path(model).exists():
         _check_folder(str(model))
-    return load_checked(DUAL_ENCODERS[read_config(model, DUAL_ENCODERS).model_type], model)
+    found = read_config(model, STUDENT_ENCODERS).model_type
+    return load_checked(DUAL_ENCODERS.get(found, AutoModel), model)
 
 
 def _merge_adapters(folder: Path) -> PreTrainedModel:

@@ -11,12 +11,13 @@ from fixtures.training import equal, student_arguments
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling_dclip.data.collation import TokenizedStudentBatches
 from modeling_dclip.data.columns import Ragged, with_flat_embeds, with_ragged_embeds
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.distillation.run import load_student, read_clip
 from modeling_dclip.distillation.stages import fit_student
-from modeling_dclip.encoders.families import image_modules, projected, shared_width
-from modeling_dclip.encoders.loading import load_processor
+from modeling_dclip.encoders.families import image_modules, projected, shared_width, tokenize_texts
+from modeling_dclip.encoders.loading import load_merged, load_processor
 
 NATIVE = ["siglip", "altclip", "chinese_clip", "metaclip_2", "vision_text", "timm"]
 
@@ -90,3 +91,29 @@ def test_a_resumed_student_ends_with_the_weights_of_an_uninterrupted_one(family,
     (tmp_path / "resumed").mkdir()
     (tmp_path / "whole" / "checkpoint-1").rename(tmp_path / "resumed" / "checkpoint-1")
     assert equal(fit(folder, scenes, tmp_path / "resumed", **options).state_dict(), whole)
+
+
+@pytest.mark.parametrize("family", ["siglip", "vision_text"])  # PyTorch's own attention in its head; BERT's text
+@pytest.mark.parametrize("lora_text", [False, True])
+def test_adapters_train_beside_frozen_weights_of_any_family(family, lora_text, folders, scenes, tmp_path):
+    folder = folders(family)
+    options = {"lora_rank": 2, "lora_text": lora_text, "wise_ft_alpha": 0.5}
+    student = fit(folder, scenes, tmp_path, **options).state_dict()
+    anchor = load_student(folder)
+    moved = {name for name, tensor in anchor.state_dict().items() if not torch.equal(tensor, student[name])}
+    towers = {name.split(".")[0] for name in moved}
+    assert towers == ({"vision_model", "text_model"} if lora_text else {"vision_model"})
+    assert not any(".head.attention." in name for name in moved)
+    around = load_merged(tmp_path / "adapter")
+    for name, tensor in around.state_dict().items():
+        torch.testing.assert_close(tensor, student[name], rtol=0, atol=1e-6)
+
+
+def test_texts_of_a_student_are_read_as_its_family_reads_them(folders, scenes):
+    for family in ("siglip", "vision_text"):
+        model, processor = load_student(folders(family)), load_processor(folders(family))
+        batches = TokenizedStudentBatches(scenes, model, processor, [], width=shared_width(model.config))
+        chosen = np.arange(4)
+        texts = [text for captions in scenes["captions"][:2] for text in captions]
+        expected, read = tokenize_texts(model, processor, texts), batches.read_tokens(chosen)
+        assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
