@@ -140,9 +140,10 @@ def read_config(
                     f"Expected a model that takes square images at '{name}', got SigLIP 2 in its NaFlex form, whose "
                     "images have any shape. Name a SigLIP 2 of fixed size, such as google/siglip2-base-patch16-224."
                 )
+            *others, last = kinds
+            named = f"{', '.join(others)} or {last}" if others else last
             raise WrongModelError(
-                f"Expected a model of type {' or '.join(kinds)} at '{name}', got {found!r}. Name another folder or "
-                "another model."
+                f"Expected a model of type {named} at '{name}', got {found!r}. Name another folder or another model."
             )
         _check_stored(stored, str(found))
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)

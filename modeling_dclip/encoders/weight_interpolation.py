@@ -29,7 +29,7 @@ def interpolate_models(anchor: Any, student: Any, alpha: float) -> dict[str, tor
             [`interpolate_weights`].
     """
     for tower in ("vision_config", "text_config"):
-        ends = [getattr(model.config, tower, None) for model in (anchor, student)]
+        ends = [getattr(getattr(model, "config", None), tower, None) for model in (anchor, student)]
         if ends[0] is None or ends[1] is None:
             continue
         for name in _COMPUTED:
@@ -38,9 +38,9 @@ def interpolate_models(anchor: Any, student: Any, alpha: float) -> dict[str, tor
                 advice = "Name an anchor of the model's own architecture."
                 if name == "position_embedding_type":
                     advice = (
-                        "A student with rotary positions starts from the CLIP with these switched on, and not from the "
-                        "CLIP: name a model that `load_student(CLIP, 'rope')` of modeling_dclip.distillation.run "
-                        "gives as the anchor."
+                        "A student with rotary positions starts from the CLIP with these switched on, not from the "
+                        "CLIP as it is: name the former as the anchor, which load_student(CLIP, 'rope') of "
+                        "modeling_dclip.distillation.run gives."
                     )
                 raise ValueError(
                     f"Expected two models of one architecture to interpolate between, got {tower}.{name} "

@@ -75,7 +75,7 @@ def test_rotary_positions_and_mamba_have_no_twin(tiny_clip_dir, tmp_path):
 
 def test_one_tower_is_no_dual_encoder_and_a_missing_weight_is_named(tiny_clip_dir, tmp_path):
     DCLIPVisionModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "vision")
-    with pytest.raises(ValueError, match="Expected a model of type dclip or clip or dmclip at .* got 'dclip_vision'"):
+    with pytest.raises(ValueError, match="Expected a model of type dclip, clip, dmclip, .* got 'dclip_vision'"):
         load_merged(tmp_path / "vision")
     model = DCLIPModel.from_pretrained(tiny_clip_dir)
     state = {name: value for name, value in model.state_dict().items() if name != "text_projection.weight"}
