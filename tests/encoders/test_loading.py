@@ -277,7 +277,7 @@ def test_an_index_can_be_built_with_an_open_clip_model(tiny_open_clip, tmp_path)
         Image.new("RGB", (40, 30), color).save(tmp_path / "pictures" / f"{color}.png")
     spec = f"open_clip:{name}:{weights}"
     build_index(spec, str(tmp_path / "pictures"), tmp_path / "index")
-    found = SearchIndex.load(tmp_path / "index").search(tmp_path / "pictures" / "red.png", 1)[0]
+    found = SearchIndex.load(tmp_path / "index").search(tmp_path / "pictures" / "red.png", 1, keep_same=True)[0]
     assert found.path == str(tmp_path / "pictures" / "red.png") and found.score == pytest.approx(1, abs=1e-5)
     model, processor, _ = load_dual_encoder(spec)
     key = fingerprint_encoder(model, processor)
