@@ -213,20 +213,20 @@ def model_revision(name_or_path: str | os.PathLike, model: Any) -> str:
         model (`torch.nn.Module`): The loaded model.
 
     Returns:
-        `str`: `sha256:<hex>` of the folder's safetensors (names and bytes, in the order of their names), or
-            `commit:<hash>` of the Hub.
+        `str`: `sha256:<hex>` of the folder's safetensors (names and bytes, in the order of their names), or where
+            there are none of its `pytorch_model*.bin`; or `commit:<hash>` of the Hub.
 
     Raises:
-        FileNotFoundError: If a folder holds no safetensors.
+        FileNotFoundError: If a folder holds no weights.
         ValueError: If a model of the Hub carries no commit hash.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
-        files = sorted(folder.glob("*.safetensors"))
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
         if not files:
             raise FileNotFoundError(
-                f"Expected *.safetensors in {folder}, got none. Save the model with `save_pretrained`; "
-                "pickled weights are not read."
+                f"Expected *.safetensors or pytorch_model.bin in {folder}, got none. Save the model with "
+                "`save_pretrained`."
             )
         named: list[tuple[Part, Part]] = [(f"{file.name}\0", file) for file in files]
         return f"sha256:{hash_parts(chain.from_iterable(named))}"

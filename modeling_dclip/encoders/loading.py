@@ -17,6 +17,7 @@ lies beside a model is run by `trust_remote_code` alone.
 import logging
 import math
 import os
+import pickle
 import string
 from collections.abc import Collection
 from pathlib import Path
@@ -80,6 +81,10 @@ _UNREADABLE: tuple[type[BaseException], ...] = (
 )
 
 
+# What a file that `torch.save` did not write, or a cut one, ends in.
+_UNPICKLED = (EOFError, OSError, RuntimeError, pickle.UnpicklingError)
+
+
 class _Reading:
     """Tells of a model's file that transformers cannot read: by its name, not by what went wrong in between.
 
@@ -105,6 +110,8 @@ class _Reading:
             and (kind is Exception or issubclass(kind, self.errors))
         ):
             reason = " ".join(str(error).split()) or kind.__name__
+            if issubclass(kind, pickle.UnpicklingError):  # PyTorch's goes on to advise to run what the file holds
+                reason = reason.partition(". ")[0]
             raise ValueError(f"Expected {self.what}, got: {reason.rstrip('.')}. {self.advice}") from error
 
 
@@ -373,7 +380,7 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
         `PreTrainedModel`: In eval mode, on the CPU.
 
     Raises:
-        OSError: If there is no such model, or a folder without config.json or safetensors.
+        OSError: If there is no such model, or a folder without config.json or weights.
         WrongModelError: If a teacher is asked for, and it is none.
         ValueError: If a weight is missing, of another shape, no number, or all of a part are 0; or as [`read_config`].
     """
@@ -388,6 +395,9 @@ def load_checked(model_class: Any, name: str | os.PathLike, **options: Any) -> A
     told = _Reading(
         f"weights at '{name}' that fit its configuration", "Fetch them again.", (LookupError, RuntimeError)
     )
+    if (path := find_pickled_weights(name)) is not None:
+        what = f"whole weights in '{path}', to be read without running code"
+        told = _Reading(what, "Fetch them again.", (*_UNREADABLE, *_UNPICKLED))
     try:
         with told:
             model, report = model_class.from_pretrained(
@@ -433,7 +443,7 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
         `tuple`: The model, and a processor with `image_processor` and `tokenizer`.
 
     Raises:
-        FileNotFoundError: If a folder is missing or holds no safetensors.
+        FileNotFoundError: If a folder is missing or holds no weights.
         ImportError: If open_clip is named and not installed.
         WrongModelError: If the model is no dual encoder.
         ValueError: If weights are damaged or missing, if the processor lacks files or one half, if the tokenizer's
@@ -465,13 +475,29 @@ def _check_folder(name: str) -> None:
             raise FileNotFoundError(
                 f"Expected config.json in '{folder}', got none. Name the folder that a model was saved in."
             )
-        if not any(folder.glob("*.safetensors")):
+        if not any(folder.glob("*.safetensors")) and find_pickled_weights(folder) is None:
             raise FileNotFoundError(
-                f"Expected *.safetensors in {name}, got none. Save the model with `save_pretrained`; pickled weights "
-                "are not read."
+                f"Expected *.safetensors or {WEIGHTS_NAME} in {name}, got none. Save the model with `save_pretrained`."
             )
     elif folder.is_absolute() or len(folder.parts) > 2 or name.startswith("."):  # a Hub id is organisation/name
         raise FileNotFoundError(f"Expected a folder with a model at {name}, got none. Check the path.")
+
+
+def find_pickled_weights(name: str | os.PathLike) -> Path | None:
+    """The file of a folder whose weights `torch.save` wrote, as the first CLIPs have; `None` beside safetensors.
+
+    transformers reads tensors alone from it, so that no code in it is run.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `Path` or `None`: The weights, or where there are several files their index.
+    """
+    folder = Path(name)
+    if not folder.is_dir() or any(folder.glob("*.safetensors")):
+        return None
+    return next((folder / one for one in (WEIGHTS_NAME, WEIGHTS_INDEX_NAME) if (folder / one).is_file()), None)
 
 
 def _load_processor(name: str, options: dict[str, Any]) -> Any:
@@ -574,7 +600,7 @@ def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> t
             weights: `sha256:<hex>` of a folder's files or of open_clip's state dict, or `commit:<hash>` of the Hub.
 
     Raises:
-        FileNotFoundError: If a folder is missing or holds no safetensors.
+        FileNotFoundError: If a folder is missing or holds no weights.
         ImportError: If open_clip is named and not installed.
         WrongModelError: If the model is no dual encoder.
         ValueError: If weights or half of the processor are missing, or open_clip does not know a name.

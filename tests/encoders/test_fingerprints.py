@@ -213,7 +213,7 @@ def test_revision_of_a_folder_follows_the_names_of_its_files(tmp_path, tiny_clip
 
 
 def test_a_folder_without_safetensors_is_named(tmp_path, tiny_clip):
-    with pytest.raises(FileNotFoundError, match="safetensors in "):
+    with pytest.raises(FileNotFoundError, match="safetensors or pytorch_model.bin in "):
         model_revision(tmp_path, tiny_clip[0])
 
 

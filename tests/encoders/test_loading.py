@@ -151,7 +151,7 @@ def test_missing_folders_weights_and_processors_are_named(tiny_clip_dir, tmp_pat
         load_dual_encoder(tmp_path / "gone")
     model = CLIPModel.from_pretrained(tiny_clip_dir)
     model.config.save_pretrained(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"Expected \*.safetensors in .*pickled weights are not read"):
+    with pytest.raises(FileNotFoundError, match=r"Expected \*.safetensors or pytorch_model.bin in .*, got none"):
         load_dual_encoder(tmp_path)
     model.save_pretrained(tmp_path)
     AutoProcessor.from_pretrained(tiny_clip_dir, backend="pil").image_processor.save_pretrained(tmp_path)

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import shutil
 import time
 from pathlib import Path
@@ -128,9 +129,30 @@ def test_files_that_are_no_weights_are_named(model):
         for door in DOORS.values():
             with pytest.raises(ValueError, match=f"Expected whole weights in '{path}', .*{message}"):
                 door(model)
-    path.rename(model / "pytorch_model.bin")
-    with pytest.raises(FileNotFoundError, match="safetensors in .*, got none"):
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="safetensors or pytorch_model.bin in .*, got none"):
         load_dual_encoder(model)
+
+
+@pytest.mark.parametrize("door", DOORS.values(), ids=DOORS)
+def test_the_weights_of_the_first_clips_are_read_without_running_code(model, door):
+    path, whole = model / "pytorch_model.bin", load_file(model / "model.safetensors")
+    (model / "model.safetensors").unlink()
+    torch.save(whole, path)
+    loaded = door(model)
+    state = (loaded[0] if isinstance(loaded, tuple) else loaded).state_dict()
+    assert all(torch.equal(state[name], tensor) for name, tensor in whole.items())
+    written, told = model / "written", f"Expected whole weights in '{path}', to be read without running code, got: "
+    content = path.read_bytes()
+    for damaged in (b"", b"hello", content[:-100], pickle.dumps(Payload(written)), b"version https://git-lfs\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=told) as caught:
+            door(model)
+        assert "weights_only" not in str(caught.value)
+    torch.save({"logit_scale": whole["logit_scale"]}, path)
+    with pytest.raises(ValueError, match="Expected all weights of .* missing"):
+        door(model)
+    assert not written.exists()
 
 
 def test_an_index_that_names_files_that_are_not_there_is_named(model):
