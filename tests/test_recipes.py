@@ -206,9 +206,10 @@ def test_no_before_a_switch_turns_it_off():
         parse_recipe(["--student.no_bf16"])
 
 
-def test_none_unsets_a_field_only_if_nothing_is_its_default(tmp_path):
+def test_none_unsets_a_field_unless_it_is_a_value_of_its(tmp_path):
     words = ["--regions.detector", "none", "--exclude_karpathy", "none", "--teacher.cross_attention", "none"]
-    recipe = parse_recipe(words, FOLDER / "dclip_vitb16.yaml")
+    recipe = parse_recipe([*words, "--student.temperature", "none"], FOLDER / "dclip_vitb16.yaml")
+    assert "temperature" not in recipe.values["student"] and recipe.student.temperature == 0.05
     assert recipe.regions.detector is None and recipe.run.exclude_karpathy == []
     assert recipe.teacher.cross_attention == "none"
 

@@ -92,8 +92,9 @@ def _help(text: str, default: Any = None, **metadata: Any) -> Any:
 
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
 _STORED = "auto"
+_OWN_LOSS = "auto"
 # Fields that records written before they existed lack: at these values they decide nothing.
-_LATER = {"save_dtype": _STORED, "per_device_eval_batch_size": None}
+_LATER = {"save_dtype": _STORED, "per_device_eval_batch_size": None, "contrastive_loss": _OWN_LOSS}
 
 
 def _save_dtype() -> Any:
@@ -565,14 +566,21 @@ class StudentArguments(AdapterArguments):
     cosine_distillation_loss_weight: float = _help(
         "Weight of 1 - cosine to the teacher's embedding.", 1.0, range=WEIGHT
     )
-    contrastive_loss_weight: float = _help("Weight of InfoNCE against the frozen text embeddings.", 1.0, range=WEIGHT)
+    contrastive_loss_weight: float = _help(
+        "Weight of the contrastive loss against the frozen text embeddings.", 1.0, range=WEIGHT
+    )
+    contrastive_loss: Literal["auto", "softmax", "sigmoid"] = _help(
+        "softmax: InfoNCE, at temperature. sigmoid: SigLIP's loss, with the model's own scale and bias. auto: the one "
+        "that the model's family was trained with.",
+        _OWN_LOSS,
+    )
     cosine_preservation_loss_weight: float = _help(
         "Weight of 1 - cosine to the anchor's image embedding.", 0.0, range=WEIGHT
     )
     similarity_distillation_loss_weight: float = _help(
         "Weight of the KL from the teacher's in-batch similarities.", 0.0, range=WEIGHT
     )
-    temperature: float = _help("Temperature of the contrastive loss.", 0.05, range=TEMPERATURE)
+    temperature: float = _help("Temperature of the softmax contrastive loss.", 0.05, range=TEMPERATURE)
     similarity_temperature: float = _help(
         "Temperature of the student's softmax in the similarity loss.", 0.05, range=TEMPERATURE
     )

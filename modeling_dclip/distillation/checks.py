@@ -37,7 +37,7 @@ from modeling_dclip.distillation.run import (
     load_matching_teacher,
     read_clip,
 )
-from modeling_dclip.distillation.trainer import ImageSide
+from modeling_dclip.distillation.trainer import ImageSide, choose_contrastive_loss
 from modeling_dclip.encoders.loading import DUAL_ENCODERS, check_model, load_processor, load_tokenizer
 from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
 
@@ -241,7 +241,30 @@ def _check_architectures(recipe: Recipe, config: Any) -> None:
     if "teacher" in stages and recipe.run.teacher_model is None:
         _build("teacher", DCLIPTeacherConfig, clip_config=config.to_dict(), **recipe.teacher.architecture())
     if "student" in stages:
+        check_contrastive_loss(recipe.student, config, recipe.values["student"])
         _check_student(recipe.student, config)
+
+
+def check_contrastive_loss(args: StudentArguments, config: Any, given: Collection[str]) -> None:
+    """Refuse a contrastive loss that a model cannot be trained with, and settings that the sigmoid one does not read.
+
+    Args:
+        args ([`StudentArguments`]): Of the run.
+        config (`PreTrainedConfig`): Of the dual encoder that the student starts from.
+        given (`Collection[str]`): The fields of the section that were set.
+
+    Raises:
+        ValueError: Naming the field.
+    """
+    if not args.contrastive_loss_weight or choose_contrastive_loss(args.contrastive_loss, config) != "sigmoid":
+        return
+    unread = {"temperature": True, "image_to_text_weight": not args.similarity_distillation_loss_weight}
+    for name in (name for name, is_unread in unread.items() if is_unread and name in given):
+        raise ValueError(
+            f"student.{name}: expected none, as the sigmoid loss of a {config.model_type} has the model's own "
+            f"scale and bias, and one direction, got {getattr(args, name)}. Unset it (--student.{name} none), or set "
+            "student.contrastive_loss to softmax."
+        )
 
 
 def _check_student(args: StudentArguments, config: Any) -> None:
@@ -406,7 +429,8 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         similarity, contrastive = args.similarity_distillation_loss_weight, args.contrastive_loss_weight
         for name in ("similarity_temperature", "similarity_teacher_temperature"):
             yield name, not similarity, "student.similarity_distillation_loss_weight is 0"
-        yield "temperature", not contrastive, "student.contrastive_loss_weight is 0"
+        for name in ("temperature", "contrastive_loss"):
+            yield name, not contrastive, "student.contrastive_loss_weight is 0"
         yield "image_to_text_weight", not (contrastive or similarity), "the weights of both in-batch losses are 0"
     elif section == "teacher":
         for name in ("num_clusters", "num_cluster_steps"):

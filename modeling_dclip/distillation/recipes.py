@@ -408,9 +408,10 @@ def _forms(section: str) -> dict[str, set[Any]]:
 def _type_values(section: str, words: Mapping[str, list[str]]) -> dict[str, Any]:
     """The words of a section's fields as values of the fields' types.
 
-    The one word `none` unsets a field whose default is `None`, an empty list or an empty mapping.
+    The one word `none` unsets a field whose default is `None`, a number, an empty list or an empty mapping.
     """
-    nothing = {f.name for f in fields(_KINDS[section]) if default_of(f) in (None, [], "{}")}
+    defaults = {f.name: default_of(f) for f in fields(_KINDS[section])}
+    nothing = {name for name, value in defaults.items() if value in (None, [], "{}") or type(value) in (int, float)}
     values = {field: _UNSET for field, value in words.items() if field in nothing and value == ["none"]}
     where = "" if section == GLOBAL else f"{section}."
     for field, value in words.items():

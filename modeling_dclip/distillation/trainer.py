@@ -56,9 +56,10 @@ from modeling_dclip.distillation.losses import (
     cosine_preservation_loss,
     distillation_loss,
     gather_across_processes,
+    sigmoid_contrastive_loss,
     similarity_distillation_loss,
 )
-from modeling_dclip.encoders.families import image_modules, projected
+from modeling_dclip.encoders.families import SIGMOID_TRAINED, image_modules, projected
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
@@ -894,13 +895,36 @@ class ImageSide(nn.Module):
         vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
+def choose_contrastive_loss(asked: str, config: Any) -> str:
+    """Choose the contrastive loss of a student.
+
+    Args:
+        asked (`str`): `"softmax"`, `"sigmoid"`, or `"auto"` for the one that the family was trained with.
+        config (`PreTrainedConfig`): Of the dual encoder.
+
+    Returns:
+        `str`: `"softmax"` or `"sigmoid"`.
+
+    Raises:
+        ValueError: If the sigmoid loss is asked for and the model holds no bias for it.
+    """
+    own = "sigmoid" if config.model_type in SIGMOID_TRAINED else "softmax"
+    if asked == "sigmoid" != own:
+        raise ValueError(
+            f"contrastive_loss: expected softmax or auto for a model of type {config.model_type!r}, got sigmoid. That "
+            f"loss needs the trained logit_bias of a model of type {' or '.join(SIGMOID_TRAINED)}. Leave it out."
+        )
+    return own if asked == "auto" else asked
+
+
 class StudentTrainer(BatchesTrainer):
     """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
 
     Checkpoints hold the whole dual encoder. The optimiser gets nothing of its text tower, except an adapter in it.
     With adapters a checkpoint holds the merged weights, and beside them the adapter. A resumed run loads the latter.
 
-    Source: [D] student loss; docs/papers.md. Deviation: relational term and direction weights, off by default.
+    Source: [D] student loss; docs/papers.md. Deviation: relational term and direction weights, off by default; the
+    contrastive term of a family that was trained with the sigmoid loss is that one.
 
     Args:
         model (`PreTrainedModel`): A dual encoder of any family, from
@@ -912,7 +936,8 @@ class StudentTrainer(BatchesTrainer):
         train_batches, processor, resolved_arguments, eval_batches: As for [`BatchesTrainer`].
 
     Raises:
-        ValueError: If adapters are trained with FSDP, or the rows do not fill one batch.
+        ValueError: If adapters are trained with FSDP, the rows do not fill one batch, or the model has no bias for a
+            sigmoid loss.
     """
 
     args: StudentArguments
@@ -928,6 +953,9 @@ class StudentTrainer(BatchesTrainer):
         adapters: "PeftModel | None" = None,
     ):
         self.dual_encoder, self.adapters = model, adapters
+        self._sigmoid: tuple[float, float] | None = None  # scale and bias, which stay as they are
+        if choose_contrastive_loss(args.contrastive_loss, model.config) == "sigmoid":
+            self._sigmoid = float(model.logit_scale.detach()), float(model.logit_bias.detach())
         trained = model if args.lora_text else ImageSide(model)
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
         self._batch_norms = [module for module in trained.modules() if isinstance(module, BATCH_NORMS)]
@@ -980,7 +1008,11 @@ class StudentTrainer(BatchesTrainer):
         if len(image_embeds) < 2:
             return {name: 0.0 * image_embeds.float().sum() for name in names}
         terms = {}
-        if "contrastive_loss" in names:
+        if "contrastive_loss" in names and self._sigmoid is not None:
+            terms["contrastive_loss"] = sigmoid_contrastive_loss(
+                image_embeds, texts, *self._sigmoid, columns["image_ids"]
+            )
+        elif "contrastive_loss" in names:
             terms["contrastive_loss"] = contrastive_loss(
                 image_embeds, texts, args.temperature, args.image_to_text_weight, columns["image_ids"]
             )

@@ -28,6 +28,8 @@ class WrongModelError(TypeError, ValueError):
 # Trained on texts padded to one length, with attention to the padding: less padding, or a mask, would change the
 # embedding.
 READ_PADDING = ("siglip", "siglip2")
+# Trained with SigLIP's sigmoid loss, whose scale and bias they hold.
+SIGMOID_TRAINED = ("siglip", "siglip2")
 # Embed a text at its end token, which their config names.
 READ_AT_END = ("clip", "dclip", "dmclip", "metaclip_2")
 # Text of these is lower-cased wherever the tokenizer does not say otherwise: Gemma's, as SigLIP 2 has it, does not.
