@@ -95,6 +95,7 @@ _STORED = "auto"
 _OWN_LOSS = "auto"
 # Fields that records written before they existed lack: at these values they decide nothing.
 _LATER = {"save_dtype": _STORED, "per_device_eval_batch_size": None, "contrastive_loss": _OWN_LOSS}
+_LATER_IN_ANCHOR = {"vision_model": None, "text_model": None, "freeze_vision": True, "freeze_text": True}
 
 
 def _save_dtype() -> Any:
@@ -444,13 +445,22 @@ def _find_trackers(names: str | list[str]) -> list[str]:
 
 @dataclass
 class AnchorArguments(StageTrainingArguments):
-    """Section `anchor`: contrastive pretraining of a small CLIP."""
+    """Section `anchor`: contrastive pretraining of a small CLIP, or of the projections of two pretrained towers."""
 
     train_datasets: list[str] = _help("Captioned images to pretrain on. Defaults to the recipe's train_datasets.", [])
     vision_config: dict[str, Any] | str | None = _help("Fields of DCLIPVisionConfig.", "{}")
     text_config: dict[str, Any] | str | None = _help(
         "Fields of CLIPTextConfig; vocabulary and special tokens come from the tokenizer.", "{}"
     )
+    vision_model: str | None = _help(
+        "A pretrained image encoder to start from, a folder or Hub id (a ViT, DINOv2, a model of timm); with "
+        "text_model. The anchor is then a VisionTextDualEncoder of the two."
+    )
+    text_model: str | None = _help(
+        "A pretrained text encoder to start from, a folder or Hub id (BERT and its kin), with its tokenizer."
+    )
+    freeze_vision: bool = _help("With vision_model: it keeps its weights, and its projection trains.", True)
+    freeze_text: bool = _help("With text_model: it keeps its weights, and its projection trains.", True)
     projection_dim: int = _help("Width of the shared space.", 128, range=WIDTH)
     tokenizer: str = _help(
         "scenes: train one on the sentences of drawn scenes; captions: train one on the training captions; else a "
@@ -476,7 +486,20 @@ class AnchorArguments(StageTrainingArguments):
 
     def __post_init__(self) -> None:
         _parse_json(self, "vision_config", "text_config")
+        if (self.vision_model is None) != (self.text_model is None):
+            given, other = (
+                ("vision_model", "text_model") if self.text_model is None else ("text_model", "vision_model")
+            )
+            raise ValueError(
+                f"{given}: expected {other} beside it, got none. An anchor is made of two pretrained towers, or from "
+                "scratch. Name both, or neither."
+            )
         super().__post_init__()
+
+    @property
+    def joins_towers(self) -> bool:
+        """Whether the anchor is made of two pretrained towers, not from scratch."""
+        return self.vision_model is not None
 
 
 @dataclass
@@ -917,7 +940,8 @@ def deciding_fields(arguments: Section) -> dict[str, Any]:
     if isinstance(arguments, TrainingArguments):
         inherited |= {f.name: f.default for f in fields(TrainingArguments)}
     defaults = {f.name: default_of(f) for f in fields(arguments)}
-    inherited |= {name: value for name, value in _LATER.items() if name in defaults and defaults[name] == value}
+    later = _LATER | (_LATER_IN_ANCHOR if isinstance(arguments, AnchorArguments) else {})
+    inherited |= {name: value for name, value in later.items() if name in defaults and defaults[name] == value}
     resolved = as_plain(arguments)
     return {
         name: value

@@ -38,7 +38,13 @@ from modeling_dclip.distillation.run import (
     read_clip,
 )
 from modeling_dclip.distillation.trainer import ImageSide, choose_contrastive_loss
-from modeling_dclip.encoders.loading import DUAL_ENCODERS, check_model, load_processor, load_tokenizer
+from modeling_dclip.encoders.loading import (
+    DUAL_ENCODERS,
+    check_model,
+    load_image_processor,
+    load_processor,
+    load_tokenizer,
+)
 from modeling_dclip.encoders.open_clip import OPEN_CLIP_PREFIX
 
 logger = logging.getLogger(__name__)
@@ -300,8 +306,11 @@ def _planned_clip(recipe: Recipe, whole: Recipe) -> PreTrainedConfig | None:
     return config if own is None else own.config_class.from_pretrained(clip)
 
 
-def _planned_anchor(whole: Recipe) -> DCLIPConfig:
+def _planned_anchor(whole: Recipe) -> DCLIPConfig | None:
     args: Any = whole.anchor  # its mappings are parsed
+    if args.joins_towers:
+        _check_towers(whole)
+        return None
     for name, kind in (("vision_config", DCLIPVisionConfig), ("text_config", CLIPTextConfig)):
         known = {one.name for one in fields(kind)}
         if unknown := sorted(set(getattr(args, name)) - known):
@@ -314,6 +323,21 @@ def _planned_anchor(whole: Recipe) -> DCLIPConfig:
     words = {**args.text_config, "vocab_size": args.vocab_size, "max_position_embeddings": args.max_length}
     sizes = {"vision_config": args.vision_config, "projection_dim": args.projection_dim}
     return _build("anchor", DCLIPConfig, text_config=words, **sizes)
+
+
+def _check_towers(whole: Recipe) -> None:
+    """Look for the two towers that the stage anchor joins, and for their processors."""
+    found, args = MistakeCollector(), whole.anchor
+    if "anchor" not in whole.stages:
+        return
+    for field, name, load in (
+        ("vision_model", args.vision_model, load_image_processor),
+        ("text_model", args.text_model, load_tokenizer),
+    ):
+        with found.collecting(), naming(f"anchor.{field}"):
+            check_named_model(str(name))
+            load(str(name))
+    found.tell()
 
 
 def _build(section: str, kind: Any, **values: Any) -> Any:
@@ -436,6 +460,10 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         for name in ("num_clusters", "num_cluster_steps"):
             yield name, args.aggregation != "multi_cluster", "teacher.aggregation is not multi_cluster"
     elif section == "anchor":
+        for name in ("vision_config", "text_config", "tokenizer", "vocab_size", "max_length"):
+            yield name, args.joins_towers, "anchor.vision_model and anchor.text_model name towers that are there"
+        for name in ("freeze_vision", "freeze_text"):
+            yield name, not args.joins_towers, "anchor.vision_model and anchor.text_model are not set"
         for name in ("vocab_size", "max_length"):
             yield name, args.tokenizer not in _MADE_TOKENIZERS, "anchor.tokenizer names a tokenizer that is there"
     elif section == "reinforce":

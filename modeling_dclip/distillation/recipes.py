@@ -128,6 +128,7 @@ class Recipe:
                 named += self.reinforce.teachers or [self.run.clip_model]
         else:
             named = [self.run.clip_model, self.run.teacher_model if self.student.reads_teacher else None]
+            named += [self.anchor.vision_model, self.anchor.text_model] if self.makes_anchor else []
         return [name for name in dict.fromkeys(named) if name is not None]
 
     def resolved(self, *sections: str) -> dict[str, Any]:

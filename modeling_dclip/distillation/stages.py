@@ -66,6 +66,7 @@ from modeling_dclip.distillation.run import (
     student_splits,
     without_test,
 )
+from modeling_dclip.distillation.towers import join_towers
 from modeling_dclip.distillation.trainer import (
     AnchorTrainer,
     StudentTrainer,
@@ -113,7 +114,8 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
         if recipe.run.clip_model is None:
             dataset = load_mix(recipe.anchor.train_datasets or recipe.run.train_datasets, seed=recipe.anchor.seed)
             images = without_test(read_keyed(dataset, recipe.run, "anchor"), recipe.run, shared)
-            make_anchor(recipe.anchor, images, places, recipe.resolved("anchor"))
+            make = join_towers if recipe.anchor.joins_towers else make_anchor
+            make(recipe.anchor, images, places, recipe.resolved("anchor"))
         else:
             logger.info("anchor: nothing to do, the recipe starts from %s", recipe.run.clip_model)
     if {"regions", "teacher", "targets", "student"} & set(stages):

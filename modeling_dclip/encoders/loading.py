@@ -29,7 +29,15 @@ from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModel, AutoProcessor, AutoTokenizer, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import (
     SAFE_WEIGHTS_INDEX_NAME,
     SAFE_WEIGHTS_NAME,
@@ -685,6 +693,26 @@ def load_tokenizer(name: str | os.PathLike) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         _check_length(tokenizer, str(name))
         return prepare_tokenizer(tokenizer)
+
+
+def load_image_processor(name: str | os.PathLike) -> Any:
+    """Load the image processor of one tower, of the PIL backend where there is one.
+
+    Args:
+        name (`str` or `os.PathLike`): Folder or Hub id.
+
+    Returns:
+        `BaseImageProcessor`
+
+    Raises:
+        ValueError: If it is missing or damaged, or its numbers make no picture.
+    """
+    _require_files(name)
+    what = f"an image processor at '{name}' (preprocessor_config.json)"
+    with _Reading(what, "Save it beside the weights.", (*_UNREADABLE, OSError)):
+        image_processor = AutoImageProcessor.from_pretrained(name, backend="pil", trust_remote_code=False)
+    _check_pixels(image_processor, str(name))
+    return image_processor
 
 
 def load_processor(model: str | os.PathLike, kind: type | None = None) -> Any:

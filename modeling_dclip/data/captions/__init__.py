@@ -8,7 +8,7 @@
 | `flickr30k:results.csv:IMAGE_FOLDER` | Flickr30k's own file |
 | `conceptual:FILE.tsv:IMAGE_FOLDER` | Conceptual Captions |
 | `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; options `image`, `captions` name columns, `sep`, `source` |
-| `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source` |
+| `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source`, `captions_per_image` |
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
 | `wds:DIR_OR_URL[:SPLIT]` | a `clip-benchmark/wds_*` set for retrieval; option `cache_dir` |

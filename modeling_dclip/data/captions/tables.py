@@ -94,6 +94,7 @@ def standardise_columns(
     captions: str = "captions",
     image_id: str | None = None,
     source: str | None = None,
+    captions_per_image: int | None = None,
     missing: str = "raise",
     name: str = "dataset",
 ) -> Dataset:
@@ -109,6 +110,7 @@ def standardise_columns(
             `<name>-<row>`.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the ids are COCO numbers or Flickr file names and get the
             form that all readers share, so that test images are recognised. By default ids stay as they are.
+        captions_per_image (`int`, *optional*): Keep the first so many captions of each image; by default all.
         missing (`str`, *optional*, defaults to `"raise"`): `"skip"` leaves out rows whose path leads to no file and
             reports them.
         name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
@@ -129,7 +131,9 @@ def standardise_columns(
     ids = _image_ids(dataset, image_id, source, name)
     merged = _merge_captions(ids, text_lists(dataset, captions, name))
     cleaned, kept = clean_captions([ids[row] for row in merged], list(merged.values()), name)
-    captions_at = dict(zip(merged, cleaned, strict=True))
+    if captions_per_image is not None and captions_per_image < 1:
+        raise ValueError(f"{name}: expected captions_per_image from 1, got {captions_per_image}.")
+    captions_at = {row: found[:captions_per_image] for row, found in zip(merged, cleaned, strict=True)}
     texts = [captions_at.get(row, []) for row in range(len(ids))]
     table = put_columns(
         with_plain_regions(dataset.with_format(None), name),
@@ -154,14 +158,15 @@ def read_parquet(
     captions: str = "captions",
     image_id: str | None = None,
     source: str | None = None,
+    captions_per_image: int | None = None,
     missing: str = "raise",
 ) -> Dataset:
     """Read parquet files with a column of pictures and one of captions.
 
     Args:
         pattern (`str`): A path or glob; `**` goes into subfolders.
-        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`]. Without ids,
-            rows are called `<folder>/<file>-<row>`.
+        image, captions, image_id, source, captions_per_image, missing (*optional*): As in [`standardise_columns`].
+            Without ids, rows are called `<folder>/<file>-<row>`.
 
     Returns:
         `datasets.Dataset`: As [`standardise_columns`] gives it.
@@ -175,6 +180,7 @@ def read_parquet(
     require_rows(len(names), f"'{pattern}'")
     dataset = load_parquet([path for path, _ in files], pattern)
     options: dict[str, Any] = {"image": image, "captions": captions, "source": source, "missing": missing}
+    options["captions_per_image"] = captions_per_image
     if image_id is None and "image_id" not in dataset.column_names:
         dataset, image_id = put_columns(dataset, {"image_id": (names, CAPTION_FEATURES["image_id"])}), "image_id"
     return standardise_columns(dataset, image_id=image_id, name=f"'{pattern}'", **options)
@@ -189,6 +195,7 @@ def read_hub(
     captions: str = "captions",
     image_id: str | None = None,
     source: str | None = None,
+    captions_per_image: int | None = None,
     missing: str = "raise",
 ) -> Dataset:
     """Read a split of a dataset of the Hub, or of a local folder that `datasets.load_dataset` understands.
@@ -197,7 +204,7 @@ def read_hub(
         name (`str`): The dataset's id or folder.
         split (`str`): The split, slices such as `train[:100]` excepted (they hold a colon).
         config (`str`, *optional*): The dataset's configuration.
-        image, captions, image_id, source, missing (`str`, *optional*): As in [`standardise_columns`].
+        image, captions, image_id, source, captions_per_image, missing (*optional*): As in [`standardise_columns`].
 
     Returns:
         `datasets.Dataset`: As [`standardise_columns`] gives it.
@@ -213,6 +220,7 @@ def read_hub(
         captions=captions,
         image_id=image_id,
         source=source,
+        captions_per_image=captions_per_image,
         missing=missing,
         name=f"{name}-{split}",
     )
