@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as functional
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, load_from_disk
+from torch import nn
 from transformers import AutoModel, BaseImageProcessor, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
@@ -55,11 +57,19 @@ from modeling_dclip.distillation.checkpoints import (
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.distillation.trainer import cast_weights
-from modeling_dclip.encoders.families import check_end_token, image_modules, shared_width
+from modeling_dclip.encoders.families import (
+    READ_PADDING,
+    check_end_token,
+    image_modules,
+    longest_text,
+    projected,
+    shared_width,
+)
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
     DUAL_ENCODERS,
+    NATIVE_ENCODERS,
     STUDENT_ENCODERS,
     check_vocabulary,
     check_weights,
@@ -903,10 +913,12 @@ class Clip:
     Args:
         path (`str`): Folder or Hub id.
         key (`str`): Key of its weights and its processor.
+        is_native (`bool`): Whether it is of another family than CLIP and the models of this package.
     """
 
     path: str
     key: str
+    is_native: bool = False
 
 
 def find_clip(recipe: Recipe, places: Places) -> str:
@@ -952,7 +964,7 @@ def read_clip(path: str, shared: SharedData | None = None) -> Clip:
         check_vocabulary(student, processor.tokenizer, path)
         check_end_token(student, processor.tokenizer, path)
         key = combine_keys([fingerprint_model(student), fingerprint_processor(processor)])
-        clips[read] = Clip(path, key)
+        clips[read] = Clip(path, key, student.config.model_type in NATIVE_ENCODERS)
     return clips[read]
 
 
@@ -1042,6 +1054,50 @@ def freeze_text_side(model: Any) -> Any:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.startswith(image_modules(model)))
     return model
+
+
+class FrozenEncoder(nn.Module):
+    """A dual encoder of another family than CLIP, as what computes a student's columns without a teacher.
+
+    It has what [`~modeling_dclip.data.teacher_targets.add_teacher_targets`] reads of a [`DCLIPTeacher`].
+
+    Args:
+        model ([`~modeling_dclip.encoders.DualEncoder`]): In eval mode.
+        tokenizer: The model's. Its longest text becomes the model's, in place.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any):
+        super().__init__()
+        tokenizer.model_max_length = longest_text(model, tokenizer)
+        self.clip, self.longest, self.pad_token_id = model, tokenizer.model_max_length, tokenizer.pad_token_id
+        self.config = DCLIPTeacherConfig(cross_attention="none")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.clip.device
+
+    @torch.no_grad()
+    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embed images `(B, 3, H, W)` as `(B, D)`, L2-normalised."""
+        return functional.normalize(projected(self.clip.get_image_features(pixel_values=pixel_values)), dim=-1)
+
+    @torch.no_grad()
+    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        """Embed captions as the model's family reads them.
+
+        Args:
+            input_ids (`torch.Tensor` of shape `(B, T)`): Token ids, no more than the model reads.
+            attention_mask (`torch.Tensor` of shape `(B, T)`): 1 = real.
+
+        Returns:
+            `tuple`: `text_embeds (B, D)`, L2-normalised, and twice `None`, as no token is embedded.
+        """
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
+        if self.clip.config.model_type in READ_PADDING:
+            missing = self.longest - input_ids.shape[1]
+            inputs = {"input_ids": functional.pad(input_ids, (0, missing), value=self.pad_token_id)}
+        return functional.normalize(projected(self.clip.get_text_features(**inputs)), dim=-1), None, None
 
 
 def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:

@@ -44,6 +44,7 @@ from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     UNCAPTIONED,
     Clip,
+    FrozenEncoder,
     KeyedRows,
     Learned,
     Places,
@@ -361,10 +362,16 @@ def write_targets(
         ValueError: If the teacher is around another CLIP or holds NaN, or the folder was made from other inputs.
     """
     with_teacher = teacher_path is not None
+    teacher: Any = None
     if teacher_path is not None:
         teacher = load_matching_teacher(teacher_path, clip.path)
+        processor = _teacher_processor(teacher_path)
+    elif clip.is_native:
+        processor = load_processor(clip.path)
+        teacher = FrozenEncoder(load_student(clip.path), processor.tokenizer)
     else:
         teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
+        processor = _teacher_processor(clip.path)
     keys = {split: part.key for split, part in data.items()}
     inputs = {"teacher": fingerprint_model(teacher), "clip": clip.key, "dataset": keys}
     record = places.record("targets", inputs | {"max_regions": features.max_regions, "with_teacher": with_teacher})
@@ -372,7 +379,6 @@ def write_targets(
         return
     logger.info("targets: embeds %s and their captions", _total(data))
     teacher.to(PartialState().device)
-    processor = _teacher_processor(teacher_path or clip.path)
     for split, (rows, keys_of_rows) in data.items():
         options = {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
         targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)

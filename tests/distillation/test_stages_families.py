@@ -6,18 +6,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from fixtures.tiny_dual_encoders import save_dual_encoder
-from fixtures.training import equal, student_arguments
+from fixtures.training import STEPS, equal, student_arguments, write_recipe
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoProcessor
 
+from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import TokenizedStudentBatches
 from modeling_dclip.data.columns import Ragged, with_flat_embeds, with_ragged_embeds
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.distillation.checks import check_recipe
+from modeling_dclip.distillation.recipes import parse_recipe
 from modeling_dclip.distillation.run import load_student, read_clip
-from modeling_dclip.distillation.stages import fit_student
+from modeling_dclip.distillation.stages import fit_student, run_stages
+from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import image_modules, projected, shared_width, tokenize_texts
-from modeling_dclip.encoders.loading import load_merged, load_processor
+from modeling_dclip.encoders.loading import load_dual_encoder, load_merged, load_processor
+from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 
 NATIVE = ["siglip", "altclip", "chinese_clip", "metaclip_2", "vision_text", "timm"]
 
@@ -117,3 +123,44 @@ def test_texts_of_a_student_are_read_as_its_family_reads_them(folders, scenes):
         texts = [text for captions in scenes["captions"][:2] for text in captions]
         expected, read = tokenize_texts(model, processor, texts), batches.read_tokens(chosen)
         assert read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in read)
+
+
+@pytest.mark.parametrize("family", ["siglip", "altclip", "vision_text"])
+def test_a_run_without_a_teacher_stores_a_familys_own_embeddings(family, folders, tmp_path):
+    folder = folders(family)
+    spec = "scenes:train,n=8,image_size=32,captions_per_image=2"
+    losses = {"cosine_distillation_loss_weight": 0.0, "cosine_preservation_loss_weight": 1.0}
+    student = {**STEPS, **losses, "num_train_epochs": 1, "lora_rank": 2, "wise_ft_alpha": 0.5}
+    path = write_recipe(tmp_path, clip_model=folder, train_datasets=[spec], student=student)
+    recipe = parse_recipe([], path)
+    check_recipe(recipe, recipe)
+    out, rows = run_stages(recipe), load_mix([spec], seed=0)
+    stored = load_from_disk(out / "targets" / "train")
+    model, processor, _ = load_dual_encoder(folder)
+    encoder = Encoder(model, processor)
+    texts = embed_texts(encoder, [text for captions in rows["captions"] for text in captions])
+    for found, expected in (
+        (torch.tensor(np.array(stored["anchor_embeds"])), embed_images(encoder, rows)),
+        (torch.tensor(np.array(stored["text_embeds"])).flatten(0, 1), texts),
+    ):
+        torch.testing.assert_close(found.float(), expected, rtol=0, atol=1e-3)  # stored in float16
+    assert load_merged(out / "student" / "adapter").config.model_type == model.config.model_type
+
+
+@pytest.mark.parametrize(
+    ("family", "student", "message"),
+    [
+        ("siglip2_naflex", {}, "takes square images at .*, got SigLIP 2 in its NaFlex form"),
+        ("align", {}, "expected a model of type dclip, .*, got 'align'"),
+        ("siglip", {"cosine_distillation_loss_weight": 1.0}, "expected a CLIP for a student that learns from a teach"),
+        ("siglip", {"position_embedding_type": "rope"}, "expected absolute for a model of type 'siglip', got rope"),
+        ("siglip", {"freeze": ["visual_projection.*"]}, "'visual_projection.*' matches no parameter"),
+        ("timm", {"lora_rank": 2}, r"linear layers in vision_model \(none: it has no linear layer, so train without"),
+    ],
+)
+def test_what_a_family_cannot_do_is_refused_before_any_work(family, student, message, folders, tmp_path):
+    student = {**STEPS, "cosine_distillation_loss_weight": 0.0, **student}
+    recipe = parse_recipe([], write_recipe(tmp_path, clip_model=folders(family), student=student))
+    with pytest.raises(ValueError, match=message):
+        check_recipe(recipe, recipe)
+    assert not (tmp_path / "run").exists()
