@@ -135,7 +135,7 @@ def test_a_name_with_a_typo_gets_the_nearest_one(tmp_path, tiny_clip_dir, monkey
     ("absent", "message"),
     [
         (["config.json"], "clip_model: expected config.json in"),
-        (["*.safetensors"], r"clip_model: expected \*.safetensors in"),
+        (["*.safetensors"], r"clip_model: expected \*.safetensors or pytorch_model.bin in"),
         (["preprocessor_config.json", "processor_config.json"], "clip_model: expected the files of a processor"),
     ],
 )
