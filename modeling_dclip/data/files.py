@@ -251,7 +251,9 @@ def check_new_folder(folder: str | os.PathLike) -> None:
     folder = Path(folder)
     remove_leftovers(folder.parent)
     if folder.is_file() or entry_names(folder):
-        raise FileExistsError(f"Expected a new or an empty folder at {folder}, got one in use. Choose another.")
+        raise FileExistsError(
+            f"Expected a new or an empty folder at {folder}, got one in use. Delete it, or name another."
+        )
     if folder.is_dir() and folder.samefile(Path.cwd()):
         raise FileExistsError(f"Expected a new folder, got {folder}, the working folder. Name a folder in it.")
     check_output_folder(folder)

@@ -143,7 +143,7 @@ def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -
     """What the user may want to add, or has to do before pushing."""
     dual = next(repo for repo in staged if repo.kind == "dual")
     shown = [name for name in list_files(dual.folder) if name.startswith(f"{EXAMPLES}/")]
-    lines = []
+    lines = [f"Older results that the card leaves out: {', '.join(dual.passed_over)}."] if dual.passed_over else []
     if arguments.examples and shown:
         lines.append(f"{count_of(len(shown), 'example picture')} will be public. Make sure that you may publish them.")
     elif not arguments.examples and not shown:

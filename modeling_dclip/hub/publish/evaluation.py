@@ -13,6 +13,7 @@ from modeling_dclip.data.captions.parts import (
     read_trained_images,
 )
 from modeling_dclip.data.files import list_folder, read_bytes, show_script
+from modeling_dclip.evaluation.benchmarks.kinds import NO_DATA
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
@@ -26,6 +27,7 @@ from modeling_dclip.progress import count_of
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
 INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
 BEFORE = "before training"
+MODEL_SETTINGS = ("alpha", "anchor_revision")  # of a record: they say which weights, not what was asked
 
 
 class BenchmarkFacts(NamedTuple):
@@ -41,6 +43,7 @@ class EvaluationFacts(TypedDict):
     """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured.
 
     `trained_on` says by benchmark how many images were trained on; an empty text where only the dataset is known.
+    `passed_over` names the results that a newer one replaces.
     """
 
     benchmarks: list[BenchmarkFacts]
@@ -54,6 +57,7 @@ class EvaluationFacts(TypedDict):
     has_reference: bool
     role: str
     verdicts: list[Verdict]
+    passed_over: list[str]
 
 
 def read_all_results(paths: Sequence[str]) -> list[Record]:
@@ -122,8 +126,9 @@ def select_records(
         results (`Sequence[str]`): Where the records were read, for messages.
 
     Returns:
-        `tuple[list[Record], list[Record]]`: The newest record of each benchmark: of this model, and of the reference
-        on the same benchmarks. Held-out images of the own data come first.
+        `tuple[list[Record], list[Record]]`: The newest record on each data of a kind of benchmark, whatever name the
+        benchmark has: of this model, and of the reference on the same data. Held-out images of the own data come
+        first.
 
     Raises:
         ValueError: If no record is of these weights.
@@ -139,12 +144,36 @@ def select_records(
     references = {
         record["comparison"]["anchor_revision"] for record in own if "anchor_revision" in record.get("comparison", {})
     }
-    benchmarks = {record["benchmark"] for record in own}
+    measured = set(map(_data_of, own))
     others = (
         record for record in records if record["revision"] in references - {revision} and "condition" not in record
     )
     own.sort(key=lambda record: not _held_out_run(record["benchmark"]))
-    return own, _newest(record for record in others if record["benchmark"] in benchmarks)
+    return own, _newest(record for record in others if _data_of(record) in measured)
+
+
+def find_passed_over(records: Sequence[Record], own: Sequence[Record]) -> list[str]:
+    """Name the records of these weights that are left out because a newer one has their data or their name.
+
+    Args:
+        records (`Sequence[Record]`): All records that were read.
+        own (`Sequence[Record]`): Those of the weights that [`select_records`] chose.
+
+    Returns:
+        `list[str]`: The benchmark and the time of each, and the one that is shown; the oldest first.
+    """
+    by_data = {_data_of(record): record for record in own}
+    by_name = {record["benchmark"]: record for record in own}
+    revisions = {record["revision"] for record in own}
+    left = []
+    for record in sorted(records, key=lambda record: record["created"]):
+        kept = by_data.get(_data_of(record)) or by_name.get(record["benchmark"])
+        if record["revision"] not in revisions or "condition" in record or kept is None:
+            continue
+        if kept["created"] > record["created"]:
+            shown = f"{kept['benchmark']} of {kept['created'][:16]}"
+            left.append(f"{record['benchmark']} of {record['created'][:16]} (shown: {shown})")
+    return list(dict.fromkeys(left))
 
 
 def _held_out_run(benchmark: str) -> str:
@@ -180,13 +209,19 @@ def find_seen(records: Sequence[Record], revision: str, model: str) -> list[Seen
     """
     own = [record for record in records if record["revision"] == revision and "condition" not in record]
     own.sort(key=lambda record: record["created"])
-    seen = []
-    for benchmark, record in {show_spec(record["benchmark"]): record for record in own}.items():  # the newest
+    names = {show_spec(record["benchmark"]): record for record in own}  # the newest
+    by_data: dict[tuple[str, ...], list[tuple[bool, str]]] = {}
+    for record in names.values():
         overlap = _count_trained_on(record, model)
         number, of = overlap or (0, 0)
         words = f"{number:,} of the {of:,} images" if number else ""
         held_out = overlap is not None and not number and _is_own_test_part(record["benchmark"], model)
-        seen.append(Seen(benchmark, held_out, words))
+        by_data.setdefault(_data_of(record), []).append((held_out, words))
+    seen = []
+    for benchmark, record in names.items():  # what is known of data under one name holds under the others
+        known = by_data[_data_of(record)]
+        trained_on = max((words for _, words in known), key=len)
+        seen.append(Seen(benchmark, not trained_on and any(held_out for held_out, _ in known), trained_on))
     return seen
 
 
@@ -214,8 +249,19 @@ def _is_own_test_part(benchmark: str, model: str) -> bool:
 
 
 def _newest(records: Iterable[Record]) -> list[Record]:
-    by_benchmark = {record["benchmark"]: record for record in sorted(records, key=lambda record: record["created"])}
-    return list(by_benchmark.values())
+    """The newest record of each name, and of these the newest on each data."""
+    in_order = sorted(records, key=lambda record: record["created"])
+    by_name = {record["benchmark"]: record for record in in_order}
+    by_data = {_data_of(record): record for record in in_order if by_name[record["benchmark"]] is record}
+    return list(by_data.values())
+
+
+def _data_of(record: Record) -> tuple[str, ...]:
+    """What a benchmark asks of which data, such as its questions; one that reads no data has only its name."""
+    fingerprint = record["dataset_fingerprint"]
+    kind = record["benchmark"] if fingerprint == NO_DATA else record["benchmark"].partition("=")[0]
+    asked = {name: value for name, value in (record.get("settings") or {}).items() if name not in MODEL_SETTINGS}
+    return kind, fingerprint, str(record["n"]), repr(sorted(asked.items()))
 
 
 def describe_evaluation(
@@ -226,6 +272,7 @@ def describe_evaluation(
     start: str | None = None,
     training: Sequence[str] = (),
     seen: Sequence[Seen] = (),
+    passed_over: Sequence[str] = (),
 ) -> EvaluationFacts:
     """Make a table of each benchmark, and say with what it was measured.
 
@@ -236,11 +283,12 @@ def describe_evaluation(
         start (`str`, *optional*): The name of the reference if training started from it: then a verdict is given.
         training (`Sequence[str]`, *optional*): Specs of the training data: a benchmark on them is marked.
         seen (`Sequence[Seen]`, *optional*): From [`find_seen`]: benchmarks that are marked too.
+        passed_over (`Sequence[str]`, *optional*): From [`find_passed_over`].
 
     Returns:
         [`EvaluationFacts`]
     """
-    before = {record["benchmark"]: record for record in reference}
+    before = {_data_of(record): record for record in reference}
     role = BEFORE if start or not reference else _name_of(reference[0])
     machines = {_machine(record["hardware"]) for record in own}
     versions = {f"{package} {record['versions'][package]}" for record in own for package in SHOWN_FIELDS["versions"]}
@@ -251,7 +299,7 @@ def describe_evaluation(
         if interval["covers"] == "images" and interval["low"] is not None
     }
     return EvaluationFacts(
-        benchmarks=[describe_benchmark(record, before.get(record["benchmark"]), name, role) for record in own],
+        benchmarks=[describe_benchmark(record, before.get(_data_of(record)), name, role) for record in own],
         records=list(own),
         trained_on=dict.fromkeys(find_overlaps([record["benchmark"] for record in own], training), "")
         | {one.benchmark: one.trained_on for one in seen if one.trained_on},
@@ -263,6 +311,7 @@ def describe_evaluation(
         has_reference=bool(reference),
         role=role,
         verdicts=merge_verdicts(judge([*_named(reference, start), *_named(own, name)])) if start else [],
+        passed_over=list(passed_over),
     )
 
 

@@ -46,6 +46,7 @@ from modeling_dclip.hub.publish.cards import (
 from modeling_dclip.hub.publish.evaluation import (
     EvaluationFacts,
     describe_evaluation,
+    find_passed_over,
     find_seen,
     read_all_results,
     select_records,
@@ -313,8 +314,10 @@ def _evaluate(
 ) -> EvaluationFacts:
     revision = model_revision(arguments.model, model)
     seen = find_seen(records, revision, arguments.model)
-    own, reference = select_records(without_paths(records), revision, arguments.model, arguments.results)
-    return describe_evaluation(own, reference, name, seen=seen, **about)
+    records = without_paths(records)
+    own, reference = select_records(records, revision, arguments.model, arguments.results)
+    passed_over = find_passed_over(records, own)
+    return describe_evaluation(own, reference, name, seen=seen, passed_over=passed_over, **about)
 
 
 def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:

@@ -53,12 +53,14 @@ class StagedRepo:
         folder (`Path`): Where it was written.
         changed (`tuple[str, ...]`, *optional*): The files that an earlier run into the same place did not write, or
             wrote otherwise, or wrote and this one does not; `None` if there was no earlier run.
+        passed_over (`tuple[str, ...]`, *optional*): The results that its card leaves out for newer ones.
     """
 
     kind: str
     repo_id: str
     folder: Path
     changed: tuple[str, ...] | None = None
+    passed_over: tuple[str, ...] = ()
 
 
 def stage(facts: Facts, root: Path) -> list[StagedRepo]:
@@ -82,7 +84,11 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
     earlier = check_staging(root, repos["dual"])
     if root.is_dir() and not entry_names(root):
         root.rmdir()
-    staged = [StagedRepo(kind, repo_id, root / repo_id.split("/")[1]) for kind, repo_id in repos.items()]
+    passed_over = tuple(facts.card["evaluation"]["passed_over"])
+    staged = [
+        StagedRepo(kind, repo_id, root / repo_id.split("/")[1], passed_over=passed_over)
+        for kind, repo_id in repos.items()
+    ]
     with holding(root, beside=True), replacing(root) as temporary:
         written = {repo.kind: replace(repo, folder=temporary / repo.folder.name) for repo in staged}
         for kind in sorted(written, key=list(WRITERS).index):

@@ -27,7 +27,7 @@ from modeling_dclip.hub.publish.cards import (
     render_card,
     template_name,
 )
-from modeling_dclip.hub.publish.evaluation import Seen, find_seen, read_all_results, select_records
+from modeling_dclip.hub.publish.evaluation import Seen, find_passed_over, find_seen, read_all_results, select_records
 from modeling_dclip.hub.publish.facts import MOST_LETTERS, check_repo_name, gather_card_facts, suggest_name
 from modeling_dclip.hub.publish.licences import check_licence, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import LABELS, Example, choose_pictures, draw_pictures, save_pictures
@@ -162,7 +162,8 @@ def test_a_card_says_why_its_weights_are_larger_than_those_that_training_saved(m
 
 def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
     records = read_all_results([str(made["results"])])
-    records += [{**one, "benchmark": "retrieval=scenes:val"} for one in records if one["benchmark"] == RETRIEVAL]
+    other = {"benchmark": "retrieval=scenes:val", "dataset_fingerprint": "sha256:01"}
+    records += [{**one, **other} for one in records if one["benchmark"] == RETRIEVAL]
     write_results(tmp_path / "records.json", records)
     facts = gather({**made, "results": tmp_path}, teacher=False)
     (verdict,) = facts["evaluation"]["verdicts"]
@@ -307,6 +308,7 @@ def test_a_wrong_name_is_named_as_it_was_given(repo_id, message):
 def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
     def record(top1, created, revision="sha256:own", **fields):
         shared = {"model": "m", "benchmark": "zero_shot=x", "metrics": {"top1": top1}, "revision": revision}
+        shared |= {"dataset_fingerprint": "sha256:ab", "n": 8}
         return {**shared, "created": f"2026-01-{created:02d}", **fields}
 
     compared = {"comparison": {"anchor_revision": "sha256:anchor"}}
@@ -315,6 +317,13 @@ def test_of_several_records_the_newest_counts_and_other_conditions_do_not():
     own, reference = select_records(records, "sha256:own", "m", ["r"])
     assert [one["metrics"]["top1"] for one in own] == [0.3]
     assert [one["metrics"]["top1"] for one in reference] == [0.2]
+    assert find_passed_over(records, own) == ["zero_shot=x of 2026-01-01 (shown: zero_shot=x of 2026-01-02)"]
+    # The same data under another name is the same benchmark; other data, or another number of them, is not.
+    records += [record(0.4, 4, benchmark="zero_shot=y"), record(0.5, 1, benchmark="zero_shot=z", n=4)]
+    records += [record(0.6, 1, benchmark="retrieval=x", dataset_fingerprint="none")]
+    records += [record(0.7, 2, benchmark="retrieval=y", dataset_fingerprint="none")]
+    own, reference = select_records(records, "sha256:own", "m", ["r"])
+    assert sorted(one["metrics"]["top1"] for one in own) == [0.4, 0.5, 0.6, 0.7]
 
 
 def test_a_test_part_is_called_held_out_only_where_no_image_of_it_was_trained_on(tmp_path):
@@ -325,6 +334,7 @@ def test_a_test_part_is_called_held_out_only_where_no_image_of_it_was_trained_on
 
     def find(benchmark=f"retrieval=held_out:{run}", notes=(), **fields):
         record = {"benchmark": benchmark, "revision": "sha256:own", "created": "2026-01-01", "notes": list(notes)}
+        record |= {"dataset_fingerprint": "sha256:ab", "n": 3}
         others = [{**record, "revision": "sha256:other"}, {**record, "condition": "alpha=0.5"}]
         return find_seen([record | fields, *others], "sha256:own", str(run / "student"))
 
