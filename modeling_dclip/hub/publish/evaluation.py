@@ -19,7 +19,7 @@ from modeling_dclip.evaluation.reports.document import Cell, Table, render_markd
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import ABSENT, COUNTED, KIND_TITLES, interval_of
 from modeling_dclip.evaluation.reports.verdict import Verdict, judge
-from modeling_dclip.evaluation.statistics import IntervalDict
+from modeling_dclip.evaluation.statistics import FEWEST_IMAGES, RETENTION_METRIC, IntervalDict
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
 from modeling_dclip.progress import count_of
 
@@ -27,6 +27,8 @@ from modeling_dclip.progress import count_of
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
 INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
 BEFORE = "before training"
+# Fewer test images are a limit of the results: with 500 images a share's 95 % interval is up to 9 points wide.
+FEW_TEST_IMAGES = 500
 MODEL_SETTINGS = ("alpha", "anchor_revision")  # of a record: they say which weights, not what was asked
 
 
@@ -39,11 +41,31 @@ class BenchmarkFacts(NamedTuple):
     table: str
 
 
+class FewTested(NamedTuple):
+    """A benchmark of few images: its spec, how many they are, and the widest interval of a share, in words."""
+
+    spec: str
+    size: str
+    widest: str
+
+
+class Forgotten(NamedTuple):
+    """A zero-shot benchmark that the model does worse on than before training, beyond noise, in words.
+
+    Attributes:
+        spec (`str`): Names the benchmark.
+        kept (`str`): The share of the accuracy before training that is left, with its interval.
+    """
+
+    spec: str
+    kept: str
+
+
 class EvaluationFacts(TypedDict):
     """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured.
 
     `trained_on` says by benchmark how many images were trained on; an empty text where only the dataset is known.
-    `passed_over` names the results that a newer one replaces.
+    `passed_over` names the results that a newer one replaces. `few_tested` and `forgotten` are limits of the model.
     """
 
     benchmarks: list[BenchmarkFacts]
@@ -58,6 +80,8 @@ class EvaluationFacts(TypedDict):
     role: str
     verdicts: list[Verdict]
     passed_over: list[str]
+    few_tested: list[FewTested]
+    forgotten: list[Forgotten]
 
 
 def read_all_results(paths: Sequence[str]) -> list[Record]:
@@ -312,7 +336,41 @@ def describe_evaluation(
         role=role,
         verdicts=merge_verdicts(judge([*_named(reference, start), *_named(own, name)])) if start else [],
         passed_over=list(passed_over),
+        few_tested=[_describe_few(record) for record in own if record["n"] < FEW_TEST_IMAGES],
+        forgotten=find_forgotten(own) if start else [],
     )
+
+
+def find_forgotten(records: Sequence[Record]) -> list[Forgotten]:
+    """Find the zero-shot benchmarks on which a model lost accuracy beyond noise: the whole interval is below 100 %.
+
+    Args:
+        records (`Sequence[Record]`): Of a model, compared with the one that its training started from.
+
+    Returns:
+        `list[Forgotten]`: In the order of the records.
+    """
+    found = []
+    for record in records:
+        kept = record.get("comparison", {}).get(f"{RETENTION_METRIC}_retention")
+        if kept and kept["high"] is not None and kept["high"] < 1 and record["n"] >= FEWEST_IMAGES:
+            words = f"{_percent(kept['estimate'])} {range_in_words(kept, _percent)}"
+            found.append(Forgotten(record["benchmark"], words))
+    return found
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
+
+
+def _describe_few(record: Record) -> FewTested:
+    """A benchmark of few images, with the widest interval of the shares that the card shows of it."""
+    shown = (name for name in record["metrics"] if _is_shown(name, record["metrics"]) and metric_of(name).unit == "%")
+    intervals = (interval_of(record, name) for name in shown)
+    widths = [one["high"] - one["low"] for one in intervals if one["low"] is not None and one["high"] is not None]
+    widest = f"{100 * max(widths):.0f}" if widths else ""
+    kind = record["benchmark"].partition("=")[0]
+    return FewTested(record["benchmark"], count_of(record["n"], COUNTED.get(kind, "image")), widest)
 
 
 def merge_verdicts(verdicts: Sequence[Verdict]) -> list[Verdict]:

@@ -221,10 +221,12 @@ def make_examples(model: PreTrainedModel, processor: DCLIPProcessor, pictures: P
     """
     if not pictures.files:
         return []
+    tokenizer = copy.deepcopy(processor.tokenizer)  # a call leaves padding and truncation in it, which are saved
+    tokenizer.model_max_length = 10**9  # the model cuts long texts and says so; the tokenizer would warn of an error
     classify = pipeline(
         "zero-shot-image-classification",
         model=model,
-        tokenizer=copy.deepcopy(processor.tokenizer),  # a call leaves padding and truncation in it, which are saved
+        tokenizer=tokenizer,
         image_processor=processor.image_processor,
     )
     examples = []

@@ -58,6 +58,8 @@ SOURCES = {
     "images": "the publisher's own images in {}",
     "held_out": "the held-out images of the run {}",
 }
+# Fewer training images are a limit of the model; usual retrieval sets have thousands (Flickr8k 6,000).
+FEW_TRAINING_IMAGES = 1_000
 # What decides which checkpoint is kept, by the name that the trainer gives it.
 CHOOSERS = {"loss": "validation loss", "mean_recall@1": "mean R@1 of both directions on the validation images"}
 
@@ -72,7 +74,8 @@ class DataSource(NamedTuple):
 class TrainingFacts(TypedDict):
     """How a model was trained, in words. What training did not record is `None` or an empty list.
 
-    `sources` and `uncaptioned` are the datasets, `counts` their sizes, `losses` and `methods` what was done, `length`
+    `sources` and `uncaptioned` are the datasets, `counts` their sizes, `few_images` how many were trained on where
+    they are few, `losses` and `methods` what was done, `length`
     and `checkpoint` how long and which state was kept, `settings` a table.
     """
 
@@ -81,6 +84,7 @@ class TrainingFacts(TypedDict):
     sources: list[DataSource]
     uncaptioned: list[DataSource]
     counts: list[str]
+    few_images: str | None
     excluded: list[str]
     may_hold_test_images: bool
     teachers: list[str]
@@ -123,7 +127,7 @@ def describe_training(
     # Two fields set the length of training; the one that the other overrides is not shown.
     unused = "num_train_epochs" if values["max_steps"] > 0 else "max_steps"
     teachers = (arguments.get("reinforce") or {}).get("teachers", [])
-    state = _read_state(Path(folder) / "trainer_state.json")
+    state, counts = _read_state(Path(folder) / "trainer_state.json"), _read_counts(Path(folder) / MANIFEST_NAME)
     names = (*SETTINGS[section], *adapted)
     reads_teacher = any(values.get(name) for name in TEACHER_LOSSES)
     return TrainingFacts(
@@ -131,7 +135,8 @@ def describe_training(
         specs=specs,
         sources=[describe_source(spec) for spec in specs],
         uncaptioned=[describe_source(show_spec(spec)) for spec in uncaptioned],
-        counts=_describe_counts(Path(folder) / MANIFEST_NAME),
+        counts=_describe_counts(counts),
+        few_images=_describe_few(counts),
         excluded=[Path(name).name for name in arguments["exclude_karpathy"]],
         may_hold_test_images=any(spec.partition(":")[0] not in ("scenes", "csv", "images") for spec in specs),
         teachers=[Path(name).name if Path(name).is_dir() else show_spec(name) for name in teachers],
@@ -222,11 +227,20 @@ def show_duration(seconds: float) -> str:
     return " ".join(count_of(number, noun) for number, noun in parts if number)
 
 
-def _describe_counts(manifest: Path) -> list[str]:
-    """How many images each part of the data has, where training counted them."""
+def _read_counts(manifest: Path) -> dict[str, dict[str, int]]:
+    """How many images and captions each part of the data has, where training counted them."""
     if not manifest.is_file():
-        return []
-    counts = read_json(manifest, "manifest", advice="Restore it.").get("counts", {})
+        return {}
+    return read_json(manifest, "manifest", advice="Restore it.").get("counts", {})
+
+
+def _describe_few(counts: Mapping[str, Mapping[str, int]]) -> str | None:
+    """How many images were trained on, with and without captions, if that is known and they are few."""
+    images = sum(counts[part]["images"] for part in ("train", "uncaptioned") if counts.get(part))
+    return count_of(images, "image") if 0 < images < FEW_TRAINING_IMAGES else None
+
+
+def _describe_counts(counts: Mapping[str, Mapping[str, int]]) -> list[str]:
     parts = {
         "train": "{} with {} were trained on",
         "uncaptioned": "{} without captions, too",

@@ -160,6 +160,35 @@ def test_a_card_says_why_its_weights_are_larger_than_those_that_training_saved(m
     assert [told in render_card("dual", gather(one, teacher=False)) for one in (made, half)] == [False, True]
 
 
+def test_the_limits_name_few_images_and_lost_zero_shot_accuracy_where_there_are_such(made, tmp_path):
+    lines = render_card("dual", gather(made, teacher=False)).split("## Limits")[1]
+    assert "keeps" not in lines and "Few training images" not in lines  # not compared in zero-shot, and not counted
+    student = tmp_path / "student"
+    shutil.copytree(made["dclip"], student)
+    counts = {"train": {"images": 90, "captions": 196}, "uncaptioned": {"images": 1, "captions": 0}}
+    (student / "manifest.json").write_text(json.dumps({"counts": counts}))
+    records = read_all_results([str(made["results"])])
+    own = next(one for one in records if "anchor_revision" in one.get("comparison", {}))
+    shares = {"high": 0.93, "low": 0.87, "estimate": 0.9, "confidence": 0.95, "covers": "images"}
+    own = {**own, "benchmark": "zero_shot=scenes:test", "metrics": {"top1": 0.9}, "intervals": {"top1": shares}}
+
+    def limits(n, kept):
+        about = {**own["comparison"], "top1_retention": {**shares, **kept}}
+        write_results(tmp_path / "records.json", [{**own, "n": n, "comparison": about}])
+        facts = gather({**made, "dclip": student, "results": tmp_path / "records.json"}, teacher=False)
+        return render_card("dual", facts).split("## Limits")[1].split("## ")[0]
+
+    told = limits(499, {})
+    assert "Few training images: 91 images." in told
+    assert "on `zero_shot=scenes:test` rest on 499 images, and their intervals are up to 6 points wide." in told
+    assert "it keeps 90.0 % (87.0 % to 93.0 %) of its zero-shot accuracy on `zero_shot=scenes:test`." in told
+    told = limits(500, {"high": 1.0})  # enough images, and what was lost is not beyond noise
+    assert "Few test images" not in told and "keeps" not in told
+    counts["train"]["images"] = 999
+    (student / "manifest.json").write_text(json.dumps({"counts": counts}))
+    assert "Few training images" not in limits(500, {})
+
+
 def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
     records = read_all_results([str(made["results"])])
     other = {"benchmark": "retrieval=scenes:val", "dataset_fingerprint": "sha256:01"}
