@@ -169,13 +169,17 @@ def stated_length(tokenizer: Any, where: str) -> int:
     return int(tokenizer.model_max_length)
 
 
+def longest_positions(text_config: Any) -> int:
+    """The largest number of tokens for which a text encoder has places; a very large one where it counts none."""
+    positions = getattr(text_config, "max_position_embeddings", 1 << 30)
+    if getattr(text_config, "model_type", None) in COUNT_FROM_PADDING:
+        positions -= text_config.pad_token_id + 1
+    return positions
+
+
 def longest_text(model: DualEncoder, tokenizer: Any) -> int:
     """The largest number of tokens that both model and tokenizer accept, BOS and EOS included."""
-    config: Any = getattr(model.config, "text_config", None)
-    positions = getattr(config, "max_position_embeddings", 1 << 30)
-    if getattr(config, "model_type", None) in COUNT_FROM_PADDING:
-        positions -= config.pad_token_id + 1
-    return min(tokenizer.model_max_length, positions)
+    return min(tokenizer.model_max_length, longest_positions(getattr(model.config, "text_config", None)))
 
 
 def tokenize_texts(

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from modeling_dclip.data.files import temporary_folder
+from modeling_dclip.encoders.loading import NATIVE_ENCODERS
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 
@@ -41,9 +42,10 @@ def require_native_twin(model: PreTrainedModel, reader: str) -> None:
         vision = getattr(model.config, "vision_config", model.config)
         positions = getattr(vision, "position_embedding_type", None)
         kind = f"{model.config.model_type!r}" + (f" with {positions!r} positions" if positions else "")
+        on_hub = "without" if model.config.model_type in NATIVE_ENCODERS else "with"
         raise ValueError(
             f"Expected a DCLIP student that is a plain ViT, which {reader} has, got {kind}. The formats onnx and "
-            "torch_export take this model; on the Hub it is read with trust_remote_code=True."
+            f"torch_export take this model; on the Hub it is read {on_hub} trust_remote_code=True."
         )
 
 

@@ -6,18 +6,20 @@ Each export is checked against the model, and deleted if the outputs differ.
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from PIL import Image
 from torch import nn
-from transformers import AutoImageProcessor, AutoTokenizer, CLIPImageProcessorPil, PreTrainedModel
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
 from modeling_dclip.data.files import check_new_folder, holding, replacing, write_bytes, write_json
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import longest_text
 from modeling_dclip.encoders.loading import (
-    DUAL_ENCODERS,
+    NATIVE_ENCODERS,
+    STUDENT_ENCODERS,
     find_adapter,
     load_checked,
     load_merged,
@@ -142,8 +144,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
     if find_adapter(model) is not None:
         loaded = load_merged(model)
     else:
-        model_type = read_config(model, {**DUAL_ENCODERS, **IMAGE_ENCODERS}).model_type
-        if model_type in DUAL_ENCODERS:
+        model_type = read_config(model, (*STUDENT_ENCODERS, *IMAGE_ENCODERS)).model_type
+        if model_type in STUDENT_ENCODERS:
             loaded = load_merged(model)
         else:
             loaded = load_checked(IMAGE_ENCODERS[model_type], model)
@@ -154,7 +156,9 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
         if not is_dual(loaded):
             return fused
         loaded.vision_model, loaded.config.vision_config = fused, fused.config
-    elif image_size not in (None, encoder.config.image_size):
+    elif not hasattr(encoder.config, "image_size"):  # of timm: its image processor alone says it
+        encoder.config.image_size = load_processor(model).image_processor.crop_size["height"]
+    if not isinstance(encoder, DMCLIPVisionModel) and image_size not in (None, encoder.config.image_size):
         raise ValueError(
             f"image_size: expected {encoder.config.image_size}, which '{model}' was made for, got {image_size}."
         )
@@ -324,25 +328,31 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     write_json(folder / "config.json", config, indent=2, default=str)
     if not is_dual(model) or not any((Path(source) / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):
         return
-    processor = to_native_processor(load_processor(source))
+    processor = load_processor(source)
+    if model.config.model_type not in NATIVE_ENCODERS:
+        processor = to_native_processor(processor)
     resize_images(processor.image_processor, model, source)
     processor.tokenizer.model_max_length = longest_text(cast("DualEncoder", model), processor.tokenizer)
     processor.tokenizer.save_pretrained(folder)
-    settings = processor.image_processor.to_dict() | {"image_processor_type": "CLIPImageProcessor"}
+    kind = type(processor.image_processor).__name__.removesuffix("Pil")
+    settings = processor.image_processor.to_dict() | {"image_processor_type": kind}
     write_json(folder / PREPROCESSOR, settings, indent=2, default=str)
 
 
-def resize_images(image_processor: CLIPImageProcessorPil, model: PreTrainedModel, source: str | os.PathLike) -> None:
+def resize_images(image_processor: Any, model: PreTrainedModel, source: str | os.PathLike) -> None:
     """Set the preprocessing of a DM-CLIP to the size that the model reads; check the preprocessing of a ViT.
 
     Args:
-        image_processor (`CLIPImageProcessorPil`): Changed in place.
+        image_processor: Of transformers; changed in place.
         model (`PreTrainedModel`): A dual encoder.
         source (`str` or `os.PathLike`): The model's folder, for messages.
 
     Raises:
         ValueError: If a ViT's preprocessing is for another size, or images are not cropped to one size.
     """
+    if model.config.model_type in NATIVE_ENCODERS:
+        _check_size(image_processor, model, source)
+        return
     if not image_processor.do_resize or not image_processor.do_center_crop:
         raise ValueError(
             f"Expected {PREPROCESSOR} of '{source}' to resize and to crop, so that all images have one size, got "
@@ -358,6 +368,18 @@ def resize_images(image_processor: CLIPImageProcessorPil, model: PreTrainedModel
             f"{crop}. Set its `crop_size` and `size`."
         )
     image_processor.crop_size, image_processor.size = {"height": size, "width": size}, {"shortest_edge": size}
+
+
+def _check_size(image_processor: Any, model: PreTrainedModel, source: str | os.PathLike) -> None:
+    """Check that pictures of any shape become squares of the size that a model of another family reads."""
+    side = model.config.vision_config.image_size
+    for shape in ((2 * side, side), (side + 3, 3 * side)):
+        pixels = image_processor(images=[Image.new("RGB", shape)], return_tensors="pt")["pixel_values"]
+        if pixels.shape[-2:] != (side, side):
+            raise ValueError(
+                f"Expected images of {side} x {side} pixels, which the image encoder reads, from {PREPROCESSOR} of "
+                f"'{source}', got {pixels.shape[-2]} x {pixels.shape[-1]}. Set its `crop_size` and `size`."
+            )
 
 
 def write_export(output: str | os.PathLike, write: Callable[[Path], dict[str, Deviation]]) -> dict[str, Deviation]:

@@ -2,7 +2,7 @@
 
 An image tower maps `pixel_values (batch_size, channels, S, S)` to `image_embeds`, a text tower maps
 `input_ids (batch_size, sequence_length)` to `text_embeds`. Neither normalises them. A text needs no mask: the tokens
-after its end token change nothing.
+after its end token change nothing, or the graph knows the padding by its id.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from modeling_dclip.data.files import read_bytes, temporary_folder, write_bytes
+from modeling_dclip.encoders.families import READ_AT_END, READ_PADDING, longest_positions
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 ONNX_DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # with the file suffixes that transformers.js reads
@@ -71,7 +72,7 @@ class ImageTower(nn.Module):
     def sample(self, batch_size: int) -> torch.Tensor:
         """Draw random pixels `(B, channels, S, S)`, the same ones at each call."""
         generator, size = torch.Generator().manual_seed(batch_size), self.config.image_size
-        return torch.randn(batch_size, self.config.num_channels, size, size, generator=generator)
+        return torch.randn(batch_size, getattr(self.config, "num_channels", 3), size, size, generator=generator)
 
     def dynamic_axes(self) -> dict[int, torch.export.Dim]:
         """The sizes of the input that may vary."""
@@ -90,20 +91,26 @@ class TextTower(nn.Module):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.config = model, model.config.text_config
+        self.longest = longest_positions(self.config)
+        self.reads_padding = model.config.model_type in READ_PADDING
+        self.needs_mask = not self.reads_padding and model.config.model_type not in READ_AT_END
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embed `(B, T)` as `(B, D)`, with `T` at most the tower's number of positions."""
-        return self.model.get_text_features(input_ids).pooler_output.float()
+        inputs = {"input_ids": input_ids}
+        if self.reads_padding:
+            missing = self.longest - input_ids.shape[1]
+            inputs["input_ids"] = nn.functional.pad(input_ids, (0, missing), value=self.config.pad_token_id)
+        elif self.needs_mask:
+            inputs["attention_mask"] = (input_ids != self.config.pad_token_id).long()
+        return self.model.get_text_features(**inputs).pooler_output.float()
 
     def sample(self, batch_size: int) -> torch.Tensor:
         """Draw random ids `(B, T)`, the same ones at each call. Each row ends at another place, and T grows with B."""
-        generator, length = (
-            torch.Generator().manual_seed(batch_size),
-            min(8 * batch_size, self.config.max_position_embeddings),
-        )
-        end = self.config.eos_token_id
-        if end == LEGACY_EOS_TOKEN_ID:  # the highest id of a row is then its end
-            end = self.config.vocab_size - 1
+        generator, length = torch.Generator().manual_seed(batch_size), min(8 * batch_size, self.longest)
+        end = self.config.pad_token_id if self.needs_mask or self.reads_padding else self.config.eos_token_id
+        if end == LEGACY_EOS_TOKEN_ID and self.model.config.model_type in ("clip", "dclip"):
+            end = self.config.vocab_size - 1  # the highest id of a row is then its end
         ids = torch.randint(0, self.config.vocab_size, (batch_size, length), generator=generator)
         ids = torch.where(ids == end, (end + 1) % self.config.vocab_size if end == 0 else end - 1, ids)
         for row in range(batch_size):
@@ -112,10 +119,9 @@ class TextTower(nn.Module):
 
     def dynamic_axes(self) -> dict[int, torch.export.Dim]:
         """The sizes of the input that may vary."""
-        longest = self.config.max_position_embeddings
         return {
             0: torch.export.Dim("batch_size", min=1, max=65_536),
-            1: torch.export.Dim("sequence_length", min=2, max=longest),
+            1: torch.export.Dim("sequence_length", min=2, max=self.longest),
         }
 
 

@@ -26,6 +26,7 @@ from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
+    NATIVE_ENCODERS,
     find_adapter,
     load_checked,
     load_merged,
@@ -211,7 +212,7 @@ def gather(arguments: PublishArguments, problems: Problems | None = None) -> Fac
     find(lambda: check_repo_name(arguments.repo_id))
     if find(lambda: _check_model(arguments)):
         adapter = find(lambda: _read_adapter(Path(arguments.model) / ADAPTER_FOLDER))
-        model = find(lambda: load_merged(arguments.model))
+        model = find(lambda: _load_model(arguments.model))
         processor = find(lambda: load_processor(arguments.model))
     if arguments.teacher is not None:
         teacher = find(lambda: _load_teacher(str(arguments.teacher), model))
@@ -432,6 +433,18 @@ def _check_model(arguments: PublishArguments) -> bool:
             "`merge_adapter: true`; the adapter is then published beside the merged weights."
         )
     return True
+
+
+def _load_model(folder: str) -> PreTrainedModel:
+    """Load a dual encoder of this package. A model of another family needs no code, and its cards are not written."""
+    model = load_merged(folder)
+    if model.config.model_type in NATIVE_ENCODERS:
+        raise ValueError(
+            f"model: expected a student that started from a CLIP, or a DM-CLIP, got a model of type "
+            f"{model.config.model_type!r}, for which no card is written. It needs no custom code: upload its folder "
+            f"with `hf upload NAMESPACE/NAME {folder}`, and write its card by hand."
+        )
+    return model
 
 
 def _require_trained(name: str, folder: str) -> None:

@@ -9,9 +9,10 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny_dual_encoders import save_dual_encoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
 from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
@@ -294,3 +295,23 @@ def test_weights_or_a_tokenizer_that_are_not_there_are_never_made_up(dclip_folde
     with pytest.raises(SystemExit, match="Expected whole weights in .*vision/model.safetensors', got a damaged file"):
         main(command)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["siglip", "vision_text"])  # reads its padding; knows its padding by the id
+def test_students_of_other_families_are_exported_in_their_own_format(family, tmp_path):
+    pytest.importorskip("onnxruntime", reason="ONNX is the extra [export]")
+    source, output = save_dual_encoder(family, tmp_path / "student"), tmp_path / "exported"
+    main(["onnx", "--model", str(source), "--output", str(output), "--dtypes", "fp32", "--towers", "text"])
+    model, tokenizer = AutoModel.from_pretrained(source), AutoTokenizer.from_pretrained(output)
+    config = json.loads((output / "config.json").read_text())
+    assert config["model_type"] == model.config.model_type and "auto_map" not in config
+    texts = ["a red dog", "the small blue circle and a large square"]
+    ids = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")["input_ids"]
+    full = {"siglip": {"padding": "max_length", "max_length": 16}}.get(family, {"padding": True})
+    inputs = AutoProcessor.from_pretrained(source)(text=texts, return_tensors="pt", **full)
+    with torch.no_grad():
+        expected = model.get_text_features(**inputs).pooler_output
+    found = torch.from_numpy(run_onnx(output / "onnx" / "text_model.onnx", ids))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SystemExit, match="a plain ViT, which open_clip has, got .* read without trust_remote_code"):
+        main(["open_clip", "--model", str(source), "--output", str(tmp_path / "other")])
