@@ -61,9 +61,9 @@ IMAGE_ENCODERS = {"dmclip_vision": DMCLIPVisionModel, "dclip_vision": DCLIPVisio
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Runner = Callable[[torch.Tensor], torch.Tensor]  # a tower as a function of pixels or ids
 _WHY = {
-    "picture": "The numbers are for the code in the export's README, with PIL's resizing. The default backend of "
-    "transformers differs by 1 to 2 grey levels, and transformers.js resizes in its own way. None turns a picture as "
-    "EXIF says, and 16 bits a pixel become white: `open_picture` in the README makes up for both.",
+    "picture": "It leaves out what EXIF says and makes 16 bits a pixel white. `open_picture` of the README makes up "
+    "for both. All numbers are for PIL's resizing: the default backend of transformers differs by 1 to 2 grey levels, "
+    "and transformers.js resizes in its own way.",
 }
 # The code in a README: for each tower how to make its input, how each runtime computes it, and what to do with it.
 _INPUTS = {
@@ -88,10 +88,10 @@ text = onnxruntime.InferenceSession(f"{folder}/onnx/text_model.onnx")
 }
 _PROGRAM_RUNS = {
     "image": """
-image_embeds = torch.export.load(f"{folder}/vision_model.pt2").module()(pixels)
+image_embeds = torch.export.load(f"{folder}/vision_model.pt2").module()(pixels).detach()
 """,
     "text": """
-text_embeds = torch.export.load(f"{folder}/text_model.pt2").module()(ids)
+text_embeds = torch.export.load(f"{folder}/text_model.pt2").module()(ids).detach()
 """,
 }
 

@@ -29,6 +29,8 @@ from modeling_dclip.hub.export.open_clip import write_open_clip
 from modeling_dclip.hub.export.readers import short_code
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 
+DIFFERS = "What differs from the model:"
+
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = CommandParser(
@@ -78,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) -> str:
-    """Say what was written, how near it is to the model, what its reader reads otherwise, and how to use it.
+    """Say what was written, how near it is to the model, how to use it, and what its reader reads otherwise.
 
     Args:
         output (`Path`): The export.
@@ -86,7 +88,7 @@ def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) 
         written (`Mapping[str, Deviation]`): Files in it with what was measured.
 
     Returns:
-        `str`: Lines, the code last.
+        `str`: Lines.
     """
     lines = [f"Exported {model} to {output}.", "Each file was loaded again and compared with the model:", ""]
     width = max(map(len, written))
@@ -97,10 +99,11 @@ def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) 
             f"{measured['max_relative_difference']:.1e} of the largest value, least "
             f"cosine {measured['min_cosine']:.6f}"
         )
-    for line in (line for measured in written.values() for line in measured.get("differs", ())):
-        lines += ["", *textwrap.wrap(f"Note: {line}", 120, break_on_hyphens=False)]
     if code := short_code(output):
         lines += ["", f"To use it ({output / 'README.md'} says more):", "", *code.splitlines()]
+    differs = [line for measured in written.values() for line in measured.get("differs", ())]
+    for line in ([DIFFERS] if differs else []) + differs:
+        lines += ["", *textwrap.wrap(line, 120, break_on_hyphens=False)]
     return "\n".join(lines) + "\n"
 
 

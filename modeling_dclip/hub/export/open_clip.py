@@ -32,16 +32,16 @@ import open_clip
 folder = "local-dir:FOLDER"  # this one
 model, preprocess = open_clip.create_model_from_pretrained(folder)
 tokenizer = open_clip.get_tokenizer(folder)
-image_embeds = model.encode_image(preprocess(open_picture("photo.jpg"))[None], normalize=True)
-text_embeds = model.encode_text(tokenizer(["a photo of a dog"]), normalize=True)  # inner products are cosines
+image_embeds = model.encode_image(preprocess(open_picture("photo.jpg"))[None], normalize=True).detach()
+text_embeds = model.encode_text(tokenizer(["a photo of a dog"]), normalize=True).detach()  # inner products are cosines
 """
 _WHY = {
     "text": "Before its tokenizer, open_clip repairs every text with ftfy (quotes, ligatures, widths, encodings) and "
     "resolves HTML entities; no setting turns that off. The model reads texts as they are. Give both the repaired "
     "text where the two have to agree.",
-    "picture": "open_clip leaves out what transparency and EXIF say, makes 16 bits a pixel white, resizes before it "
-    "converts to RGB, and rounds the margins of its crop to even numbers. `open_picture` in the export's README makes "
-    "up for all but the margins.",
+    "picture": "It leaves out what transparency and EXIF say, makes 16 bits a pixel white, resizes before it converts "
+    "to RGB, and rounds the margins of its crop to even numbers. `open_picture` of the README makes up for all but "
+    "the margins.",
 }
 NAMES = {  # of a layer's parts, ours to open_clip's, which has the projections of attention in one matrix
     "layer_norm1": "ln_1",

@@ -39,8 +39,8 @@ text_embeds = model.encode(["a photo of a dog"], normalize_embeddings=True)
 _WHY = {
     "text": "sentence-transformers reads a text that is the address of a picture, or the path of one that is there, "
     "as that picture.",
-    "picture": "sentence-transformers leaves out what EXIF says of a picture that is open, and makes 16 bits a pixel "
-    "white. `open_picture` in the export's README makes up for both.",
+    "picture": "It leaves out what EXIF says of a picture that is open, and makes 16 bits a pixel white. "
+    "`open_picture` of the README makes up for both.",
 }
 
 
