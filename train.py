@@ -60,7 +60,8 @@ from modeling_dclip.evaluation.reports.tables import (
 )
 from modeling_dclip.evaluation.reports.verdict import show_verdicts
 from modeling_dclip.hub.publish import check_publication, describe_publication, publish
-from modeling_dclip.hub.publish.facts import PublishArguments, suggest_name
+from modeling_dclip.hub.publish.arguments import PublishArguments
+from modeling_dclip.hub.publish.facts import suggest_name
 from modeling_dclip.hub.publish.licences import check_licence, find_origins
 from modeling_dclip.progress import duration_in_words
 

@@ -513,6 +513,6 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
     """The help of a command: the description as it is written, and the default of each option that has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.required or action.default is None or action.default is False:
+        if action.required or action.default is None or action.default is False or action.default == []:
             return action.help
         return super()._get_help_string(action)

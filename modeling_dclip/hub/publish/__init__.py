@@ -4,17 +4,16 @@ import shlex
 import textwrap
 from dataclasses import MISSING, fields, replace
 from pathlib import Path
-
-from huggingface_hub import HfApi, get_token
+from typing import TYPE_CHECKING
 
 from modeling_dclip.data.files import temporary_folder
-from modeling_dclip.encoders.loading import stored_dtype
-from modeling_dclip.hub.publish.facts import Problems, PublishArguments, check_repo_name, gather
-from modeling_dclip.hub.publish.licences import check_licence, read_arguments
-from modeling_dclip.hub.publish.pictures import EXAMPLES
-from modeling_dclip.hub.publish.push import DELAYS_S, Pushed, check_access, push_repos
-from modeling_dclip.hub.publish.staging import StagedRepo, check_staging, list_files, stage
+from modeling_dclip.hub.publish.arguments import DELAYS_S, PublishArguments
 from modeling_dclip.progress import count_of
+
+# The rest is imported where it is needed: PyTorch and transformers take seconds, for which `--help` need not wait.
+if TYPE_CHECKING:
+    from modeling_dclip.hub.publish.push import Pushed
+    from modeling_dclip.hub.publish.staging import StagedRepo
 
 DRY_RUN_FOLDER = "outputs/publish"  # of a dry run; a folder in it for each dual encoder, named as its repository
 PUBLISH_COMMAND = "python -m modeling_dclip.hub.publish"
@@ -34,6 +33,12 @@ def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = D
         PublicationError: If several of these are wrong.
         ValueError: If the name or the licence is not valid.
     """
+    from huggingface_hub import HfApi
+
+    from modeling_dclip.hub.publish.facts import Problems, check_repo_name
+    from modeling_dclip.hub.publish.licences import check_licence
+    from modeling_dclip.hub.publish.push import check_access
+
     problems = Problems()
     problems.find(lambda: check_repo_name(arguments.repo_id))
     problems.find(lambda: check_licence(arguments.license, arguments.license_name, arguments.license_link, []))
@@ -42,7 +47,7 @@ def check_publication(arguments: PublishArguments, delays: tuple[float, ...] = D
     problems.report()
 
 
-def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> list[StagedRepo] | list[Pushed]:
+def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -> "list[StagedRepo] | list[Pushed]":
     """Gather the facts, write and check the repositories, and push them.
 
     Args:
@@ -59,6 +64,12 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
         PermissionError: If the token is missing, unknown, or may not write there.
         PublicationError: If several things are wrong.
     """
+    from huggingface_hub import HfApi
+
+    from modeling_dclip.hub.publish.facts import Problems, gather
+    from modeling_dclip.hub.publish.push import check_access, push_repos
+    from modeling_dclip.hub.publish.staging import check_staging, stage
+
     problems = Problems()
     with temporary_folder() as temporary:
         repo_id, root = str(arguments.repo_id), temporary / "repos"
@@ -74,12 +85,14 @@ def publish(arguments: PublishArguments, delays: tuple[float, ...] = DELAYS_S) -
 
 def _is_name(repo_id: str | None) -> bool:
     """Whether the Hub may be asked about a name; what is wrong with it is told by [`gather`]."""
+    from modeling_dclip.hub.publish.facts import Problems, check_repo_name
+
     problems = Problems()
     problems.find(lambda: check_repo_name(repo_id))
     return not problems.found
 
 
-def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
+def describe_publication(done: "list[StagedRepo] | list[Pushed]") -> str:
     """Say what was done with each repository, or in a dry run what would be done.
 
     Args:
@@ -88,6 +101,8 @@ def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
     Returns:
         `str`: A line for each repository; in a dry run also its files.
     """
+    from modeling_dclip.hub.publish.staging import StagedRepo, list_files
+
     lines = []
     for repo in done:
         if isinstance(repo, StagedRepo):
@@ -104,7 +119,7 @@ def describe_publication(done: list[StagedRepo] | list[Pushed]) -> str:
     return "\n".join(lines)
 
 
-def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[Pushed]) -> str:
+def describe_dry_run(arguments: PublishArguments, done: "list[StagedRepo] | list[Pushed]") -> str:
     """Say what a dry run wrote, what it changed, and what to do next.
 
     Args:
@@ -114,6 +129,8 @@ def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[
     Returns:
         `str`: Lines; the last one says what to read.
     """
+    from modeling_dclip.hub.publish.staging import StagedRepo
+
     staged = [repo for repo in done if isinstance(repo, StagedRepo)]
     cards = [str(repo.folder / "README.md") for repo in reversed(staged)]  # the dual encoder's first
     lines = [describe_publication(staged), "", _describe_changes(staged), *_describe_open_ends(arguments, staged), ""]
@@ -125,7 +142,7 @@ def describe_dry_run(arguments: PublishArguments, done: list[StagedRepo] | list[
     return "\n".join([*lines, f"Nothing was pushed; read {', '.join(cards)}"])
 
 
-def _describe_changes(staged: list[StagedRepo]) -> str:
+def _describe_changes(staged: "list[StagedRepo]") -> str:
     if all(repo.changed is None for repo in staged):
         return "Written for the first time. The same command again replaces the folders and says what changed."
     changes = [f"  {repo.folder.name}: {_list_some(repo.changed)}" for repo in staged if repo.changed]
@@ -139,8 +156,14 @@ def _list_some(names: tuple[str, ...], most: int = 4) -> str:
     return ", ".join(names[:most]) + more
 
 
-def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -> list[str]:
+def _describe_open_ends(arguments: PublishArguments, staged: "list[StagedRepo]") -> list[str]:
     """What the user may want to add, or has to do before pushing."""
+    from huggingface_hub import get_token
+
+    from modeling_dclip.encoders.loading import stored_dtype
+    from modeling_dclip.hub.publish.pictures import EXAMPLES
+    from modeling_dclip.hub.publish.staging import list_files
+
     dual = next(repo for repo in staged if repo.kind == "dual")
     shown = [name for name in list_files(dual.folder) if name.startswith(f"{EXAMPLES}/")]
     lines = [f"Older results that the card leaves out: {', '.join(dual.passed_over)}."] if dual.passed_over else []
@@ -169,6 +192,8 @@ def _describe_open_ends(arguments: PublishArguments, staged: list[StagedRepo]) -
 
 def _reads_known_data(arguments: PublishArguments) -> bool:
     """Whether a reader knows the training data by their kind, such as COCO; not files of one's own."""
+    from modeling_dclip.hub.publish.licences import read_arguments
+
     specs = read_arguments(arguments.model)["train_datasets"] or []
     return not any(spec.partition(":")[0] in ("csv", "images", "parquet", "disk", "wds") for spec in specs)
 

@@ -22,7 +22,7 @@ from transformers.utils import logging
 from modeling_dclip.data.failures import command, redact
 from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.hub.publish import describe_dry_run, describe_publication, publish
-from modeling_dclip.hub.publish.facts import PublicationError, PublishArguments
+from modeling_dclip.hub.publish.arguments import PublishArguments
 
 
 @command
@@ -34,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__,
     )
     (arguments,) = parser.parse(argv)
+    from modeling_dclip.hub.publish.facts import PublicationError
+
     logging.disable_progress_bar()  # of loading and saving weights, which are read several times
     try:
         done = publish(arguments)

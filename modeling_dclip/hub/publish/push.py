@@ -20,6 +20,7 @@ from huggingface_hub.hf_api import RepoFile
 from modeling_dclip.data.failures import TransportError
 from modeling_dclip.data.files import read_text
 from modeling_dclip.encoders.fingerprints import hash_file, hash_git_blob
+from modeling_dclip.hub.publish.arguments import DELAYS_S
 from modeling_dclip.hub.publish.facts import check_repo_name
 from modeling_dclip.hub.publish.staging import StagedRepo, list_files
 
@@ -27,7 +28,6 @@ logger = logging.getLogger(__name__)
 
 # The Hub is busy, broken or too slow. 412: somebody else has committed since the files were compared.
 TRANSIENT = {408, 412, 429, 500, 502, 503, 504}
-DELAYS_S = (1.0, 2.0, 4.0, 8.0)
 # The files that publishing writes. Those that it no longer writes are deleted; all other files of a repository stay.
 OWNED = ("*.py", "*.safetensors", "*.safetensors.index.json", "examples/*.png", "examples/*.jpg", "adapter/adapter_*")
 MESSAGE = "Publish with modeling_dclip"
