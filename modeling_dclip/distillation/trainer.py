@@ -10,6 +10,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -254,6 +255,35 @@ class _FindBest(TrainerCallback):
         state.best_model_checkpoint = str(best)
 
 
+class _TakeIntervals(TrainerCallback):
+    """Lets a run that resumes log, validate and save as often as it is asked to now.
+
+    The base class goes on as often as the checkpoint's run did, and warns where the two differ; it takes a share of
+    the steps, as it is asked for, to differ from the steps that it came to.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)
+
+
+_INTERVALS_DIFFER = "The following arguments do not match the ones in the `trainer_state.json`"
+
+
+@contextmanager
+def _without_intervals_warning() -> Iterator[None]:
+    """Leave out transformers' warning of other intervals in a checkpoint, as [`_TakeIntervals`] settles them."""
+
+    def is_news(record: logging.LogRecord) -> bool:
+        return _INTERVALS_DIFFER not in record.getMessage()
+
+    source = logging.getLogger("transformers.trainer_utils")
+    source.addFilter(is_news)
+    try:
+        yield
+    finally:
+        source.removeFilter(is_news)
+
+
 class _ContinueLog(TrainerCallback):
     """Takes over what a checkpoint's run added up since its last log: the next log is a mean over all of its steps."""
 
@@ -461,6 +491,7 @@ class BatchesTrainer(Trainer):
         self.add_callback(_Narrator(stage, images, self.validation, bar))
         self.guard = TrainingGuard(self.accelerator, train_batches, stage, self._add_terms)
         self.add_callback(self.guard)
+        self.add_callback(_TakeIntervals())
         self.add_callback(_ContinueLog(self))
         self.add_callback(_FindBest(self))
         self.resumed_from: str | None = None
@@ -505,7 +536,8 @@ class BatchesTrainer(Trainer):
         self._refuse_reentrant_checkpoints()
         self.resumed_from = kwargs.get("resume_from_checkpoint")
         try:
-            return super().train(*args, **kwargs)
+            with _without_intervals_warning():
+                return super().train(*args, **kwargs)
         except _AllStepsTaken:
             if self.args.load_best_model_at_end and self.state.best_model_checkpoint is not None:
                 self._load_best_model()

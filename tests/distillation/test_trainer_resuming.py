@@ -99,6 +99,15 @@ def test_a_log_over_several_steps_is_the_same_where_a_run_was_stopped_between(ki
     assert [log["step"] for log in history(tmp_path / "whole")] == [3, 6]
 
 
+@pytest.mark.parametrize(("then", "now"), [(0.5, 0.5), (3, 1)])
+def test_a_resumed_run_logs_as_often_as_it_is_asked_to_now(then, now, inputs, tmp_path, caplog):
+    train("teacher", inputs, tmp_path / "whole", max_steps=4, logging_steps=then)
+    stop_at(tmp_path / "whole", tmp_path / "resumed", 2)
+    train("teacher", inputs, tmp_path / "resumed", max_steps=4, logging_steps=now)
+    assert [log["step"] for log in history(tmp_path / "resumed")] == ([2, 4] if now == then else [3, 4])
+    assert "do not match" not in caplog.text
+
+
 def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(inputs, tmp_path, caplog):
     train("teacher", inputs, tmp_path / "whole", max_steps=4)
     stop_at(tmp_path / "whole", tmp_path / "damaged", 3)
