@@ -16,6 +16,8 @@ from transformers import (
     CLIPTokenizer,
 )
 
+from modeling_dclip.encoders import families
+
 # Scripts that tests start as processes of their own.
 collect_ignore_glob = ["*/run_*.py"]
 
@@ -29,6 +31,12 @@ def no_test_writes_into_the_users_cache(tmp_path_factory):
             patch.setenv(name, os.environ.get(name) or str(cache / folder))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         yield
+
+
+@pytest.fixture(autouse=True)
+def each_test_is_told_of_cut_texts():
+    """A process says the same of cut texts once, and the tests of a session are one process."""
+    families.tell_cut_once.cache_clear()
 
 
 WORDS = ["a", "photo", "of", "the", "red", "blue", "small", "large", "circle", "square", "left", "right", "and", "dog"]

@@ -9,7 +9,6 @@ several processes, see the captions that an uninterrupted run of one process see
 workers of a `DataLoader` share ([`SharedNumbers`]), so that workers that outlive an epoch draw for the next one too.
 """
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -33,10 +32,8 @@ from modeling_dclip.data.columns import (
 )
 from modeling_dclip.data.images import PixelReader, random_resized_crop
 from modeling_dclip.encoders import DualEncoder
-from modeling_dclip.encoders.families import READ_PADDING, longest_text
+from modeling_dclip.encoders.families import READ_PADDING, longest_text, report_cut
 from modeling_dclip.processing_dclip import DCLIPProcessor
-
-logger = logging.getLogger(__name__)
 
 
 def pass_batch(batch: Any) -> Any:
@@ -117,11 +114,7 @@ def tokenize_captions(
     too_long = [row for row, ids in enumerate(rows) if len(ids) > max_length]
     for row in too_long:
         rows[row] = [*rows[row][: max_length - 1], rows[row][-1]]
-    if too_long:
-        logger.warning(
-            "%d of %d captions exceed %d tokens and are cut there, end token kept; first: %r...",
-            *(len(too_long), len(rows), max_length, captions[too_long[0]][:60]),
-        )
+    report_cut([captions[row] for row in too_long], len(rows), max_length, "caption")
     ids = np.fromiter((token for row in rows for token in row), dtype=np.int32)
     return Ragged.from_lengths(ids, np.array([len(row) for row in rows]))
 

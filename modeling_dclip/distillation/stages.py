@@ -77,7 +77,7 @@ from modeling_dclip.distillation.trainer import (
     save_weights,
     train_or_resume,
 )
-from modeling_dclip.encoders.families import image_modules, shared_width, stated_length
+from modeling_dclip.encoders.families import counting_cuts, image_modules, shared_width, stated_length
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_processor, load_tokenizer, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
@@ -321,9 +321,10 @@ def train_teacher(
         return
     teacher.to(PartialState().device)
     batches = {}
-    for split, (rows, keys_of_rows) in captioned.items():
-        paths = compute_features(rows, teacher, processor, features, keys=keys_of_rows)
-        batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed, rows)
+    with counting_cuts():
+        for split, (rows, keys_of_rows) in captioned.items():
+            paths = compute_features(rows, teacher, processor, features, keys=keys_of_rows)
+            batches[split] = TeacherBatches(TeacherFeatures.load(paths), args.seed, rows)
     train, validation = batches["train"], batches.get("validation")
     trainer = TeacherTrainer(teacher, args, train, processor, resolved_arguments, validation)
     train_or_resume(trainer, record.folder)
@@ -379,12 +380,13 @@ def write_targets(
         return
     logger.info("targets: embeds %s and their captions", _total(data))
     teacher.to(PartialState().device)
-    for split, (rows, keys_of_rows) in data.items():
-        options = {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
-        targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
-        names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
-        if PartialState().is_main_process:
-            save_columns(targets.select_columns(names), record.folder / split)
+    with counting_cuts():
+        for split, (rows, keys_of_rows) in data.items():
+            options = {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
+            targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
+            names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
+            if PartialState().is_main_process:
+                save_columns(targets.select_columns(names), record.folder / split)
     record.finish()
 
 
@@ -478,7 +480,8 @@ def fit_student(
         if hasattr(model.config, "freeze_text"):  # each call of train() would freeze an adapter in the text tower
             model.config.freeze_text = not args.lora_text
         adapters = add_adapters(model, args, ("vision_model", "text_model") if args.lora_text else ("vision_model",))
-    batches, eval_batches = _make_batches(model, args, dataset, processor, validation, pixels)
+    with counting_cuts():
+        batches, eval_batches = _make_batches(model, args, dataset, processor, validation, pixels)
     trainer = StudentTrainer(model, args, batches, processor, resolved_arguments, eval_batches, adapters=adapters)
     logger.info(
         "student: %s of the %s",

@@ -5,12 +5,17 @@ from __future__ import annotations
 import logging
 import re
 import string
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from tokenizers import normalizers
 
 from modeling_dclip.encoders import DualEncoder
+from modeling_dclip.progress import count_of
 
 if TYPE_CHECKING:
     import torch
@@ -232,12 +237,56 @@ def _report_cut(tokenizer: Any, texts: list[str], tokens: Any, longest: int) -> 
     full = range(len(texts))
     if "attention_mask" in tokens:  # open_clip's tokenizer has none
         full = (tokens["attention_mask"].sum(dim=1) >= longest).nonzero()[:, 0].tolist()
-    if not full:
+    lengths = count_tokens(tokenizer, [texts[row] for row in full]) if full else []
+    cut = [texts[row] for row, length in zip(full, lengths, strict=True) if length > longest]
+    report_cut(cut, len(texts), longest, "text")
+
+
+_Cuts = dict[tuple[int, str], tuple[Counter[str], str]]  # by limit and noun: the numbers, and the first text
+_counted_cuts: ContextVar[_Cuts | None] = ContextVar("counted_cuts", default=None)
+
+
+@contextmanager
+def counting_cuts() -> Iterator[None]:
+    """Tell the texts that are cut within the block in one line at its end, and not batch by batch.
+
+    A block within a block adds to the outer one.
+    """
+    if _counted_cuts.get() is not None:
+        yield
         return
-    lengths = count_tokens(tokenizer, [texts[row] for row in full])
-    cut = [row for row, length in zip(full, lengths, strict=True) if length > longest]
-    if cut:
-        logger.warning(
-            "%d of %d texts exceed %d tokens and are cut there, end token kept; first: %r...",
-            *(len(cut), len(texts), longest, texts[cut[0]][:60]),
-        )
+    found: _Cuts = {}
+    token = _counted_cuts.set(found)
+    try:
+        yield
+    finally:
+        _counted_cuts.reset(token)
+    for (longest, noun), (numbers, first) in found.items():
+        if numbers["cut"]:
+            tell_cut_once(numbers["cut"], numbers["all"], longest, noun, first)
+
+
+def report_cut(cut: Sequence[str], count: int, longest: int, noun: str) -> None:
+    """Tell that texts were cut, or count them for the block of [`counting_cuts`] that this is in.
+
+    Args:
+        cut (`Sequence[str]`): The texts that were cut.
+        count (`int`): How many texts were tokenized, with these.
+        longest (`int`): Tokens that the model reads.
+        noun (`str`): What the texts are, such as `"caption"`.
+    """
+    if (found := _counted_cuts.get()) is not None:
+        numbers, first = found.get((longest, noun), (Counter(), ""))
+        numbers.update(cut=len(cut), all=count)
+        found[longest, noun] = numbers, first or next(iter(cut), "")
+    elif cut:
+        tell_cut_once(len(cut), count, longest, noun, cut[0])
+
+
+@cache  # the anchor, its student and every arm cut the same texts
+def tell_cut_once(cut: int, count: int, longest: int, noun: str, first: str) -> None:
+    """Log how many texts were cut, unless this process has said just that before; arguments as in [`report_cut`]."""
+    logger.warning(
+        "cut %s of %s after %d tokens, end token kept; first: %r...",
+        *(f"{cut:,}", count_of(count, noun), longest, first[:60]),
+    )

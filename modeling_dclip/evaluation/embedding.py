@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from modeling_dclip.data.images import PixelReader, open_image
 from modeling_dclip.encoders import DualEncoder, Encoder
-from modeling_dclip.encoders.families import count_tokens, longest_text, projected, tokenize_texts
+from modeling_dclip.encoders.families import count_tokens, counting_cuts, longest_text, projected, tokenize_texts
 from modeling_dclip.encoders.loading import require_dual_encoder
 from modeling_dclip.processing_dclip import as_rgb, cut_long
 
@@ -123,7 +123,7 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], *, batch_size: int | Non
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     batch_size = batch_size or TEXTS_PER_IMAGE * encoder.batch_size
     embeds: list[torch.Tensor] = []
-    with encoder.evaluating() as device:
+    with encoder.evaluating() as device, counting_cuts():
         for start in tqdm(range(0, len(order), batch_size), desc="Embedding texts", unit="batch"):
             batch = [texts[row] for row in order[start : start + batch_size]]
             tokens = tokenize_texts(model, encoder.processor, batch)

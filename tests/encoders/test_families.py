@@ -13,7 +13,14 @@ from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, S
 from modeling_dclip.data.reinforced.teachers import build_teacher
 from modeling_dclip.distillation.run import read_clip
 from modeling_dclip.encoders import Encoder
-from modeling_dclip.encoders.families import check_end_token, prepare_tokenizer, stated_length, tokenize_texts
+from modeling_dclip.encoders.families import (
+    check_end_token,
+    counting_cuts,
+    prepare_tokenizer,
+    report_cut,
+    stated_length,
+    tokenize_texts,
+)
 from modeling_dclip.encoders.loading import load_dual_encoder, load_processor
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_texts
 
@@ -151,6 +158,21 @@ def test_a_tokenizer_that_states_no_length_cannot_size_a_text_encoder():
         stated_length(make_word_tokenizer(10**30), "here")
 
 
+def test_cut_texts_of_several_batches_are_told_in_one_line_and_the_same_line_once(caplog):
+    with counting_cuts():
+        report_cut([], 3, 16, "text")
+        with counting_cuts():
+            report_cut(["a long one"], 2, 16, "text")
+        report_cut(["another"], 1000, 16, "text")
+        assert not caplog.messages
+    report_cut(["a long one", "another"], 1005, 16, "text")
+    report_cut(["a long one"], 1, 8, "caption")
+    assert caplog.messages == [
+        "cut 2 of 1,005 texts after 16 tokens, end token kept; first: 'a long one'...",
+        "cut 1 of 1 caption after 8 tokens, end token kept; first: 'a long one'...",
+    ]
+
+
 @pytest.mark.parametrize("wraps", [False, True])
 def test_texts_that_open_clip_cuts_are_counted(wraps, caplog, tmp_path):
     tokenizer_of = pytest.importorskip("open_clip.tokenizer", reason="needs open_clip_torch")
@@ -167,7 +189,7 @@ def test_texts_that_open_clip_cuts_are_counted(wraps, caplog, tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(model_type="open_clip"))
     with caplog.at_level("WARNING"):
         assert tokenize_texts(model, tokenizer, texts)["input_ids"].shape == (5, 16)
-    assert "2 of 5 texts exceed 16 tokens" in caplog.text
+    assert "cut 2 of 5 texts after 16 tokens" in caplog.text
     assert count_dropped_tokens(model, SimpleNamespace(tokenizer=tokenizer), texts[-1]) == 26
 
 
