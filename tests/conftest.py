@@ -34,8 +34,8 @@ def no_test_writes_into_the_users_cache(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def each_test_is_told_of_cut_texts():
-    """A process says the same of cut texts once, and the tests of a session are one process."""
+def each_test_is_told_what_a_process_says_once():
+    """The tests of a session are one process."""
     families.tell_cut_once.cache_clear()
 
 

@@ -18,6 +18,7 @@ from datasets import Dataset, Features, Image, List, Value
 from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.files import FileFinder, is_utf8, parse_json, printable
 from modeling_dclip.encoders.fingerprints import hash_bytes
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -186,7 +187,8 @@ def clean_captions(
     if len(keep) < len(cleaned):
         rejected = [image_id for image_id, row in zip(image_ids, cleaned, strict=True) if not row]
         logger.warning(
-            "%s: rejected %d images without a caption, first ids: %s", source, len(rejected), first(rejected)
+            "%s: rejected %s without a caption, first ids: %s",
+            *(source, count_of(len(rejected), "image"), first(rejected)),
         )
     return cleaned, keep
 

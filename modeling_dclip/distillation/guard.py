@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from modeling_dclip.data.collation import Batches
 from modeling_dclip.data.reinforced import ReinforcedBatches
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,7 @@ class TrainingGuard(TrainerCallback):
         """Say how many steps were left out."""
         self._settle(args)
         if self.skipped:
-            logger.warning("%s: left out %d steps of %d", self.stage, self.skipped, state.global_step)
+            logger.warning("%s: left out %s of %d", self.stage, count_of(self.skipped, "step"), state.global_step)
 
     def check_weights(self, model: nn.Module, step: int) -> None:
         """Refuse to save weights that are not finite. Every process has to call it.

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import time
@@ -47,7 +48,7 @@ from modeling_dclip.data.files import (
 )
 from modeling_dclip.data.images import PixelReader, find_unreadable, readable_formats
 from modeling_dclip.data.rows import first, require_rows
-from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments
+from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments, StageTrainingArguments
 from modeling_dclip.distillation.checkpoints import (
     NOTES_NAME,
     RECORD_NAME,
@@ -56,7 +57,7 @@ from modeling_dclip.distillation.checkpoints import (
     read_record,
 )
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
-from modeling_dclip.distillation.trainer import cast_weights
+from modeling_dclip.distillation.trainer import cast_weights, warn_of_warm_up
 from modeling_dclip.encoders.families import (
     READ_PADDING,
     check_end_token,
@@ -79,7 +80,7 @@ from modeling_dclip.encoders.loading import (
     stored_dtype,
 )
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.progress import duration_in_words
+from modeling_dclip.progress import count_of, duration_in_words
 
 logger = logging.getLogger(__name__)
 
@@ -576,12 +577,12 @@ def read_keyed(rows: Dataset, run: RunArguments, what: str) -> KeyedRows:
     if not bad:
         return KeyedRows(rows, image_keys(rows) if None in keys else [key for key in keys if key is not None])
     logger.warning(
-        "%s: left out %d of %d images that cannot be read, first: %s; %s lists them with the reasons",
-        *(what, len(bad), len(rows), first(one["image_id"] for one in bad), report),
+        "%s: left out %d of %s that cannot be read, first: %s; %s lists them with the reasons",
+        *(what, len(bad), count_of(len(rows), "image"), first(one["image_id"] for one in bad), report),
     )
     out = {one["row"] for one in bad}
     left = [(row, key) for row, key in enumerate(keys) if row not in out and key is not None]
-    require_rows(len(left), f"{what} after leaving out {len(bad)} images that cannot be read", "an image")
+    require_rows(len(left), f"{what} after leaving out {count_of(len(bad), 'image')} that cannot be read", "an image")
     return KeyedRows(rows.select([row for row, _ in left]), [key for _, key in left])
 
 
@@ -636,7 +637,7 @@ def check_parts(recipe: Recipe, shared: SharedData) -> None:
     if faults:
         more = f"; and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
         raise ValueError(
-            f"train_datasets: {len(faults)} of {images} images of the test and validation parts cannot be read: "
+            f"train_datasets: {len(faults)} of {images:,} images of the test and validation parts cannot be read: "
             f"{'; '.join(faults[:_MOST_NAMED])}{more}. Replace the files, or start again with --on_bad_image skip, "
             "which leaves such images out of every part. Nothing was trained."
         )
@@ -692,7 +693,7 @@ def without_test(images: KeyedRows, run: RunArguments, shared: SharedData) -> Ke
         return images
     held_out = set(test.keys)
     rows = [row for row, key in enumerate(images.keys) if key not in held_out]
-    require_rows(len(rows), f"{len(images.keys)} images without the test part")
+    require_rows(len(rows), f"{count_of(len(images.keys), 'image')} without the test part")
     return KeyedRows(images.rows.select(rows), [images.keys[row] for row in rows])
 
 
@@ -717,7 +718,8 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
         return
     of = len(load_all_captioned(run, shared).rows)
     logger.info(
-        "test part: %d of %d images, which no stage sees; held_out:%s names them", len(test.rows), of, places.folder
+        "test part: %d of %s, which no stage sees; held_out:%s names them%s",
+        *(len(test.rows), count_of(of, "image"), places.folder, _warn_of_few_tests(len(test.rows), of)),
     )
     inputs = {"test_fraction": run.test_fraction, "dataset": combine_keys(row_keys(*test))}
     record = StageRecord(places.folder / HELD_OUT, inputs, places.overwrite, places.told)
@@ -727,6 +729,14 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
         PartialState().wait_for_everyone()
         record.finish()
     kept.add(here)
+
+
+def _warn_of_few_tests(images: int, of: int) -> str:
+    """The end of the line on the test part, where it is small; with options where that helps."""
+    if not (few := describe_few(images)):
+        return ""
+    more = ". --train_fraction 0.5 --test_fraction 0.4 tests on more" if images < 0.4 * of - 1 else ""
+    return f". {few[0].upper()}{few[1:]}{more}"
 
 
 def _warn_of_seen(recipe: Recipe, test: KeyedRows, shared: SharedData) -> None:
@@ -809,10 +819,10 @@ def load_new_images(
     new = [row for row, key in enumerate(keys) if key not in known]
     if len(new) < len(keys):
         left_out = len(keys) - len(new)
-        logger.info("uncaptioned_datasets: left out %d images that are captioned ones under another id", left_out)
+        logger.info("uncaptioned_datasets: left out %s, captioned under another id", count_of(left_out, "image"))
         require_rows(len(new), f"{specs} after leaving out {left_out} captioned images", "an image")
         dataset, keys = dataset.select(new), [keys[row] for row in new]
-    logger.info("uncaptioned_datasets: %d images for the student alone", len(new))
+    logger.info("uncaptioned_datasets: %s for the student alone", count_of(len(new), "image"))
     return KeyedRows(dataset, keys)
 
 
@@ -833,28 +843,53 @@ class Learned(NamedTuple):
             write_trained_images(folder, self.keys, self.starts)
 
 
-def check_batches(recipe: Recipe, rows: int) -> None:
-    """Check that the captioned images fill a batch, before a model reads them.
+def check_batches(recipe: Recipe, images: Splits) -> None:
+    """Check that the captioned images fill a batch, before a model reads them, and warn of a warm-up without an end.
 
     Images that are skipped later may still leave too few; the trainers check that.
 
     Args:
         recipe ([`Recipe`]): Its stages `teacher` and `student` are checked if they will run.
-        rows (`int`): Number of captioned images to train on.
+        images (`dict[str, KeyedRows]`): From [`load_training_images`].
 
     Raises:
         ValueError: If they are fewer than a batch; the message names the field to lower.
     """
+    captioned, others = len(images["train"].rows), len(images[UNCAPTIONED].rows) if UNCAPTIONED in images else 0
     for name in ("teacher", "student"):
         args = getattr(recipe, name)
-        needed = args.train_batch_size * args.world_size
-        alone = name == "teacher" or not recipe.run.uncaptioned_datasets
-        if name in recipe.stages and alone and args.dataloader_drop_last and rows < needed:
+        if name not in recipe.stages or (name == "teacher" and recipe.run.teacher_model is not None):
+            continue
+        needed, rows = args.train_batch_size * args.world_size, captioned + (others if name == "student" else 0)
+        if args.dataloader_drop_last and rows < needed:
             raise ValueError(
                 f"Expected at least {needed} images to train on, a batch of {args.train_batch_size} for each of "
-                f"{args.world_size} processes, got {rows}. Lower "
+                f"{args.world_size} process{'' if args.world_size == 1 else 'es'}, got {rows}. Lower "
                 f"{name}.per_device_train_batch_size, or give more images."
             )
+        batches = rows // needed if args.dataloader_drop_last else math.ceil(rows / needed)
+        warn_of_warm_up(args, name, _count_steps(args, batches))
+
+
+def _count_steps(args: StageTrainingArguments, batches: int) -> int:
+    """How many steps the base class of the trainers takes with so many batches in an epoch."""
+    if args.max_steps > 0:
+        return args.max_steps
+    return math.ceil(args.num_train_epochs * max(1, math.ceil(batches / args.gradient_accumulation_steps)))
+
+
+FEW_IMAGES = 100  # of which one is a point of R@1
+
+
+def describe_few(images: int) -> str:
+    """What so few images cannot tell; nothing of [`FEW_IMAGES`] or more.
+
+    Example:
+        >>> describe_few(15), describe_few(100)
+        ('each image is 6.7 points of R@1, so only a large difference shows', '')
+    """
+    points = f"{100 / images:.1f} points of R@1"
+    return "" if images >= FEW_IMAGES else f"each image is {points}, so only a large difference shows"
 
 
 def attach_regions(images: Splits, places: Places | None) -> Splits:

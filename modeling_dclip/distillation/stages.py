@@ -132,7 +132,7 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
         places.made("targets", RECORD_NAME)  # an error now rather than after the images are read
     images = load_training_images(recipe, shared)
     if {"regions", "teacher", "targets"} & set(stages):
-        check_batches(recipe, len(images["train"].rows))
+        check_batches(recipe, images)
     if "regions" in stages:
         find_regions(recipe.regions, images, places)
     if not {"teacher", "targets", "student"} & set(stages):

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -191,6 +192,30 @@ def save_weights(model: PreTrainedModel, folder: Path, weights: Mapping[str, tor
     if dtype != "float32":  # transformers writes the type of the first weight, the logit scale's
         config = read_json(folder / CONFIG_NAME, "configuration of a model")
         write_json(folder / CONFIG_NAME, config | {"dtype": dtype}, indent=2)
+
+
+def warn_of_warm_up(args: StageTrainingArguments, stage: str, steps: int) -> None:
+    """Warn of a warm-up that takes all steps of a stage; once a process, as a stage may be looked at before it runs.
+
+    Args:
+        args ([`StageTrainingArguments`]): The stage's section.
+        stage (`str`): Its name.
+        steps (`int`): How many it takes.
+    """
+    schedule = str(SchedulerType(args.lr_scheduler_type).value)
+    if schedule not in _NO_WARMUP and args.get_warmup_steps(steps) >= steps:
+        tell_long_warm_up(stage, float(args.warmup_steps), steps, float(args.learning_rate))
+
+
+@cache
+def tell_long_warm_up(stage: str, warmup_steps: float, steps: int, learning_rate: float) -> None:
+    """Log what [`warn_of_warm_up`] found, unless this process has said just that before."""
+    learns = "the one step has the rate 0, so nothing is learned" if steps == 1 else "the rate stays below it"
+    logger.warning(
+        "%s: warm-up (warmup_steps %g) takes all of the %s, before learning_rate %g is reached: %s. Set %s to 0, or "
+        "train for more steps: raise num_train_epochs or lower per_device_train_batch_size.",
+        *(stage, warmup_steps, count_of(steps, "step"), learning_rate, learns, f"{stage}.warmup_steps"),
+    )
 
 
 class _AllStepsTaken(Exception):
@@ -547,18 +572,7 @@ class BatchesTrainer(Trainer):
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         """As the base class; a warm-up that takes all steps is told."""
-        args, stage, steps = self.args, self.guard.stage, num_training_steps
-        if (
-            str(SchedulerType(args.lr_scheduler_type).value) not in _NO_WARMUP
-            and args.get_warmup_steps(steps) >= steps
-        ):
-            learns = "the one step has the rate 0, so nothing is learned" if steps == 1 else "the rate stays below it"
-            logger.warning(
-                "%s: warm-up (warmup_steps %g) takes all of the %s, before learning_rate %g is reached: %s. Set %s "
-                "to 0, or train for more steps: raise num_train_epochs or lower per_device_train_batch_size.",
-                *(stage, args.warmup_steps, count_of(steps, "step"), args.learning_rate, learns),
-                f"{stage}.warmup_steps",
-            )
+        warn_of_warm_up(self.args, self.guard.stage, num_training_steps)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def describe_best(self) -> None:

@@ -287,6 +287,6 @@ def report_cut(cut: Sequence[str], count: int, longest: int, noun: str) -> None:
 def tell_cut_once(cut: int, count: int, longest: int, noun: str, first: str) -> None:
     """Log how many texts were cut, unless this process has said just that before; arguments as in [`report_cut`]."""
     logger.warning(
-        "cut %s of %s after %d tokens, end token kept; first: %r...",
+        "Cut %s of %s after %d tokens, end token kept; first: %r...",
         *(f"{cut:,}", count_of(count, noun), longest, first[:60]),
     )

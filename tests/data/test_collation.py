@@ -146,7 +146,7 @@ def test_a_caption_of_500_words_is_cut_keeping_its_end_and_counted(processor, ca
     tokenizer = processor.tokenizer
     with caplog.at_level(logging.WARNING):
         tokens = tokenize_captions(tokenizer, ["a red dog", "red " * 500, "a dog"])
-    assert "cut 1 of 3 captions after 77 tokens" in caplog.text
+    assert "Cut 1 of 3 captions after 77 tokens" in caplog.text
     assert tokens.lengths[1] == 77
     long = tokens.values[tokens.offsets[1] : tokens.offsets[2]]
     assert long[0] == tokenizer.bos_token_id and long[-1] == tokenizer.eos_token_id

@@ -191,7 +191,7 @@ def test_a_skipped_step_leaves_weights_as_they_were_and_is_counted(
     )
     one.train()
     assert equal(skipping.model.state_dict(), one.model.state_dict())
-    assert skipping.guard.skipped == 1 and "left out 1 steps of 2" in caplog.text
+    assert skipping.guard.skipped == 1 and "left out 1 step of 2" in caplog.text
     assert "Left out, step number 1 of this kind: " in caplog.text and "is not finite at step 2" in caplog.text
 
 

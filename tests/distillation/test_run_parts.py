@@ -16,6 +16,7 @@ from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import (
     KeyedRows,
     SharedData,
+    check_batches,
     check_parts,
     find_test_part,
     keep_test_part,
@@ -132,6 +133,17 @@ def test_two_runs_that_share_data_keep_it_both(tmp_path, caplog):
         keep_test_part(recipe_of(tmp_path, "--output_dir", str(tmp_path / name)), shared)
         assert len(load_captions(f"held_out:{tmp_path / name}")) == 2
         assert f"test part: 2 of 20 images, which no stage sees; held_out:{tmp_path / name} names them" in caplog.text
+    assert "Each image is 50.0 points of R@1, so only a large difference shows. --train_fraction 0.5" in caplog.text
+
+
+@pytest.mark.parametrize(("epochs", "told"), [(1, True), (3, False)])
+def test_a_warm_up_that_takes_all_steps_is_told_before_targets_are_computed(epochs, told, tmp_path, caplog):
+    words = ["--student.num_train_epochs", str(epochs), "--student.lr_scheduler_type", "cosine"]
+    words += ["--student.warmup_steps", "0.1", "--student.per_device_train_batch_size", "12", "--stages", "student"]
+    words += ["--student.learning_rate", f"{epochs}e-3"]  # a process says the same once
+    recipe = recipe_of(tmp_path, *words)
+    check_batches(recipe, load_training_images(recipe, SharedData()))
+    assert ("warm-up (warmup_steps 0.1) takes all of the 1 step" in caplog.text) == told
 
 
 def test_images_that_choose_the_checkpoint_have_a_say_in_the_student(tmp_path):

@@ -158,7 +158,7 @@ def test_a_folder_of_images_goes_through_the_detector_and_captioned_files_stay_o
     with caplog.at_level(logging.INFO):
         out = run(path)
     ids = [f"album/{n}.jpg" for n in range(1, 6)]
-    assert "left out 1 images that are captioned ones under another id" in caplog.text
+    assert "left out 1 image, captioned under another id" in caplog.text
     assert load_from_disk(out / "targets" / "uncaptioned")["image_id"][:] == ids
     assert [len(boxes) for boxes in load_from_disk(out / "regions" / "uncaptioned")["boxes"]] == [2] * 5
     assert json.loads((out / "uncaptioned_datasets_report.json").read_text())["skipped_images"] == 1

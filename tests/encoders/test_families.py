@@ -168,8 +168,8 @@ def test_cut_texts_of_several_batches_are_told_in_one_line_and_the_same_line_onc
     report_cut(["a long one", "another"], 1005, 16, "text")
     report_cut(["a long one"], 1, 8, "caption")
     assert caplog.messages == [
-        "cut 2 of 1,005 texts after 16 tokens, end token kept; first: 'a long one'...",
-        "cut 1 of 1 caption after 8 tokens, end token kept; first: 'a long one'...",
+        "Cut 2 of 1,005 texts after 16 tokens, end token kept; first: 'a long one'...",
+        "Cut 1 of 1 caption after 8 tokens, end token kept; first: 'a long one'...",
     ]
 
 
@@ -189,7 +189,7 @@ def test_texts_that_open_clip_cuts_are_counted(wraps, caplog, tmp_path):
     model = SimpleNamespace(config=SimpleNamespace(model_type="open_clip"))
     with caplog.at_level("WARNING"):
         assert tokenize_texts(model, tokenizer, texts)["input_ids"].shape == (5, 16)
-    assert "cut 2 of 5 texts after 16 tokens" in caplog.text
+    assert "Cut 2 of 5 texts after 16 tokens" in caplog.text
     assert count_dropped_tokens(model, SimpleNamespace(tokenizer=tokenizer), texts[-1]) == 26
 
 

@@ -90,7 +90,7 @@ def test_a_text_too_long_for_the_model_is_cut_and_counted(family_dir, caplog):
     with caplog.at_level("WARNING"):
         embeds = embed_texts(Encoder(model, processor), ["dog " * 50, "dog " * 60, "dog"])
     assert torch.allclose(embeds[0], embeds[1], atol=1e-6) and not torch.allclose(embeds[0], embeds[2], atol=1e-3)
-    assert "cut 2 of 3 texts after" in caplog.text and "'dog dog" in caplog.text
+    assert "Cut 2 of 3 texts after" in caplog.text and "'dog dog" in caplog.text
 
 
 def test_siglip_reads_padding_which_nobody_else_does(family_dir):

@@ -24,6 +24,7 @@ from modeling_dclip.data.images import UnreadableImageError, open_image, read_en
 from modeling_dclip.data.regions.detectors import RegionDetector, Regions, build_detector
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.encoders.fingerprints import hash_bytes
+from modeling_dclip.progress import count_of
 
 # A crop that is narrower than a pixel shows nothing.
 MIN_SIDE_PIXELS = 1.0
@@ -180,9 +181,9 @@ def _report(progress: _Progress, detector: str, report_file: str | Path | None) 
     total, skipped = len(progress.regions), progress.skipped
     if skipped:
         ids = first(one["image_id"] for one in skipped)
-        logger.warning("Left out %d of %d images that cannot be read, first: %s", len(skipped), total, ids)
+        logger.warning("Left out %d of %s that cannot be read, first: %s", len(skipped), count_of(total, "image"), ids)
     if progress.dropped_boxes:
-        logger.warning("Dropped %d boxes with a side under a pixel inside their image", progress.dropped_boxes)
+        logger.warning("Dropped boxes with a side under a pixel inside their image: %d", progress.dropped_boxes)
     if report_file is None:
         return
     report = {

@@ -129,7 +129,7 @@ def test_coco_images_without_captions_are_rejected_and_reported(tmp_path, draw, 
         dataset = load_captions(spec)
     assert dataset["image_id"][:] == ["coco-9", "coco-30"]
     assert dataset[0]["captions"] == ["a cat 9"]
-    assert "rejected 1 images without a caption, first ids: coco-25" in caplog.text
+    assert "rejected 1 image without a caption, first ids: coco-25" in caplog.text
 
 
 def test_coco_without_any_caption_is_an_error(tmp_path, draw):

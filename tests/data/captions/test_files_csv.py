@@ -151,7 +151,7 @@ def test_words_for_a_missing_value_are_no_captions_and_are_told(tmp_path, draw, 
         dataset = load_captions(write(tmp_path, "image,caption\na.jpg,nan\nsub/b.jpg,None\nsub/b.jpg,a nan\n", draw))
     assert dataset["image_id"][:] == ["photos/sub/b.jpg"] and dataset["captions"][:] == [["a nan"]]
     assert "left out captions that say 'None' or 'nan', which stands for a missing value, of 2 images" in caplog.text
-    assert "rejected 1 images without a caption, first ids: photos/a.jpg" in caplog.text
+    assert "rejected 1 image without a caption, first ids: photos/a.jpg" in caplog.text
 
 
 def test_a_mark_before_a_quoted_header_is_no_character(tmp_path, draw):

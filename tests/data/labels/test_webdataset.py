@@ -576,7 +576,7 @@ def test_damaged_captions_are_named_with_their_shard(tmp_path, members, message)
 def test_pictures_without_a_caption_are_left_out_and_named(tmp_path, caplog):
     root = write_captioned(tmp_path / "wds_bad", [[*captioned(0, "a dog"), *captioned(1, " \n")]])
     assert load_captions(f"wds:{root}")["captions"][:] == [["a dog"]]
-    assert "rejected 1 images without a caption, first ids: wds_bad/test/0.tar/s0000001.jpg" in caplog.text
+    assert "rejected 1 image without a caption, first ids: wds_bad/test/0.tar/s0000001.jpg" in caplog.text
     with pytest.raises(ValueError, match="No row with an image and a caption is left"):
         load_captions(f"wds:{write_captioned(tmp_path / 'wds_none', [captioned(1, ' ')])}")
 

@@ -157,7 +157,7 @@ def test_boxes_are_clipped_and_slivers_dropped_and_counted(tmp_path, caplog):
         )
     assert dataset[0]["boxes"] == [[0, 0, 8, 8], [30, 20, 32, 24]]
     assert json.loads((tmp_path / "r.json").read_text())["dropped_boxes_of_computed_images"] == 3
-    assert "Dropped 3 boxes" in caplog.text
+    assert "inside their image: 3" in caplog.text
 
 
 @pytest.mark.parametrize(
