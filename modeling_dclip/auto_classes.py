@@ -9,7 +9,8 @@ from transformers import (
     CLIPImageProcessorPil,
 )
 
-from .configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
+from .configuration_dclip import PRESETS, DCLIPConfig, DCLIPVisionConfig
+from .configuration_dclip_teacher import DCLIPTeacherConfig
 from .configuration_dmclip import DMCLIP_PRESETS, DMCLIPConfig, DMCLIPTextConfig, DMCLIPVisionConfig
 from .modeling_dclip import DCLIPModel, DCLIPVisionModel, DCLIPVisionModelOutput
 from .modeling_dclip_teacher import DCLIPTeacher, DCLIPTeacherOutput

@@ -1,4 +1,4 @@
-"""Architectures of the DCLIP student and teacher.
+"""Architecture of the DCLIP student.
 
 Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
 docs/papers.md.
@@ -14,8 +14,6 @@ PRESETS = {
 }
 
 POSITION_EMBEDDING_TYPES = ("absolute", "rope")
-CROSS_ATTENTION_TYPES = ("bidirectional", "text_to_image", "image_to_text", "none", "regions")
-AGGREGATION_TYPES = ("mean", "multi_cluster")
 
 # Least and largest value of the numbers that families of transformers name alike. The largest published encoders are
 # ten times smaller; a configuration that asks for more is damaged, and would take the machine with it.
@@ -35,14 +33,6 @@ MODEL_SIZES = {
     "initializer_range": (0, 1e3),
     "initializer_factor": (0, 1e6),
     "logit_scale_init_value": (-100, 100),
-}
-# Largest value of the numbers of the teacher's block.
-TEACHER_SIZES = {
-    "num_attention_heads": 2**12,
-    "num_clusters": 1000,
-    "num_cluster_steps": 1000,
-    "num_region_layers": 100,
-    "region_feedforward_ratio": 100,
 }
 
 
@@ -70,7 +60,16 @@ def check_number(name, value, low, high, above=False):
         )
 
 
-def _check_fields(whose, values):
+def check_fields(whose, values):
+    """Refuse numbers out of bounds among the fields of a configuration, as [`check_sizes`] does in a whole one.
+
+    Args:
+        whose (`str`): What the configuration is of, for the message.
+        values (`dict`): Fields by their names; those that are no single number are passed over.
+
+    Raises:
+        ValueError: Naming the field, the range and what came.
+    """
     for name, (low, high) in MODEL_SIZES.items():
         value = values.get(name)
         if isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -90,7 +89,7 @@ def check_sizes(config):
     Example:
         >>> check_sizes(DCLIPConfig())
     """
-    _check_fields(config.model_type, {name: getattr(config, name, None) for name in MODEL_SIZES})
+    check_fields(config.model_type, {name: getattr(config, name, None) for name in MODEL_SIZES})
     for name in getattr(config, "sub_configs", {}):
         inner = getattr(config, name, None)
         if isinstance(inner, PreTrainedConfig):
@@ -106,7 +105,7 @@ def merge_sub_config(value, legacy, config_class, **overrides):
     fields = value.to_dict() if hasattr(value, "to_dict") else dict(value or {})
     fields.update(legacy or {})
     fields.pop("model_type", None)
-    _check_fields(config_class.model_type, fields)  # before transformers divides by one of them
+    check_fields(config_class.model_type, fields)  # before transformers divides by one of them
     return config_class(**{**fields, **overrides})
 
 
@@ -211,92 +210,5 @@ class DCLIPConfig(PreTrainedConfig):
         check_sizes(self)
 
 
-def _vit_b16():
-    return DCLIPConfig(vision_config={"patch_size": 16})
-
-
-@strict
-class DCLIPTeacherConfig(PreTrainedConfig):
-    """A frozen CLIP and the small cross-modal block that reads regions and caption tokens together.
-
-    Source: docs/papers.md, teacher. Deviation: `cross_attention="regions"` and its `num_region_layers` and
-    `region_feedforward_ratio` are ours.
-
-    Args:
-        clip_config (`dict` or `DCLIPConfig`, *optional*): The frozen CLIP. Defaults to ViT-B/16.
-        cross_attention (`str`, *optional*, defaults to `"bidirectional"`): Who attends to whom. `"text_to_image"`:
-            tokens attend to regions only; `"image_to_text"`: the other way only; `"none"`: nobody, nothing trains;
-            `"regions"`: the leak-free teacher, in which regions, whole image and box positions attend to each other
-            and no text enters the embedding.
-        num_attention_heads (`int`, *optional*, defaults to 8): Heads of every attention of the block.
-        attention_temperature (`float`, *optional*, defaults to 2.0): Of the pooling's softmax over cosines, > 0.
-        text_share (`float`, *optional*, defaults to 0.5): Share of the text stream in the embedding, in [0, 1].
-            Without meaning for `"regions"`.
-        region_weighting (`bool`, *optional*, defaults to `True`): Weigh regions by area, detector score and
-            similarity to the caption. `"regions"` ignores it: its box encoder sees area and score, and the
-            similarity would leak the caption.
-        aggregation (`str`, *optional*, defaults to `"mean"`): `"mean"` mixes the two pooled streams;
-            `"multi_cluster"` pools inside each of `num_clusters` spherical k-means clusters and averages them.
-        num_clusters (`int`, *optional*, defaults to 3): Clusters of `"multi_cluster"`.
-        num_cluster_steps (`int`, *optional*, defaults to 5): Fixed number of k-means steps.
-        num_region_layers (`int`, *optional*, defaults to 2): Self-attention layers of `"regions"`.
-        region_feedforward_ratio (`int`, *optional*, defaults to 2): Width of their MLPs over the embedding's.
-        loss_temperature (`float`, *optional*, defaults to 0.05): Of the symmetric InfoNCE, > 0.
-        layer_norm_eps (`float`, *optional*, defaults to 1e-5): Of the block's LayerNorms.
-
-    Raises:
-        StrictDataclassError: If a choice is unknown or a number is out of its range.
-
-    Example:
-        >>> DCLIPTeacherConfig().clip_config.vision_config.patch_size
-        16
-    """
-
-    model_type = "dclip_teacher"
-    sub_configs = {"clip_config": DCLIPConfig}
-
-    clip_config: dict | PreTrainedConfig | None = None
-    cross_attention: str = "bidirectional"
-    num_attention_heads: int = 8
-    attention_temperature: float | int = 2.0
-    text_share: float | int = 0.5
-    region_weighting: bool = True
-    aggregation: str = "mean"
-    num_clusters: int = 3
-    num_cluster_steps: int = 5
-    num_region_layers: int = 2
-    region_feedforward_ratio: int = 2
-    loss_temperature: float | int = 0.05
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self, **kwargs):
-        if self.clip_config is None:
-            self.clip_config = _vit_b16()
-        else:
-            self.clip_config = merge_sub_config(self.clip_config, None, DCLIPConfig)
-        super().__post_init__(**kwargs)
-
-    @property
-    def projection_dim(self):
-        return self.clip_config.projection_dim
-
-    def validate_architecture(self):
-        check_choice("cross_attention", self.cross_attention, CROSS_ATTENTION_TYPES)
-        check_choice("aggregation", self.aggregation, AGGREGATION_TYPES)
-        for name in ("attention_temperature", "loss_temperature"):
-            check_number(name, getattr(self, name), 0, 1e6, above=True)
-        check_number("text_share", self.text_share, 0, 1)
-        for name, most in TEACHER_SIZES.items():
-            check_number(name, getattr(self, name), 1, most)
-        check_sizes(self)
-        width = getattr(self.clip_config, "projection_dim", None)
-        if width is not None and width % self.num_attention_heads:
-            raise ValueError(
-                f"num_attention_heads: expected a divisor of the embedding width {width}, "
-                f"got {self.num_attention_heads}."
-            )
-
-
 DCLIPVisionConfig.register_for_auto_class()
 DCLIPConfig.register_for_auto_class()
-DCLIPTeacherConfig.register_for_auto_class()

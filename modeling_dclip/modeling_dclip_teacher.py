@@ -1,4 +1,4 @@
-"""The DCLIP teacher: a frozen CLIP and a small block that reads image regions and caption tokens together.
+"""The DCLIP teacher: a frozen dual encoder and a small block that reads image regions and caption tokens together.
 
 Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transformer Distillation", arXiv 2505.21549;
 docs/papers.md. Letters in shape comments: B batch, R regions, T tokens, N items of one or both, K clusters,
@@ -11,16 +11,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.processing_utils import Unpack
 from transformers.utils import ModelOutput, TransformersKwargs
 from transformers.utils.generic import can_return_tuple
 
-from .configuration_dclip import DCLIPTeacherConfig
+from .configuration_dclip_teacher import DCLIPTeacherConfig, check_family
 from .modeling_dclip import LEGACY_EOS_TOKEN_ID, DCLIPModel, InitialisedAsInTree, set_auto_map, truncate_text
+from .modeling_dmclip import DMCLIPModel
+from .text_reading import READ_AT_END, READ_PADDING, longest_positions
 
 BOX_FEATURES = 8  # x1 y1 x2 y2 width height area score
+# By model_type; other families are transformers' own. A stock CLIP becomes a DCLIP, under the same keys.
+OWN_MODELS = {"clip": DCLIPModel, "dclip": DCLIPModel, "dmclip": DMCLIPModel}
+CLIP_TEXT_TOWERS = ("clip_text_model", "metaclip_2_text_model")  # which give one of any two towers an end token
 
 
 @dataclass
@@ -272,11 +277,89 @@ class RegionEncoder(nn.Module):
         return self.norm(states), mask, tuple(attentions)
 
 
+def _last_places(input_ids, attention_mask):
+    """`(B, 1)`: the last real place of each text, its end token's."""
+    if attention_mask is None:
+        attention_mask = torch.ones_like(input_ids)
+    positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+    return ((attention_mask != 0) * positions).amax(dim=-1, keepdim=True)
+
+
+def _cut_at_mask(input_ids, attention_mask, max_length):
+    """Cut texts to what a text encoder holds, so that each still ends in its last real token."""
+    end = _last_places(input_ids, attention_mask)
+    kept = input_ids[:, :max_length].clone()
+    kept[:, -1:] = torch.where(end >= max_length, input_ids.gather(1, end), kept[:, -1:])
+    return kept, None if attention_mask is None else attention_mask[:, :max_length]
+
+
+def _pool_each(tower, states):
+    """What a text encoder makes of the pooled place, made of every place: `(B, T, hidden)` to `(B, T, width)`."""
+    pooler, flat = getattr(tower, "pooler", None), states.flatten(0, 1)
+    if pooler is None:
+        return states
+    if isinstance(pooler, nn.Linear):  # ALBERT's, with the activation beside it
+        pooled = tower.pooler_activation(pooler(flat))
+    else:
+        pooled = pooler(flat[:, None])  # reads the first place of a text, and each token is a text of one place
+    return pooled.unflatten(0, states.shape[:2])
+
+
+def project_tokens(clip, states):
+    """Bring the states of tokens into the shared space, each as its family brings the pooled one there.
+
+    Args:
+        clip (`PreTrainedModel`): A dual encoder of any family that [`DCLIPTeacherConfig`] names.
+        states (`torch.Tensor` of shape `(B, T, hidden_size)`): The text encoder's `last_hidden_state`.
+
+    Returns:
+        `torch.Tensor` of shape `(B, T, D)`: Not normalised.
+    """
+    kind = clip.config.model_type
+    if kind in READ_PADDING:
+        return clip.text_model.head(states)
+    if kind == "dmclip":
+        return clip.text_model.projection(states)
+    if kind == "vision-text-dual-encoder":
+        states = _pool_each(clip.text_model, states)
+    return clip.text_projection(states)
+
+
+@torch.no_grad()
+def require_known_pooling(clip, where):
+    """Refuse a pair of any two towers whose text encoder makes a sentence of its tokens in an unknown way.
+
+    Families of transformers are known; of a `VisionTextDualEncoder` the text encoder is tried on four tokens.
+
+    Args:
+        clip (`PreTrainedModel`): A dual encoder in eval mode.
+        where (`str`): What names it, for the message.
+
+    Raises:
+        ValueError: If what is made of one token does not give the sentence's embedding.
+    """
+    text_config = clip.config.text_config
+    if clip.config.model_type != "vision-text-dual-encoder" or text_config.model_type in CLIP_TEXT_TOWERS:
+        return
+    tower = clip.text_model
+    ids = torch.arange(4, device=clip.device)[None] % text_config.vocab_size
+    outputs = tower(input_ids=ids, attention_mask=torch.ones_like(ids))
+    sentence = getattr(outputs, "pooler_output", None)
+    if sentence is not None and getattr(tower, "pooler", None) is not None:
+        first = _pool_each(tower, outputs.last_hidden_state[:, :1])[:, 0]
+        if torch.allclose(first.float(), sentence.float(), rtol=1e-2, atol=1e-3):
+            return
+    raise ValueError(
+        f"Expected a text encoder in '{where}' that embeds a text by a pooler at its first token, as BERT does, or at "
+        f"its end token, as CLIP does, got {type(tower).__name__}. Name a dual encoder with another."
+    )
+
+
 class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
     """Embeds an (image regions, caption) pair, or with `cross_attention="regions"` the image's regions alone.
 
-    The CLIP inside is frozen: no gradient and eval mode, whatever `.train()` says and also after loading. At the
-    defaults 2,103,296 parameters train at width 512 and 4,727,808 at 768.
+    The dual encoder inside, `clip` whatever its family, is frozen: no gradient and eval mode, whatever `.train()` says
+    and also after loading. At the defaults 2,103,296 parameters train at width 512 and 4,727,808 at 768.
 
     Source: docs/papers.md, teacher. Deviation: padding is masked, crops are normalised, an image without a box is one
     region, and a stream that attends to nobody is brought to the norm LayerNorm gives one that does (`sqrt(D)` per
@@ -301,7 +384,8 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
 
     def __init__(self, config):
         super().__init__(config)
-        self.clip = DCLIPModel._from_config(config.clip_config)
+        own = OWN_MODELS.get(config.clip_config.model_type)
+        self.clip = AutoModel.from_config(config.clip_config) if own is None else own._from_config(config.clip_config)
         if config.cross_attention in ("bidirectional", "text_to_image"):
             self.text_to_image = CrossModalLayer(config)
         if config.cross_attention in ("bidirectional", "image_to_text"):
@@ -313,10 +397,11 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
 
     @classmethod
     def from_clip(cls, clip_path, **config_overrides):
-        """Build an untrained teacher around a pretrained CLIP.
+        """Build an untrained teacher around a pretrained dual encoder.
 
         Args:
-            clip_path (`str`): Folder or Hub id of a stock CLIP or a DCLIP dual encoder.
+            clip_path (`str`): Folder or Hub id of a CLIP, MetaCLIP 2, SigLIP, SigLIP 2 of fixed size, Chinese-CLIP,
+                AltCLIP, `VisionTextDualEncoder`, DCLIP or DM-CLIP.
             config_overrides: Fields of [`DCLIPTeacherConfig`] other than `clip_config`.
 
         Returns:
@@ -324,17 +409,21 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
 
         Raises:
             TypeError: If an override is no field of the config.
-            ValueError: If a weight of the CLIP is missing.
+            ValueError: If it is another kind of model, a weight is missing, or it is not known how its text encoder
+                makes one vector of a text's tokens.
         """
         known = set(DCLIPTeacherConfig.__dataclass_fields__) - {"clip_config"}
         if unknown := set(config_overrides) - known:
             raise TypeError(f"Unknown teacher config fields {sorted(unknown)}; expected some of {sorted(known)}.")
-        clip, report = DCLIPModel.from_pretrained(clip_path, output_loading_info=True)
+        kind = PreTrainedConfig.get_config_dict(clip_path)[0].get("model_type")
+        check_family(kind, f"'{clip_path}'")
+        clip, report = OWN_MODELS.get(kind, AutoModel).from_pretrained(clip_path, output_loading_info=True)
         if missing := sorted(report["missing_keys"]):
             raise ValueError(
                 f"Expected all weights of a CLIP at '{clip_path}', got {len(missing)} missing, the first "
                 f"{missing[0]}: they would be random. Name a CLIP with both towers, not a teacher or one tower."
             )
+        require_known_pooling(clip.eval(), clip_path)
         clip_config = clip.config.to_dict()
         clip_config.pop("auto_map", None)
         teacher = cls(cls.config_class(clip_config=clip_config, **config_overrides))
@@ -393,31 +482,62 @@ class DCLIPTeacher(InitialisedAsInTree, PreTrainedModel):
 
     @torch.no_grad()
     def encode_text(self, input_ids, attention_mask=None):
-        """Embed captions with the frozen CLIP: the sentence, and every token between BOS and EOS.
+        """Embed captions with the frozen dual encoder: the sentence, and every token between start and end token.
+
+        A token is brought into the shared space as its family brings a sentence's pooled one there.
 
         Args:
-            input_ids (`torch.Tensor` of shape `(B, T + 1)`): Token ids, BOS first; too long a text is cut, keeping
-                EOS.
-            attention_mask (`torch.Tensor` of shape `(B, T + 1)`, *optional*): 1 = real.
+            input_ids (`torch.Tensor` of shape `(B, L)`): Token ids, as the teacher's processor gives them; too long a
+                text is cut, keeping its end token.
+            attention_mask (`torch.Tensor` of shape `(B, L)`, *optional*): 1 = real. Families that find a text's end by
+                it need it; SigLIP's text encoder does not see it.
 
         Returns:
-            `tuple`: `text_embeds (B, D)` L2-normalised; `token_embeds (B, T, D)`, projected, not normalised;
-            `token_mask (B, T)`, True = real. A caption without any word has its EOS as its one token.
+            `tuple`: `text_embeds (B, D)` L2-normalised; `token_embeds (B, T, D)`, projected, not normalised, with
+            `T = L - 1`, or `L` in families without a start token; `token_mask (B, T)`, True = real. A caption without
+            any word has its end token as its one token.
+
+        Raises:
+            ValueError: If a family that reads padding gets texts of another length than it was trained with, or no
+                mask.
         """
         text_config = self.config.clip_config.text_config
-        eos_token_id = text_config.eos_token_id
-        input_ids, attention_mask = truncate_text(
-            input_ids, attention_mask, max_length=text_config.max_position_embeddings, eos_token_id=eos_token_id
-        )
-        outputs = self.clip.get_text_features(input_ids=input_ids, attention_mask=attention_mask)
-        tokens = self.clip.text_projection(outputs.last_hidden_state[:, 1:])
-        if eos_token_id == LEGACY_EOS_TOKEN_ID:
-            eos = input_ids.argmax(dim=-1, keepdim=True)
-        else:
-            eos = (input_ids == eos_token_id).int().argmax(dim=-1, keepdim=True)
-        positions = torch.arange(1, input_ids.shape[1], device=input_ids.device)
-        token_mask = (positions < eos) | ((eos == 1) & (positions == 1))
+        places = longest_positions(text_config)
+        pads = self.config.clip_config.model_type in READ_PADDING
+        if pads and (attention_mask is None or input_ids.shape[1] != places):
+            got = f"{input_ids.shape[1]} {'without' if attention_mask is None else 'with'} a mask"
+            raise ValueError(
+                f"input_ids: expected texts padded to the {places} tokens that a {self.config.clip_config.model_type} "
+                f"reads, and their attention_mask, got {got}. Let the teacher's processor make both."
+            )
+        ends = self._names_its_end_token()
+        if ends:
+            input_ids, attention_mask = truncate_text(
+                input_ids, attention_mask, max_length=places, eos_token_id=text_config.eos_token_id
+            )
+        elif input_ids.shape[1] > places:
+            input_ids, attention_mask = _cut_at_mask(input_ids, attention_mask, places)
+        outputs = self.clip.get_text_features(input_ids=input_ids, attention_mask=None if pads else attention_mask)
+        end = self._end_places(input_ids) if ends else _last_places(input_ids, attention_mask)  # (B, 1)
+        start = 0 if pads else 1
+        tokens = project_tokens(self.clip, outputs.last_hidden_state[:, start : input_ids.shape[1]])
+        positions = torch.arange(start, input_ids.shape[1], device=input_ids.device)
+        token_mask = (positions < end) | ((end == start) & (positions == start))
         return F.normalize(outputs.pooler_output, dim=-1), tokens, token_mask
+
+    def _names_its_end_token(self):
+        config = self.config.clip_config
+        return config.model_type in READ_AT_END or config.text_config.model_type in CLIP_TEXT_TOWERS
+
+    def _end_places(self, input_ids):
+        """`(B, 1)`: the place of each text's end token; its last place where it has none."""
+        text_config = self.config.clip_config.text_config
+        # MetaCLIP 2's end token is 2; CLIP's old configs say 2, and mean the highest id.
+        if text_config.eos_token_id == LEGACY_EOS_TOKEN_ID and text_config.model_type == "clip_text_model":
+            return input_ids.argmax(dim=-1, keepdim=True)
+        is_end = input_ids == text_config.eos_token_id
+        last = input_ids.shape[1] - 1
+        return torch.where(is_end.any(dim=-1), is_end.int().argmax(dim=-1), last)[:, None]
 
     @can_return_tuple
     def forward(

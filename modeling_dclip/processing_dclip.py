@@ -10,11 +10,14 @@ import zlib
 
 import numpy as np
 import torch
+import transformers
 from transformers import BatchFeature, CLIPImageProcessorPil, CLIPProcessor
 from transformers.image_transforms import to_pil_image
 from transformers.image_utils import PILImageResampling, is_pil_image
 from transformers.processing_utils import ProcessingKwargs
 from transformers.utils import logging
+
+from .text_reading import READ_PADDING, longest_positions, prepare_tokenizer
 
 logger = logging.get_logger(__name__)
 
@@ -61,11 +64,16 @@ class DCLIPProcessor(CLIPProcessor):
     valid_processor_kwargs = DCLIPProcessorKwargs
 
     def __init__(self, image_processor=None, tokenizer=None, **kwargs):
-        if image_processor is not None and not isinstance(image_processor, CLIPImageProcessorPil):
-            image_processor = CLIPImageProcessorPil(**_settings(image_processor))
+        if image_processor is not None:
+            image_processor = self._with_pil(image_processor)
         if tokenizer is not None:  # the tower counts places from the first token, and reads the end token
             tokenizer.padding_side = tokenizer.truncation_side = "right"
         super().__init__(image_processor, tokenizer, **kwargs)
+
+    def _with_pil(self, image_processor):
+        if isinstance(image_processor, CLIPImageProcessorPil):
+            return image_processor
+        return CLIPImageProcessorPil(**_settings(image_processor))
 
     def __call__(self, images=None, text=None, **kwargs):
         """Tokenize and preprocess.
@@ -119,11 +127,62 @@ class DCLIPProcessor(CLIPProcessor):
 class DCLIPTeacherProcessor(DCLIPProcessor):
     """Texts, images and boxes into the teacher's inputs: crops, resizes, normalises, pads and masks.
 
-    A crop is the exact box, resized to the encoder's square without keeping its aspect. An image without a box has
-    itself as its one region, with score 1.
+    A crop is the exact box, resized to the encoder's square without keeping its aspect. An image processor of another
+    kind than CLIP's reads a crop as it reads a whole image. An image without a box has itself as its one region, with
+    score 1.
 
     Source: docs/papers.md, crop. Deviation: crops are normalised with CLIP's mean and deviation; never a zero region.
+
+    Args:
+        image_processor (`BaseImageProcessor`, *optional*): Of the dual encoder; one of the torchvision backend is
+            replaced by its PIL twin.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*): Of the dual encoder.
+        model_type (`str`, *optional*): The family of a dual encoder that is no CLIP. Its texts are read as
+            [`prepare_tokenizer`] and its padding say.
     """
+
+    def __init__(self, image_processor=None, tokenizer=None, model_type=None, **kwargs):
+        self.model_type = model_type
+        if tokenizer is not None and model_type is not None:
+            prepare_tokenizer(tokenizer, model_type)
+        super().__init__(image_processor, tokenizer, **kwargs)
+
+    @classmethod
+    def from_dual_encoder(cls, processor, config):
+        """The teacher's processor from that of the dual encoder that it is built around.
+
+        Args:
+            processor: Of any family, with `image_processor` and `tokenizer`. The tokenizer is changed in place: it
+                reads no more tokens than the text encoder has places for.
+            config (`PreTrainedConfig`): Of the dual encoder.
+
+        Returns:
+            [`DCLIPTeacherProcessor`]
+
+        Raises:
+            ValueError: If the processor lacks one half.
+
+        Example:
+            `DCLIPTeacherProcessor.from_dual_encoder(AutoProcessor.from_pretrained(path), teacher.config.clip_config)`
+        """
+        halves = [getattr(processor, name, None) for name in ("image_processor", "tokenizer")]
+        if None in halves:
+            lacking = "image_processor" if halves[0] is None else "tokenizer"
+            raise ValueError(
+                f"Expected a processor with image_processor and tokenizer, got {type(processor).__name__} without "
+                f"{lacking}. Save both beside the weights."
+            )
+        if config.model_type in ("clip", "dclip"):
+            return cls(*halves)
+        tokenizer = halves[1]
+        tokenizer.model_max_length = min(tokenizer.model_max_length, longest_positions(config.text_config))
+        return cls(*halves, model_type=config.model_type)
+
+    def _with_pil(self, image_processor):
+        if self.model_type is None or isinstance(image_processor, CLIPImageProcessorPil):
+            return super()._with_pil(image_processor)
+        twin = getattr(transformers, f"{type(image_processor).__name__}Pil", None)
+        return image_processor if twin is None else twin(**_settings(image_processor))
 
     def __call__(
         self, images=None, text=None, boxes=None, box_scores=None, max_regions=None, return_tensors="pt", **kwargs
@@ -154,6 +213,10 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
             images = [_as_picture(image) for image in (images if isinstance(images, (list, tuple)) else [images])]
         elif boxes is not None or box_scores is not None:
             raise ValueError("boxes: expected the images they lie in, got images=None.")
+        if text is not None and self.model_type is not None:
+            padding = "max_length" if self.model_type in READ_PADDING else True
+            options = {"padding": padding, "return_attention_mask": True, "return_token_type_ids": False}
+            kwargs = options | kwargs
         features = super().__call__(images=images, text=text, return_tensors=return_tensors, **kwargs)
         if images is not None:
             features.update(self._crop_regions(images, boxes, box_scores, max_regions, return_tensors))
@@ -178,7 +241,7 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
         mask = np.zeros((len(images), most), dtype=bool)
         for sample, (image, (sample_boxes, sample_scores)) in enumerate(zip(images, regions, strict=True)):
             count = len(sample_scores)
-            self._normalise(crop_boxes(image, sample_boxes, (width, height), self._resample), into=pixels[sample])
+            self._read_crops(image, sample_boxes, into=pixels[sample])
             fractions[sample, :count] = sample_boxes / np.tile(image.size, 2)
             region_scores[sample, :count] = sample_scores
             mask[sample, :count] = True
@@ -195,8 +258,26 @@ class DCLIPTeacherProcessor(DCLIPProcessor):
     @property
     def region_size(self):
         """`(height, width)` of a crop: what the image encoder takes."""
-        size = self.image_processor.crop_size
-        return size["height"], size["width"]
+        if self._squashes:
+            size = self.image_processor.crop_size
+            return size["height"], size["width"]
+        return self._read_whole([to_pil_image(np.zeros((3, 8, 8), np.uint8), do_rescale=False)]).shape[-2:]
+
+    @property
+    def _squashes(self):
+        return isinstance(self.image_processor, CLIPImageProcessorPil)
+
+    def _read_whole(self, pictures):
+        pictures = [cut_long(picture, self.image_processor) for picture in pictures]
+        return np.asarray(self.image_processor(images=pictures, return_tensors="np")["pixel_values"])
+
+    def _read_crops(self, image, boxes, into):
+        """Normalised float32 `(R, 3, H, W)` of the boxes; the rest of `into` is padding."""
+        if self._squashes:
+            height, width = into.shape[-2:]
+            self._normalise(crop_boxes(image, boxes, (width, height), self._resample), into)
+        else:
+            into[: len(boxes)] = self._read_whole(cut_boxes(image, boxes))
 
     @property
     def _resample(self):
@@ -519,26 +600,39 @@ def _prepare(images, settings):
     return images
 
 
-def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
-    """Cut boxes out of an image and resize each to `size`, not keeping its aspect.
+def cut_boxes(image, boxes):
+    """Cut boxes out of an image.
 
     Args:
         image (`PIL.Image`): Any mode; read by [`as_rgb`].
         boxes (`np.ndarray` of shape `(R, 4)`): xyxy inside the image; rounded to whole pixels, at least one each way.
-        size (`tuple`): `(width, height)` of a crop.
-        resample (`int`, *optional*): A PIL filter. No pixel outside the box enters it.
 
     Returns:
-        `np.ndarray` of shape `(R, height, width, 3)`: uint8.
+        `list[PIL.Image]`: R pictures, RGB.
     """
     image = as_rgb(image)
     corners = np.rint(boxes).astype(int)
     limits = np.array(image.size)
     top_left = np.minimum(corners[:, :2], limits - 1)
     bottom_right = np.maximum(corners[:, 2:], top_left + 1)
+    return [image.crop((*start, *end)) for start, end in zip(top_left, bottom_right, strict=True)]
+
+
+def crop_boxes(image, boxes, size, resample=PILImageResampling.BICUBIC):
+    """Cut boxes out of an image and resize each to `size`, not keeping its aspect.
+
+    Args:
+        image (`PIL.Image`): Any mode; read by [`as_rgb`].
+        boxes (`np.ndarray` of shape `(R, 4)`): As for [`cut_boxes`].
+        size (`tuple`): `(width, height)` of a crop.
+        resample (`int`, *optional*): A PIL filter. No pixel outside the box enters it.
+
+    Returns:
+        `np.ndarray` of shape `(R, height, width, 3)`: uint8.
+    """
     crops = np.empty((len(boxes), size[1], size[0], 3), dtype=np.uint8)
-    for index, (start, end) in enumerate(zip(top_left, bottom_right, strict=True)):
-        crops[index] = np.asarray(image.crop((*start, *end)).resize(size, resample))
+    for index, crop in enumerate(cut_boxes(image, boxes)):
+        crops[index] = np.asarray(crop.resize(size, resample))
     return crops
 
 

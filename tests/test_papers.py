@@ -98,7 +98,7 @@ def test_every_place_exists(file, symbol):
 
 def test_a_wrong_place_is_noticed():
     with pytest.raises(LookupError, match="no 'text_part'"):
-        resolve("modeling_dclip/configuration_dclip.py", "DCLIPTeacherConfig.text_part")
+        resolve("modeling_dclip/configuration_dclip_teacher.py", "DCLIPTeacherConfig.text_part")
     with pytest.raises(LookupError, match="does not exist"):
         resolve("modeling_dclip/nowhere.py", "DCLIPTeacher")
 

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny_dual_encoders import save_dual_encoder
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -35,6 +36,7 @@ from modeling_dclip import (
     DMCLIPVisionConfig,
     DMCLIPVisionModel,
 )
+from modeling_dclip.encoders.loading import load_processor
 
 # Runs with -I and from another folder; the finder refuses the package even where it is installed.
 READER = """
@@ -68,6 +70,12 @@ CASES = (
     ("dual", "AutoModelForZeroShotImageClassification"),
     ("vision", "AutoModel"),
     ("teacher", "AutoModel"),
+    ("teacher_siglip", "AutoModel"),
+    ("teacher_altclip", "AutoModel"),
+    ("teacher_chinese_clip", "AutoModel"),
+    ("teacher_metaclip_2", "AutoModel"),
+    ("teacher_vision_text", "AutoModel"),
+    ("teacher_dmclip", "AutoModel"),
     ("dmclip", "AutoModel"),
     ("dmclip", "AutoModelForZeroShotImageClassification"),
     ("dmclip_fused_vision", "AutoModel"),
@@ -84,28 +92,39 @@ def build_dmclip(kind, clip_dir):
     text = {**sizes, **ends, "vocab_size": len(processor.tokenizer)}
     model = DMCLIPModel(DMCLIPConfig(text_config=text, vision_config=stages, projection_dim=16))
     if kind == "dmclip":
-        return model, DCLIPProcessor, batch
+        return model, processor, batch
     if kind == "dmclip_text":
-        return model.text_model, DCLIPProcessor, {name: batch[name] for name in ("input_ids", "attention_mask")}
+        return model.text_model, processor, {name: batch[name] for name in ("input_ids", "attention_mask")}
     tower = model.vision_model.fuse() if kind == "dmclip_fused_vision" else model.vision_model
-    return tower, DCLIPProcessor, {"pixel_values": batch["pixel_values"]}
+    return tower, processor, {"pixel_values": batch["pixel_values"]}
 
 
-def build(kind, clip_dir):
+def build_teacher(family, clip_dir, folder):
+    if family == "dmclip":
+        model, processor, _ = build_dmclip("dmclip", clip_dir)
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+    elif family != "clip":
+        save_dual_encoder(family, folder)
+    source = str(clip_dir if family == "clip" else folder)
+    teacher = DCLIPTeacher.from_clip(source, num_attention_heads=4)
+    processor = DCLIPTeacherProcessor.from_dual_encoder(load_processor(source), teacher.config.clip_config)
+    boxes = [[[1, 2, 30, 20], [5, 5, 40, 40]], []]
+    return teacher, processor, processor(pictures(), ["a red dog", "a dog"], boxes=boxes)
+
+
+def build(kind, clip_dir, folder=None):
     if kind.startswith("dmclip"):
         return build_dmclip(kind, clip_dir)
+    if kind.startswith("teacher"):
+        return build_teacher(kind.partition("_")[2] or "clip", clip_dir, folder)
+    processor = DCLIPProcessor.from_pretrained(clip_dir)
     if kind == "dual":
-        batch = DCLIPProcessor.from_pretrained(clip_dir)(
-            images=pictures(), text=["a red dog", "a dog"], return_tensors="pt"
-        )
-        return DCLIPModel.from_pretrained(clip_dir), DCLIPProcessor, batch
-    if kind == "vision":
-        config = DCLIPVisionConfig.from_pretrained(clip_dir, position_embedding_type="rope")
-        batch = DCLIPProcessor.from_pretrained(clip_dir)(images=pictures(), return_tensors="pt")
-        return DCLIPVisionModel.from_pretrained(clip_dir, config=config), DCLIPProcessor, batch
-    boxes = [[[1, 2, 30, 20], [5, 5, 40, 40]], []]
-    batch = DCLIPTeacherProcessor.from_pretrained(clip_dir)(pictures(), ["a red dog", "a dog"], boxes=boxes)
-    return DCLIPTeacher.from_clip(str(clip_dir)), DCLIPTeacherProcessor, batch
+        batch = processor(images=pictures(), text=["a red dog", "a dog"], return_tensors="pt")
+        return DCLIPModel.from_pretrained(clip_dir), processor, batch
+    config = DCLIPVisionConfig.from_pretrained(clip_dir, position_embedding_type="rope")
+    batch = processor(images=pictures(), return_tensors="pt")
+    return DCLIPVisionModel.from_pretrained(clip_dir, config=config), processor, batch
 
 
 def pictures():
@@ -128,8 +147,7 @@ def shipped(tiny_clip_dir, tmp_path_factory):
     cases, jobs = {}, []
     for case in CASES:
         kind, auto_class = case
-        model, processor_class, batch = build(kind, tiny_clip_dir)
-        processor = processor_class.from_pretrained(tiny_clip_dir)
+        model, processor, batch = build(kind, tiny_clip_dir, root / f"{kind}_encoder")
         name = f"{kind}_{auto_class}"
         job = {"auto_class": auto_class, "folder": str(root / name), "inputs": str(root / f"{name}.inputs")}
         model.save_pretrained(job["folder"])
@@ -141,7 +159,7 @@ def shipped(tiny_clip_dir, tmp_path_factory):
             expected = dict(model.eval()(**batch).items())
         torch.set_num_threads(threads)
         expected["ids"] = processor(text=["a red dog " * 60, "a"], return_tensors="pt")["input_ids"]
-        cases[case] = {"folder": root / name, "expected": expected, "processor": processor_class.__name__, "reads": []}
+        cases[case] = {"folder": root / name, "expected": expected, "processor": type(processor).__name__, "reads": []}
         jobs.append(job)
     for generation in ("first", "second"):
         for job, case in zip(jobs, CASES, strict=True):

@@ -17,7 +17,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModel, CLIPTextConfig, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
-from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
+from modeling_dclip.configuration_dclip import PRESETS, DCLIPConfig, DCLIPVisionConfig
+from modeling_dclip.configuration_dclip_teacher import DCLIPTeacherConfig
 from modeling_dclip.data.captions import CAPTION_SOURCES
 from modeling_dclip.data.failures import MistakeCollector, naming
 from modeling_dclip.data.files import check_output_folder, entry_names, require_file

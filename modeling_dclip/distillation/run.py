@@ -21,7 +21,8 @@ from torch import nn
 from transformers import AutoModel, BaseImageProcessor, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
-from modeling_dclip.configuration_dclip import PRESETS, DCLIPTeacherConfig
+from modeling_dclip.configuration_dclip import PRESETS
+from modeling_dclip.configuration_dclip_teacher import DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_mix, load_uncaptioned, split_off_test, split_train_validation
 from modeling_dclip.data.captions.files import karpathy_test_ids
 from modeling_dclip.data.captions.parts import (

@@ -48,6 +48,7 @@ from transformers.utils import (
 
 import modeling_dclip.auto_classes  # noqa: F401  registers the models of this package
 from modeling_dclip.configuration_dclip import MODEL_SIZES, check_number, check_sizes
+from modeling_dclip.configuration_dclip_teacher import NATIVE_ENCODERS
 from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import WrongModelError, check_end_token, prepare_tokenizer
 from modeling_dclip.encoders.fingerprints import model_revision
@@ -68,8 +69,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FOLDER, ADAPTER_WEIGHTS = "adapter", "adapter_model.safetensors"  # where training writes adapters
 # By model_type. A stock CLIP is the base that an adapter names, and becomes a DCLIP.
 DUAL_ENCODERS: dict[str, Any] = {"dclip": DCLIPModel, "clip": DCLIPModel, "dmclip": DMCLIPModel}
-# Families of transformers that a student can be of; it stays what it is.
-NATIVE_ENCODERS = ("altclip", "chinese_clip", "metaclip_2", "siglip", "vision-text-dual-encoder")
+# A student of another family of transformers (`NATIVE_ENCODERS`) stays what it is.
 STUDENT_ENCODERS = (*DUAL_ENCODERS, *NATIVE_ENCODERS)
 _NAMED = 5  # missing weights in a message
 _DTYPES = {"F16": "float16", "BF16": "bfloat16"}  # as safetensors calls them

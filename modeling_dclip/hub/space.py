@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard
 from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
-from modeling_dclip.configuration_dclip import DCLIPTeacherConfig
+from modeling_dclip.configuration_dclip_teacher import DCLIPTeacherConfig
 from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.failures import FAILURES, one_line
