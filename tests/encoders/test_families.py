@@ -6,9 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from fixtures.tiny_dual_encoders import LAYERS, TEXT, VISION, make_word_tokenizer, save_dual_encoder
-from tokenizers import Tokenizer, models, normalizers, processors
-from transformers import AutoTokenizer, SiglipConfig, SiglipImageProcessorPil, SiglipModel
+from fixtures.tiny_dual_encoders import (
+    PIECES,
+    TEXT,
+    make_word_tokenizer,
+    save_dual_encoder,
+    save_fixed_siglip2,
+)
+from transformers import AutoTokenizer
 
 from modeling_dclip.data.reinforced.teachers import build_teacher
 from modeling_dclip.distillation.run import read_clip
@@ -24,30 +29,7 @@ from modeling_dclip.encoders.families import (
 from modeling_dclip.encoders.loading import load_dual_encoder, load_processor
 from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_texts
 
-PIECES = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ▁"]
-SPECIAL = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-DECLARED = {"tokenizer_class": "GemmaTokenizer", "do_lower_case": True, "model_max_length": 64, **SPECIAL}
 GOLDEN = ["Golden Retriever", "golden retriever"]
-
-
-def save_fixed_siglip2(folder, template="$A <eos>", **declared):
-    """The layout of the published files: model_type siglip, Gemma's tokenizer, lower case only declared."""
-    vocabulary = {piece: place for place, piece in enumerate(PIECES)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.add_special_tokens(PIECES[:5])
-    if template:
-        ends = [("<eos>", 1), ("<bos>", 2)]
-        tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=ends)
-    folder.mkdir(exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {name: value for name, value in (DECLARED | declared).items() if value is not None}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    SiglipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    torch.manual_seed(0)
-    text = {**LAYERS, "vocab_size": len(PIECES), "max_position_embeddings": 64, "projection_size": 16}
-    SiglipModel(SiglipConfig(text_config=text, vision_config=VISION)).save_pretrained(folder)
-    return folder
 
 
 def test_a_fixed_size_siglip_2_reads_capitals_as_small_letters(tmp_path):

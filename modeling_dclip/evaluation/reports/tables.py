@@ -882,6 +882,29 @@ def tabulate_index(data: Mapping[str, Any]) -> list[Table | Text]:
     return [Table(header, lines, left=2), _note(data, note)]
 
 
+def tabulate_families(data: Mapping[str, Any]) -> list[Table | Text]:
+    """Which command works for which family of dual encoders, and what is said where one is refused.
+
+    Args:
+        data (`Mapping`): What `benchmarks/families.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: The table, the refusals by number, and a line on what it was measured on.
+    """
+    steps = list(dict.fromkeys(step for row in data["rows"] for step in row["cells"]))
+    lines, said = [], dict[str, int]()
+    for row in data["rows"]:
+        cells = []
+        for step in steps:
+            cell = row["cells"].get(step, {"end": ABSENT, "said": ""})
+            number = said.setdefault(cell["said"], len(said) + 1) if cell["said"] else None
+            cells.append(cell["end"] if number is None else f"{cell['end']} ({number})")
+        lines.append([row["name"], *cells])
+    refusals = [Text(f"({number}) {text}") for text, number in said.items()]
+    note = "Each cell is a command in a process of its own, on a random checkpoint of a few thousand weights."
+    return [Table(["Start", *steps], lines), *refusals, _note({"arguments": {}, **data["environment"]}, note)]
+
+
 def tabulate_fuzz(data: Mapping[str, Any]) -> list[Table | Text]:
     """What happened to malformed inputs, by kind.
 
@@ -956,6 +979,7 @@ def tabulate_pictures(data: Mapping[str, Any]) -> list[Table | Text]:
 # By the name of the table in a Markdown page: the function that makes it, and its options.
 BENCHMARK_TABLES: dict[str, tuple[Callable[..., list[Table | Text]], set[str]]] = {
     "encoders": (tabulate_encoders, {"cells", "over"}),
+    "families": (tabulate_families, set()),
     "fuzz": (tabulate_fuzz, set()),
     "index": (tabulate_index, set()),
     "kills": (tabulate_kills, set()),

@@ -140,6 +140,17 @@ def test_reliability_is_counted_by_kind_and_in_all():
     assert lines[-1] == ["all", "1,210", "6", "2", "1,199", "0", "1", "2", "0"]
 
 
+def test_a_refusal_is_numbered_and_said_once_below_the_families():
+    yes, no = {"end": "yes", "said": ""}, {"end": "refused", "said": "clip_model: expected *another*"}
+    rows = [
+        {"family": "a", "name": "A", "cells": {"train": yes, "onnx": no}},
+        {"family": "b", "name": "B", "cells": {"onnx": no}},
+    ]
+    text = render_markdown(tables.tabulate_families({"rows": rows, "environment": ENVIRONMENT}))
+    assert cells_of(text)[2:] == [["A", "yes", "refused (1)"], ["B", "–", "refused (1)"]]
+    assert text.count("(1) clip_model: expected") == 1 and "a CPU" in text
+
+
 def test_kills_are_counted_by_command_and_in_all():
     row = {"command": "train.py", "what": "teacher", "runs": 3, "kills": 5, "resumed_equal": 2, "different": 1}
     other = {**row, "what": "student", "kills": 4, "different": 0}
