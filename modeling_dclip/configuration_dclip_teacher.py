@@ -153,7 +153,7 @@ class DCLIPTeacherConfig(PreTrainedConfig):
                 raise ValueError(
                     f"clip_config: expected an image encoder of the text encoder's width {width}, got {image_width}."
                 )
-        if width % self.num_attention_heads:
+        if self.cross_attention != "none" and width % self.num_attention_heads:
             raise ValueError(
                 f"num_attention_heads: expected a divisor of the embedding width {width}, "
                 f"got {self.num_attention_heads}."

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from torch.utils.data import Dataset as TorchDataset
 from transformers import PreTrainedTokenizerBase
@@ -367,10 +366,9 @@ class TokenizedStudentBatches(StudentBatches):
         Args:
             captions (`np.ndarray` of shape `(B,)`): Indices into the captions of all rows.
         """
-        input_ids, mask = (torch.from_numpy(part).long() for part in self.tokens.pad(captions, self.pad_token_id))
-        if self.length is None:
-            return {"input_ids": input_ids, "attention_mask": mask}
-        return {"input_ids": F.pad(input_ids, (0, self.length - input_ids.shape[1]), value=self.pad_token_id)}
+        padded = self.tokens.pad(captions, self.pad_token_id, self.length or 1)
+        input_ids, mask = (torch.from_numpy(part).long() for part in padded)
+        return {"input_ids": input_ids} | ({"attention_mask": mask} if self.length is None else {})
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
         """The batch of [`StudentBatches`] with what [`read_tokens`] gives."""

@@ -213,10 +213,13 @@ class Ragged(NamedTuple):
         """Entries of each row, int64 `(N,)`."""
         return np.diff(self.offsets)
 
-    def pad(self, rows: np.ndarray, fill: int | float = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Rows as one array `(len(rows), longest, ...)` filled up with `fill`, and the mask of what is real, bool."""
+    def pad(self, rows: np.ndarray, fill: int | float = 0, least: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """Rows as one array `(len(rows), longest, ...)` filled up with `fill`, and the mask of what is real, bool.
+
+        Where the longest row has fewer than `least` places, the array has `least`.
+        """
         lengths = self.lengths[rows]
-        positions = np.arange(max(1, lengths.max(initial=0)))
+        positions = np.arange(lengths.max(initial=least))
         mask = positions < lengths[:, None]
         padded = np.full((*mask.shape, *self.values.shape[1:]), fill, dtype=self.values.dtype)
         padded[mask] = self.values[(self.offsets[rows][:, None] + positions)[mask]]

@@ -28,6 +28,7 @@ from modeling_dclip.data.columns import (
     with_ragged_embeds,
 )
 from modeling_dclip.data.images import decode_image, undecoded_images
+from modeling_dclip.encoders.families import READ_PADDING
 from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, check_boxes, cut_long
@@ -202,12 +203,14 @@ def _encode_captions(
     captions: Iterable[str], processor: DCLIPTeacherProcessor, teacher: DCLIPTeacher, batch_size: int, reads_text: bool
 ) -> Chunk:
     tokens = tokenize_captions(processor.tokenizer, captions)
+    clip_config: Any = teacher.config.clip_config
+    least = processor.tokenizer.model_max_length if clip_config.model_type in READ_PADDING else 1
     by_length = np.argsort(-tokens.lengths, kind="stable")  # captions of one length in a batch need little padding
     count = len(tokens.lengths)
     text_embeds, token_embeds = ([torch.empty(0)] * count for _ in range(2))
     for start in range(0, count, batch_size):
         rows = by_length[start : start + batch_size]
-        input_ids, mask = tokens.pad(rows, processor.tokenizer.pad_token_id)
+        input_ids, mask = tokens.pad(rows, processor.tokenizer.pad_token_id, least)
         texts, token_states, token_mask = teacher.encode_text(
             torch.from_numpy(input_ids).long().to(teacher.device), torch.from_numpy(mask).long().to(teacher.device)
         )

@@ -304,13 +304,6 @@ def _planned_clip(recipe: Recipe, whole: Recipe) -> PreTrainedConfig | None:
     with naming("clip_model"):
         config = check_named_model(clip, STUDENT_ENCODERS)
         load_processor(clip)
-        if config.model_type not in READ_AS_CLIP and (recipe.student.reads_teacher or "teacher" in recipe.stages):
-            raise ValueError(
-                f"expected a CLIP for a student that learns from a teacher, got a model of type "
-                f"{config.model_type!r}. Set student.cosine_distillation_loss_weight and "
-                "student.similarity_distillation_loss_weight to 0: it then learns from captions, and from itself by "
-                "student.cosine_preservation_loss_weight."
-            )
     own = DUAL_ENCODERS.get(config.model_type)
     return config if own is None else own.config_class.from_pretrained(clip)
 

@@ -13,11 +13,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as functional
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset, load_from_disk
-from torch import nn
 from transformers import AutoModel, BaseImageProcessor, PreTrainedConfig
 from transformers.trainer_utils import IntervalStrategy
 
@@ -60,18 +58,14 @@ from modeling_dclip.distillation.checkpoints import (
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.distillation.trainer import cast_weights, warn_of_warm_up
 from modeling_dclip.encoders.families import (
-    READ_PADDING,
     check_end_token,
     image_modules,
-    longest_text,
-    projected,
     shared_width,
 )
 from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model, fingerprint_processor
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
     DUAL_ENCODERS,
-    NATIVE_ENCODERS,
     STUDENT_ENCODERS,
     check_vocabulary,
     check_weights,
@@ -80,7 +74,7 @@ from modeling_dclip.encoders.loading import (
     read_config,
     stored_dtype,
 )
-from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
+from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher, require_known_pooling
 from modeling_dclip.progress import count_of, duration_in_words
 
 logger = logging.getLogger(__name__)
@@ -949,12 +943,10 @@ class Clip:
     Args:
         path (`str`): Folder or Hub id.
         key (`str`): Key of its weights and its processor.
-        is_native (`bool`): Whether it is of another family than CLIP and the models of this package.
     """
 
     path: str
     key: str
-    is_native: bool = False
 
 
 def find_clip(recipe: Recipe, places: Places) -> str:
@@ -992,15 +984,17 @@ def read_clip(path: str, shared: SharedData | None = None) -> Clip:
 
     Raises:
         OSError: If there is none.
-        ValueError: If weights are missing or damaged, or the tokenizer's end token is not the text encoder's.
+        ValueError: If weights are missing or damaged, the tokenizer's end token is not the text encoder's, or it is
+            not known how the text encoder makes one vector of a text's tokens.
     """
     clips = {} if shared is None else shared.clips
     if (read := file_states(path)) not in clips:
         processor, student = load_processor(path), load_student(path)
         check_vocabulary(student, processor.tokenizer, path)
         check_end_token(student, processor.tokenizer, path)
+        require_known_pooling(student, path)
         key = combine_keys([fingerprint_model(student), fingerprint_processor(processor)])
-        clips[read] = Clip(path, key, student.config.model_type in NATIVE_ENCODERS)
+        clips[read] = Clip(path, key)
     return clips[read]
 
 
@@ -1092,50 +1086,6 @@ def freeze_text_side(model: Any) -> Any:
     return model
 
 
-class FrozenEncoder(nn.Module):
-    """A dual encoder of another family than CLIP, as what computes a student's columns without a teacher.
-
-    It has what [`~modeling_dclip.data.teacher_targets.add_teacher_targets`] reads of a [`DCLIPTeacher`].
-
-    Args:
-        model ([`~modeling_dclip.encoders.DualEncoder`]): In eval mode.
-        tokenizer: The model's. Its longest text becomes the model's, in place.
-    """
-
-    def __init__(self, model: Any, tokenizer: Any):
-        super().__init__()
-        tokenizer.model_max_length = longest_text(model, tokenizer)
-        self.clip, self.longest, self.pad_token_id = model, tokenizer.model_max_length, tokenizer.pad_token_id
-        self.config = DCLIPTeacherConfig(cross_attention="none")
-
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.clip.device
-
-    @torch.no_grad()
-    def encode_images(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Embed images `(B, 3, H, W)` as `(B, D)`, L2-normalised."""
-        return functional.normalize(projected(self.clip.get_image_features(pixel_values=pixel_values)), dim=-1)
-
-    @torch.no_grad()
-    def encode_text(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        """Embed captions as the model's family reads them.
-
-        Args:
-            input_ids (`torch.Tensor` of shape `(B, T)`): Token ids, no more than the model reads.
-            attention_mask (`torch.Tensor` of shape `(B, T)`): 1 = real.
-
-        Returns:
-            `tuple`: `text_embeds (B, D)`, L2-normalised, and twice `None`, as no token is embedded.
-        """
-        inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-        if self.clip.config.model_type in READ_PADDING:
-            missing = self.longest - input_ids.shape[1]
-            inputs = {"input_ids": functional.pad(input_ids, (0, missing), value=self.pad_token_id)}
-        return functional.normalize(projected(self.clip.get_text_features(**inputs)), dim=-1), None, None
-
-
 def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:
     """Load a trained teacher around the CLIP that a student starts from.
 
@@ -1157,6 +1107,12 @@ def load_matching_teacher(teacher_path: str, clip_path: str) -> DCLIPTeacher:
 
 def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -> None:
     student = load_student(clip_path)
+    families = [config.model_type for config in (student.config, teacher.config.clip_config)]
+    if len(set(families)) > 1:
+        raise ValueError(
+            f"Expected a teacher around a model of the student's type {families[0]!r} ({clip_path}), got one around a "
+            f"{families[1]!r} ({teacher_path}). Distil from a teacher around the same model."
+        )
     expected, got = shared_width(student.config), teacher.config.projection_dim
     if expected != got:
         raise ValueError(
@@ -1165,7 +1121,7 @@ def _check_same_clip(teacher: DCLIPTeacher, teacher_path: str, clip_path: str) -
         )
     # A teacher saved in a shorter type than its CLIP holds the CLIP's weights rounded.
     theirs, ours = teacher.clip.state_dict(), cast_weights(student.state_dict(), stored_dtype(teacher_path))
-    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name], ours[name].float()) for name in ours):
+    if theirs.keys() != ours.keys() or any(not torch.equal(theirs[name].float(), ours[name].float()) for name in ours):
         raise ValueError(
             f"The teacher '{teacher_path}' holds another CLIP than the student starts from ('{clip_path}'), so their "
             "embeddings are in different spaces. Train the teacher around this CLIP, or set clip_model to the "

@@ -44,7 +44,6 @@ from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     UNCAPTIONED,
     Clip,
-    FrozenEncoder,
     KeyedRows,
     Learned,
     Places,
@@ -271,9 +270,8 @@ def _total(splits: Splits) -> str:
     return count_of(sum(len(part.rows) for part in splits.values()), "image")
 
 
-def _teacher_processor(path: str) -> DCLIPTeacherProcessor:
-    processor = load_processor(path)
-    return DCLIPTeacherProcessor(processor.image_processor, processor.tokenizer)
+def _teacher_processor(teacher: DCLIPTeacher, clip: Clip) -> DCLIPTeacherProcessor:
+    return DCLIPTeacherProcessor.from_dual_encoder(load_processor(clip.path), teacher.config.clip_config)
 
 
 def train_teacher(
@@ -309,7 +307,7 @@ def train_teacher(
     learned.keep(record.folder)
     set_seed(args.seed)
     teacher = DCLIPTeacher.from_clip(clip.path, **args.architecture()).float()
-    processor, dtype = _teacher_processor(clip.path), _resolve_dtype(args.save_dtype, "teacher", clip.path)
+    processor, dtype = _teacher_processor(teacher, clip), _resolve_dtype(args.save_dtype, "teacher", clip.path)
     if not any(parameter.requires_grad for parameter in teacher.parameters()):
         logger.info("teacher: cross_attention=%r has nothing to train", args.cross_attention)
         require_fit(find_overflows(teacher.state_dict(), dtype), dtype, "teacher")
@@ -363,16 +361,12 @@ def write_targets(
         ValueError: If the teacher is around another CLIP or holds NaN, or the folder was made from other inputs.
     """
     with_teacher = teacher_path is not None
-    teacher: Any = None
     if teacher_path is not None:
         teacher = load_matching_teacher(teacher_path, clip.path)
-        processor = _teacher_processor(teacher_path)
-    elif clip.is_native:
-        processor = load_processor(clip.path)
-        teacher = FrozenEncoder(load_student(clip.path), processor.tokenizer)
+        processor = load_processor(teacher_path, DCLIPTeacherProcessor)
     else:
         teacher = DCLIPTeacher.from_clip(clip.path, cross_attention="none")  # adds nothing to the CLIP
-        processor = _teacher_processor(clip.path)
+        processor = _teacher_processor(teacher, clip)
     keys = {split: part.key for split, part in data.items()}
     inputs = {"teacher": fingerprint_model(teacher), "clip": clip.key, "dataset": keys}
     record = places.record("targets", inputs | {"max_regions": features.max_regions, "with_teacher": with_teacher})

@@ -1,28 +1,37 @@
 """Students of every family: one small step, what moves, what is saved, and what is refused before any work."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import load_from_disk
-from fixtures.tiny_dual_encoders import save_dual_encoder
+from fixtures.tiny_dual_encoders import VISION, save_dual_encoder
 from fixtures.training import STEPS, equal, student_arguments, write_recipe
 from safetensors.torch import load_file
-from transformers import AutoModel, AutoProcessor
+from transformers import (
+    AutoModel,
+    AutoProcessor,
+    GPT2Config,
+    VisionTextDualEncoderConfig,
+    VisionTextDualEncoderModel,
+    ViTConfig,
+)
 
+from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.captions import load_mix
 from modeling_dclip.data.collation import TokenizedStudentBatches
 from modeling_dclip.data.columns import Ragged, with_flat_embeds, with_ragged_embeds
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.distillation.checks import check_recipe
 from modeling_dclip.distillation.recipes import parse_recipe
-from modeling_dclip.distillation.run import load_student, read_clip
+from modeling_dclip.distillation.run import load_matching_teacher, load_student, read_clip
 from modeling_dclip.distillation.stages import fit_student, run_stages
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.families import image_modules, projected, shared_width, tokenize_texts
-from modeling_dclip.encoders.loading import load_dual_encoder, load_merged, load_processor
+from modeling_dclip.encoders.loading import load_checked, load_dual_encoder, load_merged, load_processor
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 
 NATIVE = ["siglip", "altclip", "chinese_clip", "metaclip_2", "vision_text", "timm"]
@@ -147,12 +156,43 @@ def test_a_run_without_a_teacher_stores_a_familys_own_embeddings(family, folders
     assert load_merged(out / "student" / "adapter").config.model_type == model.config.model_type
 
 
+@pytest.mark.parametrize(("family", "cross_attention"), [("siglip", "bidirectional"), ("timm", "regions")])
+def test_a_student_learns_what_its_familys_teacher_says(family, cross_attention, folders, tmp_path):
+    folder, spec = folders(family), "scenes:train,n=8,image_size=32,captions_per_image=2"
+    teacher = {**STEPS, "cross_attention": cross_attention, "num_attention_heads": 2, "num_train_epochs": 1}
+    student = {**STEPS, "num_train_epochs": 1}
+    path = write_recipe(tmp_path, clip_model=folder, train_datasets=[spec], teacher=teacher, student=student)
+    recipe = parse_recipe([], path)
+    check_recipe(recipe, recipe)
+    out, rows = run_stages(recipe), load_mix([spec], seed=0)
+    model = load_checked(DCLIPTeacher, out / "teacher")
+    processor = load_processor(out / "teacher", DCLIPTeacherProcessor)
+    assert equal(model.clip.state_dict(), load_student(folder).state_dict())  # frozen
+    stored = load_from_disk(out / "targets" / "train")
+    images = [image for image in rows["image"] for _ in range(2)]
+    boxes, scores = ([row for row in rows[name] for _ in range(2)] for name in ("boxes", "box_scores"))
+    texts = [text for captions in rows["captions"] for text in captions]
+    with torch.no_grad():
+        expected = model(**processor(images, texts, boxes=boxes, box_scores=scores))
+    for name in ("teacher_embeds", "text_embeds"):
+        found = torch.tensor(np.array(stored[name])).flatten(0, 1).float()
+        torch.testing.assert_close(found, expected[name], rtol=0, atol=2e-3)  # features and targets are float16
+    learned = AutoModel.from_pretrained(out / "student")
+    assert learned.config.model_type == model.config.clip_config.model_type
+    texts_before, texts_after = (
+        {name: tensor for name, tensor in one.state_dict().items() if name.startswith("text_")}
+        for one in (load_student(folder), learned)
+    )
+    assert equal(texts_before, texts_after)
+    with pytest.raises(ValueError, match="Expected a teacher around a model of the student's type 'chinese_clip' .*"):
+        load_matching_teacher(str(out / "teacher"), folders("chinese_clip"))
+
+
 @pytest.mark.parametrize(
     ("family", "student", "message"),
     [
         ("siglip2_naflex", {}, "takes square images at .*, got SigLIP 2 in its NaFlex form"),
         ("align", {}, "expected a model of type dclip, .*, got 'align'"),
-        ("siglip", {"cosine_distillation_loss_weight": 1.0}, "expected a CLIP for a student that learns from a teach"),
         ("siglip", {"position_embedding_type": "rope"}, "expected absolute for a model of type 'siglip', got rope"),
         ("siglip", {"freeze": ["visual_projection.*"]}, "'visual_projection.*' matches no parameter"),
         ("timm", {"lora_rank": 2}, r"linear layers in vision_model \(none: it has no linear layer, so train without"),
@@ -164,3 +204,12 @@ def test_what_a_family_cannot_do_is_refused_before_any_work(family, student, mes
     with pytest.raises(ValueError, match=message):
         check_recipe(recipe, recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_towers_whose_texts_are_pooled_in_an_unknown_way_are_refused_when_read(folders, tmp_path):
+    shutil.copytree(folders("vision_text"), tmp_path, dirs_exist_ok=True)
+    text = GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=20, bos_token_id=0, eos_token_id=3)
+    config = VisionTextDualEncoderConfig.from_vision_text_configs(ViTConfig(**VISION), text, projection_dim=12)
+    VisionTextDualEncoderModel(config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="embeds a text by a pooler at its first token, .*, got GPT2Model"):
+        read_clip(str(tmp_path))
