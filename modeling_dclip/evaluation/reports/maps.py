@@ -304,12 +304,13 @@ def draw_attention(
         note = "Percent: the weight of each region in the teacher's embedding."
     if outputs.text_to_image_attentions is not None:
         token_attention = outputs.text_to_image_attentions[0].mean(dim=0)  # (T, R)
-        input_ids = inputs["input_ids"][0, 1 : 1 + len(token_attention)]
-        is_word = input_ids != processor.tokenizer.eos_token_id  # the teacher reads neither EOS nor padding
+        _, _, is_read = model.encode_text(inputs["input_ids"], inputs["attention_mask"])  # no start, end or padding
+        input_ids = inputs["input_ids"][0, -is_read.shape[1] :][is_read[0]]
         tokens = [
-            token.removesuffix("</w>") for token in processor.tokenizer.convert_ids_to_tokens(input_ids[is_word])
+            token.removesuffix("</w>").removeprefix("▁")  # how CLIP's, and sentencepiece's, mark a word
+            for token in processor.tokenizer.convert_ids_to_tokens(input_ids)
         ]
-        token_attention = token_attention[is_word].numpy()
+        token_attention = token_attention[is_read[0]].numpy()
     drawn = as_rgb(image).copy()
     drawn.thumbnail((LONGEST_DRAWN, LONGEST_DRAWN))  # matplotlib holds a picture several times, in floats
     fractions = inputs["region_boxes"][0].numpy()

@@ -5,13 +5,22 @@ and land on the places of the picture they are about.
 import numpy as np
 import pytest
 import torch
+from fixtures.tiny_dual_encoders import save_dual_encoder
 from PIL import Image
 from transformers import AutoProcessor
 
-from modeling_dclip import DCLIPModel, DMCLIPConfig, DMCLIPModel
+from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPConfig, DMCLIPModel
 from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders.loading import load_processor
+from modeling_dclip.evaluation.reports import maps
 from modeling_dclip.evaluation.reports import plots as diagnostic_plots
-from modeling_dclip.evaluation.reports.maps import attention_relevance, attention_rollout, draw_image_maps, image_maps
+from modeling_dclip.evaluation.reports.maps import (
+    attention_relevance,
+    attention_rollout,
+    draw_attention,
+    draw_image_maps,
+    image_maps,
+)
 from modeling_dclip.evaluation.reports.plots import plot_image_maps
 
 
@@ -203,3 +212,22 @@ def test_the_mode_of_the_model_is_restored(tmp_path, tiny_clip_dir, tiny_scenes)
 def test_bad_maps_are_named(tmp_path, pictures, maps, texts, message):
     with pytest.raises(ValueError, match=message):
         plot_image_maps(pictures, maps, texts, tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("family", ["clip", "siglip", "vision_text"])
+def test_a_row_of_a_teachers_attention_is_named_by_its_own_token(family, tmp_path, monkeypatch):
+    save_dual_encoder(family, tmp_path)
+    teacher = DCLIPTeacher.from_clip(str(tmp_path), num_attention_heads=4).eval()
+    processor = DCLIPTeacherProcessor.from_dual_encoder(load_processor(tmp_path), teacher.config.clip_config)
+    drawn = {}
+    monkeypatch.setattr(
+        maps, "plot_region_attention", lambda *given, tokens, note: drawn.update(attention=given[5], tokens=tokens)
+    )
+    regions = np.array([[0, 0, 20, 30], [5, 5, 40, 40]]), np.array([0.9, 0.5])
+    draw_attention(teacher, processor, Image.new("RGB", (40, 40), "red"), regions, "a red dog", tmp_path / "a.png")
+    assert drawn["tokens"] == ["a", "red", "dog"]
+    inputs = processor(
+        text=["a red dog"], images=[Image.new("RGB", (40, 40), "red")], boxes=[regions[0]], box_scores=[regions[1]]
+    )
+    rows = teacher(**inputs, output_attentions=True).text_to_image_attentions[0].mean(dim=0)
+    np.testing.assert_allclose(drawn["attention"], rows[:3].detach().numpy())
