@@ -123,6 +123,11 @@ class DCLIPVisionConfig(CLIPVisionConfig):
         rotary_base (`float`, *optional*, defaults to 100.0): Longest rotary wavelength is `2 * pi * rotary_base`
             patches. 100 suits grids of 7 to 64 patches a side; a language model's 10000 would leave most
             frequencies constant over so short an axis.
+        rotary_scale (`float`, *optional*, defaults to 1.0): Fastest rotation of `"rope"`, in radians a patch. 1 is the
+            usual one, for a model trained from scratch. A trained CLIP breaks at it and hardly changes at 0.3.
+        rotary_table (`bool`, *optional*, defaults to `False`): With `"rope"`, keep the learned table too, interpolated
+            to the input's grid, and count places from the middle of the image. A trained CLIP then starts almost as
+            it is; training sets it so.
         kwargs: Every field of [`~transformers.CLIPVisionConfig`], same meaning and defaults (ViT-B/32).
 
     Raises:
@@ -138,6 +143,8 @@ class DCLIPVisionConfig(CLIPVisionConfig):
 
     position_embedding_type: str = "absolute"
     rotary_base: float | int = 100.0
+    rotary_scale: float | int = 1.0
+    rotary_table: bool = False
 
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
@@ -152,6 +159,7 @@ class DCLIPVisionConfig(CLIPVisionConfig):
     def validate_architecture(self):
         check_sizes(self)
         check_number("rotary_base", self.rotary_base, 0, 1e9, above=True)
+        check_number("rotary_scale", self.rotary_scale, 0, 1e3, above=True)
         super().validate_architecture()
         check_choice("position_embedding_type", self.position_embedding_type, POSITION_EMBEDDING_TYPES)
         head_dim = self.hidden_size // self.num_attention_heads

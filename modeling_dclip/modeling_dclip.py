@@ -90,7 +90,7 @@ def truncate_text(input_ids, attention_mask=None, *, max_length, eos_token_id):
     return kept, None if attention_mask is None else attention_mask[:, :max_length]
 
 
-def axial_rotary_embedding(rows, columns, head_dim, base, device=None):
+def axial_rotary_embedding(rows, columns, head_dim, base, device=None, *, scale=1.0, centred=False):
     """Angles of a 2-D axial rotary embedding for a class token followed by a grid of patches.
 
     The first half of a head rotates with the row, the second with the column; pairs are (i, i + head_dim / 4) inside
@@ -100,8 +100,11 @@ def axial_rotary_embedding(rows, columns, head_dim, base, device=None):
         rows (`int`): Patches down.
         columns (`int`): Patches across.
         head_dim (`int`): Divisible by 4.
-        base (`float`): Frequencies are `base ** (-4 i / head_dim)` radians a patch, `i < head_dim / 4`.
+        base (`float`): Frequencies are `scale * base ** (-4 i / head_dim)` radians a patch, `i < head_dim / 4`.
         device (`torch.device`, *optional*): Where to make them.
+        scale (`float`, *optional*, defaults to 1.0): The fastest rotation, radians a patch.
+        centred (`bool`, *optional*, defaults to `False`): Count places from the middle of the grid, not from its first
+            patch. Patches see each other as before; the class token, which is not rotated, sees them turned less.
 
     Returns:
         `tuple`: `(cos, sin)`, each float32 `(1 + rows * columns, head_dim)`.
@@ -111,9 +114,12 @@ def axial_rotary_embedding(rows, columns, head_dim, base, device=None):
         torch.Size([7, 8])
     """
     quarter = head_dim // 4
-    frequencies = base ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
-    row = torch.arange(rows, device=device, dtype=torch.float32).repeat_interleave(columns)
-    column = torch.arange(columns, device=device, dtype=torch.float32).repeat(rows)
+    frequencies = scale * base ** (-torch.arange(quarter, device=device, dtype=torch.float32) / quarter)
+    row = torch.arange(rows, device=device, dtype=torch.float32)
+    column = torch.arange(columns, device=device, dtype=torch.float32)
+    if centred:
+        row, column = row - (rows - 1) / 2, column - (columns - 1) / 2
+    row, column = row.repeat_interleave(columns), column.repeat(rows)
     row_angles, column_angles = row[:, None] * frequencies, column[:, None] * frequencies  # (P, head_dim / 4)
     angles = torch.cat([row_angles, row_angles, column_angles, column_angles], dim=-1)
     angles = torch.cat([angles.new_zeros(1, head_dim), angles])  # class token first
@@ -144,10 +150,16 @@ class DCLIPRotaryAttention(CLIPAttention):
 
 
 class DCLIPRotaryEmbeddings(CLIPVisionEmbeddings):
-    """CLIP's patch embedding without places: of the position table only its class row and its patches' mean."""
+    """CLIP's patch embedding beside rotary positions.
+
+    With `config.rotary_table` it has the whole table, interpolated to the input's grid; without, its class row and its
+    patches' mean, that is no places.
+    """
 
     def forward(self, pixel_values, interpolate_pos_encoding=False):
-        # `interpolate_pos_encoding` is moot here: there is nothing to interpolate.
+        # `interpolate_pos_encoding` is moot here: the table is interpolated where it is kept.
+        if self.config.rotary_table:
+            return super().forward(pixel_values, interpolate_pos_encoding=True)
         patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).flatten(2).transpose(1, 2)
         offsets = self.position_embedding.weight
         class_token = (self.class_embedding + offsets[0]).expand(len(patches), 1, -1)
@@ -170,7 +182,8 @@ class InitialisedAsInTree:
 class DCLIPVisionTransformer(InitialisedAsInTree, CLIPVisionModel):
     """CLIP's vision tower, under CLIP's keys, with the choice of rotary positions.
 
-    Source: docs/papers.md, ViT-L extras. Deviation: with `"rope"` the learned table keeps its place-independent part.
+    Source: docs/papers.md, ViT-L extras. Deviation: with `"rope"` the learned table stays, or keeps its
+    place-independent part.
     """
 
     config: DCLIPVisionConfig
@@ -194,7 +207,9 @@ class DCLIPVisionTransformer(InitialisedAsInTree, CLIPVisionModel):
         if self.config.position_embedding_type == "rope":
             head_dim = self.config.hidden_size // self.config.num_attention_heads
             kwargs["position_embeddings"] = axial_rotary_embedding(
-                height // patch, width // patch, head_dim, self.config.rotary_base, pixel_values.device
+                *(height // patch, width // patch, head_dim, self.config.rotary_base, pixel_values.device),
+                scale=self.config.rotary_scale,
+                centred=self.config.rotary_table,
             )
         return super().forward(pixel_values, interpolate_pos_encoding=interpolate_pos_encoding, **kwargs)
 

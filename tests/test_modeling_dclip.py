@@ -206,6 +206,33 @@ def test_rope_sees_where_patches_are_and_keeps_no_learned_place(rope_model):
 
 
 @torch.no_grad()
+def test_rope_beside_the_table_starts_at_clip_and_turns_as_far_as_it_is_told(tiny_clip_dir, tmp_path):
+    """At a rotation near 0 it is CLIP with interpolated positions, at any size; at 0.3 it is not."""
+    absolute, pixels = DCLIPModel.from_pretrained(tiny_clip_dir).eval(), torch.randn(2, 3, 48, 32)
+    expected = absolute.get_image_features(pixels, interpolate_pos_encoding=True).pooler_output
+    found = {}
+    for scale in (1e-6, 0.3):
+        config = DCLIPConfig.from_pretrained(tiny_clip_dir)
+        vision = {"position_embedding_type": "rope", "rotary_table": True, "rotary_scale": scale}
+        for name, value in vision.items():
+            setattr(config.vision_config, name, value)
+        model = DCLIPModel.from_pretrained(tiny_clip_dir, config=config).eval()
+        model.save_pretrained(tmp_path / str(scale))
+        again = DCLIPModel.from_pretrained(tmp_path / str(scale)).eval()
+        found[scale] = again.get_image_features(pixels).pooler_output
+        torch.testing.assert_close(found[scale], model.get_image_features(pixels).pooler_output)
+    torch.testing.assert_close(found[1e-6], expected, rtol=1e-4, atol=1e-4)
+    assert (found[0.3] - expected).abs().max() > 1e-3
+
+
+def test_centred_angles_differ_by_place_as_angles_from_the_first_patch_do():
+    plain, centred = (axial_rotary_embedding(3, 4, 8, 100.0, scale=0.3, centred=flag) for flag in (False, True))
+    angles = [torch.atan2(sin, cos)[1:] for cos, sin in (plain, centred)]
+    torch.testing.assert_close(angles[0] - angles[0][:1], angles[1] - angles[1][:1])
+    assert angles[0].max() == pytest.approx(0.3 * 3) and angles[1].max() == pytest.approx(0.3 * 1.5)
+    assert (centred[0][0] == 1).all() and (centred[1][0] == 0).all()  # the class token
+
+
 def test_rope_survives_saving(rope_model, tmp_path):
     rope_model.save_pretrained(tmp_path)
     again = DCLIPModel.from_pretrained(tmp_path)

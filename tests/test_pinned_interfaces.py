@@ -578,6 +578,7 @@ def test_tables_and_fields_of_results():
         "onnx_towers": [],
         "pictures": [],
         "retrieval": [],
+        "rotary_positions": [],
         "scan": [],
         "student_step": [],
         "verdict": ["model"],

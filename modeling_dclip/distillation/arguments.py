@@ -617,7 +617,7 @@ class StudentArguments(AdapterArguments):
         "Names of parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
     )
     position_embedding_type: Literal["absolute", "rope"] = _help(
-        "rope: rotary positions in place of CLIP's learned table.", "absolute"
+        "rope: slow rotary positions beside CLIP's learned table, interpolated to the picture.", "absolute"
     )
     lora_text: bool = _help(
         "Adapt the text tower too. Text embeddings then change, so stored ones no longer fit.", False

@@ -37,6 +37,7 @@ from modeling_dclip.distillation.run import (
     check_uncaptioned,
     load_matching_teacher,
     read_clip,
+    set_positions,
 )
 from modeling_dclip.distillation.trainer import ImageSide, choose_contrastive_loss
 from modeling_dclip.encoders.loading import (
@@ -280,7 +281,7 @@ def _check_student(args: StudentArguments, config: Any) -> None:
     check_positions(config, args.position_embedding_type)
     own = DUAL_ENCODERS.get(config.model_type)
     if config.model_type in READ_AS_CLIP:
-        config.vision_config.position_embedding_type = args.position_embedding_type
+        set_positions(config.vision_config, args.position_embedding_type)
     with torch.device("meta"):
         model = AutoModel.from_config(config) if own is None else own(config)
     if args.gradient_checkpointing and not model.vision_model.supports_gradient_checkpointing:

@@ -1055,8 +1055,27 @@ def load_student(clip_path: str, position_embedding_type: str = "absolute") -> A
     config = own.config_class.from_pretrained(clip_path)
     config.freeze_text = True
     if stored.model_type in READ_AS_CLIP:
-        config.vision_config.position_embedding_type = position_embedding_type
+        set_positions(config.vision_config, position_embedding_type)
     return load_checked(own, clip_path, config=config)
+
+
+ROTARY_START = {"rotary_scale": 0.3, "rotary_table": True}  # docs/results.md, rotary positions
+
+
+def set_positions(vision_config: PreTrainedConfig, position_embedding_type: str) -> None:
+    """Ask for a kind of positions in the configuration of a CLIP's image encoder, in place.
+
+    A model with absolute positions that gets rotary ones keeps its table beside a slow rotation, so that it starts
+    almost as it is. A model that is rotary already stays as it was saved.
+
+    Args:
+        vision_config ([`DCLIPVisionConfig`]): Of a pretrained model.
+        position_embedding_type (`str`): `absolute` or `rope`.
+    """
+    if position_embedding_type == "rope" != vision_config.position_embedding_type:
+        for name, value in ROTARY_START.items():
+            setattr(vision_config, name, value)
+    vision_config.position_embedding_type = position_embedding_type
 
 
 READ_AS_CLIP = ("clip", "dclip")  # have a table of positions that rotary ones can replace

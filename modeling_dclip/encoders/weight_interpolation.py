@@ -9,7 +9,14 @@ from typing import Any
 import torch
 
 # Fields of a tower that no weight has, and that change what a model computes from its weights.
-_COMPUTED = ("position_embedding_type", "rotary_base", "hidden_act", "num_attention_heads")
+_COMPUTED = (
+    "position_embedding_type",
+    "rotary_base",
+    "rotary_scale",
+    "rotary_table",
+    "hidden_act",
+    "num_attention_heads",
+)
 _DEFAULTS = {"position_embedding_type": "absolute"}  # CLIP's own configurations have no such field
 _COUNTER = "num_batches_tracked"  # of BatchNorm: how many batches it has seen, which no output depends on
 
@@ -51,7 +58,9 @@ def interpolate_models(anchor: Any, student: Any, alpha: float) -> dict[str, tor
 
 def _matters(name: str, ends: list[Any]) -> bool:
     """Whether a field changes what a tower computes: the base of rotations does where there are any."""
-    return name != "rotary_base" or any(getattr(end, "position_embedding_type", None) == "rope" for end in ends)
+    return not name.startswith("rotary_") or any(
+        getattr(end, "position_embedding_type", None) == "rope" for end in ends
+    )
 
 
 def interpolate_weights(

@@ -16,6 +16,7 @@ from modeling_dclip.evaluation.statistics import (
     DIFFERENCE,
     IntervalDict,
     Summary,
+    compare_arms,
     excludes_zero,
     seed_interval,
     unpaired_difference,
@@ -783,6 +784,69 @@ def tabulate_student_step(data: Mapping[str, Any]) -> list[Table | Text]:
     return [Table(header, lines), note]
 
 
+_ROTARY_METRICS = ("text_to_image_recall@1", "image_to_text_recall@1", "top1")
+
+
+def tabulate_rotary_positions(data: Mapping[str, Any]) -> list[Table | Text]:
+    """What rotary positions leave of a trained CLIP, and what they are worth at other sizes.
+
+    Args:
+        data (`Mapping`): What `benchmarks/rotary_positions.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: The variants at step 0 and the models at several sizes, each with a line on what was
+            measured.
+    """
+    names = [METRIC_TITLES[name] for name in _ROTARY_METRICS]
+    first, lines = data["start"][0]["metrics"], []
+    for row in data["start"]:
+        kind, metrics = "CLIP's table alone", row["metrics"]
+        if row["position_embedding_type"] == "rope":
+            table = "CLIP's table" if row["rotary_table"] else "the table's mean"
+            kind = f"{table} and rotation, {row['rotary_scale']:g} a patch"
+        shares = [percent(metrics[name] / first[name]) for name in _ROTARY_METRICS]
+        lines.append([kind, *(percent(metrics[name]) for name in _ROTARY_METRICS), *shares])
+    header = ["Positions", *(f"{name} %" for name in names), *(f"{name}, % kept" for name in names)]
+    note = (
+        f"The anchor without training, on {data['arguments']['scenes']:,} drawn scenes and single objects of the "
+        "validation split. Rotation: the fastest, in radians."
+    )
+    return [Table(header, lines), Text(note), *_rotary_sizes(data)]
+
+
+def _rotary_sizes(data: Mapping[str, Any]) -> list[Table | Text]:
+    sides = data["arguments"]["sizes"]
+    names = " / ".join(METRIC_TITLES[name] for name in _ROTARY_METRICS)
+    found: dict[str, dict[tuple[int, str], dict[int, float]]] = {}  # by model; by size and metric; by seed
+    for row in data["sizes"]:
+        for name in _ROTARY_METRICS:
+            values = found.setdefault(row["model"], {}).setdefault((row["size"], name), {})
+            values[row["seed"]] = row["metrics"][name]
+
+    def cells(show: Callable[[int, str], str]) -> list[str]:
+        return [" / ".join(show(side, name) for name in _ROTARY_METRICS) for side in sides]
+
+    def mean(values: Mapping[int, float]) -> str:
+        return percent(sum(values.values()) / len(values))
+
+    lines = [[model, *cells(lambda side, name, of=of: mean(of[side, name]))] for model, of in found.items()]
+    header = [names + ", %", *(f"{side} px" for side in sides)]
+    parts: list[Table | Text] = [Table(header, lines)]
+    measured = f"Means over seeds, on {data['arguments']['scenes']:,} scenes and single objects of the test split."
+    if {"rope, trained", "absolute, trained"} <= set(found):
+        rope, absolute = found["rope, trained"], found["absolute, trained"]
+
+        def differ(side: int, name: str) -> str:
+            interval = compare_arms(rope[side, name], absolute[side, name])
+            return show_interval(interval.to_dict(), signed=True)
+
+        parts[0] = Table(header, [*lines, ["rope - absolute, trained", *cells(differ)]])
+        measured += (
+            " The last row is paired by seed, in points; ±: 95% t-interval over training seeds, on one test set."
+        )
+    return [*parts, Text(measured)]
+
+
 def tabulate_retrieval(data: Mapping[str, Any]) -> list[Table | Text]:
     """Cost of retrieval metrics against clip_benchmark's on the same embeddings, and how ours grows.
 
@@ -986,6 +1050,7 @@ BENCHMARK_TABLES: dict[str, tuple[Callable[..., list[Table | Text]], set[str]]] 
     "onnx_towers": (tabulate_onnx_towers, set()),
     "pictures": (tabulate_pictures, set()),
     "retrieval": (tabulate_retrieval, set()),
+    "rotary_positions": (tabulate_rotary_positions, set()),
     "scan": (tabulate_scan, set()),
     "student_step": (tabulate_student_step, set()),
 }
