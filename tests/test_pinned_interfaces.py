@@ -310,9 +310,10 @@ COMMANDS = {
     "modeling_dclip.hub.export torch_export": ["--model", "--output", "--towers", "--image_size"],
     "modeling_dclip.hub.export open_clip": ["--model", "--output"],
     "modeling_dclip.hub.export sentence_transformers": ["--model", "--output"],
-    "modeling_dclip.hub.convert": ["{mambavision,mobileclip}"],
+    "modeling_dclip.hub.convert": ["{mambavision,mobileclip,open_clip}"],
     "modeling_dclip.hub.convert mambavision": ["--checkpoint", "--output", "--config", "--projection_dim"],
     "modeling_dclip.hub.convert mobileclip": ["--checkpoint", "--output"],
+    "modeling_dclip.hub.convert open_clip": ["SPEC", "OUT"],
     "modeling_dclip.hub.index": [
         "--model",
         "--images",

@@ -222,6 +222,13 @@ def _check_names(open_clip: Any, name: str, pretrained: str, spec: str) -> None:
         raise ValueError(
             f"Expected a file of weights or one of the tags {tags or 'none'} of {name}, got {pretrained!r} in {spec}."
         )
+    # With the other activation open_clip computes other embeddings, and only warns.
+    quick = bool((open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) or {}).get("quick_gelu"))
+    if quick and not open_clip.get_model_config(name.replace("/", "-")).get("quick_gelu"):
+        raise ValueError(
+            f"Expected {OPEN_CLIP_PREFIX}{name}-quickgelu:{pretrained}, as these weights were trained with QuickGELU, "
+            f"got {spec}."
+        )
 
 
 def fingerprint_open_clip(model: OpenClipDualEncoder, processor: OpenClipProcessor | None = None) -> str:
