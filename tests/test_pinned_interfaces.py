@@ -573,6 +573,7 @@ def test_tables_and_fields_of_results():
         "demo": [],
         "leakage": ["metric"],
         "encoders": ["cells", "over"],
+        "families": [],
         "fuzz": [],
         "index": [],
         "kills": [],
