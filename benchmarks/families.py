@@ -61,7 +61,8 @@ model = AutoModel.from_pretrained(folder, trust_remote_code=trust)
 AutoProcessor.from_pretrained(folder, trust_remote_code=trust)
 print(type(model).__name__)
 """
-ENDS = ("yes", "with trust_remote_code", "refused", "error")
+ENDS = ("yes", "with trust_remote_code", "refused", "error", "no student")
+OF_STUDENT = ("load", "evaluate", "index", "onnx", "publish")  # commands on what `train` made
 
 
 def _save_legacy_clip(folder: Path) -> None:
@@ -224,6 +225,9 @@ def main() -> None:
             written = Path(words[words.index("--output_dir") + 1]) if "--output_dir" in words else place / step
             if written.is_dir():
                 shutil.rmtree(written)
+            if step in OF_STUDENT and not (place / "train" / "student").is_dir():
+                row["cells"][step] = {"end": ENDS[-1], "said": ""}
+                continue
             cell = row["cells"][step] = run_cell(words, place / f"{step}.log")
             cell["said"] = cell["said"].replace(str(work), "outputs")
             print(f"{name}, {step}: {cell['end']} {cell['said']}".rstrip(), flush=True)
