@@ -48,7 +48,7 @@ RECIPE = {
     "train_fraction": 0.5,
     "test_fraction": 0.25,
     "regions": {"detector": "grid:2x2"},
-    "teacher": STEPS,
+    "teacher": {**STEPS, "num_attention_heads": 4},  # divides the widths of the checkpoints
     "student": STEPS,
 }
 ALONE = ["--student.cosine_distillation_loss_weight", "0"]
@@ -93,7 +93,7 @@ def _save_dmclip(folder: Path) -> None:
 # What each is called, and what writes its checkpoint.
 FAMILIES: dict[str, tuple[str, Callable[[Path], Any]]] = {
     "clip": ("CLIP", _save_clip),
-    "legacy_clip": ("CLIP, `pytorch_model.bin` alone", _save_legacy_clip),
+    "legacy_clip": ("CLIP, pytorch_model.bin alone", _save_legacy_clip),
     "metaclip_2": ("MetaCLIP 2", lambda folder: save_dual_encoder("metaclip_2", folder)),
     "siglip": ("SigLIP, sentencepiece", save_first_siglip),
     "siglip2": ("SigLIP 2 of fixed size, Gemma's tokenizer", save_fixed_siglip2),
@@ -218,7 +218,7 @@ def main() -> None:
         row = known.setdefault(family, {"family": family, "name": name, "cells": {}})
         if not (place / "clip").is_dir():
             save(place / "clip")
-            write_text(place / "recipe.yaml", yaml.safe_dump(RECIPE))
+        write_text(place / "recipe.yaml", yaml.safe_dump(RECIPE))
         for step, words in commands(place / "clip", place).items():
             if args.steps and step not in args.steps:
                 continue

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel
 
 from modeling_dclip import DCLIPVisionModel, DMCLIPVisionModel
-from modeling_dclip.data.files import check_new_folder, holding, replacing, write_bytes, write_json
+from modeling_dclip.data.files import check_new_folder, holding, read_json, replacing, write_bytes, write_json
 from modeling_dclip.encoders import DualEncoder
-from modeling_dclip.encoders.families import longest_text
+from modeling_dclip.encoders.families import READ_PADDING, longest_text
 from modeling_dclip.encoders.loading import (
     NATIVE_ENCODERS,
     STUDENT_ENCODERS,
@@ -150,6 +150,8 @@ def load_model(model: str | os.PathLike, image_size: int | None = None) -> PreTr
         else:
             loaded = load_checked(IMAGE_ENCODERS[model_type], model)
     _check_finite(loaded, model)
+    if loaded.config.model_type in READ_PADDING:  # a SigLIP 2 names another padding than its tokenizer has
+        loaded.config.text_config.pad_token_id = load_processor(model).tokenizer.pad_token_id
     encoder = getattr(loaded, "vision_model", loaded) if is_dual(loaded) else loaded
     if isinstance(encoder, DMCLIPVisionModel):
         fused = (encoder if image_size is None else _for_image_size(encoder, image_size)).fuse()
@@ -334,6 +336,11 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
     resize_images(processor.image_processor, model, source)
     processor.tokenizer.model_max_length = longest_text(cast("DualEncoder", model), processor.tokenizer)
     processor.tokenizer.save_pretrained(folder)
+    if model.config.model_type in NATIVE_ENCODERS and processor.tokenizer.is_fast:
+        # Gemma's own class, which SigLIP 2 has, would undo that small letters are read, and pad on the left.
+        path = folder / "tokenizer_config.json"
+        described = read_json(path, "configuration of a tokenizer")
+        write_json(path, described | {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "right"}, indent=2)
     kind = type(processor.image_processor).__name__.removesuffix("Pil")
     settings = processor.image_processor.to_dict() | {"image_processor_type": kind}
     write_json(folder / PREPROCESSOR, settings, indent=2, default=str)

@@ -9,14 +9,15 @@ import sys
 import numpy as np
 import pytest
 import torch
-from fixtures.tiny_dual_encoders import save_dual_encoder
+from fixtures.tiny_dual_encoders import save_dual_encoder, save_fixed_siglip2
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
 from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
-from modeling_dclip.hub.export import load_model, write_export
+from modeling_dclip.encoders.loading import load_processor
+from modeling_dclip.hub.export import load_model, write_export, write_settings
 from modeling_dclip.hub.export.__main__ import main
 from modeling_dclip.hub.export.onnx import ImageTower, TextTower, check_outputs, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
@@ -315,3 +316,11 @@ def test_students_of_other_families_are_exported_in_their_own_format(family, tmp
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     with pytest.raises(SystemExit, match="a plain ViT, which open_clip has, got .* read without trust_remote_code"):
         main(["open_clip", "--model", str(source), "--output", str(tmp_path / "other")])
+
+
+def test_an_export_of_a_siglip_2_reads_capitals_as_small_letters_and_pads_on_the_right(tmp_path):
+    source = save_fixed_siglip2(tmp_path / "student")
+    write_settings(load_model(source), source, tmp_path / "out")
+    tokenizer, ours = AutoTokenizer.from_pretrained(tmp_path / "out"), load_processor(source).tokenizer
+    assert tokenizer(["A Dog", "a dog"])["input_ids"] == 2 * ours(["a dog"])["input_ids"]
+    assert tokenizer.padding_side == "right" and tokenizer.model_max_length == 64
