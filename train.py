@@ -43,7 +43,15 @@ from modeling_dclip.distillation.recipes import (
     parse_recipe,
     shared_anchor,
 )
-from modeling_dclip.distillation.run import Places, SharedData, check_parts, find_clip, holding_folders, keep_test_part
+from modeling_dclip.distillation.run import (
+    Places,
+    SharedData,
+    check_parts,
+    find_clip,
+    holding_folders,
+    keep_test_part,
+    naming_unreadable,
+)
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER
 from modeling_dclip.evaluation.arms import evaluate_arms, evaluate_run
@@ -124,15 +132,16 @@ def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> Pub
 
 def train_runs(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> None:
     """Run every arm's stages, after the anchor that all share."""
-    for run in runs:
-        check_parts(run.recipe, shared)
-    keep_test_part(recipe, shared)  # in the folder that holds the runs, which share it
-    if (anchor := shared_anchor(recipe)) is not None:
-        run_stages(anchor, shared)
-    for run in runs:
-        if len(runs) > 1:
-            logger.info("\n=== %s, seed %d", run.arm, run.seed)
-        run_stages(run.recipe, shared)
+    with naming_unreadable(shared):
+        for run in runs:
+            check_parts(run.recipe, shared)
+        keep_test_part(recipe, shared)  # in the folder that holds the runs, which share it
+        if (anchor := shared_anchor(recipe)) is not None:
+            run_stages(anchor, shared)
+        for run in runs:
+            if len(runs) > 1:
+                logger.info("\n=== %s, seed %d", run.arm, run.seed)
+            run_stages(run.recipe, shared)
 
 
 def find_models(runs: Sequence[ArmRun], *stages: str) -> list[tuple[ArmRun, str]]:

@@ -22,7 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME  # written last
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from modeling_dclip.data.failures import one_line
-from modeling_dclip.data.files import list_folder, read_json, require_field, require_file, write_json
+from modeling_dclip.data.files import list_folder, read_json, require_field, write_json
 from modeling_dclip.encoders.fingerprints import combine_keys
 from modeling_dclip.encoders.loading import check_weights
 
@@ -141,21 +141,25 @@ def last_checkpoint(folder: Path, world_size: int = 1, weights: str = SAFE_WEIGH
     Raises:
         ValueError: If it was written by another number of processes.
     """
-    found = numbered_checkpoints(folder)
-    for step, checkpoint in found:
+    passed_over, last = [], None
+    for step, checkpoint in numbered_checkpoints(folder):
         try:
             check_checkpoint(checkpoint, step, weights)
             if foreign := _belongs_elsewhere(folder, checkpoint):
-                logger.warning("%s is passed over: %s", checkpoint, foreign)
+                passed_over.append(f"{checkpoint} is passed over: {foreign}")
                 continue
         except (OSError, ValueError) as error:
-            logger.warning("%s is incomplete: resuming from an earlier checkpoint (%s)", checkpoint, one_line(error))
+            passed_over.append(f"{checkpoint} is incomplete ({one_line(error).rstrip('.')})")
             continue
-        check_processes(folder, world_size)
-        return str(checkpoint)
-    if found:
-        logger.warning("%s: no checkpoint can be gone on from, so the stage begins anew", folder.name)
-    return None
+        last = checkpoint
+        break
+    if passed_over:
+        then = "no other can be gone on from: the stage begins anew" if last is None else f"goes on from {last.name}"
+        logger.warning("%s: %s; %s", folder.name, "; ".join(passed_over), then)
+    if last is None:
+        return None
+    check_processes(folder, world_size)
+    return str(last)
 
 
 def check_processes(folder: Path, world_size: int) -> None:
@@ -216,7 +220,7 @@ def check_checkpoint(checkpoint: Path, step: int, weights: str = SAFE_WEIGHTS_NA
         FileNotFoundError: If a file is missing.
         ValueError: If a file is damaged or of another step.
     """
-    path = checkpoint / TRAINER_STATE_NAME
+    path = _require_part(checkpoint, TRAINER_STATE_NAME)
     state = read_json(path, "state of the trainer", ("global_step", "log_history"), advice="")
     if require_field(state, "global_step", "The state", path, int) != step:
         raise ValueError(f"'{path}': expected step {step}, got {state['global_step']}.")
@@ -228,13 +232,20 @@ def check_checkpoint(checkpoint: Path, step: int, weights: str = SAFE_WEIGHTS_NA
         index = read_json(checkpoint / SAFE_WEIGHTS_INDEX_NAME, "index of weights", ("weight_map",), advice="")
         names = sorted(set(index["weight_map"].values()))
     for name in names:
-        check_weights(require_file(checkpoint / name, "weights"))
+        check_weights(_require_part(checkpoint, name))
     count = _processes_of(checkpoint)
     states = ["rng_state.pth"] if count in (None, 1) else [f"rng_state_{index}.pth" for index in range(count)]
     for name in ("optimizer.pt", "scheduler.pt", *states):
-        _check_archive(require_file(checkpoint / name, "training state"))
+        _check_archive(_require_part(checkpoint, name))
     if (checkpoint / "scaler.pt").exists():
         _check_archive(checkpoint / "scaler.pt")
+
+
+def _require_part(checkpoint: Path, name: str) -> Path:
+    """A file of a checkpoint. No path is wrong if it is missing: the run was stopped while it saved."""
+    if not (path := checkpoint / name).is_file():
+        raise FileNotFoundError(f"{name} was not written")
+    return path
 
 
 def _check_archive(path: Path) -> None:

@@ -163,7 +163,7 @@ def _captioned_images(run: RunArguments, seed: int, shared: SharedData) -> tuple
     )
     if key not in shared.sources:
         dataset = load_captioned(run.train_datasets, run.exclude_karpathy, 0 if run.test_fraction else seed, shared)
-        images = without_test(read_keyed(dataset, run, "reinforce"), run, shared)
+        images = without_test(read_keyed(dataset, run, "reinforce", shared), run, shared)
         shared.sources[key] = {"images": images, "rows": KeyedRows(images.rows, row_keys(*images))}
     return shared.sources[key]["images"], shared.sources[key]["rows"]
 

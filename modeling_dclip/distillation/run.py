@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +45,7 @@ from modeling_dclip.data.files import (
     write_json,
     write_manifest,
 )
-from modeling_dclip.data.images import PixelReader, find_unreadable, readable_formats
+from modeling_dclip.data.images import PixelReader, UnreadableImageError, find_unreadable, readable_formats
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments, StageTrainingArguments
 from modeling_dclip.distillation.checkpoints import (
@@ -174,12 +174,17 @@ class StageRecord:
         """
         self.told["counts"] = {split: count_rows(part.rows) for split, part in data.items()}
 
-    def finish(self) -> None:
-        """Note that the stage has finished, and the files that it consists of."""
+    def finish(self, is_told: bool = False) -> None:
+        """Note that the stage has finished, and the files that it consists of.
+
+        Args:
+            is_told (`bool`, *optional*, defaults to `False`): A line of the log named the folder already.
+        """
         self.finished = True
         self._write(finished=True)
-        took = duration_in_words(time.monotonic() - self.began)
-        logger.info("%s: wrote %s (%s)", self.folder.name, self.folder, took)
+        if not is_told:
+            took = duration_in_words(time.monotonic() - self.began)
+            logger.info("%s: wrote %s (%s)", self.folder.name, self.folder, took)
 
     def _write(self, finished: bool) -> None:
         if PartialState().is_main_process:
@@ -438,8 +443,10 @@ class SharedData:
         whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
         tests ([`KeyedRows`] by `str`): The test parts.
         decoded (`set[str]`): Keys of images that were found to be whole.
+        loaded (`list[tuple[str, Dataset]]`): All rows whose images are read, with the field that names them.
         kept (`dict[str, set[Path]]`): The folders of this process's runs that hold each test part.
-        told (`set[tuple[str, str]]`): Start models and test parts that were compared, and a warning given.
+        told (`set[tuple[str, str]]`): What was said once: of start models and test parts that were compared, and of
+            small validation parts.
         excluded_ids (`dict[tuple[str, ...], set[str]]`): Ids of test images, by the files that list them.
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
@@ -450,6 +457,7 @@ class SharedData:
     whole: dict[str, KeyedRows] = field(default_factory=dict)
     tests: dict[str, KeyedRows] = field(default_factory=dict)
     decoded: set[str] = field(default_factory=set)
+    loaded: list[tuple[str, Dataset]] = field(default_factory=list)
     kept: dict[str, set[Path]] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
     excluded_ids: dict[tuple[str, ...], set[str]] = field(default_factory=dict)
@@ -489,17 +497,30 @@ def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:
     if key not in shared.sources:
         shared.sources[key] = _split(whole, run, validates, ignores_boxes, shared)
     captioned = shared.sources[key]
+    if IntervalStrategy(recipe.student.eval_strategy) is not IntervalStrategy.NO:
+        _tell_few_validated(len(captioned["validation"].rows), len(whole.rows), shared)
     if not run.uncaptioned_datasets:
         return captioned
     new = json.dumps([UNCAPTIONED, key, run.uncaptioned_datasets])
     if new not in shared.sources:
         excluded = _excluded_ids(run.exclude_karpathy, shared) | set(whole.rows["image_id"][:])
         specs, known = run.uncaptioned_datasets, set(whole.keys)
-        found = load_new_images(specs, run, exclude_ids=excluded, known=known)
+        found = load_new_images(specs, run, shared, exclude_ids=excluded, known=known)
         rows = _without_boxes(found.rows) if ignores_boxes else found.rows
         shared.sources[new] = {UNCAPTIONED: KeyedRows(rows, found.keys)}
         _warn_of_boxes(recipe, captioned["train"].rows, found.rows)
     return captioned | shared.sources[new]
+
+
+def _tell_few_validated(images: int, of: int, shared: SharedData) -> None:
+    """Say once how little a small validation part tells."""
+    told = ("validation part", f"{images} of {of}")
+    if (few := describe_few(images)) and told not in shared.told:
+        shared.told.add(told)
+        logger.info(
+            "validation part: %d of %s, which choose the checkpoint. %s%s",
+            *(images, count_of(of, "image"), few[0].upper(), few[1:]),
+        )
 
 
 def _split(whole: KeyedRows, run: RunArguments, validates: bool, ignores_boxes: bool, shared: SharedData) -> Splits:
@@ -535,13 +556,13 @@ def load_all_captioned(run: RunArguments, shared: SharedData) -> KeyedRows:
     key = json.dumps([run.train_datasets, run.exclude_karpathy, run.data_seed, run.on_bad_image])
     if key not in shared.whole:
         rows = load_captioned(run.train_datasets, run.exclude_karpathy, run.data_seed, shared)
-        shared.whole[key] = read_keyed(rows, run, "train_datasets")
+        shared.whole[key] = read_keyed(rows, run, "train_datasets", shared)
         if copies := describe_copies(rows["image_id"][:], shared.whole[key].keys):
             logger.warning("train_datasets: %s", copies)
     return shared.whole[key]
 
 
-def read_keyed(rows: Dataset, run: RunArguments, what: str) -> KeyedRows:
+def read_keyed(rows: Dataset, run: RunArguments, what: str, shared: SharedData) -> KeyedRows:
     """Compute the keys of images. With `on_bad_image: skip` every image is decoded, and those that cannot be are left
     out, counted, named, and listed in `{what}_report.json` in the run's folder. The same images are not decoded again.
 
@@ -549,6 +570,7 @@ def read_keyed(rows: Dataset, run: RunArguments, what: str) -> KeyedRows:
         rows (`datasets.Dataset`): With `image_id` and `image`.
         run ([`RunArguments`]): Says what to do with images that cannot be read, and names the folder.
         what (`str`): The field that names the images.
+        shared ([`SharedData`]): Notes the rows, so that [`name_unreadable`] can look at all.
 
     Returns:
         [`KeyedRows`]: With keys of the images.
@@ -557,6 +579,7 @@ def read_keyed(rows: Dataset, run: RunArguments, what: str) -> KeyedRows:
         UnreadableImageError: If a file is missing, with `raise`.
         ValueError: If no image is left, or the report of an earlier start is damaged.
     """
+    shared.loaded.append((what, rows))
     if run.on_bad_image == "raise":
         return KeyedRows(rows, image_keys(rows))
     keys, report = hash_images(rows), Path(run.output_dir) / f"{what}_report.json"
@@ -606,7 +629,7 @@ def _find_unreadable(rows: Dataset, which: Sequence[int]) -> dict[int, dict[str,
 def check_parts(recipe: Recipe, shared: SharedData) -> None:
     """Decode the images that are measured, those of the test and validation parts, before anything is trained.
 
-    With `on_bad_image: skip` they were decoded when they were loaded.
+    If one cannot be read, all images are looked at. With `on_bad_image: skip` they were decoded when they were loaded.
 
     Args:
         recipe ([`Recipe`]): Of a run.
@@ -621,24 +644,65 @@ def check_parts(recipe: Recipe, shared: SharedData) -> None:
     parts = {"test": find_test_part(recipe.run, shared)}
     if {"regions", "teacher", "targets"} & set(recipe.stages):
         parts["validation"] = load_training_images(recipe, shared).get("validation")
-    faults, images = [], 0
     for part in parts.values():
         if part is not None:
             new = [row for row, key in enumerate(part.keys) if key not in shared.decoded]
             bad = _find_unreadable(part.rows, new) if new else {}
-            shared.decoded.update(part.keys[row] for row in new if row not in bad)
-            faults += [f"{printable(one['image_id'])} ({one['file']}): {one['reason']}" for one in bad.values()]
-            images += len(part.keys)
-    if faults:
-        more = f"; and {len(faults) - _MOST_NAMED} more" if len(faults) > _MOST_NAMED else ""
-        raise ValueError(
-            f"train_datasets: {len(faults)} of {images:,} images of the test and validation parts cannot be read: "
-            f"{'; '.join(faults[:_MOST_NAMED])}{more}. Replace the files, or start again with --on_bad_image skip, "
-            "which leaves such images out of every part. Nothing was trained."
-        )
+            if bad:
+                raise ValueError(f"{describe_unreadable(shared, _find_unreadable)} Nothing was trained.")
+            shared.decoded.update(part.keys[row] for row in new)
 
 
-_MOST_NAMED = 40  # images in one message
+_MOST_NAMED = 10  # images in one message
+
+
+def describe_unreadable(
+    shared: SharedData, find: Callable[[Dataset, Sequence[int]], dict[int, dict[str, str]]] = find_unreadable
+) -> str:
+    """Look at all images that were to be read in this process's runs, and name those that cannot be.
+
+    Args:
+        shared ([`SharedData`]): Has the rows that [`read_keyed`] was given.
+        find (`Callable`, *optional*): By default this process looks alone: where it met such an image while others go
+            on, none of them would answer.
+
+    Returns:
+        `str`: How many, the first [`_MOST_NAMED`] with their reasons, and what to do; empty if all can be read.
+    """
+    faults, seen = dict[str, list[str]](), set[str]()
+    for what, rows in shared.loaded:
+        ids = rows["image_id"][:]
+        bad = find(rows, [row for row, image_id in enumerate(ids) if image_id not in seen])
+        seen.update(ids)
+        named = [f"{printable(one['image_id'])} ({one['file']}): {one['reason']}" for one in bad.values()]
+        faults |= {what: faults.get(what, []) + named} if named else {}
+    if not (named := [one for some in faults.values() for one in some]):
+        return ""
+    more = f"; and {len(named) - _MOST_NAMED:,} more" if len(named) > _MOST_NAMED else ""
+    return (
+        f"{', '.join(faults)}: {len(named):,} of {count_of(len(seen), 'image')} cannot be read: "
+        f"{'; '.join(named[:_MOST_NAMED])}{more}. Replace the files, or start again with --on_bad_image skip (and "
+        "--overwrite true, where stages were begun), which leaves such images out of every part."
+    )
+
+
+@contextmanager
+def naming_unreadable(shared: SharedData) -> Iterator[None]:
+    """Where an image cannot be read, name all of the run's images that cannot be, so that they are mended at once.
+
+    Args:
+        shared ([`SharedData`]): Of the runs inside.
+
+    Raises:
+        UnreadableImageError: Naming all. The one that was raised inside is passed on if every image of the run's own
+            datasets can be read.
+    """
+    try:
+        yield
+    except UnreadableImageError as error:
+        if not (told := describe_unreadable(shared)):
+            raise
+        raise UnreadableImageError(told) from error
 
 
 def find_test_part(run: RunArguments, shared: SharedData) -> KeyedRows | None:
@@ -722,7 +786,7 @@ def keep_test_part(recipe: Recipe, shared: SharedData) -> None:
         if PartialState().is_main_process:
             write_held_out(record.folder, *test, of=of, fraction=run.test_fraction)
         PartialState().wait_for_everyone()
-        record.finish()
+        record.finish(is_told=True)
     kept.add(here)
 
 
@@ -792,13 +856,14 @@ def _warn_of_boxes(recipe: Recipe, captioned: Dataset, uncaptioned: Dataset) -> 
 
 
 def load_new_images(
-    specs: list[str], run: RunArguments, *, exclude_ids: Collection[str], known: Collection[str]
+    specs: list[str], run: RunArguments, shared: SharedData, *, exclude_ids: Collection[str], known: Collection[str]
 ) -> KeyedRows:
     """Load the images of `uncaptioned_datasets` that are not among the captioned ones.
 
     Args:
         specs (`list[str]`): Of [`load_uncaptioned`].
         run ([`RunArguments`]): Has the seed of the draws, and says what to do with images that cannot be read.
+        shared ([`SharedData`]): Notes what is read.
         exclude_ids (`Collection[str]`): Ids of captioned images and of those that must not be trained on.
         known (`Collection[str]`): Keys of the captioned images. The same file under another id is left out too.
 
@@ -810,7 +875,7 @@ def load_new_images(
         ValueError: As [`load_uncaptioned`]; also if no image is left.
     """
     dataset = load_uncaptioned(specs, seed=run.data_seed, exclude_ids=exclude_ids)
-    dataset, keys = read_keyed(dataset, run, "uncaptioned_datasets")
+    dataset, keys = read_keyed(dataset, run, "uncaptioned_datasets", shared)
     new = [row for row, key in enumerate(keys) if key not in known]
     if len(new) < len(keys):
         left_out = len(keys) - len(new)

@@ -113,7 +113,7 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
     if "anchor" in stages:
         if recipe.run.clip_model is None:
             dataset = load_mix(recipe.anchor.train_datasets or recipe.run.train_datasets, seed=recipe.anchor.seed)
-            images = without_test(read_keyed(dataset, recipe.run, "anchor"), recipe.run, shared)
+            images = without_test(read_keyed(dataset, recipe.run, "anchor", shared), recipe.run, shared)
             make = join_towers if recipe.anchor.joins_towers else make_anchor
             make(recipe.anchor, images, places, recipe.resolved("anchor"))
         else:

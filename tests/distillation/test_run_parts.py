@@ -11,6 +11,7 @@ import modeling_dclip.distillation.run as run_module
 from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.parts import write_trained_images
 from modeling_dclip.data.columns import image_keys
+from modeling_dclip.data.images import UnreadableImageError, decode_image
 from modeling_dclip.distillation.dmclip_stages import _captioned_images
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import (
@@ -21,6 +22,7 @@ from modeling_dclip.distillation.run import (
     find_test_part,
     keep_test_part,
     load_training_images,
+    naming_unreadable,
     without_test,
 )
 from modeling_dclip.distillation.stages import student_keys
@@ -253,16 +255,50 @@ def test_a_second_start_takes_the_answer_of_the_first_one_for_the_same_images(tm
         parts_of(recipe)
 
 
-def test_bad_images_that_are_measured_are_named_together_before_anything_is_written(tmp_path):
+def test_a_bad_image_that_is_measured_has_all_of_every_part_named_before_anything_is_written(tmp_path):
     bad, fields = write_damaged(tmp_path, 10)
     recipe = recipe_of(tmp_path, **fields)
     parts = parts_of(recipe, check=False)
-    measured = (ids_of(parts["test"]) | ids_of(parts["validation"])) & bad
-    message = f"{len(measured)} of 8 images of the test and validation parts.*--on_bad_image skip, which"
+    assert (ids_of(parts["test"]) | ids_of(parts["validation"])) & bad and ids_of(parts["train"]) & bad
+    message = "train_datasets: 10 of 20 images cannot be read: .*--on_bad_image skip .*Nothing was trained"
     with pytest.raises(ValueError, match=message) as caught:
         parts_of(recipe)
-    assert all(f"{image_id} (stored bytes)" in str(caught.value) for image_id in measured) and len(measured) > 1
+    assert all(f"{image_id} (stored bytes)" in str(caught.value) for image_id in bad)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_bad_image_met_in_training_has_all_named_the_first_ten_with_their_reasons(tmp_path):
+    bad, fields = write_damaged(tmp_path, 12)
+    shared = SharedData()
+    with pytest.raises(
+        UnreadableImageError, match="12 of 20 images cannot be read: .*; and 2 more. Replace"
+    ) as caught:
+        with naming_unreadable(shared):
+            rows = load_training_images(recipe_of(tmp_path, **fields), shared)["train"].rows
+            for row in range(len(rows)):
+                decode_image(rows, row)
+    named = [image_id for image_id in bad if f"{image_id} (stored bytes): " in str(caught.value)]
+    assert len(named) == 10 and str(caught.value).endswith("leaves such images out of every part.")
+
+
+def test_a_bad_image_of_other_data_keeps_its_own_message(tmp_path):
+    _, fields = write_damaged(tmp_path, 0)
+    shared = SharedData()
+    with pytest.raises(UnreadableImageError, match="^of a benchmark$"), naming_unreadable(shared):
+        load_training_images(recipe_of(tmp_path, **fields), shared)
+        raise UnreadableImageError("of a benchmark")
+
+
+def test_a_small_validation_part_is_named_once_where_the_student_is_measured_on_it(tmp_path, caplog):
+    _, fields = write_damaged(tmp_path, 0)
+    line = "validation part: 4 of 20 images, which choose the checkpoint. Each image is 25.0 points of R@1"
+    shared = SharedData()
+    with caplog.at_level(logging.INFO):
+        load_training_images(recipe_of(tmp_path, **{**fields, "student": {}}), shared)
+        assert line not in caplog.text
+        for seed in (0, 1):
+            load_training_images(recipe_of(tmp_path, **fields, seed=seed), shared)
+    assert caplog.text.count(line) == 1
 
 
 def test_whole_images_have_the_same_parts_whether_bad_ones_are_skipped_or_not(tmp_path):

@@ -113,7 +113,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before(in
     stop_at(tmp_path / "whole", tmp_path / "damaged", 3)
     os.truncate(tmp_path / "damaged" / "checkpoint-3" / "optimizer.pt", 100)
     train("teacher", inputs, tmp_path / "damaged", max_steps=4)
-    assert "checkpoint-3 is incomplete" in caplog.text
+    assert "checkpoint-3 is incomplete ('" in caplog.text and "); goes on from checkpoint-2" in caplog.text
     assert equal(weights(tmp_path / "damaged"), weights(tmp_path / "whole"))
     assert history(tmp_path / "damaged") == history(tmp_path / "whole")
 

@@ -40,6 +40,7 @@ from modeling_dclip.data.columns import concatenate_shared
 from modeling_dclip.data.labels.webdataset import read_captioned
 from modeling_dclip.data.rows import require_rows, require_unique, rows_by_lot
 from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -121,12 +122,12 @@ def _draw(spec: Spec, seed: int, exclude_ids: Collection[str], what: str) -> Dat
     excluded = set(exclude_ids)
     rows = [row for row, image_id in enumerate(image_ids) if image_id not in excluded]
     if len(rows) < len(image_ids):
-        logger.info("%s: left out %d images by id", spec, len(image_ids) - len(rows))
-        require_rows(len(rows), f"{spec.text!r} after leaving out {len(image_ids)} images by id", what)
+        logger.info("%s: left out %s by id", spec, count_of(len(image_ids) - len(rows), "image"))
+        require_rows(len(rows), f"{spec.text!r} after leaving out {count_of(len(image_ids), 'image')} by id", what)
     if spec.count is not None:
         if spec.count > len(rows):
             raise ValueError(
-                f"Expected at least {spec.count} images in {spec.text!r}, got {len(rows)} "
+                f"Expected at least {count_of(spec.count, 'image')} in {spec.text!r}, got {len(rows)} "
                 f"({len(image_ids) - len(rows)} left out by id). Lower the count or give more data."
             )
         rows = sorted(rows[i] for i in rows_by_lot([image_ids[row] for row in rows], seed, "draw")[: spec.count])

@@ -51,6 +51,7 @@ from modeling_dclip.data.labels.prompts import (
 from modeling_dclip.data.labels.webdataset import WebdatasetFiles, label_feature, read_description, read_samples
 from modeling_dclip.data.rows import FIX_PATHS, present_images
 from modeling_dclip.data.specs import Source, Spec, parse_spec
+from modeling_dclip.progress import count_of
 
 # Where several columns hold class numbers: CIFAR-100's finer ones.
 _LABEL_COLUMNS = ("label", "fine_label")
@@ -352,6 +353,7 @@ def load_classification(spec: str | Spec) -> LabelledImages:
         return loaded
     if spec.count > len(loaded.dataset):
         raise ValueError(
-            f"Expected at least {spec.count} rows in {spec.text!r}, got {len(loaded.dataset)}. Lower the count."
+            f"Expected at least {count_of(spec.count, 'row')} in {spec.text!r}, got {len(loaded.dataset)}. "
+            "Lower the count."
         )
     return loaded._replace(dataset=loaded.dataset.select(range(spec.count)))

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from modeling_dclip.data.files import printable, read_json, read_text, require_field
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -336,13 +337,13 @@ def first_number(numbers: Sequence[int], count: int, source: str) -> int:
     if low < 0 or high > count or (low == 0 and high == count):
         wrong = low if low < 0 else high
         raise ValueError(
-            f"Expected a name for each of the classes {low} to {high} in '{source}', got {count} names and none for "
-            f"class {wrong}. {advice}"
+            f"Expected a name for each of the classes {low} to {high} in '{source}', got "
+            f"{count_of(count, 'name')} and none for class {wrong}. {advice}"
         )
     if low > 0 and high < count:
         raise ValueError(
-            f"The classes are {low} to {high}, and '{source}' has {count} names: its first one may be of class 0 or "
-            f"of class 1. {advice}"
+            f"The classes are {low} to {high}, and '{source}' has {count_of(count, 'name')}: its first one may be of "
+            f"class 0 or of class 1. {advice}"
         )
     return min(low, 1)
 
@@ -402,7 +403,7 @@ def _folded(name: str) -> str:
 
 def _log_pairs(how: str, classes: Sequence[str], names: Sequence[str], source: str, left_over: int) -> None:
     pairs = [f"{printable(own)} = {name!r}" for own, name in zip(classes[:_SHOWN], names, strict=False)]
-    rest = f"; {left_over} names are left over" if left_over else ""
+    rest = f"; left over: {count_of(left_over, 'name')}" if left_over else ""
     logger.warning("Names of '%s' are joined with the classes by %s: %s, ...%s", source, how, ", ".join(pairs), rest)
 
 

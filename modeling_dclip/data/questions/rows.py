@@ -21,6 +21,7 @@ from typing import NamedTuple
 from datasets import Dataset, Features, Image, List, Value
 
 from modeling_dclip.data.rows import first, locate_images, require_rows
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ def answerable(
     if same:
         names = first(item_ids[i] for i in same)
         logger.warning(
-            "%s: left out %d questions whose true caption is among the false ones, first: %s", source, len(same), names
+            "%s: left out %s whose true caption is among the false ones, first: %s",
+            *(source, count_of(len(same), "question"), names),
         )
     left_out = set(same)
     keep = [i for i in range(len(captions)) if i not in left_out]

@@ -27,6 +27,7 @@ from modeling_dclip.data.files import (
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import RegionDetector, build_detector
 from modeling_dclip.data.specs import BATCH, COUNT, SEED, CommandParser
+from modeling_dclip.progress import count_of
 
 
 @dataclass
@@ -96,7 +97,8 @@ def _write(arguments: RegionArguments, dataset: Dataset, detector: RegionDetecto
         about = {name: getattr(arguments, name) for name in ("detector", "max_regions", "on_bad_image")}
         write_manifest(folder / MANIFEST_NAME, seed=arguments.seed, data=arguments.dataset, **about)
     boxes = sum(map(len, dataset["box_scores"]))
-    sys.stdout.write(f"Wrote {len(dataset)} images with {boxes} boxes to {output} (report: {report_file})\n")
+    told = f"{count_of(len(dataset), 'image')} with {count_of(boxes, 'region')}"
+    sys.stdout.write(f"Wrote {told} to {output} (report: {report_file})\n")
     return output
 
 

@@ -40,6 +40,7 @@ from modeling_dclip.data.reinforced.shards import (
 )
 from modeling_dclip.data.specs import Range
 from modeling_dclip.encoders.fingerprints import combine_keys
+from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -176,8 +177,8 @@ class SampleOrder:
             if not found:
                 names = ", ".join(f"'{path}'" for path in self.shards[:3])
                 raise ValueError(
-                    f"Expected a sample for process {index} of {processes} in {len(shards)} shards ({names}...), got "
-                    "none."
+                    f"Expected a sample for process {index} of {processes} in {count_of(len(shards), 'shard')} "
+                    f"({names}...), got none."
                 )
 
     def _shuffled(self, places: Iterator[SamplePlace], rng: random.Random) -> Iterator[SamplePlace]:
@@ -200,7 +201,9 @@ class SampleOrder:
                 yield place
             expected = self.samples_of.get(shard, count)
             if count != expected:
-                raise DamagedSampleError.at(shard, f"expected {expected} samples as the index says, got {count}")
+                raise DamagedSampleError.at(
+                    shard, f"expected {count_of(expected, 'sample')} as the index says, got {count}"
+                )
         except DamagedSampleError as error:
             self.report(error)
 
@@ -396,9 +399,9 @@ class ReinforcedDataset(IterableDataset):
         self.samples_per_epoch = samples_per_epoch
         if len(self) < 1:
             raise ValueError(
-                f"Expected at least {self.block} samples an epoch for each of {self.order.share.num_processes} "
-                f"processes, got {samples_per_epoch} in all of '{self.name}'. Give more data, or lower the batch size "
-                "or the number of processes."
+                f"Expected at least {count_of(self.block, 'sample')} an epoch for each of "
+                f"{self.order.share.num_processes} processes, got {samples_per_epoch} in all of '{self.name}'. Give "
+                "more data, or lower the batch size or the number of processes."
             )
 
     @property

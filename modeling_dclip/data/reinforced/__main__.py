@@ -26,6 +26,7 @@ from modeling_dclip.data.reinforced.augmentations import AugmentationSettings
 from modeling_dclip.data.reinforced.teachers import TransformersCaptioner, build_teacher
 from modeling_dclip.data.reinforced.writer import write_reinforced
 from modeling_dclip.data.specs import BATCH, SEED, WORKERS, CommandParser, Range
+from modeling_dclip.progress import count_of
 
 
 @dataclass
@@ -127,7 +128,7 @@ def main(argv: list[str] | None = None) -> Path:
         seed=seed,
     )
     counts = read_json(index)["counts"]
-    told = ", ".join(f"{number} {name.replace('_', ' ')}" for name, number in counts.items())
+    told = ", ".join(count_of(number, name.replace("_", " ").removesuffix("s")) for name, number in counts.items())
     if PartialState().is_main_process:
         about = {"seed": seed, "data": arguments.dataset, "teachers": teachers, "key": read_json(index)["rows"]}
         write_manifest(index.with_name(MANIFEST_NAME), processes=PartialState().num_processes, **about)

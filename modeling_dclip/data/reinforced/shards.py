@@ -40,6 +40,7 @@ from modeling_dclip.data.files import (
     require_field,
 )
 from modeling_dclip.data.images import open_image, read_header
+from modeling_dclip.progress import count_of
 
 INDEX_NAME = "reinforced.json"
 MOST_SHARDS = 100_000  # that one pattern may name; DataCompDR-1B has 65,536
@@ -176,7 +177,10 @@ def find_shards(spec: str | Path) -> tuple[list[Path], dict[str, Any] | None]:
         raise FileNotFoundError(f"No *.tar in the folder '{spec}'. Check the path.")
     missing = [path for path in names if not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{len(missing)} of {len(names)} shards are missing, first: '{missing[0]}'.")
+        is_missing = "is missing" if len(missing) == 1 else "are missing"
+        raise FileNotFoundError(
+            f"{len(missing):,} of {count_of(len(names), 'shard')} {is_missing}, first: '{missing[0]}'."
+        )
     return names, index
 
 

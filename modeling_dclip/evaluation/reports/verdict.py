@@ -47,8 +47,9 @@ _METHODS = {
 }
 # What to do next, where the numbers leave a question open. Beside the verdicts of a command, not on a card.
 MEASURE_ZERO_SHOT = (
-    'Zero-shot accuracy shows what a model forgot. eval.py measures it with --benchmark "zero_shot=imagefolder:DIR"; '
-    'other sets are in docs/evaluating.md, "Zero-shot classification".'
+    'Zero-shot accuracy shows what a model forgot. eval.py measures it with --benchmark "zero_shot=imagefolder:DIR", '
+    'train.py with --evaluate "zero_shot=imagefolder:DIR"; other sets are in docs/evaluating.md, "Zero-shot '
+    'classification".'
 )
 IF_NOT_TOLD_APART = (
     "Not told apart: a larger test part decides more, because intervals narrow with the number of images. See "

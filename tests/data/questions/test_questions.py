@@ -68,7 +68,7 @@ def test_questions_without_an_answer_are_left_out_and_reported(tmp_path, draw, c
     path = write_json(tmp_path / "swap_obj.json", {"0": same, "1": good})
     with caplog.at_level(logging.WARNING):
         dataset = load_fine_grained(f"sugarcrepe:{path}:{tmp_path}/val2017")
-    assert dataset["captions"][:] == [["a dog"]] and "left out 1 questions" in caplog.text and "coco-9" in caplog.text
+    assert dataset["captions"][:] == [["a dog"]] and "left out 1 question " in caplog.text and "coco-9" in caplog.text
     write_json(path, {"0": same})
     with pytest.raises(ValueError, match="No row with a true and a different false caption is left"):
         load_fine_grained(f"sugarcrepe:{path}:{tmp_path}/val2017")

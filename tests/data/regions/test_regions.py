@@ -691,7 +691,7 @@ def test_the_command_line_writes_a_folder_that_disk_reads(tmp_path, draw, capsys
         main(argv)
     assert not output.parent.exists() or not list(output.parent.iterdir())
     assert main([*argv, "--on_bad_image", "skip"]) == output
-    assert f"Wrote 1 images with 4 boxes to {output}" in capsys.readouterr().out
+    assert f"Wrote 1 image with 4 regions to {output}" in capsys.readouterr().out
     for file in files:
         Path(file).unlink()
     dataset = load_captions(f"disk:{output}")
@@ -707,7 +707,7 @@ def test_the_command_line_runs_as_a_module(tmp_path):
     command = [sys.executable, "-m", "modeling_dclip.data.regions", "--dataset", "scenes:test,n=6@3"]
     command += ["--detector", "annotations", "--output", str(tmp_path / "out"), "--max_regions", "1"]
     answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
-    assert "Wrote 3 images with 3 boxes" in answer.stdout
+    assert "Wrote 3 images with 3 regions" in answer.stdout
     assert len(load_captions(f"disk:{tmp_path / 'out'}")) == 3
 
 

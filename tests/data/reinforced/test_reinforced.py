@@ -798,7 +798,7 @@ def test_an_index_says_what_is_needed_and_is_held_to_its_word(tmp_path, caplog):
     with pytest.raises(DamagedSampleError, match="0001.tar': expected 5 samples as the index says, got 4"):
         list(read(tmp_path))
     index.write_text(json.dumps(index_of([3, 4, 1])))
-    with pytest.raises(FileNotFoundError, match="1 of 3 shards are missing, first: '.*0002.tar'"):
+    with pytest.raises(FileNotFoundError, match="1 of 3 shards is missing, first: '.*0002.tar'"):
         read(tmp_path)
     index.write_text(json.dumps(index_of([])))
     with pytest.raises(ValueError, match="not finished"):
