@@ -452,9 +452,9 @@ def test_a_visitor_uses_every_tab_in_a_browser(server, taught, browser_page, tmp
     page.wait_for_selector("text=The 8 nearest of 8 pictures", timeout=60_000)
     found = taught.find_pictures("a red dog", 8)
     labels = [label for _, label in found.tiles]
-    page.wait_for_selector(f"text={labels[-1]}")
-    shown = page.locator(".caption-label").all_inner_texts()
-    assert [label.strip() for label in shown] == labels
+    captions = page.locator(".caption-label")
+    captions.nth(len(labels) - 1).wait_for(timeout=30_000)
+    assert [label.strip() for label in captions.all_text_contents()] == labels
     page.screenshot(path=shots / "search.png", full_page=True)
     page.locator(".found .thumbnail-item").nth(2).click()
     page.get_by_text(f"The 7 nearest of 8 pictures to {found.hits[2].name}").wait_for(timeout=30_000)
