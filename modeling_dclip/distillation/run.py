@@ -556,8 +556,8 @@ def load_all_captioned(run: RunArguments, shared: SharedData) -> KeyedRows:
     key = json.dumps([run.train_datasets, run.exclude_karpathy, run.data_seed, run.on_bad_image])
     if key not in shared.whole:
         rows = load_captioned(run.train_datasets, run.exclude_karpathy, run.data_seed, shared)
-        shared.whole[key] = read_keyed(rows, run, "train_datasets", shared)
-        if copies := describe_copies(rows["image_id"][:], shared.whole[key].keys):
+        keyed = shared.whole[key] = read_keyed(rows, run, "train_datasets", shared)
+        if copies := describe_copies(keyed.rows["image_id"][:], keyed.keys):
             logger.warning("train_datasets: %s", copies)
     return shared.whole[key]
 

@@ -241,6 +241,17 @@ def test_images_that_cannot_be_read_are_left_out_of_every_part_before_the_split(
     assert "train_datasets: left out 10 of 20 images that cannot be read, first: scenes-train-0-0, " in caplog.text
 
 
+def test_a_copy_is_named_rightly_where_images_before_it_are_left_out(tmp_path, caplog):
+    _, fields = write_damaged(tmp_path, 3)
+    whole = load_captions(fields["train_datasets"][0])
+    copy = whole.select([9]).map(lambda row: {"image_id": "copy"})
+    Dataset.from_dict(
+        concatenate_datasets([whole, copy]).with_format(None).to_dict(), features=whole.features
+    ).to_parquet(tmp_path / "scenes.parquet")
+    parts_of(recipe_of(tmp_path, on_bad_image="skip", **fields), check=False)
+    assert f"1 image is an identical copy of another, e.g. copy of {whole['image_id'][9]};" in caplog.text
+
+
 def test_a_second_start_takes_the_answer_of_the_first_one_for_the_same_images(tmp_path, monkeypatch):
     recipe = recipe_of(tmp_path, on_bad_image="skip", **write_damaged(tmp_path, 1)[1])
     first, looked = parts_of(recipe), []

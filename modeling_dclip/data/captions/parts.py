@@ -62,12 +62,19 @@ def describe_copies(image_ids: Sequence[str], keys: Sequence[str]) -> str:
     Args:
         image_ids (`Sequence[str]`): Of the rows.
         keys (`Sequence[str]`): Of their pictures: [`~modeling_dclip.data.columns.image_keys`].
+
+    Raises:
+        ValueError: If there are more of one than of the other.
     """
-    seen: dict[str, int] = {}
-    pairs = [(seen[key], row) for row, key in enumerate(keys) if seen.setdefault(key, row) != row]
+    seen: dict[str, str] = {}
+    pairs = []
+    for image_id, key in zip(image_ids, keys, strict=True):
+        if key in seen:
+            pairs.append((seen[key], image_id))
+        seen.setdefault(key, image_id)
     if not pairs:
         return ""
-    one, other = (printable(image_ids[row]) for row in pairs[0])
+    one, other = map(printable, pairs[0])
     number = "1 image is an identical copy" if len(pairs) == 1 else f"{len(pairs)} images are identical copies"
     return f"{number} of another, e.g. {other} of {one}; copies stay in one part of a split"
 

@@ -107,6 +107,8 @@ def test_copies_are_counted_with_a_pair():
     assert describe_copies(list("abcd"), list("xxxx")).startswith(
         "3 images are identical copies of another, e.g. b of"
     )
+    with pytest.raises(ValueError, match="shorter"):
+        describe_copies(["a", "b", "c"], ["x", "x"])
 
 
 # --- the test part of a run ------------------------------------------------------------------------------------------
