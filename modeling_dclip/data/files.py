@@ -59,6 +59,7 @@ MOST_YAML_BYTES = 1 << 20
 MOST_YAML_VALUES = 100_000  # with those that aliases repeat
 _WHOLE_FLOATS = 2**53  # above it a float skips whole numbers
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # the byte order mark that some programs write before UTF-8
+_SEPARATORS = {"tab": "\t", ";": ";", "|": "|", "comma": ","}  # as specs name them
 _NAMED_SEPARATOR = re.compile(r"sep=([^\w\s]|\t)[,;\t]*(?:\r\n|\r|\n)")
 # As what stands in a path's place may look: an address (of which `Path` leaves one `/`), and a picture as text.
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftp|s3|gs|hf|file|zip):+/")
@@ -580,12 +581,37 @@ def read_table(path: str | os.PathLike, separator: str) -> list[TableRow]:
                 rows.append(TableRow(reader.line_num, cells))
             begins = reader.line_num + 1
     except csv.Error as error:
+        other = find_separator(text.lstrip("\r\n").splitlines()[0], separator)
         lines = f"line {begins}" if reader.line_num <= begins else f"lines {begins} to {reader.line_num}"
+        advice = (
+            "Put a text with the separator, a quote or a line break between double quotes, a quote inside written "
+            'twice ("").'
+        )
+        if other is not None:
+            advice = f"Its first line looks separated otherwise: add ',sep={other}'."
         raise ValueError(
-            f"'{path}' is no table of values separated by {separator!r} ({lines}: {error}). Put a text with the "
-            'separator, a quote or a line break between double quotes, a quote inside written twice ("").'
+            f"'{path}' is no table of values separated by {separator!r} ({lines}: {error}). {advice}"
         ) from error
     return rows
+
+
+def find_separator(header: str, separator: str) -> str | None:
+    """The separator that splits the first line of a table into more columns than the one that was tried.
+
+    Args:
+        header (`str`): The line.
+        separator (`str`): What was tried, one character.
+
+    Returns:
+        `str`, *optional*: As a spec names it; `None` if no other one splits it into more.
+
+    Example:
+        >>> find_separator("image\\tcaption", ","), find_separator("image;caption", ","), find_separator("a,b;c", ",")
+        ('tab', ';', None)
+    """
+    found = {name: header.count(one) for name, one in _SEPARATORS.items()}
+    name = max(found, key=lambda one: found[one])
+    return name if found[name] > header.count(separator) else None
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

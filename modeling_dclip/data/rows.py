@@ -5,6 +5,7 @@ A rejected row is counted, and a warning names the first ids. No row is replaced
 
 import ast
 import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PureWindowsPath
@@ -171,8 +172,8 @@ def clean_captions(
     given = [[text for text in row or () if text] for row in captions]
     if listed := [i for i, (texts, row) in enumerate(zip(read, given, strict=True)) if texts != row]:
         logger.warning(
-            "%s: read captions that are lists, written as one text, of %d images, first ids: %s",
-            *(source, len(listed), first(image_ids[i] for i in listed)),
+            "%s: read captions that are lists, written as one text, of %s, first ids: %s",
+            *(source, count_of(len(listed), "image"), first(image_ids[i] for i in listed)),
         )
     stripped = [[text for text in map(_without_marks, row) if text] for row in read]
     cleaned = [[text for text in row if text not in _NO_CAPTION] for row in stripped]
@@ -180,8 +181,9 @@ def clean_captions(
     if missing:
         texts = sorted({text for i in missing for text in stripped[i] if text in _NO_CAPTION})
         logger.warning(
-            "%s: left out captions that say %s, which stands for a missing value, of %d images, first ids: %s",
-            *(source, " or ".join(map(repr, texts)), len(missing), first(image_ids[i] for i in missing)),
+            "%s: left out captions that say %s, which stands for a missing value, of %s, first ids: %s",
+            *(source, " or ".join(map(repr, texts)), count_of(len(missing), "image")),
+            first(image_ids[i] for i in missing),
         )
     keep = [index for index, row in enumerate(cleaned) if row]
     if len(keep) < len(cleaned):
@@ -211,6 +213,15 @@ class Lines(NamedTuple):
     def name(self, row: int) -> str:
         """`FILE:LINE` of a row."""
         return f"{printable(self.file)}:{self.numbers[row]}"
+
+
+def _shared_folder(paths: Sequence[Path]) -> Path | None:
+    """The folder that all files lie below, so that messages name it once; `None` if there is none but the root."""
+    if len({path.anchor for path in paths}) > 1 or any(".." in path.parts for path in paths):
+        return None
+    parents = [path.parent.parts for path in paths]
+    shared = Path(*os.path.commonprefix(parents))
+    return shared if len(shared.parts) > len(Path(shared.anchor).parts) else None
 
 
 def locate_images(
@@ -248,10 +259,12 @@ def locate_images(
             found[row] = file
     absent = [row for row in range(len(paths)) if row not in found]
     if absent:
-        examples = []
+        examples, root = [], _shared_folder(paths)
         for row in absent[:FIRST_IDS]:
             reason = finder.explain(paths[row])
-            place = f"'{printable(paths[row])}'" + (f": {reason}" if reason else "")
+            place = f"'{printable(paths[row] if root is None else paths[row].relative_to(root))}'" + (
+                f": {reason}" if reason else ""
+            )
             line = "" if lines is None else f"{lines.name(row)}, "
             examples.append(f"{printable(image_ids[row])} ({line}{place})")
         others = [] if lines is None else [lines.name(row) for row in absent[FIRST_IDS:]]
@@ -259,6 +272,8 @@ def locate_images(
         if others:
             left = len(others) - _MOST_LINES
             message += f"; then {', '.join(others[:_MOST_LINES])}" + (f" and {left} more" if left > 0 else "")
+        if root is not None:
+            message += f"; looked for in '{printable(root)}'"
         if missing == "raise":
             raise FileNotFoundError(f"{message}. {advice}")
         logger.warning("%s; left out", message)

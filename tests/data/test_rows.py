@@ -238,7 +238,7 @@ def test_a_list_written_as_one_text_is_read_as_its_captions(text, captions, capl
     with caplog.at_level(logging.WARNING):
         cleaned, kept = clean_captions(["x", "y"], [[text], ["a bird"]], "here")
     assert cleaned == [captions, ["a bird"]] and kept == [0, 1]
-    assert "here: read captions that are lists, written as one text, of 1 images, first ids: x" in caplog.text
+    assert "here: read captions that are lists, written as one text, of 1 image, first ids: x" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["[a dog]", '["a dog"', '["a", 3]', "['a' b 'c']", '["a"] and ["b"]', "[]"])

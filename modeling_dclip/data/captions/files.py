@@ -17,6 +17,7 @@ from modeling_dclip.data.files import (
     NULLABLE_TEXT,
     FileFinder,
     TableRow,
+    find_separator,
     name_entry,
     read_json,
     read_table,
@@ -316,7 +317,6 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
 
 CAPTION_NAMES = ("caption", "captions", "text")
 SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
-OTHER_SEPARATORS = {"tab": "\t", ";": ";", "|": "|", "comma": ","}
 
 
 def _find_column(header: list[str], names: tuple[str, ...], option: str, path: Path, separator: str) -> int:
@@ -326,9 +326,9 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
     expected = " or ".join(map(repr, names))
     advice = f"Name yours with ',{option}=COLUMN'"
     similar = [name for name in header if name.casefold() in {known.casefold() for known in names}]
-    separators = [shown for shown, other in OTHER_SEPARATORS.items() if other != separator and other in header[0]]
-    if not found and len(header) == 1 and separators:
-        advice = f"Is the table separated otherwise? Then add ',sep={separators[0]}'"
+    other = find_separator(separator.join(header), separator)
+    if not found and other is not None:
+        advice = f"Is the table separated otherwise? Then add ',sep={other}'"
     elif not found and len(similar) == 1:
         advice = f"Did you mean ',{option}={similar[0]}'?"
     raise ValueError(

@@ -79,6 +79,10 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
             "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN",
         ),
         ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*separated otherwise. Then add ',sep=;'"),
+        (
+            'image\tcaption\na.jpg\t"dog", they said\nb.jpg\tx,"\n',
+            "no table of values separated by ',' .*first line looks separated otherwise: add ',sep=tab'",
+        ),
         ("image\tcaption\na.jpg\tdog\n", "got 0 among .*separated otherwise. Then add ',sep=tab'"),
         ("image,Captions\na.jpg,dog\n", "got 0 among .'image', 'Captions'.*Did you mean ',captions=Captions'"),
         ("image,image,caption\na.jpg,b.jpg,dog\n", "one column 'image' .* got 2 among .'image', 'image', 'caption'"),
@@ -139,11 +143,11 @@ def test_the_lines_that_name_missing_files_are_told(tmp_path, draw, caplog):
     spec = write(tmp_path, "\n".join(lines), draw)
     assert load_captions(f"{spec},missing=skip")["image_id"][:] == ["photos/a.jpg", "photos/sub/b.jpg"]
     table, photos = tmp_path / "mine.csv", tmp_path / "photos"
-    assert f"photos/A.JPG ({table}:3, '{photos}/A.JPG': 'a.jpg' there differs in case)" in caplog.text
+    assert f"photos/A.JPG ({table}:3, 'A.JPG': 'a.jpg' there differs in case)" in caplog.text
     assert f"32 of 34 image files are missing, first: photos/A.JPG ({table}:3" in caplog.text
-    assert f"photos/gone.jpg ({table}:4, '{photos}/gone.jpg'), photos/0.jpg ({table}:8, " in caplog.text
-    assert f"photos/2.jpg ({table}:10, '{photos}/2.jpg'); then {table}:11, {table}:12, " in caplog.text
-    assert f"{table}:30 and 7 more; left out" in caplog.text
+    assert f"photos/gone.jpg ({table}:4, 'gone.jpg'), photos/0.jpg ({table}:8, " in caplog.text
+    assert f"photos/2.jpg ({table}:10, '2.jpg'); then {table}:11, {table}:12, " in caplog.text
+    assert f"{table}:30 and 7 more; looked for in '{photos}'; left out" in caplog.text
 
 
 def test_words_for_a_missing_value_are_no_captions_and_are_told(tmp_path, draw, caplog):
