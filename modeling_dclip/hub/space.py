@@ -34,7 +34,7 @@ from modeling_dclip.evaluation.embedding import count_dropped_tokens, embed_quer
 from modeling_dclip.evaluation.reports.document import escape_markdown
 from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.hub.index import Hit, SearchIndex
-from modeling_dclip.hub.index.answers import count_nearest, short_name, split_name
+from modeling_dclip.hub.index.answers import count_nearest, describe_left_out, short_name, split_name
 from modeling_dclip.hub.index.embeddings import embed_readable
 from modeling_dclip.hub.publish.licences import read_arguments
 from modeling_dclip.hub.publish.training import SOURCES, describe_training
@@ -336,7 +336,7 @@ class SpaceAnswers:
         )
         if same:
             names = ", ".join(escape_markdown(hit.name) for hit in same)
-            said += f" Left out, because it is the same picture: {names}."
+            said += f" {describe_left_out(names, len(same))}"
         if not hits:
             said = "No picture was found: the index looked at too little of itself. Its owner can build an exact one."
         return Found(tiles, hits, " ".join(part for part in (said, gone, remark) if part))

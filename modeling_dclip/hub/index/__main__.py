@@ -203,7 +203,13 @@ def _search(argv: Sequence[str]) -> str:
     parser = CommandParser(SearchArguments, prog=f"{COMMAND} search", description=SEARCH_DESCRIPTION)
     parser.add_argument("query", help='Words between quotes ("a dog on a beach"), or the file of a picture.')
     arguments, asked = parser.parse(argv)
-    from modeling_dclip.hub.index.answers import check_page, describe_hits, describe_query, write_page
+    from modeling_dclip.hub.index.answers import (
+        check_page,
+        describe_hits,
+        describe_left_out,
+        describe_query,
+        write_page,
+    )
 
     query = read_query(asked.query)
     if arguments.page is not None:
@@ -217,7 +223,8 @@ def _search(argv: Sequence[str]) -> str:
     same = [] if arguments.keep_same else [hit.name for hit in index.copies_of(asked.query)]
     if same:
         names = _names(same[:SHOWN], len(same))
-        lines.append(f"Left out, because it is the same picture: {names}. --keep_same shows it too.")
+        them = "it" if len(same) == 1 else "them"
+        lines.append(f"{describe_left_out(names, len(same))} --keep_same shows {them} too.")
     if arguments.page is not None:
         tiles = write_page(index, query, hits, arguments.page, asked.query, left_out=same)
         unread = [tile.hit.name for tile in tiles if tile.reason]

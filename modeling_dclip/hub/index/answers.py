@@ -113,6 +113,20 @@ def count_nearest(found: int, total: int) -> str:
     return f"The {f'{found:,} ' if found != 1 else ''}nearest of {count_of(total, 'picture')}"
 
 
+def describe_left_out(names: str, count: int) -> str:
+    """Say which pictures are not among the answers, being the one that was looked for.
+
+    Args:
+        names (`str`): Of the pictures, as the place that shows them needs them.
+        count (`int`): How many they are, at least 1.
+
+    Example:
+        >>> describe_left_out("a.png, b.png", 2)
+        'Left out, because they are the same picture: a.png, b.png.'
+    """
+    return f"Left out, because {'it is' if count == 1 else 'they are'} the same picture: {names}."
+
+
 def split_name(name: str) -> list[str]:
     """Cut a name where a line may break: after `/`, and in a long part after `_` and before the ending. Browsers break
     at `-` and spaces by themselves.
@@ -222,7 +236,7 @@ def write_page(
         tiles=tiles,
         nearest=count_nearest(len(hits), len(index)),
         images=short_place(index.images),
-        left_out=left_out,
+        left_out=describe_left_out(", ".join(left_out), len(left_out)) if left_out else "",
         model=short_name(index.model),
         nothing_found=NOTHING_FOUND,
     )

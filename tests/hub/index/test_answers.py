@@ -91,6 +91,9 @@ def test_the_command_writes_a_page_and_checks_its_place_first(index, pictures, t
     assert len(lines) == 4 and not any(line.endswith(NAMES[3]) for line in lines[1:])
     page = (tmp_path / "page.html").read_text()
     assert "Pictures like &lt;b&gt;.png" in page and "because it is the same picture: &lt;b&gt;.png." in page
+    monkeypatch.setattr(SearchIndex, "copies_of", lambda *_: [Hit(1.0, name, None, name) for name in "ab"])
+    main(words)
+    assert capsys.readouterr().out.endswith("because they are the same picture: a, b. --keep_same shows them too.\n")
     main([*words, "--json", "--keep_same", "--page", str(tmp_path / "page.html")])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [one["name"] for one in found][0] == NAMES[3] and len(found) == 2
