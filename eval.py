@@ -75,7 +75,6 @@ def save_point(arguments: argparse.Namespace) -> None:
     They are those that training with this `wise_ft_alpha` saves, in the type that the model's weights are stored in.
     """
     import yaml
-    from transformers import AutoProcessor
 
     from modeling_dclip.data.captions.parts import write_trained_images
     from modeling_dclip.data.files import read_yaml, replacing, write_text
@@ -91,7 +90,7 @@ def save_point(arguments: argparse.Namespace) -> None:
 
     (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
     options = {"trust_remote_code": arguments.trust_remote_code}
-    model, start = (load_pair(spec, **options)[0] for spec in (name, anchor))
+    (model, processor), (start, _) = (load_pair(spec, **options) for spec in (name, anchor))
     dtype, ends = stored_dtype(name), [one.state_dict() for one in (start, model)]
     weights = interpolate_models(start, model, alpha)
     require_fit(find_overflows(weights, dtype), dtype, "student")
@@ -101,7 +100,7 @@ def save_point(arguments: argparse.Namespace) -> None:
     same_text = have_one_text_encoder(*(cast_weights(end, dtype) for end in ends))
     with replacing(folder) as temporary:
         save_weights(model, temporary, weights, dtype)
-        AutoProcessor.from_pretrained(name, **options).save_pretrained(temporary)
+        processor.save_pretrained(temporary)
         write_trained_images(temporary, [], [name, anchor])
         if isinstance(trained, dict) and same_text:
             trained["wise_ft_alpha"] = alpha * trained.get("wise_ft_alpha", 1)  # the model may be such a point itself

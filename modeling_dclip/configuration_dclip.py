@@ -5,7 +5,7 @@ docs/papers.md.
 """
 
 from huggingface_hub.dataclasses import strict
-from transformers import CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
+from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
 PRESETS = {
     "dclip-vitb32": "openai/clip-vit-base-patch32",
@@ -14,6 +14,7 @@ PRESETS = {
 }
 
 POSITION_EMBEDDING_TYPES = ("absolute", "rope")
+ROTARY_FIELDS = ("position_embedding_type", "rotary_base")  # which CLIP's own configuration does not have
 
 # Least and largest value of the numbers that families of transformers name alike. The largest published encoders are
 # ten times smaller; a configuration that asks for more is damaged, and would take the machine with it.
@@ -174,7 +175,9 @@ class DCLIPVisionConfig(CLIPVisionConfig):
 class DCLIPConfig(PreTrainedConfig):
     """The dual encoder: [`DCLIPVisionConfig`] beside CLIP's text tower.
 
-    Reads the `config.json` of any stock `CLIPModel`. Source: docs/papers.md, student. Deviation: none.
+    Reads the `config.json` of any stock `CLIPModel`. Where the image encoder has CLIP's own positions, it is also
+    saved as one: the model is then a `CLIPModel` for whoever does not run our code, and a [`DCLIPModel`] for whoever
+    does. Source: docs/papers.md, student. Deviation: none.
 
     Args:
         text_config (`dict` or `CLIPTextConfig`, *optional*): The text tower. Defaults to ViT-B/32's.
@@ -203,7 +206,7 @@ class DCLIPConfig(PreTrainedConfig):
     @classmethod
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         config_dict, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if config_dict.get("model_type") == "clip":  # a stock checkpoint is welcome: spare the reader the warning
+        if config_dict.get("model_type") == CLIPConfig.model_type:  # welcome: spare the reader the warning
             config_dict = {**config_dict, "model_type": cls.model_type}
         return config_dict, kwargs
 
@@ -216,6 +219,22 @@ class DCLIPConfig(PreTrainedConfig):
 
     def validate_architecture(self):
         check_sizes(self)
+
+    @property
+    def is_stock_clip(self):
+        """Whether a stock `CLIPModel` with these weights gives the same outputs: with absolute positions it does."""
+        return self.vision_config.position_embedding_type == "absolute"
+
+    def to_diff_dict(self):
+        """What `config.json` gets: with absolute positions a stock CLIP's fields, and the `auto_map` of our code."""
+        fields = super().to_diff_dict()
+        if not self.is_stock_clip:
+            return fields
+        vision = {name: value for name, value in fields["vision_config"].items() if name not in ROTARY_FIELDS}
+        fields["vision_config"] = {**vision, "model_type": CLIPVisionConfig.model_type}
+        if fields.get("architectures") == ["DCLIPModel"]:
+            fields["architectures"] = ["CLIPModel"]
+        return {**fields, "model_type": CLIPConfig.model_type}
 
 
 DCLIPVisionConfig.register_for_auto_class()

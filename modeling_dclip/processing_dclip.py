@@ -117,9 +117,24 @@ class DCLIPProcessor(CLIPProcessor):
                 )
                 return
 
+    def to_dict(self):
+        """As in transformers, without the name of this class.
+
+        Where no name is stored, the kind of the model beside it decides: a stock CLIP is read with `CLIPProcessor`
+        by whoever does not run our code. With a name that transformers lacks it would ask to run it.
+        """
+        fields = super().to_dict()
+        del fields["processor_class"]
+        return fields
+
     def save_pretrained(self, save_directory, **kwargs):
         """As in transformers, and `preprocessor_config.json` too, which older readers and pipelines look for."""
         files = super().save_pretrained(save_directory, **kwargs)
+        self.tokenizer._set_processor_class(
+            None
+        )  # again, without the name of this class, or of the one it was read with
+        self.tokenizer.init_kwargs.pop("processor_class", None)
+        self.tokenizer.save_pretrained(save_directory)
         self.image_processor.save_pretrained(save_directory)
         return files
 

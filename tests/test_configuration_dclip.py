@@ -6,7 +6,7 @@ import math
 
 import pytest
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, CLIPConfig, CLIPTextConfig
+from transformers import AutoConfig, CLIPConfig, CLIPTextConfig, CLIPVisionConfig
 
 from modeling_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVisionConfig
 
@@ -15,7 +15,11 @@ from modeling_dclip import PRESETS, DCLIPConfig, DCLIPTeacherConfig, DCLIPVision
     "config",
     [
         DCLIPVisionConfig(position_embedding_type="rope", rotary_base=10),
-        DCLIPConfig(freeze_text=False, projection_dim=64, vision_config={"patch_size": 16}),
+        DCLIPConfig(
+            freeze_text=False,
+            projection_dim=64,
+            vision_config={"patch_size": 16, "position_embedding_type": "rope", "rotary_base": 10},
+        ),
         DCLIPTeacherConfig(cross_attention="regions", text_share=0, clip_config={"projection_dim": 64}),
     ],
     ids=lambda config: config.model_type,
@@ -27,6 +31,22 @@ def test_a_saved_config_is_read_back_equal_through_auto_config(config, tmp_path)
     assert (
         again.to_dict() == {**config.to_dict(), "_name_or_path": str(tmp_path)} or again.to_dict() == config.to_dict()
     )
+
+
+def test_a_config_with_clips_own_positions_is_saved_as_a_stock_clips_and_read_back_equal(tmp_path):
+    config = DCLIPConfig(freeze_text=False, projection_dim=64, vision_config={"patch_size": 16})
+    config.architectures = ["DCLIPModel"]
+    config.save_pretrained(tmp_path)
+    stock = AutoConfig.from_pretrained(tmp_path)
+    assert type(stock) is CLIPConfig and type(stock.vision_config) is CLIPVisionConfig
+    assert stock.architectures == ["CLIPModel"] and stock.vision_config.patch_size == 16
+    assert not {"position_embedding_type", "rotary_base"} & set(stock.vision_config.to_dict())
+    again = DCLIPConfig.from_pretrained(tmp_path)
+    again.architectures = config.architectures
+    assert again.to_dict() == config.to_dict()
+    # As folders were saved that say of themselves that they are ours.
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert type(AutoConfig.from_pretrained(tmp_path)) is DCLIPConfig
 
 
 def test_presets_name_the_openai_checkpoints():

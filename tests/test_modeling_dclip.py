@@ -337,13 +337,17 @@ def test_a_text_of_500_tokens_embeds_as_its_truncation(tiny_clip_dir):
     assert torch.equal(model.get_text_features(long, torch.ones_like(long), positions).pooler_output, expected)
 
 
-def test_the_zero_shot_pipeline_runs_from_a_saved_folder(tiny_clip_dir, tmp_path):
+def test_the_zero_shot_pipeline_runs_from_a_saved_folder_and_with_our_model_cuts_long_labels(tiny_clip_dir, tmp_path):
     DCLIPModel.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
-    DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path)
-    classify = pipeline("zero-shot-image-classification", model=str(tmp_path))
-    answers = classify(Image.new("RGB", (40, 30), "red"), candidate_labels=["a red dog", "blue " * 200])
-    assert {answer["label"] for answer in answers} == {"a red dog", "blue " * 200}
-    assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-5)
+    processor = DCLIPProcessor.from_pretrained(tiny_clip_dir)
+    processor.save_pretrained(tmp_path)
+    ours = {"model": DCLIPModel.from_pretrained(tmp_path), "tokenizer": processor.tokenizer}
+    ours["image_processor"] = processor.image_processor
+    for given, labels in (({"model": str(tmp_path)}, ["a red dog", "blue"]), (ours, ["a red dog", "blue " * 200])):
+        classify = pipeline("zero-shot-image-classification", **given)
+        answers = classify(Image.new("RGB", (40, 30), "red"), candidate_labels=labels)
+        assert {answer["label"] for answer in answers} == set(labels)
+        assert sum(answer["score"] for answer in answers) == pytest.approx(1, abs=1e-5)
 
 
 def test_the_feature_pipeline_runs_from_a_vision_only_folder(tiny_clip_dir, tmp_path):

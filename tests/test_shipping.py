@@ -18,6 +18,9 @@ from transformers import (
     AutoModel,
     AutoModelForZeroShotImageClassification,
     AutoProcessor,
+    CLIPConfig,
+    CLIPModel,
+    CLIPProcessor,
 )
 
 from modeling_dclip import (
@@ -62,12 +65,23 @@ for job in json.loads(sys.argv[1]):
     model.save_pretrained(job["again"])
     processor.save_pretrained(job["again"])
     leaked = any(name.split(".")[0] == "modeling_dclip" for name in sys.modules)
-    print(json.dumps([type(model).__module__, type(processor).__name__, leaked]))
+    stock = None
+    if job["stock"]:  # without any flag: nobody is asked, and no code of the folder is run
+        plain = getattr(transformers, job["auto_class"]).from_pretrained(job["folder"])
+        reader = transformers.AutoProcessor.from_pretrained(job["folder"], backend="pil")
+        with torch.no_grad():
+            plain_out = plain(**load_file(job["inputs"]))
+        ids = reader(text=["a red dog " * 60, "a"], padding=True, truncation=True, return_tensors="pt")["input_ids"]
+        found = {**plain_out, "ids": ids}
+        equal = all(torch.equal(found[name], value) for name, value in kept.items())
+        stock = [type(plain).__name__, type(reader).__name__, equal]
+    print(json.dumps([type(model).__module__, type(processor).__name__, leaked, stock]))
 """
 
 CASES = (
     ("dual", "AutoModel"),
     ("dual", "AutoModelForZeroShotImageClassification"),
+    ("rotary", "AutoModel"),
     ("vision", "AutoModel"),
     ("teacher", "AutoModel"),
     ("teacher_siglip", "AutoModel"),
@@ -119,9 +133,11 @@ def build(kind, clip_dir, folder=None):
     if kind.startswith("teacher"):
         return build_teacher(kind.partition("_")[2] or "clip", clip_dir, folder)
     processor = DCLIPProcessor.from_pretrained(clip_dir)
-    if kind == "dual":
+    if kind in ("dual", "rotary"):
+        config = DCLIPConfig.from_pretrained(clip_dir)
+        config.vision_config.position_embedding_type = "rope" if kind == "rotary" else "absolute"
         batch = processor(images=pictures(), text=["a red dog", "a dog"], return_tensors="pt")
-        return DCLIPModel.from_pretrained(clip_dir), processor, batch
+        return DCLIPModel.from_pretrained(clip_dir, config=config), processor, batch
     config = DCLIPVisionConfig.from_pretrained(clip_dir, position_embedding_type="rope")
     batch = processor(images=pictures(), return_tensors="pt")
     return DCLIPVisionModel.from_pretrained(clip_dir, config=config), processor, batch
@@ -135,7 +151,7 @@ def pictures():
 def read_elsewhere(jobs, home):
     environment = {**os.environ, "HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-I", "-c", READER, json.dumps(jobs)]
-    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=home, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -150,6 +166,7 @@ def shipped(tiny_clip_dir, tmp_path_factory):
         model, processor, batch = build(kind, tiny_clip_dir, root / f"{kind}_encoder")
         name = f"{kind}_{auto_class}"
         job = {"auto_class": auto_class, "folder": str(root / name), "inputs": str(root / f"{name}.inputs")}
+        job["stock"] = kind == "dual"
         model.save_pretrained(job["folder"])
         processor.save_pretrained(job["folder"])
         save_file({name: value.contiguous() for name, value in batch.items()}, job["inputs"])
@@ -174,12 +191,19 @@ def shipped(tiny_clip_dir, tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids="-".join)
 def test_a_fresh_process_without_the_package_gives_identical_outputs_twice(case, shipped):
     expected = shipped[case]["expected"]
-    for module, processor, leaked, outputs, _ in shipped[case]["reads"]:
+    for module, processor, leaked, _, outputs, _ in shipped[case]["reads"]:
         assert module.startswith("transformers_modules.") and not leaked
         assert processor == shipped[case]["processor"]
         assert len(outputs) >= 3
         for name, value in outputs.items():
             assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids="-".join)
+def test_without_any_flag_a_student_with_clips_own_positions_is_a_stock_clip_with_the_same_outputs(case, shipped):
+    assert case[0] == "dual" and len(shipped[case]["reads"]) == 2
+    for _, _, _, stock, *_ in shipped[case]["reads"]:
+        assert stock == ["CLIPModel", "CLIPProcessor", True]
 
 
 @pytest.mark.parametrize("case", CASES, ids="-".join)
@@ -228,10 +252,11 @@ def test_dmclip_ships_the_scan_and_names_every_auto_class_that_serves_it(tiny_cl
     }
 
 
-def test_importing_the_package_registers_every_auto_class(tiny_clip_dir, tmp_path):
+def test_importing_the_package_registers_every_auto_class_and_leaves_a_stock_clip_stock(tiny_clip_dir, tmp_path):
     for kind, config_class, model_class, processor_class in (
         ("vision", DCLIPVisionConfig, DCLIPVisionModel, DCLIPProcessor),
-        ("dual", DCLIPConfig, DCLIPModel, DCLIPProcessor),
+        ("dual", CLIPConfig, CLIPModel, CLIPProcessor),
+        ("rotary", DCLIPConfig, DCLIPModel, DCLIPProcessor),
         ("teacher", DCLIPTeacherConfig, DCLIPTeacher, DCLIPTeacherProcessor),
         ("dmclip", DMCLIPConfig, DMCLIPModel, DCLIPProcessor),
         ("dmclip_vision", DMCLIPVisionConfig, DMCLIPVisionModel, DCLIPProcessor),
@@ -244,7 +269,7 @@ def test_importing_the_package_registers_every_auto_class(tiny_clip_dir, tmp_pat
         assert type(AutoModel.from_pretrained(folder)) is model_class
         assert type(AutoProcessor.from_pretrained(folder)) is processor_class
         assert AutoImageProcessor.from_pretrained(folder, backend="pil").crop_size["height"] == 32
-    for kind, model_class in (("dual", DCLIPModel), ("dmclip", DMCLIPModel)):
+    for kind, model_class in (("dual", CLIPModel), ("rotary", DCLIPModel), ("dmclip", DMCLIPModel)):
         assert type(AutoModelForZeroShotImageClassification.from_pretrained(tmp_path / kind)) is model_class
 
 

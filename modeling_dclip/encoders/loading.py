@@ -461,9 +461,11 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
     if name.startswith(OPEN_CLIP_PREFIX):
         return load_open_clip(name)
     options = {"trust_remote_code": trust_remote_code}
-    model = load_checked(AutoModel, name, **options)
+    _check_folder(name)
+    is_student = _is_student(read_config(name, trust_remote_code=trust_remote_code))
+    model = load_checked(DCLIPModel if is_student else AutoModel, name, **options)
     require_dual_encoder(model, name)
-    processor = _load_processor(name, options)
+    processor = load_processor(name) if is_student else _load_processor(name, options)
     check_processor(processor, name)
     prepare_tokenizer(processor.tokenizer, model.config.model_type)
     check_vocabulary(model, processor.tokenizer, name)
@@ -473,6 +475,12 @@ def load_pair(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[Dua
             "%s has no image processor of the PIL backend: its pixels differ from PIL's by 1-2 grey levels.", name
         )
     return model, processor
+
+
+def _is_student(config: PreTrainedConfig) -> bool:
+    """Whether a stock CLIP was saved as one of ours, whose code lies beside it and which this package has."""
+    named = (getattr(config, "auto_map", None) or {}).get("AutoConfig")
+    return config.model_type == "clip" and named == "configuration_dclip.DCLIPConfig"
 
 
 def _check_folder(name: str) -> None:
