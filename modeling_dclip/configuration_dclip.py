@@ -4,6 +4,8 @@ Source: "Distill CLIP: Enhancing Image-Text Retrieval via Cross-Modal Transforme
 docs/papers.md.
 """
 
+from dataclasses import fields as dataclass_fields
+
 from huggingface_hub.dataclasses import strict
 from transformers import CLIPConfig, CLIPTextConfig, CLIPVisionConfig, PreTrainedConfig
 
@@ -14,7 +16,6 @@ PRESETS = {
 }
 
 POSITION_EMBEDDING_TYPES = ("absolute", "rope")
-ROTARY_FIELDS = ("position_embedding_type", "rotary_base")  # which CLIP's own configuration does not have
 
 # Least and largest value of the numbers that families of transformers name alike. The largest published encoders are
 # ten times smaller; a configuration that asks for more is damaged, and would take the machine with it.
@@ -230,7 +231,9 @@ class DCLIPConfig(PreTrainedConfig):
         fields = super().to_diff_dict()
         if not self.is_stock_clip:
             return fields
-        vision = {name: value for name, value in fields["vision_config"].items() if name not in ROTARY_FIELDS}
+        own = {one.name for one in dataclass_fields(DCLIPVisionConfig)}
+        own -= {one.name for one in dataclass_fields(CLIPVisionConfig)}  # those of rotary positions
+        vision = {name: value for name, value in fields["vision_config"].items() if name not in own}
         fields["vision_config"] = {**vision, "model_type": CLIPVisionConfig.model_type}
         if fields.get("architectures") == ["DCLIPModel"]:
             fields["architectures"] = ["CLIPModel"]

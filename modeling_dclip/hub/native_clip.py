@@ -1,6 +1,6 @@
-"""The native twin of a student: a stock `CLIPModel` with its weights, which every CLIP program reads without our code.
+"""A student as what it is without our code: a stock `CLIPModel`, which other programs are given.
 
-A ViT student differs from CLIP only in its weights, so the twin's outputs are the student's, bit for bit.
+A ViT student differs from CLIP only in its weights, so the outputs are the same, bit for bit.
 """
 
 from typing import Any
@@ -23,12 +23,12 @@ from modeling_dclip.encoders.loading import NATIVE_ENCODERS
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
 
-def has_native_twin(model: PreTrainedModel) -> bool:
-    """Whether a model has a native twin: a dual ViT student with CLIP's own (absolute) positions."""
-    return model.config.model_type == "dclip" and model.config.vision_config.position_embedding_type == "absolute"
+def is_stock_clip(model: PreTrainedModel) -> bool:
+    """Whether a model is a stock CLIP but for its code: a dual ViT student with CLIP's own (absolute) positions."""
+    return model.config.model_type == "dclip" and model.config.is_stock_clip
 
 
-def require_native_twin(model: PreTrainedModel, reader: str) -> None:
+def require_stock_clip(model: PreTrainedModel, reader: str) -> None:
     """Refuse a model that programs for CLIP cannot read without custom code.
 
     Args:
@@ -36,9 +36,9 @@ def require_native_twin(model: PreTrainedModel, reader: str) -> None:
         reader (`str`): The program, for the message.
 
     Raises:
-        ValueError: If the model has no native twin; the message names the formats that take it.
+        ValueError: If it is no stock CLIP; the message names the formats that take it.
     """
-    if not has_native_twin(model):
+    if not is_stock_clip(model):
         vision = getattr(model.config, "vision_config", model.config)
         positions = getattr(vision, "position_embedding_type", None)
         kind = f"{model.config.model_type!r}" + (f" with {positions!r} positions" if positions else "")
@@ -50,7 +50,7 @@ def require_native_twin(model: PreTrainedModel, reader: str) -> None:
 
 
 def to_native_clip(model: PreTrainedModel) -> CLIPModel:
-    """Make a student's native twin.
+    """Make a `CLIPModel` of a student's weights.
 
     Args:
         model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
@@ -59,9 +59,9 @@ def to_native_clip(model: PreTrainedModel) -> CLIPModel:
         `CLIPModel`: Float32, in eval mode. Its outputs are the student's, bit for bit.
 
     Raises:
-        ValueError: If the model has no native twin.
+        ValueError: If it is no stock CLIP.
     """
-    if not has_native_twin(model):
+    if not is_stock_clip(model):
         raise ValueError(
             f"Expected a ViT student with absolute positions, which CLIPModel has, got {model.config.model_type!r} "
             f"with {getattr(model.config.vision_config, 'position_embedding_type', 'other')!r} positions."
@@ -73,9 +73,9 @@ def to_native_clip(model: PreTrainedModel) -> CLIPModel:
         logit_scale_init_value=model.config.logit_scale_init_value,
         initializer_factor=model.config.initializer_factor,
     )
-    twin = CLIPModel(config)
-    twin.load_state_dict(model.state_dict())
-    return twin.eval()
+    native = CLIPModel(config)
+    native.load_state_dict(model.state_dict())
+    return native.eval()
 
 
 def _native_fields(config: Any, config_class: type[PreTrainedConfig]) -> dict[str, Any]:
@@ -105,21 +105,21 @@ def to_native_processor(processor: DCLIPProcessor) -> CLIPProcessor:
 
 
 @torch.no_grad()
-def check_twin(model: PreTrainedModel, twin: CLIPModel, batch: dict[str, torch.Tensor]) -> None:
-    """Check that a twin's outputs are the student's.
+def check_native(model: PreTrainedModel, native: CLIPModel, batch: dict[str, torch.Tensor]) -> None:
+    """Check that a stock CLIP's outputs are the student's.
 
     Args:
         model ([`DCLIPModel`]): The student.
-        twin (`CLIPModel`): Its native twin, as loaded from disk.
+        native (`CLIPModel`): The same, as loaded from disk without our code.
         batch (`dict[str, torch.Tensor]`): `input_ids`, `attention_mask` and `pixel_values`.
 
     Raises:
         ValueError: If an output is not the same, bit for bit.
     """
-    ours, theirs = model(**batch), twin(**batch)
+    ours, theirs = model(**batch), native(**batch)
     for name in ("image_embeds", "text_embeds", "logits_per_image", "logits_per_text"):
         if not torch.equal(ours[name], theirs[name]):
             apart = (ours[name].float() - theirs[name].float()).abs().max()
             raise ValueError(
-                f"Expected the native twin's {name} to be the student's, got a difference of {apart:.1e}."
+                f"Expected {name} of the stock CLIP to be the student's, got a difference of {apart:.1e}."
             )

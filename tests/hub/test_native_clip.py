@@ -1,4 +1,4 @@
-"""The native twin is the student, bit for bit, in what loads it everywhere; what has no twin is said."""
+"""A stock CLIP of a student's weights is the student, bit for bit; what is no stock CLIP is said."""
 
 import json
 from pathlib import Path
@@ -14,8 +14,8 @@ from modeling_dclip import DCLIPModel, DCLIPProcessor, DCLIPVisionModel
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.hub.native_clip import (
-    check_twin,
-    has_native_twin,
+    check_native,
+    is_stock_clip,
     to_native_clip,
     to_native_processor,
 )
@@ -30,45 +30,45 @@ def make_batch(folder):
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_a_twin_saved_and_loaded_as_stock_clip_gives_the_students_numbers(tiny_clip_dir, tmp_path, stored):
+def test_a_student_saved_and_loaded_as_stock_clip_gives_the_students_numbers(tiny_clip_dir, tmp_path, stored):
     student = load_merged(make_student(tmp_path / "student", tiny_clip_dir, dtype=stored))
     assert {parameter.dtype for parameter in student.parameters()} == {torch.float32}
-    to_native_clip(student).save_pretrained(tmp_path / "twin")
-    twin = CLIPModel.from_pretrained(tmp_path / "twin").eval()
-    check_twin(student, twin, make_batch(tiny_clip_dir))
+    to_native_clip(student).save_pretrained(tmp_path / "native")
+    native = CLIPModel.from_pretrained(tmp_path / "native").eval()
+    check_native(student, native, make_batch(tiny_clip_dir))
     with torch.no_grad():
-        twin.visual_projection.weight[0, 0] += 0.5
-    with pytest.raises(ValueError, match="native twin's image_embeds"):
-        check_twin(student, twin, make_batch(tiny_clip_dir))
+        native.visual_projection.weight[0, 0] += 0.5
+    with pytest.raises(ValueError, match="image_embeds of the stock CLIP"):
+        check_native(student, native, make_batch(tiny_clip_dir))
     for name, change in (("text_embeds", "text_projection.weight"), ("logits_per_image", "logit_scale")):
-        twin = to_native_clip(student)
+        native = to_native_clip(student)
         with torch.no_grad():
-            twin.get_parameter(change).view(-1)[0].add_(0.5)
-        with pytest.raises(ValueError, match=f"native twin's {name}"):
-            check_twin(student, twin, make_batch(tiny_clip_dir))
+            native.get_parameter(change).view(-1)[0].add_(0.5)
+        with pytest.raises(ValueError, match=f"{name} of the stock CLIP"):
+            check_native(student, native, make_batch(tiny_clip_dir))
 
 
 def test_the_stock_processor_reads_the_same_ids_and_names_no_code_of_ours(tiny_clip_dir, tmp_path):
     DCLIPProcessor.from_pretrained(tiny_clip_dir).save_pretrained(tmp_path / "ours")
     ours = DCLIPProcessor.from_pretrained(tmp_path / "ours")
-    to_native_processor(ours).save_pretrained(tmp_path / "twin")
-    for file in (tmp_path / "twin").glob("*.json"):
+    to_native_processor(ours).save_pretrained(tmp_path / "native")
+    for file in (tmp_path / "native").glob("*.json"):
         assert "auto_map" not in file.read_text() and "DCLIP" not in file.read_text()
-    theirs = CLIPProcessor.from_pretrained(tmp_path / "twin")
+    theirs = CLIPProcessor.from_pretrained(tmp_path / "native")
     texts = ["a red dog", "blue"]
     ids = [list(p(text=texts, padding=True, return_tensors="pt")["input_ids"].ravel()) for p in (ours, theirs)]
     assert ids[0] == ids[1]
     assert theirs.image_processor.crop_size["height"] == 32
 
 
-def test_rotary_positions_and_mamba_have_no_twin(tiny_clip_dir, tmp_path):
+def test_rotary_positions_and_mamba_are_no_stock_clip(tiny_clip_dir, tmp_path):
     student = DCLIPModel.from_pretrained(tiny_clip_dir)
     student.config.vision_config.position_embedding_type = "rope"
-    assert not has_native_twin(student)
+    assert not is_stock_clip(student)
     with pytest.raises(ValueError, match="'rope' positions"):
         to_native_clip(student)
     mamba = load_merged(make_dmclip(tmp_path / "dmclip", tiny_clip_dir))
-    assert not has_native_twin(mamba)
+    assert not is_stock_clip(mamba)
     with pytest.raises(ValueError, match="got 'dmclip'"):
         to_native_clip(mamba)
 
@@ -102,7 +102,7 @@ def test_adapters_are_merged_into_the_model_they_name(tiny_clip_dir, tmp_path):
     assert type(merged) is DCLIPModel and not any("lora" in name for name in merged.state_dict())
     assert (before.image_embeds - expected.image_embeds).abs().max() > 1e-2
     assert torch.allclose(found.image_embeds, expected.image_embeds, rtol=0, atol=1e-6)
-    check_twin(merged, to_native_clip(merged), batch)
+    check_native(merged, to_native_clip(merged), batch)
     (tmp_path / "trained").mkdir()  # as training without merged weights leaves it
     (tmp_path / "adapters").rename(tmp_path / "trained" / "adapter")
     assert torch.equal(load_merged(tmp_path / "trained").state_dict()[MOVED], merged.state_dict()[MOVED])
@@ -115,7 +115,7 @@ def test_the_committed_small_clips_load_without_this_packages_code_and_are_the_m
     stock, processor = AutoModel.from_pretrained(folder).eval(), AutoProcessor.from_pretrained(folder, backend="pil")
     assert (type(stock), type(processor)) == (CLIPModel, CLIPProcessor)
     batch = make_batch(folder)
-    check_twin(load_merged(folder), stock, batch)
+    check_native(load_merged(folder), stock, batch)
     theirs = processor(images=PICTURES, text=TEXTS, return_tensors="pt", padding=True)
     assert all(torch.equal(theirs[key], batch[key]) for key in batch)
     records = json.loads((ROOT / "results" / name / "records.json").read_text(encoding="utf-8"))

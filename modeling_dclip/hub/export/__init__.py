@@ -46,7 +46,7 @@ from modeling_dclip.hub.export.readers import (
 )
 from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
 from modeling_dclip.hub.export.winograd import with_winograd
-from modeling_dclip.hub.native_clip import has_native_twin, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import is_stock_clip, to_native_clip, to_native_processor
 
 __all__ = [
     "export_onnx",
@@ -325,7 +325,7 @@ def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Pa
         ValueError: If the preprocessing makes images of another size than the model reads.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = (to_native_clip(model) if is_dual(model) and has_native_twin(model) else model).config.to_dict()
+    config = (to_native_clip(model) if is_dual(model) and is_stock_clip(model) else model).config.to_dict()
     config = {name: value for name, value in config.items() if name not in ("auto_map", "_name_or_path")}
     write_json(folder / "config.json", config, indent=2, default=str)
     if not is_dual(model) or not any((Path(source) / name).is_file() for name in (PREPROCESSOR, PROCESSOR)):

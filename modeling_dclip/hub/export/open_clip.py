@@ -19,7 +19,7 @@ from modeling_dclip.hub.export.readers import (
     describe_readings,
     write_readme,
 )
-from modeling_dclip.hub.native_clip import require_native_twin, to_native_processor
+from modeling_dclip.hub.native_clip import require_stock_clip, to_native_processor
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 INTERPOLATIONS = ("bicubic", "bilinear")
@@ -64,7 +64,7 @@ def to_open_clip_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     Raises:
         ValueError: If open_clip has no such model.
     """
-    require_native_twin(model, "open_clip")
+    require_stock_clip(model, "open_clip")
     state, weights = model.state_dict(), {}
     for tower, prefix, config in (
         ("vision_model", "visual.", model.config.vision_config),
@@ -107,7 +107,7 @@ def to_open_clip_config(model: PreTrainedModel) -> dict[str, Any]:
     Raises:
         ValueError: If open_clip has no such model.
     """
-    require_native_twin(model, "open_clip")
+    require_stock_clip(model, "open_clip")
     vision, text = model.config.vision_config, model.config.text_config
     activations = {vision.hidden_act, text.hidden_act}
     if activations not in ({"quick_gelu"}, {"gelu"}):

@@ -21,7 +21,7 @@ from modeling_dclip.hub.export.readers import (
     describe_readings,
     write_readme,
 )
-from modeling_dclip.hub.native_clip import require_native_twin, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import require_stock_clip, to_native_clip, to_native_processor
 
 # Since 5.4 `Transformer` reads CLIP itself; every version reads this older name.
 MODULES = [{"idx": 0, "name": "0", "path": "0_CLIPModel", "type": "sentence_transformers.models.CLIPModel"}]
@@ -47,7 +47,7 @@ _WHY = {
 def write_sentence_transformers(
     model: PreTrainedModel, source: str | os.PathLike, folder: Path
 ) -> dict[str, Deviation]:
-    """Write the native twin in the layout of sentence-transformers, and compare the embeddings that it computes.
+    """Write the student as a stock CLIP in the layout of sentence-transformers, and compare what it computes.
 
     Args:
         model ([`DCLIPModel`]): A ViT student with CLIP's own positions.
@@ -59,9 +59,9 @@ def write_sentence_transformers(
 
     Raises:
         ImportError: If sentence-transformers is not installed. An export that cannot be checked is not written.
-        ValueError: If the model has no native twin, or the embeddings of plain texts and pictures differ.
+        ValueError: If the model is no stock CLIP, or the embeddings of plain texts and pictures differ.
     """
-    require_native_twin(model, "sentence-transformers")
+    require_stock_clip(model, "sentence-transformers")
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

@@ -7,7 +7,6 @@ makes these repositories:
     me/my-clip          the dual encoder
     me/my-clip-vision   its image encoder alone
     me/my-clip-teacher  its teacher, if --teacher names one
-    me/my-clip-clip     for a plain ViT student: the same weights as a stock CLIPModel
 
 All repositories are first written to a folder and checked. With `--dry_run` they are listed, the cards to read are
 named, and nothing leaves the machine. Without it each repository is pushed in one commit, or in none if nothing

@@ -27,7 +27,7 @@ class PublishArguments:
         },
     )
     repo_id: str | None = _help(
-        "Needed: namespace/name of the dual encoder. The other repositories get the suffix -vision, -teacher or -clip."
+        "Needed: namespace/name of the dual encoder. The other repositories get the suffix -vision or -teacher."
     )
     license: str | None = _help(
         "Needed: licence of the weights, by its id on the Hub: mit, apache-2.0, cc-by-nc-4.0, other, and so on."

@@ -27,9 +27,11 @@ from modeling_dclip.hub.publish.training import TrainingFacts
 class ModelFacts(TypedDict):
     """The sizes of a dual encoder. Numbers of parameters are in millions, rounded to three digits.
 
-    Its weights are published in `dtype`; training saved them in `saved_dtype`.
+    Its weights are published in `dtype`; training saved them in `saved_dtype`. A stock CLIP is read by transformers
+    without the code beside it.
     """
 
+    is_stock_clip: bool
     image_size: int
     patch_size: int | None
     projection_dim: int
@@ -82,13 +84,12 @@ class CardFacts(TypedDict):
 
 
 CARD_TEMPLATES = Path(__file__).parents[3] / "hub_cards"
-REPO_SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher", "clip": "-clip"}
-WITH_EXAMPLES = ("dual", "clip")
+REPO_SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher"}
+WITH_EXAMPLES = ("dual",)
 PIPELINES = {
     "dual": "zero-shot-image-classification",
     "vision": "image-feature-extraction",
     "teacher": None,  # no pipeline serves it
-    "clip": "zero-shot-image-classification",
 }
 # The Hub's name of the task that a kind of benchmark measures.
 TASKS = {"retrieval": "image-text-retrieval", "zero_shot": "zero-shot-image-classification"}
@@ -108,7 +109,7 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
     """Render one card.
 
     Args:
-        kind (`str`): `dual`, `vision`, `teacher` or `clip`.
+        kind (`str`): `dual`, `vision` or `teacher`.
         facts ([`CardFacts`]): What the template reads.
         templates (`str` or `os.PathLike`, *optional*): Folder of the templates; by default `hub_cards` of this
             checkout.

@@ -35,7 +35,7 @@ from modeling_dclip.encoders.loading import (
 )
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.tables import render_leakage
-from modeling_dclip.hub.native_clip import has_native_twin
+from modeling_dclip.hub.native_clip import is_stock_clip
 from modeling_dclip.hub.publish.arguments import PublishArguments
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
@@ -240,7 +240,7 @@ def gather_card_facts(
         raise ValueError(f"Expected a trained model at '{arguments.model}', got none.")
     return CardFacts(
         family=family,
-        repos=name_repos(str(arguments.repo_id), model, has_teacher=teacher is not None),
+        repos=name_repos(str(arguments.repo_id), has_teacher=teacher is not None),
         model=describe_model(model, arguments.model),
         training=training,
         teacher=read,
@@ -358,19 +358,18 @@ def suggest_name(text: str) -> str:
     return name[:MOST_LETTERS].removesuffix(".git").strip("-.") or "my-clip"
 
 
-def name_repos(repo_id: str, model: PreTrainedModel, has_teacher: bool) -> dict[str, str]:
+def name_repos(repo_id: str, has_teacher: bool) -> dict[str, str]:
     """Name the repositories of a publication, by their kind.
 
     Args:
         repo_id (`str`): `namespace/name` of the dual encoder.
-        model (`PreTrainedModel`): The dual encoder. A plain ViT student is also published as a stock `CLIPModel`.
         has_teacher (`bool`): Whether its teacher is published too.
 
     Returns:
         `dict[str, str]`: Ids in the order of pushing. The dual encoder is last, so that the repositories that its card
         links to exist.
     """
-    kinds = ["vision", *(["teacher"] if has_teacher else []), *(["clip"] if has_native_twin(model) else []), "dual"]
+    kinds = ["vision", *(["teacher"] if has_teacher else []), "dual"]
     return {kind: f"{repo_id}{REPO_SUFFIXES[kind]}" for kind in kinds}
 
 
@@ -447,6 +446,7 @@ def describe_model(model: PreTrainedModel, folder: str) -> ModelFacts:
     """
     vision, text = model.config.vision_config, model.config.text_config
     return ModelFacts(
+        is_stock_clip=is_stock_clip(model),
         image_size=vision.image_size,
         patch_size=getattr(vision, "patch_size", None),
         projection_dim=model.config.projection_dim,

@@ -9,7 +9,6 @@ from pathlib import Path
 from transformers import (
     AutoConfig,
     CLIPModel,
-    CLIPProcessor,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -30,7 +29,7 @@ from modeling_dclip.data.files import (
 )
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
-from modeling_dclip.hub.native_clip import check_twin, to_native_clip, to_native_processor
+from modeling_dclip.hub.native_clip import check_native, is_stock_clip
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, render_card
 from modeling_dclip.hub.publish.facts import Facts
 from modeling_dclip.hub.publish.pictures import draw_pictures, save_pictures
@@ -40,7 +39,7 @@ from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 RECORD = "publication.json"  # what was written in a staging folder: each file's hash
-TWIN_TEXTS = ["a red circle", "two blue stars", "a heart"]  # the twin is compared on these and the example pictures
+COMPARED_TEXTS = ["a red circle", "two blue stars", "a heart"]  # with and without our code, with the example pictures
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class StagedRepo:
     """A repository that was written as a folder.
 
     Args:
-        kind (`str`): `dual`, `vision`, `teacher` or `clip`.
+        kind (`str`): `dual`, `vision` or `teacher`.
         repo_id (`str`): Its id on the Hub.
         folder (`Path`): Where it was written.
         changed (`tuple[str, ...]`, *optional*): The files that an earlier run into the same place did not write, or
@@ -151,6 +150,9 @@ def _differences(earlier: dict[str, str], hashes: dict[str, str], repo: str) -> 
 
 def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
     _save(facts.model, facts.processor, folder)
+    if is_stock_clip(facts.model):
+        batch = facts.processor(images=list(draw_pictures().values()), text=COMPARED_TEXTS, return_tensors="pt")
+        check_native(facts.model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
     if facts.adapter is None:
         return
     target = folder / ADAPTER_FOLDER
@@ -173,24 +175,15 @@ def _write_teacher(facts: Facts, folder: Path, _: Path) -> None:
     _save(facts.teacher.model, facts.teacher.processor, folder)
 
 
-def _write_clip(facts: Facts, folder: Path, _: Path) -> None:
-    native = to_native_processor(facts.processor)
-    _save(to_native_clip(facts.model), native, folder)
-    native.image_processor.save_pretrained(folder)
-    batch = facts.processor(images=list(draw_pictures().values()), text=TWIN_TEXTS, return_tensors="pt")
-    check_twin(facts.model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
-
-
 # What writes each kind of repository, from the facts, its own folder and the dual encoder's, which is written first.
 WRITERS: dict[str, Callable[[Facts, Path, Path], None]] = {
     "dual": _write_dual,
     "vision": _write_vision,
     "teacher": _write_teacher,
-    "clip": _write_clip,
 }
 
 
-def _save(model: PreTrainedModel, processor: ProcessorMixin | CLIPProcessor, folder: Path) -> None:
+def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> None:
     for name in ("is_local", "local_files_only"):  # they say where the tokenizer was read, not what it is
         processor.tokenizer.init_kwargs.pop(name, None)
     _forget_paths(model.config)
@@ -241,8 +234,7 @@ def check_folder(repo: StagedRepo) -> None:
     weights = "model.safetensors.index.json" if "model.safetensors" not in files else "model.safetensors"
     expected = {"README.md", "config.json", weights, *PROCESSOR_FILES}
     code = [name for name in files if name.endswith(".py")]
-    if repo.kind != "clip":
-        expected |= {f"{module}.py" for module in ("processing_dclip", *_auto_modules(repo.folder))}
+    expected |= {f"{module}.py" for module in ("processing_dclip", *_auto_modules(repo.folder))}
     for name in code:
         text = read_text(repo.folder / name)
         expected |= {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE)}

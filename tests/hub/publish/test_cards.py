@@ -34,7 +34,7 @@ from modeling_dclip.hub.publish.pictures import LABELS, Example, choose_pictures
 from modeling_dclip.hub.publish.training import DataSource, show_spec
 
 CARDS = Path(__file__).parents[3] / "hub_cards"
-KINDS = {"dclip": ("dual", "vision", "teacher", "clip"), "dmclip": ("dual", "vision")}
+KINDS = {"dclip": ("dual", "vision", "teacher"), "dmclip": ("dual", "vision")}
 
 
 def make_fake_examples():
@@ -202,7 +202,7 @@ def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
 
 
 def test_the_metadata_of_a_widget_hold_labels_and_stored_outputs(made):
-    for kind, has_widget in (("dual", True), ("clip", True), ("vision", False), ("teacher", False)):
+    for kind, has_widget in (("dual", True), ("vision", False), ("teacher", False)):
         data = make_metadata(kind, gather(made)).to_dict()
         assert ("widget" in data) == has_widget
     entry = make_metadata("dual", gather(made)).to_dict()["widget"][0]

@@ -19,7 +19,7 @@ from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import CLIPModel
+from transformers import AutoModel, CLIPModel
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
 from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_trained_images
@@ -33,7 +33,7 @@ from modeling_dclip.hub.publish.push import check_access, find_differences, push
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
 
 DELAYS = (0.0, 0.0)
-REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny-clip", "me/tiny")
+REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny")
 PICTURE = next(iter(draw_pictures()))
 
 # Runs with -I, an empty cache, no token, and without this package.
@@ -106,7 +106,7 @@ def pushed(hub, trained):
     """The student pushed through a failure, pushed again, its later state over it, and a DM-CLIP."""
     arguments = make_arguments(trained["student"], trained["results"], teacher=str(trained["teacher"]))
     hub.fail("POST", r"^/api/models/me/tiny-teacher/commit/", 500)
-    hub.fail("LOST", r"/me/tiny-clip$", 0)
+    hub.fail("LOST", r"/me/tiny-vision$", 0)
     first = publish(arguments, DELAYS)
     commits = {repo_id: hub.commits(repo_id) for repo_id in REPOS}
     again = publish(arguments, DELAYS)
@@ -129,8 +129,8 @@ def test_every_repository_gets_one_commit_through_failures(hub, pushed):
     assert len(asked) >= 2  # one was refused
     for repo_id in REPOS:
         assert len(pushed["commits"][repo_id]) == 2  # the Hub's own first one, and ours
-    lost = next(done for done in pushed["first"] if done.repo_id == "me/tiny-clip")
-    assert lost.commit == pushed["commits"]["me/tiny-clip"][-1] and not lost.changed  # found done when asked again
+    lost = next(done for done in pushed["first"] if done.repo_id == "me/tiny-vision")
+    assert lost.commit == pushed["commits"]["me/tiny-vision"][-1] and not lost.changed  # found done when asked again
     assert "me/tiny-vision" in describe_publication(pushed["first"])
 
 
@@ -196,8 +196,8 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
         ("me/tiny", zero_shot, pinned, "dual", both, student, "DCLIPModel"),
         ("me/tiny-vision", "AutoModel", None, "vision", embeds, tower(later), "DCLIPVisionModel"),
         ("me/tiny-teacher", "AutoModel", None, "teacher", ["teacher_embeds"], teacher, "DCLIPTeacher"),
-        ("me/tiny-clip", "AutoModel", None, "dual", both, later, "CLIPModel"),
-        ("me/tiny-clip", zero_shot, None, "dual", both, later, "CLIPModel"),
+        ("me/tiny", "AutoModel", None, "dual", both, later, "CLIPModel"),
+        ("me/tiny", zero_shot, pinned, "dual", both, student, "CLIPModel"),
         ("me/mamba", zero_shot, None, "dual", both, mamba, "DMCLIPModel"),
         ("me/mamba-vision", "AutoModel", None, "vision", embeds, tower(mamba), "DMCLIPVisionModel"),
     ]  # fmt: skip
@@ -206,7 +206,7 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
     torch.set_num_threads(1)  # as the reader: a product split over threads may differ in its last bit
     for index, (repo, auto_class, revision, kind, names, model, class_name) in enumerate(cases):
         job = {"repo": repo, "auto_class": auto_class, "revision": revision, "names": names, "inputs": inputs[kind]}
-        jobs.append({**job, "trust": repo != "me/tiny-clip", "outputs": str(root / f"{index}.outputs")})
+        jobs.append({**job, "trust": class_name != "CLIPModel", "outputs": str(root / f"{index}.outputs")})
         with torch.no_grad():
             outputs = model(**load_file(inputs[kind]))
         expected.append((class_name, {name: outputs[name] for name in names}))
@@ -220,14 +220,14 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
             "repo": repo,
             "image": str(root / "picture.png"),
             "options": options,
-            "trust": repo != "me/tiny-clip",
+            "trust": trust,
         }
-        for task, repo, options in (
-            ("zero-shot-image-classification", "me/tiny", labels),
-            ("zero-shot-image-classification", "me/tiny-clip", labels),
-            ("zero-shot-image-classification", "me/mamba", labels),
-            ("image-feature-extraction", "me/tiny-vision", {}),
-            ("image-feature-extraction", "me/mamba-vision", {}),
+        for task, repo, options, trust in (
+            ("zero-shot-image-classification", "me/tiny", labels, True),
+            ("zero-shot-image-classification", "me/tiny", labels, False),
+            ("zero-shot-image-classification", "me/mamba", labels, True),
+            ("image-feature-extraction", "me/tiny-vision", {}, True),
+            ("image-feature-extraction", "me/mamba-vision", {}, True),
         )
     ]
     cards = {repo: hub.files(repo)["README.md"].decode() for repo in (*REPOS, "me/mamba", "me/mamba-vision")}
@@ -256,26 +256,26 @@ def answers(hub, reader_jobs):
 
 def test_a_process_with_nothing_but_the_id_loads_each_and_gets_the_same_numbers(reader_jobs, answers, tiny_clip_dir):
     ids = DCLIPProcessor.from_pretrained(tiny_clip_dir)(text=["a red dog"], return_tensors="pt")["input_ids"].tolist()
-    processors = {"me/tiny-teacher": "DCLIPTeacherProcessor", "me/tiny-clip": "CLIPProcessor"}
+    processors = {"DCLIPTeacher": "DCLIPTeacherProcessor", "CLIPModel": "CLIPProcessor"}
     assert len(answers["models"]) == len(reader_jobs["expected"])
     for job, answer, (class_name, expected) in zip(
         reader_jobs["jobs"]["models"], answers["models"], reader_jobs["expected"], strict=True
     ):
-        assert answer == [class_name, processors.get(job["repo"], "DCLIPProcessor"), ids]
+        assert answer == [class_name, processors.get(class_name, "DCLIPProcessor"), ids]
         outputs = load_file(job["outputs"])
         for name, value in expected.items():
             assert torch.equal(outputs[name], value), (job["repo"], job["auto_class"], name)
 
 
 def test_both_pipelines_serve_the_repositories_and_give_what_the_card_stores(reader_jobs, answers):
-    dual, clip, mamba, vision, mamba_vision = answers["pipelines"]
+    dual, stock, mamba, vision, mamba_vision = answers["pipelines"]
     for repo, found in (("me/tiny", dual), ("me/mamba", mamba)):
         widget = read_metadata(reader_jobs["cards"][repo])["widget"][0]
         assert {one["label"]: round(one["score"], 3) for one in found} == {
             one["label"]: one["score"] for one in widget["output"]
         }
-    # The native twin may prepare pixels with torchvision: a grey level or two apart.
-    scores = [{one["label"]: one["score"] for one in found} for found in (dual, clip)]
+    # Without our code pixels may be prepared with torchvision: a grey level or two apart.
+    scores = [{one["label"]: one["score"] for one in found} for found in (dual, stock)]
     assert all(abs(scores[0][label] - scores[1][label]) < 0.02 for label in LABELS[0])
     assert len(vision[0]) == len(mamba_vision[0]) == 16
 
@@ -408,14 +408,12 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     ]
     main([*map(str, words), "--dry_run", "--staging", str(tmp_path / "staged")])
     said = capsys.readouterr().out
-    assert "me/tiny-clip: would push 10 files" in said and "me/tiny-teacher" not in said
+    assert "me/tiny-vision: would push" in said and "me/tiny-teacher" not in said
     assert len(hub.requests) == before
-    twin = CLIPModel.from_pretrained(tmp_path / "staged" / "tiny-clip")
-    assert "auto_map" not in json.loads((tmp_path / "staged" / "tiny-clip" / "config.json").read_text())
-    assert torch.equal(
-        twin.visual_projection.weight, DCLIPModel.from_pretrained(trained["student"]).visual_projection.weight
-    )
-    read = ", ".join(str(tmp_path / "staged" / name / "README.md") for name in ("tiny", "tiny-clip", "tiny-vision"))
+    stock = AutoModel.from_pretrained(tmp_path / "staged" / "tiny")
+    ours = DCLIPModel.from_pretrained(trained["student"])
+    assert type(stock) is CLIPModel and torch.equal(stock.visual_projection.weight, ours.visual_projection.weight)
+    read = ", ".join(str(tmp_path / "staged" / name / "README.md") for name in ("tiny", "tiny-vision"))
     assert said.endswith(f"Nothing was pushed; read {read}\n")
 
 
@@ -445,16 +443,12 @@ def test_dry_runs_of_several_models_lie_beside_each_other(trained, tmp_path, mon
     one = publish(make_arguments(trained["student"], trained["results"], repo_id="me/a1", **named))
     written = {path: path.read_bytes() for path in Path("outputs").rglob("*") if path.is_file()}
     other = publish(make_arguments(trained["later"], trained["results"], repo_id="me/c1", **named))
-    assert [repo.folder for repo in one] == [
-        Path("outputs/publish/me/a1", f"a1{end}") for end in ("-vision", "-clip", "")
-    ]
+    assert [repo.folder for repo in one] == [Path("outputs/publish/me/a1", f"a1{end}") for end in ("-vision", "")]
     assert all(repo.changed is None for repo in (*one, *other))
-    assert {path.parent.name for path in written} == {"a1", "a1-clip", "a1-vision"} and all(
+    assert {path.parent.name for path in written} == {"a1", "a1-vision"} and all(
         path.read_bytes() == content for path, content in written.items()
     )
-    with pytest.raises(
-        FileExistsError, match="wrote, got 'outputs/publish/me/a1' with me/a1-vision, me/a1-clip, me/a"
-    ):
+    with pytest.raises(FileExistsError, match="wrote, got 'outputs/publish/me/a1' with me/a1-vision, me/a"):
         publish(
             make_arguments(trained["later"], trained["results"], repo_id="me/c1", staging=str(one[0].folder.parent))
         )
@@ -516,7 +510,7 @@ def test_a_base_model_that_the_hub_does_not_know_stops_everything(hub, trained):
     assert "me/based" not in hub.repos
 
 
-def test_a_student_with_rotary_positions_goes_out_without_a_twin(trained, tiny_clip_dir, tmp_path):
+def test_the_card_of_a_student_with_rotary_positions_says_that_it_needs_our_code(trained, tiny_clip_dir, tmp_path):
     config = DCLIPConfig.from_pretrained(tiny_clip_dir)
     config.vision_config.position_embedding_type = "rope"
     make_student(tmp_path / "rotary", tiny_clip_dir)
@@ -527,7 +521,7 @@ def test_a_student_with_rotary_positions_goes_out_without_a_twin(trained, tiny_c
     staged = publish(make_arguments(tmp_path / "rotary", results, **dry))
     assert [repo.kind for repo in staged] == ["vision", "dual"]
     card = (staged[-1].folder / "README.md").read_text()
-    assert "tiny-clip" not in card and "CLIPModel.from_pretrained" not in card
+    assert "stock `CLIPModel`" not in card and 'AutoModel.from_pretrained("me/tiny", trust_remote_code=True)' in card
 
 
 @pytest.mark.parametrize("missing", ["README.md", "tokenizer.json", "modeling_dclip.py", "examples/red-circle.png"])
@@ -638,7 +632,7 @@ def test_what_a_model_was_trained_on_stays_home(trained, tmp_path):
     arguments = spoiled(trained, tmp_path, lambda folder: write_trained_images(folder / "student", ["ab" * 32]))
     assert (tmp_path / "student" / TRAINED_IMAGES).is_file()
     staged = stage(gather(arguments), tmp_path / "staged")
-    assert len(staged) == 4 and not list((tmp_path / "staged").rglob("*.npy"))
+    assert len(staged) == 3 and not list((tmp_path / "staged").rglob("*.npy"))
 
 
 def test_staging_writes_from_the_facts_alone(trained, tmp_path):
@@ -646,7 +640,7 @@ def test_staging_writes_from_the_facts_alone(trained, tmp_path):
     for name in ("student", "results", "teacher"):
         shutil.rmtree(tmp_path / name)
     staged = stage(facts, tmp_path / "staged")
-    assert [repo.kind for repo in staged] == ["vision", "teacher", "clip", "dual"]
+    assert [repo.kind for repo in staged] == ["vision", "teacher", "dual"]
     assert all((repo.folder / "README.md").is_file() for repo in staged)
 
 

@@ -53,7 +53,7 @@ def recipe(tmp_path):
 def test_a_recipe_publishes_its_student_its_teacher_and_what_leaked(train, hub, recipe, capsys):
     train.main(["--recipe", str(recipe)])
     said = capsys.readouterr().out
-    assert set(hub.repos) == {"me/first", "me/first-vision", "me/first-teacher", "me/first-clip"}
+    assert set(hub.repos) == {"me/first", "me/first-vision", "me/first-teacher"}
     assert all(f"{hub.url}/{repo_id}: " in said for repo_id in hub.repos)
     card = hub.files("me/first")["README.md"].decode()
     assert ModelCard(card).data.to_dict()["license"] == "apache-2.0"
