@@ -335,7 +335,7 @@ def test_every_recipe_is_named_and_every_one_named_exists():
     "page", [page for page in PAGES if page != "CONTRIBUTING.md"]
 )  # that one shows the markers' form
 def test_results_blocks_are_what_their_files_say(page):
-    with_blocks = ("README.md", "docs/evaluating.md", "docs/reliability.md", "docs/results.md")
+    with_blocks = ("README.md", "docs/evaluating.md", "docs/models.md", "docs/reliability.md", "docs/results.md")
     assert ("<!-- results:" in PAGES[page]) == (page in with_blocks)
     assert render_readme(ROOT / page, check=True) == []
 

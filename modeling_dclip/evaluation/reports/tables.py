@@ -961,12 +961,18 @@ def tabulate_families(data: Mapping[str, Any]) -> list[Table | Text]:
         cells = []
         for step in steps:
             cell = row["cells"].get(step, {"end": ABSENT, "said": ""})
-            number = said.setdefault(cell["said"], len(said) + 1) if cell["said"] else None
+            reason = _reason(cell["said"])
+            number = said.setdefault(reason, len(said) + 1) if reason else None
             cells.append(cell["end"] if number is None else f"{cell['end']} ({number})")
         lines.append([row["name"], *cells])
     refusals = [Text(f"({number}) {text}") for text, number in said.items()]
     note = "Each cell is a command in a process of its own, on a random checkpoint of a few thousand weights."
     return [Table(["Start", *steps], lines), *refusals, _note({"arguments": {}, **data["environment"]}, note)]
+
+
+def _reason(said: str) -> str:
+    """What was expected, of a refusal's line: what came instead stands in the row, and advice names folders."""
+    return re.split(r", got | at '| \(", said)[0].rstrip(".") + "." if said else ""
 
 
 def tabulate_fuzz(data: Mapping[str, Any]) -> list[Table | Text]:
