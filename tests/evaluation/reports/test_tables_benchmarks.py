@@ -151,6 +151,27 @@ def test_a_refusal_is_numbered_and_said_once_below_the_families():
     assert text.count("(1) clip_model: expected") == 1 and "a CPU" in text
 
 
+def test_rotary_positions_show_what_is_kept_and_the_difference_by_seed():
+    data = read("rotary_positions")
+    start, sizes = (cells_of(part) for part in as_markdown(tables.tabulate_rotary_positions)(data).split("The anchor"))
+    for line, row in zip(start[2:], data["start"], strict=True):
+        top1 = row["metrics"]["top1"]
+        assert float(line[3]) == pytest.approx(100 * top1, abs=0.06)
+        assert float(line[6]) == pytest.approx(100 * top1 / data["start"][0]["metrics"]["top1"], abs=0.06)
+    by_name = {line[0]: line[1:] for line in sizes[2:]}
+    side = data["arguments"]["sizes"].index(60)
+    values = {
+        arm: [
+            row["metrics"]["top1"] for row in data["sizes"] if row["model"] == f"{arm}, trained" and row["size"] == 60
+        ]
+        for arm in ("rope", "absolute")
+    }
+    means = {arm: 100 * sum(found) / len(found) for arm, found in values.items()}
+    assert float(by_name["rope, trained"][side].split(" / ")[2]) == pytest.approx(means["rope"], abs=0.06)
+    shown = float(by_name["rope - absolute, trained"][side].split(" / ")[2].split(" ±")[0])
+    assert shown == pytest.approx(means["rope"] - means["absolute"], abs=0.06)
+
+
 def test_kills_are_counted_by_command_and_in_all():
     row = {"command": "train.py", "what": "teacher", "runs": 3, "kills": 5, "resumed_equal": 2, "different": 1}
     other = {**row, "what": "student", "kills": 4, "different": 0}
