@@ -408,13 +408,13 @@ def _tabulate(
 _NEAR_ZERO = "{}: no number where the anchor's is 0 or so near it that a difference cannot be given in percent."
 
 
-def _is_open(interval: IntervalDict) -> bool:
+def is_open(interval: IntervalDict) -> bool:
     """Whether a ratio has no upper end: in some draws of images the anchor is at 0."""
     return interval["low"] is not None and interval["high"] is None
 
 
 def _ratio_cell(interval: IntervalDict | None, key: str) -> str | Cell:
-    if interval is None or _is_open(interval):
+    if interval is None or is_open(interval):
         return ABSENT
     return interval_cell(interval, signed=key.endswith("_gain"), unit="%")
 
@@ -433,7 +433,7 @@ def _ratio_notes(records: Sequence[Record], ratios: Sequence[str]) -> list[str]:
     words = {"gain": "relative to {}.", "kept": "in percent of {}'s."}
     titles = {key: title for key in ratios if (title := comparison_title(key))}
     notes = [f"{title}: {words[title.rpartition(' ')[2]].format(against)}" for title in titles.values()]
-    unknown = {key for record in records for key, ratio in _ratios_of(record).items() if _is_open(ratio)}
+    unknown = {key for record in records for key, ratio in _ratios_of(record).items() if is_open(ratio)}
     return notes + [_NEAR_ZERO.format(title) for key, title in titles.items() if key in unknown]
 
 

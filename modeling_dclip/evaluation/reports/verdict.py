@@ -13,6 +13,7 @@ from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
 from modeling_dclip.evaluation.reports.tables import (
     COUNTED,
     interval_cell,
+    is_open,
     kind_of_record,
     name_of,
     row_title,
@@ -75,6 +76,7 @@ class Effect(NamedTuple):
         images (`int`): Test images; 0 where something else was counted.
         chance (`float`, *optional*): What guessing scores; `None` if unknown.
         counted (`int`): Images or questions that a share is of, with `"seeds"` too; 0 if unknown.
+        near_zero (`bool`): Whether the anchor's value is so near 0 that tables give no gain or retention.
     """
 
     metric: str
@@ -90,6 +92,12 @@ class Effect(NamedTuple):
     images: int = 0
     chance: float | None = None
     counted: int = 0
+    near_zero: bool = False
+
+    @property
+    def ratio(self) -> float | None:
+        """After over before; `None` where the anchor's value is 0 or too near it."""
+        return self.after / self.before if self.before > 0 and not self.near_zero else None
 
     @property
     def guesses(self) -> tuple[bool, bool]:
@@ -282,18 +290,34 @@ def _measure(runs: Sequence[Record], metric: str, records: Sequence[Record]) -> 
     effect = Effect(metric, before, after, interval, "seeds", len(effects), "seed", over_images=over_images)
     first, second = (max(one.trained_on[side] for one in effects) for side in (0, 1))
     one = effects[0]
-    return effect._replace(trained_on=(first, second), images=one.images, chance=one.chance, counted=one.counted)
+    near_zero = any(one.near_zero for one in effects)
+    effect = effect._replace(trained_on=(first, second), near_zero=near_zero)
+    return effect._replace(images=one.images, chance=one.chance, counted=one.counted)
 
 
 def _note_training(effect: Effect, run: Record, records: Sequence[Record]) -> Effect:
-    """Add how many of the test images were trained on, and what guessing scores."""
-    anchors = (one for one in records if _is_anchor(one, run) and _data_of(one) == _data_of(run))
+    """Add how many of the test images were trained on, what guessing scores, and whether the anchor is near 0."""
+    anchors = [one for one in records if _is_anchor(one, run) and _data_of(one) == _data_of(run)]
     before = next((one["n_trained_on"] for one in anchors if "n_trained_on" in one), 0)
+    effect = effect._replace(near_zero=_is_near_zero(effect.metric, run, anchors))
     images = run["n"] if effect.noun == "image" else 0
     chance = chance_of(run, effect.metric)
     return effect._replace(
         trained_on=(before, run.get("n_trained_on", 0)), images=images, chance=chance, counted=run["n"]
     )
+
+
+def _is_near_zero(metric: str, run: Record, anchors: Sequence[Record]) -> bool:
+    """Whether the ratio to the anchor has no upper end, as in tables.
+
+    Only some metrics have their ratio in the record. Of the others the anchor's own interval, which is from the same
+    draws of images, says it: it reaches down to 0.
+    """
+    for suffix in ("_gain", "_retention"):
+        if ratio := run["comparison"].get(f"{metric}{suffix}"):
+            return is_open(ratio)
+    own = [one["intervals"][metric] for one in anchors if metric in one.get("intervals", {})]
+    return any(interval["low"] == 0 for interval in own)
 
 
 def chance_of(record: Record, metric: str) -> float | None:
@@ -420,7 +444,7 @@ def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, 
     who = f"{model} against {anchor}: " if alone else ""
     if not found:
         return f"{who}Zero-shot accuracy was not measured." if not alone else f"{model} against {anchor}."
-    ratios = [effect.after / effect.before for _, effect in found if effect.before > 0]
+    ratios = [effect.ratio for _, effect in found if effect.ratio is not None]
     kept = f"{percent(sum(ratios) / len(ratios))} % of {anchor}'s" if ratios else ""
     signs = [effect.sign for _, effect in found]
     if len(found) > 2:
@@ -441,13 +465,16 @@ def _show_effect(title: str, effect: Effect) -> str:
     """One metric: both values, the difference with its interval, and what noise allows to say."""
     metric = metric_of(effect.metric)
     points = f"{metric.show(effect.after - effect.before, signed=True)} points"
-    gain = f"{percent(effect.after / effect.before - 1, signed=True)} % relative" if effect.before > 0 else ""
-    if effect.interval is not None and effect.relative and effect.interval["high"] is None:
+    if effect.ratio is not None:
+        gain = f"{percent(effect.ratio - 1, signed=True)} % relative"
+    elif effect.before > 0:
         gain = f"{metric.show(effect.before)} is too near 0 to give it in percent"
-    elif effect.interval is not None:
-        brackets = _brackets(effect.interval)
-        points, gain = (points, f"{gain} {brackets}") if effect.relative else (f"{points} {brackets}", gain)
-    gain = gain or f"not given in percent of {metric.show(effect.before)}"
+    else:
+        gain = f"not given in percent of {metric.show(effect.before)}"
+    if effect.interval is not None and not effect.relative:
+        points = f"{points} {_brackets(effect.interval)}"
+    elif effect.interval is not None and effect.ratio is not None:
+        gain = f"{gain} {_brackets(effect.interval)}"
     values = f"{title} {metric.show(effect.before)} → {metric.show(effect.after)} %"
     return f"{values}: {', '.join(filter(None, [points, gain]))}{_explain_noise(effect)}."
 
