@@ -56,6 +56,10 @@ IF_NOT_TOLD_APART = (
     "Not told apart: a larger test part decides more, because intervals narrow with the number of images. See "
     'docs/evaluating.md, "If it did not help".'
 )
+IF_AT_CHANCE = (
+    "Both at chance: start from a model that knows such pictures, and check that each caption describes its own image "
+    'only. A larger test part makes neither find more. See docs/evaluating.md, "If it did not help".'
+)
 
 
 class Effect(NamedTuple):
@@ -397,7 +401,10 @@ def compose(
     methods = dict.fromkeys(_METHODS[effect.method] for effect in effects if effect.interval is not None)
     details.append(f"{'; '.join(filter(None, [n, *methods]))}.")
     advice = [MEASURE_ZERO_SHOT] if directions and not zero_shot else []
-    advice += [IF_NOT_TOLD_APART] if directions and not any(one.sign for one in directions.values()) else []
+    if directions and all(all(one.guesses) for one in directions.values()):
+        advice.append(IF_AT_CHANCE)
+    elif directions and not any(one.sign for one in directions.values()):
+        advice.append(IF_NOT_TOLD_APART)
     return Verdict(model, " ".join(filter(None, sentences)), tuple(details), tuple(advice))
 
 

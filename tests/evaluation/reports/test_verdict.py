@@ -8,6 +8,7 @@ import torch
 from modeling_dclip.evaluation.records import make_record
 from modeling_dclip.evaluation.reports.tables import render_table
 from modeling_dclip.evaluation.reports.verdict import (
+    IF_AT_CHANCE,
     IF_NOT_TOLD_APART,
     MEASURE_ZERO_SHOT,
     judge,
@@ -126,11 +127,22 @@ def test_advice_names_what_measures_zero_shot_accuracy_and_what_to_do_where_noth
     assert judge(pair((0.3, 0.4), (0.4, 0.5)) + zero_shot(0.8, 0.72))[0].advice == ()
 
 
+def test_advice_is_a_larger_test_part_only_where_a_model_does_more_than_guess():
+    def advice(before, after, n=200):
+        return judge(pair(before, after, n=n))[0].advice[1:]  # the first is on zero-shot accuracy
+
+    assert advice((0.01, 0.0), (0.0, 0.01)) == (IF_AT_CHANCE,)
+    assert advice((0.01, 0.3), (0.0, 0.3)) == (IF_NOT_TOLD_APART,)  # image to text is above chance
+    assert advice((0.0, 0.0), (1.0, 1.0), n=3) == (IF_NOT_TOLD_APART,)  # so few show nothing, not even chance
+    guessing = zero_shot(0.11, 0.08, n=1000)
+    assert judge([{**one, "chance": {"top1": 0.1}} for one in guessing])[0].advice == ()  # its headline says all
+
+
 @pytest.mark.parametrize("section", ["Zero-shot classification", "If it did not help"])
 def test_advice_names_sections_that_are_there(section):
     page = Path(__file__).parents[3] / "docs" / "evaluating.md"
     assert f"\n## {section}\n" in page.read_text()
-    assert any(f'"{section}"' in line for line in (MEASURE_ZERO_SHOT, IF_NOT_TOLD_APART))
+    assert any(f'"{section}"' in line for line in (MEASURE_ZERO_SHOT, IF_NOT_TOLD_APART, IF_AT_CHANCE))
 
 
 def test_several_zero_shot_sets_are_counted():
