@@ -205,8 +205,8 @@ def report_run(run: ArmRun, folder: Path, began: float) -> None:
     if names and (model or "anchor" in recipe.stages):
         anchor = find_clip(recipe, Places.of(recipe))
         logger.info("results: measures %s", f"{anchor} and {model}" if model else anchor)
-        label = {} if model is None else {"label": Path(model).name, "seed": run.seed}
-        records = evaluate_run(model, anchor, names, results, **label, **evaluation_options())
+        seed = {} if model is None else {"seed": run.seed}
+        records = evaluate_run(model, anchor, names, results, **seed, **evaluation_options())
         test = {f"retrieval={HELD_OUT}:{folder}": "test part"}
         if table := render_before_and_after(records, names=test):
             print(f"\nBefore: {anchor}. After: {model}.\n\n{table}\n\n{show_verdicts(records)}")

@@ -418,7 +418,7 @@ def test_every_command_of_the_readme_but_installing_runs_within_a_minute(tmp_pat
         assert time.process_time() - began < 60
         said.append(capsys.readouterr().out)
     assert len(said) == 6
-    assert "student is better than anchor at retrieval" in said[0]
+    assert "quick_start/student is better than recipes/demo_anchor at retrieval" in said[0]
     assert len(re.findall(r"^ +\d+ +0\.\d+  (?:kitchen|workshop)/IMG_", said[2], flags=re.MULTILINE)) == 10
     written = [
         "quick_start/student",

@@ -121,11 +121,12 @@ def test_fine_tuning_ends_with_an_answer_and_is_quiet_until_then(tmp_path):
     assert all("test part" in row and "4 images" in row for row in rows[:2]) and "64 images" in rows[2]
     assert all(row.count("[") == 3 for row in rows) and "95% bootstrap interval" in answer
     assert f"Before: {anchor}. After: {out / 'student'}." in answer
-    assert answer.index("student and anchor") > answer.index(rows[2])  # the verdict
+    assert answer.index(f"run/student and {anchor}") > answer.index(rows[2])  # the verdict, with the names of eval.py
     for path in ("student", "student/adapter", "student/training_curves.png", "results/records.json"):
         assert str(out / path) in answer and (out / path).exists()
     records = read_results(out / "results" / "records.json")
-    assert [record["label"] for record in records] == ["anchor", "anchor", "student", "student"]
+    assert [record["model"] for record in records] == [anchor] * 2 + [str(out / "student")] * 2
+    assert not any("label" in record for record in records)
     commands = [shlex.split(line) for line in answer.splitlines() if line.startswith("  python ")]
     assert [command[1:3] for command in commands] == [
         ["eval.py", "--model"],

@@ -27,19 +27,20 @@ def evaluate_run(
     benchmarks: Sequence[str],
     output_dir: str | Path,
     *,
-    label: str = "student",
     seed: int = 0,
     command: str = "",
     device: str | torch.device = "cpu",
 ) -> list[Record]:
     """Evaluate one trained model beside its anchor.
 
+    Neither has a label, so that tables name them as [`~modeling_dclip.evaluation.reports.tables.shorten_paths`] names
+    the same models of `eval.py`.
+
     Args:
         model (`str`, *optional*): Folder of a dual encoder; without it the anchor alone is evaluated.
         anchor, benchmarks, command, device: As in [`evaluate_arms`]; of one kind there may be several benchmarks.
         output_dir (`str` or `Path`): Where `records.json` (a killed run resumes from it) and, with retrieval and
             zero-shot, `tradeoff.png` are written.
-        label (`str`, *optional*, defaults to `"student"`): The model's name in records.
         seed (`int`, *optional*, defaults to 0): That it was trained with.
 
     Returns:
@@ -48,8 +49,8 @@ def evaluate_run(
     Raises:
         ValueError: As in [`evaluate_arms`].
     """
-    candidates = [Candidate(str(anchor), ANCHOR, seed=0)]
-    candidates += [] if model is None else [Candidate(str(model), label, seed=seed)]
+    candidates = [Candidate(str(anchor), seed=0)]
+    candidates += [] if model is None else [Candidate(str(model), seed=seed)]
     records = _measure(candidates, benchmarks, Path(output_dir), command, device)
     if model is not None and {"retrieval", "zero_shot"} <= {name.partition("=")[0] for name in benchmarks}:
         plot_curve(records, Path(output_dir) / "tradeoff.png", anchor=str(anchor))

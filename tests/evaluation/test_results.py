@@ -289,6 +289,7 @@ def test_a_model_is_shown_by_its_label_or_without_the_folders_that_all_share():
     assert json.dumps(records) == before
     assert [row["label"] for row in shorten_paths([record("../runs/anchor")])] == ["anchor"]
     assert [row["label"] for row in shorten_paths([record("../runs/student")])] == ["runs/student"]
+    assert [row["label"] for row in shorten_paths([record("/home/me/runs/dmclip")])] == ["runs/dmclip"]
     assert shorten_paths([]) == []
 
 

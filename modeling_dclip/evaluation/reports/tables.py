@@ -112,7 +112,7 @@ def shorten_benchmark(benchmark: str) -> str:
 
 def _shorten_models(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
     """Names of local folders: without the folders that all share, and of a longer rest as few of the last parts as
-    tell them apart. `student` alone would say nothing, and takes its folder's name before it.
+    tell them apart. `student` or `dmclip` alone would not tell runs apart, and takes its folder's name before it.
     """
     shared = len(os.path.commonprefix([folders[:-1] for folders in parts.values()]))
     names = {}
@@ -122,7 +122,7 @@ def _shorten_models(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
             others = [own for own in parts.values() if own != folders]
             counts = range(2, len(rest))
             rest = rest[-next((n for n in counts if all(own[-n:] != rest[-n:] for own in others)), len(rest)) :]
-        alone = rest == ("student",) and len(folders) > 1 and folders[-2] not in ("..", ".", "/")
+        alone = rest in (("student",), ("dmclip",)) and len(folders) > 1 and folders[-2] not in ("..", ".", "/")
         names[model] = "/".join(folders[-2:] if alone else rest)
     return names
 
