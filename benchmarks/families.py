@@ -208,6 +208,8 @@ def _fork(words: list[str], log: Path) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Run all cells that are asked for, print each, and write the results after each family."""
     (args,) = HfArgumentParser(FamilyArguments).parse_args_into_dataclasses(argv)
+    if unknown := sorted(set(args.families or ()) - set(FAMILIES)):
+        raise ValueError(f"--families: expected some of {', '.join(FAMILIES)}, got {unknown[0]!r}.")
     output, work = Path(args.output), Path(args.work).absolute()
     torch.set_num_threads(1)  # a forked process cannot use the threads of its parent
     earlier = read_json(output, "results of this script", ("rows",))["rows"] if output.is_file() else []
