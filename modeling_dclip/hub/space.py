@@ -7,7 +7,7 @@ looks. The pictures are those of a search index, or are embedded when the page s
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from modeling_dclip.configuration_dclip_teacher import DCLIPTeacherConfig
-from modeling_dclip.data.captions import load_captions, load_uncaptioned
+from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, load_uncaptioned, parse_caption_spec
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import temporary_folder
@@ -161,6 +161,32 @@ def load_some_captions(images: str) -> list[str]:
     return list(dict.fromkeys(row[0] for row in rows if row))
 
 
+def load_learned_captions(model: str, image_ids: Collection[str]) -> list[str]:
+    """The first captions of some pictures of an index, from the tables that the model's run recorded.
+
+    An index of a folder has no captions; the run that trained its model may have read them from a table, `csv:`, which
+    names pictures as a folder does. If one cannot be read any more, that is logged.
+
+    Args:
+        model (`str`): A folder, a Hub id, or `open_clip:NAME:PRETRAINED`.
+        image_ids (`Collection[str]`): Of the pictures in the index. Captions of other pictures are not taken.
+    """
+    if not (Path(model) / "arguments.yaml").is_file():
+        return []
+    found: list[str] = []
+    try:
+        specs = map(parse_caption_spec, read_arguments(model).get("train_datasets") or [])
+        for spec in (spec for spec in specs if spec.source is CAPTION_SOURCES["csv"]):
+            dataset = load_captions(spec).select_columns(["image_id", "captions"])
+            rows = [row for row, image_id in enumerate(dataset["image_id"][:]) if image_id in image_ids]
+            count = min(MOST_TEXTS, len(rows))
+            spread = [rows[place * len(rows) // count] for place in range(count)]
+            found += [row[0] for row in dataset.select(spread)["captions"][:] if row]
+    except FAILURES as error:
+        logger.warning("The captions that '%s' learned from are not known: %s", model, one_line(error))
+    return list(dict.fromkeys(found))[:MOST_TEXTS]
+
+
 def describe_origin(model: str) -> str:
     """Say on what a model was trained, in Markdown, as far as its folder, its card or its name tells.
 
@@ -258,7 +284,9 @@ class SpaceAnswers:
             self.gallery = SearchIndex.load(index, model=model, images=gallery, trust_remote_code=trust_remote_code)
             self.name, (self.model, self.processor) = self.gallery.model, self.gallery.encoder()
             self.place, self.skipped = self.gallery.images, list[str]()
-            self.captions = load_some_captions(self.place)
+            self.captions = load_some_captions(self.place) or load_learned_captions(
+                self.name, set(self.gallery.rows["image_id"].to_pylist())
+            )
         elif model is None:
             raise ValueError("Expected a model or an index, got neither.")
         else:

@@ -28,6 +28,7 @@ from modeling_dclip.hub.space import (
     SpaceAnswers,
     UserMistake,
     describe_origin,
+    load_learned_captions,
     split_lines,
     suggest_labels,
     suggest_queries,
@@ -181,6 +182,24 @@ def test_suggestions_come_from_the_gallery_or_are_neutral(answers, tiny_clip_dir
     assert suggest_labels(of_photos) == (space.SUGGESTED_LABELS, "a photo of a {}")
     of_shapes = SpaceAnswers(str(ROOT / "recipes/demo_anchor"), gallery=str(photos))
     assert suggest_queries(of_shapes) == list(space.DRAWN_QUERIES)
+
+
+def test_an_index_of_a_folder_takes_the_captions_that_its_model_learned_from(tiny_clip_dir, photos, tmp_path, caplog):
+    pytest.importorskip("faiss")
+    model = shutil.copytree(tiny_clip_dir, tmp_path / "model")
+    rows = "".join(f"{number} 写真.png,caption {number}\n" for number in range(3))
+    (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
+    arguments = {"train_datasets": ["hub:not/asked:train", f"csv:{tmp_path}/captions.csv:{photos}"]}
+    (model / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    assert load_learned_captions(str(model), {f"{photos.name}/1 写真.png", "other/2.png"}) == ["caption 1"]
+    index = build_index(str(model), str(photos), tmp_path / "index", on_bad_image="skip")
+    ids = set(index.rows["image_id"].to_pylist())
+    assert load_learned_captions(str(model), ids) == ["caption 0", "caption 1", "caption 2"]
+    assert load_learned_captions(str(tiny_clip_dir), ids) == []
+    answers = SpaceAnswers(index=str(index.folder))
+    assert suggest_queries(answers) == ["caption 0", "caption 1", "caption 2"]
+    (tmp_path / "captions.csv").unlink()
+    assert load_learned_captions(str(model), ids) == [] and "are not known: No table of captions" in caplog.text
 
 
 def test_an_index_of_captioned_pictures_suggests_their_captions(tiny_clip_dir, photos, tmp_path):
