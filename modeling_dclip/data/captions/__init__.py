@@ -20,7 +20,7 @@ picture is the same under any file name: `coco-<id>`, `flickr-<photo id>`.
 """
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from datasets import Dataset
 
@@ -37,6 +37,7 @@ from modeling_dclip.data.captions.files import (
 from modeling_dclip.data.captions.parts import read_held_out, split_off_test, split_train_validation
 from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
 from modeling_dclip.data.columns import concatenate_shared
+from modeling_dclip.data.failures import MistakeCollector
 from modeling_dclip.data.labels.webdataset import read_captioned
 from modeling_dclip.data.rows import require_rows, require_unique, rows_by_lot
 from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
@@ -148,10 +149,11 @@ def load_mix(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Collection[
     Raises:
         FileNotFoundError: If a file or folder is missing.
         ValueError: As in [`load_captions`]; also if there is no spec or an image id comes in two sources.
+        Mistakes: If several sources are wrong: all of them.
     """
     if isinstance(specs, str) or not specs:
         raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
-    return _join([load_captions(spec, seed=seed, exclude_ids=exclude_ids) for spec in specs], specs)
+    return _join(specs, lambda spec: load_captions(spec, seed=seed, exclude_ids=exclude_ids))
 
 
 def load_uncaptioned(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Collection[str] = ()) -> Dataset:
@@ -172,12 +174,18 @@ def load_uncaptioned(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Col
     """
     if isinstance(specs, str) or not specs:
         raise ValueError(f"Expected a list of one or more specs, got {specs!r}.")
-    dataset = _join([_draw(parse_caption_spec(spec), seed, exclude_ids, "an image") for spec in specs], specs)
+    dataset = _join(specs, lambda spec: _draw(parse_caption_spec(spec), seed, exclude_ids, "an image"))
     kept = [name for name in ("image_id", "image", *REGION_COLUMNS) if name in dataset.column_names]
     return drop_captions(dataset.select_columns(kept))
 
 
-def _join(parts: Sequence[Dataset], specs: Sequence[str | Spec]) -> Dataset:
+def _join(specs: Sequence[str | Spec], load: Callable[[str | Spec], Dataset]) -> Dataset:
+    """The rows of all sources; what is wrong with several of them is told at once."""
+    parts, found = [], MistakeCollector()
+    for spec in specs:
+        with found.collecting():
+            parts.append(load(spec))
+    found.tell()
     require_unique(
         [image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(map(str, specs))}"
     )

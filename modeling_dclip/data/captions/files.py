@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 
 from modeling_dclip.data.columns import put_columns
+from modeling_dclip.data.failures import MistakeCollector
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
     FileFinder,
@@ -388,9 +389,15 @@ def read_csv(
     path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")
     lines = read_table(path, separator)
     header = [name.strip() for name in lines[0].cells] if lines else [""]
-    image_at = _find_column(header, (image,), "image", path, separator)
-    names = CAPTION_NAMES if captions is None else (captions,)
-    caption_at = _find_column(header, names, "captions", path, separator)
+    found = MistakeCollector()
+    with found.collecting():
+        image_at = _find_column(header, (image,), "image", path, separator)
+    if find_separator(separator.join(header), separator) is not None:
+        found.tell()  # or the same advice would come twice
+    with found.collecting():
+        names = CAPTION_NAMES if captions is None else (captions,)
+        caption_at = _find_column(header, names, "captions", path, separator)
+    found.tell()
     for line in lines[1:]:
         if len(line.cells) != len(header):
             raise ValueError(

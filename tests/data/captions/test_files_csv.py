@@ -5,7 +5,8 @@ import logging
 import pytest
 from datasets import Image
 
-from modeling_dclip.data.captions import load_captions, load_mix
+from modeling_dclip.data.captions import load_captions, load_mix, load_uncaptioned
+from modeling_dclip.data.failures import Mistakes
 
 TABLE = 'image,caption,who\na.jpg,"a dog, a cat",me\nsub/b.jpg,two birds,me\n./a.jpg,pets,you\n'
 
@@ -161,6 +162,20 @@ def test_words_for_a_missing_value_are_no_captions_and_are_told(tmp_path, draw, 
 def test_a_mark_before_a_quoted_header_is_no_character(tmp_path, draw):
     dataset = load_captions(write(tmp_path, '"image","caption"\r\na.jpg,a dog\r\n', draw, encoding="utf-8-sig"))
     assert dataset["captions"][:] == [["a dog"]]
+
+
+def test_what_is_wrong_with_several_tables_is_told_at_once(tmp_path, draw):
+    specs = [
+        write(tmp_path, "file,words\na.jpg,dog\n", draw),
+        write(tmp_path, TABLE, table="other.csv"),
+        write(tmp_path, "image,caption\ngone.jpg,dog\n", table="third.csv"),
+    ]
+    for load in (load_mix, load_uncaptioned):
+        with pytest.raises(Mistakes) as caught:
+            load(specs, seed=0)
+        no_image, no_caption, missing = map(str, caught.value.errors)
+        assert "one column 'image' in" in no_image and "',captions=COLUMN'" in no_caption
+        assert missing.startswith(f"'{tmp_path}/third.csv': 1 of 1 image files are missing")
 
 
 def test_one_image_in_two_tables_is_refused_and_a_count_draws(tmp_path, draw):
