@@ -28,7 +28,9 @@ from transformers import CLIPImageProcessorPil, CLIPModel, CLIPProcessor, HfArgu
 import modeling_dclip.distillation.checks
 import modeling_dclip.distillation.stages
 import modeling_dclip.evaluation.command_line
-import modeling_dclip.hub.export
+import modeling_dclip.hub.export.open_clip
+import modeling_dclip.hub.export.sentence_transformers
+import modeling_dclip.hub.export.towers
 import modeling_dclip.hub.index.build
 import modeling_dclip.hub.publish.facts  # noqa: F401  all of them once, for the forked processes
 from modeling_dclip.data.failures import command

@@ -23,7 +23,8 @@ from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.efficiency import interleaved_times, spread
 from modeling_dclip.evaluation.records import environment
-from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES, compare_onnx, make_onnx
+from modeling_dclip.hub.export import ONNX_DTYPES
+from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, compare_onnx, make_onnx
 from modeling_dclip.modeling_dclip import DCLIPModel
 
 TOWER_SIZES = {

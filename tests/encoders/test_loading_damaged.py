@@ -21,7 +21,7 @@ from modeling_dclip.encoders.loading import (
     load_tokenizer,
     read_config,
 )
-from modeling_dclip.hub.export import load_model
+from modeling_dclip.hub.export.towers import load_model
 
 DOORS = {
     "evaluation": load_dual_encoder,

@@ -19,15 +19,15 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import MANIFEST_NAME, check_new_folder, write_manifest
 from modeling_dclip.data.specs import CommandParser, Range
-from modeling_dclip.hub.export import export_onnx, export_programs, load_model, write_export
-from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, ONNX_DTYPES, Deviation
-from modeling_dclip.hub.export.open_clip import write_open_clip
-from modeling_dclip.hub.export.readers import short_code
-from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
+from modeling_dclip.hub.export import ONNX_DTYPES, TOWERS, write_export
+
+if TYPE_CHECKING:
+    from modeling_dclip.hub.export.onnx import Deviation
 
 DIFFERS = "What differs from the model:"
 
@@ -43,7 +43,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         options.add_argument("--model", required=True, help="folder of a dual encoder")
         options.add_argument("--output", required=True, help="a new folder")
         if name in ("onnx", "torch_export"):
-            towers = list(EXPORTED_TOWERS)
+            towers = list(TOWERS)
             options.add_argument("--towers", nargs="+", default=towers, choices=towers, help="encoders to export")
             options.add_argument(
                 "--image_size",
@@ -64,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Export, and print how far the outputs are from the model's."""
     args = _parse(argv)
     check_new_folder(args.output)
+    # PyTorch and transformers take seconds, for which `--help` and a mistake need not wait.
+    from modeling_dclip.hub.export.open_clip import write_open_clip
+    from modeling_dclip.hub.export.sentence_transformers import write_sentence_transformers
+    from modeling_dclip.hub.export.towers import export_onnx, export_programs, load_model
+
     model = load_model(args.model, getattr(args, "image_size", None))
     writers = {
         "onnx": lambda folder: export_onnx(model, args.model, folder, args.towers, args.dtypes, args.winograd),
@@ -79,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.stdout.write(describe_export(output, args.model, written))
 
 
-def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) -> str:
+def describe_export(output: Path, model: str, written: "Mapping[str, Deviation]") -> str:
     """Say what was written, how near it is to the model, how to use it, and what its reader reads otherwise.
 
     Args:
@@ -90,6 +95,8 @@ def describe_export(output: Path, model: str, written: Mapping[str, Deviation]) 
     Returns:
         `str`: Lines.
     """
+    from modeling_dclip.hub.export.readers import short_code
+
     lines = [f"Exported {model} to {output}.", "Each file was loaded again and compared with the model:", ""]
     width = max(map(len, written))
     for name, measured in written.items():

@@ -18,9 +18,9 @@ from torch import nn
 
 from modeling_dclip.data.files import read_bytes, temporary_folder, write_bytes
 from modeling_dclip.encoders.families import READ_AT_END, READ_PADDING, longest_positions
+from modeling_dclip.hub.export import ONNX_DTYPES, TOWERS
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
-ONNX_DTYPES = {"fp32": "", "fp16": "_fp16", "int8": "_quantized"}  # with the file suffixes that transformers.js reads
 RELATIVE_GATE = 1e-4  # in float32: orders of sums differ, and eager PyTorch itself is off by about 5e-7
 COSINE_GATES = {"fp16": 0.999, "int8": 0.95}  # the least of any row
 BATCH_SIZES = (1, 3)  # compared; not the traced size 2, which would hide a graph of a fixed batch size
@@ -126,7 +126,7 @@ class TextTower(nn.Module):
 
 
 Tower = ImageTower | TextTower
-EXPORTED_TOWERS: dict[str, type[Tower]] = {"image": ImageTower, "text": TextTower}
+EXPORTED_TOWERS: dict[str, type[Tower]] = dict(zip(TOWERS, (ImageTower, TextTower), strict=True))
 
 
 def make_onnx(tower: Tower, dtype: str, float32_content: bytes | None = None) -> bytes:

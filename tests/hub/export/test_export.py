@@ -17,9 +17,10 @@ from transformers import AutoModel, AutoProcessor, AutoTokenizer, CLIPImageProce
 from modeling_dclip.configuration_dclip import DCLIPVisionConfig
 from modeling_dclip.configuration_dmclip import DMCLIPConfig, DMCLIPVisionConfig
 from modeling_dclip.encoders.loading import load_processor
-from modeling_dclip.hub.export import load_model, write_export, write_settings
+from modeling_dclip.hub.export import write_export
 from modeling_dclip.hub.export.__main__ import main
 from modeling_dclip.hub.export.onnx import ImageTower, TextTower, check_outputs, compare_onnx, make_onnx
+from modeling_dclip.hub.export.towers import load_model, write_settings
 from modeling_dclip.modeling_dclip import DCLIPModel, DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPModel, DMCLIPVisionModel
 from modeling_dclip.processing_dclip import DCLIPProcessor

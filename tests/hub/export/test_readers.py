@@ -15,9 +15,9 @@ from transformers import CLIPImageProcessorPil
 
 from modeling_dclip.data.images import open_image
 from modeling_dclip.encoders.families import projected, tokenize_texts
-from modeling_dclip.hub.export import load_model
 from modeling_dclip.hub.export.__main__ import main
 from modeling_dclip.hub.export.readers import OPEN_PICTURE, Reader, compare_reader, describe_readings, make_pictures
+from modeling_dclip.hub.export.towers import load_model
 from modeling_dclip.modeling_dclip import DCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
