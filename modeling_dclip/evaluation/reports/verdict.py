@@ -105,15 +105,8 @@ class Effect(NamedTuple):
 
     @property
     def guesses(self) -> tuple[bool, bool]:
-        """Whether the anchor, and the model, are not above chance by [`exact_interval`].
-
-        Its count is images, also where each has several captions: these are not independent of each other. Fewer than
-        [`FEWEST_IMAGES`] show nothing, not even that.
-        """
-        if self.chance is None or self.counted < FEWEST_IMAGES:
-            return False, False
-        ends = (exact_interval(min(share, 1) * self.counted, self.counted).low for share in (self.before, self.after))
-        before, after = (end is not None and end <= self.chance for end in ends)
+        """Whether the anchor, and the model, are not above chance by [`is_at_chance`]."""
+        before, after = (is_at_chance(share, self.chance, self.counted) for share in (self.before, self.after))
         return before, after
 
     @property
@@ -137,6 +130,25 @@ class Effect(NamedTuple):
             return None
         width = self.interval["high"] - self.interval["low"]
         return width / 2 * (self.before if self.relative else 1) or 1 - 0.05 ** (1 / self.n)
+
+
+def is_at_chance(share: float, chance: float | None, counted: int) -> bool:
+    """Whether a share is not above what guessing scores, by [`exact_interval`].
+
+    Args:
+        share (`float`): The value of a metric, in [0, 1].
+        chance (`float`, *optional*): What guessing scores; `None` if unknown.
+        counted (`int`): Images that it is of, also where each has several captions: these are not independent of
+            each other. Fewer than [`FEWEST_IMAGES`] show nothing, not even that.
+
+    Example:
+        >>> is_at_chance(0.02, 0.01, 100), is_at_chance(0.2, 0.01, 100)
+        (True, False)
+    """
+    if chance is None or counted < FEWEST_IMAGES:
+        return False
+    low = exact_interval(min(share, 1) * counted, counted).low
+    return low is not None and low <= chance
 
 
 def _side(interval: IntervalDict, n: int) -> int:

@@ -18,7 +18,7 @@ from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.document import Cell, Table, render_markdown
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.evaluation.reports.tables import ABSENT, COUNTED, KIND_TITLES, interval_of
-from modeling_dclip.evaluation.reports.verdict import Verdict, judge
+from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS, Verdict, chance_of, is_at_chance, judge
 from modeling_dclip.evaluation.statistics import FEWEST_IMAGES, RETENTION_METRIC, IntervalDict
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
 from modeling_dclip.progress import count_of
@@ -29,6 +29,8 @@ INTERVAL_FIELDS = ("low", "high", "covers", "confidence")
 BEFORE = "before training"
 # Fewer test images are a limit of the results: with 500 images a share's 95 % interval is up to 9 points wide.
 FEW_TEST_IMAGES = 500
+# What a guess is compared with, by the kind of benchmark.
+GUESSED = {"retrieval": tuple(DIRECTION_WORDS), "zero_shot": (RETENTION_METRIC,)}
 MODEL_SETTINGS = ("alpha", "anchor_revision")  # of a record: they say which weights, not what was asked
 
 
@@ -61,11 +63,24 @@ class Forgotten(NamedTuple):
     kept: str
 
 
+class AtChance(NamedTuple):
+    """A benchmark on which the model does no better than a guess.
+
+    Attributes:
+        spec (`str`): Names the benchmark.
+        task (`str`): What was asked, in words; of retrieval only the directions that are at chance.
+    """
+
+    spec: str
+    task: str
+
+
 class EvaluationFacts(TypedDict):
     """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured.
 
     `trained_on` says by benchmark how many images were trained on; an empty text where only the dataset is known.
-    `passed_over` names the results that a newer one replaces. `few_tested` and `forgotten` are limits of the model.
+    `passed_over` names the results that a newer one replaces. `few_tested`, `forgotten` and `at_chance` are limits of
+    the model. `fails_retrieval` and `fails_zero_shot` say whether all benchmarks of the kind are at chance throughout.
     """
 
     benchmarks: list[BenchmarkFacts]
@@ -82,6 +97,9 @@ class EvaluationFacts(TypedDict):
     passed_over: list[str]
     few_tested: list[FewTested]
     forgotten: list[Forgotten]
+    at_chance: list[AtChance]
+    fails_retrieval: bool
+    fails_zero_shot: bool
 
 
 def read_all_results(paths: Sequence[str]) -> list[Record]:
@@ -338,6 +356,9 @@ def describe_evaluation(
         passed_over=list(passed_over),
         few_tested=[_describe_few(record) for record in own if record["n"] < FEW_TEST_IMAGES],
         forgotten=find_forgotten(own) if start else [],
+        at_chance=find_at_chance(own),
+        fails_retrieval=_fails(own, "retrieval"),
+        fails_zero_shot=_fails(own, "zero_shot"),
     )
 
 
@@ -357,6 +378,39 @@ def find_forgotten(records: Sequence[Record]) -> list[Forgotten]:
             words = f"{_percent(kept['estimate'])} {range_in_words(kept, _percent)}"
             found.append(Forgotten(record["benchmark"], words))
     return found
+
+
+def find_at_chance(records: Sequence[Record]) -> list[AtChance]:
+    """Find the benchmarks of retrieval and of zero-shot classification on which a model does no better than a guess.
+
+    Args:
+        records (`Sequence[Record]`): Of a model.
+
+    Returns:
+        `list[AtChance]`: In the order of the records.
+    """
+    found = []
+    for record in records:
+        guessed = [metric for metric, at_chance in _compare_with_chance(record).items() if at_chance]
+        directions = " and ".join(f"from {DIRECTION_WORDS[metric]}" for metric in guessed if metric in DIRECTION_WORDS)
+        if guessed:
+            task = f"retrieval {directions}" if directions else "zero-shot classification"
+            found.append(AtChance(record["benchmark"], task))
+    return found
+
+
+def _compare_with_chance(record: Record) -> dict[str, bool]:
+    """Which of a record's metrics in [`GUESSED`] are at chance."""
+    asked = GUESSED.get(record["benchmark"].partition("=")[0], ())
+    values = {metric: record["metrics"][metric] for metric in asked if metric in record["metrics"]}
+    return {name: is_at_chance(value, chance_of(record, name), record["n"]) for name, value in values.items()}
+
+
+def _fails(records: Sequence[Record], kind: str) -> bool:
+    """Whether a kind of benchmark was measured, and every metric of it is at chance."""
+    of_kind = (record for record in records if record["benchmark"].partition("=")[0] == kind)
+    measured = [at_chance for record in of_kind for at_chance in _compare_with_chance(record).values()]
+    return bool(measured) and all(measured)
 
 
 def _percent(share: float) -> str:
