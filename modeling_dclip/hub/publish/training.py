@@ -6,7 +6,7 @@ All of it comes from what training wrote beside the weights: `arguments.yaml`, `
 import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypedDict
 
 from modeling_dclip.data.files import MANIFEST_NAME, read_json
@@ -56,8 +56,11 @@ SOURCES = {
     "disk": "the saved dataset {}",
     "wds": "the shards {}",
     "images": "the publisher's own images in {}",
+    "imagefolder": "the image folder {}",
     "held_out": "the held-out images of the run {}",
 }
+# A file or folder whose name does not say which data it holds: a pattern, or a part of a dataset.
+_UNTOLD = re.compile(r".*[*?\[].*|(?:train|val|valid|validation|test|dev|data)(?:[^a-z].*)?|[\W\d]*", re.IGNORECASE)
 # Fewer training images are a limit of the model; usual retrieval sets have thousands (Flickr8k 6,000).
 FEW_TRAINING_IMAGES = 1_000
 # What decides which checkpoint is kept, by the name that the trainer gives it.
@@ -175,11 +178,29 @@ def _find_section(
 def show_spec(spec: str) -> str:
     """Write a spec without the folders of this machine: an absolute path is cut to its last name.
 
+    A name that does not say which data it holds keeps the folder before it, unless that is somebody's home.
+
     Example:
         >>> show_spec("coco:/home/me/coco/captions.json:images@500")
         'coco:captions.json:images@500'
+        >>> show_spec("zero_shot=parquet:/data/cifar10/test.parquet")
+        'zero_shot=parquet:cifar10/test.parquet'
     """
-    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+", "", spec)
+    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+[^/:,=@]*", lambda found: _short_path(found[0]), spec)
+
+
+def _short_path(path: str) -> str:
+    """The last name of a path, after the nearest folders that say which data it is."""
+    parts = PurePosixPath(path).parts
+    start = len(parts) - 1
+    while start > 0 and _UNTOLD.fullmatch(parts[start]) and _may_be_shown(parts[:start]):
+        start -= 1
+    return "/".join(parts[start:])
+
+
+def _may_be_shown(folder: Sequence[str]) -> bool:
+    """Whether a folder's name may be told: it is no root and nobody's home."""
+    return folder[-1] not in ("/", "..", "root", "home", "Users") and folder[-2:-1] not in (("home",), ("Users",))
 
 
 def describe_source(spec: str) -> DataSource:
@@ -188,10 +209,12 @@ def describe_source(spec: str) -> DataSource:
     Example:
         >>> describe_source("csv:captions.csv:photos").words
         "the publisher's own captions in captions.csv"
+        >>> describe_source("parquet:data/cifar10/*.parquet").words
+        'the parquet files cifar10/*.parquet'
     """
     kind, _, rest = spec.partition(":")
     name = re.split(r"[:,@]", rest)[0]
-    return DataSource(SOURCES.get(kind, spec).replace("{}", Path(name).name if kind != "hub" else name), spec)
+    return DataSource(SOURCES.get(kind, spec).replace("{}", _short_path(name) if kind != "hub" else name), spec)
 
 
 def show_value(value: Any) -> str:
