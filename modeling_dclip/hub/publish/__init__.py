@@ -109,7 +109,8 @@ def describe_publication(done: "list[StagedRepo] | list[Pushed]") -> str:
             files = list_files(repo.folder)
             size = sum((repo.folder / name).stat().st_size for name in files)
             lines.append(f"{repo.repo_id}: would push {count_of(len(files), 'file')}, {_show_size(size)}")
-            lines += textwrap.wrap(", ".join(files), _WIDTH, initial_indent="    ", subsequent_indent="    ")
+            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
+            lines += textwrap.wrap(", ".join(files), _WIDTH, break_on_hyphens=False, break_long_words=False, **indent)
         elif repo.changed or repo.deleted:
             deleted = f", {len(repo.deleted)} deleted" if repo.deleted else ""
             written = f"{count_of(len(repo.changed), 'file')} written{deleted}"
@@ -158,7 +159,7 @@ def _list_some(names: tuple[str, ...], most: int = 4) -> str:
 
 def _describe_open_ends(arguments: PublishArguments, staged: "list[StagedRepo]") -> list[str]:
     """What the user may want to add, or has to do before pushing."""
-    from huggingface_hub import get_token
+    from huggingface_hub import ModelCard, get_token
 
     from modeling_dclip.encoders.loading import stored_dtype
     from modeling_dclip.hub.publish.pictures import EXAMPLES
@@ -169,6 +170,11 @@ def _describe_open_ends(arguments: PublishArguments, staged: "list[StagedRepo]")
     lines = [f"Older results that the card leaves out: {', '.join(dual.passed_over)}."] if dual.passed_over else []
     if arguments.examples and shown:
         lines.append(f"{count_of(len(shown), 'example picture')} will be public. Make sure that you may publish them.")
+        if missing := len(shown) - len(ModelCard.load(dual.folder / "README.md").data.to_dict().get("widget", [])):
+            lines.append(
+                f"{count_of(missing, 'example picture')} of the card's table will not be in the Hub's widget, which "
+                "takes texts apart at commas."
+            )
     elif not arguments.examples and not shown:
         lines.append(
             "No example pictures: your own are not published unless you name them, with --examples FILE... or "

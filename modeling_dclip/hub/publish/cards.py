@@ -86,6 +86,7 @@ class CardFacts(TypedDict):
 CARD_TEMPLATES = Path(__file__).parents[3] / "hub_cards"
 REPO_SUFFIXES = {"dual": "", "vision": "-vision", "teacher": "-teacher"}
 WITH_EXAMPLES = ("dual",)
+MOST_LETTERS_SHOWN = 72  # of a label in the table of examples
 PIPELINES = {
     "dual": "zero-shot-image-classification",
     "vision": "image-feature-extraction",
@@ -140,6 +141,7 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
         "code": code_markdown,
         "alt": _alternative_text,
         "strong": _strong,
+        "short": _short,
     }
     facts = _show_all(facts)
     try:
@@ -155,6 +157,14 @@ def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None
 def _strong(text: str) -> str:
     """Text in bold; asterisks in it do not end that."""
     return f"**{escape_markdown(text).strip().replace('*', '&#42;')}**"
+
+
+def _short(text: str) -> str:
+    """The beginning of a long text, for a cell of a table."""
+    if len(text) <= MOST_LETTERS_SHOWN:
+        return text
+    begun = text[: MOST_LETTERS_SHOWN - 1]
+    return (begun.rpartition(" ")[0] or begun[:-1]).rstrip(" ,.;:") + " …"
 
 
 def _alternative_text(text: str) -> str:
@@ -197,8 +207,9 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
         "base_model": facts["base_models"] or None,
         "datasets": list_datasets(facts) or None,
     }
-    if kind in WITH_EXAMPLES and facts["examples"]:
-        fields["widget"] = [example.to_widget() for example in facts["examples"]]
+    if kind in WITH_EXAMPLES:
+        widgets = [example.to_widget() for example in facts["examples"]]
+        fields["widget"] = [entry for entry in widgets if entry is not None] or None
     if facts["emissions_grams"] is not None:
         emissions = {
             "emissions": facts["emissions_grams"],

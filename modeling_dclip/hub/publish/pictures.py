@@ -64,8 +64,10 @@ class Example:
     labels: tuple[str, ...]
     outputs: tuple[Score, ...]
 
-    def to_widget(self) -> dict[str, Any]:
-        """The entry of the Hub's `widget` metadata."""
+    def to_widget(self) -> dict[str, Any] | None:
+        """The entry of the Hub's `widget` metadata; `None` if a label has a comma, where the widget would cut it."""
+        if any("," in label for label in self.labels):
+            return None
         return {
             "src": self.path,
             "example_title": self.labels[0],
@@ -166,7 +168,7 @@ def _read_files(word: str) -> tuple[list[tuple[str, Image.Image]], str]:
                 f"examples: expected a file named as what it shows, such as 'a-red-bicycle.jpg', got '{path.name}'. "
                 "The name is the text that the card shows. Or name captioned images: csv:TABLE.csv:FOLDER@4."
             )
-        shown.append((_without_commas(text), open_image(path, f"The example '{path.name}'")))
+        shown.append((text, open_image(path, f"The example '{path.name}'")))
     return shown, "The publisher chose the pictures and named them."
 
 
@@ -179,15 +181,10 @@ def _read_spec(word: str, training: Sequence[str]) -> tuple[list[tuple[str, Imag
         )
     spec = parse_caption_spec(word if re.search(r"@\d+$", word) else f"{word}@{DRAWN_FROM_SPEC}")
     rows = load_captions(spec)
-    shown = [(_without_commas(rows[row]["captions"][0]), decode_image(rows, row)) for row in range(len(rows))]
+    shown = [(" ".join(rows[row]["captions"][0].split()), decode_image(rows, row)) for row in range(len(rows))]
     words = describe_source(show_spec(word)).words
     seen = " Training read the same data." if find_overlaps([f"={word}"], training) else ""
     return shown, f"The publisher chose the pictures and their captions from {words}.{seen}"
-
-
-def _without_commas(text: str) -> str:
-    """The text as a label: the Hub's widget separates labels by commas."""
-    return " ".join(text.replace(",", " ").split())
 
 
 def _file_name(text: str, suffix: str, taken: Mapping[str, bytes] | None = None) -> str:

@@ -12,6 +12,7 @@ import yaml
 from fixtures.loopback_hub import find_fault
 from fixtures.publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
 from huggingface_hub import ModelCard
+from PIL import Image
 from transformers import AutoModel
 
 from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_held_out, write_trained_images
@@ -20,6 +21,7 @@ from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders.loading import load_merged
 from modeling_dclip.evaluation.records import write_results
 from modeling_dclip.evaluation.reports.document import show_text
+from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
     check_card,
@@ -31,7 +33,7 @@ from modeling_dclip.hub.publish.evaluation import Seen, find_passed_over, find_s
 from modeling_dclip.hub.publish.facts import MOST_LETTERS, check_repo_name, gather_card_facts, suggest_name
 from modeling_dclip.hub.publish.licences import check_licence, find_origins, read_arguments
 from modeling_dclip.hub.publish.pictures import LABELS, Example, choose_pictures, draw_pictures, save_pictures
-from modeling_dclip.hub.publish.training import DataSource, show_spec
+from modeling_dclip.hub.publish.training import DataSource, describe_source, show_spec
 
 CARDS = Path(__file__).parents[3] / "hub_cards"
 KINDS = {"dclip": ("dual", "vision", "teacher"), "dmclip": ("dual", "vision")}
@@ -189,6 +191,32 @@ def test_the_limits_name_few_images_and_lost_zero_shot_accuracy_where_there_are_
     assert "Few training images" not in limits(500, {})
 
 
+@pytest.mark.parametrize(
+    ("retrieval", "top1", "told", "uses", "warned"),
+    [
+        (0.01, 0.1, ["from text to image and from image to text", "zero-shot"], "- A trial of", "search or zero-shot"),
+        (0.01, 0.9, ["from text to image and from image to text"], "- A trial of", "search:"),
+        (0.5, 0.1, ["zero-shot classification"], "- Search images", "zero-shot classification:"),
+        (0.5, 0.9, [], "- Search images", None),
+    ],
+)
+def test_what_a_model_can_only_guess_is_a_limit_and_no_intended_use(
+    made, tmp_path, retrieval, top1, told, uses, warned
+):
+    records = read_all_results([str(made["results"])])
+    own = next(one for one in records if one["benchmark"] == RETRIEVAL and "comparison" in one)
+    own = {**own, "n": 100, "metrics": dict.fromkeys(DIRECTION_WORDS, retrieval)}
+    other = {"benchmark": "zero_shot=scenes:test", "metrics": {"top1": top1}, "chance": {"top1": 0.1}}
+    write_results(tmp_path / "records.json", [own, {**own, **other, "intervals": {}}])
+    card = render_card("dual", gather({**made, "results": tmp_path / "records.json"}, teacher=False))
+    intended, limits = (card.split(f"## {name}")[1].split("## ")[0] for name in ("Intended use", "Limits"))
+    lines = re.findall("At chance: in (.*) on `.*` the model does no better than a guess", limits)
+    assert len(lines) == len(told) and all(want in line for want, line in zip(told, lines, strict=True))
+    assert uses in intended and ("- Search images" in intended) == (retrieval > 0.1)
+    assert ("- Zero-shot image" in intended) == (top1 > 0.1)
+    assert ("no better than a guess" in intended) == bool(warned) and f"for {warned or ''}" in intended + "for "
+
+
 def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
     records = read_all_results([str(made["results"])])
     other = {"benchmark": "retrieval=scenes:val", "dataset_fingerprint": "sha256:01"}
@@ -208,6 +236,62 @@ def test_the_metadata_of_a_widget_hold_labels_and_stored_outputs(made):
     entry = make_metadata("dual", gather(made)).to_dict()["widget"][0]
     assert entry["candidate_labels"] == ", ".join(LABELS[0])
     assert entry["output"][0] == {"label": LABELS[0][0], "score": 0.5}
+
+
+def test_captions_keep_their_commas_and_long_ones_are_shown_in_part(made, tmp_path):
+    long = "two dogs, one of them brown, run over a wide green meadow behind which a row of old trees stands"
+    captions = ["a cross,  two discs", "a star", long]
+    for number in range(3):
+        Image.new("RGB", (8, 8), (80 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    rows = [f'{number}.png,"{caption}"' for number, caption in enumerate(captions)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    pictures = choose_pictures([f"csv:{tmp_path}/t.csv:{tmp_path}@3"], [])
+    texts = {"a cross, two discs", "a star", long}
+    assert all(set(labels) == texts for labels in pictures.labels)  # what the model is given
+    outputs = tuple({"label": label, "score": 0.25} for label in sorted(texts))
+    shown = [Example(path, labels, outputs) for path, labels in zip(pictures.files, pictures.labels, strict=True)]
+    facts = gather(made) | {"examples": shown, "examples_source": pictures.source}
+    card = render_card("dual", facts)
+    assert "a cross, two discs 25.0 %" in card and "| two dogs, one of them brown, run over" in card.replace(
+        "<br>", "| "
+    )
+    assert "behind which … 25.0 %" in card and "A label that ends in … is shown in part" in card
+    # The Hub's widget takes labels apart at commas, so these pictures stand in the table alone.
+    assert "widget" not in ModelCard(card).data.to_dict()
+    short = render_card("dual", facts | {"examples": make_fake_examples()})
+    assert "is shown in part" not in short and len(ModelCard(short).data.to_dict()["widget"]) == 3
+
+
+def test_data_whose_file_says_only_a_part_are_named_with_their_folder():
+    for spec, shown, words in (
+        (
+            "parquet:/home/me/data/cifar10/*.parquet",
+            "parquet:cifar10/*.parquet",
+            "the parquet files cifar10/*.parquet",
+        ),
+        ("parquet:/d/cifar10/a-*/test-0.parquet@9", "parquet:cifar10/a-*/test-0.parquet@9", None),
+        ("imagefolder:/d/pets/test", "imagefolder:pets/test", "the image folder pets/test"),
+        ("parquet:/home/me/test.parquet", "parquet:test.parquet", "the parquet files test.parquet"),
+        (
+            "csv:/d/garden/photos.csv:/d/garden/2",
+            "csv:photos.csv:garden/2",
+            "the publisher's own captions in photos.csv",
+        ),
+    ):
+        assert show_spec(spec) == shown and words in (None, describe_source(shown).words)
+
+
+def test_the_authors_of_the_cited_papers_are_named(made):
+    (paper,) = [
+        one
+        for one in yaml.safe_load((CARDS.parent / "CITATION.cff").read_text())["references"]
+        if "DCLIP" in one["title"]
+    ]
+    names = " and ".join(f"{one['family-names']}, {one['given-names']}" for one in paper["authors"])
+    for family in KINDS:
+        entries = re.findall(r"@(\w+)\{\w+,\n(.*?)\n\}", render_card("dual", gather(made, family)), re.DOTALL)
+        assert all("author" in entry for kind, entry in entries if kind == "article") and len(entries) == 2
+        assert (f"{{{names}}}" in "".join(entry for _, entry in entries)) == (family == "dclip")
 
 
 def test_a_fact_that_is_missing_is_an_error_that_names_it(made):
