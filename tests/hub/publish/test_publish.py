@@ -437,6 +437,15 @@ def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(tra
     assert card.read_text() == "edited"
 
 
+def test_a_dry_run_breaks_no_file_name_over_two_lines(tmp_path):
+    names = [f"a-picture-of-{number}-red-bicycles-and-a-dog.jpg" for number in range(9)]
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    lines = describe_publication([StagedRepo("dual", "me/tiny", tmp_path)]).splitlines()
+    assert [name.strip() for line in lines[1:] for name in line.rstrip(",").split(",")] == names
+    assert len(lines) > 2 and max(map(len, lines)) <= 120
+
+
 def test_dry_runs_of_several_models_lie_beside_each_other(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     named = {"dry_run": True, "examples": ["none"]}
