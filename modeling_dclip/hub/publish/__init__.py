@@ -109,8 +109,8 @@ def describe_publication(done: "list[StagedRepo] | list[Pushed]") -> str:
             files = list_files(repo.folder)
             size = sum((repo.folder / name).stat().st_size for name in files)
             lines.append(f"{repo.repo_id}: would push {count_of(len(files), 'file')}, {_show_size(size)}")
-            indent = {"initial_indent": "    ", "subsequent_indent": "    "}
-            lines += textwrap.wrap(", ".join(files), _WIDTH, break_on_hyphens=False, break_long_words=False, **indent)
+            names = textwrap.wrap(", ".join(files), _WIDTH - 4, break_on_hyphens=False, break_long_words=False)
+            lines += [f"    {line}" for line in names]
         elif repo.changed or repo.deleted:
             deleted = f", {len(repo.deleted)} deleted" if repo.deleted else ""
             written = f"{count_of(len(repo.changed), 'file')} written{deleted}"

@@ -155,10 +155,10 @@ def test_the_card_was_checked_by_the_hub_before_the_first_repository_was_made(hu
 def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
     for repo_id in (*REPOS, "me/mamba", "me/mamba-vision"):
         for path, content in hub.files(repo_id).items():
-            for place in (str(trained["student"].parent), str(tiny_clip_dir), HOME):
+            for place in (str(trained["student"].parent), str(tiny_clip_dir), *HOME.split("/")[2:]):
                 assert place.encode() not in content, (repo_id, path)
     card = hub.files("me/tiny")["README.md"].decode()
-    assert "`coco:captions.json:images@8`" in card and "`zero_shot=parquet:test.parquet`" in card
+    assert "`coco:captions.json:images@8`" in card and "`zero_shot=parquet:cifar10/test.parquet`" in card
 
 
 def save_inputs(path, batch):
