@@ -143,7 +143,8 @@ class StageRecord:
         if problem is not None:
             if not overwrite:
                 raise problem
-            logger.warning("%s: made again. %s", folder.name, problem)
+            reason, _, _ = str(problem).partition(". Name another")  # the advice is taken already
+            logger.warning("%s: made again, as --overwrite asks. %s.", folder.name, reason.rstrip("."))
             if state.is_main_process:
                 _delete_stage(folder)
             state.wait_for_everyone()

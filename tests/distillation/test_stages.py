@@ -85,6 +85,7 @@ def test_overwriting_makes_the_stage_again_and_only_that(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         run(path, "--student.seed", "5", "--overwrite", "true")
     assert "teacher: already finished" in caplog.text and "student: made again" in caplog.text
+    assert "pass --overwrite" not in caplog.text
     assert not equal(weights(tmp_path / "run" / "student"), before)
 
 
