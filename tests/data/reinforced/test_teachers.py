@@ -127,8 +127,10 @@ def open_clip(monkeypatch):
         return model, lambda image: torch.from_numpy(np.array(image)).float()[:4, :4]
 
     module.create_model_from_pretrained = create
-    module.list_models = lambda: ["ViT-X"]
+    module.list_models = lambda: ["ViT-X", "ViT-X-plain"]
     module.list_pretrained_tags_by_model = lambda name: ["some_tag"]
+    module.get_pretrained_cfg = lambda name, tag: {"quick_gelu": name == "ViT-X-plain"}
+    module.get_model_config = lambda name: {}
     module.get_tokenizer = lambda name: (
         lambda texts, context_length=2: torch.tensor([[ord(text[:1] or "-"), ord(text[-1:] or "-")] for text in texts])
     )
@@ -149,6 +151,8 @@ def test_an_open_clip_teacher_asks_for_name_and_weights_and_normalises(open_clip
     with torch.no_grad():
         open_clip.model.words.weight[0, 0] += 1
     assert OpenClipTeacher("ViT-X:some-tag").fingerprint != teacher.fingerprint
+    with pytest.raises(ValueError, match="Expected open_clip:ViT-X-plain-quickgelu:some-tag"):
+        build_teacher("open_clip:ViT-X-plain:some-tag")
 
 
 def test_open_clip_specs_that_miss_something_are_refused(monkeypatch):
