@@ -32,6 +32,8 @@ _PROVENANCE = {
     "processor_class",
 }
 # The same of a text config; left out at its top level only, as keys of earlier classifiers were made so.
+# Fields that models saved before they existed lack: at these values they compute nothing else, so keys stay.
+_LATER = {"rotary_scale": 1.0, "rotary_table": False}
 _TEXT_PROVENANCE = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 _BLOCK = 1 << 20  # bytes of a file read at a time
 _PROMPTS_AT_A_TIME = 8192
@@ -135,7 +137,11 @@ def _weights(state: Mapping[str, torch.Tensor]) -> Iterator[Part]:
 def _computed(config: Any) -> Any:
     if not isinstance(config, dict):
         return config
-    return {name: _computed(value) for name, value in config.items() if name not in _PROVENANCE}
+    return {
+        name: _computed(value)
+        for name, value in config.items()
+        if name not in _PROVENANCE and not (name in _LATER and value == _LATER[name])
+    }
 
 
 def fingerprint_weights(settings: Mapping[str, Any], state: Mapping[str, torch.Tensor]) -> str:

@@ -223,3 +223,13 @@ def test_revision_of_the_hub_is_its_commit(tiny_clip_dir):
         model_revision("someone/model", model)
     model.config._commit_hash = "abc"
     assert model_revision("someone/model", model) == "commit:abc"
+
+
+def test_a_field_that_came_later_changes_no_key_at_its_default_and_every_key_elsewhere():
+    """Stage records and cached features of models that were saved before the field existed stay valid."""
+    state = {"weight": torch.ones(2)}
+    before = fingerprint_weights({"vision_config": {"rotary_base": 100.0}}, state)
+    later = {"rotary_base": 100.0, "rotary_scale": 1.0, "rotary_table": False}
+    assert fingerprint_weights({"vision_config": later}, state) == before
+    for change in ({"rotary_scale": 0.3}, {"rotary_table": True}):
+        assert fingerprint_weights({"vision_config": {**later, **change}}, state) != before
