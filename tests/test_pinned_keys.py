@@ -724,7 +724,13 @@ PROVENANCE = {
 def naive_strip(config):
     if not isinstance(config, dict):
         return config
-    return {name: naive_strip(value) for name, value in config.items() if name not in PROVENANCE}
+    kept = {name: naive_strip(value) for name, value in config.items() if name not in PROVENANCE}
+    # Fields that came later: a configuration at their defaults has the key that it had without them.
+    if kept.get("rotary_scale") == 1.0:
+        del kept["rotary_scale"]
+    if kept.get("rotary_table") is False:
+        del kept["rotary_table"]
+    return kept
 
 
 def naive_dump(content):
