@@ -21,7 +21,7 @@ import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others loa
 # isort: split
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +30,6 @@ from modeling_dclip.data.specs import CommandParser
 
 # The rest is imported by the function that needs it: a help or a comparison need not wait for models.
 if TYPE_CHECKING:
-    import torch
-
     from modeling_dclip.evaluation.evaluator import Candidate, Evaluation
 
 
@@ -77,46 +75,26 @@ def save_point(arguments: argparse.Namespace) -> None:
     import yaml
 
     from modeling_dclip.data.captions.parts import write_trained_images
-    from modeling_dclip.data.files import read_yaml, replacing, write_text
-    from modeling_dclip.distillation.trainer import (
-        ARGUMENTS_NAME,
-        cast_weights,
-        find_overflows,
-        require_fit,
-        save_weights,
-    )
+    from modeling_dclip.data.files import ARGUMENTS_NAME, replacing, write_text
+    from modeling_dclip.distillation.trainer import find_overflows, require_fit, save_weights
     from modeling_dclip.encoders.loading import load_pair, stored_dtype
-    from modeling_dclip.encoders.weight_interpolation import interpolate_models
+    from modeling_dclip.evaluation.line import find_line
 
     (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
     options = {"trust_remote_code": arguments.trust_remote_code}
     (model, processor), (start, _) = (load_pair(spec, **options) for spec in (name, anchor))
-    dtype, ends = stored_dtype(name), [one.state_dict() for one in (start, model)]
-    weights = interpolate_models(start, model, alpha)
+    dtype, line = stored_dtype(name), find_line(anchor, name, start, model)
+    weights = line.weights(start, model, alpha)
     require_fit(find_overflows(weights, dtype), dtype, "student")
-    resolved = Path(name) / ARGUMENTS_NAME
-    described = read_yaml(resolved, "training's arguments", "Train again.") if resolved.is_file() else None
-    trained = described.get("student") if isinstance(described, dict) else None
-    same_text = have_one_text_encoder(*(cast_weights(end, dtype) for end in ends))
     with replacing(folder) as temporary:
         save_weights(model, temporary, weights, dtype)
         processor.save_pretrained(temporary)
         write_trained_images(temporary, [], [name, anchor])
-        if isinstance(trained, dict) and same_text:
-            trained["wise_ft_alpha"] = alpha * trained.get("wise_ft_alpha", 1)  # the model may be such a point itself
-            write_text(temporary / ARGUMENTS_NAME, yaml.safe_dump(described, sort_keys=False))
-    print(f"Saved to {folder}, in {dtype}: {alpha:g} of {name} and {1 - alpha:g} of {anchor}.")
-    if isinstance(trained, dict) and not same_text:
-        print(f"Without {ARGUMENTS_NAME}: the two have different text encoders, so training gave no such point.")
+        if line.arguments is not None:
+            line.arguments["student"]["wise_ft_alpha"] = alpha
+            write_text(temporary / ARGUMENTS_NAME, yaml.safe_dump(line.arguments, sort_keys=False))
+    print(f"Saved to {folder}, in {dtype}: alpha {alpha:g}. {line.described[0].upper()}{line.described[1:]}.")
     print("If alpha was chosen by results on test images, these results are too good: report it on other images.")
-
-
-def have_one_text_encoder(start: Mapping[str, torch.Tensor], model: Mapping[str, torch.Tensor]) -> bool:
-    """Whether two models have the same text encoder, as a student and the CLIP that its training started from."""
-    import torch
-
-    text = [name for name in model if not name.startswith(("vision_model.", "visual_projection."))]
-    return all(torch.equal(start[name], model[name]) for name in text)
 
 
 def run(argv: Sequence[str]) -> int:

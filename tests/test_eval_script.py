@@ -95,11 +95,11 @@ def test_a_point_from_another_clip_says_nothing_of_the_training(script, tiny_cli
     (student / "arguments.yaml").write_text("student: {wise_ft_alpha: 0.6}\n")
     arguments = ["--model", str(student), "--save_alpha", "0.5", "--anchor"]
     assert script.main([*arguments, str(tiny_clip_dir), "--save_to", str(tmp_path / "half")]) == 0
-    assert yaml.safe_load((tmp_path / "half" / "arguments.yaml").read_text())["student"]["wise_ft_alpha"] == 0.3
-    assert "Without arguments.yaml" not in capsys.readouterr().out
+    assert yaml.safe_load((tmp_path / "half" / "arguments.yaml").read_text())["student"]["wise_ft_alpha"] == 0.5
+    assert "student is alpha 0.6." in capsys.readouterr().out
     assert script.main([*arguments, str(tmp_path / "other"), "--save_to", str(tmp_path / "mixed")]) == 0
     assert (tmp_path / "mixed" / "config.json").is_file() and not (tmp_path / "mixed" / "arguments.yaml").exists()
-    assert "Without arguments.yaml: the two have different text encoders" in capsys.readouterr().out
+    assert "student (1), whose training started from another model." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

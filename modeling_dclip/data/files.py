@@ -1598,6 +1598,7 @@ def write_json(
 # What made an output.
 
 MANIFEST_NAME = "manifest.json"
+ARGUMENTS_NAME = "arguments.yaml"  # of a training, beside the weights
 PACKAGES = ("modeling_dclip", "torch", "transformers", "accelerate", "datasets", "numpy", "pillow", "open_clip_torch")
 
 

@@ -33,7 +33,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from modeling_dclip.data.collation import Batches, TokenizedStudentBatches, pass_batch
 from modeling_dclip.data.failures import redact_values
-from modeling_dclip.data.files import read_json, write_json, write_text, writing
+from modeling_dclip.data.files import ARGUMENTS_NAME, read_json, write_json, write_text, writing
 from modeling_dclip.data.reinforced import ReinforcedBatches
 from modeling_dclip.distillation.adapters import load_adapters, plain_state, save_adapters
 from modeling_dclip.distillation.arguments import (
@@ -77,7 +77,6 @@ from modeling_dclip.progress import LOG_EVERY_SECONDS, count_of
 if TYPE_CHECKING:
     from peft import PeftModel
 
-ARGUMENTS_NAME = "arguments.yaml"
 _NO_WARMUP = ("constant", "reduce_lr_on_plateau", "greedy")  # schedules that ignore warmup_steps
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ import torch
 
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
-from modeling_dclip.evaluation.evaluator import ALPHA, Candidate, evaluate
+from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.line import ALPHA, place_of_student, place_on_line
 from modeling_dclip.evaluation.records import Metrics, Record, run_label
 from modeling_dclip.evaluation.reports.plots import TradeoffPoint, plot_tradeoff
 from modeling_dclip.evaluation.reports.tables import name_of, shorten_paths
@@ -188,7 +189,7 @@ def interpolation_points(
     """Pair each model's retrieval with its zero-shot accuracy.
 
     Where there are several benchmarks of a kind, the first counts. Points on the line from an anchor to a model
-    (`condition` is `alpha=...`) become the model's curve. It starts at the anchor and ends at the model, if those were
+    (`condition` is `alpha=...`) become the model's curve, with anchor and model in their places on it, if those were
     measured.
 
     Args:
@@ -198,7 +199,7 @@ def interpolation_points(
     Returns:
         `tuple[list[TradeoffPoint], dict[str, list[TradeoffPoint]]]`: Points and curves of
             [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`]: `x` is top-1, `y` text-to-image R@1; with
-            intervals over images where the records have them. The ends of a curve have no label: they are points.
+            intervals over images where the records have them. Anchor and model have no label in it: they are points.
 
     Raises:
         ValueError: If no model has both, or points of several lines are in the records.
@@ -216,17 +217,16 @@ def interpolation_points(
     start = None if anchor is None else pairs.get((anchor, None))
     points = [pair for (_, condition), pair in pairs.items() if condition is None]
     points.sort(key=lambda point: point is not start)
-    curves: dict[str, list[TradeoffPoint]] = {}
-    for (_, condition), pair in pairs.items():
-        if condition is not None and condition.startswith(ALPHA):
-            step: TradeoffPoint = {**pair, "label": f"α {condition.removeprefix(ALPHA)}"}
-            curves.setdefault(pair["label"], []).append(step)
-    for steps in curves.values():
-        steps.sort(key=lambda step: float(step["label"].removeprefix("α ")))
-        end = pairs.get((next(iter(lines)), None))
-        steps[:0] = [] if start is None else [{**start, "label": ""}]
-        steps += [] if end is None else [{**end, "label": ""}]
-    return points, curves
+    steps: dict[str, list[tuple[float, TradeoffPoint]]] = {}
+    for place, pair in pairs.items():
+        if (alpha := place_on_line(zero_shot[place])) is not None:
+            steps.setdefault(pair["label"], []).append((alpha, {**pair, "label": f"α {alpha:g}"}))
+    student = place_of_student(zero_shot.values())
+    for placed in steps.values():
+        ends = {0.0: start, student: pairs.get((next(iter(lines)), None))}
+        placed += [(alpha, {**end, "label": ""}) for alpha, end in ends.items() if end is not None]
+    ordered = {label: sorted(placed, key=lambda one: one[0]) for label, placed in steps.items()}
+    return points, {label: [step for _, step in placed] for label, placed in ordered.items()}
 
 
 def plot_curve(records: Sequence[Record], path: str | os.PathLike, *, anchor: str | None = None) -> None:

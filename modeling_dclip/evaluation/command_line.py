@@ -88,9 +88,9 @@ def _add_arguments(parser: CommandParser) -> None:
     add("--benchmark", default=[], nargs="+", metavar="KIND[=SPEC]", help=benchmark_help)
     anchor_help = "the CLIP that training started from: it is measured too, and a verdict says whether MODEL is better"
     add("--anchor", metavar="MODEL", help=anchor_help)
-    alphas_help = "also measure these points on the line of weights from the anchor (0) to the model (1)"
+    alphas_help = "also measure these points on the line from the anchor (0) to the weights that training reached (1)"
     add("--alphas", nargs="+", range=PART, metavar="ALPHA", help=alphas_help)
-    save_help = "save this point on the line from anchor to model as a model, in the folder of --save_to"
+    save_help = "save this point on the line of --alphas as a model, in the folder of --save_to"
     add("--save_alpha", range=PART, metavar="ALPHA", help=save_help)
     add("--save_to", metavar="DIR", help="the new folder that --save_alpha writes")
     plot_help = "draw retrieval against zero-shot accuracy; needs both benchmarks"

@@ -16,7 +16,6 @@ from modeling_dclip.data.captions.parts import TrainedImages, read_trained_image
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
-from modeling_dclip.encoders.weight_interpolation import interpolate_models
 from modeling_dclip.evaluation.benchmarks.kinds import (
     Benchmark,
     EvaluationOptions,
@@ -24,12 +23,11 @@ from modeling_dclip.evaluation.benchmarks.kinds import (
     expand_benchmark,
     load_benchmark,
 )
+from modeling_dclip.evaluation.line import ALPHA, find_line
 from modeling_dclip.evaluation.records import Measurement, Outcomes, Record, RecordStore
 from modeling_dclip.evaluation.statistics import IntervalDict, compare_to_anchor, differences_to_anchor
 
 logger = logging.get_logger(__name__)
-
-ALPHA = "alpha="  # how the condition of a point on the line between two models begins
 
 
 class Candidate(NamedTuple):
@@ -38,8 +36,8 @@ class Candidate(NamedTuple):
     Attributes:
         name (`str`): As [`~modeling_dclip.encoders.loading.load_dual_encoder`] takes it.
         label (`str`, *optional*): What tables show in place of the name.
-        alpha (`float`, *optional*): Evaluate this point on the line from the anchor (0) to the model (1), in place of
-            the model.
+        alpha (`float`, *optional*): Evaluate this point on the line from the anchor (0) to what the model's training
+            reached (1; [`~modeling_dclip.evaluation.line.find_line`]), in place of the model.
         seed (`int`, *optional*): The seed it was trained with; by default the evaluation's own seed is recorded.
     """
 
@@ -79,6 +77,7 @@ class _Subject:
     seed: int
     settings: dict[str, float | str]  # what fixes a point on the line
     trained: TrainedImages | None  # the images that it learned from, where its folder says
+    line: str | None  # what a point's alpha is a share of
 
 
 class _Reference(NamedTuple):
@@ -185,13 +184,17 @@ def _load_subject(
 ) -> _Subject:
     model, processor, revision = load_dual_encoder(candidate.name, trust_remote_code=trust_remote_code)
     settings: dict[str, float | str] = {}
+    told = None
     if candidate.alpha is not None and anchor is not None:
         start, _, anchor_revision = load_dual_encoder(anchor, trust_remote_code=trust_remote_code)
-        model.load_state_dict(interpolate_models(start, model, candidate.alpha))
+        line = find_line(anchor, candidate.name, start, model)
+        model.load_state_dict(line.weights(start, model, candidate.alpha))
         settings = {"alpha": candidate.alpha, "anchor_revision": anchor_revision}
+        settings |= {"student_alpha": line.student_alpha} if line.student_alpha != 1 else {}
+        told = line.described
     seed = options.seed if candidate.seed is None else candidate.seed
     trained = read_trained_images(candidate.name)
-    return _Subject(candidate, options.encoder(model, processor), revision, seed, settings, trained)
+    return _Subject(candidate, options.encoder(model, processor), revision, seed, settings, trained, told)
 
 
 def _measure_or_keep(
@@ -238,6 +241,8 @@ def _take_notes(record: Record, benchmark: Benchmark, subject: _Subject) -> None
         logger.warning("%s: %s", benchmark.name, overlap)
         notes.append(f"{benchmark.name}, {subject.candidate.label or subject.candidate.name}: {overlap}")
         record["n_trained_on"] = trained.count_overlap(benchmark.image_keys())
+    if subject.line is not None:
+        notes.append(subject.line)
     if notes:
         record["notes"] = notes
 

@@ -50,7 +50,17 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
     told = read_trained_images(saved).describe_overlap(["ab" * 32, "cd" * 32])
     assert told.startswith("1 of the 2 test images trained this model or chose its checkpoint (")
     assert yaml.safe_load((saved / "arguments.yaml").read_text()) == {"student": {"wise_ft_alpha": 0.25}}
-    assert f"Saved to {saved}, in {dtype}: 0.25 of" in (printed := capsys.readouterr().out) and "too good" in printed
+    printed = capsys.readouterr().out
+    assert f"Saved to {saved}, in {dtype}: alpha 0.25. Alpha counts from" in printed and "too good" in printed
+    assert f"the fine-tuned weights (1); {trained} is alpha 1." in printed
     assert load_dual_encoder(saved)[0].config.model_type == "dclip"
+    back = tmp_path / "back"  # from a point of training itself to what it had trained
+    words = ["--model", str(tmp_path / "0.25"), "--anchor", str(tiny_clip_dir), "--save_alpha", "1"]
+    assert script.main([*words, "--save_to", str(back)]) == 0
+    assert f"{tmp_path / '0.25'} is alpha 0.25." in capsys.readouterr().out
+    whole, tolerance = load_file(trained / "model.safetensors"), 2**-22 if dtype == "float32" else 2**-9
+    for name, weight in load_file(back / "model.safetensors").items():
+        torch.testing.assert_close(weight, whole[name], rtol=4 * tolerance, atol=tolerance)
+    assert yaml.safe_load((back / "arguments.yaml").read_text()) == {"student": {"wise_ft_alpha": 1}}
     with pytest.raises(SystemExit, match="--save_to: Expected a new or an empty folder"):
         script.main([*arguments, "--save_to", str(saved)])

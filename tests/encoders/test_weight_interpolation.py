@@ -31,6 +31,19 @@ def test_the_middle_of_the_line_is_the_mean():
     assert torch.equal(mixed["positions"], torch.arange(4))
 
 
+def test_a_student_that_is_a_point_itself_keeps_its_place():
+    anchor, trained = make_states(torch.float64)
+    student = interpolate_weights(anchor, trained, 0.25)
+    assert torch.equal(interpolate_weights(anchor, student, 0.25, 0.25)["weight"], student["weight"])
+    for alpha in (0.0, 0.1, 0.75, 1.0):
+        found = interpolate_weights(anchor, student, alpha, student_alpha=0.25)["weight"]
+        expected = interpolate_weights(anchor, trained, alpha)["weight"]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-14)
+    for place in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"student_alpha in \(0, 1\], got {place}"):
+            interpolate_weights(anchor, student, 0.5, place)
+
+
 @pytest.mark.parametrize(
     ("change", "alpha", "message"),
     [

@@ -38,6 +38,9 @@ def test_alphas_become_a_curve_between_anchor_and_model(tmp_path):
         ("α 0.75", 0.25),
         ("", 0.3),
     ]
+    beyond = records("m", 0.4, 0.7, "alpha=1", settings={"student_alpha": 0.6})  # the student is an average itself
+    _, curves = tradeoff_points([*found, *beyond], anchor="a")
+    assert [step["y"] for step in curves["m"]] == [0.2, 0.22, 0.3, 0.25, 0.4]
     plot_curve(found, tmp_path / "c.png", anchor="a")
     assert Image.open(tmp_path / "c.png").size[0] > 300
 

@@ -11,6 +11,7 @@ from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation import evaluator, records
 from modeling_dclip.evaluation.benchmarks.kinds import Benchmark
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.line import Line
 from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, write_results
 from modeling_dclip.evaluation.reports.tables import render_table
 
@@ -171,6 +172,18 @@ def test_points_on_the_line_are_measured_and_say_which(world, tmp_path):
     assert evaluate(candidates, BENCHMARKS, tmp_path / "r.json", anchor="anchor").kept == 6 and world == []
     with pytest.raises(ValueError, match="anchor to interpolate from"):
         evaluate(candidates, BENCHMARKS, tmp_path / "r.json")
+
+
+def test_points_count_to_what_training_reached(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluator, "find_line", lambda *ends: Line(0.5, "alpha counts to 1", None, True))
+    candidates = [Candidate("student", alpha=0.75)]
+    done = evaluate(candidates, ["retrieval=a"], tmp_path / "r.json", anchor="anchor")
+    assert world[-1] == ("retrieval=a", 0.8)  # half of the way is 0.4
+    assert done.records[-1]["settings"].items() >= {"alpha": 0.75, "student_alpha": 0.5}.items()
+    assert done.records[-1]["notes"] == ["alpha counts to 1"] and "notes" not in done.records[0]
+    monkeypatch.setattr(evaluator, "find_line", lambda *ends: Line(1, "alpha counts to 1", None, True))
+    assert evaluate(candidates, ["retrieval=a"], tmp_path / "r.json", anchor="anchor").kept == 1  # the anchor's
+    assert world[-1] == ("retrieval=a", 0.5)
 
 
 def test_a_file_that_is_no_results_file_is_not_touched(world, tmp_path):

@@ -22,7 +22,7 @@ from modeling_dclip.data.files import (
     write_text,
 )
 from modeling_dclip.evaluation.arms import tradeoff_points
-from modeling_dclip.evaluation.evaluator import ALPHA
+from modeling_dclip.evaluation.line import place_of_student, place_on_line
 from modeling_dclip.evaluation.records import Record, arm_of, read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
@@ -232,22 +232,24 @@ def pair_tradeoff(
     anchors = {row["comparison"].get("anchor_revision") for row in rows if "comparison" in row}
     points: list[TradeoffPoint] = []
     starts: list[TradeoffPoint] = []
-    curves: dict[str, list[TradeoffPoint]] = {}
+    on_line: dict[str, list[tuple[float, Row, TradeoffPoint]]] = {}
     for row in sorted(paired, key=lambda row: row["revision"] not in anchors or "condition" in row):
         point = _pair(row, [accuracy[weights_of(row)][name] for name in chosen])
-        if (condition := row.get("condition", "")).startswith(ALPHA):
-            step: TradeoffPoint = {**point, "label": f"α {condition.removeprefix(ALPHA)}"}
-            curves.setdefault(row["series"], []).append(step)
+        if (alpha := place_on_line(row)) is not None:
+            step: TradeoffPoint = {**point, "label": f"α {alpha:g}"}
+            on_line.setdefault(row["series"], []).append((alpha, row, step))
         else:
             points.append(point)
             starts += [point] if row["revision"] in anchors else []
     if not points or len(paired) < 2:
         return [], {}, []
-    for series, steps in curves.items():
-        steps.sort(key=lambda step: float(step["label"].removeprefix("α ")))
-        ends = [point for point in points if point["series"] == series]
-        steps[:0] = [_without_label(point) for point in starts[:1]]
-        steps += [_without_label(point) for point in ends[:1]]
+    curves = {}
+    for series, steps in on_line.items():
+        student = place_of_student(row for _, row, _ in steps)
+        ends = [(student, point) for point in points if point["series"] == series][:1]
+        ends += [(0.0, point) for point in starts[:1]]
+        placed = [(alpha, step) for alpha, _, step in steps] + [(alpha, _without_label(end)) for alpha, end in ends]
+        curves[series] = [step for _, step in sorted(placed, key=lambda one: one[0])]
     return points, curves, chosen
 
 

@@ -343,6 +343,9 @@ def test_tradeoff_pairs_the_same_weights_and_draws_the_line_between_them():
     points, curves, benchmarks = pair_tradeoff(rows("retrieval=x", *between), rows("zero_shot=y", *between))
     assert [point["label"] for point in points] == ["a", "s"] and benchmarks == ["zero_shot=y"]
     assert [step["label"] for step in curves["s"]] == ["", "α 0.3", "α 0.7", ""]  # from the anchor to the model
+    averaged = [(name, {**fields, "settings": {"student_alpha": 0.5}}) for name, fields in between]
+    _, curves, _ = pair_tradeoff(rows("retrieval=x", *averaged), rows("zero_shot=y", *averaged))
+    assert [step["label"] for step in curves["s"]] == ["", "α 0.3", "", "α 0.7"]  # the model lies half-way
     assert pair_tradeoff(rows("retrieval=x"), []) == ([], {}, [])
     both = [*rows("zero_shot=y"), *rows("zero_shot=z")]
     points, _, benchmarks = pair_tradeoff(rows("retrieval=x"), both)
