@@ -32,6 +32,19 @@ RECORD_NAME = "stage.json"
 NOTES_NAME = "stage_notes.json"  # beside the record and in each checkpoint
 
 
+class StageError(ValueError):
+    """A stage that cannot be gone on from.
+
+    Args:
+        reason (`str`): What is wrong, one sentence.
+        advice (`str`): What to do, one sentence; somebody who has given `--overwrite true` has done it.
+    """
+
+    def __init__(self, reason: str, advice: str):
+        self.reason, self.advice = reason, advice
+        super().__init__(f"{reason} {advice}")
+
+
 def read_record(folder: Path) -> dict[str, Any] | None:
     """The record of a stage.
 
@@ -42,7 +55,7 @@ def read_record(folder: Path) -> dict[str, Any] | None:
         `dict` or `None`: With `finished` (`bool`) and `inputs` (`dict`); `None` if there is none.
 
     Raises:
-        ValueError: If it is damaged; the message says what to delete.
+        StageError: If it is damaged; the message says what to delete.
     """
     path = folder / RECORD_NAME
     if not path.is_file():
@@ -53,9 +66,9 @@ def read_record(folder: Path) -> dict[str, Any] | None:
             raise ValueError(f"The record '{path}': expected true or false under 'finished'.")
         require_field(record, "inputs", "The record", path, dict)
     except ValueError as error:
-        raise ValueError(
-            f"The record of the stage in '{folder}' is damaged: {one_line(error)} Delete the folder, or pass "
-            "--overwrite true, to make the stage again."
+        raise StageError(
+            f"The record of the stage in '{folder}' is damaged: {one_line(error)}",
+            "Delete the folder, or pass --overwrite true, to make the stage again.",
         ) from error
     return record
 
@@ -94,10 +107,13 @@ def read_notes(folder: Path) -> dict[str, Any]:
     """The notes in a stage's folder or in a checkpoint; empty if there are none, as in those of earlier versions.
 
     Raises:
-        ValueError: If they are damaged.
+        StageError: If they are damaged.
     """
     path = folder / NOTES_NAME
-    return read_json(path, "notes", (), advice=f"Delete '{folder}'.") if path.is_file() else {}
+    try:
+        return read_json(path, "notes", (), advice="") if path.is_file() else {}
+    except ValueError as error:
+        raise StageError(one_line(error), f"Delete '{folder}'.") from error
 
 
 def numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -182,10 +198,11 @@ def check_processes(folder: Path, world_size: int) -> None:
         if began_with is None:
             continue
         if began_with != world_size:
-            raise ValueError(
+            raise StageError(
                 f"'{folder}' was begun with {began_with} process{'es' if began_with > 1 else ''} ({checkpoint.name}), "
-                f"got {world_size}: the batches would be others. Go on with `accelerate launch --num_processes "
-                f"{began_with}`, or pass --overwrite true to make the stage again."
+                f"got {world_size}: the batches would be others.",
+                f"Go on with `accelerate launch --num_processes {began_with}`, or pass --overwrite true to make the "
+                "stage again.",
             )
         return
 

@@ -51,6 +51,7 @@ from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArgument
 from modeling_dclip.distillation.checkpoints import (
     NOTES_NAME,
     RECORD_NAME,
+    StageError,
     check_processes,
     read_notes,
     read_record,
@@ -137,14 +138,13 @@ class StageRecord:
         self.finished, problem = False, None
         try:
             self._check()
-        except ValueError as error:
+        except StageError as error:
             problem = error
         state.wait_for_everyone()  # every process reads before the first one writes
         if problem is not None:
             if not overwrite:
                 raise problem
-            reason, _, _ = str(problem).partition(". Name another")  # the advice is taken already
-            logger.warning("%s: made again, as --overwrite asks. %s.", folder.name, reason.rstrip("."))
+            logger.warning("%s: made again, as --overwrite asks. %s", folder.name, problem.reason)
             if state.is_main_process:
                 _delete_stage(folder)
             state.wait_for_everyone()
@@ -157,9 +157,9 @@ class StageRecord:
             return
         if stored["inputs"] != self.inputs:
             changes = "; ".join(_differences(stored["inputs"], self.inputs))
-            raise ValueError(
-                f"'{self.folder}' was made from other inputs ({changes}). Name another --output_dir, or pass "
-                "--overwrite true to delete the folder and make it again."
+            raise StageError(
+                f"'{self.folder}' was made from other inputs ({changes}).",
+                "Name another --output_dir, or pass --overwrite true to delete the folder and make it again.",
             )
         if stored["finished"]:
             _check_outputs(self.folder)
@@ -225,10 +225,10 @@ def _check_outputs(folder: Path) -> None:
     sizes = read_notes(folder).get("outputs")
     problems = _compare_outputs(folder, sizes) if isinstance(sizes, dict) else _check_old_outputs(folder)
     if problems:
-        raise ValueError(
-            f"The stage in '{folder}' is finished, but {problems[0]}"
-            + (f", and {len(problems) - 1} more files" if len(problems) > 1 else "")
-            + ". Put it back, or delete the folder or pass --overwrite true to make the stage again."
+        more = f", and {len(problems) - 1} more files" if len(problems) > 1 else ""
+        raise StageError(
+            f"The stage in '{folder}' is finished, but {problems[0]}{more}.",
+            "Put it back, or delete the folder or pass --overwrite true to make the stage again.",
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 
 import pytest
@@ -51,6 +52,23 @@ def kill_after(monkeypatch, steps):
         monkeypatch.setattr(os, name, dies)
 
 
+def assert_made_again(folder, inputs, caplog):
+    """With --overwrite true: what was wrong is told, and no advice to do what was done already."""
+    caplog.clear()
+    assert not StageRecord(folder, inputs, overwrite=True).finished
+    (told,) = caplog.messages
+    assert told.startswith("student: made again, as --overwrite asks. ") and told.endswith(".")
+    assert not re.search("--overwrite true|Delete|Put it back|--output_dir|Go on with", told)
+
+
+def test_a_stage_of_other_inputs_is_made_again_without_the_advice_that_was_taken(tmp_path, caplog):
+    make_stage(tmp_path / "student")
+    assert_made_again(tmp_path / "student", NEW, caplog)
+    make_stage(other := tmp_path / "notes" / "student")
+    (other / "stage_notes.json").write_text("[")
+    assert_made_again(other, OLD, caplog)
+
+
 def test_a_deletion_that_was_stopped_at_any_step_is_ended_and_nothing_old_is_gone_on_from(tmp_path, monkeypatch):
     make_stage(tmp_path / "whole")
     whole, stops = files(tmp_path / "whole"), 0
@@ -96,7 +114,7 @@ def test_a_deletion_that_was_stopped_is_no_old_stage_either(tmp_path, monkeypatc
         (lambda folder: shutil.rmtree(folder / "train"), "train/data-00000-of-00001.arrow is missing"),
     ],
 )
-def test_a_finished_stage_whose_files_are_gone_is_named_or_made_again(damage, message, tmp_path):
+def test_a_finished_stage_whose_files_are_gone_is_named_or_made_again(damage, message, tmp_path, caplog):
     folder = tmp_path / "student"
     make_stage(folder)
     assert StageRecord(folder, OLD).finished and finished_inputs(folder) == OLD
@@ -104,7 +122,7 @@ def test_a_finished_stage_whose_files_are_gone_is_named_or_made_again(damage, me
     for read in (lambda: StageRecord(folder, OLD), lambda: finished_inputs(folder)):
         with pytest.raises(ValueError, match=f"is finished, but {message}.*Put it back, or delete the folder"):
             read()
-    assert not StageRecord(folder, OLD, overwrite=True).finished
+    assert_made_again(folder, OLD, caplog)
     assert files(folder) == {"stage.json", "stage_notes.json"}
 
 
@@ -134,17 +152,17 @@ def test_the_weights_of_a_stage_that_finished_before_its_files_were_noted_are_ch
     ["", "[]", "null", "{", '{"finished": true}', '{"inputs": {}}', '{"finished": 1, "inputs": {}}', "[" * 100_000]
     + ['{"finished": true, "inputs": []}', '{"finished": "true", "inputs": {}}', "\0"],
 )
-def test_a_damaged_record_is_named_with_what_to_do(text, tmp_path):
+def test_a_damaged_record_is_named_with_what_to_do(text, tmp_path, caplog):
     folder = tmp_path / "student"
     make_stage(folder)
     (folder / "stage.json").write_text(text)
     for read in (lambda: StageRecord(folder, OLD), lambda: finished_inputs(folder)):
         with pytest.raises(ValueError, match="The record of the stage in .* is damaged: .* Delete the folder"):
             read()
-    assert not StageRecord(folder, OLD, overwrite=True).finished
+    assert_made_again(folder, OLD, caplog)
 
 
-def test_an_unfinished_stage_of_another_number_of_processes_is_refused_or_made_again(tmp_path):
+def test_an_unfinished_stage_of_another_number_of_processes_is_refused_or_made_again(tmp_path, caplog):
     folder = tmp_path / "student"
     make_stage(folder, finished=False)
     (folder / "stage_notes.json").unlink()
@@ -153,7 +171,7 @@ def test_an_unfinished_stage_of_another_number_of_processes_is_refused_or_made_a
         (folder / "checkpoint-3" / f"rng_state_{index}.pth").write_text("")
     with pytest.raises(ValueError, match="begun with 2 processes"):
         StageRecord(folder, OLD)
-    assert not StageRecord(folder, OLD, overwrite=True).finished
+    assert_made_again(folder, OLD, caplog)
     assert not list(folder.glob("checkpoint-*"))
 
 

@@ -146,10 +146,15 @@ def describe_dry_run(arguments: PublishArguments, done: "list[StagedRepo] | list
 def _describe_changes(staged: "list[StagedRepo]") -> str:
     if all(repo.changed is None for repo in staged):
         return "Written for the first time. The same command again replaces the folders and says what changed."
-    changes = [f"  {repo.folder.name}: {_list_some(repo.changed)}" for repo in staged if repo.changed]
-    if not changes:
-        return "Nothing changed since the last dry run."
-    return "\n".join(["Changed since the last dry run:", *changes])
+    told = {
+        "Changed since the last dry run:": [(repo, repo.changed) for repo in staged if repo.changed],
+        "Left out, which the last dry run wrote:": [(repo, repo.left_out) for repo in staged if repo.left_out],
+    }
+    lines = []
+    for title, changes in told.items():
+        lines += [title] if changes else []
+        lines += [f"  {repo.folder.name}: {_list_some(names)}" for repo, names in changes]
+    return "\n".join(lines) or "Nothing changed since the last dry run."
 
 
 def _list_some(names: tuple[str, ...], most: int = 4) -> str:

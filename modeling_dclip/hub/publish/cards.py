@@ -15,13 +15,15 @@ from typing import Any, NamedTuple, TypedDict
 import jinja2
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_dclip.data.captions.parts import HELD_OUT
 from modeling_dclip.evaluation.records import Record
 from modeling_dclip.evaluation.reports.document import code_markdown, escape_markdown, show_text
 from modeling_dclip.evaluation.reports.metric_names import metric_of
 from modeling_dclip.hub.publish.evaluation import EvaluationFacts
 from modeling_dclip.hub.publish.licences import LICENCES, Origin
 from modeling_dclip.hub.publish.pictures import Example
-from modeling_dclip.hub.publish.training import TrainingFacts
+from modeling_dclip.hub.publish.training import TrainingFacts, describe_source
+from modeling_dclip.progress import count_of
 
 
 class ModelFacts(TypedDict):
@@ -218,7 +220,7 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
         }
         fields["co2_eq_emissions"] = {name: value for name, value in emissions.items() if value is not None}
     if kind != "teacher":  # its leakage is no result of a task
-        fields["eval_results"] = make_eval_results(facts["evaluation"]["records"])
+        fields["eval_results"] = make_eval_results(facts["evaluation"]["records"], facts["evaluation"]["held_out"])
         fields["model_name"] = facts["repos"][kind].split("/")[1]
     return ModelCardData(**fields)
 
@@ -237,12 +239,13 @@ def list_datasets(facts: CardFacts) -> list[str]:
     return list(dict.fromkeys([*(one.hub_id for one in facts["datasets"] if one.hub_id), *read]))
 
 
-def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
+def make_eval_results(records: Sequence[Record], held_out: Sequence[str] = ()) -> list[EvalResult]:
     """Turn results records into entries of a `model-index`, with the measured values.
 
     Args:
         records (`Sequence[Record]`): Records of one model. Benchmarks whose kind is not a task of the Hub
             (efficiency, ...) are left out.
+        held_out (`Sequence[str]`, *optional*): The benchmarks whose images the model's own run held out.
 
     Returns:
         `list[EvalResult]`: One for each metric of each record.
@@ -255,7 +258,7 @@ def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
         shared: dict[str, Any] = {
             "task_type": TASKS[kind],
             "dataset_type": spec.partition(":")[0],
-            "dataset_name": spec,
+            "dataset_name": _name_data(record, held_out),
             "dataset_split": record["split"],
             "dataset_revision": record["dataset_fingerprint"],
         }
@@ -263,6 +266,15 @@ def make_eval_results(records: Sequence[Record]) -> list[EvalResult]:
             title = metric_of(metric).title
             results.append(EvalResult(**shared, metric_type=metric, metric_name=title, metric_value=value))
     return results
+
+
+def _name_data(record: Record, held_out: Sequence[str]) -> str:
+    """What a benchmark's data are called in the metadata: words, without folders."""
+    spec = record["benchmark"].partition("=")[2]
+    if not spec.startswith(f"{HELD_OUT}:"):
+        return describe_source(spec).words
+    whose = "the training data" if record["benchmark"] in held_out else "a run's data"
+    return f"held-out part of {whose} ({count_of(record['n'], 'image')})"
 
 
 def check_card(card: str, folder: Path, where: str) -> None:

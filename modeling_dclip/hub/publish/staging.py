@@ -51,7 +51,8 @@ class StagedRepo:
         repo_id (`str`): Its id on the Hub.
         folder (`Path`): Where it was written.
         changed (`tuple[str, ...]`, *optional*): The files that an earlier run into the same place did not write, or
-            wrote otherwise, or wrote and this one does not; `None` if there was no earlier run.
+            wrote otherwise; `None` if there was no earlier run.
+        left_out (`tuple[str, ...]`, *optional*): The files that it wrote and this one does not.
         passed_over (`tuple[str, ...]`, *optional*): The results that its card leaves out for newer ones.
     """
 
@@ -59,6 +60,7 @@ class StagedRepo:
     repo_id: str
     folder: Path
     changed: tuple[str, ...] | None = None
+    left_out: tuple[str, ...] = ()
     passed_over: tuple[str, ...] = ()
 
 
@@ -101,7 +103,7 @@ def stage(facts: Facts, root: Path) -> list[StagedRepo]:
             root.rename(temporary.with_name("earlier"))  # it goes with the temporary folder
     if earlier is None:
         return staged
-    return [replace(repo, changed=tuple(_differences(earlier, hashes, repo.folder.name))) for repo in staged]
+    return [_compare(repo, earlier, hashes) for repo in staged]
 
 
 def check_staging(root: Path, repo_id: str) -> dict[str, str] | None:
@@ -143,9 +145,14 @@ def hash_files(root: Path) -> dict[str, str]:
     return {name: hash_file(root / name) for name in list_files(root) if name != RECORD}
 
 
-def _differences(earlier: dict[str, str], hashes: dict[str, str], repo: str) -> list[str]:
-    names = sorted(name for name in earlier.keys() | hashes.keys() if earlier.get(name) != hashes.get(name))
-    return [name.partition("/")[2] for name in names if name.partition("/")[0] == repo]
+def _compare(repo: StagedRepo, earlier: dict[str, str], hashes: dict[str, str]) -> StagedRepo:
+    """A repository with what differs from the hashes of an earlier run."""
+    before, now = (
+        {name.partition("/")[2]: digest for name, digest in one.items() if name.partition("/")[0] == repo.folder.name}
+        for one in (earlier, hashes)
+    )
+    changed = tuple(sorted(name for name in now if before.get(name) != now[name]))
+    return replace(repo, changed=changed, left_out=tuple(sorted(before.keys() - now.keys())))
 
 
 def _write_dual(facts: Facts, folder: Path, _: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypedDict
 
+from modeling_dclip.data.failures import redact
 from modeling_dclip.data.files import MANIFEST_NAME, read_json
 from modeling_dclip.progress import count_of
 
@@ -19,9 +20,9 @@ _OPTIMISER = (
 )  # fmt: skip
 SETTINGS = {
     "student": (
-        "cosine_distillation_loss_weight", "contrastive_loss_weight", "cosine_preservation_loss_weight",
-        "similarity_distillation_loss_weight", "temperature", "image_to_text_weight", "wise_ft_alpha", "freeze",
-        "position_embedding_type", *_OPTIMISER,
+        "cosine_distillation_loss_weight", "contrastive_loss_weight", "contrastive_loss",
+        "cosine_preservation_loss_weight", "similarity_distillation_loss_weight", "temperature",
+        "image_to_text_weight", "wise_ft_alpha", "freeze", "position_embedding_type", *_OPTIMISER,
     ),
     "dmclip": ("preset", "image_size", "contrastive_loss_weight", "distillation_loss_weight", "freeze_text",
                *_OPTIMISER),
@@ -31,6 +32,8 @@ SETTINGS = {
         "loss_temperature", *_OPTIMISER,
     ),
 }  # fmt: skip
+# Shown where training recorded them: earlier runs did not have them.
+LATER_SETTINGS = ("contrastive_loss",)
 # Shown if adapters were trained.
 ADAPTER_SETTINGS = ("lora_rank", "lora_alpha", "lora_dropout", "use_dora", "lora_text")
 # Weights of the loss terms, and what each term does. The first group needs a teacher.
@@ -61,6 +64,11 @@ SOURCES = {
 }
 # A file or folder whose name does not say which data it holds: a pattern, or a part of a dataset.
 _UNTOLD = re.compile(r".*[*?\[].*|(?:train|val|valid|validation|test|dev|data)(?:[^a-z].*)?|[\W\d]*", re.IGNORECASE)
+# In a spec: an address, or an absolute path of at least two names.
+_ADDRESS_OR_PATH = re.compile(
+    r"(?P<address>\b[a-z][a-z0-9+.-]*://[^/\s:,=]+(?::\d+)?(?:/[^\s:,=@?]*)?(?:\?[^\s,:@]*)?)"
+    r"|(?<![\w.])(?P<path>/(?:[^/:,=@]+/)+[^/:,=@]*)"
+)
 # Fewer training images are a limit of the model; usual retrieval sets have thousands (Flickr8k 6,000).
 FEW_TRAINING_IMAGES = 1_000
 # What decides which checkpoint is kept, by the name that the trainer gives it.
@@ -153,7 +161,7 @@ def describe_training(
         optimiser=_describe_optimiser(values),
         length=_describe_length(state, values),
         checkpoint=_describe_checkpoint(state, values),
-        settings=[(name, show_value(values[name])) for name in names if name != unused],
+        settings=[(name, show_value(values[name])) for name in names if name != unused and name in values],
     )
 
 
@@ -168,7 +176,8 @@ def _find_section(
             f"Expected student, dmclip or anchor in arguments.yaml of '{folder}', got {sorted(arguments)}."
         )
     values = arguments.get(section) or {}
-    missing = [f"{section}.{name}" for name in SETTINGS[section] if name not in values]
+    needed = (name for name in SETTINGS[section] if name not in LATER_SETTINGS)
+    missing = [f"{section}.{name}" for name in needed if name not in values]
     missing += [name for name in ("train_datasets", "exclude_karpathy", "seed") if name not in arguments]
     if missing:
         raise ValueError(f"Expected {missing[0]} in arguments.yaml of '{folder}', got {sorted(arguments)}.")
@@ -178,15 +187,18 @@ def _find_section(
 def show_spec(spec: str) -> str:
     """Write a spec without the folders of this machine: an absolute path is cut to its last name.
 
-    A name that does not say which data it holds keeps the folder before it, unless that is somebody's home.
+    A name that does not say which data it holds keeps the folder before it, unless that is somebody's home. An address
+    stays whole, without its secrets.
 
     Example:
         >>> show_spec("coco:/home/me/coco/captions.json:images@500")
         'coco:captions.json:images@500'
         >>> show_spec("zero_shot=parquet:/data/cifar10/test.parquet")
         'zero_shot=parquet:cifar10/test.parquet'
+        >>> show_spec("wds:https://me:abc@host:8080/sets/birds:/home/me/birds@500")
+        'wds:https://***@host:8080/sets/birds:birds@500'
     """
-    return re.sub(r"(?<![\w.])/(?:[^/:,=@]+/)+[^/:,=@]*", lambda found: _short_path(found[0]), spec)
+    return _ADDRESS_OR_PATH.sub(lambda found: found["address"] or _short_path(found["path"]), redact(spec))
 
 
 def _short_path(path: str) -> str:
@@ -329,13 +341,26 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     return read_json(path, "trainer's state", keys=("global_step", "epoch", "log_history"), advice="Restore it.")
 
 
+def show_epochs(epochs: float) -> str:
+    """Write a number of epochs with at most one decimal.
+
+    Example:
+        >>> [show_epochs(number) for number in (3.3333, 1.0, 0.98, 0.01)]
+        ['3.3 epochs', '1 epoch', '1 epoch', 'less than 0.1 epochs']
+    """
+    if epochs < 0.05:
+        return "less than 0.1 epochs"
+    number = f"{epochs:.1f}".removesuffix(".0")
+    return f"{number} epoch{'' if number == '1' else 's'}"
+
+
 def _describe_length(state: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
     if state is None or not state["global_step"]:
         return None
     size = values["per_device_train_batch_size"] * values["gradient_accumulation_steps"]
     parts = [f"{count_of(state['global_step'], 'step')} of {count_of(size, 'pair')} per device"]
     if state["epoch"]:
-        parts.insert(0, f"{state['epoch']:.4g} epoch{'' if state['epoch'] == 1 else 's'}")
+        parts.insert(0, show_epochs(state["epoch"]))
     runtimes = [entry["train_runtime"] for entry in state["log_history"] if "train_runtime" in entry]
     return ", ".join([*parts, *([show_duration(runtimes[-1])] if runtimes else [])])
 

@@ -25,6 +25,7 @@ from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS
 from modeling_dclip.hub.publish.cards import (
     REPO_SUFFIXES,
     check_card,
+    make_eval_results,
     make_metadata,
     render_card,
     template_name,
@@ -108,7 +109,7 @@ def test_the_model_index_and_the_table_hold_the_records_numbers(made):
         for metric in result["metrics"]
     }
     expected = {
-        (show_spec(record["benchmark"]).partition("=")[2], metric): value
+        (describe_source(show_spec(record["benchmark"]).partition("=")[2]).words, metric): value
         for record in own
         for metric, value in record["metrics"].items()
     }
@@ -121,6 +122,40 @@ def test_the_model_index_and_the_table_hold_the_records_numbers(made):
     for start, ours, change in (("12.5", "25.0", "+12.5"), ("25.0", "50.0", "+25.0")):  # before, and this model
         assert re.search(rf"R@1 +\| +{start} \| +{ours} \| +\{change} \|", table)
     assert "| before training |" in card and "| difference, in points |" in render_card("dual", gather(made, "dmclip"))
+
+
+def test_the_metadata_name_data_in_words_and_without_a_folder(made):
+    (record,) = [one for one in gather(made)["evaluation"]["records"] if one["benchmark"] == RETRIEVAL]
+    held_out = "retrieval=held_out:outputs/mine"
+    told = {
+        held_out: "held-out part of the training data (8 images)",
+        "retrieval=held_out:outputs/other": "held-out part of a run's data (8 images)",
+        "retrieval=csv:my/table.csv:my/photos": "the publisher's own captions in table.csv",
+        RETRIEVAL: "scenes drawn by modeling_dclip",
+    }
+    results = [make_eval_results([{**record, "benchmark": one}], [held_out])[0] for one in told]
+    assert [one.dataset_name for one in results] == list(told.values())
+
+
+def test_a_setting_that_earlier_runs_did_not_have_is_shown_where_training_recorded_it(made, tmp_path):
+    assert "| `contrastive_loss` | auto |" in render_card("dual", gather(made, teacher=False))
+    earlier = tmp_path / "earlier"
+    shutil.copytree(made["dclip"], earlier)
+    arguments = read_arguments(earlier)
+    del arguments["student"]["contrastive_loss"]
+    (earlier / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    assert "`contrastive_loss`" not in render_card("dual", gather({**made, "dclip": earlier}, teacher=False))
+
+
+def test_an_address_stays_whole_and_tells_neither_secrets_nor_folders():
+    for spec, shown in (
+        ("wds:https://host.org/sets/wds_flickr8k", "wds:https://host.org/sets/wds_flickr8k"),
+        ("retrieval=wds:https://host.org:80/a/b/:test", "retrieval=wds:https://host.org:80/a/b/:test"),
+        ("wds:hf://datasets/me/birds@500,cache_dir=/home/me/cache", "wds:hf://datasets/me/birds@500,cache_dir=cache"),
+        ("wds:https://me:abc@host/a/b?token=abc", "wds:https://***@host/a/b?token=***"),
+        ("csv:file:///home/me/secret/t.csv:/home/me/photos", "csv:file://t.csv:photos"),
+    ):
+        assert show_spec(spec) == shown
 
 
 def test_leakage_is_said_with_numbers_where_they_were_measured(made, tmp_path):

@@ -428,7 +428,9 @@ def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(tra
     assert f"\n  python -m modeling_dclip.hub.publish --model {model} --repo_id me/tiny --license mit --st" in said
     main([*words, "--license", "apache-2.0", "--examples", "none"])
     said = capsys.readouterr().out
-    assert "  tiny: README.md, examples/blue-star.png, examples/green-heart.png, examples/red-circle.png\n" in said
+    assert "Changed since the last dry run:\n  tiny-vision: README.md\n  tiny: README.md\n" in said
+    pictures = "examples/blue-star.png, examples/green-heart.png, examples/red-circle.png"
+    assert f"Left out, which the last dry run wrote:\n  tiny: {pictures}\n" in said
     card = tmp_path / "s" / "tiny" / "README.md"
     assert "apache-2.0" in card.read_text() and "## Examples" not in card.read_text()
     card.write_text("edited")
