@@ -170,7 +170,8 @@ def report_arms(runs: Sequence[ArmRun], folder: Path) -> None:
     for run, model in find_models(runs, "student", "dmclip"):
         arms.setdefault(run.arm, {})[run.seed] = model
     anchor = find_clip(first, Places.of(first))
-    summary = evaluate_arms(arms, anchor, names, results, baseline=first.run.baseline, **evaluation_options())
+    compared = {"baseline": first.run.baseline, "alphas": first.run.alphas}
+    summary = evaluate_arms(arms, anchor, names, results, **compared, **evaluation_options())
     both = {"retrieval", "zero_shot"} <= {name.partition("=")[0] for name in names}
     print("\n" + (render_summary(summary) if both else render_table(read_results(results / "records.json"))))
     teachers = [(run.arm, teacher) for run, teacher in find_models(runs, "teacher")]

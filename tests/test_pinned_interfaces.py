@@ -49,6 +49,7 @@ COMMANDS = {
         "--seed",
         "--seeds",
         "--arms",
+        "--alphas",
         "--baseline",
         "--overwrite",
         "--evaluate",
@@ -683,6 +684,7 @@ def test_fields_of_recipes():
     for section, kind in SECTIONS.items():
         found |= {f"{section}.{name}": default for name, default in own_fields(kind).items()}
     assert dict(sorted(found.items())) == {
+        "alphas": "list []",
         "anchor.dataloader_drop_last": "bool True",
         "anchor.ddp_find_unused_parameters": "bool False",
         "anchor.image_cache_mib": "int 2048",

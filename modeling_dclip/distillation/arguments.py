@@ -188,6 +188,12 @@ class RunArguments:
     baseline: str | None = _help("The arm that the others are compared with, paired by seed.")
     overwrite: bool = _help("Repeat stages whose inputs have changed, instead of stopping with an error.", False)
     evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, each NAME=SPEC.", [])
+    alphas: list[float] = _help(
+        "In a recipe of arms or seeds: evaluate these points too, on the line of weights from the anchor (0) to each "
+        "student (1).",
+        [],
+        range=PART,
+    )
     push_to_hub: str | None = _help(
         "namespace/name on the Hub: publish the trained model there at the end, as modeling_dclip.hub.publish does. "
         "Needs evaluate and push_license."
@@ -229,6 +235,11 @@ class RunArguments:
                 f"train_fraction {self.train_fraction:g} and test_fraction {self.test_fraction:g} are more than all "
                 f"images. Set train_fraction to at most {float(1 - Fraction(str(self.test_fraction))):g}, less if "
                 "some are to be validated on."
+            )
+        if self.alphas and not (self.evaluate and (len(self.seeds) > 1 or len(self.variants) > 1)):
+            raise ValueError(
+                "alphas: expected evaluate and several arms or seeds beside it, whose students are measured together. "
+                "For one student run eval.py --alphas."
             )
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds: expected different seeds, which have a folder each, got {self.seeds}.")

@@ -84,6 +84,9 @@ class Encoder:
             it.
         device (`torch.device` or `str`, *optional*): Where to compute. By default the model stays where it is.
         num_workers (`int`, *optional*, defaults to 0): Processes that decode and resize images, at least 0.
+        kept_texts (`dict[tuple[str, str], torch.Tensor]`, *optional*): Where embedded texts are kept, by text encoder
+            and token ids, those of one text encoder at a time. Encoders that share it embed the captions of a test set
+            once if their text towers are equal, as those of students and their anchor are.
 
     Raises:
         ValueError: If `batch_size` or `num_workers` is too small.
@@ -94,6 +97,7 @@ class Encoder:
     batch_size: int = 64
     device: torch.device | str | None = None
     num_workers: int = 0
+    kept_texts: dict[tuple[str, str], torch.Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.num_workers < 0:

@@ -7,6 +7,7 @@ from any results records: retrieval against zero-shot accuracy over models, chec
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
@@ -14,7 +15,7 @@ from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.line import ALPHA, place_of_student, place_on_line
-from modeling_dclip.evaluation.records import Metrics, Record, run_label
+from modeling_dclip.evaluation.records import Metrics, Record, arm_of, run_label
 from modeling_dclip.evaluation.reports.plots import TradeoffPoint, plot_tradeoff
 from modeling_dclip.evaluation.reports.tables import name_of, shorten_paths
 from modeling_dclip.evaluation.statistics import GAIN_METRIC, RETENTION_METRIC, Summary, summarise_arms
@@ -87,6 +88,7 @@ def evaluate_arms(
     output_dir: str | Path,
     *,
     baseline: str | None = None,
+    alphas: Sequence[float] = (),
     command: str = "",
     device: str | torch.device = "cpu",
 ) -> Summary:
@@ -100,6 +102,9 @@ def evaluate_arms(
         output_dir (`str` or `Path`): Where `records.json` (a killed run resumes from it), `summary.json` and, with
             retrieval and zero-shot, `tradeoff.png` are written.
         baseline (`str`, *optional*): The arm that the others are compared with, paired by seed.
+        alphas (`Sequence[float]`, *optional*): Points to evaluate on each run's line of weights from the anchor (0) to
+            the model (1). They are in the records and in the picture, as each arm's mean over its seeds; the summary
+            is of the models alone.
         command (`str`, *optional*): What the user ran, for the records.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
 
@@ -121,7 +126,9 @@ def evaluate_arms(
         for arm, by_seed in arms.items()
         for seed, model in by_seed.items()
     ]
-    records = _measure([candidate for *_, candidate in runs], benchmarks, output_dir, command, device)
+    candidates = [candidate for *_, candidate in runs]
+    points = [candidate._replace(alpha=alpha) for candidate in candidates[1:] for alpha in sorted(alphas)]
+    records = _measure([*candidates, *points], benchmarks, output_dir, command, device)
     metrics: dict[str, dict[int, Metrics]] = {}
     for index, (arm, seed, _) in enumerate(runs):
         own = records[index * len(benchmarks) : (index + 1) * len(benchmarks)]
@@ -134,7 +141,9 @@ def evaluate_arms(
     summary |= {"benchmarks": names, "anchor_model": str(anchor)}
     write_json(output_dir / "summary.json", summary)
     if {"retrieval", "zero_shot"} <= set(kinds):
-        plot_tradeoff(tradeoff_points(summary), output_dir / "tradeoff.png", x_label="zero-shot top-1 (%)")
+        curves = mean_curves(records, tradeoff_points(summary))
+        path, x_label = output_dir / "tradeoff.png", "zero-shot top-1 (%)"
+        plot_tradeoff(tradeoff_points(summary), path, curves=curves, x_label=x_label)
     return summary
 
 
@@ -163,6 +172,32 @@ def tradeoff_points(summary: Summary) -> list[TradeoffPoint]:
             }
         )
     return points
+
+
+def mean_curves(records: Sequence[Record], points: Sequence[TradeoffPoint]) -> dict[str, list[TradeoffPoint]]:
+    """Each arm's line from the anchor, the mean over its seeds at each alpha: the curves of
+    [`~modeling_dclip.evaluation.reports.plots.plot_tradeoff`].
+
+    Args:
+        records (`Sequence[Record]`): Of the runs of arms, points on their lines among them.
+        points (`Sequence[TradeoffPoint]`): [`tradeoff_points`] of the same arms, the anchor first: the lines' ends.
+    """
+    ends = {point["label"]: point for point in points}
+    values: dict[str, dict[float, dict[str, list[float]]]] = {}
+    for record in records:
+        arm, condition = arm_of(record), record.get("condition") or ""
+        if arm in ends and condition.startswith(ALPHA):
+            at = values.setdefault(arm, {}).setdefault(float(condition.removeprefix(ALPHA)), {})
+            for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
+                at.setdefault(axis, []).extend([record["metrics"][metric]] if metric in record["metrics"] else [])
+    curves: dict[str, list[TradeoffPoint]] = {}
+    for arm, line in values.items():
+        steps: list[TradeoffPoint] = [
+            {"label": f"α {alpha:g}", "x": fmean(at["x"]), "y": fmean(at["y"]), "covers": "nothing"}
+            for alpha, at in sorted(line.items())
+        ]
+        curves[arm] = [{**points[0], "label": ""}, *steps, {**ends[arm], "label": ""}]
+    return curves
 
 
 def _by_place(records: Sequence[Record], metric: str) -> dict[tuple[str, str | None], Record]:

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from modeling_dclip.data.images import PixelReader, open_image
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.families import count_tokens, counting_cuts, longest_text, projected, tokenize_texts
+from modeling_dclip.encoders.fingerprints import fingerprint_text_encoder, fingerprint_tokens
 from modeling_dclip.encoders.loading import require_dual_encoder
 from modeling_dclip.processing_dclip import as_rgb, cut_long
 
@@ -120,6 +121,20 @@ def embed_texts(encoder: Encoder, texts: Sequence[str], *, batch_size: int | Non
     empty = [row for row, text in enumerate(texts) if not text.strip()]
     if empty or not len(texts):
         raise ValueError(f"Expected one or more non-empty texts, got {len(texts)}, of which empty: rows {empty[:10]}.")
+    kept = encoder.kept_texts
+    if kept is None:
+        return _embed_texts(encoder, texts, batch_size)
+    key = fingerprint_text_encoder(model), fingerprint_tokens(encoder.processor, texts)
+    if key not in kept:
+        embeds = _embed_texts(encoder, texts, batch_size)
+        for other in [other for other in kept if other[0] != key[0]]:
+            del kept[other]
+        kept[key] = embeds
+    return kept[key].clone()
+
+
+def _embed_texts(encoder: Encoder, texts: Sequence[str], batch_size: int | None) -> torch.Tensor:
+    model = encoder.model
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     batch_size = batch_size or TEXTS_PER_IMAGE * encoder.batch_size
     embeds: list[torch.Tensor] = []

@@ -97,6 +97,10 @@ def test_an_arms_numbers_and_seeds_are_checked_before_any_work(tmp_path):
     assert refused([], path) == "seeds: expected an integer from 0 to 4294967295, got '5000000000'."
     path.write_text("seeds: [1, 1]\n")
     assert "seeds: expected different seeds" in refused([], path)
+    path.write_text("alphas: [0.5]\nevaluate: ['retrieval=scenes:test']\n")
+    assert refused([], path).startswith("alphas: expected evaluate and several arms or seeds beside it")
+    path.write_text("seeds: [0, 1]\nalphas: [1.5]\nevaluate: ['retrieval=scenes:test']\n")
+    assert refused([], path) == "alphas: expected a number from 0 to 1, got '1.5'."
 
 
 @pytest.mark.parametrize("value", [True, math.nan, "1", [1.0], None])

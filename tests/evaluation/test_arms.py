@@ -7,8 +7,8 @@ from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
-from modeling_dclip.evaluation.arms import evaluate_arms
-from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.arms import evaluate_arms, mean_curves, tradeoff_points
+from modeling_dclip.evaluation.records import arm_of, read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
 
 BENCHMARKS = ["retrieval=scenes:test,n=12,image_size=40,captions_per_image=2", "zero_shot=scenes,n=256,image_size=40"]
@@ -42,6 +42,21 @@ def test_an_arm_that_is_the_anchor_gains_nothing_and_keeps_everything(students, 
     records = read_results(tmp_path / "records.json")
     assert len(records) == 5 * 2  # anchor and four runs, two benchmarks
     assert Image.open(tmp_path / "tradeoff.png").size[0] > 300
+
+
+def test_every_point_of_a_line_is_measured_and_drawn(students, tiny_clip_dir, tmp_path):
+    summary = evaluate_arms(students, str(tiny_clip_dir), BENCHMARKS, tmp_path, alphas=[0.75, 0.5])
+    assert [row["arm"] for row in summary["arms"]] == ["anchor", "same", "moved"]
+    records = read_results(tmp_path / "records.json")
+    told = [(arm_of(record), record["seed"], record.get("condition")) for record in records[10:]]
+    runs = [("same", 0), ("same", 1), ("moved", 0), ("moved", 1)]
+    assert told == [(*run, alpha) for run in runs for alpha in ("alpha=0.5", "alpha=0.75") for _ in BENCHMARKS]
+    curves = mean_curves(records, tradeoff_points(summary))
+    assert [step["label"] for step in curves["moved"]] == ["", "α 0.5", "α 0.75", ""]
+    at_half = [record["metrics"] for record in records if record.get("condition") == "alpha=0.5"]
+    top1 = [metrics["top1"] for metrics in at_half if "top1" in metrics]
+    assert curves["moved"][1]["x"] == sum(top1[2:]) / 2
+    assert {step["x"] for step in curves["same"]} == {curves["same"][0]["x"]}  # the anchor's weights all along
 
 
 def test_two_benchmarks_of_one_kind_cannot_be_summarised(tmp_path):

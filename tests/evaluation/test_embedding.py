@@ -1,5 +1,9 @@
 """Embeddings are those of the plain transformers calls, whatever the batching; bad rows are named."""
 
+import copy
+from collections import Counter
+from functools import partial
+
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -33,6 +37,28 @@ def test_embeddings_are_unit_float32_in_the_order_of_the_dataset(tiny_clip, tiny
         assert torch.allclose(embeds.norm(dim=1), torch.ones(len(embeds)), atol=1e-6)
     alone = embed_texts(Encoder(*tiny_clip), [tiny_scenes["captions"][3][1]])
     assert torch.allclose(alone[0], embeddings.text_embeds[7], atol=1e-6)
+
+
+def test_models_of_one_text_tower_embed_a_text_once(tiny_clip, monkeypatch):
+    model, processor = tiny_clip
+    student, other = copy.deepcopy(model), copy.deepcopy(model)
+    with torch.no_grad():
+        student.visual_projection.weight.mul_(2)
+        other.text_projection.weight.mul_(-1)
+    calls = Counter()
+    for name, one in (("anchor", model), ("student", student), ("other", other)):
+        counted = partial(
+            lambda name, call, **tokens: calls.update([name]) or call(**tokens), name, one.get_text_features
+        )
+        monkeypatch.setattr(one, "get_text_features", counted)
+    kept = {}
+    anchor, taught, apart = (Encoder(one, processor, kept_texts=kept) for one in (model, student, other))
+    embeds = embed_texts(anchor, ["red", "a blue square"])
+    assert torch.equal(embed_texts(taught, ["red", "a blue square"]), embeds)
+    assert torch.equal(embed_texts(taught, ["a blue square", "red"]), embeds.flip(0))
+    assert calls == {"anchor": 1, "student": 1} and len(kept) == 2
+    assert torch.allclose(embed_texts(apart, ["red", "a blue square"]), -embeds)
+    assert calls["other"] == 1 and len(kept) == 1  # those of another tower make room
 
 
 def test_the_mode_of_the_model_is_restored(tiny_clip, tiny_scenes):

@@ -44,6 +44,7 @@ class EvaluationOptions:
         batch_size, device, num_workers: As in [`~modeling_dclip.encoders.Encoder`]. No metric depends on them.
         class_names, templates (`Sequence[str]`, *optional*): For `zero_shot`, in place of the data's own.
         classifiers ([`ClassifierCache`], *optional*): For `zero_shot`; by default one in memory.
+        kept_texts (`dict`, *optional*): As in [`~modeling_dclip.encoders.Encoder`]; by default a new one.
         index (`str`, *optional*): For `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
         hessian (`Mapping[str, str]`, *optional*): For `hessian`: fields of [`HessianOptions`] as texts, such as
             `{"tower": "all"}`.
@@ -58,13 +59,14 @@ class EvaluationOptions:
     class_names: Sequence[str] | None = None
     templates: Sequence[str] | None = None
     classifiers: ClassifierCache = field(default_factory=ClassifierCache)
+    kept_texts: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     index: str | None = None
     hessian: Mapping[str, str] = field(default_factory=dict)
     measured_in: Environment = field(default_factory=lambda: environment())
 
     def encoder(self, model: DualEncoder, processor: Any) -> Encoder:
         """Put a model and its processor together with how to run them."""
-        return Encoder(model, processor, self.batch_size, self.device, self.num_workers)
+        return Encoder(model, processor, self.batch_size, self.device, self.num_workers, self.kept_texts)
 
 
 class Benchmark(NamedTuple):
