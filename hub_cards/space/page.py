@@ -250,6 +250,8 @@ def describe_page(answers: SpaceAnswers) -> str:
     ]
     if answers.teacher_name:
         lines[0] += f" Its teacher: **{escape_markdown(short_name(answers.teacher_name))}**."
+    if answers.warning:
+        lines.append(f"⚠️ **{escape_markdown(answers.warning)}**")
     if answers.skipped:
         names = ", ".join(answers.skipped[:EXAMPLES]) + (", …" if len(answers.skipped) > EXAMPLES else "")
         left_out = f"{count_of(len(answers.skipped), 'picture')} left out that cannot be read"

@@ -36,6 +36,7 @@ from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.answers import count_nearest, describe_left_out, short_name, split_name
 from modeling_dclip.hub.index.embeddings import embed_readable
+from modeling_dclip.hub.publish.evaluation import warn_of_chance
 from modeling_dclip.hub.publish.licences import read_arguments
 from modeling_dclip.hub.publish.training import SOURCES, describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
@@ -283,6 +284,7 @@ class SpaceAnswers:
         if index is not None:
             self.gallery = SearchIndex.load(index, model=model, images=gallery, trust_remote_code=trust_remote_code)
             self.name, (self.model, self.processor) = self.gallery.model, self.gallery.encoder()
+            revision = self.gallery.manifest["revision"]
             self.place, self.skipped = self.gallery.images, list[str]()
             self.captions = load_some_captions(self.place) or load_learned_captions(
                 self.name, set(self.gallery.rows["image_id"].to_pylist())
@@ -291,10 +293,11 @@ class SpaceAnswers:
             raise ValueError("Expected a model or an index, got neither.")
         else:
             self.name, self.place = model, gallery or GALLERY
-            self.model, self.processor, _ = load_dual_encoder(model, trust_remote_code=trust_remote_code)
+            self.model, self.processor, revision = load_dual_encoder(model, trust_remote_code=trust_remote_code)
             self.gallery = Gallery(self.place, self.model, self.processor)
             self.captions, self.skipped = self.gallery.captions, self.gallery.skipped
         self.origin, self.teacher_name = describe_origin(self.name), teacher
+        self.warning = warn_of_chance(self.name, revision, ("retrieval", "zero_shot"))
         self.knows_shapes = self.place.startswith("scenes:") or DRAWN_DATA in self.origin
         self.teacher = load_teacher(teacher) if teacher else None
         self.detector_name, self.detector = detector, build_detector(detector)

@@ -21,7 +21,9 @@ from PIL import Image
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
+from modeling_dclip.evaluation.records import make_record, write_results
 from modeling_dclip.hub import space
 from modeling_dclip.hub.index.build import build_index
 from modeling_dclip.hub.space import (
@@ -143,6 +145,21 @@ def test_damaged_pictures_are_left_out_and_named(tiny_clip_dir, app, photos):
         answers.find_like(found.hits[0])
     with pytest.raises(ValueError, match="Expected pictures that can be read in .*, got 5 of which none can"):
         SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
+
+
+def test_a_model_that_is_known_to_guess_says_so_at_the_top(app, tiny_clip_dir, tmp_path):
+    model = Path(shutil.copytree(tiny_clip_dir, tmp_path / "run" / "student"))
+    fields = {"n": 100, "seed": 0, "split": "test", "dataset_fingerprint": "sha256:00", "command": "eval.py"}
+    fields |= {
+        "model": "m",
+        "revision": load_dual_encoder(model)[2],
+        "metrics": {"top1": 0.1},
+        "chance": {"top1": 0.1},
+    }
+    write_results(tmp_path / "run" / "results.json", [make_record(benchmark="zero_shot=scenes:test", **fields)])
+    told = app.describe_page(SpaceAnswers(str(model), gallery=GALLERY))
+    assert "⚠️ **At chance: in zero-shot classification on scenes:test this model does no better than a guess." in told
+    assert "At chance" not in app.describe_page(SpaceAnswers(str(tiny_clip_dir), gallery=GALLERY))
 
 
 def test_an_index_is_opened_in_place_of_embedding(tiny_clip_dir, photos, tmp_path, monkeypatch):

@@ -347,6 +347,12 @@ class SearchIndex:
             self._encoder = (model, processor)
         return self._encoder
 
+    def warning(self) -> str:
+        """What is known to be wrong with the answers: one line where the model only guesses, else an empty text."""
+        from modeling_dclip.hub.publish.evaluation import warn_of_chance
+
+        return warn_of_chance(self.model, self.manifest.get("revision", ""))
+
     def search(self, query: str | Path | Image.Image, top_k: int = 10, *, keep_same: bool = False) -> list[Hit]:
         """Find the images nearest to a text or to a picture.
 

@@ -220,6 +220,10 @@ def _search(argv: Sequence[str]) -> str:
         index.set_effort(arguments.effort)
     hits = index.search(asked.query, arguments.top_k, keep_same=arguments.keep_same)
     lines = [describe_hits(index, describe_query(query, asked.query), hits, arguments.json)]
+    if warning := index.warning():
+        if arguments.json:  # other programs read the answers alone
+            logging.get_logger(__name__).warning(warning)
+        lines.append(warning)
     same = [] if arguments.keep_same else [hit.name for hit in index.copies_of(asked.query)]
     if same:
         names = _names(same[:SHOWN], len(same))

@@ -238,6 +238,7 @@ def write_page(
         images=short_place(index.images),
         left_out=describe_left_out(", ".join(left_out), len(left_out)) if left_out else "",
         model=short_name(index.model),
+        warning=index.warning(),
         nothing_found=NOTHING_FOUND,
     )
     write_text(path, page)

@@ -1,5 +1,7 @@
 """What a card says of a model's results: which records are of these weights, and each benchmark as a small table."""
 
+import logging
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,6 +14,7 @@ from modeling_dclip.data.captions.parts import (
     read_overlap,
     read_trained_images,
 )
+from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import list_folder, read_bytes, show_script
 from modeling_dclip.evaluation.benchmarks.kinds import NO_DATA
 from modeling_dclip.evaluation.records import Record, read_results
@@ -22,6 +25,8 @@ from modeling_dclip.evaluation.reports.verdict import DIRECTION_WORDS, Verdict, 
 from modeling_dclip.evaluation.statistics import FEWEST_IMAGES, RETENTION_METRIC, IntervalDict
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
 from modeling_dclip.progress import count_of
+
+logger = logging.getLogger(__name__)
 
 # What a card shows of a record, by the record's field. Reading a results file does not check these.
 SHOWN_FIELDS = {"hardware": ("gpus", "cpu", "torch_threads"), "versions": ("torch", "transformers")}
@@ -75,12 +80,26 @@ class AtChance(NamedTuple):
     task: str
 
 
+class Standing(NamedTuple):
+    """What is known of a task that a guess can be compared with.
+
+    Attributes:
+        measured (`bool`): Whether a benchmark asked it.
+        above_chance (`bool`): Whether the model does better than a guess in it, on one benchmark at least.
+        at_chance (`bool`): Whether all that was measured does no better than a guess.
+    """
+
+    measured: bool
+    above_chance: bool
+    at_chance: bool
+
+
 class EvaluationFacts(TypedDict):
     """Results of a model: `verdicts`, `benchmarks`, their `records`, what to know of them, how they were measured.
 
     `trained_on` says by benchmark how many images were trained on; an empty text where only the dataset is known.
     `passed_over` names the results that a newer one replaces. `few_tested`, `forgotten` and `at_chance` are limits of
-    the model. `fails_retrieval` and `fails_zero_shot` say whether all benchmarks of the kind are at chance throughout.
+    the model. `retrieval` and `zero_shot` say what the model may be offered for.
     """
 
     benchmarks: list[BenchmarkFacts]
@@ -98,8 +117,33 @@ class EvaluationFacts(TypedDict):
     few_tested: list[FewTested]
     forgotten: list[Forgotten]
     at_chance: list[AtChance]
-    fails_retrieval: bool
-    fails_zero_shot: bool
+    retrieval: Standing
+    zero_shot: Standing
+
+
+def find_results(model: str) -> list[str]:
+    """Find the results of a run: its folder `results`, which train.py writes, and its file `results.json`, where the
+    documentation lets eval.py write. They lie beside the model's folder, or up to two folders above it.
+
+    Args:
+        model (`str`): The model's folder, such as `outputs/mine/student`.
+
+    Returns:
+        `list[str]`: The folder, the file, or both.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    folder = Path(model).absolute()
+    for above in list(folder.parents)[:3]:
+        found = [above / name for name in ("results", "results.json")]
+        if above != Path.cwd() and (found := [path for path in found if path.exists()]):
+            return [os.path.relpath(path) for path in found]
+    raise FileNotFoundError(
+        f"results: expected results of '{model}', got none, and neither 'results' nor 'results.json' beside it. "
+        f"Evaluate it: `python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, "
+        "then give --results FILE."
+    )
 
 
 def read_all_results(paths: Sequence[str]) -> list[Record]:
@@ -357,8 +401,8 @@ def describe_evaluation(
         few_tested=[_describe_few(record) for record in own if record["n"] < FEW_TEST_IMAGES],
         forgotten=find_forgotten(own) if start else [],
         at_chance=find_at_chance(own),
-        fails_retrieval=_fails(own, "retrieval"),
-        fails_zero_shot=_fails(own, "zero_shot"),
+        retrieval=_find_standing(own, "retrieval"),
+        zero_shot=_find_standing(own, "zero_shot"),
     )
 
 
@@ -400,17 +444,49 @@ def find_at_chance(records: Sequence[Record]) -> list[AtChance]:
 
 
 def _compare_with_chance(record: Record) -> dict[str, bool]:
-    """Which of a record's metrics in [`GUESSED`] are at chance."""
+    """Which of a record's metrics in [`GUESSED`] are at chance; none where too few images or no chance can tell."""
     asked = GUESSED.get(record["benchmark"].partition("=")[0], ())
-    values = {metric: record["metrics"][metric] for metric in asked if metric in record["metrics"]}
-    return {name: is_at_chance(value, chance_of(record, name), record["n"]) for name, value in values.items()}
+    chances = {name: chance_of(record, name) for name in asked if name in record["metrics"]}
+    return {
+        name: is_at_chance(record["metrics"][name], chance, record["n"])
+        for name, chance in chances.items()
+        if chance is not None and record["n"] >= FEWEST_IMAGES
+    }
 
 
-def _fails(records: Sequence[Record], kind: str) -> bool:
-    """Whether a kind of benchmark was measured, and every metric of it is at chance."""
-    of_kind = (record for record in records if record["benchmark"].partition("=")[0] == kind)
-    measured = [at_chance for record in of_kind for at_chance in _compare_with_chance(record).values()]
-    return bool(measured) and all(measured)
+def _find_standing(records: Sequence[Record], kind: str) -> Standing:
+    of_kind = [record for record in records if record["benchmark"].partition("=")[0] == kind]
+    guesses = [at_chance for record in of_kind for at_chance in _compare_with_chance(record).values()]
+    return Standing(bool(of_kind), not all(guesses), bool(guesses) and all(guesses))
+
+
+def warn_of_chance(model: str, revision: str, kinds: Sequence[str] = ("retrieval",)) -> str:
+    """Say that a model is known to guess, by the results of the run that its folder lies in.
+
+    Args:
+        model (`str`): Its folder; of anything else nothing is known here.
+        revision (`str`): The revision of its weights: results of others are not of it.
+        kinds (`Sequence[str]`, *optional*): What it is used for: `retrieval`, `zero_shot`.
+
+    Returns:
+        `str`: One line; empty if nothing of the kind was measured, or it does better than a guess throughout. If the
+            results cannot be read, that is logged.
+    """
+    if not Path(model).is_dir():
+        return ""
+    try:
+        records = read_all_results(find_results(model))
+    except FileNotFoundError:
+        return ""
+    except FAILURES as error:
+        logger.warning("What was measured of '%s' is not known: %s", model, one_line(error))
+        return ""
+    own = _newest(one for one in records if one["revision"] == revision and "condition" not in one)
+    asked = [one for one in without_paths(own) if one["benchmark"].partition("=")[0] in kinds]
+    if not (found := find_at_chance(asked)):
+        return ""
+    places = "; ".join(f"in {one.task} on {one.spec.partition('=')[2]}" for one in found)
+    return f"At chance: {places} this model does no better than a guess. What it answers there means nothing."
 
 
 def _percent(share: float) -> str:

@@ -4,7 +4,6 @@ They come from the command line, from the models' folders, from what training wr
 files. A fact that is missing is an error, and all errors are told at once.
 """
 
-import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -19,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from modeling_dclip.data.failures import FAILURES, one_line
-from modeling_dclip.data.files import read_json, show_script
+from modeling_dclip.data.files import read_json
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
@@ -48,6 +47,7 @@ from modeling_dclip.hub.publish.evaluation import (
     EvaluationFacts,
     describe_evaluation,
     find_passed_over,
+    find_results,
     find_seen,
     read_all_results,
     select_records,
@@ -276,31 +276,6 @@ def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:
     if family == "dmclip":
         return None
     return origins[0].name if origins else "the model before training"
-
-
-def find_results(model: str) -> list[str]:
-    """Find the results of a run: its folder `results`, which train.py writes, and its file `results.json`, where the
-    documentation lets eval.py write. They lie beside the model's folder, or up to two folders above it.
-
-    Args:
-        model (`str`): The model's folder, such as `outputs/mine/student`.
-
-    Returns:
-        `list[str]`: The folder, the file, or both.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    folder = Path(model).absolute()
-    for above in list(folder.parents)[:3]:
-        found = [above / name for name in ("results", "results.json")]
-        if above != Path.cwd() and (found := [path for path in found if path.exists()]):
-            return [os.path.relpath(path) for path in found]
-    raise FileNotFoundError(
-        f"results: expected results of '{model}', got none, and neither 'results' nor 'results.json' beside it. "
-        f"Evaluate it: `python {show_script('eval.py')} --model {model} --benchmark retrieval=SPEC --output FILE`, "
-        "then give --results FILE."
-    )
 
 
 def name_dataset(name: str) -> NamedDataset:

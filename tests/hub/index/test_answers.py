@@ -9,6 +9,7 @@ from urllib.parse import unquote
 import pytest
 from PIL import Image
 
+from modeling_dclip.evaluation.records import make_record, write_results
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.__main__ import main
 from modeling_dclip.hub.index.answers import (
@@ -52,6 +53,37 @@ def test_the_page_shows_query_pictures_names_and_scores(index, pictures, tmp_pat
     links = re.findall('href="(.*?)"', page)
     assert [(tmp_path / unquote(link)).resolve() for link in links] == [Path(hit.path).resolve() for hit in hits]
     assert "http" not in page.replace("http-equiv", "") and "<script" not in page
+
+
+def test_a_model_that_is_known_to_guess_says_so_on_the_page_and_in_the_lines(index, pictures, tmp_path, capsys):
+    run = tmp_path / "run"
+    model = Path(shutil.copytree(index.model, run / "student"))
+    built = build_index(str(model), str(pictures), tmp_path / "index")
+    words = ["search", "a dog", "--index", str(tmp_path / "index"), "--page", str(tmp_path / "page.html")]
+    share = {"retrieval=scenes:test": ("text_to_image_recall@1", 0.01), "zero_shot=scenes:test": ("top1", 0.1)}
+    told = "At chance: in retrieval from text to image on scenes:test this model does no better than a guess."
+
+    def measure(share, revision=built.manifest["revision"]):
+        fields = {"n": 100, "seed": 0, "split": "test", "dataset_fingerprint": "sha256:00", "command": "eval.py"}
+        fields |= {"model": "m", "revision": revision, "chance": {"top1": 0.1}}
+        records = [
+            make_record(benchmark=name, metrics={metric: value}, **fields) for name, (metric, value) in share.items()
+        ]
+        write_results(run / "results" / "records.json", records)
+        main(words)
+        return capsys.readouterr().out, (tmp_path / "page.html").read_text()
+
+    said, page = measure(share)
+    assert said.count("At chance") == page.count("At chance") == 1 and told in said and f"<strong>{told}" in page
+    assert "zero-shot" not in said
+    main([*words, "--json"])
+    out, err = capsys.readouterr()
+    assert "At chance" not in out
+    for other in (measure({**share, "retrieval=scenes:test": ("text_to_image_recall@1", 0.5)}), measure(share, "x")):
+        assert not any("At chance" in text for text in other)
+    (run / "results" / "records.json").write_text("[{")
+    main(words)
+    assert "At chance" not in capsys.readouterr().out
 
 
 def test_the_page_of_a_picture_shows_it_and_says_what_is_gone(index, pictures, tmp_path):

@@ -250,6 +250,30 @@ def test_what_a_model_can_only_guess_is_a_limit_and_no_intended_use(
     assert uses in intended and ("- Search images" in intended) == (retrieval > 0.1)
     assert ("- Zero-shot image" in intended) == (top1 > 0.1)
     assert ("no better than a guess" in intended) == bool(warned) and f"for {warned or ''}" in intended + "for "
+    use = card.split("## How to use it")[1].split("## Evaluation")[0]
+    assert ("get_text_features" in use, "pipeline(" in use) == (retrieval > 0.1, top1 > 0.1)
+    assert ("There is no example here of" in use) == (retrieval < 0.1 or top1 < 0.2)
+
+
+def test_a_card_offers_what_was_measured_above_chance_and_says_what_was_not(made, tmp_path):
+    own = next(one for one in read_all_results([str(made["results"])]) if one["benchmark"] == RETRIEVAL)
+
+    def parts(**fields):
+        write_results(tmp_path / "records.json", [{**own, **fields}])
+        card = render_card("dual", gather({**made, "results": tmp_path / "records.json"}, teacher=False))
+        return [card.split(f"## {name}")[1].split("\n## ")[0] for name in ("Intended use", "How to use it")]
+
+    intended, use = parts(n=100, metrics=dict.fromkeys(DIRECTION_WORDS, 0.5))
+    assert "- Search images by text" in intended and "- Zero-shot" not in intended
+    assert "Zero-shot classification was not measured: whether the model can do it is not known." in intended
+    assert "get_text_features" in use and "pipeline(" not in use
+    assert "There is no example here of zero-shot classification: [Intended use]" in use
+    intended, use = parts(n=100, metrics=dict.fromkeys(DIRECTION_WORDS, 0.01))
+    assert "- Search" not in intended and "- Zero-shot" not in intended and "Do not use it for search: " in intended
+    assert "AutoModel" in use and "get_text_features" not in use and "pipeline(" not in use
+    assert "There is no example here of search or of zero-shot classification: " in use
+    intended, _ = parts(n=5, metrics=dict.fromkeys(DIRECTION_WORDS, 1.0))  # too few to tell
+    assert "Search was measured, but with too little to tell it from a guess." in intended and "- Sea" not in intended
 
 
 def test_what_is_found_on_two_benchmarks_alike_is_said_once(made, tmp_path):
