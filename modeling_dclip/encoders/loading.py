@@ -124,7 +124,11 @@ class _Reading:
 
 
 def read_config(
-    name: str | os.PathLike, kinds: Collection[str] | None = None, *, trust_remote_code: bool = False
+    name: str | os.PathLike,
+    kinds: Collection[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
+    local_files_only: bool = False,
 ) -> PreTrainedConfig:
     """Read the configuration of a model, before the model is built.
 
@@ -132,6 +136,7 @@ def read_config(
         name (`str` or `os.PathLike`): Folder or Hub id.
         kinds (`Collection[str]`, *optional*): The model types that are expected; any if not given.
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with the model.
+        local_files_only (`bool`, *optional*, defaults to `False`): Do not ask the Hub.
 
     Returns:
         `PreTrainedConfig`: Its numbers are within bounds, and in a folder the weights are as large as it says.
@@ -145,7 +150,7 @@ def read_config(
     _require_files(name)
     with _Reading(f"a model's configuration at '{name}'", "Save config.json again, or name another model."):
         try:
-            stored: Any = PreTrainedConfig.get_config_dict(name)[0]
+            stored: Any = PreTrainedConfig.get_config_dict(name, local_files_only=local_files_only)[0]
         except OSError as error:
             raise _no_model(name, error) from error
         found = stored.get("model_type")
@@ -161,7 +166,9 @@ def read_config(
                 f"Expected a model of type {named} at '{name}', got {found!r}. Name another folder or another model."
             )
         _check_stored(stored, str(found))
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(
+            name, trust_remote_code=trust_remote_code, local_files_only=local_files_only
+        )
         check_sizes(config)
         _require_square(config)
     if Path(name).is_dir():

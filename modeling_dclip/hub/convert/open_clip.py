@@ -33,6 +33,7 @@ from transformers import (
 )
 from transformers.image_utils import PILImageResampling
 
+from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import check_new_folder, entry_names, holding, read_json, replacing, write_text
 from modeling_dclip.encoders.families import WrongModelError, projected, tokenize_texts
 from modeling_dclip.encoders.fingerprints import hash_file
@@ -48,6 +49,7 @@ from modeling_dclip.hub.convert.checkpoints import check_keys, read_checkpoint
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, check_outputs
 from modeling_dclip.hub.export.open_clip import NAMES, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from modeling_dclip.hub.export.readers import Reader, compare_reader, describe_readings
+from modeling_dclip.hub.publish.licences import PUBLISHED_LICENCES
 from modeling_dclip.modeling_dclip import LEGACY_EOS_TOKEN_ID
 
 logger = logging.getLogger(__name__)
@@ -596,17 +598,49 @@ def convert_open_clip(spec: str, output: str | Path) -> Converted:
 
 
 def _read_licence(source: _Source) -> tuple[str, str]:
-    """The front of the folder's card, with the licence that a card beside the weights states; and a sentence."""
+    """The front of the folder's card with the licence of the weights, and a sentence.
+
+    The licence is what the card beside the weights or on their page of the Hub says; where that cannot be read, what
+    is known of weights of this kind.
+    """
     front = ["library_name: transformers", "pipeline_tag: zero-shot-image-classification"]
-    card = None if source.folder is None else source.folder / "README.md"
-    told = ModelCard.load(card).data if card is not None and card.is_file() else None
-    if told is None or not told.get("license"):
+    hub_id = _find_hub_id(source)
+    told, where = _read_card(source, hub_id), f"the card {'beside the weights' if hub_id is None else f'of {hub_id}'}"
+    if not told.get("license") and hub_id is not None:
+        known = (name for start, name in PUBLISHED_LICENCES.items() if hub_id.startswith(start))
+        told, where = {"license": next(known, None)}, f"weights of {hub_id} are published; their card was not read"
+    if not told.get("license"):
         return "\n".join(front), (
             "Not known here: it is that of the weights, on their page. It applies to this folder and to every model "
             "that is trained from it."
         )
     front += [f"{name}: {told[name]}" for name in ("license", "license_name", "license_link") if told.get(name)]
+    says = " says" if where.startswith("the card") else ""
     return "\n".join(front), (
-        f"{told.get('license_name') or told['license']}, as the card beside the weights says. It applies to this "
-        "folder and to every model that is trained from it."
+        f"{told.get('license_name') or told['license']}, as {where}{says}. It applies to this folder and to every "
+        "model that is trained from it."
     )
+
+
+def _find_hub_id(source: _Source) -> str | None:
+    """The repository of the Hub that the weights come from; `None` of a folder or a file."""
+    import open_clip
+
+    name, _, pretrained = source.spec.partition(":")
+    if source.folder is not None or source.file is not None:
+        return None
+    if name != "hf-hub":
+        pretrained = (open_clip.get_pretrained_cfg(name.replace("/", "-"), pretrained) or {}).get("hf_hub") or ""
+    return "/".join(pretrained.split("/")[:2]) or None
+
+
+def _read_card(source: _Source, hub_id: str | None) -> Any:
+    """What the card of the weights says in its front; empty if there is none, or it cannot be read."""
+    if source.folder is not None:
+        card = source.folder / "README.md"
+        return ModelCard.load(card).data if card.is_file() else {}
+    try:
+        return {} if hub_id is None else ModelCard.load(hub_id).data
+    except FAILURES as error:
+        logger.warning("The card of %s cannot be read: %s", hub_id, one_line(error))
+        return {}

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import read_json
@@ -223,7 +223,8 @@ def gather_card_facts(
     training = origins = read = evaluation = None
     if trained is not None:
         training = find(lambda: describe_training(trained, arguments.model))
-        origins = find(lambda: find_origins(trained, arguments.base_model))
+        compared = find(lambda: model is not None and compare_base_model(arguments, model))
+        origins = find(lambda: find_origins(trained, arguments.base_model, bool(compared)))
     find(lambda: check_licence(arguments.license, arguments.license_name, arguments.license_link, origins or []))
     datasets = find(lambda: [name_dataset(name) for name in arguments.dataset])
     records = find(lambda: read_all_results(arguments.results or find_results(arguments.model)))
@@ -276,6 +277,58 @@ def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:
     if family == "dmclip":
         return None
     return origins[0].name if origins else "the model before training"
+
+
+def compare_base_model(arguments: PublishArguments, model: PreTrainedModel) -> bool:
+    """Compare the sizes of the model that the publisher names as the start with those of what is published.
+
+    A dry run reads what is on this machine, a folder or the Hub's cache, and does not ask the Hub.
+
+    Args:
+        arguments ([`PublishArguments`]): With or without a `base_model`.
+        model (`PreTrainedModel`): What is published.
+
+    Returns:
+        `bool`: Whether they could be compared.
+
+    Raises:
+        ValueError: If the two differ.
+    """
+    if arguments.base_model is None:
+        return False
+    try:
+        base = read_config(arguments.base_model, local_files_only=arguments.dry_run)
+    except (OSError, ValueError):  # not on this machine, or a model that needs code of its own
+        return False
+    known, expected = _read_sizes(base), _read_sizes(model.config)
+    if "vision_config" not in base.sub_configs:  # an image encoder alone
+        known, expected = _read_sizes(base, "image "), _read_sizes(model.config.vision_config, "image ")
+    differing = [name for name in known if name in expected and known[name] != expected[name]]
+    if differing:
+        had, has = (", ".join(f"{name} {sizes[name]}" for name in differing) for sizes in (known, expected))
+        raise ValueError(
+            f"base_model: expected the model that training started from, got {arguments.base_model!r} with {had}; "
+            f"'{arguments.model}' has {has}. Name another, or leave --base_model out."
+        )
+    return bool(known.keys() & expected.keys())
+
+
+def _read_sizes(config: PreTrainedConfig, prefix: str | None = None) -> dict[str, Any]:
+    """Width, layers and patch size of one encoder, or with no prefix the family and the sizes of both."""
+    if prefix is not None:
+        names = {"width": "hidden_size", "layers": "num_hidden_layers", "patch size": "patch_size"}
+        sizes = {f"{prefix}{words}": getattr(config, name, None) for words, name in names.items()}
+        return {words: value for words, value in sizes.items() if value is not None}
+    parts = {
+        f"{word} ": getattr(config, f"{part}_config", None) for word, part in (("image", "vision"), ("text", "text"))
+    }
+    family = {"model type": "clip" if config.model_type == "dclip" else config.model_type}
+    return family | {
+        name: size
+        for word, part in parts.items()
+        if part is not None
+        for name, size in _read_sizes(part, word).items()
+    }
 
 
 def name_dataset(name: str) -> NamedDataset:

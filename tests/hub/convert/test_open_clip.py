@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,37 @@ def small(tiny_clip_dir):
     """The folder of CLIP's tokenizer with few words, and fields of a text encoder that reads with it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_clip_dir)
     return tokenizer, {**CLIP["text_cfg"], "vocab_size": len(tokenizer), "hf_tokenizer_name": "."}
+
+
+@pytest.mark.parametrize(
+    ("spec", "hub_id", "licence"),
+    [
+        ("ViT-B-16-quickgelu:dfn2b", "apple/DFN2B-CLIP-ViT-B-16", "apple-amlr"),
+        ("hf-hub:apple/DFN5B-CLIP-ViT-H-14", "apple/DFN5B-CLIP-ViT-H-14", "apple-amlr"),
+        ("ViT-B-32:laion2b_s34b_b79k", "laion/CLIP-ViT-B-32-laion2B-s34B-b79K", "mit"),
+        ("hf-hub:me/mine", "me/mine", None),
+    ],
+)
+def test_the_licence_is_that_of_the_weights_page_or_what_is_known_of_them(spec, hub_id, licence, monkeypatch):
+    source = conversion._Source(spec, {}, None, None)
+    asked = []
+
+    def load(name):
+        asked.append(name)
+        raise FileNotFoundError("no connection")
+
+    monkeypatch.setattr(conversion.ModelCard, "load", load)
+    front, said = conversion._read_licence(source)
+    assert asked == [hub_id]
+    if licence is None:
+        assert "license" not in front and said.startswith("Not known here")
+    else:
+        assert f"license: {licence}" in front.splitlines()
+        assert said.startswith(f"{licence}, as weights of {hub_id} are published; their card was not read.")
+    card = SimpleNamespace(data={"license": "cc-by-nc-4.0"})
+    monkeypatch.setattr(conversion.ModelCard, "load", lambda name: card)
+    front, said = conversion._read_licence(source)
+    assert "license: cc-by-nc-4.0" in front and said.startswith(f"cc-by-nc-4.0, as the card of {hub_id} says.")
 
 
 @pytest.mark.parametrize("is_own", [True, False], ids=["cropped", "squashed"])

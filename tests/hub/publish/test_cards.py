@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from transformers import AutoModel
 
+from modeling_dclip import DCLIPConfig
 from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_held_out, write_trained_images
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.scenes import load_scenes
@@ -432,6 +433,78 @@ def test_the_licence_follows_what_the_model_starts_from(made, tiny_clip_dir, tmp
         check_licence("apache-2.0", None, None, named)
     facts = gather({**made, "dmclip": last}, "dmclip", license="cc-by-nc-sa-4.0")
     assert "MambaVision's weights are for non-commercial use only" in render_card("dual", facts)
+
+
+def write_card_of(folder, **metadata):
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text(f"---\n{yaml.safe_dump(metadata)}---\n\n# A model\n")
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "allowed", "refused"),
+    [
+        ({"license": "apple-amlr"}, ("apple-amlr", "other"), ("mit", "apache-2.0", "cc-by-nc-4.0")),
+        ({"license": "other", "license_name": "apple-amlr"}, ("apple-amlr",), ("mit",)),
+        ({"license": "cc-by-sa-4.0"}, ("cc-by-sa-4.0",), ("mit", "cc-by-4.0", "other")),
+        ({"license": "cc-by-nc-sa-4.0"}, ("cc-by-nc-sa-4.0",), ("mit", "cc-by-nc-4.0", "cc-by-sa-4.0")),
+        ({"license": "cc-by-nc-4.0"}, ("cc-by-nc-4.0", "cc-by-nc-sa-4.0"), ("mit", "cc-by-4.0")),
+        ({"license": "other", "license_name": "mine"}, ("other",), ("mit",)),
+        ({"license": "gpl-3.0"}, ("gpl-3.0", "agpl-3.0"), ("mit", "lgpl-3.0")),
+        ({"license": "cc-by-nc-nd-4.0"}, (), ("cc-by-nc-nd-4.0", "other")),
+        ({"license": "mit"}, ("mit", "apache-2.0", "cc-by-4.0"), ()),
+        ({}, ("mit",), ()),
+    ],
+)
+def test_a_folders_own_licence_holds_for_models_trained_from_it(tmp_path, metadata, allowed, refused):
+    folder = write_card_of(tmp_path / "start", **metadata)
+    for section in ({"clip_model": folder}, {"dmclip": {"vision_model": folder}}, {"anchor": {"text_model": folder}}):
+        origins = find_origins(section)
+        assert [origin.name for origin in origins] == ["start"]
+        for name in allowed:
+            check_licence(name, "name", "https://x.org", origins)
+        for name in refused:
+            with pytest.raises(ValueError, match="start limits the licence|start allows no model trained from it"):
+                check_licence(name, "name", "https://x.org", origins)
+    # An id that the publisher states does not lift what the folder says.
+    (stated,) = find_origins({"clip_model": folder}, "openai/clip-vit-base-patch16")
+    assert stated.name == "openai/clip-vit-base-patch16" and set(allowed) <= set(stated.allowed)
+    assert not set(refused) & set(stated.allowed)
+
+
+def test_an_image_encoder_of_mambavision_is_no_training_from_scratch(made, tiny_clip_dir, tmp_path):
+    metadata = {"license": "other", "license_name": "mambavision-non-commercial", "license_link": "https://x.org"}
+    converted = write_card_of(tmp_path / "mambavision_t", **metadata)
+    model = make_dmclip(tmp_path / "model", tiny_clip_dir, "--dmclip.vision_model", converted)
+    with pytest.raises(ValueError, match=r"mambavision_t limits .*\(MambaVision's weights .* got 'apache-2.0'"):
+        gather({**made, "dmclip": model}, "dmclip", license="apache-2.0")
+    card = render_card("dual", gather({**made, "dmclip": model}, "dmclip", license="cc-by-nc-sa-4.0"))
+    assert "- Training started from `mambavision_t`, weights in a local folder of this name." in card
+    assert "trained from scratch" not in card
+
+
+def test_a_stated_base_model_of_other_sizes_is_refused_and_one_that_cannot_be_read_is_called_stated(
+    made, tiny_clip_dir, tmp_path
+):
+    local = make_student(tmp_path / "local", tiny_clip_dir, words=("--clip_model", str(tiny_clip_dir)))
+    folders = {**made, "dclip": local}
+    same = gather(folders, teacher=False, base_model=str(tiny_clip_dir), dry_run=True)
+    assert same["origins"][0].stated == "as the publisher states; its sizes are this model's"
+    unknown = render_card(
+        "dual", gather(folders, teacher=False, base_model="openai/clip-vit-base-patch16", dry_run=True)
+    )
+    stated = "as the publisher states; its sizes could not be compared with this model's"
+    assert f"- Training started from `openai/clip-vit-base-patch16` ({stated})." in unknown
+    assert "fine-tuned from `openai/clip-vit-base-patch16` (as the publisher states) for" in unknown
+    unnamed = render_card("dual", gather(folders, teacher=False))
+    assert "weights in a local folder of this name. No id of the Hub was given for them." in unnamed
+    config = DCLIPConfig.from_pretrained(tiny_clip_dir)
+    had = config.vision_config.patch_size, config.text_config.hidden_size
+    config.vision_config.patch_size, config.text_config.hidden_size = 2 * had[0], 2 * had[1]
+    config.save_pretrained(tmp_path / "larger")
+    told = rf"got '.*/larger' with image patch size {2 * had[0]}, text width {2 * had[1]}; '.*/local' has image patch"
+    with pytest.raises(ValueError, match=f"base_model: expected the model that training started from, {told}"):
+        gather(folders, teacher=False, base_model=str(tmp_path / "larger"), dry_run=True)
 
 
 def test_a_hub_id_given_for_a_local_copy_is_the_base_model(made, tiny_clip_dir, tmp_path):
