@@ -38,10 +38,11 @@ from modeling_dclip.data.files import read_json, read_text, write_json, write_te
 from modeling_dclip.evaluation.records import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "benchmarks")]
 from conftest import make_clip_config, make_tokenizer  # noqa: E402  found by the line above
 from fixtures.publications import make_dmclip  # noqa: E402
 from fixtures.tiny_dual_encoders import save_dual_encoder, save_first_siglip, save_fixed_siglip2  # noqa: E402
+from kills import begin_in_fork  # noqa: E402
 
 SCENES = "scenes:train,n=24,image_size=32,captions_per_image=2"
 STEPS = {"max_steps": 1, "use_cpu": True, "per_device_train_batch_size": 4}
@@ -184,6 +185,7 @@ def _fork(words: list[str], log: Path) -> int:
     """Run a command of the repository in a forked process, so that PyTorch is not loaded again."""
     sys.stdout.flush()
     if (child := os.fork()) == 0:
+        begin_in_fork()
         with log.open("w") as file:
             os.dup2(file.fileno(), sys.stdout.fileno())
             os.dup2(file.fileno(), sys.stderr.fileno())

@@ -213,6 +213,16 @@ SUBJECTS = {
 }
 
 
+def begin_in_fork() -> None:
+    """Make PyTorch's threads usable in a forked process, before it has a second thread.
+
+    PyTorch renews its pool when it is first used after a fork, and does not guard that: two threads at once find none
+    ("Invalid thread pool!"). transformers loads weights in threads.
+    """
+    torch.set_num_threads(1)
+    os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
+
+
 class Forked:
     """A function in a forked process, killed after a time or before its k-th operation on a file, or not at all.
 
@@ -236,6 +246,7 @@ class Forked:
         with tempfile.TemporaryFile() as log, tempfile.TemporaryFile() as count:
             child = os.fork()
             if not child:
+                begin_in_fork()
                 os.dup2(log.fileno(), 1)
                 os.dup2(log.fileno(), 2)
                 os._exit(self._run(work, folder, operation, count.fileno()))

@@ -18,6 +18,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import string
 from collections.abc import Collection
 from pathlib import Path
@@ -91,6 +92,8 @@ _UNREADABLE: tuple[type[BaseException], ...] = (
 
 # What a file that `torch.save` did not write, or a cut one, ends in.
 _UNPICKLED = (EOFError, OSError, RuntimeError, pickle.UnpicklingError)
+# A RuntimeError of these words tells of the machine or of PyTorch, whatever was read.
+_NOT_OF_FILE = re.compile(r"INTERNAL ASSERT|allocate memory|out of memory|CUDA error|can't start new thread")
 
 
 class _Reading:
@@ -100,7 +103,7 @@ class _Reading:
         what (`str`): What is read, and where.
         advice (`str`): What to do.
         errors (`tuple`): What a wrong file ends in. An error of the bare type `Exception`, which the tokenizers
-            package raises for whatever it cannot parse, is always told.
+            package raises for whatever it cannot parse, is always told; a RuntimeError about the machine never is.
     """
 
     def __init__(self, what: str, advice: str, errors: tuple[type[BaseException], ...] = _UNREADABLE):
@@ -116,6 +119,7 @@ class _Reading:
             kind is not None
             and not issubclass(kind, WrongModelError)
             and (kind is Exception or issubclass(kind, self.errors))
+            and not (issubclass(kind, RuntimeError) and _NOT_OF_FILE.search(str(error)))
         ):
             reason = " ".join(str(error).split()) or kind.__name__
             if issubclass(kind, pickle.UnpicklingError):  # PyTorch's goes on to advise to run what the file holds

@@ -22,6 +22,7 @@ from modeling_dclip.encoders.loading import (
     read_config,
 )
 from modeling_dclip.hub.export.towers import load_model
+from modeling_dclip.modeling_dclip import DCLIPModel
 
 DOORS = {
     "evaluation": load_dual_encoder,
@@ -153,6 +154,25 @@ def test_the_weights_of_the_first_clips_are_read_without_running_code(model, doo
     with pytest.raises(ValueError, match="Expected all weights of .* missing"):
         door(model)
     assert not written.exists()
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("pool INTERNAL ASSERT FAILED at ParallelOpenMP.cpp:64. Invalid thread pool!", RuntimeError),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.", RuntimeError),
+        ("We encountered some issues during automatic conversion of the weights.", ValueError),
+    ],
+)
+def test_an_error_of_the_machine_is_not_told_as_one_of_the_weights(model, monkeypatch, said, told):
+    def fail(*args, **options):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(DCLIPModel, "from_pretrained", fail)
+    with pytest.raises(told) as caught:
+        load_merged(model)
+    fetched = f"Expected weights at '{model}' that fit its configuration, got: {said[:-1]}. Fetch them again."
+    assert str(caught.value) == (fetched if told is ValueError else said)
 
 
 def test_an_index_that_names_files_that_are_not_there_is_named(model):
