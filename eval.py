@@ -8,6 +8,7 @@
     python eval.py report results/ --output report/
     python eval.py compare a.json b.json
     python eval.py compare a.json --models ANCHOR STUDENT
+    python eval.py equal_retention lines.json --baseline ARM
 
 Each model and benchmark adds one record to the results file. Run again, it keeps the records that are there. What
 fails is reported at the end and does not lose the rest. Numbers are for the PIL image processor, in float32.
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, command, describe_failure, recorded_command
-from modeling_dclip.data.specs import CommandParser
+from modeling_dclip.data.specs import PART, CommandParser
 
 # The rest is imported by the function that needs it: a help or a comparison need not wait for models.
 if TYPE_CHECKING:
@@ -197,8 +198,38 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def compare_at_retention(argv: Sequence[str]) -> int:
+    """Run `eval.py equal_retention`."""
+    parser = CommandParser(
+        prog="eval.py equal_retention",
+        description="Compare arms while each keeps the same share of the anchor's zero-shot accuracy.\n"
+        "First measure all runs with --anchor, --alphas and --label 'ARM, seed N' into one results file.",
+    )
+    parser.add_argument("results", metavar="RESULTS.json", help="results file of eval.py")
+    parser.add_argument("--baseline", metavar="ARM", help="the arm that the others are compared with, paired by seed")
+    retentions_help = "shares of the anchor's accuracy that are kept (default: 0.95 0.98)"
+    parser.add_argument("--retention", nargs="+", range=PART, metavar="SHARE", help=retentions_help)
+    parser.add_argument("--zero_shot", metavar="SPEC", help="whose accuracy is kept, where several were measured")
+    parser.add_argument("--output", metavar="FILE.json", help="also write the tables here, for a page's results block")
+    arguments = parser.parse_args(argv)
+    from modeling_dclip.data.files import write_json
+    from modeling_dclip.evaluation.equal_retention import RETENTIONS, read_at_retention, render_at_retention
+
+    tables = read_at_retention(
+        arguments.results,
+        baseline=arguments.baseline,
+        retentions=arguments.retention or RETENTIONS,
+        zero_shot=arguments.zero_shot,
+    )
+    print(render_at_retention(tables))
+    if arguments.output:
+        write_json(arguments.output, tables)
+        print(f"Written to {arguments.output}")
+    return 0
+
+
 WIDEST = 120  # characters of a table on the terminal
-COMMANDS = {"report": report, "compare": compare}
+COMMANDS = {"report": report, "compare": compare, "equal_retention": compare_at_retention}
 
 
 @command

@@ -572,6 +572,7 @@ def test_tables_and_fields_of_results():
     assert {name: sorted(options) for name, (_, options) in TABLES.items()} == {
         "results": ["best", "metrics"],
         "demo": [],
+        "equal_retention": [],
         "leakage": ["metric"],
         "encoders": ["cells", "over"],
         "families": [],

@@ -189,8 +189,8 @@ class RunArguments:
     overwrite: bool = _help("Repeat stages whose inputs have changed, instead of stopping with an error.", False)
     evaluate: list[str] = _help("Benchmarks to run on anchor and student at the end, each NAME=SPEC.", [])
     alphas: list[float] = _help(
-        "In a recipe of arms or seeds: evaluate these points too, on the line of weights from the anchor (0) to each "
-        "student (1).",
+        "In a recipe of arms or seeds: evaluate these points too, on the line from the anchor (0) to the weights that "
+        "training reached (1), and compare arms at equal retention along them.",
         [],
         range=PART,
     )

@@ -13,6 +13,7 @@ import torch
 
 from modeling_dclip.data.files import write_json
 from modeling_dclip.evaluation.benchmarks.kinds import EvaluationOptions
+from modeling_dclip.evaluation.equal_retention import read_at_retention
 from modeling_dclip.evaluation.evaluator import Candidate, evaluate
 from modeling_dclip.evaluation.line import ALPHA, place_of_student, place_on_line
 from modeling_dclip.evaluation.records import Metrics, Record, arm_of, run_label
@@ -100,11 +101,11 @@ def evaluate_arms(
         benchmarks (`Sequence[str]`): As [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`] takes them; at
             most one of each kind.
         output_dir (`str` or `Path`): Where `records.json` (a killed run resumes from it), `summary.json` and, with
-            retrieval and zero-shot, `tradeoff.png` are written.
+            retrieval and zero-shot, `tradeoff.png` and with `alphas` `equal_retention.json` are written.
         baseline (`str`, *optional*): The arm that the others are compared with, paired by seed.
         alphas (`Sequence[float]`, *optional*): Points to evaluate on each run's line of weights from the anchor (0) to
-            the model (1). They are in the records and in the picture, as each arm's mean over its seeds; the summary
-            is of the models alone.
+            what training reached (1). They are in the records and in the picture, as each arm's mean over its seeds,
+            and arms are compared at equal retention along them; the summary is of the models alone.
         command (`str`, *optional*): What the user ran, for the records.
         device (`str` or `torch.device`, *optional*, defaults to `"cpu"`): Where to compute.
 
@@ -144,6 +145,9 @@ def evaluate_arms(
         curves = mean_curves(records, tradeoff_points(summary))
         path, x_label = output_dir / "tradeoff.png", "zero-shot top-1 (%)"
         plot_tradeoff(tradeoff_points(summary), path, curves=curves, x_label=x_label)
+        if alphas:
+            tables = read_at_retention(output_dir / "records.json", baseline=pairs[0][1] if pairs else None)
+            write_json(output_dir / "equal_retention.json", tables)
     return summary
 
 
@@ -184,19 +188,22 @@ def mean_curves(records: Sequence[Record], points: Sequence[TradeoffPoint]) -> d
     """
     ends = {point["label"]: point for point in points}
     values: dict[str, dict[float, dict[str, list[float]]]] = {}
+    of_line: dict[str, list[Record]] = {}
     for record in records:
-        arm, condition = arm_of(record), record.get("condition") or ""
-        if arm in ends and condition.startswith(ALPHA):
-            at = values.setdefault(arm, {}).setdefault(float(condition.removeprefix(ALPHA)), {})
+        arm, alpha = arm_of(record), place_on_line(record)
+        if arm in ends and alpha is not None:
+            of_line.setdefault(arm, []).append(record)
+            at = values.setdefault(arm, {}).setdefault(alpha, {})
             for axis, metric in (("x", RETENTION_METRIC), ("y", GAIN_METRIC)):
                 at.setdefault(axis, []).extend([record["metrics"][metric]] if metric in record["metrics"] else [])
     curves: dict[str, list[TradeoffPoint]] = {}
     for arm, line in values.items():
-        steps: list[TradeoffPoint] = [
-            {"label": f"α {alpha:g}", "x": fmean(at["x"]), "y": fmean(at["y"]), "covers": "nothing"}
-            for alpha, at in sorted(line.items())
+        steps: list[tuple[float, TradeoffPoint]] = [
+            (alpha, {"label": f"α {alpha:g}", "x": fmean(at["x"]), "y": fmean(at["y"]), "covers": "nothing"})
+            for alpha, at in line.items()
         ]
-        curves[arm] = [{**points[0], "label": ""}, *steps, {**ends[arm], "label": ""}]
+        steps += [(0.0, {**points[0], "label": ""}), (place_of_student(of_line[arm]), {**ends[arm], "label": ""})]
+        curves[arm] = [step for _, step in sorted(steps, key=lambda one: one[0])]
     return curves
 
 

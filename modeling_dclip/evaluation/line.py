@@ -131,7 +131,8 @@ def find_line(anchor_name: str, student_name: str, anchor: DualEncoder, student:
             f"Expected a student with a share of what its training learned, got wise_ft_alpha 0 in "
             f"'{Path(student_name) / ARGUMENTS_NAME}': its weights are those before training."
         )
-    told = f"alpha counts from {anchor_name} (0) to the fine-tuned weights (1); {student_name} is alpha {alpha:g}"
+    told = f"alpha counts from {anchor_name} (0) to the fine-tuned weights (1)"
+    told += f"; {student_name} is alpha {alpha:g}" if alpha != 1 else ""
     return Line(alpha, told, arguments, same_text)
 
 

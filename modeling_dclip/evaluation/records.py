@@ -559,3 +559,14 @@ def arm_of(record: Record) -> str | None:
     """
     label, suffix = record.get("label", ""), run_label("", record["seed"])
     return label.removesuffix(suffix) if label.endswith(suffix) else None
+
+
+def split_run_label(label: str) -> tuple[str, int] | None:
+    """Arm and seed of a [`run_label`]; `None` of any other label.
+
+    Example:
+        >>> split_run_label("leak_free, seed 2"), split_run_label("anchor")
+        (('leak_free', 2), None)
+    """
+    match = re.fullmatch(r"(.+), seed (\d{1,10})", label)
+    return (match[1], int(match[2])) if match else None

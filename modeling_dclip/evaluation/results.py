@@ -20,6 +20,7 @@ from typing import Any
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.files import list_folder, read_json, read_text, require_file, write_text
 from modeling_dclip.data.specs import CommandParser
+from modeling_dclip.evaluation.equal_retention import render_at_retention
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.document import escape_markdown, render_markdown
 from modeling_dclip.evaluation.reports.tables import (
@@ -48,6 +49,10 @@ def _render_demo(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     return "\n\n".join(render_summary(_read(path), where=str(path)) for path in paths)
 
 
+def _render_at_retention(paths: Sequence[Path], options: Mapping[str, str]) -> str:
+    return "\n\n".join(render_at_retention(_read(path)) for path in paths)
+
+
 def _render_verdict(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     verdicts = judge([record for path in paths for record in read_results(path)])
     chosen = [verdict for verdict in verdicts if options.get("model", verdict.model) == verdict.model]
@@ -72,6 +77,7 @@ def _render_benchmark(name: str) -> Callable[[Sequence[Path], Mapping[str, str]]
 TABLES: dict[str, tuple[Callable[[Sequence[Path], Mapping[str, str]], str], set[str]]] = {
     "results": (_render_results, {"metrics", "best"}),
     "demo": (_render_demo, set()),
+    "equal_retention": (_render_at_retention, set()),
     "verdict": (_render_verdict, {"model"}),
     "leakage": (_render_leakage, {"metric"}),
     **{name: (_render_benchmark(name), options) for name, (_, options) in BENCHMARK_TABLES.items()},
@@ -120,6 +126,7 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the page; `table=results`
     (the default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms),
+    `table=equal_retention` (arms at equal retention, which `eval.py equal_retention --output` wrote),
     `table=verdict` (whether a model is better than its anchor; `model=` for one of them),
     `table=leakage` (what a teacher reads off its caption; `metric=` for another metric than text-to-teacher R@1), or
     one of `BENCHMARK_TABLES`.

@@ -191,8 +191,17 @@ def exact_interval(hits: float, n: int, *, confidence: float = 0.95) -> Interval
     return Interval(hits / n, low, high, confidence, "images")
 
 
-def _resampled_sums(values: torch.Tensor, resamples: int, seed: int) -> Iterator[torch.Tensor]:
-    """Draw images with replacement and sum their rows, some draws at a time: `(I, ...)` float64 -> `(draws, ...)`."""
+def resampled_sums(values: torch.Tensor, resamples: int, seed: int) -> Iterator[torch.Tensor]:
+    """Draw images with replacement and sum their rows, some draws at a time.
+
+    Args:
+        values (`torch.Tensor` of shape `(I, ...)`): float64, on the CPU; a row for each image.
+        resamples (`int`): Draws in all, >= 1.
+        seed (`int`): Of the draws.
+
+    Returns:
+        `Iterator[torch.Tensor]`: Of shape `(draws, ...)`.
+    """
     images, generator = len(values), torch.Generator().manual_seed(seed)
     per_chunk = max(1, _INDICES_AT_A_TIME // images)
     for start in range(0, resamples, per_chunk):
@@ -253,12 +262,11 @@ def _bootstrap(
             )
     ratios = [
         torch.where(sums[..., 1] > 0, sums[..., 0] / sums[..., 1], torch.inf)
-        for sums in _resampled_sums(pairs, resamples, seed)
+        for sums in resampled_sums(pairs, resamples, seed)
     ]
-    draws, wider = torch.cat(ratios), _widen_for_few(confidence, shape[0])
-    estimates = (totals[:, 0] / totals[:, 1]).tolist()
+    draws, estimates = torch.cat(ratios), (totals[:, 0] / totals[:, 1]).tolist()
     return {
-        name: Interval(estimates[index], *_percentiles(draws[:, index], wider), confidence, "images")
+        name: percentile_interval(estimates[index], draws[:, index], shape[0], confidence=confidence)
         for index, name in enumerate(outcomes)
     }
 
@@ -351,10 +359,9 @@ def bootstrap_differences(
             f"{(uneven or empty)[0]!r}. Were both evaluated on the same images and captions?"
         )
     estimates = _difference(sums.sum(dim=0)[None])[0].tolist()
-    wider = _widen_for_few(confidence, shape[0])
-    draws = torch.cat([_difference(drawn) for drawn in _resampled_sums(sums, resamples, seed)])
+    draws = torch.cat([_difference(drawn) for drawn in resampled_sums(sums, resamples, seed)])
     return {
-        name: Interval(estimates[index], *_percentiles(draws[:, index], wider), confidence, "images")
+        name: percentile_interval(estimates[index], draws[:, index], shape[0], confidence=confidence)
         for index, name in enumerate(names)
     }
 
@@ -376,6 +383,25 @@ def _widen_for_few(confidence: float, images: int) -> float:
     """
     quantile = t_quantile((1 + confidence) / 2, images - 1) * math.sqrt(images / (images - 1))
     return 2 * NormalDist().cdf(quantile) - 1
+
+
+def percentile_interval(estimate: float, draws: torch.Tensor, images: int, *, confidence: float = 0.95) -> Interval:
+    """The interval of a number that was computed from every draw of test images, set apart for few images.
+
+    Args:
+        estimate (`float`): The number for all images.
+        draws (`torch.Tensor` of shape `(draws,)`): The number for each draw; NaN is left out.
+        images (`int`): How many were drawn from, >= 2; of several sets the smallest.
+        confidence (`float`, *optional*, defaults to 0.95): In (0, 1).
+
+    Returns:
+        [`Interval`]: `covers="images"`.
+
+    Raises:
+        ValueError: If the confidence is out of range.
+    """
+    _check_confidence(confidence)
+    return Interval(estimate, *_percentiles(draws, _widen_for_few(confidence, images)), confidence, "images")
 
 
 def _percentiles(draws: torch.Tensor, confidence: float) -> tuple[float, float]:

@@ -52,7 +52,7 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
     assert yaml.safe_load((saved / "arguments.yaml").read_text()) == {"student": {"wise_ft_alpha": 0.25}}
     printed = capsys.readouterr().out
     assert f"Saved to {saved}, in {dtype}: alpha 0.25. Alpha counts from" in printed and "too good" in printed
-    assert f"the fine-tuned weights (1); {trained} is alpha 1." in printed
+    assert f"from {tiny_clip_dir} (0) to the fine-tuned weights (1).\n" in printed
     assert load_dual_encoder(saved)[0].config.model_type == "dclip"
     back = tmp_path / "back"  # from a point of training itself to what it had trained
     words = ["--model", str(tmp_path / "0.25"), "--anchor", str(tiny_clip_dir), "--save_alpha", "1"]

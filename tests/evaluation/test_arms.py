@@ -6,6 +6,7 @@ from PIL import Image
 from transformers import AutoProcessor
 
 from modeling_dclip import DCLIPModel, DCLIPTeacher, DCLIPTeacherProcessor
+from modeling_dclip.data.files import read_json
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.evaluation.arms import evaluate_arms, mean_curves, tradeoff_points
 from modeling_dclip.evaluation.records import arm_of, read_results
@@ -51,11 +52,18 @@ def test_every_point_of_a_line_is_measured_and_drawn(students, tiny_clip_dir, tm
     told = [(arm_of(record), record["seed"], record.get("condition")) for record in records[10:]]
     runs = [("same", 0), ("same", 1), ("moved", 0), ("moved", 1)]
     assert told == [(*run, alpha) for run in runs for alpha in ("alpha=0.5", "alpha=0.75") for _ in BENCHMARKS]
+    first, *_ = read_json(tmp_path / "equal_retention.json")
+    same, moved = first["arms"]
+    assert same["alphas"] == moved["alphas"] == [0, 0.5, 0.75, 1] and first["baseline"] is None
+    assert {name: mean["estimate"] for name, mean in same["metrics"].items()} == first["anchor_metrics"]
     curves = mean_curves(records, tradeoff_points(summary))
     assert [step["label"] for step in curves["moved"]] == ["", "α 0.5", "α 0.75", ""]
     at_half = [record["metrics"] for record in records if record.get("condition") == "alpha=0.5"]
     top1 = [metrics["top1"] for metrics in at_half if "top1" in metrics]
     assert curves["moved"][1]["x"] == sum(top1[2:]) / 2
+    averaged = [{**one, "settings": {"student_alpha": 0.6}} for one in records]
+    labels = [step["label"] for step in mean_curves(averaged, tradeoff_points(summary))["moved"]]
+    assert labels == ["", "α 0.5", "", "α 0.75"]  # the students lie between the two
     assert {step["x"] for step in curves["same"]} == {curves["same"][0]["x"]}  # the anchor's weights all along
 
 

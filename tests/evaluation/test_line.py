@@ -49,7 +49,7 @@ def test_alpha_is_a_share_of_the_way_to_what_training_reached(models, tiny_clip_
     ("folder", "expected", "told"),
     [
         ("student", 0.5, "is alpha 0.5"),
-        ("checkpoint-4", 1, "checkpoint-4 is alpha 1"),  # saved before the weights were averaged
+        ("checkpoint-4", 1, "to the fine-tuned weights (1)"),  # saved before the weights were averaged
         ("without", 1, "which has no record of a training"),
         ("teacher", 1, "which has no record of a training"),  # another stage of a run that trains a student too
     ],
