@@ -5,7 +5,7 @@
 makes these repositories:
 
     me/my-clip          the dual encoder
-    me/my-clip-vision   its image encoder alone
+    me/my-clip-vision   its image encoder alone, of a CLIP or a DM-CLIP
     me/my-clip-teacher  its teacher, if --teacher names one
 
 All repositories are first written to a folder and checked. With `--dry_run` they are listed, the cards to read are

@@ -29,12 +29,19 @@ from modeling_dclip.progress import count_of
 class ModelFacts(TypedDict):
     """The sizes of a dual encoder. Numbers of parameters are in millions, rounded to three digits.
 
-    Its weights are published in `dtype`; training saved them in `saved_dtype`. A stock CLIP is read by transformers
-    without the code beside it.
+    Its weights are published in `dtype`; training saved them in `saved_dtype`. `words` say what it is; a model of
+    transformers' own has its `class_name`. A stock CLIP is read by transformers without the code beside it. `reading`
+    is what the processor is told of texts, in the cards' code. `uses_sigmoid` says whether each score stands alone.
     """
 
+    words: str
+    class_name: str | None
     is_stock_clip: bool
-    image_size: int
+    needs_code: bool
+    reading: str
+    uses_sigmoid: bool
+    has_pipeline: bool
+    image_size: int | None
     patch_size: int | None
     projection_dim: int
     text_length: int
@@ -99,13 +106,13 @@ TASKS = {"retrieval": "image-text-retrieval", "zero_shot": "zero-shot-image-clas
 
 
 def template_name(family: str, kind: str) -> str:
-    """The file name of a card's template.
+    """The file name of a card's template. All teachers have the same.
 
     Example:
         >>> template_name("dclip", "vision")
         'dclip-vision.md.jinja'
     """
-    return f"{family}{REPO_SUFFIXES[kind]}.md.jinja"
+    return f"{'dclip' if kind == 'teacher' else family}{REPO_SUFFIXES[kind]}.md.jinja"
 
 
 def render_card(kind: str, facts: CardFacts, templates: str | os.PathLike | None = None) -> str:
@@ -204,7 +211,7 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
         "license_name": facts["license_name"],
         "license_link": facts["license_link"],
         "library_name": "transformers",
-        "pipeline_tag": PIPELINES[kind],
+        "pipeline_tag": PIPELINES[kind] if kind != "dual" or facts["model"]["has_pipeline"] else None,
         "tags": _make_tags(kind, facts),
         "base_model": facts["base_models"] or None,
         "datasets": list_datasets(facts) or None,
@@ -230,7 +237,8 @@ def _make_tags(kind: str, facts: CardFacts) -> list[str]:
     training = facts["training"]
     learned = training["reads_teacher"] or kind == "teacher"
     words = ["distillation"] * learned + ["lora"] * (training["uses_adapter"] and kind != "teacher")
-    return [facts["family"], "clip", "image-text-retrieval", *words]
+    ours = [facts["family"]] if kind == "teacher" or facts["model"]["class_name"] is None else []
+    return [*ours, "clip", "image-text-retrieval", *words]
 
 
 def list_datasets(facts: CardFacts) -> list[str]:

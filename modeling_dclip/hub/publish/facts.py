@@ -15,10 +15,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers.models.auto.modeling_auto import MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import read_json
+from modeling_dclip.encoders.families import READ_PADDING, longest_positions, shared_width
 from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
@@ -57,9 +59,19 @@ from modeling_dclip.hub.publish.licences import Origin, check_licence, describe_
 from modeling_dclip.hub.publish.pictures import Example, Pictures, choose_pictures, make_examples
 from modeling_dclip.hub.publish.training import describe_training
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
-from modeling_dclip.processing_dclip import DCLIPProcessor, DCLIPTeacherProcessor
+from modeling_dclip.processing_dclip import DCLIPTeacherProcessor
 
 _Made = TypeVar("_Made")
+# What a card calls each family.
+FAMILIES = {
+    "dclip": "A CLIP",
+    "dmclip": "A DM-CLIP (a CLIP with a MambaVision as its image encoder)",
+    "altclip": "An AltCLIP",
+    "chinese_clip": "A Chinese-CLIP",
+    "metaclip_2": "A MetaCLIP 2",
+    "siglip": "A SigLIP",
+    "vision-text-dual-encoder": "A pair of encoders for images and texts",
+}
 MOST_LETTERS = 96 - max(map(len, REPO_SUFFIXES.values()))  # of a repository's name: the Hub takes 96
 
 
@@ -86,7 +98,7 @@ class Facts:
     Args:
         card ([`CardFacts`]): What the cards' templates read.
         model (`PreTrainedModel`): The dual encoder with whole weights, float32, on the CPU.
-        processor ([`DCLIPProcessor`]): The dual encoder's processor.
+        processor (`ProcessorMixin`): The dual encoder's processor, of this package or of its family.
         teacher ([`Teacher`], *optional*): The teacher that is published too.
         adapter ([`Adapter`], *optional*): The adapter that is published beside the weights.
         pictures ([`Pictures`]): The example pictures.
@@ -95,7 +107,7 @@ class Facts:
 
     card: CardFacts
     model: PreTrainedModel
-    processor: DCLIPProcessor
+    processor: ProcessorMixin
     teacher: Teacher | None
     adapter: Adapter | None
     pictures: Pictures
@@ -162,11 +174,11 @@ def gather(arguments: PublishArguments, problems: Problems | None = None) -> Fac
     find(lambda: check_repo_name(arguments.repo_id))
     if find(lambda: _check_model(arguments)):
         adapter = find(lambda: _read_adapter(Path(arguments.model) / ADAPTER_FOLDER))
-        model = find(lambda: _load_model(arguments.model))
+        model = find(lambda: load_merged(arguments.model))
         processor = find(lambda: load_processor(arguments.model))
-    if arguments.teacher is not None:
-        teacher = find(lambda: _load_teacher(str(arguments.teacher), model))
     trained = find(lambda: read_arguments(arguments.model)) if Path(arguments.model).is_dir() else None
+    if arguments.teacher is not None:
+        teacher = find(lambda: _load_teacher(str(arguments.teacher), trained or {}))
     specs = (trained or {}).get("train_datasets") or []
     pictures = find(lambda: choose_pictures(arguments.examples, specs))
     examples = None
@@ -232,7 +244,7 @@ def gather_card_facts(
     name = (arguments.repo_id or "").rpartition("/")[2]
     if records is not None and model is not None:
         about: dict[str, Any] = {"training": [] if training is None else training["specs"]}
-        about["start"] = _name_start(family, origins)
+        about["start"] = None if training is None else _name_start(training["section"], origins)
         evaluation = find(lambda: _evaluate(arguments, model, records, name, about))
     if records is not None and teacher is not None:
         read = find(lambda: describe_teacher(teacher, str(arguments.teacher), f"{name}-teacher", records))
@@ -241,7 +253,11 @@ def gather_card_facts(
         raise ValueError(f"Expected a trained model at '{arguments.model}', got none.")
     return CardFacts(
         family=family,
-        repos=name_repos(str(arguments.repo_id), has_teacher=teacher is not None),
+        repos=name_repos(
+            str(arguments.repo_id),
+            has_vision=model.config.model_type not in NATIVE_ENCODERS,
+            has_teacher=teacher is not None,
+        ),
         model=describe_model(model, arguments.model),
         training=training,
         teacher=read,
@@ -272,9 +288,9 @@ def _evaluate(
     return describe_evaluation(own, reference, name, seen=seen, passed_over=passed_over, **about)
 
 
-def _name_start(family: str, origins: Sequence[Origin] | None) -> str | None:
-    """The name of the model before training; `None` for a DM-CLIP, whose training starts from something else."""
-    if family == "dmclip":
+def _name_start(section: str, origins: Sequence[Origin] | None) -> str | None:
+    """The name of the model before training; `None` where a stage makes a model of something else than its like."""
+    if section != "student":
         return None
     return origins[0].name if origins else "the model before training"
 
@@ -386,18 +402,20 @@ def suggest_name(text: str) -> str:
     return name[:MOST_LETTERS].removesuffix(".git").strip("-.") or "my-clip"
 
 
-def name_repos(repo_id: str, has_teacher: bool) -> dict[str, str]:
+def name_repos(repo_id: str, *, has_vision: bool, has_teacher: bool) -> dict[str, str]:
     """Name the repositories of a publication, by their kind.
 
     Args:
         repo_id (`str`): `namespace/name` of the dual encoder.
+        has_vision (`bool`): Whether its image encoder is published alone: transformers has no class for those of
+            other families with their projection.
         has_teacher (`bool`): Whether its teacher is published too.
 
     Returns:
         `dict[str, str]`: Ids in the order of pushing. The dual encoder is last, so that the repositories that its card
         links to exist.
     """
-    kinds = ["vision", *(["teacher"] if has_teacher else []), "dual"]
+    kinds = [*(["vision"] if has_vision else []), *(["teacher"] if has_teacher else []), "dual"]
     return {kind: f"{repo_id}{REPO_SUFFIXES[kind]}" for kind in kinds}
 
 
@@ -410,18 +428,6 @@ def _check_model(arguments: PublishArguments) -> bool:
             "`merge_adapter: true`; the adapter is then published beside the merged weights."
         )
     return True
-
-
-def _load_model(folder: str) -> PreTrainedModel:
-    """Load a dual encoder of this package. A model of another family needs no code, and its cards are not written."""
-    model = load_merged(folder)
-    if model.config.model_type in NATIVE_ENCODERS:
-        raise ValueError(
-            f"model: expected a student that started from a CLIP, or a DM-CLIP, got a model of type "
-            f"{model.config.model_type!r}, for which no card is written. It needs no custom code: upload its folder "
-            f"with `hf upload NAMESPACE/NAME {folder}`, and write its card by hand."
-        )
-    return model
 
 
 def _require_trained(name: str, folder: str) -> None:
@@ -452,11 +458,11 @@ def _read_adapter(folder: Path) -> Adapter | None:
     return Adapter(config, folder / ADAPTER_WEIGHTS)
 
 
-def _load_teacher(folder: str, model: PreTrainedModel | None) -> Teacher:
+def _load_teacher(folder: str, trained: Mapping[str, Any]) -> Teacher:
     _require_trained("teacher", folder)
-    if model is not None and model.config.model_type != "dclip":
+    if "dmclip" in trained:
         raise ValueError(
-            f"teacher: expected none for {model.config.model_type!r}, whose teachers are other models, got '{folder}'."
+            f"teacher: expected none for a model of the stage dmclip, whose teachers are other models, got '{folder}'."
         )
     model_type = read_config(folder).model_type
     if model_type != "dclip_teacher":
@@ -472,18 +478,36 @@ def describe_model(model: PreTrainedModel, folder: str) -> ModelFacts:
         model (`PreTrainedModel`): As it is published.
         folder (`str`): Where training saved it.
     """
-    vision, text = model.config.vision_config, model.config.text_config
+    config, kind = model.config, model.config.model_type
+    longest = longest_positions(config.text_config)
+    padded = kind in READ_PADDING
     return ModelFacts(
+        words=FAMILIES[kind],
+        class_name=type(model).__name__ if kind in NATIVE_ENCODERS else None,
         is_stock_clip=is_stock_clip(model),
-        image_size=vision.image_size,
-        patch_size=getattr(vision, "patch_size", None),
-        projection_dim=model.config.projection_dim,
-        text_length=text.max_position_embeddings,
+        needs_code=not is_stock_clip(model) and kind not in NATIVE_ENCODERS,
+        reading=_write_reading(model, longest),
+        uses_sigmoid=padded,
+        has_pipeline=kind not in NATIVE_ENCODERS or kind in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+        image_size=getattr(config.vision_config, "image_size", None),
+        patch_size=getattr(config.vision_config, "patch_size", None),
+        projection_dim=shared_width(config),
+        text_length=longest,
         dtype=str(model.dtype).removeprefix("torch."),
         saved_dtype=stored_dtype(folder),
         image_parameters_millions=_millions(model, ("vision_model", "visual_projection")),
         text_parameters_millions=_millions(model, ("text_model", "text_projection")),
     )
+
+
+def _write_reading(model: PreTrainedModel, longest: int) -> str:
+    """What the processor has to be told of texts, as a card's code writes it; empty where it knows by itself."""
+    kind = model.config.model_type
+    if kind in READ_PADDING:
+        return f'padding="max_length", truncation=True, max_length={longest}, '
+    if kind in NATIVE_ENCODERS:
+        return f"padding=True, truncation=True, max_length={longest}, "
+    return "padding=True, truncation=True, " if is_stock_clip(model) else ""
 
 
 def _millions(model: PreTrainedModel, names: Sequence[str]) -> str:

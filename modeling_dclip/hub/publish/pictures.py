@@ -17,18 +17,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
+import torch
 from PIL import Image
-from transformers import PreTrainedModel, pipeline
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.files import write_bytes
 from modeling_dclip.data.images import decode_image, find_images, has_image_suffix, open_image
 from modeling_dclip.data.scenes.drawing import draw_scene, random_close_up, random_group
+from modeling_dclip.encoders.families import SIGMOID_TRAINED, counting_cuts
+from modeling_dclip.evaluation.embedding import embed_query
 from modeling_dclip.hub.publish.training import describe_source, find_overlaps, show_spec
-from modeling_dclip.processing_dclip import DCLIPProcessor
 
 EXAMPLES = "examples"  # the folder of the example pictures in a repository
 NO_EXAMPLES = "none"
+PROMPT = "This is a photo of {}."  # of transformers' zero-shot pipeline
 IMAGE_SIZE = 224  # of a drawn picture
 LONGEST_SIDE, QUALITY = 384, 90  # of a given picture, in pixels, and of its JPEG
 MOST_PICTURES, DRAWN_FROM_SPEC, LABELS_EACH = 12, 4, 4
@@ -205,32 +207,32 @@ def _encode(image: Image.Image, form: str) -> bytes:
     return stream.getvalue()
 
 
-def make_examples(model: PreTrainedModel, processor: DCLIPProcessor, pictures: Pictures) -> list[Example]:
-    """Classify the example pictures with the pipeline that users call.
+def make_examples(model: Any, processor: Any, pictures: Pictures) -> list[Example]:
+    """Classify the example pictures, with the words and the scores of transformers' zero-shot pipeline.
+
+    Texts are read as the model's family reads them, so that long ones are cut.
 
     Args:
         model (`PreTrainedModel`): A dual encoder.
-        processor ([`DCLIPProcessor`]): The model's processor.
+        processor: The model's processor.
         pictures ([`Pictures`]): What to classify.
 
     Returns:
-        `list[Example]`: Scores in [0, 1], rounded to three digits, for the pipeline's own prompt.
+        `list[Example]`: Scores in [0, 1], rounded to three digits. Those of a SigLIP stand alone; those of other
+            families are shares of 1.
     """
-    if not pictures.files:
-        return []
-    tokenizer = copy.deepcopy(processor.tokenizer)  # a call leaves padding and truncation in it, which are saved
-    tokenizer.model_max_length = 10**9  # the model cuts long texts and says so; the tokenizer would warn of an error
-    classify = pipeline(
-        "zero-shot-image-classification",
-        model=model,
-        tokenizer=tokenizer,
-        image_processor=processor.image_processor,
-    )
+    # A call leaves padding and truncation in a tokenizer, and with it in the files that are published.
+    tokenizer, bias = copy.deepcopy(processor.tokenizer), getattr(model, "logit_bias", 0.0)
     examples = []
     for (path, content), labels in zip(pictures.files.items(), pictures.labels, strict=True):
-        answers = classify(open_image(content), candidate_labels=list(labels))
-        outputs = tuple(Score(label=one["label"], score=round(float(one["score"]), 3)) for one in answers)
-        examples.append(Example(path, labels, outputs))
+        with counting_cuts():
+            texts = torch.cat([embed_query(model, tokenizer, PROMPT.format(label)) for label in labels])
+        cosines = (embed_query(model, processor, open_image(content)) @ texts.T)[0]
+        logits = cosines * model.logit_scale.detach().exp() + bias
+        alone = model.config.model_type in SIGMOID_TRAINED
+        scores = (logits.sigmoid() if alone else logits.softmax(dim=-1)).tolist()
+        best = sorted(zip(labels, scores, strict=True), key=lambda one: -one[1])
+        examples.append(Example(path, labels, tuple(Score(label=name, score=round(score, 3)) for name, score in best)))
     return examples
 
 

@@ -1,16 +1,22 @@
 """Write the repositories of a publication as folders and check them, before anything leaves the machine."""
 
+import copy
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import torch
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
+    AutoTokenizer,
     CLIPModel,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 
@@ -27,8 +33,16 @@ from modeling_dclip.data.files import (
     write_json,
     write_text,
 )
+from modeling_dclip.encoders.families import READ_PADDING, longest_text, tokenize_texts
 from modeling_dclip.encoders.fingerprints import hash_file
-from modeling_dclip.encoders.loading import ADAPTER_CONFIG, ADAPTER_FOLDER, ADAPTER_WEIGHTS, load_checked
+from modeling_dclip.encoders.loading import (
+    ADAPTER_CONFIG,
+    ADAPTER_FOLDER,
+    ADAPTER_WEIGHTS,
+    NATIVE_ENCODERS,
+    load_checked,
+)
+from modeling_dclip.hub.export.readers import EQUAL_TEXTS, TEXTS
 from modeling_dclip.hub.native_clip import check_native, is_stock_clip
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, render_card
 from modeling_dclip.hub.publish.facts import Facts
@@ -37,7 +51,8 @@ from modeling_dclip.modeling_dclip import DCLIPVisionModel
 from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
 
 VISION_MODELS = {"dclip": DCLIPVisionModel, "dmclip": DMCLIPVisionModel}
-PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+VOCABULARIES = ("tokenizer.json", "spiece.model")  # the second of the first SigLIP
 RECORD = "publication.json"  # what was written in a staging folder: each file's hash
 COMPARED_TEXTS = ["a red circle", "two blue stars", "a heart"]  # with and without our code, with the example pictures
 
@@ -157,6 +172,8 @@ def _compare(repo: StagedRepo, earlier: dict[str, str], hashes: dict[str, str]) 
 
 def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
     _save(facts.model, facts.processor, folder)
+    if facts.model.config.model_type in NATIVE_ENCODERS:
+        _check_reading(facts.model, facts.processor, folder)
     if is_stock_clip(facts.model):
         batch = facts.processor(images=list(draw_pictures().values()), text=COMPARED_TEXTS, return_tensors="pt")
         check_native(facts.model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
@@ -196,6 +213,40 @@ def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> No
     _forget_paths(model.config)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    processor.image_processor.save_pretrained(folder)  # beside the processor, where older programs look for it
+
+
+def _check_reading(model: Any, processor: Any, folder: Path) -> None:
+    """Make transformers alone read texts from a folder as the model was trained to, and check that it does.
+
+    Where the class of a tokenizer undoes at loading what `prepare_tokenizer` did, as Gemma's does, its parts are saved
+    as they are.
+    """
+    texts, padded = [text for kind in EQUAL_TEXTS for text in TEXTS[kind]], model.config.model_type in READ_PADDING
+    longest = longest_text(model, processor.tokenizer)
+    expected = tokenize_texts(model, copy.deepcopy(processor.tokenizer), texts, max_length=longest)
+    options = {"padding": "max_length" if padded else True, "truncation": True, "max_length": longest}
+    for attempt in ("as it is", "its parts"):
+        if attempt == "its parts" and hasattr(processor.tokenizer, "backend_tokenizer"):
+            _keep_parts(processor.tokenizer, padded).save_pretrained(folder)
+        read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts, return_tensors="pt", **options)
+        if read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected):
+            return
+    raise ValueError(
+        f"Expected a tokenizer that transformers alone reads as the model was trained, got a "
+        f"{type(processor.tokenizer).__name__} that gives other tokens when it is loaded again."
+    )
+
+
+def _keep_parts(tokenizer: Any, padded: bool) -> PreTrainedTokenizerFast:
+    """A tokenizer of no class of its own, with the parts of another."""
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_padding()
+    backend.no_truncation()
+    options = {"padding_side": "right", "truncation_side": "right", "model_max_length": tokenizer.model_max_length}
+    options["model_input_names"] = ["input_ids"] if padded else ["input_ids", "attention_mask"]
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
 
 
 def _forget_paths(config: PreTrainedConfig) -> None:
@@ -239,9 +290,10 @@ def check_folder(repo: StagedRepo) -> None:
     """
     files = list_files(repo.folder)
     weights = "model.safetensors.index.json" if "model.safetensors" not in files else "model.safetensors"
-    expected = {"README.md", "config.json", weights, *PROCESSOR_FILES}
+    vocabulary = next((name for name in VOCABULARIES if name in files), VOCABULARIES[0])
+    expected = {"README.md", "config.json", weights, vocabulary, *PROCESSOR_FILES}
     code = [name for name in files if name.endswith(".py")]
-    expected |= {f"{module}.py" for module in ("processing_dclip", *_auto_modules(repo.folder))}
+    expected |= {f"{module}.py" for module in _auto_modules(repo.folder)}
     for name in code:
         text = read_text(repo.folder / name)
         expected |= {f"{module}.py" for module in re.findall(r"^\s*from\s+\.(\w+)\s+import", text, flags=re.MULTILINE)}
@@ -253,7 +305,7 @@ def check_folder(repo: StagedRepo) -> None:
 
 
 def _auto_modules(folder: Path) -> set[str]:
-    return {
-        reference.split(".")[0]
-        for reference in AutoConfig.from_pretrained(folder, trust_remote_code=False).auto_map.values()
-    }
+    """The modules of our code that a folder's configuration names, and the processor's; none of a native model."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    named = {reference.split(".")[0] for reference in (getattr(config, "auto_map", None) or {}).values()}
+    return {*named, "processing_dclip"} if named else named

@@ -627,7 +627,7 @@ HOSTILE = (
 def spoil(value, text, path=()):
     """The facts with a text in every field that comes from files or names, not from a closed list."""
     closed = {"repos", "license", "base_models", "cross_attention", "section", "table", "leakage", "path"}
-    closed |= {"image_parameters_millions", "text_parameters_millions", "parameters_millions"}  # numbers
+    closed |= {"reading", "image_parameters_millions", "text_parameters_millions", "parameters_millions"}  # numbers
     closed |= {"family", "dtype", "saved_dtype", "hub_id", "allowed", "emissions_grams", "license_link", "split"}
     if isinstance(value, dict):
         return {name: one if name in closed else spoil(one, text, (*path, name)) for name, one in value.items()}

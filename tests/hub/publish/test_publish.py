@@ -14,7 +14,16 @@ from pathlib import Path
 import pytest
 import torch
 from fixtures.loopback_hub import READ_TOKEN, TOKEN, Repo, git_oid, run_loopback_hub
-from fixtures.publications import HOME, make_arguments, make_dmclip, make_student, make_teacher, write_records
+from fixtures.publications import (
+    HOME,
+    make_arguments,
+    make_dmclip,
+    make_native_student,
+    make_student,
+    make_teacher,
+    write_records,
+)
+from fixtures.tiny_dual_encoders import save_dual_encoder, save_fixed_siglip2
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.hf_api import RepoFile
 from PIL import Image
@@ -23,6 +32,8 @@ from transformers import AutoModel, CLIPModel
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher, DCLIPTeacherProcessor, DMCLIPModel
 from modeling_dclip.data.captions.parts import TRAINED_IMAGES, write_trained_images
+from modeling_dclip.encoders.families import tokenize_texts
+from modeling_dclip.encoders.loading import load_pair
 from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
@@ -34,6 +45,12 @@ from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
 
 DELAYS = (0.0, 0.0)
 REPOS = ("me/tiny-vision", "me/tiny-teacher", "me/tiny")
+# Loaded without code from beside the weights, and their processors.
+NATIVE = {
+    "CLIPModel": "CLIPProcessor",
+    "SiglipModel": "SiglipProcessor",
+    "VisionTextDualEncoderModel": "VisionTextDualEncoderProcessor",
+}
 PICTURE = next(iter(draw_pictures()))
 
 # Runs with -I, an empty cache, no token, and without this package.
@@ -94,9 +111,11 @@ def trained(tiny_clip_dir, tmp_path_factory):
         "later": make_student(root / "later", tiny_clip_dir, seed=2),
         "teacher": make_teacher(root / "teacher", tiny_clip_dir),
         "dmclip": make_dmclip(root / "dmclip", tiny_clip_dir),
+        "sigmoid": make_native_student(root / "sigmoid", save_fixed_siglip2),
+        "pair": make_native_student(root / "pair", lambda folder: save_dual_encoder("vision_text", folder)),
     }
     (root / "results").mkdir()
-    models = (made["student"], made["later"], made["dmclip"])
+    models = (made["student"], made["later"], made["dmclip"], made["sigmoid"], made["pair"])
     made["results"] = write_records(root / "results", *models, anchor=tiny_clip_dir, teacher=made["teacher"])
     return made
 
@@ -113,6 +132,8 @@ def pushed(hub, trained):
     commits_again = {repo_id: hub.commits(repo_id) for repo_id in REPOS}
     later = publish(make_arguments(trained["later"], trained["results"], teacher=str(trained["teacher"])), DELAYS)
     dmclip = publish(make_arguments(trained["dmclip"], trained["results"], repo_id="me/mamba"), DELAYS)
+    for name in ("sigmoid", "pair"):  # of other families
+        publish(make_arguments(trained[name], trained["results"], repo_id=f"me/{name}"), DELAYS)
     return {
         "first": first,
         "commits": commits,
@@ -153,7 +174,7 @@ def test_the_card_was_checked_by_the_hub_before_the_first_repository_was_made(hu
 
 
 def test_no_file_tells_where_it_was_made(hub, pushed, trained, tiny_clip_dir):
-    for repo_id in (*REPOS, "me/mamba", "me/mamba-vision"):
+    for repo_id in (*REPOS, "me/mamba", "me/mamba-vision", "me/sigmoid", "me/pair"):
         for path, content in hub.files(repo_id).items():
             for place in (str(trained["student"].parent), str(tiny_clip_dir), *HOME.split("/")[2:]):
                 assert place.encode() not in content, (repo_id, path)
@@ -174,7 +195,17 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
     batch = DCLIPProcessor.from_pretrained(tiny_clip_dir)(images=pictures, text=["a dog", "red"], return_tensors="pt")
     boxes = [[[1, 2, 30, 20], [5, 5, 40, 40]], None]
     read = DCLIPTeacherProcessor.from_pretrained(tiny_clip_dir)(pictures, ["a dog", "red"], boxes=boxes)
+    others = {name: load_pair(trained[name]) for name in ("sigmoid", "pair")}
     inputs = {
+        name: save_inputs(
+            root / f"{name}.inputs",
+            {
+                **tokenize_texts(*other, ["a dog", "A Red dog"]),
+                "pixel_values": other[1].image_processor(pictures, return_tensors="pt")["pixel_values"],
+            },
+        )
+        for name, other in others.items()
+    } | {
         "dual": save_inputs(root / "dual.inputs", batch),
         "vision": save_inputs(root / "vision.inputs", {"pixel_values": batch["pixel_values"]}),
         "teacher": save_inputs(root / "teacher.inputs", read),
@@ -200,16 +231,20 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
         ("me/tiny", zero_shot, pinned, "dual", both, student, "CLIPModel"),
         ("me/mamba", zero_shot, None, "dual", both, mamba, "DMCLIPModel"),
         ("me/mamba-vision", "AutoModel", None, "vision", embeds, tower(mamba), "DMCLIPVisionModel"),
+        ("me/sigmoid", "AutoModel", None, "sigmoid", both, others["sigmoid"][0], "SiglipModel"),
+        ("me/pair", "AutoModel", None, "pair", both, others["pair"][0], "VisionTextDualEncoderModel"),
     ]  # fmt: skip
     jobs, expected = [], []
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the reader: a product split over threads may differ in its last bit
     for index, (repo, auto_class, revision, kind, names, model, class_name) in enumerate(cases):
         job = {"repo": repo, "auto_class": auto_class, "revision": revision, "names": names, "inputs": inputs[kind]}
-        jobs.append({**job, "trust": class_name != "CLIPModel", "outputs": str(root / f"{index}.outputs")})
+        jobs.append({**job, "trust": class_name not in NATIVE, "outputs": str(root / f"{index}.outputs")})
         with torch.no_grad():
             outputs = model(**load_file(inputs[kind]))
-        expected.append((class_name, {name: outputs[name] for name in names}))
+        processor = others[kind][1] if kind in others else DCLIPProcessor.from_pretrained(tiny_clip_dir)
+        ids = processor.tokenizer(["a red dog"], return_tensors="pt")["input_ids"].tolist()
+        expected.append((class_name, ids, {name: outputs[name] for name in names}))
     torch.set_num_threads(threads)
     draw_pictures()[PICTURE].save(root / "picture.png")
     Image.effect_noise((64, 48), 80).convert("RGB").save(root / "photo.jpg")  # what the cards' code opens
@@ -228,9 +263,13 @@ def reader_jobs(hub, pushed, trained, tiny_clip_dir, tmp_path_factory):
             ("zero-shot-image-classification", "me/mamba", labels, True),
             ("image-feature-extraction", "me/tiny-vision", {}, True),
             ("image-feature-extraction", "me/mamba-vision", {}, True),
+            ("zero-shot-image-classification", "me/sigmoid", labels, False),
         )
     ]
-    cards = {repo: hub.files(repo)["README.md"].decode() for repo in (*REPOS, "me/mamba", "me/mamba-vision")}
+    cards = {
+        repo: hub.files(repo)["README.md"].decode()
+        for repo in (*REPOS, "me/mamba", "me/mamba-vision", "me/sigmoid", "me/pair")
+    }
     code = [block for card in cards.values() for block in re.findall(r"```python\n(.*?)```", card, flags=re.DOTALL)]
     return {
         "root": root,
@@ -254,11 +293,10 @@ def answers(hub, reader_jobs):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_a_process_with_nothing_but_the_id_loads_each_and_gets_the_same_numbers(reader_jobs, answers, tiny_clip_dir):
-    ids = DCLIPProcessor.from_pretrained(tiny_clip_dir)(text=["a red dog"], return_tensors="pt")["input_ids"].tolist()
-    processors = {"DCLIPTeacher": "DCLIPTeacherProcessor", "CLIPModel": "CLIPProcessor"}
+def test_a_process_with_nothing_but_the_id_loads_each_and_gets_the_same_numbers(reader_jobs, answers):
+    processors = {"DCLIPTeacher": "DCLIPTeacherProcessor", **NATIVE}
     assert len(answers["models"]) == len(reader_jobs["expected"])
-    for job, answer, (class_name, expected) in zip(
+    for job, answer, (class_name, ids, expected) in zip(
         reader_jobs["jobs"]["models"], answers["models"], reader_jobs["expected"], strict=True
     ):
         assert answer == [class_name, processors.get(class_name, "DCLIPProcessor"), ids]
@@ -268,7 +306,7 @@ def test_a_process_with_nothing_but_the_id_loads_each_and_gets_the_same_numbers(
 
 
 def test_both_pipelines_serve_the_repositories_and_give_what_the_card_stores(reader_jobs, answers):
-    dual, stock, mamba, vision, mamba_vision = answers["pipelines"]
+    dual, stock, mamba, vision, mamba_vision, sigmoid = answers["pipelines"]
     for repo, found in (("me/tiny", dual), ("me/mamba", mamba)):
         widget = read_metadata(reader_jobs["cards"][repo])["widget"][0]
         assert {one["label"]: round(one["score"], 3) for one in found} == {
@@ -278,6 +316,10 @@ def test_both_pipelines_serve_the_repositories_and_give_what_the_card_stores(rea
     scores = [{one["label"]: one["score"] for one in found} for found in (dual, stock)]
     assert all(abs(scores[0][label] - scores[1][label]) < 0.02 for label in LABELS[0])
     assert len(vision[0]) == len(mamba_vision[0]) == 16
+    stored = {
+        one["label"]: one["score"] for one in read_metadata(reader_jobs["cards"]["me/sigmoid"])["widget"][0]["output"]
+    }
+    assert all(abs(one["score"] - stored[one["label"]]) < 0.02 for one in sigmoid) and sum(stored.values()) != 1
 
 
 def read_metadata(card):
