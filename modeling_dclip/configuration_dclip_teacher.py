@@ -133,6 +133,11 @@ class DCLIPTeacherConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @property
+    def has_no_defaults_at_init(self):
+        """Whether the encoder's family has no default configuration. transformers 5.18 stores such a one whole."""
+        return getattr(self.clip_config, "has_no_defaults_at_init", False)
+
+    @property
     def projection_dim(self):
         """The width of the space that images and texts share."""
         return shared_width(self.clip_config)

@@ -233,8 +233,8 @@ class TrainingGuard(TrainerCallback):
             what = f"the gradient (norm {float(step.norm)})"
         terms = ", ".join(_describe_term(name, *term) for name, term in batch.terms.items())
         advice = (
-            f"Lower {self.stage}.learning_rate ({args.learning_rate:g}), raise the temperature, or clip gradients by "
-            f"max_grad_norm. {self.stage}.on_nonfinite skip leaves such steps out."
+            f"Lower {self.stage}.learning_rate ({args.learning_rate:g}), raise the temperature of a softmax loss, or "
+            f"clip gradients by max_grad_norm. {self.stage}.on_nonfinite skip leaves such steps out."
         )
         if odd:
             advice = (

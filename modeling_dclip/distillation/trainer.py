@@ -743,8 +743,8 @@ class BatchesTrainer(Trainer):
                     if not math.isfinite(mean):
                         raise FloatingPointError(
                             f"{Path(self.args.output_dir).name}: {prefix}{name} is {mean} at step "
-                            f"{self.state.global_step}. Lower learning_rate, raise the temperature, or look for NaN "
-                            "in the rows."
+                            f"{self.state.global_step}. Lower learning_rate, raise the temperature of a softmax "
+                            "loss, or look for NaN in the rows."
                         )
                     logs[f"{prefix}{name}"] = mean
         super().log(logs, start_time)
