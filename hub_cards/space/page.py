@@ -4,6 +4,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 import gradio as gr
@@ -24,6 +25,7 @@ from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.progress import count_of
 
 EXAMPLES = 5
+SHORT_HINT = 24  # characters that fit a text box of a telephone in one line
 LARGEST_EXAMPLE = 1024  # pixels of the longest side
 FONTS = ["system-ui", "sans-serif"]  # nothing is fetched
 CSS = """
@@ -138,7 +140,7 @@ def _search_tab(answers: SpaceAnswers, examples: list[str]) -> None:
     with gr.Row(equal_height=True):
         text = gr.Textbox(label="What should the picture show?", scale=5, min_width=280, submit_btn="Search",
                           elem_classes="search-box", max_lines=4,
-                          placeholder=f"for example: {min(queries, key=len)}")  # fmt: skip
+                          placeholder=shorten(min(queries, key=len), SHORT_HINT, placeholder=" …"))  # fmt: skip
         count = gr.Slider(1, most, value=min(12, most), step=1, label="Pictures", scale=2, min_width=180)
     example = _offer(gr.Textbox(visible=False), "Examples", queries, text)
     with gr.Accordion("Search by a picture", open=False):

@@ -7,7 +7,7 @@ looks. The pictures are those of a search index, or are embedded when the page s
 import logging
 import math
 import os
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw
 from tqdm.auto import tqdm
 
 from modeling_dclip.configuration_dclip_teacher import DCLIPTeacherConfig
-from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, load_uncaptioned, parse_caption_spec
+from modeling_dclip.data.captions import load_captions, load_uncaptioned
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.failures import FAILURES, one_line
 from modeling_dclip.data.files import temporary_folder
@@ -36,6 +36,14 @@ from modeling_dclip.evaluation.reports.maps import draw_attention
 from modeling_dclip.hub.index import Hit, SearchIndex
 from modeling_dclip.hub.index.answers import count_nearest, describe_left_out, short_name, split_name
 from modeling_dclip.hub.index.embeddings import embed_readable
+from modeling_dclip.hub.index.suggestions import (
+    MOST_TEXTS,
+    find_captions,
+    frequent_names,
+    load_learned_captions,
+    name_folders,
+    short_captions,
+)
 from modeling_dclip.hub.publish.evaluation import warn_of_chance
 from modeling_dclip.hub.publish.licences import read_arguments
 from modeling_dclip.hub.publish.training import SOURCES, describe_training
@@ -50,7 +58,6 @@ DETECTOR = "grid:3x3"
 DRAWN_DATA = SOURCES["scenes"]  # what a card says of a model that knows drawn shapes alone
 LONGEST_INPUT = 2000  # characters of a text, before it is tokenized
 MOST_LABELS = 200
-MOST_TEXTS = 500  # of a visitor's own
 LONGEST_PROMPT = 500  # characters
 MOST_SHOWN = 100
 MOST_COPIES = 10  # of a picture, to leave out
@@ -58,7 +65,6 @@ NEARLY_SAME = 0.99  # cosine from which pixels are compared; a compressed index 
 MOST_UPLOADED_PIXELS = 50_000_000
 BATCH_SIZE = 64
 TILE_SIZE = 640  # pixels of the longest side of a picture among others
-LONGEST_SUGGESTION = 45  # characters
 # Suggested to a visitor where no captions tell what the pictures show: for photographs, and for drawn shapes.
 QUERIES = ("a dog on a beach", "a person riding a bicycle", "food on a plate", "a street with cars")
 SUGGESTED_LABELS = "dog, cat, person, car, food, building"
@@ -146,46 +152,6 @@ def load_gallery(spec: str) -> Dataset:
     if os.path.isdir(spec):
         return read_images(spec)
     return load_uncaptioned([spec], seed=0) if spec.startswith("images:") else load_captions(spec)
-
-
-def load_some_captions(images: str) -> list[str]:
-    """The first caption of some pictures, spread over a dataset; none of pictures that come without captions.
-
-    Args:
-        images (`str`): A folder, or a dataset's spec.
-    """
-    if os.path.isdir(images) or images.startswith("images:"):
-        return []
-    captions = load_captions(images).select_columns("captions")
-    count = min(MOST_TEXTS, len(captions))
-    rows = captions.select([place * len(captions) // count for place in range(count)])["captions"][:]
-    return list(dict.fromkeys(row[0] for row in rows if row))
-
-
-def load_learned_captions(model: str, image_ids: Collection[str]) -> list[str]:
-    """The first captions of some pictures of an index, from the tables that the model's run recorded.
-
-    An index of a folder has no captions; the run that trained its model may have read them from a table, `csv:`, which
-    names pictures as a folder does. If one cannot be read any more, that is logged.
-
-    Args:
-        model (`str`): A folder, a Hub id, or `open_clip:NAME:PRETRAINED`.
-        image_ids (`Collection[str]`): Of the pictures in the index. Captions of other pictures are not taken.
-    """
-    if not (Path(model) / "arguments.yaml").is_file():
-        return []
-    found: list[str] = []
-    try:
-        specs = map(parse_caption_spec, read_arguments(model).get("train_datasets") or [])
-        for spec in (spec for spec in specs if spec.source is CAPTION_SOURCES["csv"]):
-            dataset = load_captions(spec).select_columns(["image_id", "captions"])
-            rows = [row for row, image_id in enumerate(dataset["image_id"][:]) if image_id in image_ids]
-            count = min(MOST_TEXTS, len(rows))
-            spread = [rows[place * len(rows) // count] for place in range(count)]
-            found += [row[0] for row in dataset.select(spread)["captions"][:] if row]
-    except FAILURES as error:
-        logger.warning("The captions that '%s' learned from are not known: %s", model, one_line(error))
-    return list(dict.fromkeys(found))[:MOST_TEXTS]
 
 
 def describe_origin(model: str) -> str:
@@ -286,16 +252,15 @@ class SpaceAnswers:
             self.name, (self.model, self.processor) = self.gallery.model, self.gallery.encoder()
             revision = self.gallery.manifest["revision"]
             self.place, self.skipped = self.gallery.images, list[str]()
-            self.captions = load_some_captions(self.place) or load_learned_captions(
-                self.name, set(self.gallery.rows["image_id"].to_pylist())
-            )
+            self.captions = find_captions(self.gallery)
         elif model is None:
             raise ValueError("Expected a model or an index, got neither.")
         else:
             self.name, self.place = model, gallery or GALLERY
             self.model, self.processor, revision = load_dual_encoder(model, trust_remote_code=trust_remote_code)
             self.gallery = Gallery(self.place, self.model, self.processor)
-            self.captions, self.skipped = self.gallery.captions, self.gallery.skipped
+            self.captions = self.gallery.captions or load_learned_captions(model, self.gallery.row_of)
+            self.skipped = self.gallery.skipped
         self.origin, self.teacher_name = describe_origin(self.name), teacher
         self.warning = warn_of_chance(self.name, revision, ("retrieval", "zero_shot"))
         self.knows_shapes = self.place.startswith("scenes:") or DRAWN_DATA in self.origin
@@ -316,6 +281,10 @@ class SpaceAnswers:
         """Some pictures, spread over the gallery."""
         count = min(count, len(self.gallery))
         return self.gallery.hits([place * len(self.gallery) // count for place in range(count)])
+
+    def folders(self) -> list[str]:
+        """The names of the folders that the pictures lie in, where these are words."""
+        return name_folders([hit.name for hit in self.sample(MOST_TEXTS)])
 
     def picture(self, hit: Hit) -> Image.Image:
         """A picture of the gallery, in RGB.
@@ -528,15 +497,15 @@ def _blank_tile() -> Image.Image:
 
 
 def suggest_labels(answers: SpaceAnswers) -> tuple[str, str]:
-    """Suggest labels and a prompt: of drawn shapes where the model or the gallery is of these, else of photographs."""
+    """Suggest labels and a prompt: what the captions name most, or the gallery's folders; else drawn shapes or things
+    of photographs, by what is known of the model and the gallery.
+    """
+    names = frequent_names(answers.captions) or answers.folders()
+    if names:
+        return ", ".join(names), "a {}" if answers.knows_shapes else "a photo of a {}"
     return (SUGGESTED_SHAPES, "a {}") if answers.knows_shapes else (SUGGESTED_LABELS, "a photo of a {}")
 
 
 def suggest_queries(answers: SpaceAnswers, count: int = 4) -> list[str]:
     """Suggest texts to search for: short captions of the gallery, spread over it; where it has none, neutral ones."""
-    short = [text for text in answers.captions if len(text) <= LONGEST_SUGGESTION]
-    candidates = short or sorted(answers.captions, key=len)[:count]
-    if not candidates:
-        return list(DRAWN_QUERIES if answers.knows_shapes else QUERIES)[:count]
-    count = min(count, len(candidates))
-    return [candidates[place * len(candidates) // count] for place in range(count)]
+    return short_captions(answers.captions, count) or list(DRAWN_QUERIES if answers.knows_shapes else QUERIES)[:count]

@@ -8,6 +8,7 @@ import resource
 import shutil
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,21 +17,24 @@ import pytest
 import torch
 import yaml
 from fixtures.pictures import png
+from fixtures.publications import make_native_student
+from fixtures.tiny_dual_encoders import save_dual_encoder, save_fixed_siglip2
 from PIL import Image
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
 from modeling_dclip.data.scenes import load_scenes
+from modeling_dclip.data.scenes.drawing import COLOURS, PATTERNS, SHAPES
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.embedding import embed_images, embed_texts
 from modeling_dclip.evaluation.records import make_record, write_results
 from modeling_dclip.hub import space
 from modeling_dclip.hub.index.build import build_index
+from modeling_dclip.hub.index.suggestions import frequent_names, load_learned_captions
 from modeling_dclip.hub.space import (
     SpaceAnswers,
     UserMistake,
     describe_origin,
-    load_learned_captions,
     split_lines,
     suggest_labels,
     suggest_queries,
@@ -199,6 +203,50 @@ def test_suggestions_come_from_the_gallery_or_are_neutral(answers, tiny_clip_dir
     assert suggest_labels(of_photos) == (space.SUGGESTED_LABELS, "a photo of a {}")
     of_shapes = SpaceAnswers(str(ROOT / "recipes/demo_anchor"), gallery=str(photos))
     assert suggest_queries(of_shapes) == list(space.DRAWN_QUERIES)
+
+
+@pytest.mark.parametrize("family", ["siglip2", "vision_text", "metaclip_2"])
+def test_a_student_of_another_family_answers_everything(app, upload, tmp_path, family):
+    save = save_fixed_siglip2 if family == "siglip2" else partial(save_dual_encoder, family)
+    folder = make_native_student(tmp_path / "student", save, "--clip_model", "google/siglip2-base-patch16-224")
+    model = SpaceAnswers(str(folder), gallery=GALLERY)
+    assert "student** (fine-tuned from google/siglip2-base-patch16-224 on scenes drawn" in app.describe_page(model)
+    found = model.find_pictures("a red circle", 3)
+    encoder = Encoder(model.model, model.processor)
+    scores = (embed_texts(encoder, ["a red circle"]) @ embed_images(encoder, model.gallery.dataset).T)[0]
+    assert [hit.score for hit in found.hits] == pytest.approx(scores.topk(3).values.tolist(), abs=1e-6)
+    shares, remark = model.classify(upload, "red circle, blue square", "a {}")
+    assert sum(shares.values()) == pytest.approx(1) and "Most likely" in remark
+    rows, _ = model.find_texts(upload, "a dog\na cat")
+    assert len(rows) == 2 and len(model.find_pictures(upload, 2).hits) == 2
+    assert "too long" in model.find_pictures("a red dog " * 60, 1).remark
+    app.build_app(model)
+
+
+def test_labels_come_from_captions_or_folders(answers, tiny_clip_dir, photos):
+    labels, prompt = suggest_labels(answers)  # drawn scenes
+    assert prompt == "a {}" and 2 <= len(labels.split(", ")) <= 6
+    shapes = re.compile(rf"({'|'.join(COLOURS)}|{'|'.join(PATTERNS)}) ({'|'.join(SHAPES)})s?")
+    assert all(shapes.fullmatch(label) for label in labels.split(", "))
+    for number, folder in enumerate(("kitchen", "work-shop")):
+        (photos / folder).mkdir()
+        (photos / f"{number} 写真.png").rename(photos / folder / f"{number}.png")
+    (photos / "2 写真.png").unlink()
+    of_folders = SpaceAnswers(str(tiny_clip_dir), gallery=str(photos))
+    assert suggest_labels(of_folders) == ("kitchen, work shop", "a photo of a {}")
+    captions = ["a brown dog runs", "two brown dogs", "a small child with a red ball", "a red ball on a table"]
+    assert frequent_names(captions) == ["brown dog", "red ball"]
+    assert frequent_names(["a dog", "the dog and a cat", "cats"]) == ["dog", "cat"] and frequent_names(["a dog"]) == []
+
+
+def test_the_hint_of_the_search_box_fits_a_telephone(app, answers):
+    page = app.build_app(answers).get_config_file()
+    (hint,) = [
+        one["props"]["placeholder"]
+        for one in page["components"]
+        if one["props"].get("label") == "What should the picture show?"
+    ]
+    assert 0 < len(hint) <= app.SHORT_HINT
 
 
 def test_an_index_of_a_folder_takes_the_captions_that_its_model_learned_from(tiny_clip_dir, photos, tmp_path, caplog):

@@ -25,6 +25,7 @@ from modeling_dclip.progress import count_of
 
 COMMAND = "python -m modeling_dclip.hub.index"
 _MANY = Range(1, 10**6, whole=True)
+NEUTRAL_WORDS = "something red"
 SHOWN = 10  # images that could not be read, or are copies
 
 
@@ -147,6 +148,13 @@ def _describe_copies(index: SearchIndex) -> Iterator[str]:
             yield f"    and {len(copies) - SHOWN:,} more"
 
 
+def _suggest_words(index: SearchIndex) -> str:
+    """Words to try: a short caption of the pictures; where they have none, what fits any."""
+    from modeling_dclip.hub.index.suggestions import find_captions, short_captions
+
+    return next(iter(short_captions(find_captions(index), 1)), NEUTRAL_WORDS)
+
+
 def describe_build(index: SearchIndex) -> str:
     """Say what was built, what has changed, which images were left out, and what to do next."""
     manifest = index.manifest
@@ -167,8 +175,8 @@ def describe_build(index: SearchIndex) -> str:
         ]
         if len(skipped) > SHOWN:
             lines.append(f"    and {len(skipped) - SHOWN} more, all listed in {index.folder / 'index.json'}")
-    folder = shlex.quote(str(index.folder))
-    lines.append(f'Search it: {COMMAND} search "a dog" --index {printable(folder)} --page results.html')
+    folder, words = (shlex.quote(text) for text in (str(index.folder), _suggest_words(index)))
+    lines.append(f"Search it: {COMMAND} search {printable(words)} --index {printable(folder)} --page results.html")
     return "\n".join(lines)
 
 

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 from transformers import CLIPVisionModelWithProjection
 
 from modeling_dclip import DCLIPModel
+from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.files import read_images
 from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.data.scenes import load_scenes
@@ -226,6 +228,9 @@ def test_a_dataset_of_captions_is_indexed_too(tiny_clip_dir, tmp_path):
     hits = index.search("a dog", top_k=6)
     assert sorted(hit.image_id for hit in hits) == [f"scenes-test-0-{row}" for row in range(6)]
     assert all(hit.path is None for hit in hits)
+    words = shlex.split(describe_build(index).splitlines()[-1])
+    tried = words[words.index("search") + 1]
+    assert tried in [captions[0] for captions in load_captions("scenes:test,n=6,image_size=48")["captions"]]
 
 
 def test_an_index_of_another_model_is_not_mixed_in(copied, other_model, tiny_clip_dir, pictures, tmp_path):
@@ -473,7 +478,7 @@ def test_the_command_builds_and_answers(tiny_clip_dir, pictures, tmp_path, capsy
     main(["build", *command])
     assert "0 embedded now" in (out := capsys.readouterr().out)
     assert "Since the last build: 0 new, 0 changed, 0 gone, 12 kept." in out and "copies" not in out
-    assert out.splitlines()[-1].endswith(f'search "a dog" --index {index} --page results.html')
+    assert out.splitlines()[-1].endswith(f"search 'something red' --index {index} --page results.html")
     main(["search", "a dog on a beach", "--index", index, "--top_k", "3"])
     said, header, *lines = capsys.readouterr().out.splitlines()
     assert said == f"The 3 nearest of 12 pictures in {pictures}, to “a dog on a beach”"
