@@ -385,6 +385,48 @@ _ADVICE = (
 )
 
 
+_ENDS = {b"\xff\xd8": b"\xff\xd9", b"\x89PNG": b"IEND"}  # how a whole JPEG and PNG end, by how they begin
+_END_BYTES = 4096  # of a file: some programs write a little behind the end
+
+
+def _looks_whole(source: ImageSource | None) -> bool:
+    """Whether a picture opens and, if it is a JPEG or PNG, has its end."""
+    if not (stored := _stored(source)):
+        return False
+    try:
+        if not isinstance(stored, bytes):
+            _require_bounded(stored)
+        with io.BytesIO(stored) if isinstance(stored, bytes) else open(stored, "rb") as file:
+            _check_size(_open_lazily(file).size, MOST_PIXELS)
+            file.seek(0)
+            begin = file.read(8)
+            file.seek(max(0, file.seek(0, os.SEEK_END) - _END_BYTES))
+            end = file.read()
+    except UNREADABLE:
+        return False
+    return all(mark in end for head, mark in _ENDS.items() if begin.startswith(head))
+
+
+def find_suspects(dataset: Dataset, rows: Sequence[int]) -> list[int]:
+    """Rows whose image may be cut or is no picture, told by its two ends. Nothing is decoded.
+
+    Damage in the middle of a file is not found, and an image that is found may still be whole: give the rows to
+    [`find_unreadable`].
+
+    Args:
+        dataset (`datasets.Dataset`): With `image`.
+        rows (`Sequence[int]`): Which to look at.
+    """
+    images, found = undecoded_images(dataset), list[int]()
+    with tqdm(total=len(rows), desc="Checking files", unit="image") as progress:
+        for start in range(0, len(rows), IMAGES_PER_READ):
+            part = rows[start : start + IMAGES_PER_READ]
+            stored = images.select(part)
+            found += [row for row, one in zip(part, stored, strict=True) if not _looks_whole(one["image"])]
+            progress.update(len(part))
+    return found
+
+
 def find_unreadable(dataset: Dataset, rows: Sequence[int]) -> dict[int, dict[str, str]]:
     """Decode images whole, several at a time, and name those that cannot be read.
 

@@ -45,7 +45,13 @@ from modeling_dclip.data.files import (
     write_json,
     write_manifest,
 )
-from modeling_dclip.data.images import PixelReader, UnreadableImageError, find_unreadable, readable_formats
+from modeling_dclip.data.images import (
+    PixelReader,
+    UnreadableImageError,
+    find_suspects,
+    find_unreadable,
+    readable_formats,
+)
 from modeling_dclip.data.rows import first, require_rows
 from modeling_dclip.distillation.arguments import TRAINING_SECTIONS, RunArguments, StageTrainingArguments
 from modeling_dclip.distillation.checkpoints import (
@@ -444,6 +450,7 @@ class SharedData:
         whole (`dict[str, KeyedRows]`): All captioned images, those held out included, with keys of the images.
         tests ([`KeyedRows`] by `str`): The test parts.
         decoded (`set[str]`): Keys of images that were found to be whole.
+        looked_at (`set[str]`): Keys of images whose files have their end.
         loaded (`list[tuple[str, Dataset]]`): All rows whose images are read, with the field that names them.
         kept (`dict[str, set[Path]]`): The folders of this process's runs that hold each test part.
         told (`set[tuple[str, str]]`): What was said once: of start models and test parts that were compared, and of
@@ -458,6 +465,7 @@ class SharedData:
     whole: dict[str, KeyedRows] = field(default_factory=dict)
     tests: dict[str, KeyedRows] = field(default_factory=dict)
     decoded: set[str] = field(default_factory=set)
+    looked_at: set[str] = field(default_factory=set)
     loaded: list[tuple[str, Dataset]] = field(default_factory=list)
     kept: dict[str, set[Path]] = field(default_factory=dict)
     told: set[tuple[str, str]] = field(default_factory=set)
@@ -630,7 +638,8 @@ def _find_unreadable(rows: Dataset, which: Sequence[int]) -> dict[int, dict[str,
 def check_parts(recipe: Recipe, shared: SharedData) -> None:
     """Decode the images that are measured, those of the test and validation parts, before anything is trained.
 
-    If one cannot be read, all images are looked at. With `on_bad_image: skip` they were decoded when they were loaded.
+    The files of the others are looked at, and decoded if their end is missing. If an image cannot be read, all
+    images are looked at. With `on_bad_image: skip` they were decoded when they were loaded.
 
     Args:
         recipe ([`Recipe`]): Of a run.
@@ -642,16 +651,19 @@ def check_parts(recipe: Recipe, shared: SharedData) -> None:
     """
     if recipe.run.on_bad_image == "skip":
         return
-    parts = {"test": find_test_part(recipe.run, shared)}
+    parts: dict[str, KeyedRows] = {}
+    if (test := find_test_part(recipe.run, shared)) is not None:
+        parts["test"] = test
     if {"regions", "teacher", "targets"} & set(recipe.stages):
-        parts["validation"] = load_training_images(recipe, shared).get("validation")
-    for part in parts.values():
-        if part is not None:
-            new = [row for row, key in enumerate(part.keys) if key not in shared.decoded]
-            bad = _find_unreadable(part.rows, new) if new else {}
-            if bad:
-                raise ValueError(f"{describe_unreadable(shared, _find_unreadable)} Nothing was trained.")
-            shared.decoded.update(part.keys[row] for row in new)
+        parts |= load_training_images(recipe, shared)
+    for name, part in parts.items():
+        is_measured = name in ("test", "validation")
+        seen = shared.decoded if is_measured else shared.decoded | shared.looked_at
+        new = [row for row, key in enumerate(part.keys) if key not in seen]
+        asked = new if is_measured or not new else find_suspects(part.rows, new)
+        if asked and _find_unreadable(part.rows, asked):
+            raise ValueError(f"{describe_unreadable(shared, _find_unreadable)} Nothing was trained.")
+        (shared.decoded if is_measured else shared.looked_at).update(part.keys[row] for row in new)
 
 
 _MOST_NAMED = 10  # images in one message

@@ -26,6 +26,8 @@ from modeling_dclip.data.images import (
     UnreadableImageError,
     decode_image,
     find_images,
+    find_suspects,
+    find_unreadable,
     open_image,
     random_resized_crop,
     read_encoded,
@@ -256,6 +258,25 @@ def test_whatever_is_wrong_is_one_error_that_names_the_picture(tmp_path, monkeyp
     with pytest.raises(UnreadableImageError, match="expected at most 76 pixels, got 11 x 7"):
         open_image(encoded, most_pixels=76)
     assert open_image(encoded).size == (11, 7)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_cut_file_is_a_suspect_and_a_whole_one_is_not(tmp_path, format):
+    whole, much = encode(format, size=(40, 30)), bytes(9_000)
+    half = whole[: len(whole) // 2]
+    contents = [whole, whole + bytes(9), half, half + much, b"text", b"", whole + much]
+    paths = [tmp_path / str(number) for number in range(len(contents))]
+    for path, content in zip(paths, contents, strict=True):
+        path.write_bytes(content)
+    sources = [*({"bytes": None, "path": str(one)} for one in [*paths, tmp_path / "none"]), {"bytes": half}]
+    images = Dataset.from_dict(
+        {"image_id": [str(number) for number in range(len(sources))], "image": sources},
+        features=Features({"image_id": Value("string"), "image": Image()}),
+    )
+    suspects = find_suspects(images, range(len(sources)))
+    assert suspects == [2, 3, 4, 5, 6, 7, 8]
+    unreadable = set(find_unreadable(images, suspects)) - {3}  # PIL shows a PNG's zeros as black
+    assert unreadable == {2, 4, 5, 7, 8}, "bytes behind the end do no harm"
 
 
 def test_a_missing_file_is_told_apart(tmp_path):

@@ -278,6 +278,14 @@ def test_a_bad_image_that_is_measured_has_all_of_every_part_named_before_anythin
     assert not (tmp_path / "run").exists()
 
 
+def test_a_cut_image_that_is_only_trained_on_is_named_before_anything_is_written(tmp_path):
+    (cut,), fields = write_damaged(tmp_path, 1)
+    recipe = recipe_of(tmp_path, **fields | {"train_fraction": 1, "test_fraction": 0, "student": {}})
+    with pytest.raises(ValueError, match=f"1 of 20 images cannot be read: {cut} .*Nothing was trained"):
+        parts_of(recipe)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_bad_image_met_in_training_has_all_named_the_first_ten_with_their_reasons(tmp_path):
     bad, fields = write_damaged(tmp_path, 12)
     shared = SharedData()
