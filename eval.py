@@ -63,7 +63,7 @@ def show(done: Evaluation, arguments: argparse.Namespace) -> None:
     if arguments.plot:
         plot_curve(done.records, arguments.plot, anchor=arguments.anchor)
         print(f"Drawn to {arguments.plot}")
-    shared = ("gallery", "maps", "batch_size", "device", "num_workers", "seed", "trust_remote_code")
+    shared = ("gallery", "maps", "batch_size", "device", "num_workers", "seed", "trust_remote_code", "on_bad_image")
     for page in write_pages(done.records, **{key: getattr(arguments, key) for key in shared}):
         print(f"Written to {page}")
 
@@ -130,6 +130,7 @@ def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         templates=arguments.templates,
         classifiers=ClassifierCache(arguments.classifier_cache),
         index=arguments.index,
+        on_bad_image=arguments.on_bad_image,
         hessian=dict(pair.split("=", 1) for pair in arguments.hessian),
     )
     done = evaluate(

@@ -235,6 +235,7 @@ COMMANDS = {
         "--label",
         "--batch_size",
         "--num_workers",
+        "--on_bad_image",
         "--device",
         "--seed",
         "--class_names",
@@ -246,6 +247,7 @@ COMMANDS = {
     ],
     "eval.py report": ["results", "--output"],
     "eval.py compare": ["A.json", "B.json", "--models"],
+    "eval.py equal_retention": ["RESULTS.json", "--baseline", "--retention", "--zero_shot", "--output"],
     "modeling_dclip.data.regions": [
         "--dataset",
         "--output",
@@ -427,6 +429,7 @@ def test_defaults_of_an_evaluation():
         "index": None,
         "hessian": [],
         "trust_remote_code": False,
+        "on_bad_image": "raise",
     }
 
 

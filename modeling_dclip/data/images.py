@@ -380,8 +380,8 @@ def decode_image(dataset: Dataset, row: int) -> Image.Image:
 
 
 _ADVICE = (
-    "Replace the file or drop the row; train.py leaves such images out of all parts with --on_bad_image skip (and "
-    "--overwrite true, where stages were begun)."
+    "Replace the file or drop the row; train.py and eval.py leave such images out with --on_bad_image skip (train.py "
+    "also needs --overwrite true, where stages were begun)."
 )
 
 
@@ -431,11 +431,12 @@ def find_unreadable(dataset: Dataset, rows: Sequence[int]) -> dict[int, dict[str
     """Decode images whole, several at a time, and name those that cannot be read.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id` and `image`.
+        dataset (`datasets.Dataset`): With `image`, and if it has them `image_id`.
         rows (`Sequence[int]`): Which to look at.
 
     Returns:
-        `dict[int, dict[str, str]]`: `image_id`, `file` and `reason` of each such row.
+        `dict[int, dict[str, str]]`: `image_id` (of a dataset without ids, `row N`), `file` and `reason` of each such
+            row.
     """
     images, found = undecoded_images(dataset), {}
 
@@ -444,7 +445,7 @@ def find_unreadable(dataset: Dataset, rows: Sequence[int]) -> dict[int, dict[str
             open_image(stored["image"])
         except UnreadableImageError as error:
             file = (stored["image"] or {}).get("path") or "stored bytes"
-            found[row] = {"image_id": stored["image_id"], "file": file, "reason": error.reason}
+            found[row] = {"image_id": stored.get("image_id", f"row {row}"), "file": file, "reason": error.reason}
 
     # Threads that pass through `_open_lazily` at the same time may leave its filter behind: it is taken back here.
     with warnings.catch_warnings(), ThreadPoolExecutor(os.cpu_count()) as pool:

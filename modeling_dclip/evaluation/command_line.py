@@ -107,6 +107,8 @@ def _add_arguments(parser: CommandParser) -> None:
     batch_help = "images or texts at a time; no metric depends on it, memory does (default: %(default)s)"
     add("--batch_size", range=BATCH, default=64, metavar="N", help=batch_help)
     add("--num_workers", range=WORKERS, default=0, metavar="N", help="processes that decode images (default: 0, none)")
+    bad_help = "what to do with a picture that cannot be read. skip: leave it out and name it (default: raise)"
+    add("--on_bad_image", choices=("raise", "skip"), default="raise", help=bad_help)
     device_help = "where models run, as PyTorch names it: cpu, cuda, cuda:1, mps (default: cuda if there is one)"
     add("--device", metavar="DEVICE", help=device_help)
     seed_help = "of every draw, such as the images of @COUNT and those of intervals (default: 0)"

@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from modeling_dclip.data.captions.parts import TrainedImages, read_trained_images
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
+from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.kinds import (
@@ -134,7 +135,7 @@ def evaluate(
         except BENCHMARK_FAILURES as error:
             _leave_out(done.failures, candidate.name, error)
             continue
-        for name, benchmark in loaded.items():
+        for name, benchmark in list(loaded.items()):
             try:
                 record, outcomes, kept = _measure_or_keep(store, benchmark, subject, options, command)
                 _take_notes(record, benchmark, subject)
@@ -143,6 +144,10 @@ def evaluate(
                 elif name in references:
                     record["comparison"] = _compare(references[name], outcomes, subject.seed)
                 store.put(record, outcomes)
+            except UnreadableImageError as error:  # no other model could be measured on these pictures
+                _leave_out(done.failures, name, error)
+                del loaded[name]
+                continue
             except BENCHMARK_FAILURES as error:
                 _leave_out(done.failures, f"{candidate.label or candidate.name} on {name}", error)
                 continue

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling_dclip.data.captions.parts import TRAINED_IMAGES, read_trained_images, write_trained_images
+from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation import evaluator, records
 from modeling_dclip.evaluation.benchmarks.kinds import Benchmark
@@ -37,6 +38,8 @@ def world(monkeypatch):
             calls.append((name, round(model.weight.item(), 3)))
             if name == "retrieval=fatal" and model.weight.item() > 0.5:
                 raise RuntimeError("out of memory")
+            if name == "retrieval=damaged":
+                raise UnreadableImageError("one picture")
             if name == "zero_shot=bug":
                 raise AssertionError("a bug")
             hits = (torch.arange(10) / 10 < model.weight).double().flatten()
@@ -172,6 +175,12 @@ def test_points_on_the_line_are_measured_and_say_which(world, tmp_path):
     assert evaluate(candidates, BENCHMARKS, tmp_path / "r.json", anchor="anchor").kept == 6 and world == []
     with pytest.raises(ValueError, match="anchor to interpolate from"):
         evaluate(candidates, BENCHMARKS, tmp_path / "r.json")
+
+
+def test_pictures_that_cannot_be_read_are_told_once(world, tmp_path):
+    done = evaluate([Candidate("student")], ["retrieval=damaged", "zero_shot=b"], tmp_path / "r.json", anchor="anchor")
+    assert done.failures == ["retrieval=damaged: UnreadableImageError: one picture"]
+    assert [name for name, _ in world] == ["retrieval=damaged", "zero_shot=b", "zero_shot=b"]
 
 
 def test_points_count_to_what_training_reached(world, tmp_path, monkeypatch):

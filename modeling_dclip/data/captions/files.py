@@ -409,6 +409,28 @@ def read_csv(
     return _group_lines(lines[1:], image_at, caption_at, path, folder, source, missing)
 
 
+def picture_lines(
+    table: str, image_folder: str, *, image: str = "image", sep: str = ",", **options: Any
+) -> dict[str, str]:
+    """Where a table that [`read_csv`] has read names each picture first.
+
+    Args:
+        table, image_folder, image, sep (`str`): As in [`read_csv`]; other options of it are not looked at.
+
+    Returns:
+        `dict[str, str]`: `FILE:LINE` by the picture's file.
+    """
+    separator, path, folder = SEPARATORS.get(sep, sep), Path(table), Path(image_folder)
+    lines = read_table(path, separator)
+    at = _find_column([name.strip() for name in lines[0].cells], (image,), "image", path, separator)
+    numbers, finder = Lines(path, [line.number for line in lines]), FileFinder()
+    places: dict[str, str] = {}
+    for row, line in enumerate(lines[1:], start=1):
+        named = folder / _name_in(folder, line.cells[at])
+        places.setdefault(str(finder.find(named) or named), numbers.name(row))
+    return places
+
+
 def _group_lines(
     lines: list[TableRow], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
 ) -> Dataset:

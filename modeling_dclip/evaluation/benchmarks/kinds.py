@@ -1,6 +1,7 @@
 """Benchmarks by name: load the data once, evaluate any number of models on it, and make the records."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
@@ -11,11 +12,15 @@ from datasets import Dataset
 from transformers.utils import logging
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, parse_caption_spec
+from modeling_dclip.data.captions.files import picture_lines
 from modeling_dclip.data.captions.parts import describe_held_out
 from modeling_dclip.data.columns import dataset_fingerprint, image_keys
+from modeling_dclip.data.files import printable
+from modeling_dclip.data.images import UnreadableImageError, find_unreadable
 from modeling_dclip.data.labels import LABEL_SOURCES, load_classification, parse_label_spec
 from modeling_dclip.data.labels.prompts import read_names
 from modeling_dclip.data.questions import QUESTION_SOURCES, load_fine_grained, parse_question_spec
+from modeling_dclip.data.rows import require_rows
 from modeling_dclip.data.specs import Spec, bind_options
 from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.fingerprints import hash_bytes
@@ -29,6 +34,7 @@ from modeling_dclip.evaluation.benchmarks.suite import expand_suite
 from modeling_dclip.evaluation.benchmarks.zero_shot import ClassifierCache, evaluate_zero_shot
 from modeling_dclip.evaluation.records import BenchmarkResult, Environment, Record, environment, make_record
 from modeling_dclip.evaluation.statistics import bootstrap_outcomes
+from modeling_dclip.progress import count_of
 
 logger = logging.get_logger(__name__)
 
@@ -48,6 +54,8 @@ class EvaluationOptions:
         index (`str`, *optional*): For `retrieval`: `faiss` or `faiss:FACTORY` in place of exact search.
         hessian (`Mapping[str, str]`, *optional*): For `hessian`: fields of [`HessianOptions`] as texts, such as
             `{"tower": "all"}`.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): `"skip"` decodes every picture of a benchmark before
+            it is measured, and leaves out those that cannot be read; the records name them.
         measured_in ([`~modeling_dclip.evaluation.records.Environment`], *optional*): Software and machine of the run,
             for the records; by default read once, here.
     """
@@ -62,6 +70,7 @@ class EvaluationOptions:
     kept_texts: dict[tuple[str, str], torch.Tensor] = field(default_factory=dict)
     index: str | None = None
     hessian: Mapping[str, str] = field(default_factory=dict)
+    on_bad_image: str = "raise"
     measured_in: Environment = field(default_factory=lambda: environment())
 
     def encoder(self, model: DualEncoder, processor: Any) -> Encoder:
@@ -97,27 +106,91 @@ def _short_hash(content: object) -> str:
 
 
 def _make(
-    name: str, spec: Spec, dataset: Dataset, evaluate: Callable[..., BenchmarkResult], settings: dict[str, Any]
+    name: str,
+    spec: Spec,
+    dataset: Dataset,
+    evaluate: Callable[..., BenchmarkResult],
+    settings: dict[str, Any],
+    options: EvaluationOptions,
 ) -> Benchmark:
     """A benchmark of a dataset, which `evaluate` takes as `dataset`."""
-    notes: tuple[str, ...] = ()
+    notes: list[str] = []
     if spec.source is CAPTION_SOURCES["held_out"]:
-        notes = (f"{name}: {describe_held_out(spec.fields[0], len(dataset))}",)
-    return Benchmark(
-        name,
-        spec.split,
-        dataset_fingerprint(dataset),
-        partial(evaluate, dataset=dataset),
-        settings,
-        cache(partial(image_keys, dataset)),
-        notes,
-    )
+        notes.append(f"{name}: {describe_held_out(spec.fields[0], len(dataset))}")
+    if options.on_bad_image == "skip":
+        dataset, left_out = leave_out_unreadable(name, spec, dataset)
+        notes += left_out
+    measure = partial(_measure, evaluate=evaluate, spec=spec, dataset=dataset)
+    with _naming_unreadable(spec, dataset):
+        fingerprint = dataset_fingerprint(dataset)
+    keys = cache(partial(image_keys, dataset))
+    return Benchmark(name, spec.split, fingerprint, measure, settings, keys, tuple(notes))
+
+
+def _measure(
+    encoder: Encoder, *, evaluate: Callable[..., BenchmarkResult], spec: Spec, dataset: Dataset
+) -> BenchmarkResult:
+    with _naming_unreadable(spec, dataset):
+        return evaluate(encoder, dataset=dataset)
+
+
+_MOST_NAMED = 10  # pictures in one message
+
+
+def _find_unreadable(spec: Spec, dataset: Dataset) -> tuple[set[int], str]:
+    """The rows whose picture cannot be read, and a sentence that names them: id, line of the table, file, reason."""
+    bad = find_unreadable(dataset, range(len(dataset)))
+    places = picture_lines(*spec.fields, **spec.options) if bad and spec.source is CAPTION_SOURCES["csv"] else {}
+    named = []
+    for one in list(bad.values())[:_MOST_NAMED]:
+        line = f"{places[one['file']]}, " if one["file"] in places else ""
+        named.append(f"{printable(one['image_id'])} ({line}{printable(one['file'])}): {one['reason']}")
+    more = f"; and {len(bad) - _MOST_NAMED:,} more" if len(bad) > _MOST_NAMED else ""
+    told = f"{len(bad):,} of {count_of(len(dataset), 'image')} cannot be read: {'; '.join(named)}{more}"
+    return set(bad), told
+
+
+def leave_out_unreadable(name: str, spec: Spec, dataset: Dataset) -> tuple[Dataset, list[str]]:
+    """Decode every picture, and leave out those that cannot be read, with a warning that names them.
+
+    Args:
+        name (`str`): What messages call the benchmark.
+        spec ([`~modeling_dclip.data.specs.Spec`]): Of its data.
+        dataset (`datasets.Dataset`): With `image`.
+
+    Returns:
+        `tuple[datasets.Dataset, list[str]]`: What is left, and what its records say of the others; empty if there are
+            none.
+
+    Raises:
+        ValueError: If no picture is left.
+    """
+    bad, told = _find_unreadable(spec, dataset)
+    if not bad:
+        return dataset, []
+    logger.warning("%s: %s; left out", name, told)
+    rows = [row for row in range(len(dataset)) if row not in bad]
+    require_rows(len(rows), f"{name} after leaving out {count_of(len(bad), 'image')} that cannot be read", "an image")
+    return dataset.select(rows), [f"{name}: {told}; left out"]
+
+
+@contextmanager
+def _naming_unreadable(spec: Spec, dataset: Dataset) -> Iterator[None]:
+    """Where a picture cannot be read, name all that cannot be, so that they are mended at once."""
+    try:
+        yield
+    except UnreadableImageError as error:
+        bad, told = _find_unreadable(spec, dataset)
+        if not bad:
+            raise
+        advice = "Replace the files, or start again with --on_bad_image skip, which leaves such images out."
+        raise UnreadableImageError(f"{told}. {advice}") from error
 
 
 def _load_retrieval(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_captions(spec, seed=options.seed)
     settings = {"index": options.index} if options.index else {}
-    return _make(name, spec, dataset, partial(evaluate_retrieval, index=options.index), settings)
+    return _make(name, spec, dataset, partial(evaluate_retrieval, index=options.index), settings, options)
 
 
 def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
@@ -126,16 +199,16 @@ def _load_zero_shot(name: str, spec: Spec, options: EvaluationOptions) -> Benchm
     if options.class_names:
         names = read_names(options.class_names, names)
     evaluate = partial(evaluate_zero_shot, class_names=names, templates=templates, classifiers=options.classifiers)
-    return _make(name, spec, loaded.dataset, evaluate, {"prompts": _short_hash([names, templates])})
+    return _make(name, spec, loaded.dataset, evaluate, {"prompts": _short_hash([names, templates])}, options)
 
 
 def _load_fine_grained(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
     dataset = load_fine_grained(spec)
-    return _make(name, spec, dataset, evaluate_fine_grained, {"questions": questions_fingerprint(dataset)})
+    return _make(name, spec, dataset, evaluate_fine_grained, {"questions": questions_fingerprint(dataset)}, options)
 
 
 def _load_diagnostics(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
-    return _make(name, spec, load_captions(spec, seed=options.seed), evaluate_diagnostics, {})
+    return _make(name, spec, load_captions(spec, seed=options.seed), evaluate_diagnostics, {}, options)
 
 
 def _load_hessian(name: str, spec: Spec, options: EvaluationOptions) -> Benchmark:
@@ -146,7 +219,7 @@ def _load_hessian(name: str, spec: Spec, options: EvaluationOptions) -> Benchmar
     chosen = bind_options(HessianOptions, options.hessian, "the Hessian's options")
     dataset = load_captions(spec, seed=options.seed)
     evaluate = partial(evaluate_hessian, options=HessianOptions(**chosen), seed=options.seed)
-    return _make(name, spec, dataset, evaluate, chosen)
+    return _make(name, spec, dataset, evaluate, chosen, options)
 
 
 def _load_efficiency(name: str, spec: None, options: EvaluationOptions) -> Benchmark:

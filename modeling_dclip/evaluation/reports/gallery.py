@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from modeling_dclip.data.captions import load_captions
+from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.files import write_text
 from modeling_dclip.data.images import (
     Thumbnail,
@@ -33,6 +33,7 @@ from modeling_dclip.data.images import (
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE, RetrievalRanks, metrics_from_ranks, retrieval_ranks
+from modeling_dclip.evaluation.benchmarks.kinds import leave_out_unreadable
 from modeling_dclip.evaluation.embedding import DatasetEmbeddings, embed_dataset
 from modeling_dclip.evaluation.records import Record, record_key
 from modeling_dclip.evaluation.reports.document import render_page
@@ -361,6 +362,7 @@ def write_pages(
     batch_size: int = 64,
     num_workers: int = 0,
     seed: int = 0,
+    on_bad_image: str = "raise",
 ) -> list[Path]:
     """Write the pages of every record of retrieval. Each model is loaded again, and the data is embedded again.
 
@@ -373,6 +375,8 @@ def write_pages(
         trust_remote_code (`bool`, *optional*, defaults to `False`): Run code that comes with a model.
         device, batch_size, num_workers: As in [`~modeling_dclip.encoders.Encoder`].
         seed (`int`, *optional*, defaults to 0): Of the gallery's random choice.
+        on_bad_image (`str`, *optional*, defaults to `"raise"`): As in
+            [`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`].
 
     Returns:
         `list[Path]`: The files written.
@@ -389,6 +393,8 @@ def write_pages(
         model, processor, revision = load_dual_encoder(record["model"], trust_remote_code=trust_remote_code)
         encoder = Encoder(model, processor, batch_size, device, num_workers)
         dataset, stem = load_captions(spec, seed=record["seed"]), page_name(record)
+        if on_bad_image == "skip":
+            dataset, _ = leave_out_unreadable(record["benchmark"], parse_caption_spec(spec), dataset)
         if gallery:
             pages.append(Path(gallery) / f"{stem}.html")
             [shown] = shorten_paths([record])

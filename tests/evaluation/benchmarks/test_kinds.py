@@ -1,9 +1,13 @@
 """Benchmarks by name: known ones load, unknown ones are named."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
 
+from modeling_dclip.data.images import UnreadableImageError
+from modeling_dclip.encoders.loading import load_pair
 from modeling_dclip.evaluation.benchmarks import kinds as benchmarks
 from modeling_dclip.evaluation.records import Environment
 
@@ -107,3 +111,55 @@ def test_a_run_may_name_its_own_test_part_before_it_is_there(tmp_path):
     with pytest.raises((FileNotFoundError, ValueError)):
         benchmarks.read_benchmark(f"retrieval=held_out:{tmp_path}", begins=str(tmp_path / "other"))
     benchmarks.read_benchmark("efficiency")
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """A table of three pictures with two captions each, the second one cut."""
+    (tmp_path / "p").mkdir()
+    for name, colour in (("a", "red"), ("b", "green"), ("c", "blue")):
+        Image.new("RGB", (40, 40), colour).save(tmp_path / "p" / f"{name}.png")
+    whole = (tmp_path / "p" / "b.png").read_bytes()
+    (tmp_path / "p" / "b.png").write_bytes(whole[: len(whole) // 2])
+    lines = [f"{name}.png,{text} {name}" for name in "abc" for text in ("one", "two")]
+    (tmp_path / "t.csv").write_text("image,caption\n" + "\n".join(lines) + "\n")
+    return f"{tmp_path}/t.csv", f"{tmp_path}/p"
+
+
+def test_pictures_that_cannot_be_read_are_named_by_line_and_file(damaged, tiny_clip_dir):
+    table, folder = damaged
+    benchmark = benchmarks.load_benchmark(f"retrieval=csv:{table}:{folder}")
+    model, processor = load_pair(tiny_clip_dir)
+    message = rf"1 of 3 images cannot be read: p/b.png \({table}:4, {folder}/b.png\): .*again with --on_bad_image skip"
+    with pytest.raises(UnreadableImageError, match=message):
+        benchmark.evaluate(benchmarks.EvaluationOptions(device="cpu").encoder(model, processor))
+
+
+def test_pictures_that_cannot_be_read_are_left_out_counted_and_recorded(damaged, tiny_clip_dir, caplog):
+    table, folder = damaged
+    name, options = f"retrieval=csv:{table}:{folder}", benchmarks.EvaluationOptions(device="cpu", on_bad_image="skip")
+    benchmark = benchmarks.load_benchmark(name, options)
+    (note,) = benchmark.notes
+    assert note.startswith(f"{name}: 1 of 3 images cannot be read: p/b.png ({table}:4, {folder}/b.png): ")
+    assert note.endswith("; left out") and note in caplog.text
+    model, processor = load_pair(tiny_clip_dir)
+    result = benchmark.evaluate(options.encoder(model, processor))
+    assert (result["n"], result["n_captions"]) == (2, 4)
+    Path(folder, "b.png").unlink()
+    rows = Path(table).read_text().splitlines()
+    Path(table).write_text("\n".join([*rows[:3], *rows[5:]]) + "\n")
+    assert benchmarks.load_benchmark(name).fingerprint == benchmark.fingerprint  # as if it had never been there
+
+
+def test_pictures_with_labels_are_left_out_too(tmp_path):
+    for label in ("cat", "dog"):
+        (tmp_path / label).mkdir()
+        Image.new("RGB", (40, 40), "red").save(tmp_path / label / "a.png")
+    (tmp_path / "cat" / "b.png").write_bytes((tmp_path / "cat" / "a.png").read_bytes()[:60])
+    options = benchmarks.EvaluationOptions(on_bad_image="skip")
+    benchmark = benchmarks.load_benchmark(f"zero_shot=imagefolder:{tmp_path}", options)
+    assert "1 of 3 images cannot be read" in benchmark.notes[0] and "cat/b.png" in benchmark.notes[0]
+    for label in ("cat", "dog"):
+        (tmp_path / label / "a.png").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match="left of .* after leaving out 3 images that cannot be read"):
+        benchmarks.load_benchmark(f"zero_shot=imagefolder:{tmp_path}", options)
