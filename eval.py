@@ -106,10 +106,30 @@ def run(argv: Sequence[str]) -> int:
     from transformers import set_seed
 
     set_seed(arguments.seed)
+    check_models(arguments)
     status = measure(arguments, argv) if arguments.benchmark else 0
     if arguments.save_alpha is not None:
         save_point(arguments)
     return status
+
+
+def check_models(arguments: argparse.Namespace) -> None:
+    """Say before anything is measured what is wrong with any of the models, of all at once."""
+    from modeling_dclip.data.failures import MistakeCollector, naming
+    from modeling_dclip.distillation.checks import nearest_model
+    from modeling_dclip.encoders.loading import check_dual_encoder
+
+    found = MistakeCollector()
+    for option, names in (("--model", arguments.model), ("--anchor", filter(None, [arguments.anchor]))):
+        for name in dict.fromkeys(names):
+            with found.collecting(), naming(option):
+                try:
+                    check_dual_encoder(name, trust_remote_code=arguments.trust_remote_code)
+                except OSError as error:
+                    if not (near := nearest_model(name)):
+                        raise
+                    raise FileNotFoundError(f"{error} Did you mean {near!r}?") from error
+    found.tell()
 
 
 def measure(arguments: argparse.Namespace, argv: Sequence[str]) -> int:

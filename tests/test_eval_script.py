@@ -117,6 +117,28 @@ def test_what_a_saved_point_needs_is_said(script, words, message):
         script.main(["--model", "m", *words])
 
 
+def test_all_models_are_checked_before_any_is_measured(script, tiny_clip_dir, dclip_dir, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(Path(dclip_dir) / name, bare / name)
+    typo, tower = tmp_path / "bara", tmp_path / "tower"
+    DCLIPModel.from_pretrained(tiny_clip_dir).text_model.save_pretrained(tower)
+    names = [str(name) for name in (tiny_clip_dir, typo, bare, tower)]
+    words = ["--model", *names, "--anchor", f"{tmp_path}/x/y", "--benchmark", BENCHMARKS[0]]
+    with pytest.raises(SystemExit) as ended:
+        script.main([*words, "--output", str(tmp_path / "r.json")])
+    told = ended.value.code
+    assert "4 mistakes, found before any work" in told and not (tmp_path / "r.json").exists()
+    assert (
+        f"1. --model: expected a folder with a model at {typo}, got none." in told
+        and f"Did you mean '{bare}'?" in told
+    )
+    assert f"2. --model: expected the files of a processor in '{bare}'" in told
+    assert "3. --model: expected a dual encoder such as CLIPModel" in told and f"at '{tower}'" in told
+    assert f"4. --anchor: expected a folder with a model at {tmp_path}/x/y, got none." in told
+
+
 def test_numbers_are_the_same_every_time(script, tiny_clip_dir, tmp_path):
     for name in "ab":
         script.main(["--model", str(tiny_clip_dir), "--benchmark", BENCHMARKS[0], "--output", str(tmp_path / name)])
@@ -253,12 +275,13 @@ def test_lines_of_class_names_are_not_dropped_unnoticed(script, tmp_path, capsys
         script.main(["--model", "x", "--benchmark", "zero_shot", "--class_names", str(tmp_path / "names.txt")])
 
 
-def test_wrong_files_are_one_line_and_not_touched(script, tmp_path, capsys):
+def test_wrong_files_are_one_line_and_not_touched(script, tiny_clip_dir, tmp_path, capsys):
     (tmp_path / "r.json").write_bytes(b"\xff\xfe")
     wrong, missing = str(tmp_path / "r.json"), str(tmp_path / "missing.json")
+    measure = ["--model", str(tiny_clip_dir), "--benchmark", "retrieval=scenes:test,n=2", "--output"]
     commands = [
-        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", wrong], "Expected UTF-8 text in"),
-        (["--model", "x", "--benchmark", "retrieval=scenes:test,n=2", "--output", str(tmp_path)], "it is a folder"),
+        ([*measure, wrong], "Expected UTF-8 text in"),
+        ([*measure, str(tmp_path)], "it is a folder"),
         (["report", missing], "which does not exist"),
         (["report", wrong], "none of these"),
         (["compare", missing, wrong], "No results file at"),
@@ -291,8 +314,8 @@ def test_help_names_every_benchmark_and_default(script, capsys):
     assert all(word in shown for word in (*CHOICES, "default: 64", "results.json", "--trust_remote_code"))
 
 
-def test_a_bad_source_stops_before_a_model_is_loaded(script, tmp_path, capsys):
-    arguments = ["--model", "does/not/exist", "--output", str(tmp_path / "r.json"), "--benchmark"]
+def test_a_bad_source_stops_before_a_model_is_loaded(script, tiny_clip_dir, tmp_path, capsys):
+    arguments = ["--model", str(tiny_clip_dir), "--output", str(tmp_path / "r.json"), "--benchmark"]
     assert script.main([*arguments, "retrieval=nowhere:test"]) == 1
     assert "Unknown kind 'nowhere'" in capsys.readouterr().err and not (tmp_path / "r.json").exists()
 
@@ -300,7 +323,10 @@ def test_a_bad_source_stops_before_a_model_is_loaded(script, tmp_path, capsys):
 def test_a_suite_is_taken_apart_and_averaged(script, tiny_clip_dir, tmp_path, capsys):
     assert (
         script.main(
-            ["--model", "x", "--benchmark", f"zero_shot=suite:{tmp_path}", "--output", str(tmp_path / "r.json")]
+            [
+                *("--model", str(tiny_clip_dir), "--benchmark", f"zero_shot=suite:{tmp_path}"),
+                *("--output", str(tmp_path / "r.json")),
+            ]
         )
         == 1
     )

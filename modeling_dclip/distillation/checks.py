@@ -228,13 +228,20 @@ def check_named_model(name: str, kinds: Collection[str] | None = None) -> Any:
     try:
         return check_model(name, kinds)
     except OSError as error:
-        if not (near := _nearest(name)):
+        if not (near := nearest_model(name)):
             raise
         raise FileNotFoundError(f"{error} Did you mean {near!r}?") from error
 
 
-def _nearest(name: str) -> str | None:
-    """The preset, published CLIP or folder beside it whose name is nearest to a name that nothing has."""
+def nearest_model(name: str) -> str | None:
+    """The preset, published CLIP or folder beside it whose name is nearest to a name that nothing has.
+
+    Args:
+        name (`str`): As the user wrote it.
+
+    Returns:
+        `str` or `None`: `None` where there is a model of this name, or none of a near one.
+    """
     known = {*PRESETS, *PRESETS.values()}
     if os.path.exists(name) or name in known:
         return None

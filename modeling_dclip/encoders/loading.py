@@ -8,6 +8,7 @@
 | [`load_processor`] | the processor of a dual encoder that can be taught |
 | [`load_checked`] | a model of a given class, every weight stored |
 | [`read_config`] | a configuration of one of some kinds, its numbers within bounds |
+| [`check_dual_encoder`] | nothing: says early what [`load_dual_encoder`] would refuse |
 | [`check_model`] | a configuration, and that there are weights; none is fetched or read |
 
 A folder's files are checked before anything is built of them: kind, sizes, names and types of the weights. Code that
@@ -22,7 +23,7 @@ import re
 import string
 from collections.abc import Collection
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from transformers import (
+    MODEL_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoModel,
@@ -56,6 +58,7 @@ from modeling_dclip.encoders.fingerprints import model_revision
 from modeling_dclip.encoders.open_clip import (
     OPEN_CLIP_PREFIX,
     OpenClipDualEncoder,
+    check_open_clip,
     fingerprint_open_clip,
     load_open_clip,
 )
@@ -277,7 +280,7 @@ def require_dual_encoder(model: Any, where: str = "") -> None:
     """Refuse a model that does not embed images and texts.
 
     Args:
-        model: Any.
+        model: Any, or the class of one.
         where (`str`, *optional*): Where it came from, for the message.
 
     Raises:
@@ -285,9 +288,10 @@ def require_dual_encoder(model: Any, where: str = "") -> None:
     """
     missing = [name for name in ("get_image_features", "get_text_features") if not hasattr(model, name)]
     if missing:
+        name = (model if isinstance(model, type) else type(model)).__name__
         raise WrongModelError(
             "Expected a dual encoder such as CLIPModel with get_image_features and "
-            f"get_text_features{f' at {where!r}' if where else ''}, got {type(model).__name__} without {missing}. "
+            f"get_text_features{f' at {where!r}' if where else ''}, got {name} without {missing}. "
             "Name the dual checkpoint, not one tower."
         )
 
@@ -611,6 +615,34 @@ def check_vocabulary(model: Any, tokenizer: Any, name: str) -> None:
             f"Expected a tokenizer of at most {words} tokens in '{name}', as many as the text encoder embeds, got ids "
             f"up to {largest}. Save the tokenizer that the model was trained with."
         )
+
+
+def check_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> None:
+    """Say early what [`load_dual_encoder`] would refuse, as far as configuration, processor and names show it.
+
+    No weight is fetched or read.
+
+    Args:
+        spec, trust_remote_code: As in [`load_dual_encoder`].
+
+    Raises:
+        OSError: If there is no such model, or it has no weights.
+        ImportError: If open_clip is named and not installed.
+        WrongModelError: If the model is no dual encoder.
+        ValueError: If the configuration, the processor or a file of weights is damaged or another model's, or
+            open_clip does not know a name.
+    """
+    name, options = str(spec), {"trust_remote_code": trust_remote_code}
+    if name.startswith(OPEN_CLIP_PREFIX):
+        check_open_clip(name)
+        return
+    config = read_config(name, trust_remote_code=True) if trust_remote_code else check_model(name)
+    _check_folder(name)
+    if (kind := MODEL_MAPPING.get(type(config), None)) is not None:
+        require_dual_encoder(kind, name)
+    processor = load_processor(name) if _is_student(config) else _load_processor(name, options)
+    check_processor(processor, name)
+    check_vocabulary(SimpleNamespace(config=config), processor.tokenizer, name)
 
 
 def load_dual_encoder(spec: str | Path, *, trust_remote_code: bool = False) -> tuple[DualEncoder, Any, str]:

@@ -167,6 +167,32 @@ class OpenClipDualEncoder(nn.Module):
         return encode(input_ids)
 
 
+def check_open_clip(spec: str) -> tuple[Any, str, str | None]:
+    """Say early that open_clip cannot load a spec. No weight is fetched or read.
+
+    Args:
+        spec (`str`): See the table at the top of this module.
+
+    Returns:
+        `tuple`: The package; its name of the model; its name of the weights, `None` where the first holds both.
+
+    Raises:
+        ImportError: If the package is not installed.
+        ValueError: If the spec has another form, or open_clip knows no such name or tag.
+    """
+    name, _, pretrained = spec.removeprefix(OPEN_CLIP_PREFIX).partition(":")
+    if not name or not pretrained:
+        raise ValueError(f"Expected {OPEN_CLIP_PREFIX}NAME:PRETRAINED, got {spec}. A tag or a file names the weights.")
+    try:
+        import open_clip
+    except ImportError as error:
+        raise ImportError(f"{spec} needs the package: pip install open_clip_torch") from error
+    if name in HOLD_BOTH:
+        return open_clip, f"{name}:{pretrained}", None
+    _check_names(open_clip, name, pretrained, spec)
+    return open_clip, name, pretrained
+
+
 def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
     """Load a model with its weights, in float32 on the CPU, in eval mode.
 
@@ -182,17 +208,7 @@ def load_open_clip(spec: str) -> tuple[OpenClipDualEncoder, OpenClipProcessor]:
         ValueError: If the spec has another form, open_clip knows no such name or tag, or the weights do not load
             whole.
     """
-    name, _, pretrained = spec.removeprefix(OPEN_CLIP_PREFIX).partition(":")
-    if not name or not pretrained:
-        raise ValueError(f"Expected {OPEN_CLIP_PREFIX}NAME:PRETRAINED, got {spec}. A tag or a file names the weights.")
-    try:
-        import open_clip
-    except ImportError as error:
-        raise ImportError(f"{spec} needs the package: pip install open_clip_torch") from error
-    if name in HOLD_BOTH:
-        name, pretrained = f"{name}:{pretrained}", None
-    else:
-        _check_names(open_clip, name, pretrained, spec)
+    open_clip, name, pretrained = check_open_clip(spec)
     try:
         model, transform = open_clip.create_model_from_pretrained(name, pretrained=pretrained, precision="fp32")
     except UnpicklingError as error:  # torch's text would have the reader run what the file holds

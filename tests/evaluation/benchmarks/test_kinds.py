@@ -71,9 +71,8 @@ def test_costs_of_another_machine_are_another_measurement(monkeypatch):
 
 
 def names_of(benchmark, lines):
-    return benchmarks.load_benchmark(benchmark, benchmarks.EvaluationOptions(class_names=lines)).evaluate.keywords[
-        "class_names"
-    ]
+    loaded = benchmarks.load_benchmark(benchmark, benchmarks.EvaluationOptions(class_names=lines))
+    return loaded.evaluate.keywords["evaluate"].keywords["class_names"]
 
 
 def test_class_names_are_joined_with_folders_by_key_name_or_number_and_else_by_place_in_the_log(tmp_path, caplog):
