@@ -57,7 +57,8 @@ def show(done: Evaluation, arguments: argparse.Namespace) -> None:
         print(f"{verdicts}\n")
     print(render_table(done.records, widest=WIDEST))
     kept = f"; {done.kept} of these records were there already" * bool(done.kept)
-    print(f"\nWritten to {arguments.output}{kept}")
+    place = "" if Path(arguments.output).parent != Path() else ", in the current folder; --output names another place"
+    print(f"\nWritten to {arguments.output}{place}{kept}")
     if averages := render_averages(done.records):
         print(f"\n{averages}")
     if arguments.plot:

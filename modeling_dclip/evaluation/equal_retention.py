@@ -106,6 +106,9 @@ class RetentionTable(TypedDict):
     arms: list[ArmAtRetention]
 
 
+RETENTION_KEYS = frozenset(RetentionTable.__annotations__)  # by which a file of these tables is known
+
+
 class _Point(NamedTuple):
     alpha: float
     zero_shot: Record

@@ -188,7 +188,8 @@ def differences(first: Record, second: Record) -> list[tuple[str, str, str]]:
 
 
 # Settings that say which weights a row has, a point between two models, rather than how it was measured.
-_OF_WEIGHTS = ("settings.alpha", "settings.anchor_revision")
+_OF_WEIGHTS = ("settings.alpha", "settings.anchor_revision", "settings.student_alpha")
+_OF_NAMES = ("model", "label")  # what a comparison calls the two, at the top of each table
 
 
 def find_conflicts(records: Sequence[Record], *, timed: bool = False, seeds: bool = True) -> list[str]:
@@ -316,9 +317,15 @@ def compare_results(
             "two records of one label or model. Evaluate both models on the same data."
         )
     compared = []
+    both = [*records[0], *records[1]]
+    names = {
+        (own["model"], own.get("label")): name_of(shown) for own, shown in zip(both, shorten_paths(both), strict=True)
+    }
     for pair in pairs:
         stored = [_outcomes_of(record, known, path) for record, known, path in zip(pair, outcomes, paths, strict=True)]
-        compared.append(_compare(pair, stored, resamples=resamples, confidence=confidence, seed=seed))
+        named = [{**record, "label": names[record["model"], record.get("label")]} for record in pair]
+        titles = [row_title(record) for record in named]
+        compared.append(_compare(pair, titles, stored, resamples=resamples, confidence=confidence, seed=seed))
     sides = [str(path) for path in paths]
     return {"a": sides[0], "b": sides[1], "confidence": confidence, "pairs": compared, "unmatched": unmatched}
 
@@ -423,7 +430,9 @@ def _same_images(first: Outcomes, second: Outcomes) -> bool:
     return bool(counts) and all(one.shape == other.shape and bool((one == other).all()) for one, other in counts)
 
 
-def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstrap: Any) -> ComparedPair:
+def _compare(
+    pair: tuple[Record, Record], titles: Sequence[str], stored: Sequence[Outcomes], **bootstrap: Any
+) -> ComparedPair:
     first, second = pair
     notes, paired = [], {}
     if first["dataset_fingerprint"] != second["dataset_fingerprint"]:
@@ -454,8 +463,8 @@ def _compare(pair: tuple[Record, Record], stored: Sequence[Outcomes], **bootstra
                      "beyond_noise": beyond})  # fmt: skip
     return {
         "benchmark": first["benchmark"],
-        "a": row_title(first),
-        "b": row_title(second),
+        "a": titles[0],
+        "b": titles[1],
         "n": [first["n"], second["n"]],
         "chance": {name: level for name in first["metrics"] if (level := chance_of(first, name)) is not None},
         "trained_on": [record.get("n_trained_on", 0) for record in pair],
@@ -586,8 +595,8 @@ def _tabulate_pair(pair: ComparedPair) -> list[Block]:
         blocks.append(Text(f"Intervals: {'; '.join(methods)}."))
     if pair["same_weights"]:
         blocks.append(Text("The weights are the same."))
-    if pair["differences"]:
-        changed = (f"{word(name)} {a} → {b}" for name, a, b in pair["differences"])
+    if any(name not in _OF_NAMES for name, *_ in pair["differences"]):
+        changed = (f"{word(name)} {a} → {b}" for name, a, b in pair["differences"] if name not in _OF_NAMES)
         blocks.append(Text(f"Also different: {'; '.join(changed)}."))
     return blocks + [Text(note) for note in pair["notes"]]
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple, TypedDict
 import numpy as np
 from PIL import Image as PILImage
 
-from modeling_dclip.data.files import list_folder, read_json, write_bytes
+from modeling_dclip.data.files import MANIFEST_NAME, list_folder, read_json, write_bytes
 from modeling_dclip.evaluation.reports.document import PICTURE_DPI, show_text
 
 logger = logging.getLogger(__name__)
@@ -811,8 +811,10 @@ def _legend_at_right(axes: Any, lines: Sequence[Any]) -> None:
     )  # fmt: skip
 
 
-def _draw_retrieval(axes: Any, curves: Mapping[str, _Curve]) -> None:
-    """Draw the retrieval of the validation part, on an axis of ten points or more: less is noise."""
+def _draw_retrieval(axes: Any, curves: Mapping[str, _Curve], images: int | None) -> None:
+    """Draw the retrieval of the validation part, on an axis of ten points or more: less is noise; and what a guess of
+    one of its images finds.
+    """
     from matplotlib.lines import Line2D
 
     lines = []
@@ -820,6 +822,9 @@ def _draw_retrieval(axes: Any, curves: Mapping[str, _Curve]) -> None:
         if name in curves:
             _draw_term(axes, curves[name], RETRIEVAL_COLOURS[index], True)
             lines.append(Line2D([], [], color=RETRIEVAL_COLOURS[index], lw=2, label=title))
+    if images:
+        axes.axhline(100 / images, color=QUIET, lw=1, ls="--", zorder=1)
+        lines.append(Line2D([], [], color=QUIET, lw=1, ls="--", label=f"chance: 1 of {images:,}"))
     low, high = axes.get_ylim()
     axes.set_ylim(_widen(low, high, 10))
     axes.set_ylabel("validation R@1 (%)", color=INK, fontsize=9)
@@ -839,6 +844,7 @@ def plot_training(
     *,
     title: str | None = None,
     best_step: int | None = None,
+    validation_images: int | None = None,
 ) -> None:
     """Draw what a training logged against the optimiser's step, one panel below the other.
 
@@ -854,6 +860,7 @@ def plot_training(
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         title (`str`, *optional*): Above the picture.
         best_step (`int`, *optional*): The step whose weights were kept; marked in every panel.
+        validation_images (`int`, *optional*): Of the validation part; chance is drawn beside its retrieval.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -876,7 +883,7 @@ def plot_training(
         width = max(width, _draw_terms(axes, curves, terms))
         axes.set_ylabel("loss" if index == 0 else "other terms", color=INK, fontsize=9)
     if measures:
-        _draw_retrieval(panels[-1], curves)
+        _draw_retrieval(panels[-1], curves, validation_images)
     thick = f" (thin: every point; thick: median of {width})" if width else ""
     keys = [Line2D([], [], color=QUIET, lw=1.6, label=f"training{thick}")]
     if any(name.startswith("eval_") for name in curves):
@@ -899,7 +906,10 @@ def _name_steps(log_history: Sequence[Mapping[str, Any]]) -> str:
     """The title of the axis of steps: it says how many there were, and epochs."""
     steps = max(entry["step"] for entry in log_history if "step" in entry)
     epochs = max((entry["epoch"] for entry in log_history if "epoch" in entry), default=None)
-    return f"step ({steps:,}" + (")" if epochs is None else f" in {epochs:g} epoch{'s' * (epochs != 1)})")
+    if epochs is None:
+        return f"step ({steps:,})"
+    shown = f"{epochs:,.1f}".removesuffix(".0")
+    return f"step ({steps:,} in {shown} epoch{'s' * (shown != '1')})"
 
 
 def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
@@ -931,8 +941,16 @@ def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
             continue
         drawn.append(path.with_name(CURVES_NAME))
         title = ", ".join(path.parent.relative_to(folder).parts)
-        plot_training(log_history, drawn[-1], title=title, best_step=state.get("best_global_step"))
+        options = {"best_step": state.get("best_global_step"), "validation_images": _count_validated(path.parent)}
+        plot_training(log_history, drawn[-1], title=title, **options)
     return drawn
+
+
+def _count_validated(folder: Path) -> int | None:
+    """The images of the validation part, as the manifest of a finished stage says; `None` where it does not."""
+    path = folder / MANIFEST_NAME
+    told = read_json(path, "manifest", []).get("counts", {}) if path.is_file() else {}
+    return told.get("validation", {}).get("images")
 
 
 def _is_stale(state: Path) -> bool:

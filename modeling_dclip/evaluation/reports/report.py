@@ -22,6 +22,7 @@ from modeling_dclip.data.files import (
     write_text,
 )
 from modeling_dclip.evaluation.arms import tradeoff_points
+from modeling_dclip.evaluation.equal_retention import RETENTION_KEYS, tabulate_at_retention
 from modeling_dclip.evaluation.line import place_of_student, place_on_line
 from modeling_dclip.evaluation.records import Record, arm_of, read_results
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
@@ -301,6 +302,7 @@ class Sources(NamedTuple):
     Attributes:
         records (`list[tuple[Path, dict]]`): File and record.
         summaries (`list[tuple[Path, dict]]`): File and summary of arms.
+        kept (`list[tuple[Path, list]]`): File, and the tables of arms at equal retention.
         speed (`list[tuple[Path, dict, list]]`): File, what a script in `benchmarks/` wrote, and its table.
         left_out (`list[tuple[Path, str]]`): A file that should have been shown and cannot be, and why.
         others (`list[Path]`): Files of the folders that are no results and do not look like them.
@@ -311,6 +313,7 @@ class Sources(NamedTuple):
 
     records: list[tuple[Path, Record]]
     summaries: list[tuple[Path, Summary]]
+    kept: list[tuple[Path, list[Block]]]
     speed: list[tuple[Path, dict[str, Any], list[Table | Text]]]
     left_out: list[tuple[Path, str]]
     others: list[Path]
@@ -357,7 +360,7 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
         ValueError: If there is nothing to show.
     """
     files = find_json(paths)
-    sources = Sources([], [], [], [], [], _name_files(files), {})
+    sources = Sources([], [], [], [], [], [], _name_files(files), {})
     named = {Path(path).resolve() for path in paths}
     for file in files:
         try:
@@ -366,7 +369,7 @@ def read_sources(paths: Sequence[str | os.PathLike]) -> Sources:
             sources.left_out.append((file, str(error)))
         except (AttributeError, KeyError, IndexError, TypeError) as error:  # the files of benchmarks/ have no schema
             sources.left_out.append((file, f"Expected what its script writes, got another form: {error!r}."))
-    if not (sources.records or sources.summaries or sources.speed):
+    if not (sources.records or sources.summaries or sources.kept or sources.speed):
         reasons = "".join(f"\n- {path}: {reason}" for path, reason in sources.left_out[:5])
         raise ValueError(
             f"Expected results files of eval.py, train.py or benchmarks/ in {', '.join(map(str, paths))}, got "
@@ -389,7 +392,9 @@ def _has_pages(record: Record) -> bool:
 
 def _read_one(file: Path, sources: Sources, *, is_named: bool) -> None:
     content = read_json(file, "results file", advice="Make it again.")
-    if isinstance(content, list):
+    if isinstance(content, list) and content and all(RETENTION_KEYS <= set(one) for one in content):
+        sources.kept.append((file, tabulate_at_retention(content)))
+    elif isinstance(content, list):
         records = read_results(file)
         for index, record in enumerate(records):
             _check_intervals(record, f"record {index} of {file}")
@@ -421,7 +426,9 @@ def _name_files(files: Sequence[Path]) -> dict[Path, str]:
     """
     folders = [file.resolve().parent.name for file in files]
     plain = {
-        file: folder if file.stem in ("records", "results", "summary", "leakage") else f"{folder}/{file.stem}"
+        file: folder
+        if file.stem in ("records", "results", "summary", "leakage", "equal_retention")
+        else f"{folder}/{file.stem}"
         for file, folder in zip(files, folders, strict=True)
     }
     parents: dict[str, set[Path]] = {}
@@ -529,6 +536,11 @@ def _add_summaries(report: _Builder) -> None:
             )
         terms = measured_on(measured) if measured else [("Benchmark", " or ".join(summary.get("benchmarks", ())))]
         report.measured(terms, [path])
+    if report.sources.kept:
+        report.heading("At equal retention", 2)
+    for path, blocks in report.sources.kept:
+        report.heading(report.sources.names[path], 3, str(path))
+        report.blocks.extend(blocks)
 
 
 def _add_records(report: _Builder) -> None:

@@ -76,6 +76,26 @@ def _interval_notes(kinds: Iterable[tuple[str, float]]) -> list[str]:
     return [INTERVAL_NOTES[covers].format(level) for covers, level in sorted(kinds) if covers in INTERVAL_NOTES]
 
 
+def _width_notes(shares: Iterable[IntervalDict], changes: Iterable[tuple[IntervalDict, int]]) -> list[str]:
+    """What intervals over images are that the bootstrap cannot give.
+
+    Args:
+        shares (`Iterable[IntervalDict]`): Of metrics, as [`~modeling_dclip.evaluation.statistics.bootstrap_outcomes`]
+            gives them: at 0 and at 1 they are exact.
+        changes (`Iterable[tuple[IntervalDict, int]]`): Of differences and ratios, with the number of images.
+    """
+    notes = []
+    if any(one["covers"] == "images" and one["estimate"] in (0, 1) and one["low"] != one["high"] for one in shares):
+        notes.append("Of 0 and of 100 % it is the exact interval of Clopper and Pearson.")
+    known = [(one, n) for one, n in changes if one["covers"] == "images" and one["low"] is not None]
+    if unchanged := [
+        n for one, n in known if one["low"] == one["high"] == one["estimate"] and one["estimate"] in (0, 1)
+    ]:
+        left = percent(1 - 0.05 ** (1 / min(unchanged)))
+        notes.append(f"Where an interval has no width, none of the images changed; that leaves up to {left} points.")
+    return notes
+
+
 def name_of(record: Record) -> str:
     """The name of a row: the record's label, or else the model."""
     return record.get("label", record["model"])
@@ -283,6 +303,8 @@ def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, st
     rows: list[list[str | Cell]] = []
     kinds: set[tuple[str, float]] = set()
     notes: list[str] = []
+    shares: list[IntervalDict] = []
+    changes: list[tuple[IntervalDict, int]] = []
     for record in records:
         anchor = next((one for one in records if _is_anchor_of(one, record)), None)
         if anchor is None:
@@ -299,11 +321,14 @@ def render_before_and_after(records: Sequence[Record], *, names: Mapping[str, st
                 size += f", {known:,} trained on"
                 notes = [_TRAINED_NOTE]
             rows.append([metric_of(name).heading, shown or kind, size, *cells])
-            bounds = [change, *(one.get("intervals", {}).get(name) for one in (anchor, record))]
+            own = [one["intervals"][name] for one in (anchor, record) if name in one.get("intervals", {})]
+            shares += own
+            changes += [(change, record["n"])] if change else []
+            bounds = [change, *own]
             kinds |= {(one["covers"], one["confidence"]) for one in bounds if one and one["low"] is not None}
     if not rows:
         return ""
-    text = " ".join(["In percent.", *notes, *_interval_notes(kinds)])
+    text = " ".join(["In percent.", *notes, *_interval_notes(kinds), *_width_notes(shares, changes)])
     header = ["", "measured on", "n", "before", "after", "change"]
     return render_markdown([Table(header, rows, 2), Text(text)])
 
@@ -402,7 +427,10 @@ def _tabulate(
         if name in [*shown, *ratios] and interval["low"] is not None
     }
     own = dict.fromkeys(f"{note}." for record in records for note in record.get("notes", []))
-    return table, [*own, *_interval_notes(kinds), *_ratio_notes(records, ratios)]
+    shares = [one for record in records for name, one in record.get("intervals", {}).items() if name in shown]
+    changes = [(one, record["n"]) for record in records for one in _ratios_of(record).values()]
+    widths = _width_notes(shares, changes if ratios else [])
+    return table, [*own, *_interval_notes(kinds), *widths, *_ratio_notes(records, ratios)]
 
 
 _NEAR_ZERO = "{}: no number where the anchor's is 0 or so near it that a difference cannot be given in percent."

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from modeling_dclip.evaluation.line import place_on_line
 from modeling_dclip.evaluation.records import Record, arm_of
 from modeling_dclip.evaluation.reports.metric_names import metric_of, percent
 from modeling_dclip.evaluation.reports.tables import (
@@ -208,8 +209,9 @@ def advice_of(verdicts: Sequence[Verdict]) -> list[str]:
 def judge(records: Sequence[Record]) -> list[Verdict]:
     """[`verdict_lines`], with the headline apart from the numbers."""
     records = shorten_paths(records)
-    verdicts = []
-    for own in group_models(records):
+    verdicts: list[Verdict] = []
+    # A model comes before the points on its line.
+    for own in sorted(group_models(records), key=lambda own: place_on_line(own[0]) is not None):
         by_benchmark: dict[tuple, list[Record]] = {}
         for record in own:
             key = (record["benchmark"], record["dataset_fingerprint"], repr(record.get("settings", {}).get("index")))

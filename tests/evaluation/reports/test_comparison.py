@@ -190,6 +190,8 @@ def test_models_of_two_files_may_be_named_by_the_last_part_of_their_path(tmp_pat
     b = write(tmp_path / "b.json", measure(0.6, model="/runs/two/student"), measure(0.7, model="/runs/three"))
     compared = compare_results(a, b, models=("student", "student"))
     assert compared["pairs"][0]["metrics"][0]["b"] == pytest.approx(0.6, abs=0.05)
+    assert (compared["pairs"][0]["a"], compared["pairs"][0]["b"]) == ("one/student", "two/student")  # as in tables
+    assert "Also different: weights 0.5 → 0.6." in render_comparison(compared)  # the names are above
     c = write(tmp_path / "c.json", measure(0.5, model="/x/student"), measure(0.6, model="/y/student"))
     with pytest.raises(ValueError, match="one model of the name 'student' in .*c.json, got several"):
         compare_results(a, c, models=("student", "student"))

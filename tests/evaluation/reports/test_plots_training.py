@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from modeling_dclip.evaluation.reports import plots as training_curves
-from modeling_dclip.evaluation.reports.plots import draw_training_curves
+from modeling_dclip.evaluation.reports.plots import draw_training_curves, plot_training
 
 LOG = [
     {"step": 1, "loss": 2.0, "contrastive_loss": 2.0},
@@ -65,8 +65,21 @@ def test_the_step_whose_weights_were_kept_is_marked(tmp_path, monkeypatch):
     folder = tmp_path / "student"
     folder.mkdir()
     (folder / "trainer_state.json").write_text(json.dumps({"log_history": LOG, "best_global_step": 1}))
+    (folder / "manifest.json").write_text(json.dumps({"counts": {"validation": {"images": 18}}}))
     draw_training_curves(tmp_path)
     assert drawn == [
-        {"title": "student", "best_step": 1},
-        {"title": "paper, seed-1, student", "best_step": None},
+        {"title": "student", "best_step": 1, "validation_images": 18},
+        {"title": "paper, seed-1, student", "best_step": None, "validation_images": None},
     ]
+
+
+def test_chance_stands_beside_the_retrieval_of_the_validation_part(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(training_curves, "save_figure", lambda figure, path: figures.append(figure))
+    log = [*LOG, {"step": 4, "epoch": 3.3333333, "eval_text_to_image_recall@1": 0.25}]
+    plot_training(log, tmp_path / "a.png", validation_images=20)
+    axes = figures[0].axes[-1]
+    assert 5.0 in {float(line.get_ydata()[0]) for line in axes.lines}  # 1 of 20, in percent
+    told = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert "chance: 1 of 20" in told
+    assert "in 3.3 epochs" in axes.get_xlabel()

@@ -403,7 +403,9 @@ def test_an_interrupted_report_leaves_the_old_page_untouched(tmp_path, report, m
 
 
 def test_the_repository_own_results_are_all_shown(tmp_path, report):
-    assert not read_sources([ROOT / "results"]).left_out
+    sources = read_sources([ROOT / "results"])
+    assert not sources.left_out
+    assert ROOT / "results" / "few_captions" / "equal_retention.json" in [file for file, _ in sources.kept]
     folder = ROOT / "results" / "demo"
     text, page = report(folder, ROOT / "benchmarks" / "results" / "student_step.json")
     for part in (

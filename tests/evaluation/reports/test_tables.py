@@ -136,3 +136,21 @@ def test_before_and_after_has_a_row_for_each_main_metric_and_names_the_interval(
     assert cells[1][5] == "–"  # no difference was stored
     assert "95% bootstrap interval over test images" in table
     assert render_before_and_after([before]) == render_before_and_after([before, {**after, "revision": "c"}][:1]) == ""
+
+
+def test_an_interval_that_no_resampling_gives_is_named():
+    recall = "text_to_image_recall@1"
+    both = {"n": 15, "benchmark": "retrieval=held_out:run"}
+    none = {recall: {"estimate": 0.0, "low": 0.0, "high": 0.218, "confidence": 0.95, "covers": "images"}}
+    same = {"estimate": 0.0, "low": 0.0, "high": 0.0, "confidence": 0.95, "covers": "images"}
+    before = record("clip", {recall: 0.0}, revision="a", intervals=none, **both)
+    compared = {"anchor": "clip", "anchor_revision": "a", f"{recall}_difference": same}
+    after = record("mine", {recall: 0.0}, revision="b", intervals=none, comparison=compared, **both)
+    told = render_before_and_after([before, after])
+    assert "Of 0 and of 100 % it is the exact interval of Clopper and Pearson." in told
+    # 0.05 ** (1 / 15) is 0.819: with so many changed images or more, 15 of them show one in 95 % of all draws
+    assert "Where an interval has no width, none of the images changed; that leaves up to 18.1 points." in told
+    moved = {**same, "estimate": 0.1, "low": 0.1, "high": 0.1}
+    compared = {"anchor": "clip", "anchor_revision": "a", f"{recall}_difference": moved}
+    after = record("mine", {recall: 0.1}, revision="b", comparison=compared, **both)
+    assert "no width" not in render_before_and_after([before, after])

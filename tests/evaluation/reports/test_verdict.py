@@ -246,8 +246,10 @@ def test_questions_are_not_counted_as_images_and_runs_of_an_arm_say_the_most():
 
 def test_points_between_two_models_have_lines_of_their_own():
     both = pair((0.3, 0.4), (0.4, 0.5))
-    line = verdict_lines([*both, {**both[1], "condition": "alpha=0.5"}])[1]
-    assert line.startswith("mine, alpha=0.5 is better than anchor")
+    # The model that was asked for comes first, wherever its record lies.
+    lines = verdict_lines([both[0], {**both[1], "condition": "alpha=0.5"}, both[1]])
+    assert lines[0].startswith("mine is better than anchor")
+    assert lines[1].startswith("mine, alpha=0.5 is better than anchor")
 
 
 def runs(shares, n=400):
