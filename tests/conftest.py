@@ -1,6 +1,7 @@
 """Fixtures every test may use: a stock CLIP small enough to run in milliseconds."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def no_test_writes_into_the_users_cache(tmp_path_factory):
 def each_test_is_told_what_a_process_says_once():
     """The tests of a session are one process."""
     families.tell_cut_once.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def each_test_leaves_the_logs_as_they_were():
+    """`train.py` sets how much the package and the root logger say, and its own process ends with it."""
+    loggers = logging.getLogger(), logging.getLogger("modeling_dclip")
+    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers[:] = propagate, handlers
 
 
 WORDS = ["a", "photo", "of", "the", "red", "blue", "small", "large", "circle", "square", "left", "right", "and", "dog"]
