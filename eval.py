@@ -115,11 +115,16 @@ def run(argv: Sequence[str]) -> int:
 
 
 def check_models(arguments: argparse.Namespace) -> None:
-    """Say before anything is measured what is wrong with any of the models, of all at once."""
+    """Say before anything is measured what is wrong with the results file, then with any of the models, of all at
+    once.
+    """
     from modeling_dclip.data.failures import MistakeCollector, naming
     from modeling_dclip.distillation.checks import nearest_model
     from modeling_dclip.encoders.loading import check_dual_encoder
+    from modeling_dclip.evaluation.records import RecordStore
 
+    if arguments.benchmark:
+        RecordStore(arguments.output, arguments.overwrite)  # it reads what the file holds
     found = MistakeCollector()
     for option, names in (("--model", arguments.model), ("--anchor", filter(None, [arguments.anchor]))):
         for name in dict.fromkeys(names):
