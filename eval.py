@@ -80,6 +80,7 @@ def save_point(arguments: argparse.Namespace) -> None:
     from modeling_dclip.data.files import ARGUMENTS_NAME, replacing, write_text
     from modeling_dclip.distillation.trainer import find_overflows, require_fit, save_weights
     from modeling_dclip.encoders.loading import load_pair, stored_dtype
+    from modeling_dclip.encoders.saving import save_processor
     from modeling_dclip.evaluation.line import find_line
 
     (name,), anchor, alpha, folder = arguments.model, arguments.anchor, arguments.save_alpha, Path(arguments.save_to)
@@ -90,7 +91,7 @@ def save_point(arguments: argparse.Namespace) -> None:
     require_fit(find_overflows(weights, dtype), dtype, "student")
     with replacing(folder) as temporary:
         save_weights(model, temporary, weights, dtype)
-        processor.save_pretrained(temporary)
+        save_processor(model, processor, temporary)
         write_trained_images(temporary, [], [name, anchor])
         if line.arguments is not None:
             line.arguments["student"]["wise_ft_alpha"] = alpha

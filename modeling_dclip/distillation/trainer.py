@@ -70,6 +70,7 @@ from modeling_dclip.encoders.loading import (
     stays_float32,
 )
 from modeling_dclip.encoders.retrieval_ranks import metrics_from_ranks, retrieval_ranks
+from modeling_dclip.encoders.saving import save_processor
 from modeling_dclip.modeling_dmclip import DMCLIPModel
 from modeling_dclip.processing_dclip import DCLIPProcessor
 from modeling_dclip.progress import LOG_EVERY_SECONDS, count_of
@@ -879,7 +880,7 @@ class BatchesTrainer(Trainer):
             self.processor.tokenizer.backend_tokenizer.no_truncation()
             self.processor.tokenizer.backend_tokenizer.no_padding()
         with writing(folder):
-            self.processor.save_pretrained(folder)
+            save_processor(self.model_to_save(), self.processor, folder)
         write_text(folder / ARGUMENTS_NAME, yaml.safe_dump(redact_values(self.resolved_arguments), sort_keys=False))
 
     def _weights_to_save(self, state_dict):

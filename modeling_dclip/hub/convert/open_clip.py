@@ -45,6 +45,7 @@ from modeling_dclip.encoders.open_clip import (
     OpenClipProcessor,
     load_open_clip,
 )
+from modeling_dclip.encoders.saving import save_processor
 from modeling_dclip.hub.convert.checkpoints import check_keys, read_checkpoint
 from modeling_dclip.hub.export.onnx import EXPORTED_TOWERS, check_outputs
 from modeling_dclip.hub.export.open_clip import NAMES, OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
@@ -572,8 +573,8 @@ def convert_open_clip(spec: str, output: str | Path) -> Converted:
     notes = place_weights(model, weights, kind, source.spec)
     with holding(output, beside=True), replacing(output) as folder:
         model.save_pretrained(folder)
+        save_processor(model, processor, folder)
         del model
-        processor.save_pretrained(folder)
         processor.image_processor.save_pretrained(folder)
         found = _compare(folder, reference, inputs)
         front, licence = _read_licence(source)

@@ -1,22 +1,16 @@
 """Write the repositories of a publication as folders and check them, before anything leaves the machine."""
 
-import copy
 import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-import torch
-from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
-    AutoTokenizer,
     CLIPModel,
     PreTrainedConfig,
     PreTrainedModel,
-    PreTrainedTokenizerFast,
     ProcessorMixin,
 )
 
@@ -33,16 +27,14 @@ from modeling_dclip.data.files import (
     write_json,
     write_text,
 )
-from modeling_dclip.encoders.families import READ_PADDING, longest_text, tokenize_texts
 from modeling_dclip.encoders.fingerprints import hash_file
 from modeling_dclip.encoders.loading import (
     ADAPTER_CONFIG,
     ADAPTER_FOLDER,
     ADAPTER_WEIGHTS,
-    NATIVE_ENCODERS,
     load_checked,
 )
-from modeling_dclip.hub.export.readers import EQUAL_TEXTS, TEXTS
+from modeling_dclip.encoders.saving import save_processor
 from modeling_dclip.hub.native_clip import check_native, is_stock_clip
 from modeling_dclip.hub.publish.cards import WITH_EXAMPLES, check_card, render_card
 from modeling_dclip.hub.publish.facts import Facts
@@ -172,8 +164,6 @@ def _compare(repo: StagedRepo, earlier: dict[str, str], hashes: dict[str, str]) 
 
 def _write_dual(facts: Facts, folder: Path, _: Path) -> None:
     _save(facts.model, facts.processor, folder)
-    if facts.model.config.model_type in NATIVE_ENCODERS:
-        _check_reading(facts.model, facts.processor, folder)
     if is_stock_clip(facts.model):
         batch = facts.processor(images=list(draw_pictures().values()), text=COMPARED_TEXTS, return_tensors="pt")
         check_native(facts.model, CLIPModel.from_pretrained(folder).eval(), dict(batch))
@@ -212,41 +202,8 @@ def _save(model: PreTrainedModel, processor: ProcessorMixin, folder: Path) -> No
         processor.tokenizer.init_kwargs.pop(name, None)
     _forget_paths(model.config)
     model.save_pretrained(folder)
-    processor.save_pretrained(folder)
+    save_processor(model, processor, folder)
     processor.image_processor.save_pretrained(folder)  # beside the processor, where older programs look for it
-
-
-def _check_reading(model: Any, processor: Any, folder: Path) -> None:
-    """Make transformers alone read texts from a folder as the model was trained to, and check that it does.
-
-    Where the class of a tokenizer undoes at loading what `prepare_tokenizer` did, as Gemma's does, its parts are saved
-    as they are.
-    """
-    texts, padded = [text for kind in EQUAL_TEXTS for text in TEXTS[kind]], model.config.model_type in READ_PADDING
-    longest = longest_text(model, processor.tokenizer)
-    expected = tokenize_texts(model, copy.deepcopy(processor.tokenizer), texts, max_length=longest)
-    options = {"padding": "max_length" if padded else True, "truncation": True, "max_length": longest}
-    for attempt in ("as it is", "its parts"):
-        if attempt == "its parts" and hasattr(processor.tokenizer, "backend_tokenizer"):
-            _keep_parts(processor.tokenizer, padded).save_pretrained(folder)
-        read = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)(texts, return_tensors="pt", **options)
-        if read.keys() == expected.keys() and all(torch.equal(read[name], expected[name]) for name in expected):
-            return
-    raise ValueError(
-        f"Expected a tokenizer that transformers alone reads as the model was trained, got a "
-        f"{type(processor.tokenizer).__name__} that gives other tokens when it is loaded again."
-    )
-
-
-def _keep_parts(tokenizer: Any, padded: bool) -> PreTrainedTokenizerFast:
-    """A tokenizer of no class of its own, with the parts of another."""
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
-    backend.no_padding()
-    backend.no_truncation()
-    options = {"padding_side": "right", "truncation_side": "right", "model_max_length": tokenizer.model_max_length}
-    options["model_input_names"] = ["input_ids"] if padded else ["input_ids", "attention_mask"]
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
-    return PreTrainedTokenizerFast(tokenizer_object=backend, **special, **options)
 
 
 def _forget_paths(config: PreTrainedConfig) -> None:
