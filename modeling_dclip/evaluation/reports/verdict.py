@@ -5,6 +5,7 @@ models does more than guess. Everything else is "not told apart", with the width
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -159,6 +160,9 @@ def _side(interval: IntervalDict, n: int) -> int:
     return 1 if interval["low"] is not None and interval["low"] > 0 else -1
 
 
+_COUNT = re.compile(r",?\bn=\d+|@\d+$")  # how many images a spec takes
+
+
 class Verdict(NamedTuple):
     """What was found of one model.
 
@@ -219,11 +223,35 @@ def judge(records: Sequence[Record]) -> list[Verdict]:
         groups = list(by_benchmark.values())
         retrieval = [group for group in groups if kind_of_record(group[0]) == "retrieval"]
         others = [group for group in groups if kind_of_record(group[0]) in ("zero_shot", "fine_grained")]
+        others, left_out = _leave_out_parts(others)
         for group in retrieval or [[]]:
             verdict = _judge_one(group, others, records)
+            if verdict and left_out and len(verdict.details):
+                verdict = verdict._replace(details=(*verdict.details, left_out))
             if verdict and verdict not in verdicts:  # the same weights are so on every benchmark
                 verdicts.append(verdict)
     return verdicts
+
+
+def _leave_out_parts(groups: Sequence[list[Record]]) -> tuple[list[list[Record]], str]:
+    """Test sets that are no part of a larger one, and the sentence on the others: to count an image once.
+
+    Two are of one source if their specs differ in nothing but how many images they take.
+    """
+    largest: dict[str, int] = {}
+    for group in groups:
+        source = _COUNT.sub("", group[0]["benchmark"])
+        largest[source] = max(largest.get(source, 0), group[0]["n"])
+    kept, parts = [], []
+    for group in groups:
+        whole = largest[_COUNT.sub("", group[0]["benchmark"])]
+        if group[0]["n"] < whole:
+            parts.append(
+                f"{count_of(group[0]['n'], 'image')} of {_spec(group[0])}, beside {whole:,} of the same source"
+            )
+        else:
+            kept.append(group)
+    return kept, f"Not counted: {'; '.join(parts)}." if parts else ""
 
 
 def group_models(records: Sequence[Record]) -> list[list[Record]]:

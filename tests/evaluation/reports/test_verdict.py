@@ -153,6 +153,20 @@ def test_several_zero_shot_sets_are_counted():
     assert "fell beyond noise on set0; did not change beyond noise on set1" in judge(two)[0].headline
 
 
+@pytest.mark.parametrize(
+    ("part", "whole"), [("scenes:test,n=256", "scenes:test,n=512"), ("csv:a.csv@40", "csv:a.csv")]
+)
+def test_a_part_of_a_test_set_is_not_counted_beside_the_whole(part, whole):
+    small, large = zero_shot(0.8, 0.4, n=256, spec=part), zero_shot(0.8, 0.6, n=512, spec=whole)
+    for order in ([*small, *large], [*large, *small]):
+        (verdict,) = judge([*pair((0.3, 0.4), (0.4, 0.5)), *order])
+        assert "fell beyond noise, now 74.9 % of anchor's." in verdict.headline  # 307 of 410 hits, and no average
+        assert verdict.details[-1].startswith(f"Not counted: 256 images of {part}, beside 512 of the same source.")
+    other = zero_shot(0.8, 0.4, n=256, spec="scenes:test,n=256,seed=1")  # other images
+    (verdict,) = judge([*pair((0.3, 0.4), (0.4, 0.5)), *other, *large])
+    assert "on average" in verdict.headline and "Not counted" not in verdict.text
+
+
 @pytest.mark.parametrize("n", [1, 2, FEWEST_IMAGES - 1])
 def test_few_images_show_nothing_however_large_the_difference(n):
     (line,) = verdict_lines(pair((0.0, 0.0), (1.0, 1.0), n=n))
