@@ -23,6 +23,7 @@ from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.evaluation.equal_retention import render_at_retention
 from modeling_dclip.evaluation.records import read_results
 from modeling_dclip.evaluation.reports.document import escape_markdown, render_markdown
+from modeling_dclip.evaluation.reports.report import merge_rows
 from modeling_dclip.evaluation.reports.tables import (
     BENCHMARK_TABLES,
     render_leakage,
@@ -41,6 +42,11 @@ def _read(path: Path) -> Any:
 
 def _render_results(paths: Sequence[Path], options: Mapping[str, str]) -> str:
     records = [record for path in paths for record in read_results(path)]
+    if options.get("arms", "false") == "true":
+        rows, _ = merge_rows(
+            [(str(path), one) for path in paths for one in read_results(path) if "condition" not in one]
+        )
+        records = list(rows)
     metrics = options["metrics"].split(",") if "metrics" in options else None
     return render_table(records, metrics=metrics, best=options.get("best", "false") == "true")
 
@@ -75,7 +81,7 @@ def _render_benchmark(name: str) -> Callable[[Sequence[Path], Mapping[str, str]]
 
 # By the name of the table: the function that renders it from files and options, and the options it knows.
 TABLES: dict[str, tuple[Callable[[Sequence[Path], Mapping[str, str]], str], set[str]]] = {
-    "results": (_render_results, {"metrics", "best"}),
+    "results": (_render_results, {"metrics", "best", "arms"}),
     "demo": (_render_demo, set()),
     "equal_retention": (_render_at_retention, set()),
     "verdict": (_render_verdict, {"model"}),
@@ -125,7 +131,8 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     """Render every block of a Markdown page that names a source; all other text stays.
 
     Options of the opening marker: `source=` files or globs, comma-separated, relative to the page; `table=results`
-    (the default; with `metrics=` a comma-separated choice and `best=true` for bold), `table=demo` (a summary of arms),
+    (the default; with `metrics=` a comma-separated choice, `best=true` for bold and `arms=true` for one row an arm,
+    without the points on its line), `table=demo` (a summary of arms),
     `table=equal_retention` (arms at equal retention, which `eval.py equal_retention --output` wrote),
     `table=verdict` (whether a model is better than its anchor; `model=` for one of them),
     `table=leakage` (what a teacher reads off its caption; `metric=` for another metric than text-to-teacher R@1), or

@@ -386,3 +386,20 @@ def test_a_blocks_source_with_brackets_is_the_file_of_this_name(tmp_path):
     (tmp_path / "page.md").write_text(block.format("r[0-9].json"))
     render_readme(tmp_path / "page.md")
     assert "wrong" in (tmp_path / "page.md").read_text()
+
+
+def test_a_block_of_arms_has_one_row_an_arm_and_no_points(tmp_path):
+    runs = [
+        record(
+            model=f"run{seed}", revision=f"r{seed}", label=f"taught, seed {seed}", seed=seed, metrics={"top1": value}
+        )
+        for seed, value in enumerate((0.25, 0.75))
+    ]
+    point = {**runs[0], "condition": "alpha=0.5", "metrics": {"top1": 0.125}}
+    write_results(tmp_path / "records.json", [*runs, point])
+    page = tmp_path / "page.md"
+    page.write_text("<!-- results:x source=records.json metrics=top1 arms=true -->\n<!-- /results:x -->\n")
+    render_readme(page)
+    (row,) = [line for line in page.read_text().splitlines() if line.startswith("| taught")]
+    assert row.split("|")[1].strip() == "taught" and "50.0 ±" in row
+    assert "alpha" not in page.read_text()
