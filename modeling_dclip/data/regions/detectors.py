@@ -48,7 +48,7 @@ logger = logging.getLogger(__name__)
 Regions = tuple[np.ndarray, np.ndarray]
 
 # SHA-256 of YOLO weights that hold networks alone: of ultralytics' releases, as many independent projects record them,
-# and of the half-precision copy of yolov8n.pt that this repository's tests and recipes/flickr8k.yaml read.
+# and of the half-precision copy of yolov8n.pt that this repository's tests and recipes/photos.yaml read.
 KNOWN_WEIGHTS = {
     "f59b3d833e2ff32e194b5bb8e08d211dc7c5bdf144b90d2c8412c47ccfc83b36": "yolov8n.pt",
     "1f47a78bf100391c2a140b7ac73a1caae18c32779be7d310658112f7ac9aa78a": "yolov8s.pt",
