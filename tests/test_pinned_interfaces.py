@@ -573,7 +573,7 @@ def test_kinds_of_benchmarks():
 
 def test_tables_and_fields_of_results():
     assert {name: sorted(options) for name, (_, options) in TABLES.items()} == {
-        "results": ["best", "metrics"],
+        "results": ["arms", "best", "metrics"],
         "demo": [],
         "equal_retention": [],
         "leakage": ["metric"],
