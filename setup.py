@@ -57,7 +57,14 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["modeling_dclip", "modeling_dclip.*"]),
-    package_data={"modeling_dclip": ["py.typed", "evaluation/metrics/*/*.py", "evaluation/reports/templates/*.jinja"]},
+    package_data={
+        "modeling_dclip": [
+            "py.typed",
+            "distillation/fields.txt",
+            "evaluation/metrics/*/*.py",
+            "evaluation/reports/templates/*.jinja",
+        ]
+    },
     install_requires=[
         "accelerate>=1.10",
         "datasets>=4.1",

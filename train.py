@@ -16,15 +16,32 @@ started from: on the images that `test_fraction` keeps out of training, and on w
 import modeling_dclip  # noqa: F401  first: it takes Ctrl+C while the others load
 
 # isort: split
+import sys
+from pathlib import Path
+
+from modeling_dclip.data.failures import command
+
+DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
+FIELDS = Path(modeling_dclip.__file__).parent / "distillation" / "fields.txt"
+
+
+@command
+def show_help() -> None:
+    """Every field, from the file that `python -m modeling_dclip.distillation.recipes` writes."""
+    print(f"{__doc__}\n  --recipe FILE (default recipes/{DEMO.name})\n\n{FIELDS.read_text(encoding='utf-8')}", end="")
+
+
+if __name__ == "__main__" and not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
+    sys.exit(show_help())  # before what training alone needs is loaded
+
+# isort: split
 import logging
 import re
 import shlex
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,13 +49,12 @@ from accelerate import PartialState
 
 from modeling_dclip.data.captions import load_captions, parse_caption_spec
 from modeling_dclip.data.captions.parts import HELD_OUT
-from modeling_dclip.data.failures import FAILURES, MistakeCollector, command, naming, one_line, recorded_command
+from modeling_dclip.data.failures import FAILURES, MistakeCollector, naming, one_line, recorded_command
 from modeling_dclip.data.files import entry_names, show_script
 from modeling_dclip.distillation.checks import check_effects, check_recipe, check_starting_models
 from modeling_dclip.distillation.recipes import (
     ArmRun,
     Recipe,
-    describe_fields,
     expand_arms,
     parse_recipe,
     shared_anchor,
@@ -75,7 +91,6 @@ from modeling_dclip.progress import duration_in_words
 
 logger = logging.getLogger("modeling_dclip.train")  # as the package's own: said by the main process alone
 
-DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 # Runs in a process of its own that does not import the package: the code comes with the folder.
 RELOAD = """
 import signal, sys
@@ -362,9 +377,6 @@ def run_recipe(recipe: Recipe) -> None:
 @command
 def main(words: list[str]) -> None:
     """Run a recipe."""
-    if "--help" in words or "-h" in words:
-        print(f"{__doc__}\n  --recipe FILE (default recipes/{DEMO.name})\n\n{describe_fields()}")
-        return
     run_recipe(parse_recipe(*split_recipe(words)))
 
 

@@ -24,7 +24,8 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from modeling_dclip.data.files import check_name, read_yaml
+from modeling_dclip.data.failures import command
+from modeling_dclip.data.files import check_name, read_yaml, write_text
 from modeling_dclip.data.specs import CommandParser, range_of, shown
 from modeling_dclip.distillation.arguments import (
     INHERITED_RANGES,
@@ -635,3 +636,13 @@ def _choices(kind: type, name: str) -> list[str]:
 @functools.cache
 def _hints(kind: type) -> dict[str, Any]:
     return get_type_hints(kind)
+
+
+@command
+def main() -> None:
+    """Write the text that `train.py --help` shows, so that it need not load what the fields are made of."""
+    write_text(Path(__file__).with_name("fields.txt"), describe_fields() + "\n")
+
+
+if __name__ == "__main__":
+    main()

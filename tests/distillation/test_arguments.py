@@ -17,6 +17,7 @@ from modeling_dclip.distillation.arguments import (
     deciding_fields,
 )
 from modeling_dclip.distillation.recipes import describe_fields
+from train import FIELDS
 
 
 @pytest.mark.parametrize("kind", [arguments.RunArguments, *SECTIONS.values()], ids=lambda kind: kind.__name__)
@@ -35,6 +36,10 @@ def test_help_lists_every_field_of_ours():
         "--targets.chunk_rows",
     ):
         assert f"{name} (default" in text
+
+
+def test_the_help_that_train_py_shows_is_up_to_date():
+    assert FIELDS.read_text("utf-8") == describe_fields() + "\n", "run python -m modeling_dclip.distillation.recipes"
 
 
 def test_help_begins_with_what_people_set_and_shows_choices_and_defaults():
