@@ -327,15 +327,33 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
     expected = " or ".join(map(repr, names))
     advice = f"Name yours with ',{option}=COLUMN'"
     similar = [name for name in header if name.casefold() in {known.casefold() for known in names}]
-    other = find_separator(separator.join(header), separator)
-    if not found and other is not None:
-        advice = f"Is the table separated otherwise? Then add ',sep={other}'"
-    elif not found and len(similar) == 1:
+    if not found and len(similar) == 1:
         advice = f"Did you mean ',{option}={similar[0]}'?"
     raise ValueError(
         f"Expected one column {expected} in the first line of '{path}', with columns separated by {separator!r}, got "
         f"{len(found)} among {header}. {advice}."
     )
+
+
+def _find_columns(header: list[str], wanted: dict[str, tuple[str, ...]], path: Path, separator: str) -> list[int]:
+    """The place of each column. Where the line looks separated otherwise, one error says all that the spec lacks."""
+    absent = [option for option, names in wanted.items() if not any(name in names for name in header)]
+    other = find_separator(separator.join(header), separator)
+    if absent and other is not None:
+        cells = [name.strip() for name in separator.join(header).split(SEPARATORS.get(other, other))]
+        unnamed = [f"',{option}=COLUMN'" for option, names in wanted.items() if sum(c in names for c in cells) != 1]
+        naming = f"; and name its columns {cells} with {' and '.join(unnamed)}" if unnamed else ""
+        raise ValueError(
+            f"Expected one column {' or '.join(map(repr, wanted[absent[0]]))} in the first line of '{path}', with "
+            f"columns separated by {separator!r}, got 0 among {header}. Is the table separated otherwise? Then add "
+            f"',sep={other}'{naming}."
+        )
+    found, places = MistakeCollector(), []
+    for option, names in wanted.items():
+        with found.collecting():
+            places.append(_find_column(header, names, option, path, separator))
+    found.tell()
+    return places
 
 
 def _name_in(folder: Path, cell: str) -> str:
@@ -389,15 +407,8 @@ def read_csv(
     path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")
     lines = read_table(path, separator)
     header = [name.strip() for name in lines[0].cells] if lines else [""]
-    found = MistakeCollector()
-    with found.collecting():
-        image_at = _find_column(header, (image,), "image", path, separator)
-    if find_separator(separator.join(header), separator) is not None:
-        found.tell()  # or the same advice would come twice
-    with found.collecting():
-        names = CAPTION_NAMES if captions is None else (captions,)
-        caption_at = _find_column(header, names, "captions", path, separator)
-    found.tell()
+    names = {"image": (image,), "captions": CAPTION_NAMES if captions is None else (captions,)}
+    image_at, caption_at = _find_columns(header, names, path, separator)
     for line in lines[1:]:
         if len(line.cells) != len(header):
             raise ValueError(
@@ -422,7 +433,7 @@ def picture_lines(
     """
     separator, path, folder = SEPARATORS.get(sep, sep), Path(table), Path(image_folder)
     lines = read_table(path, separator)
-    at = _find_column([name.strip() for name in lines[0].cells], (image,), "image", path, separator)
+    (at,) = _find_columns([name.strip() for name in lines[0].cells], {"image": (image,)}, path, separator)
     numbers, finder = Lines(path, [line.number for line in lines]), FileFinder()
     places: dict[str, str] = {}
     for row, line in enumerate(lines[1:], start=1):

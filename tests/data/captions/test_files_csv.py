@@ -79,7 +79,12 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
             "file,caption\na.jpg,dog\n",
             "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN",
         ),
-        ("image;caption\na.jpg;dog\n", "got 0 among .'image;caption'.*separated otherwise. Then add ',sep=;'"),
+        ("image;caption\na.jpg;dog\n", r"got 0 among .'image;caption'.*separated otherwise. Then add ',sep=;'\.$"),
+        (
+            "file; caption\na.jpg;dog\n",
+            r"add ',sep=;'; and name its columns .'file', 'caption'. with ',image=COLUMN'\.$",
+        ),
+        ("file;text 1\na.jpg;dog\n", "columns .'file', 'text 1'. with ',image=COLUMN' and ',captions=COLUMN'"),
         (
             'image\tcaption\na.jpg\t"dog", they said\nb.jpg\tx,"\n',
             "no table of values separated by ',' .*first line looks separated otherwise: add ',sep=tab'",
