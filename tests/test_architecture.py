@@ -325,7 +325,8 @@ def test_what_every_command_reads_first_does_not_wait_for_pytorch():
         "import sys\n"
         "sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'modeling_dclip.hub.index']\n"  # as python -m begins
         "import modeling_dclip.data.specs\n"
-        "import modeling_dclip.hub.export, modeling_dclip.hub.index, modeling_dclip.hub.publish\n"
+        "import modeling_dclip.hub.convert, modeling_dclip.hub.export, modeling_dclip.hub.index\n"
+        "import modeling_dclip.hub.publish\n"
         "assert 'torch' not in sys.modules\n"
         "from modeling_dclip import DCLIPModel\n"
         "from transformers import AutoConfig\n"

@@ -7,6 +7,7 @@ Pictures stay paths until they are read. A row without captions has an empty lis
 
 import logging
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -335,7 +336,7 @@ def _find_column(header: list[str], names: tuple[str, ...], option: str, path: P
     )
 
 
-def _find_columns(header: list[str], wanted: dict[str, tuple[str, ...]], path: Path, separator: str) -> list[int]:
+def _find_columns(header: list[str], wanted: Mapping[str, tuple[str, ...]], path: Path, separator: str) -> list[int]:
     """The place of each column. Where the line looks separated otherwise, one error says all that the spec lacks."""
     absent = [option for option, names in wanted.items() if not any(name in names for name in header)]
     other = find_separator(separator.join(header), separator)

@@ -1,23 +1,21 @@
 """Convert published checkpoints of MambaVision and MobileCLIP to folders of this package's models."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any
 
 from modeling_dclip.data.files import check_new_folder, holding, replacing, write_text
 from modeling_dclip.encoders.fingerprints import hash_file
-from modeling_dclip.hub.convert.checkpoints import check_keys, read_checkpoint
-from modeling_dclip.hub.convert.mambavision import (
-    image_processor_for,
-    published_mambavision_keys,
-    read_mambavision_config,
-)
-from modeling_dclip.hub.convert.mobileclip import load_text_tower, read_text_config, select_text_tower
-from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
-from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
+
+# The rest is imported where it is needed: PyTorch and transformers take seconds, for which `--help` need not wait.
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+    from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
 
 README = """---
 library_name: transformers
@@ -70,6 +68,10 @@ def load_published(
     Raises:
         ValueError: If a key is missing, left over or of another shape.
     """
+    import torch
+
+    from modeling_dclip.hub.convert.checkpoints import check_keys
+
     state = model.state_dict()
     sources = {key: names for key in state if (names := published_keys(key))}
     expected = {
@@ -108,6 +110,16 @@ def convert_mambavision(
         ValueError: If the checkpoint is damaged, of another architecture or of no preset's shapes, or the config is
             incomplete or contradicts the checkpoint.
     """
+    import torch
+
+    from modeling_dclip.hub.convert.checkpoints import read_checkpoint
+    from modeling_dclip.hub.convert.mambavision import (
+        image_processor_for,
+        published_mambavision_keys,
+        read_mambavision_config,
+    )
+    from modeling_dclip.modeling_dmclip import DMCLIPVisionModel
+
     check_new_folder(output)
     weights = read_checkpoint(checkpoint)
     model_config, preset = read_mambavision_config(weights, checkpoint, config)
@@ -170,6 +182,10 @@ def convert_mobileclip(checkpoint: str | Path, output: str | Path) -> tuple[DMCL
         FileExistsError, FileNotFoundError: If the output is in use, or the file is not there.
         ValueError: If the checkpoint is damaged or of another architecture; keys are named.
     """
+    from modeling_dclip.hub.convert.checkpoints import read_checkpoint
+    from modeling_dclip.hub.convert.mobileclip import load_text_tower, read_text_config, select_text_tower
+    from modeling_dclip.modeling_dmclip_text import DMCLIPTextModel
+
     check_new_folder(output)
     text, left = select_text_tower(read_checkpoint(checkpoint), checkpoint)
     model = DMCLIPTextModel(read_text_config(text, checkpoint)).eval()

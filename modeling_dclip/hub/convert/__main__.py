@@ -18,13 +18,14 @@ written and the message names the key. If MambaVision's shapes are those of no p
 import argparse
 import sys
 from collections.abc import Sequence
-
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING
 
 from modeling_dclip.data.failures import command
 from modeling_dclip.data.specs import CommandParser, Range
 from modeling_dclip.hub.convert import MAMBAVISION_NOTE, MOBILECLIP_NOTE, convert_mambavision, convert_mobileclip
-from modeling_dclip.hub.convert.open_clip import convert_open_clip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @command
@@ -75,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _convert_open_clip(spec: str, output: str) -> None:
+    from modeling_dclip.hub.convert.open_clip import convert_open_clip  # `--help` need not wait for it
+
     done = convert_open_clip(spec, output)
     parameters = sum(parameter.numel() for parameter in done.model.parameters())
     sys.stdout.write(
