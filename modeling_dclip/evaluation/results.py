@@ -22,10 +22,10 @@ from modeling_dclip.data.files import list_folder, read_json, read_text, require
 from modeling_dclip.data.specs import CommandParser
 from modeling_dclip.evaluation.equal_retention import render_at_retention
 from modeling_dclip.evaluation.records import read_results
+from modeling_dclip.evaluation.reports.benchmark_tables import BENCHMARK_TABLES
 from modeling_dclip.evaluation.reports.document import escape_markdown, render_markdown
 from modeling_dclip.evaluation.reports.report import merge_rows
 from modeling_dclip.evaluation.reports.tables import (
-    BENCHMARK_TABLES,
     render_leakage,
     render_summary,
     render_table,

@@ -25,6 +25,7 @@ from modeling_dclip.evaluation.arms import tradeoff_points
 from modeling_dclip.evaluation.equal_retention import RETENTION_KEYS, tabulate_at_retention
 from modeling_dclip.evaluation.line import place_of_student, place_on_line
 from modeling_dclip.evaluation.records import Record, arm_of, read_results
+from modeling_dclip.evaluation.reports.benchmark_tables import BENCHMARK_TABLES, tabulate_encoders
 from modeling_dclip.evaluation.reports.comparison import find_conflicts, measured_on
 from modeling_dclip.evaluation.reports.document import (
     Block,
@@ -59,14 +60,12 @@ from modeling_dclip.evaluation.reports.plots import (
 )
 from modeling_dclip.evaluation.reports.tables import (
     ABSENT,
-    BENCHMARK_TABLES,
     HEADLINES,
     interval_of,
     name_of,
     short_hash,
     shorten_benchmark,
     shorten_paths,
-    tabulate_encoders,
     tabulate_leakage,
     tabulate_rows,
     tabulate_summary,
