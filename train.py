@@ -23,16 +23,16 @@ from modeling_dclip.data.failures import command
 
 DEMO = Path(__file__).parent / "recipes" / "demo.yaml"
 FIELDS = Path(modeling_dclip.__file__).parent / "distillation" / "fields.txt"
+HELP = ("--help", "-h")
 
 
-@command
 def show_help() -> None:
     """Every field, from the file that `python -m modeling_dclip.distillation.recipes` writes."""
     print(f"{__doc__}\n  --recipe FILE (default recipes/{DEMO.name})\n\n{FIELDS.read_text(encoding='utf-8')}", end="")
 
 
-if __name__ == "__main__" and not {"--help", "-h"}.isdisjoint(sys.argv[1:]):
-    sys.exit(show_help())  # before what training alone needs is loaded
+if __name__ == "__main__" and any(word in HELP for word in sys.argv[1:]):
+    sys.exit(command(show_help)())  # before what training alone needs is loaded
 
 # isort: split
 import logging
@@ -377,6 +377,8 @@ def run_recipe(recipe: Recipe) -> None:
 @command
 def main(words: list[str]) -> None:
     """Run a recipe."""
+    if any(word in HELP for word in words):
+        return show_help()
     run_recipe(parse_recipe(*split_recipe(words)))
 
 

@@ -588,6 +588,7 @@ def test_tables_and_fields_of_results():
         "rotary_positions": [],
         "scan": [],
         "student_step": [],
+        "twins": [],
         "verdict": ["model"],
     }
     assert [*FIELDS, "", *OPTIONAL_FIELDS] == [

@@ -639,8 +639,9 @@ def _hints(kind: type) -> dict[str, Any]:
 
 
 @command
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Write the text that `train.py --help` shows, so that it need not load what the fields are made of."""
+    CommandParser(prog="python -m modeling_dclip.distillation.recipes", description=main.__doc__).parse_args(argv)
     write_text(Path(__file__).with_name("fields.txt"), describe_fields() + "\n")
 
 

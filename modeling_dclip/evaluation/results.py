@@ -29,6 +29,7 @@ from modeling_dclip.evaluation.reports.tables import (
     render_leakage,
     render_summary,
     render_table,
+    tabulate_twins,
 )
 from modeling_dclip.evaluation.reports.verdict import judge
 
@@ -79,6 +80,12 @@ def _render_benchmark(name: str) -> Callable[[Sequence[Path], Mapping[str, str]]
     return lambda paths, options: "\n\n".join(render_markdown(tabulate(_read(path), **options)) for path in paths)
 
 
+def _render_twins(paths: Sequence[Path], options: Mapping[str, str]) -> str:
+    if len(paths) != 2:
+        raise ValueError(f"Expected two files, of teachers with regions and of their twins, got {[*map(str, paths)]}.")
+    return render_markdown(tabulate_twins(*map(read_results, paths)))
+
+
 # By the name of the table: the function that renders it from files and options, and the options it knows.
 TABLES: dict[str, tuple[Callable[[Sequence[Path], Mapping[str, str]], str], set[str]]] = {
     "results": (_render_results, {"metrics", "best", "arms"}),
@@ -86,6 +93,7 @@ TABLES: dict[str, tuple[Callable[[Sequence[Path], Mapping[str, str]], str], set[
     "equal_retention": (_render_at_retention, set()),
     "verdict": (_render_verdict, {"model"}),
     "leakage": (_render_leakage, {"metric"}),
+    "twins": (_render_twins, set()),
     **{name: (_render_benchmark(name), options) for name, (_, options) in BENCHMARK_TABLES.items()},
 }
 
@@ -135,8 +143,9 @@ def render_readme(path: str | os.PathLike, *, check: bool = False) -> list[str]:
     without the points on its line), `table=demo` (a summary of arms),
     `table=equal_retention` (arms at equal retention, which `eval.py equal_retention --output` wrote),
     `table=verdict` (whether a model is better than its anchor; `model=` for one of them),
-    `table=leakage` (what a teacher reads off its caption; `metric=` for another metric than text-to-teacher R@1), or
-    one of `BENCHMARK_TABLES`.
+    `table=leakage` (what a teacher reads off its caption; `metric=` for another metric than text-to-teacher R@1),
+    `table=twins` (teachers beside those that see the whole image, of two files in this order), or one of
+    `BENCHMARK_TABLES`.
 
     Args:
         path (`str` or `os.PathLike`): The Markdown page. It is written whole or not at all, and only if a block

@@ -15,6 +15,7 @@ from modeling_dclip.evaluation.statistics import (
     DIFFERENCE,
     IntervalDict,
     Summary,
+    compare_arms,
     excludes_zero,
     seed_interval,
     unpaired_difference,
@@ -30,6 +31,7 @@ LEAKAGE_TITLES = {
     "whole_image": "no teacher: CLIP's embedding of the image",
     "chance": "chance",
 }
+TWIN_METRICS = ("text_to_teacher_recall@1", "teacher_to_text_recall@1")
 SHARE = Metric("", "%", True)
 INTERVAL_NOTES = {
     "seeds": "±: {:.0%} t-interval over training seeds, on one test set.",
@@ -115,9 +117,11 @@ def _is_local(path: str) -> bool:
 
 
 def shorten_benchmark(benchmark: str) -> str:
-    """Keep the last two parts of every local path in a benchmark's spec; Hub ids and URLs stay.
+    """Keep the last two parts of every local path in a benchmark's spec, without `outputs/`. Hub ids and URLs stay.
 
     Example:
+        >>> shorten_benchmark("leakage=disk:outputs/val_yolo")
+        'leakage=disk:val_yolo'
         >>> shorten_benchmark("retrieval=coco:/data/coco/annotations/captions_val2017.json:/data/coco/val2017")
         'retrieval=coco:annotations/captions_val2017.json:coco/val2017'
     """
@@ -125,7 +129,7 @@ def shorten_benchmark(benchmark: str) -> str:
     def shorten(match: re.Match[str]) -> str:
         return "/".join(PurePath(match[0]).parts[-2:]) if _is_local(match[0]) else match[0]
 
-    return re.sub(r"[^:=,]*/[^:=,]*", shorten, benchmark)
+    return re.sub(r"[^:=,]*/[^:=,]*", shorten, re.sub(r"(?<=\bdisk:)outputs/", "", benchmark))
 
 
 def _shorten_models(parts: Mapping[str, tuple[str, ...]]) -> dict[str, str]:
@@ -654,7 +658,7 @@ def tabulate_leakage(records: Sequence[Record], *, metric: str = "text_to_teache
             f"Means of {len(draws[0])} draws of captions and shuffles, which are at most {percent(apart)} apart."
         )
     notes += _interval_notes(kinds)
-    title, data = METRIC_TITLES.get(metric, metric), Code(benchmark.partition("=")[2])
+    title, data = METRIC_TITLES.get(metric, metric), Code(shorten_benchmark(benchmark).partition("=")[2])
     note = Text(f"{title} in percent, {n:,} images of ", data, " ".join([".", *notes]))
     return [Table(["The teacher reads", *header], rows), note]
 
@@ -662,6 +666,47 @@ def tabulate_leakage(records: Sequence[Record], *, metric: str = "text_to_teache
 def render_leakage(records: Sequence[Record], *, metric: str = "text_to_teacher_recall@1") -> str:
     """[`tabulate_leakage`] as Markdown."""
     return render_markdown(tabulate_leakage(records, metric=metric))
+
+
+def tabulate_twins(records: Sequence[Record], twins: Sequence[Record]) -> list[Table | Text]:
+    """Make the table of what regions are worth: each teacher beside its twin, which sees the whole image instead.
+
+    Args:
+        records (`Sequence[Record]`): Of teachers with regions, as for [`tabulate_leakage`].
+        twins (`Sequence[Record]`): Of teachers with the whole image in the regions' place, on the same images. A pair
+            has the same last three parts of its path, such as `paper/seed-0/teacher`, and learned with the same seed.
+
+    Returns:
+        `list[Table | Text]`: A row for each label, and a line on what was measured and what the intervals are.
+
+    Raises:
+        ValueError: If a teacher has no twin, or a label has no row `as_trained`.
+    """
+    found: dict[str, tuple[dict[str, Record], dict[str, Record]]] = {}
+    for side, measured in enumerate((records, twins)):
+        for record in measured:
+            if record.get("condition") == "as_trained":
+                sides = found.setdefault(name_of(record), ({}, {}))
+                sides[side]["/".join(PurePath(record["model"]).parts[-3:])] = record
+    if not found or any(mine.keys() != other.keys() for mine, other in found.values()):
+        pairs = {label: (sorted(mine), sorted(other)) for label, (mine, other) in found.items()}
+        raise ValueError(f"Expected for each teacher with regions a twin of the same label and path, got {pairs}.")
+    metrics = [name for name in TWIN_METRICS if all(name in record["metrics"] for record in (*records, *twins))]
+    header, rows, kinds = ["Teacher"], [], set()
+    for name in metrics:
+        header += [METRIC_TITLES[name], "whole image in place of regions", "regions minus whole image"]
+    for label, sides in found.items():
+        row: list[str | Cell] = [f"{label} ({len(sides[0])} trained)"]
+        for name in metrics:
+            mine, other = ([side[key]["metrics"][name] for key in sorted(side)] for side in sides)
+            difference = compare_arms(dict(enumerate(mine)), dict(enumerate(other)))
+            for interval in (seed_interval(mine), seed_interval(other), difference):
+                row.append(interval_cell(interval.to_dict(), signed=interval is difference))
+                kinds.add((interval.covers, interval.confidence))
+        rows.append(row)
+    images = next(record["n"] for record in records)
+    note = f"In percent, {images:,} images; differences in points, paired by seed."
+    return [Table(header, rows), Text(" ".join([note, *_interval_notes(kinds)]))]
 
 
 def _pool_trainings(records: Sequence[Record], metric: str) -> IntervalDict:

@@ -1,8 +1,16 @@
 """Tables: the best is bold beyond noise only, in the metric's own direction, on the same data; intervals stand in the
 cells; what does not fit or says nothing new has no column."""
 
+import pytest
+
 from modeling_dclip.evaluation.records import make_record
-from modeling_dclip.evaluation.reports.tables import render_before_and_after, render_table, tabulate_rows
+from modeling_dclip.evaluation.reports.document import render_markdown
+from modeling_dclip.evaluation.reports.tables import (
+    render_before_and_after,
+    render_table,
+    tabulate_rows,
+    tabulate_twins,
+)
 
 
 def record(model, metrics, **fields):
@@ -154,3 +162,29 @@ def test_an_interval_that_no_resampling_gives_is_named():
     compared = {"anchor": "clip", "anchor_revision": "a", f"{recall}_difference": moved}
     after = record("mine", {recall: 0.1}, revision="b", comparison=compared, **both)
     assert "no width" not in render_before_and_after([before, after])
+
+
+def test_teachers_stand_beside_the_twins_of_the_same_seed():
+    def teachers(folder, values, condition="as_trained"):
+        return [
+            record(
+                f"{folder}/leak_free/seed-{seed}/teacher",
+                {"text_to_teacher_recall@1": value, "teacher_to_text_recall@1": value / 2},
+                label="leak_free",
+                condition=condition,
+            )
+            for seed, value in values.items()
+        ]
+
+    regions = teachers("a", {0: 0.20, 1: 0.30, 2: 0.40})
+    twins = teachers("b", {2: 0.37, 1: 0.28, 0: 0.19})  # in another order: 1, 2 and 3 points below
+    others = teachers("a", {0: 0.9}, condition="regions_shuffled")
+    text = render_markdown(tabulate_twins(regions + others, twins))
+    cells = [cell.strip() for cell in text.splitlines()[2].strip("|").split("|")]
+    t = 4.3027 / 3**0.5  # half a t-interval of three values, in their standard deviations
+    assert cells[:4] == ["leak_free (3 trained)", f"30.0 ± {10 * t:.1f}", f"28.0 ± {9 * t:.1f}", f"+2.0 ± {t:.1f}"]
+    assert cells[6] == f"+1.0 ± {t / 2:.1f}" and "paired by seed" in text
+    with pytest.raises(ValueError, match="a twin of the same label and path, got .*seed-2/teacher"):
+        tabulate_twins(regions, twins[1:])
+    with pytest.raises(ValueError, match="a twin of the same label and path, got {}"):
+        tabulate_twins(others, others)
