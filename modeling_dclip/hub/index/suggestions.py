@@ -114,17 +114,26 @@ def frequent_names(captions: Sequence[str]) -> list[str]:
     Example:
         >>> frequent_names(["a brown dog on the grass", "two brown dogs", "a brown dog", "a man on a red bike"] * 2)
         ['brown dog', 'red bike']
+        >>> frequent_names(["a brown dog runs", "two dogs run", "a dog runs on grass", "a red bike"] * 2)
+        ['brown dog', 'red bike']
     """
     pairs, single = Counter[str](), Counter[str]()
     texts = [_WORD.findall(caption.lower()) for caption in captions]
     known = {word for words in texts for word in words}
-    for words in ([word[:-1] if word[-1] == "s" and word[:-1] in known else word for word in one] for one in texts):
+    for written in texts:
+        words = [word[:-1] if word[-1] == "s" and word[:-1] in known else word for word in written]
         named = [word not in _FUNCTION_WORDS and len(word) > 1 and not word.endswith("ing") for word in words]
         single.update({word for word, is_name in zip(words, named, strict=True) if is_name})
         # The pair ends what is named: `large brown dog` is a `brown dog`. A verb (`a brown dog runs`) ends it too.
-        goes_on = [is_name and not word.endswith("s") for word, is_name in zip(words, named, strict=True)]
-        spans = zip(words, words[1:], named, named[1:], [*goes_on[2:], False], strict=False)
-        pairs.update({f"{one} {two}" for one, two, first, second, more in spans if first and second and not more})
+        goes_on = [is_name and not word.endswith("s") for word, is_name in zip(written, named, strict=True)]
+        spans = zip(zip(words, words[1:], strict=False), named, named[1:], [*goes_on[2:], False], strict=False)
+        for place, (pair, first, second, more) in enumerate(spans):
+            # `dogs run`, and `a dog runs` where captions have dogs: the second word is a verb.
+            is_verb = words[place] != written[place] or (
+                words[place + 1] != written[place + 1] and f"{words[place]}s" in known
+            )
+            if first and second and not more and not is_verb:
+                pairs[" ".join(pair)] += 1
     for counted in (pairs, single):
         names = [name for name, count in counted.most_common(MOST_NAMES) if count > 1]
         if len(names) >= FEWEST_NAMES:
