@@ -1414,7 +1414,9 @@ def temporary_folder(beside: str | os.PathLike | None = None, prefix: str = "tmp
         folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=place))
         try:
             handle = _lock(folder / _HOLDER)
-        except FileNotFoundError:  # another process took it for a leftover
+            if handle is None:  # another process takes it for a leftover, and removes it
+                folder = None
+        except FileNotFoundError:  # it has done so
             folder = None
         except OSError as error:
             if error.errno not in _NO_LOCKS:
@@ -1465,8 +1467,12 @@ def _remove_leftover(folder: Path) -> bool:
     handle = _lock(folder / _HOLDER, make=False)
     if handle is None:
         return False
-    _unlock(handle)
-    shutil.rmtree(folder)
+    doomed = folder.with_name(f"{folder.name.removesuffix(_SUFFIX)}.old{_SUFFIX}")
+    try:
+        folder.rename(doomed)  # while it is locked: who made it just now finds it gone, and makes another
+    finally:
+        _unlock(handle)
+    shutil.rmtree(doomed)
     return True
 
 

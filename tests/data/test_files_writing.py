@@ -32,6 +32,7 @@ from modeling_dclip.data.files import (
     holding,
     remove_leftovers,
     replacing,
+    temporary_folder,
     write_manifest,
     write_text,
     writing,
@@ -129,6 +130,38 @@ def test_leftovers_in_folders_below_are_found(tmp_path):
     assert in_child(write_half) == signal.SIGKILL
     assert remove_leftovers(tmp_path) == 0 and remove_leftovers(tmp_path, below=True) == 1
     assert remove_leftovers(tmp_path / "nowhere") == 0 and list((tmp_path / "ab").iterdir()) == []
+
+
+@pytest.mark.parametrize("moment", ["before it is locked", "while it is locked by the other", "between"])
+def test_a_folder_that_another_process_takes_for_a_leftover_is_made_again(moment, tmp_path, monkeypatch):
+    """The other process looks after the folder was made, and before its maker holds the lock in it."""
+    real, seen = files._lock, []
+
+    def sweep(path, **options):
+        if not seen and not options:  # the maker's first attempt
+            seen.append(path.parent)
+            if moment == "before it is locked":
+                remove_leftovers(tmp_path)
+                return real(path)  # raises: the folder has vanished
+            path.touch()
+            if moment == "between":  # the maker has opened the file, and the other is done before its lock
+                handle = os.open(path, os.O_RDWR)
+                remove_leftovers(tmp_path)
+                os.close(handle)
+                return real(path)
+            with monkeypatch.context() as patched:
+                patched.setattr(files.shutil, "rmtree", lambda folder: None)  # not finished yet
+                remove_leftovers(tmp_path)
+            return None
+        return real(path, **options)
+
+    monkeypatch.setattr(files, "_lock", sweep)
+    with temporary_folder(tmp_path) as folder:
+        assert folder not in seen and not seen[0].exists()
+        (folder / "a").write_text("a")
+        assert remove_leftovers(tmp_path) == (moment == "while it is locked by the other")
+        assert (folder / "a").exists()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_held_folder_is_refused_with_its_holder_and_free_after_any_end(tmp_path):
