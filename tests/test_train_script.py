@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
 from modeling_dclip import DCLIPModel
 from modeling_dclip.data.scenes import load_scenes
@@ -56,7 +57,8 @@ def test_help_names_every_section_and_starts_nothing():
         (["--recipe"], "Expected a file after --recipe"),
     ],
 )
-def test_a_wrong_word_ends_with_one_clear_line(words, message):
+def test_a_wrong_word_ends_with_one_clear_line(words, message, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)  # the recipe's CLIP is on the Hub
     if "--recipe" not in words:
         words = ["--recipe", ROOT / "recipes" / "dclip_vitb16.yaml", *words]
     with pytest.raises(SystemExit) as ended:

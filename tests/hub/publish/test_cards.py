@@ -11,7 +11,7 @@ import torch
 import yaml
 from fixtures.loopback_hub import find_fault
 from fixtures.publications import RETRIEVAL, make_arguments, make_dmclip, make_student, make_teacher, write_records
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from PIL import Image
 from transformers import AutoModel
 
@@ -507,7 +507,8 @@ def test_a_stated_base_model_of_other_sizes_is_refused_and_one_that_cannot_be_re
         gather(folders, teacher=False, base_model=str(tmp_path / "larger"), dry_run=True)
 
 
-def test_a_hub_id_given_for_a_local_copy_is_the_base_model(made, tiny_clip_dir, tmp_path):
+def test_a_hub_id_given_for_a_local_copy_is_the_base_model(made, tiny_clip_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     words = ("--clip_model", str(tiny_clip_dir))
     local = make_student(tmp_path / "local", tiny_clip_dir, words=words)
     unnamed = gather({**made, "dclip": local})

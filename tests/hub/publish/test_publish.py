@@ -96,6 +96,8 @@ print(json.dumps(answers))
 def hub():
     with run_loopback_hub() as loopback, pytest.MonkeyPatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", loopback.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace("https://huggingface.co", loopback.url)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setenv("HF_TOKEN", TOKEN)
         loopback.repos["openai/clip-vit-base-patch16"] = Repo(private=False)
