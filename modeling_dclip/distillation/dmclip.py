@@ -91,6 +91,17 @@ def _vision_config(args: DMCLIPArguments) -> DMCLIPVisionConfig:
     return config if "window_sizes" in args.vision_config else config.for_image_size(args.image_size)
 
 
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that ends a text: CLIP's end token, or the separator of BERT and its kin."""
+    token = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    if token is None:
+        raise ValueError(
+            f"Expected a tokenizer that ends texts with eos_token or sep_token, got {type(tokenizer).__name__} "
+            f"('{tokenizer.name_or_path}') without. Set dmclip.tokenizer to another."
+        )
+    return token
+
+
 def _text_config(args: DMCLIPArguments, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     _check_fields("text_config", args.text_config, DMCLIPTextConfig)
     if args.text_model is not None and args.text_config:
@@ -101,8 +112,8 @@ def _text_config(args: DMCLIPArguments, tokenizer: PreTrainedTokenizerBase) -> d
         **args.text_config,
         "vocab_size": len(tokenizer),
         "max_position_embeddings": tokenizer.model_max_length,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.cls_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
+        "eos_token_id": _end_token(tokenizer),
     }
 
 
@@ -255,9 +266,9 @@ def _check_projection(args: DMCLIPArguments, width: int, whose: str) -> None:
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerBase, config: DMCLIPTextConfig) -> None:
-    if len(tokenizer) != config.vocab_size or tokenizer.eos_token_id != config.eos_token_id:
+    if len(tokenizer) != config.vocab_size or _end_token(tokenizer) != config.eos_token_id:
         raise ValueError(
             f"Expected a tokenizer of the text tower's {config.vocab_size} tokens that ends with "
-            f"{config.eos_token_id}, got {len(tokenizer)} tokens ending with {tokenizer.eos_token_id} "
+            f"{config.eos_token_id}, got {len(tokenizer)} tokens ending with {_end_token(tokenizer)} "
             f"('{tokenizer.name_or_path}'). Set dmclip.tokenizer to the tower's."
         )

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from fixtures.tiny_towers import make_text_tower
 from fixtures.training import equal
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, CLIPImageProcessorPil
@@ -151,6 +152,32 @@ def test_without_preprocessing_beside_the_weights_it_is_clips_and_that_is_said(e
     _, processor = build_dmclip(arguments(vision_model=str(tmp_path / "bare"), text_config=TEXT), tokenizer)
     assert tuple(processor.image_processor.image_mean) == tuple(OPENAI_CLIP_MEAN)
     assert processor.image_processor.crop_size["height"] == 64 and "normalised as for CLIP" in caplog.text
+
+
+def test_a_text_tower_with_the_tokenizer_of_bert_reads_its_separator_as_the_end(tmp_path):
+    """Whatever follows the separator, the embedding is that of the text before it."""
+    tokenizer = AutoTokenizer.from_pretrained(make_text_tower(tmp_path / "bert"))
+    sizes = {"hidden_size": 4, "stem_dim": 4, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}
+    made = arguments(image_size=32, vision_config=sizes, text_config=TEXT, projection_dim=6)
+    model, processor = build_dmclip(made, tokenizer)
+    config = model.config.text_config
+    assert (config.bos_token_id, config.eos_token_id, tokenizer.eos_token_id) == (2, 3, None)
+    model.eval().save_pretrained(tmp_path / "made")
+    processor.save_pretrained(tmp_path / "made")
+    model = DMCLIPModel.from_pretrained(tmp_path / "made").eval()
+    processor = DCLIPProcessor.from_pretrained(tmp_path / "made")
+    alone = model.get_text_features(**processor(text=["a dog"], return_tensors="pt"))
+    padded = model.get_text_features(
+        **processor(text=["a dog", "a dog on a long beach"], padding=True, return_tensors="pt")
+    )
+    alone, padded = (getattr(one, "pooler_output", one) for one in (alone, padded))
+    torch.testing.assert_close(alone[0], padded[0])
+    assert (padded[0] - padded[1]).abs().max() > 1e-3
+    tokenizer.sep_token = None
+    with pytest.raises(
+        ValueError, match="ends texts with eos_token or sep_token, got BertTokenizer.*dmclip.tokenizer"
+    ):
+        build_dmclip(made, tokenizer)
 
 
 @pytest.mark.parametrize(
