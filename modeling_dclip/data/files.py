@@ -1411,17 +1411,17 @@ def temporary_folder(beside: str | os.PathLike | None = None, prefix: str = "tmp
     folder: Path | None = None
     handle = None
     while folder is None:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=place))
+        made = Path(tempfile.mkdtemp(prefix=prefix, suffix=_SUFFIX, dir=place))
         try:
-            handle = _lock(folder / _HOLDER)
-            if handle is None:  # another process takes it for a leftover, and removes it
-                folder = None
+            handle = _lock(made / _HOLDER)
+            folder = None if handle is None else made  # or another process takes it for a leftover, and removes it
         except FileNotFoundError:  # it has done so
-            folder = None
+            continue
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                shutil.rmtree(folder)
+                shutil.rmtree(made)
                 raise
+            folder = made
     try:
         yield folder
     finally:
