@@ -262,6 +262,8 @@ class StudentBatches(Batches):
         pixels ([`PixelReader`], *optional*): A reader of the same rows, to share its cache between runs.
         min_crop_area (`float`, *optional*, defaults to 1.0): Below 1, images are cropped to a random square of at
             least this share of the area.
+        bank (`bool`, *optional*, defaults to `False`): Batches name their captions, and `caption_classes` tells which
+            captions of all rows are equal: a number for each, -1 in the place of a row that has none.
 
     Raises:
         ValueError: If a column is missing, holds NaN, is of another width, or counts captions differently.
@@ -278,6 +280,7 @@ class StudentBatches(Batches):
         cache_mib: int = 2048,
         pixels: PixelReader | None = None,
         min_crop_area: float = 1.0,
+        bank: bool = False,
     ):
         if not 0 < min_crop_area <= 1:
             raise ValueError(f"Expected min_crop_area in (0, 1], got {min_crop_area}.")
@@ -292,16 +295,19 @@ class StudentBatches(Batches):
             self.columns["text_embeds"] = Ragged.from_lengths(values, self.captions_per_row)
         self.pixels = PixelReader(dataset, image_processor, cache_mib) if pixels is None else pixels
         self.min_crop_area = min_crop_area
+        self.caption_classes = _classes_of_captions(dataset) if bank else None
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
         """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`;
-        maybe `caption_mask (B,)`, bool.
+        maybe `caption_mask (B,)`, bool, and `caption_ids (B,)`, indices into the captions of all rows.
         """
         batch = {"pixel_values": self._augment(self.pixels.read(rows), rows), "image_ids": torch.from_numpy(rows)}
         for name, embeds in self.columns.items():
             batch[name] = torch.from_numpy(embeds.values[rows if name == "anchor_embeds" else captions])
         if self.caption_mask is not None:
             batch["caption_mask"] = torch.from_numpy(self.caption_mask[rows])
+        if self.caption_classes is not None:
+            batch["caption_ids"] = torch.from_numpy(captions)
         return batch
 
     def _augment(self, pixel_values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
@@ -310,6 +316,16 @@ class StudentBatches(Batches):
         area, x, y = (random_numbers(self.seed, self.epoch, rows, stream) for stream in (1, 2, 3))
         areas = np.exp(area * math.log(self.min_crop_area))  # log-uniform: as many zooms by 2 from 1 as from 1/2
         return random_resized_crop(pixel_values, areas, np.stack([x, y]))
+
+
+def _classes_of_captions(dataset: Dataset) -> np.ndarray:
+    """A number for each caption of all rows, equal for equal words, and -1 for each row without captions."""
+    numbers: dict[str, int] = {}
+    classes = []
+    for texts in arrow_column(dataset, "captions").to_pylist():
+        words = [" ".join(text.casefold().split()) for text in texts or ()]
+        classes += [numbers.setdefault(text, len(numbers)) for text in words] or [-1]
+    return np.array(classes, np.int64)
 
 
 def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:

@@ -93,8 +93,16 @@ def _help(text: str, default: Any = None, **metadata: Any) -> Any:
 SaveDtype = Literal["auto", "float32", "float16", "bfloat16"]
 _STORED = "auto"
 _OWN_LOSS = "auto"
+_BANK_LIMIT, _ALL_NEGATIVES = 2**20, 1.01
 # Fields that records written before they existed lack: at these values they decide nothing.
-_LATER = {"save_dtype": _STORED, "per_device_eval_batch_size": None, "contrastive_loss": _OWN_LOSS}
+_LATER = {
+    "save_dtype": _STORED,
+    "per_device_eval_batch_size": None,
+    "contrastive_loss": _OWN_LOSS,
+    "negatives": "batch",
+    "bank_limit": _BANK_LIMIT,
+    "max_negative_similarity": _ALL_NEGATIVES,
+}
 _LATER_IN_ANCHOR = {"vision_model": None, "text_model": None, "freeze_vision": True, "freeze_text": True}
 
 
@@ -624,6 +632,24 @@ class StudentArguments(AdapterArguments):
     image_to_text_weight: float = _help(
         "Share of the image-to-text direction in both in-batch losses.", 0.5, range=PART
     )
+    negatives: Literal["batch", "bank"] = _help(
+        "What the contrastive and the similarity loss compare with. batch: the images and captions of the step. bank: "
+        "all captions of the training set, by their stored embeddings, and all its images, by their embeddings of the "
+        "last visit (before the first one the anchor's); the batch size then matters little.",
+        "batch",
+    )
+    bank_limit: int = _help(
+        "Most captions, and most images, that negatives: bank compares with. Where there are more, each epoch draws "
+        "as many.",
+        _BANK_LIMIT,
+        range=COUNT,
+    )
+    max_negative_similarity: float = _help(
+        "With negatives: bank, captions whose stored embedding has at least this cosine to the image's own caption "
+        "are no negatives. Above 1 all other captions are.",
+        _ALL_NEGATIVES,
+        range=Range(-1, 1.01),
+    )
     freeze: list[str] = _help(
         "Names of parameters of the image encoder to freeze: globs, or regular expressions after re:.", []
     )
@@ -664,7 +690,7 @@ class StudentArguments(AdapterArguments):
         names = {
             "teacher_embeds": self.reads_teacher,
             "text_embeds": reads_text,
-            "anchor_embeds": self.cosine_preservation_loss_weight,
+            "anchor_embeds": self.cosine_preservation_loss_weight or self.negatives == "bank",
         }
         return [name for name, read in names.items() if read]
 
@@ -690,6 +716,16 @@ class StudentArguments(AdapterArguments):
             raise ValueError(
                 "save_dtype: expected auto or float32 without merge_adapter, which saves the adapter alone, in "
                 f"float32, got {self.save_dtype}. Leave one of both out."
+            )
+        if self.negatives == "bank" and (self.lora_text or "text_embeds" not in self.columns):
+            raise ValueError(
+                "negatives: expected batch "
+                + (
+                    "with lora_text, which changes the text embeddings"
+                    if self.lora_text
+                    else "without a loss on texts"
+                )
+                + ", got bank. Leave one of both out."
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")

@@ -510,7 +510,7 @@ def _make_batches(
             return TokenizedStudentBatches(rows, model, processor, columns, **options, **more)
         return StudentBatches(rows, processor.image_processor, columns, **options, **more)
 
-    train = make(dataset, args.columns, pixels=pixels, min_crop_area=args.min_crop_area)
+    train = make(dataset, args.columns, pixels=pixels, min_crop_area=args.min_crop_area, bank=args.negatives == "bank")
     if validation is None:
         return train, None
     return train, make(validation, list(dict.fromkeys([*args.columns, "text_embeds"])))  # for retrieval

@@ -61,6 +61,12 @@ from modeling_dclip.distillation.losses import (
     sigmoid_contrastive_loss,
     similarity_distillation_loss,
 )
+from modeling_dclip.distillation.negatives import (
+    Negatives,
+    bank_contrastive_loss,
+    bank_sigmoid_loss,
+    bank_similarity_loss,
+)
 from modeling_dclip.encoders.families import SIGMOID_TRAINED, image_modules, projected
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
@@ -1005,6 +1011,10 @@ class StudentTrainer(BatchesTrainer):
         trained = model if args.lora_text else ImageSide(model)
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
         self._batch_norms = [module for module in trained.modules() if isinstance(module, BATCH_NORMS)]
+        self.negatives: Negatives | None = None
+        if args.negatives == "bank":
+            all_rows: Any = train_batches
+            self.negatives = Negatives(all_rows, args.device, args.bank_limit, args.max_negative_similarity)
         readable: Any = eval_batches
         if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
             if str(args.metric_for_best_model).removeprefix("eval_") in (MEAN_RECALL, *RECALLS):
@@ -1037,6 +1047,8 @@ class StudentTrainer(BatchesTrainer):
             terms["cosine_distillation_loss"] = cosine_distillation_loss(image_embeds, columns["teacher_embeds"])
         if args.cosine_preservation_loss_weight:
             terms["cosine_preservation_loss"] = cosine_preservation_loss(image_embeds, columns["anchor_embeds"])
+        if self.negatives is not None and model.training:
+            self.negatives.remember(columns["image_ids"], image_embeds)
         if (mask := columns.pop("caption_mask", None)) is not None:
             image_embeds, columns = image_embeds[mask], {name: column[mask] for name, column in columns.items()}
         terms |= self._in_batch_terms(image_embeds, columns)
@@ -1051,8 +1063,10 @@ class StudentTrainer(BatchesTrainer):
         names = [
             name for name in ("contrastive_loss", "similarity_distillation_loss") if getattr(args, f"{name}_weight")
         ]
-        if len(image_embeds) < 2:
+        if len(image_embeds) < (2 if self.negatives is None else 1):
             return {name: 0.0 * image_embeds.float().sum() for name in names}
+        if self.negatives is not None:
+            return self._bank_terms(self.negatives, names, image_embeds, columns)
         terms = {}
         if "contrastive_loss" in names and self._sigmoid is not None:
             terms["contrastive_loss"] = sigmoid_contrastive_loss(
@@ -1066,6 +1080,33 @@ class StudentTrainer(BatchesTrainer):
             temperatures = args.similarity_temperature, args.similarity_teacher_temperature
             terms["similarity_distillation_loss"] = similarity_distillation_loss(
                 image_embeds, columns["teacher_embeds"], texts, stored, *temperatures, args.image_to_text_weight
+            )
+        return terms
+
+    def _bank_terms(
+        self, negatives: Negatives, names: list[str], image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        """The same terms against all texts and images of the training set; validation rows are none of them."""
+        args, texts, terms = self.args, columns["text_embeds"], {}
+        step = negatives.find(columns["image_ids"], columns.get("caption_ids"), texts)
+        banks, share = (negatives.texts, negatives.images), args.image_to_text_weight
+        if "contrastive_loss" in names and self._sigmoid is not None:
+            terms["contrastive_loss"] = bank_sigmoid_loss(
+                image_embeds, texts, negatives.texts, step.texts, *self._sigmoid
+            )
+        elif "contrastive_loss" in names:
+            options: dict[str, Any] = {"temperature": args.temperature, "image_to_text_weight": share}
+            terms["contrastive_loss"] = bank_contrastive_loss(
+                image_embeds, texts, banks, (step.texts, step.images), right=step.right, **options
+            )
+        if negatives.teacher is not None and "similarity_distillation_loss" in names:
+            of_teacher = args.similarity_teacher_temperature or args.similarity_temperature
+            terms["similarity_distillation_loss"] = bank_similarity_loss(
+                *(image_embeds, columns["teacher_embeds"], texts),
+                (*banks, negatives.teacher),
+                step.batch_images,
+                temperatures=(args.similarity_temperature, of_teacher),
+                image_to_text_weight=share,
             )
         return terms
 
@@ -1118,8 +1159,8 @@ class StudentTrainer(BatchesTrainer):
         return self.accelerator.gather(torch.cat([part.float() for part in embeds]))[:count]
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save as the base class, and the adapter. In the saved config the text tower is frozen, even if an adapter
-        trained it.
+        """Save as the base class, and the adapter, and in a checkpoint the bank of images. In the saved config the
+        text tower is frozen, even if an adapter trained it.
         """
         config = self.dual_encoder.config
         if hasattr(config, "freeze_text"):  # of this package's models; others keep their own format
@@ -1128,8 +1169,11 @@ class StudentTrainer(BatchesTrainer):
             config.freeze_text = freeze_text
         else:
             super()._save(output_dir, state_dict)
+        folder = Path(output_dir or self.args.output_dir)
         if self.adapters is not None and self.args.should_save:
-            save_adapters(self.adapters, Path(output_dir or self.args.output_dir))
+            save_adapters(self.adapters, folder)
+        if self.negatives is not None and self.args.should_save and folder != Path(self.args.output_dir):
+            self.negatives.save(folder)
 
     def _weights_to_save(self, state_dict):
         """The dual encoder's weights, with those that sharded training hands over, or with adapters merged in."""
@@ -1143,7 +1187,10 @@ class StudentTrainer(BatchesTrainer):
         return super().resumed_weights if self.adapters is None else f"{ADAPTER_FOLDER}/{ADAPTER_WEIGHTS}"
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        """Load the adapter, or all of the image encoder's weights from the checkpoint's dual encoder."""
+        """Load the adapter, or all of the image encoder's weights from the checkpoint's dual encoder; and the bank."""
+        if self.negatives is not None:
+            with reading_checkpoint(resume_from_checkpoint):
+                self.negatives.load(Path(resume_from_checkpoint))
         if self.adapters is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with reading_checkpoint(resume_from_checkpoint):

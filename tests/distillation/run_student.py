@@ -24,7 +24,7 @@ class KeepGradients(TrainerCallback):
         self.gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
-def train(data_dir):
+def train(data_dir, negatives):
     """Losses, the last gradients and the trained weights on one dataset."""
     set_seed(0)
     args = StudentArguments(
@@ -38,11 +38,13 @@ def train(data_dir):
         optim="sgd",  # linear in the gradient: rounding is not magnified as Adam's first steps do
         cosine_preservation_loss_weight=0.5,
         similarity_distillation_loss_weight=0.5,
+        negatives=negatives,
     )
     model = load_student(clip_dir)
     processor = DCLIPProcessor.from_pretrained(clip_dir)
     dataset = load_from_disk(data_dir)
-    batches = StudentBatches(dataset, processor.image_processor, args.columns, width=model.config.projection_dim)
+    options = {"width": model.config.projection_dim, "bank": negatives == "bank"}
+    batches = StudentBatches(dataset, processor.image_processor, args.columns, **options)
     keep = KeepGradients()
     trainer = StudentTrainer(model, args, batches, processor, {})
     trainer.add_callback(keep)
@@ -62,7 +64,12 @@ def train(data_dir):
 clip_dir, output_dir, processes, *data_dirs = sys.argv[1:]
 if PartialState(cpu=True).num_processes != int(processes):
     raise RuntimeError(f"Expected {processes} processes, got {PartialState().num_processes}.")
-results = {f"{i}/{name}": tensor for i, data_dir in enumerate(data_dirs) for name, tensor in train(data_dir).items()}
+results = {
+    f"{negatives}/{i}/{name}": tensor
+    for negatives in ("batch", "bank")
+    for i, data_dir in enumerate(data_dirs)
+    for name, tensor in train(data_dir, negatives).items()
+}
 if PartialState().is_main_process:
     save_file(results, f"{output_dir}/results.safetensors")
 PartialState().destroy_process_group()

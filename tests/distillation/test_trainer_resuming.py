@@ -79,6 +79,7 @@ def sweep(kind, accumulation, schedule, inputs, tmp_path, checkpoints=None):
         ("dmclip", 2, "steps into an epoch", [1, 4, 7]),  # five batches in twos: the third step of an epoch has one
         ("dmclip", 1, "one and a half epochs", [5, 8]),
         ("student", 2, "one and a half epochs", [4, 5]),
+        ("bank", 1, "one and a half epochs", [3, 8]),
         ("lora", 1, "steps into an epoch", [6, 7]),
         ("anchor", 1, "steps into an epoch", [7]),
         ("teacher", 1, "steps into an epoch", [7]),
