@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fixtures.processes import run_forked
 
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.evaluation.records import read_results
@@ -84,7 +85,8 @@ def test_one_command_trains_evaluates_draws_and_reloads_and_a_second_skips(recip
     assert not (out / "no_teacher" / "seed-0" / "teacher").exists()
     weights = out / "leak_free" / "seed-1" / "student" / "model.safetensors"
     made = weights.stat().st_mtime_ns
-    again = subprocess.run(command, **options)
+    words = ["--recipe", recipe]
+    (again,) = run_forked(ROOT / "train.py", *words, cwd=ROOT, environments=[{"ACCELERATE_USE_CPU": "true"}])
     assert again.returncode == 0 and weights.stat().st_mtime_ns == made
     assert again.stderr.count("already finished") == 2 * 2 + 2 * 3
 
@@ -121,9 +123,8 @@ def reinforced_recipe(tmp_path):
 
 
 def test_a_mamba_clip_is_taught_evaluated_beside_its_teacher_and_reloaded_by_one_command(reinforced_recipe, tmp_path):
-    command = [sys.executable, str(ROOT / "train.py"), "--recipe", str(reinforced_recipe)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    options = {"cwd": ROOT, "environments": [{"ACCELERATE_USE_CPU": "true"}]}
+    (ended,) = run_forked(ROOT / "train.py", "--recipe", reinforced_recipe, **options)
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert "distillation minus contrastive" in ended.stdout and "loaded DMCLIPModel" in ended.stdout
     out = tmp_path / "out"
@@ -138,9 +139,7 @@ def test_a_mamba_clip_is_taught_evaluated_beside_its_teacher_and_reloaded_by_one
     assert (out / "reinforce" / "shards" / "reinforced.json").is_file() and not (out / "anchor").exists()
     student = str(out / "distillation" / "seed-0" / "dmclip")
     evaluated = ["--model", student, "--benchmark", "retrieval=scenes:test,n=40", "--output", str(tmp_path / "r.json")]
-    ended = subprocess.run(
-        [sys.executable, str(ROOT / "eval.py"), *evaluated], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    (ended,) = run_forked(ROOT / "eval.py", *evaluated, **options)
     assert ended.returncode == 0, ended.stderr[-3000:]
     (alone,) = read_results(tmp_path / "r.json")
     assert alone["metrics"] == records[4]["metrics"]

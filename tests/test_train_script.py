@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fixtures.processes import run_forked
 from huggingface_hub import constants
 
 from modeling_dclip import DCLIPModel
@@ -22,14 +23,21 @@ ROOT = Path(__file__).parents[1]
 TOWER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
 
 
-def train(*words, launcher=()):
+def train(*words):
+    """train.py in a process of its own, which is spared the imports."""
+    (done,) = run_forked(ROOT / "train.py", *words, cwd=ROOT, environments=[{"ACCELERATE_USE_CPU": "true"}])
+    return done
+
+
+def start(*words, launcher=()):
+    """train.py in an interpreter of its own."""
     command = [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, words)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=ROOT)
 
 
 def test_help_names_every_section_and_starts_nothing():
-    shown = train("--help")
+    shown = start("--help")
     assert shown.returncode == 0, shown.stderr[-2000:]
     for name in (
         "--recipe FILE",
@@ -87,7 +95,7 @@ def test_a_recipe_runs_through_accelerate_and_says_where_it_wrote(tmp_path):
     path.write_text(yaml.safe_dump(recipe))
     launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
     launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    ended = train("--recipe", path, launcher=launcher)
+    ended = start("--recipe", path, launcher=launcher)
     assert ended.returncode == 0, ended.stderr[-3000:]
     for stage in ("anchor", "targets", "student"):
         assert f"{stage}: wrote {tmp_path / 'run' / stage}" in ended.stderr
@@ -114,7 +122,7 @@ def test_fine_tuning_ends_with_an_answer_and_is_quiet_until_then(tmp_path):
     words += ["--train_datasets", spec, "--output_dir", out]
     words += ["--student.lora_rank", "4", "--student.per_device_train_batch_size", "8"]
     words += ["--student.num_train_epochs", "1", "--evaluate"]
-    ended = train(*words, "zero_shot=scenes:test,n=64")
+    ended = start(*words, "zero_shot=scenes:test,n=64")
     assert ended.returncode == 0, ended.stderr[-3000:]
     answer = ended.stdout
     header, _, *rows = [line for line in answer.splitlines() if line.startswith("|")]

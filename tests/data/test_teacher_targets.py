@@ -3,14 +3,13 @@ and only what changed is computed again.
 """
 
 import json
-import subprocess
-import sys
 import textwrap
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from fixtures.processes import run_forked
 from safetensors.numpy import load_file, save_file
 
 from modeling_dclip import DCLIPTeacher, DCLIPTeacherProcessor
@@ -316,8 +315,8 @@ def test_a_killed_run_goes_on_at_the_next_chunk(tiny_clip_dir, scenes, processor
 
     def run(die_after):
         arguments = [tmp_path / "teacher", tiny_clip_dir, tmp_path / "cache", die_after]
-        command = [sys.executable, "-c", KILLED, *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        (done,) = run_forked(KILLED, *arguments)
+        return done
 
     assert run(die_after=2).returncode == -9
     finished = run(die_after=99)

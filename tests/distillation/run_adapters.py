@@ -1,6 +1,6 @@
 """Real steps of adapters in both towers on 16 rows, however many processes share them.
 
-Run by test_adapters.py through `accelerate launch`.
+Run by test_adapters.py.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Three prepared steps of a dual encoder whose text tower is frozen and runs.
 
-Run by test_adapters_freezing.py through `accelerate launch`.
+Run by test_adapters_freezing.py.
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """A student's run in which one process meets a batch that is not finite: all stop, or leave the step out.
 
-Run by test_guard.py through `accelerate launch`.
+Run by test_guard.py.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Loss and gradients of every loss for a fixed global batch, however many processes share it.
 
-Run by test_losses.py through `accelerate launch`.
+Run by test_losses.py.
 """
 
 import sys

@@ -1,6 +1,6 @@
 """Real steps of the student's trainer on 16 rows, however many processes share them.
 
-Run by test_trainer.py through `accelerate launch`.
+Run by test_trainer.py.
 """
 
 import sys

@@ -5,14 +5,13 @@ and a killed run ends as one that was not.
 import hashlib
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from fixtures.processes import run_forked, train_together
 from fixtures.training import KILLED, RECIPE, student_arguments, write_recipe
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -259,9 +258,7 @@ def test_a_run_killed_in_mid_epoch_resumes_and_ends_with_the_same_weights(tmp_pa
     out = run_stages(parse_recipe([], whole))
     (tmp_path / "killed").mkdir()
     path = write_recipe(tmp_path / "killed", student=student, clip_model=str(out / "anchor"))
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), "5"], capture_output=True, text=True, timeout=300
-    )
+    (killed,) = run_forked(KILLED, path, 5)
     assert killed.returncode == -9, killed.stderr[-3000:]
     folder = tmp_path / "killed" / "run" / "student"
     assert (folder / "checkpoint-3").exists() and not (folder / "model.safetensors").exists()
@@ -272,10 +269,10 @@ def test_a_run_killed_in_mid_epoch_resumes_and_ends_with_the_same_weights(tmp_pa
     assert arguments["student"]["lora_rank"] == 2
 
 
-def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation_data, tmp_path, launch):
+def test_two_processes_adapt_both_towers_as_one_does(tiny_clip_dir, distillation_data, tmp_path):
     for processes in (1, 2):
         script = Path(__file__).with_name("run_adapters.py")
-        launch(script, processes, tiny_clip_dir, distillation_data, tmp_path / str(processes), processes)
+        train_together(script, processes, tiny_clip_dir, distillation_data, tmp_path / str(processes), processes)
     alone, shared = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("1", "2"))
     assert alone.keys() == shared.keys() and len(alone) == 48
     for name, weight in alone.items():

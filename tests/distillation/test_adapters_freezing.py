@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.processes import train_together
 from safetensors.torch import load_file
 from torch import nn
 
@@ -51,10 +52,8 @@ def test_a_useless_pattern_is_an_error(patterns, message):
         freeze_parameters(make_model(), patterns)
 
 
-def test_two_prepared_processes_train_the_image_encoder_and_leave_every_bit_of_the_text_tower(
-    tiny_clip_dir, tmp_path, launch
-):
-    launch(Path(__file__).with_name("run_frozen.py"), 2, tiny_clip_dir, tmp_path, 2)
+def test_two_prepared_processes_train_the_image_encoder_and_leave_every_bit_of_the_text_tower(tiny_clip_dir, tmp_path):
+    train_together(Path(__file__).with_name("run_frozen.py"), 2, tiny_clip_dir, tmp_path, 2)
     first, second = (load_file(tmp_path / f"{process}.safetensors") for process in range(2))
     for results in (first, second):
         assert results["wrapped"] and results["text_has_no_gradient"] and results["text_is_in_eval_mode"]

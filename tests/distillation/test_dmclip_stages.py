@@ -5,14 +5,13 @@ refused where they do not fit.
 import json
 import logging
 import shutil
-import subprocess
-import sys
 import tarfile
 import textwrap
 
 import pytest
 import torch
 import yaml
+from fixtures.processes import run_forked
 from fixtures.training import equal, run, weights
 from PIL import Image
 from transformers import AutoTokenizer
@@ -244,9 +243,7 @@ def test_a_run_killed_in_mid_epoch_goes_on_with_the_same_samples_and_ends_with_t
         (tmp_path / name).mkdir()
     run(write_recipe(tmp_path / "whole", tiny_clip_dir, changes))
     path = write_recipe(tmp_path / "killed", tiny_clip_dir, changes)
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(path), "5"], capture_output=True, text=True, timeout=300
-    )
+    (killed,) = run_forked(KILLED, path, 5)
     assert killed.returncode == -9, killed.stderr[-3000:]
     folder = tmp_path / "killed" / "run" / "dmclip"
     assert last_checkpoint(folder).endswith("checkpoint-4")  # the second batch of the second epoch comes next

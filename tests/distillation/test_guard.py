@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from datasets import load_from_disk
+from fixtures.processes import train_together
 from fixtures.training import equal, make_inputs, make_trainer, student_arguments, train, weights
 from safetensors.torch import load_file
 from torch import nn
@@ -319,8 +320,8 @@ def test_reentrant_checkpoints_train_every_layer_or_are_refused(freeze, tiny_cli
     ]
 
 
-def test_all_processes_decide_alike_and_name_the_images_of_all(tiny_clip_dir, distillation_data, tmp_path, launch):
-    launch(Path(__file__).with_name("run_guard.py"), 2, tiny_clip_dir, distillation_data, tmp_path)
+def test_all_processes_decide_alike_and_name_the_images_of_all(tiny_clip_dir, distillation_data, tmp_path):
+    train_together(Path(__file__).with_name("run_guard.py"), 2, tiny_clip_dir, distillation_data, tmp_path)
     results = [load_file(tmp_path / f"{index}.safetensors") for index in range(2)]
     assert equal(*results)
     message = bytes(results[0]["message"].tolist()).decode()

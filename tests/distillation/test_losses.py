@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.processes import train_together
 from safetensors.torch import load_file
 
 from modeling_dclip.distillation.losses import (
@@ -217,11 +218,11 @@ def test_wrong_input_is_named(call, message):
         call()
 
 
-def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path, launch):
+def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
     script = Path(__file__).with_name("run_losses.py")
     for processes in (1, 2):
         (tmp_path / str(processes)).mkdir()
-        launch(script, processes, tmp_path / str(processes))
+        train_together(script, processes, tmp_path / str(processes))
     alone = load_file(tmp_path / "1" / "rank0.safetensors")
     for rank in (0, 1):
         shared = load_file(tmp_path / "2" / f"rank{rank}.safetensors")

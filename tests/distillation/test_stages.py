@@ -4,13 +4,12 @@ refused when its inputs have changed.
 
 import json
 import logging
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
 from datasets import Dataset, load_from_disk
+from fixtures.processes import run_forked
 from fixtures.training import KILLED, RECIPE, equal, run, weights, write_recipe
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
@@ -212,8 +211,7 @@ def test_a_run_killed_in_mid_epoch_resumes_and_ends_with_the_same_weights(finish
         (tmp_path / name).mkdir()
     run(write_recipe(tmp_path / "whole", **changes))
     path = write_recipe(tmp_path / "killed", **changes)
-    command = [sys.executable, "-c", KILLED, str(path), "5"]  # 4 steps an epoch, a checkpoint at 3
-    killed = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    (killed,) = run_forked(KILLED, path, 5)  # 4 steps an epoch, a checkpoint at 3
     assert killed.returncode == -9, killed.stderr[-3000:]
     folder = tmp_path / "killed" / "run" / "student"
     assert last_checkpoint(folder).endswith("checkpoint-3") and not (folder / "model.safetensors").exists()

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from datasets import load_from_disk
+from fixtures.processes import train_together
 from fixtures.training import make_trainer, student_arguments
 from safetensors.torch import load_file
 
@@ -348,13 +349,13 @@ def test_a_teacher_trains_its_block_and_learns(tiny_clip_dir, data, tmp_path, cr
     assert not any(parameter.requires_grad for parameter in again.train().clip.parameters())
 
 
-def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, partly_captioned_data, tmp_path, launch):
+def test_two_processes_train_as_one_does(tiny_clip_dir, distillation_data, partly_captioned_data, tmp_path):
     script = Path(__file__).with_name("run_student.py")
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch(script, processes, tiny_clip_dir, folder, processes, distillation_data, partly_captioned_data)
+        train_together(script, processes, tiny_clip_dir, folder, processes, distillation_data, partly_captioned_data)
         results.append(load_file(folder / "results.safetensors"))
     alone, shared = results
     assert alone.keys() == shared.keys()

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fixtures.processes import train_together
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, set_seed
 
@@ -137,13 +138,13 @@ def test_the_scale_is_saved_within_its_bound_and_comes_down_again(kind, start, t
     torch.testing.assert_close(step(float(up), -1.0), bound - 0.5)
 
 
-def test_two_processes_train_as_one_does(tiny_clip_dir, shards, tmp_path, launch):
+def test_two_processes_train_as_one_does(tiny_clip_dir, shards, tmp_path):
     script = Path(__file__).with_name("run_dmclip.py")
     results = []
     for processes in (1, 2):
         folder = tmp_path / str(processes)
         folder.mkdir()
-        launch(script, processes, tiny_clip_dir, shards, folder, processes)
+        train_together(script, processes, tiny_clip_dir, shards, folder, processes)
         results.append(load_file(folder / "results.safetensors"))
     alone, shared = results
     assert alone.keys() == shared.keys()
