@@ -99,6 +99,7 @@ _LATER = {
     "save_dtype": _STORED,
     "per_device_eval_batch_size": None,
     "contrastive_loss": _OWN_LOSS,
+    "micro_batch_size": None,
     "negatives": "batch",
     "bank_limit": _BANK_LIMIT,
     "max_negative_similarity": _ALL_NEGATIVES,
@@ -644,6 +645,11 @@ class StudentArguments(AdapterArguments):
         _BANK_LIMIT,
         range=COUNT,
     )
+    micro_batch_size: int | None = _help(
+        "Images that pass the model at once. The losses still compare the whole batch: its gradient in the memory of "
+        "a smaller one, for about a third more time.",
+        range=COUNT,
+    )
     max_negative_similarity: float = _help(
         "With negatives: bank, captions whose stored embedding has at least this cosine to the image's own caption "
         "are no negatives. Above 1 all other captions are.",
@@ -881,6 +887,11 @@ class DMCLIPArguments(StageTrainingArguments):
     warmup_steps: float = _help("Steps of linear warm-up; a value below 1 is a share of all steps.", 1000)
     lr_scheduler_type: str = _help("Learning-rate schedule.", "cosine")
     per_device_train_batch_size: int = _help("Images per step and process.", 256)
+    micro_batch_size: int | None = _help(
+        "Images that pass the model at once. The losses still compare the whole batch: its gradient in the memory of "
+        "a smaller one, for about a third more time. BatchNorm sees these images alone.",
+        range=COUNT,
+    )
     save_strategy: str = _help("When to save checkpoints: no or steps. A stream of shards has no epochs.", "steps")
     save_steps: float = _help("Save every n steps; a value below 1 is a share of all steps.", 1000)
 

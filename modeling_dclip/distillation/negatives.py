@@ -494,7 +494,7 @@ def _expand(of: Ragged, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _mean_by_row(values: np.ndarray, counts: np.ndarray) -> torch.Tensor:
     """The mean direction of each row's embeddings, float16."""
-    units = F.normalize(torch.from_numpy(values).float(), dim=-1)
+    units = F.normalize(torch.tensor(values).float(), dim=-1)
     rows = torch.from_numpy(np.repeat(np.arange(len(counts)), counts))
     sums = torch.zeros(len(counts), units.shape[1]).index_add_(0, rows, units)
     return F.normalize(sums, dim=-1).half()
