@@ -412,7 +412,9 @@ def test_a_command_ends_when_its_launcher_is_gone(tmp_path):
         "subprocess.Popen([sys.executable, '-c', sys.argv[1]])\ntime.sleep(60)\n"
     )
     work = (
-        "import time\nfrom modeling_dclip.data.failures import command\n"
+        "import sys, time\n"
+        "sys.argv, sys.orig_argv = ['-m'], ['python', '-m', 'modeling_dclip.hub.index']\n"  # which needs no PyTorch
+        "from modeling_dclip.data.failures import command\n"
         "command(lambda: (print('up', flush=True), time.sleep(50)))()"
     )
     with subprocess.Popen(

@@ -6,13 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value, load_from_disk
+from fixtures.processes import run_forked
 from PIL import Image as PILImage
 from transformers import (
     CLIPTokenizer,
@@ -262,33 +262,27 @@ def test_a_run_that_broke_down_goes_on_where_it_was(tmp_path):
 
 
 KILLED_RUN = """
-import sys, time
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from test_regions import CountingDetector, add_regions, make_dataset, png
 
-class SlowDetector(CountingDetector):
+class KilledDetector(CountingDetector):
     def __call__(self, images, rows):
-        time.sleep(0.2)
+        if self.images == 6:
+            os.kill(os.getpid(), signal.SIGKILL)
         return super().__call__(images, rows)
 
-add_regions(make_dataset([png(seed) for seed in range(400)]), SlowDetector(), cache_dir=sys.argv[2], batch_size=2)
+add_regions(make_dataset([png(seed) for seed in range(40)]), KilledDetector(), cache_dir=sys.argv[2], batch_size=2)
 """
 
 
 def test_a_killed_process_loses_no_finished_answer(tmp_path):
-    command = [sys.executable, "-c", KILLED_RUN, str(Path(__file__).parent), str(tmp_path / "cache")]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("cache/counting/*/*.npy"))) < 6:
-        assert process.poll() is None and time.monotonic() < deadline, "the run ended or stood still before the kill"
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    (killed,) = run_forked(KILLED_RUN, Path(__file__).parent, tmp_path / "cache")
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     finished = len(list(tmp_path.glob("cache/counting/*/*.npy")))
     detector = CountingDetector()
     dataset = add_regions(make_dataset([png(seed) for seed in range(40)]), detector, cache_dir=tmp_path / "cache")
-    assert 6 <= finished < 40
-    assert detector.images == 40 - finished
+    assert finished == 6 and detector.images == 40 - finished
     assert all(len(boxes) == 1 for boxes in dataset["boxes"])
 
 
@@ -704,9 +698,10 @@ def test_the_command_line_writes_a_folder_that_disk_reads(tmp_path, draw, capsys
 
 
 def test_the_command_line_runs_as_a_module(tmp_path):
-    command = [sys.executable, "-m", "modeling_dclip.data.regions", "--dataset", "scenes:test,n=6@3"]
-    command += ["--detector", "annotations", "--output", str(tmp_path / "out"), "--max_regions", "1"]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
+    module = "import runpy; runpy.run_module('modeling_dclip.data.regions', run_name='__main__', alter_sys=True)"
+    words = ["--dataset", "scenes:test,n=6@3", "--detector", "annotations", "--max_regions", "1"]
+    (answer,) = run_forked(module, *words, "--output", tmp_path / "out")
+    assert answer.returncode == 0, answer.stderr
     assert "Wrote 3 images with 3 regions" in answer.stdout
     assert len(load_captions(f"disk:{tmp_path / 'out'}")) == 3
 
