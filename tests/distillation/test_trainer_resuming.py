@@ -196,20 +196,25 @@ BEST_IS_FIRST = {
 }
 
 
+@pytest.fixture(scope="module")
+def best_is_first(inputs, tmp_path_factory):
+    """A run of four steps as it ended. Its folder is not there any more: each test copies it to a place of its own."""
+    folder = tmp_path_factory.mktemp("best_is_first")
+    assert train_validated(inputs, folder / "run", **BEST_IS_FIRST).state.best_global_step == 1
+    return (folder / "run").rename(folder / "ended")
+
+
 @pytest.mark.parametrize("step", [2, 4])
-def test_the_best_model_is_found_where_the_folder_was_moved(step, inputs, tmp_path):
-    first = train_validated(inputs, tmp_path / "run", **BEST_IS_FIRST).state
-    assert first.best_global_step == 1
-    expected = load_file(tmp_path / "run" / "checkpoint-1" / "model.safetensors")
-    assert equal(weights(tmp_path / "run"), expected)
-    stop_at(tmp_path / "run", tmp_path / "moved", step)
-    shutil.rmtree(tmp_path / "run")
+def test_the_best_model_is_found_where_the_folder_was_moved(step, best_is_first, inputs, tmp_path):
+    expected = load_file(best_is_first / "checkpoint-1" / "model.safetensors")
+    assert equal(weights(best_is_first), expected)
+    stop_at(best_is_first, tmp_path / "moved", step)
     train_validated(inputs, tmp_path / "moved", **BEST_IS_FIRST, save_total_limit=1)
     assert equal(weights(tmp_path / "moved"), expected)
 
 
-def test_a_best_checkpoint_that_is_missing_is_said_before_training(inputs, tmp_path):
-    train_validated(inputs, tmp_path / "run", **BEST_IS_FIRST)
+def test_a_best_checkpoint_that_is_missing_is_said_before_training(best_is_first, inputs, tmp_path):
+    shutil.copytree(best_is_first, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     shutil.rmtree(tmp_path / "run" / "checkpoint-4")
     with pytest.raises(ValueError, match="The best checkpoint so far, '.*/checkpoint-1', is missing"):
