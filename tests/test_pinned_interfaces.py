@@ -587,6 +587,7 @@ def test_tables_and_fields_of_results():
         "fuzz": [],
         "index": [],
         "kills": [],
+        "negatives": [],
         "onnx_towers": [],
         "pictures": [],
         "retrieval": [],

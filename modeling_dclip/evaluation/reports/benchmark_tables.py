@@ -121,6 +121,35 @@ def tabulate_student_step(data: Mapping[str, Any]) -> list[Table | Text]:
     return [Table(header, lines), note]
 
 
+def tabulate_negatives(data: Mapping[str, Any]) -> list[Table | Text]:
+    """What banks of all captions and images cost a step, and what a large batch in micro-batches costs.
+
+    Args:
+        data (`Mapping`): What `benchmarks/negatives.py` wrote.
+
+    Returns:
+        `list[Table | Text]`: A row for each size of bank, and a line on micro-batches and on what it was measured on.
+    """
+    header = ["Captions", "images", "bank, MiB", "loss and gradient, ms", "% of a step", "× in one matrix"]
+    header += ["memory, MiB", "in one matrix, MiB"]
+    lines: list[list[str | Cell]] = []
+    for row in data["rows"]:
+        line: list[str | Cell] = [f"{row['captions']:,}", f"{row['images']:,}", f"{row['bank_mebibytes']:.0f}"]
+        share = {name: 100 * value for name, value in row["tiles_over_step"].items()}
+        line += [_spread(row["ms"]["tiles"]), _spread(share, 1), _spread(row["one_matrix_over_tiles"], 2)]
+        line += [f"{row['grown_mebibytes'][way]:.0f}" for way in ("tiles", "one_matrix")]
+        lines.append(line)
+    given, steps = data["arguments"], data["micro_batches_over_accumulated"]
+    note = (
+        f"Batch {given['batch_size']}; % of a step: of ViT-B/32's forward and backward pass of that batch, in this "
+        "process; × in one matrix: how many times as long the loss takes with all products in one matrix; memory: how "
+        "much the peak grows. The gradient of the whole batch in micro-batches of "
+        f"{given['micro_batch_size']} takes {steps['median']:.2f} times as long as accumulating over them "
+        f"({steps['min']:.2f} to {steps['max']:.2f}). Medians of interleaved rounds, with the smallest and largest."
+    )
+    return [Table(header, lines), _note(data, note)]
+
+
 _ROTARY_METRICS = ("text_to_image_recall@1", "image_to_text_recall@1", "top1")
 
 
@@ -398,5 +427,6 @@ BENCHMARK_TABLES: dict[str, tuple[Callable[..., list[Table | Text]], set[str]]] 
     "retrieval": (tabulate_retrieval, set()),
     "rotary_positions": (tabulate_rotary_positions, set()),
     "scan": (tabulate_scan, set()),
+    "negatives": (tabulate_negatives, set()),
     "student_step": (tabulate_student_step, set()),
 }

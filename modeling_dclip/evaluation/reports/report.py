@@ -290,6 +290,7 @@ SPEED_TABLES: dict[str, Callable[[Mapping[str, Any]], list[Table | Text]]] = {
     "onnx_towers": BENCHMARK_TABLES["onnx_towers"][0],
     "retrieval": BENCHMARK_TABLES["retrieval"][0],
     "selective_scan": BENCHMARK_TABLES["scan"][0],
+    "negatives": BENCHMARK_TABLES["negatives"][0],
     "student_step": BENCHMARK_TABLES["student_step"][0],
 }
 _INTERVAL_KEYS = ("estimate", "low", "high", "confidence", "covers")
