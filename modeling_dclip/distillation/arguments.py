@@ -99,6 +99,8 @@ _LATER = {
     "save_dtype": _STORED,
     "per_device_eval_batch_size": None,
     "contrastive_loss": _OWN_LOSS,
+    "l2_sp_loss_weight": 0.0,
+    "layer_decay": 1.0,
     "micro_batch_size": None,
     "negatives": "batch",
     "bank_limit": _BANK_LIMIT,
@@ -623,6 +625,15 @@ class StudentArguments(AdapterArguments):
     similarity_distillation_loss_weight: float = _help(
         "Weight of the KL from the teacher's in-batch similarities.", 0.0, range=WEIGHT
     )
+    l2_sp_loss_weight: float = _help(
+        "Weight of half the squared distance of the trained weights to the anchor's (L2-SP).", 0.0, range=WEIGHT
+    )
+    layer_decay: float = _help(
+        "Each layer of the image encoder learns at this share of the rate of the layer above it; what stands above "
+        "the layers learns at learning_rate.",
+        1.0,
+        range=Range(0, 1, above=True),
+    )
     temperature: float = _help("Temperature of the softmax contrastive loss.", 0.05, range=TEMPERATURE)
     similarity_temperature: float = _help(
         "Temperature of the student's softmax in the similarity loss.", 0.05, range=TEMPERATURE
@@ -722,6 +733,11 @@ class StudentArguments(AdapterArguments):
             raise ValueError(
                 "save_dtype: expected auto or float32 without merge_adapter, which saves the adapter alone, in "
                 f"float32, got {self.save_dtype}. Leave one of both out."
+            )
+        if self.l2_sp_loss_weight and self.lora_rank is not None:
+            raise ValueError(
+                "l2_sp_loss_weight: expected 0 with adapters, which leave the anchor's weights as they are, got "
+                f"{self.l2_sp_loss_weight}. Leave one of both out."
             )
         if self.negatives == "bank" and (self.lora_text or "text_embeds" not in self.columns):
             raise ValueError(

@@ -7,6 +7,7 @@ of micro-batches are averaged; the negatives are those of one micro-batch over a
 import copy
 import logging
 import math
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -948,6 +949,37 @@ class ImageSide(nn.Module):
         vision_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs, **options)
 
 
+_LAYER = re.compile(r"\.(?:layers?|blocks|stages|levels)\.([0-9]+)\.")
+
+
+def layer_rates(model: nn.Module, decay: float) -> dict[str, float]:
+    """The share of the learning rate of each parameter: the layers' one `decay` less from one to the next below.
+
+    Source: layer-wise learning-rate decay, "ELECTRA", arXiv 2003.10555; docs/papers.md. Deviation: none.
+
+    Args:
+        model (`nn.Module`): Its parameters come in the order in which images pass them: before the first layer those
+            of the lowest rate, after the last one those of the full rate.
+        decay (`float`): In (0, 1].
+
+    Returns:
+        `dict[str, float]`: By the parameter's name.
+
+    Example:
+        >>> patch, head, *layers = (nn.Linear(1, 1, bias=False) for _ in range(4))
+        >>> layer_rates(nn.ModuleDict({"patch": patch, "layers": nn.ModuleList(layers), "head": head}), 0.5)
+        {'patch.weight': 0.125, 'layers.0.weight': 0.25, 'layers.1.weight': 0.5, 'head.weight': 1.0}
+    """
+    names = [name for name, _ in model.named_parameters()]
+    found = [_LAYER.search(f".{name}") for name in names]
+    layers = [int(match[1]) for match in found if match is not None]
+    if not layers:
+        return dict.fromkeys(names, 1.0)
+    first, top = next(place for place, match in enumerate(found) if match is not None), max(layers) + 2
+    heights = [int(match[1]) + 1 if match else 0 if place < first else top for place, match in enumerate(found)]
+    return {name: decay ** (top - height) for name, height in zip(names, heights, strict=True)}
+
+
 class Embeds(NamedTuple):
     """Embeddings `(B, D)` and `(T, D)` of a batch's images and texts."""
 
@@ -1070,6 +1102,9 @@ class StudentTrainer(BatchesTrainer):
         if choose_contrastive_loss(args.contrastive_loss, model.config) == "sigmoid":
             self._sigmoid = float(model.logit_scale.detach()), float(model.logit_bias.detach())
         trained = model if args.lora_text else ImageSide(model)
+        self._start = {}
+        if args.l2_sp_loss_weight:
+            self._start = {name: tensor.detach().clone() for name, tensor in trained.named_parameters()}
         if args.micro_batch_size is not None:
             run_in_micro_batches(trained, args.micro_batch_size)
         super().__init__(trained, args, train_batches, processor, resolved_arguments, eval_batches)
@@ -1088,6 +1123,11 @@ class StudentTrainer(BatchesTrainer):
         if adapters is not None and self.is_fsdp_enabled:
             raise ValueError(
                 "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."
+            )
+        if (args.l2_sp_loss_weight or args.layer_decay < 1) and self.is_fsdp_enabled:
+            raise ValueError(
+                "l2_sp_loss_weight, layer_decay: expected data-parallel training, got FSDP, which flattens the "
+                "weights. Leave them out, or launch without FSDP."
             )
 
     def model_to_save(self) -> PreTrainedModel:
@@ -1110,12 +1150,42 @@ class StudentTrainer(BatchesTrainer):
             terms["cosine_distillation_loss"] = cosine_distillation_loss(image_embeds, columns["teacher_embeds"])
         if args.cosine_preservation_loss_weight:
             terms["cosine_preservation_loss"] = cosine_preservation_loss(image_embeds, columns["anchor_embeds"])
+        if self._start:
+            terms["l2_sp_loss"] = self._distance_to_start()
         if self.negatives is not None and model.training:
             self.negatives.remember(columns["image_ids"], image_embeds)
         if (mask := columns.pop("caption_mask", None)) is not None:
             image_embeds, columns = image_embeds[mask], {name: column[mask] for name, column in columns.items()}
         terms |= self._in_batch_terms(image_embeds, columns)
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
+
+    def _distance_to_start(self) -> torch.Tensor:
+        """Half the squared distance of the trained weights to the anchor's.
+
+        Source: "Explicit Inductive Bias for Transfer Learning", arXiv 1802.01483 [L2SP]; docs/papers.md. Deviation: no
+        term for new weights, because a student has none.
+        """
+        distances = []
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                start = self._start[name] = self._start[name].to(parameter.device)
+                distances.append((parameter.float() - start).square().sum())
+        return 0.5 * torch.stack(distances).sum()
+
+    def create_optimizer(self, *args, **kwargs):
+        """As the base class; with `layer_decay` each layer has a rate of its own."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self.args.layer_decay < 1:
+            rates = layer_rates(self.model, self.args.layer_decay)
+            share = {id(parameter): rates[name] for name, parameter in self.model.named_parameters()}
+            groups = []
+            for group in optimizer.param_groups:
+                for rate in sorted({share[id(one)] for one in group["params"]}, reverse=True):
+                    parameters = [one for one in group["params"] if share[id(one)] == rate]
+                    groups.append({**group, "params": parameters, "lr": rate * group["lr"]})
+            groups.sort(key=lambda group: -group["lr"])  # the first one's is logged
+            optimizer.param_groups[:] = groups
+        return optimizer
 
     def _in_batch_terms(self, image_embeds: torch.Tensor, columns: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The terms that compare each image with every text of these rows. They are 0, with a gradient, if there are
