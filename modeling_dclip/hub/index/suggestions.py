@@ -124,16 +124,18 @@ def frequent_names(captions: Sequence[str]) -> list[str]:
         words = [word[:-1] if word[-1] == "s" and word[:-1] in known else word for word in written]
         named = [word not in _FUNCTION_WORDS and len(word) > 1 and not word.endswith("ing") for word in words]
         single.update({word for word, is_name in zip(words, named, strict=True) if is_name})
+        # A plural after a word of which there is a plural too is a verb (`a dog runs`, where others have dogs).
+        pairs_of_words = zip(["", *words], words, written, strict=False)
+        verbs = [word != as_written and f"{before}s" in known for before, word, as_written in pairs_of_words]
         # The pair ends what is named: `large brown dog` is a `brown dog`. A verb (`a brown dog runs`) ends it too.
-        goes_on = [is_name and not word.endswith("s") for word, is_name in zip(written, named, strict=True)]
-        spans = zip(zip(words, words[1:], strict=False), named, named[1:], [*goes_on[2:], False], strict=False)
-        for place, (pair, first, second, more) in enumerate(spans):
-            # `dogs run`, and `a dog runs` where captions have dogs: the second word is a verb.
-            is_verb = words[place] != written[place] or (
-                words[place + 1] != written[place + 1] and f"{words[place]}s" in known
-            )
-            if first and second and not more and not is_verb:
-                pairs[" ".join(pair)] += 1
+        goes_on = [
+            is_name and not word.endswith("s") and not is_verb
+            for word, is_name, is_verb in zip(words, named, verbs, strict=True)
+        ]
+        for place, more in enumerate([*goes_on[2:], False][: len(words) - 1]):
+            is_plural = words[place] != written[place]  # `dogs run`: the second word is a verb
+            if named[place] and named[place + 1] and not (more or is_plural or verbs[place + 1]):
+                pairs[f"{words[place]} {words[place + 1]}"] += 1
     for counted in (pairs, single):
         names = [name for name, count in counted.most_common(MOST_NAMES) if count > 1]
         if len(names) >= FEWEST_NAMES:
