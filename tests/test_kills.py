@@ -6,14 +6,12 @@
 import importlib.util
 import json
 import os
-import resource
-import signal
 import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
+from fixtures.processes import run_forked
 
 from modeling_dclip.data.files import holding
 
@@ -28,28 +26,22 @@ def script(path):
     return module
 
 
-kills = script(ROOT / "benchmarks" / "kills.py")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A forked process cannot use the threads of PyTorch that its parent has."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+RUNS = Path(__file__).with_name("run_kills.py")
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """`undisturbed(what)`: a subject, its folder, and what a run without a kill leaves there; run once each."""
+    """`undisturbed(what)`: a subject's folder, and the file that says what a run without a kill leaves there; run once
+    each.
+    """
     made = {}
 
     def get(what):
         if what not in made:
-            folder = tmp_path_factory.mktemp("kills") / what
-            made[what] = folder, kills.run_undisturbed(kills.SUBJECTS[what], folder)
-        return kills.SUBJECTS[what], *made[what]
+            made[what] = [tmp_path_factory.mktemp("kills") / name for name in (what, f"{what}.json")]
+            (ended,) = run_forked(RUNS, what, *made[what])
+            assert ended.returncode == 0, ended.stderr
+        return made[what]
 
     return get
 
@@ -59,31 +51,16 @@ def undisturbed(tmp_path_factory):
     [*((what, share) for what in ("regions", "reinforced", "index") for share in (0.0, 0.4, 0.8)), ("student", 0.7)],
 )
 def test_a_command_that_was_killed_ends_as_one_that_was_not(undisturbed, what, share):
-    subject, folder, whole = undisturbed(what)
-    kills.renew(subject, folder)
-    killed = kills.start(subject, folder, operation=1 + int(share * whole.operations))
-    assert killed.status == -signal.SIGKILL
-    again = kills.start(subject, folder)
-    assert again.status == 0, again.said
-    assert kills.contents(folder) == whole.contents and kills.leftovers(folder) == []
+    (ended,) = run_forked(RUNS, what, *undisturbed(what), "killed", share)
+    assert ended.returncode == 0, ended.stderr
 
 
 @pytest.mark.parametrize(
     ("what", "limit"), [("regions", 2_000), ("reinforced", 2_000), ("index", 2_000), ("student", 100_000)]
 )
 def test_a_full_disk_is_one_line_that_names_the_place_and_the_next_run_goes_on(undisturbed, what, limit):
-    def run_with_little_room():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        subject.run(folder)
-
-    subject, folder, whole = undisturbed(what)
-    kills.renew(subject, folder)
-    ended = kills.Forked(run_with_little_room, folder)
-    assert ended.status == 1 and "TRACEBACK" not in ended.said, ended.said
-    assert f"Failed: Cannot write '{folder}" in ended.said and "Make room, then run the same" in ended.said
-    again = kills.start(subject, folder)
-    assert again.status == 0, again.said
-    assert kills.contents(folder) == whole.contents and kills.leftovers(folder) == []
+    (ended,) = run_forked(RUNS, what, *undisturbed(what), "full", limit)
+    assert ended.returncode == 0, ended.stderr
 
 
 SECRET = "s3cr3t-V4lue_99"
