@@ -459,6 +459,10 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         yield "num_train_epochs", args.max_steps > 0, f"{section}.max_steps ({args.max_steps}) says how long it trains"
         yield "eval_steps", args.eval_strategy != IntervalStrategy.STEPS, f"{section}.eval_strategy is not steps"
         yield "save_steps", args.save_strategy != SaveStrategy.STEPS, f"{section}.save_strategy is not steps"
+    if section in ("student", "dmclip"):
+        whole = (args.micro_batch_size or 1) >= args.per_device_train_batch_size
+        batch = f"{section}.per_device_train_batch_size ({args.per_device_train_batch_size})"
+        yield "micro_batch_size", whole, f"it is not below {batch}"
     if section == "student":
         similarity, contrastive = args.similarity_distillation_loss_weight, args.contrastive_loss_weight
         for name in ("similarity_temperature", "similarity_teacher_temperature"):
@@ -466,6 +470,8 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         for name in ("temperature", "contrastive_loss"):
             yield name, not contrastive, "student.contrastive_loss_weight is 0"
         yield "image_to_text_weight", not (contrastive or similarity), "the weights of both in-batch losses are 0"
+        for name in ("bank_limit", "max_negative_similarity"):
+            yield name, args.negatives != "bank", "student.negatives is not bank"
     elif section == "teacher":
         for name in ("num_clusters", "num_cluster_steps"):
             yield name, args.aggregation != "multi_cluster", "teacher.aggregation is not multi_cluster"

@@ -217,6 +217,11 @@ def effects(*words, path=None):
         (["--student.contrastive_loss_weight", "0", "--student.temperature", "1"], "contrastive_loss_weight is 0"),
         (["--student.max_steps", "5", "--student.num_train_epochs", "1"], r"student.max_steps \(5\) says how long"),
         (["--student.eval_steps", "5"], "student.eval_strategy is not steps"),
+        (["--student.bank_limit", "9"], "--student.bank_limit: .*student.negatives is not bank"),
+        (
+            ["--student.micro_batch_size", "32", "--student.per_device_train_batch_size", "32"],
+            r"it is not below student.per_device_train_batch_size \(32\)",
+        ),
         (["--teacher.num_clusters", "5"], "teacher.aggregation is not multi_cluster"),
         ([*CLIP, "--seeds", "1", "2", "--seed", "3"], r"seeds says \[1, 2\]: set --seeds"),
         (["--push_license", "mit"], "nothing is published without push_to_hub"),
@@ -242,6 +247,7 @@ def test_fields_that_some_arm_or_another_stage_reads_are_taken(tmp_path):
     effects("--seeds", "1", "2", "--seed", "3")  # of the anchor that both share
     effects("--stages", "teacher", "--targets.batch_size", "2", "--student.cosine_distillation_loss_weight", "0")
     effects(*DMCLIP, "--reinforce.folder", "x", "--stages", "dmclip")
+    effects("--student.negatives", "bank", "--student.bank_limit", "9", "--student.micro_batch_size", "2")
 
 
 def test_fields_of_a_file_without_effect_are_told_in_one_line(tmp_path, caplog):
