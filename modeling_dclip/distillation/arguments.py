@@ -100,6 +100,7 @@ _LATER = {
     "per_device_eval_batch_size": None,
     "contrastive_loss": _OWN_LOSS,
     "l2_sp_loss_weight": 0.0,
+    "ema_decay": None,
     "layer_decay": 1.0,
     "micro_batch_size": None,
     "negatives": "batch",
@@ -627,6 +628,11 @@ class StudentArguments(AdapterArguments):
     )
     l2_sp_loss_weight: float = _help(
         "Weight of half the squared distance of the trained weights to the anchor's (L2-SP).", 0.0, range=WEIGHT
+    )
+    ema_decay: float | None = _help(
+        "Validate and save the exponential moving average of the weights over the steps, which keeps this share of "
+        "itself in each step, such as 0.99. By default the weights themselves.",
+        range=Range(0, 1, below=True),
     )
     layer_decay: float = _help(
         "Each layer of the image encoder learns at this share of the rate of the layer above it; what stands above "

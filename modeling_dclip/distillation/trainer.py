@@ -23,7 +23,7 @@ import torch.nn.functional as F
 import yaml
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, IterableDataset
@@ -1113,6 +1113,10 @@ class StudentTrainer(BatchesTrainer):
         if args.negatives == "bank":
             all_rows: Any = train_batches
             self.negatives = Negatives(all_rows, args.device, args.bank_limit, args.max_negative_similarity)
+        self.average: WeightAverage | None = None
+        if args.ema_decay is not None:
+            self.average = WeightAverage(trained, args.ema_decay)
+            self.add_callback(self.average)
         readable: Any = eval_batches
         if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
             if str(args.metric_for_best_model).removeprefix("eval_") in (MEAN_RECALL, *RECALLS):
@@ -1124,10 +1128,11 @@ class StudentTrainer(BatchesTrainer):
             raise ValueError(
                 "lora_rank: expected data-parallel training, got FSDP. Adapters are small, so launch without FSDP."
             )
-        if (args.l2_sp_loss_weight or args.layer_decay < 1) and self.is_fsdp_enabled:
+        by_weights = args.l2_sp_loss_weight or args.layer_decay < 1 or args.ema_decay is not None
+        if by_weights and self.is_fsdp_enabled:
             raise ValueError(
-                "l2_sp_loss_weight, layer_decay: expected data-parallel training, got FSDP, which flattens the "
-                "weights. Leave them out, or launch without FSDP."
+                "l2_sp_loss_weight, layer_decay, ema_decay: expected data-parallel training, got FSDP, which flattens "
+                "the weights. Leave them out, or launch without FSDP."
             )
 
     def model_to_save(self) -> PreTrainedModel:
@@ -1158,6 +1163,23 @@ class StudentTrainer(BatchesTrainer):
             image_embeds, columns = image_embeds[mask], {name: column[mask] for name, column in columns.items()}
         terms |= self._in_batch_terms(image_embeds, columns)
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
+
+    def train(self, *args, **kwargs):
+        """As the base class; with `ema_decay` the model ends as the average, of the step whose weights are kept."""
+        output = super().train(*args, **kwargs)
+        if self.average is not None:
+            self.average.put_in()
+        return output
+
+    def evaluation_loop(self, *args, **kwargs):
+        """As the base class, of the average where there is one."""
+        if self.average is None or not self.average.average:  # before the first step
+            return super().evaluation_loop(*args, **kwargs)
+        taken = self.average.put_in()
+        try:
+            return super().evaluation_loop(*args, **kwargs)
+        finally:
+            self.average.put_back(taken)
 
     def _distance_to_start(self) -> torch.Tensor:
         """Half the squared distance of the trained weights to the anchor's.
@@ -1292,7 +1314,7 @@ class StudentTrainer(BatchesTrainer):
         return self.accelerator.gather(torch.cat([part.float() for part in embeds]))[:count]
 
     def _save(self, output_dir=None, state_dict=None):
-        """Save as the base class, and the adapter, and in a checkpoint the bank of images. In the saved config the
+        """Save as the base class, and the adapter, and in a checkpoint bank and average. In the saved config the
         text tower is frozen, even if an adapter trained it.
         """
         config = self.dual_encoder.config
@@ -1305,8 +1327,10 @@ class StudentTrainer(BatchesTrainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.adapters is not None and self.args.should_save:
             save_adapters(self.adapters, folder)
-        if self.negatives is not None and self.args.should_save and folder != Path(self.args.output_dir):
-            self.negatives.save(folder)
+        if self.args.should_save and folder != Path(self.args.output_dir):
+            for part in (self.negatives, self.average):
+                if part is not None:
+                    part.save(folder)
 
     def _weights_to_save(self, state_dict):
         """The dual encoder's weights, with those that sharded training hands over, or with adapters merged in."""
@@ -1321,9 +1345,10 @@ class StudentTrainer(BatchesTrainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapter, or all of the image encoder's weights from the checkpoint's dual encoder; and the bank."""
-        if self.negatives is not None:
-            with reading_checkpoint(resume_from_checkpoint):
-                self.negatives.load(Path(resume_from_checkpoint))
+        with reading_checkpoint(resume_from_checkpoint):
+            for part in (self.negatives, self.average):
+                if part is not None:
+                    part.load(Path(resume_from_checkpoint))
         if self.adapters is None:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         with reading_checkpoint(resume_from_checkpoint):
@@ -1342,6 +1367,67 @@ class StudentTrainer(BatchesTrainer):
 
 MAX_LOGIT_SCALE = math.log(100.0)  # CLIP's bound of the learned scale
 PUBLISHED_LOGIT_SCALE = 100.0  # of both teachers of [M]: CLIP's bound, which trained CLIPs reach
+
+
+EMA_NAME = "ema.safetensors"  # in a checkpoint
+
+
+class WeightAverage(TrainerCallback):
+    """The exponential moving average of what trains, from the weights before the first step on.
+
+    Source: Polyak averaging as in "Mean teachers", arXiv 1703.01780 [MeanT]; docs/papers.md. Deviation: none.
+
+    Args:
+        model (`nn.Module`): What trains.
+        decay (`float`): The share of itself that the average keeps in a step, in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model, self.decay = model, decay
+        self.average: dict[str, torch.Tensor] = {}
+
+    def _trained(self) -> dict[str, torch.Tensor]:
+        return {name: one.detach() for name, one in self.model.named_parameters() if one.requires_grad}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Begin with the weights, or with what a checkpoint held."""
+        trained = self._trained()
+        self.average = {name: self.average.get(name, one.clone()).to(one.device) for name, one in trained.items()}
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **kwargs):
+        """Take the weights after a step in."""
+        for name, one in self._trained().items():
+            self.average[name].lerp_(one, 1 - self.decay)
+
+    def save(self, folder: Path) -> None:
+        """Write the average into a checkpoint."""
+        save_file({name: one.cpu().contiguous() for name, one in self.average.items()}, folder / EMA_NAME)
+
+    def load(self, folder: Path) -> None:
+        """Take the average from a checkpoint.
+
+        Raises:
+            ValueError: If it is not there.
+        """
+        if not (folder / EMA_NAME).is_file():
+            raise ValueError(f"'{folder / EMA_NAME}' is missing")
+        self.average = load_file(folder / EMA_NAME)
+
+    @torch.no_grad()
+    def put_in(self) -> dict[str, torch.Tensor]:
+        """Put the average in the weights' place, and return the weights."""
+        trained = self._trained()
+        taken = {name: one.clone() for name, one in trained.items()}
+        for name, one in trained.items():
+            one.copy_(self.average[name])
+        return taken
+
+    @torch.no_grad()
+    def put_back(self, taken: Mapping[str, torch.Tensor]) -> None:
+        """Undo [`put_in`]."""
+        for name, one in self._trained().items():
+            one.copy_(taken[name])
 
 
 class _BoundLogitScale(TrainerCallback):

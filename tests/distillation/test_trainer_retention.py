@@ -1,8 +1,10 @@
-"""Two ways to keep near the anchor: the distance of the weights as a loss, and slower lower layers."""
+"""Ways to keep near the anchor: the distance of the weights as a loss, slower lower layers, averages of steps."""
+
+import shutil
 
 import pytest
 import torch
-from fixtures.training import make_inputs, student_arguments, train
+from fixtures.training import equal, make_inputs, student_arguments, train
 from safetensors.torch import load_file
 
 from modeling_dclip import DCLIPProcessor
@@ -60,3 +62,41 @@ def test_without_layers_all_learn_at_one_rate():
 def test_the_distance_beside_adapters_is_refused(fields, tmp_path):
     with pytest.raises(ValueError, match="l2_sp_loss_weight: expected 0 with adapters"):
         student_arguments(tmp_path, **fields)
+
+
+def test_the_average_of_the_steps_is_what_is_measured_saved_and_gone_on_from(inputs, tmp_path):
+    clip = load_student(inputs["clip"]).state_dict()
+    plain = tmp_path / "plain"
+    train("student", inputs, plain, max_steps=4, save_steps=1)
+    expected = {name: one.clone() for name, one in clip.items()}
+    for step in range(1, 5):
+        weights = load_file(plain / f"checkpoint-{step}" / "model.safetensors")
+        for name, one in expected.items():
+            if one.is_floating_point():
+                one.lerp_(weights[name], 0.25)
+    whole = tmp_path / "whole"
+    train("student", inputs, whole, max_steps=4, save_steps=1, ema_decay=0.75)
+    found = load_file(whole / "model.safetensors")
+    for name, one in expected.items():
+        torch.testing.assert_close(found[name], one, rtol=0, atol=1e-6, msg=name)
+    last = load_file(whole / "checkpoint-4" / "model.safetensors")
+    assert equal(last, load_file(plain / "checkpoint-4" / "model.safetensors"))  # training itself is the same
+    (tmp_path / "resumed").mkdir()
+    shutil.copytree(whole / "checkpoint-2", tmp_path / "resumed" / "checkpoint-2")
+    train("student", inputs, tmp_path / "resumed", max_steps=4, save_steps=1, ema_decay=0.75)
+    assert equal(load_file(tmp_path / "resumed" / "model.safetensors"), found)
+
+
+def test_a_validation_measures_the_average_and_leaves_the_weights(inputs, tmp_path):
+    args = student_arguments(tmp_path / "student", ema_decay=0.0, max_steps=2)
+    model, processor = load_student(inputs["clip"]), DCLIPProcessor.from_pretrained(inputs["clip"])
+    options = {"width": model.config.projection_dim}
+    batches = StudentBatches(inputs["targets"], processor.image_processor, args.columns, **options)
+    trainer = StudentTrainer(model, args, batches, processor, {}, batches)
+    trainer.train()
+    weights = {name: one.clone() for name, one in trainer.model.state_dict().items()}
+    at_end = trainer.evaluate()["eval_loss"]  # without memory the average is the weights
+    for one in trainer.average.average.values():
+        one.mul_(1.5)
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(at_end, rel=1e-3)
+    assert equal(trainer.model.state_dict(), weights)
