@@ -92,7 +92,7 @@ def test_the_posters_recipe_has_the_posters_values():
     assert recipe.stages == ["dmclip"]
 
 
-@pytest.mark.parametrize("name", ["b_datacompdr_weights", "demo", "flickr8k", "photos"])
+@pytest.mark.parametrize("name", ["b_datacompdr_weights", "demo", "photos"])
 def test_the_posters_question_is_asked_with_its_four_weightings(name):
     runs = expand_arms(parse_recipe([], FOLDER / f"dmclip_{name}.yaml"))
     weights = {
