@@ -27,8 +27,31 @@ from modeling_dclip.data.columns import Ragged
 from modeling_dclip.data.files import writing
 
 _TILE_NUMBERS = 2**22  # of a tile's largest matrix
+_AT_ONCE = 2**14  # entries whose lengths are taken in float64
 _STREAM = 4  # of the seed: which entries are drawn
 BANK_NAME = "image_bank.safetensors"  # in a checkpoint
+
+
+class Tile(NamedTuple):
+    """A part of a bank.
+
+    Args:
+        start (`int`): The place of its first entry.
+        entries (`torch.Tensor` of shape `(S, D)`): Any scale.
+        inverse (`torch.Tensor` of shape `(S,)`): One over their lengths.
+    """
+
+    start: int
+    entries: torch.Tensor
+    inverse: torch.Tensor
+
+    def cosines(self, queries: torch.Tensor) -> torch.Tensor:
+        """Of unit vectors `(B, D)` with the entries: `(B, S)`."""
+        return queries @ self.entries.T * self.inverse
+
+    def mix(self, weights: torch.Tensor) -> torch.Tensor:
+        """The sums `(B, D)` of the entries' unit vectors, weighted by `(B, S)`."""
+        return (weights * self.inverse) @ self.entries
 
 
 class Bank:
@@ -40,13 +63,14 @@ class Bank:
     Example:
         >>> bank = Bank(torch.eye(3).half())
         >>> bank.put(torch.tensor([0]), torch.tensor([[0.0, 2.0, 0.0]]))
-        >>> [(start, units.tolist()) for start, units in bank.tiles(1)][0][1][0]
-        [0.0, 1.0, 0.0]
+        >>> [tile.cosines(torch.eye(3)[:2]).tolist() for tile in bank.tiles(1)]
+        [[[0.0, 0.0, 0.0], [1.0, 1.0, 0.0]]]
     """
 
     def __init__(self, embeds: torch.Tensor):
         self.embeds = embeds
         self._chosen: torch.Tensor | None = None  # entries that count, ascending; all by default
+        self._inverse = _inverse_lengths(embeds)
 
     def __len__(self) -> int:
         return len(self.embeds if self._chosen is None else self._chosen)
@@ -60,19 +84,30 @@ class Bank:
         units = F.normalize(embeds.detach().float(), dim=-1).to(self.embeds.dtype)
         kept = torch.isfinite(units).all(dim=-1, keepdim=True)
         self.embeds[entries] = torch.where(kept, units, self.embeds[entries])
+        self._inverse[entries] = _inverse_lengths(self.embeds[entries])
 
-    def tiles(self, queries: int, dtype: torch.dtype = torch.float32) -> Iterator[tuple[int, torch.Tensor]]:
-        """The place of the first entry of each tile, and its unit vectors `(S, D)`.
+    def restore(self, embeds: torch.Tensor) -> None:
+        """Exchange all entries for others in float16 `(N, D)`."""
+        self.embeds.copy_(embeds)
+        self._inverse.copy_(_inverse_lengths(self.embeds))
+
+    def tiles(self, queries: int, dtype: torch.dtype = torch.float32) -> Iterator[Tile]:
+        """All entries that count, in parts.
 
         Args:
             queries (`int`): Rows that each tile is compared with; more of them make smaller tiles.
-            dtype (`torch.dtype`, *optional*): Of the unit vectors.
+            dtype (`torch.dtype`, *optional*): Of the tiles' numbers.
         """
         size = max(1, _TILE_NUMBERS // max(queries, self.embeds.shape[1]))
         for start in range(0, len(self), size):
-            span = slice(start, start + size)
-            entries = self.embeds[span] if self._chosen is None else self.embeds[self._chosen[span]]
-            yield start, F.normalize(entries.to(dtype), dim=-1)
+            place: Any = slice(start, start + size)
+            place = place if self._chosen is None else self._chosen[place]
+            yield Tile(start, self.embeds[place].to(dtype), self._inverse[place].to(dtype))
+
+
+def _inverse_lengths(embeds: torch.Tensor) -> torch.Tensor:
+    parts = [1 / part.double().norm(dim=-1).clamp_min(1e-12) for part in embeds.split(_AT_ONCE)]
+    return torch.cat(parts)
 
 
 class Excluded(NamedTuple):
@@ -89,8 +124,9 @@ class Excluded(NamedTuple):
     of_all: np.ndarray
     near: tuple[torch.Tensor, float] | None = None
 
-    def mask(self, logits: torch.Tensor, start: int, units: torch.Tensor) -> None:
+    def mask(self, logits: torch.Tensor, tile: Tile) -> None:
         """Set a tile's logits `(B, S)` to minus infinity, in place."""
+        start = tile.start
         first, last = np.searchsorted(self.places, [start, start + logits.shape[1]])
         if last > first:
             pair = [torch.from_numpy(part[first:last]).to(logits.device) for part in (self.queries, self.places)]
@@ -100,7 +136,7 @@ class Excluded(NamedTuple):
             logits[:, torch.from_numpy(inside - start).to(logits.device)] = -torch.inf
         if self.near is not None:
             owns, cosine = self.near
-            logits[owns.to(units.dtype) @ units.T >= cosine] = -torch.inf
+            logits[tile.cosines(owns.to(tile.entries.dtype)) >= cosine] = -torch.inf
 
 
 _NONE = np.zeros(0, np.int64)
@@ -114,14 +150,15 @@ class _LogSumExp(torch.autograd.Function):
     def forward(ctx: Any, queries: torch.Tensor, bank: Bank, temperature: float, excluded: Excluded) -> torch.Tensor:
         highest = queries.new_full((len(queries),), -torch.inf)
         total, mean = torch.zeros_like(highest), torch.zeros_like(queries)
-        for start, units in bank.tiles(len(queries), queries.dtype):
-            logits = queries @ units.T / temperature
-            excluded.mask(logits, start, units)
+        for tile in bank.tiles(len(queries), queries.dtype):
+            logits = tile.cosines(queries) / temperature
+            excluded.mask(logits, tile)
             top = torch.maximum(highest, logits.amax(dim=1))
             reference = top.masked_fill(top == -torch.inf, 0.0)
             weights, shrunk = (logits - reference[:, None]).exp_(), (highest - reference).exp()
             total = total * shrunk + weights.sum(dim=1)
-            mean = mean * shrunk[:, None] + weights @ units
+            if ctx.needs_input_grad[0]:
+                mean = mean * shrunk[:, None] + tile.mix(weights)
             highest = top
         ctx.save_for_backward(mean / total.clamp_min(torch.finfo(total.dtype).tiny)[:, None] / temperature)
         return total.log() + highest.masked_fill(highest == -torch.inf, 0.0)
@@ -140,11 +177,11 @@ class _SumOfSoftplus(torch.autograd.Function):
         ctx: Any, queries: torch.Tensor, bank: Bank, scale: float, bias: float, excluded: Excluded
     ) -> torch.Tensor:
         total, slope = queries.new_zeros(len(queries)), torch.zeros_like(queries)
-        for start, units in bank.tiles(len(queries), queries.dtype):
-            logits = queries @ units.T * scale + bias
-            excluded.mask(logits, start, units)
+        for tile in bank.tiles(len(queries), queries.dtype):
+            logits = tile.cosines(queries) * scale + bias
+            excluded.mask(logits, tile)
             total = total + F.softplus(logits).sum(dim=1)
-            slope = slope + logits.sigmoid() @ units * scale
+            slope = slope + tile.mix(logits.sigmoid()) * scale
         ctx.save_for_backward(slope)
         return total
 
@@ -329,12 +366,11 @@ def _expectations(
 ) -> _Expectations:
     student_sum = texts.new_full((len(texts),), -torch.inf)
     teacher_sum, gap = student_sum.clone(), torch.zeros_like(student_sum)
-    pairs = zip(*(bank.tiles(len(texts), texts.dtype) for bank in banks), strict=True)
-    for (start, units), (_, targets) in pairs:
-        logits, wanted = texts @ units.T / temperatures[0], texts @ targets.T / temperatures[1]
+    for student, teacher in zip(*(bank.tiles(len(texts), texts.dtype) for bank in banks), strict=True):
+        logits, wanted = student.cosines(texts) / temperatures[0], teacher.cosines(texts) / temperatures[1]
         difference = wanted - logits
-        for one, vectors in ((logits, units), (wanted, targets)):
-            excluded.mask(one, start, vectors)
+        for one in (logits, wanted):
+            excluded.mask(one, student)
         student_sum = torch.logaddexp(student_sum, logits.logsumexp(dim=1))
         tile_sum = wanted.logsumexp(dim=1)
         total = torch.logaddexp(teacher_sum, tile_sum)
@@ -469,7 +505,7 @@ class Negatives:
                 f"'{folder / BANK_NAME}': expected embeddings {tuple(self.images.embeds.shape)}, got "
                 f"{tuple(saved.shape)}."
             )
-        self.images.embeds.copy_(saved)
+        self.images.restore(saved)
 
 
 def _group(keys: np.ndarray, values: np.ndarray, count: int) -> Ragged:

@@ -193,3 +193,15 @@ def test_a_picture_stands_with_its_cosine_at_each_door_or_is_refused():
         ["grey16", "16 bits", "1.0000", "1.0000", "–"],
         ["cut", "half a file", *["refused"] * 3],
     ]
+
+
+def test_banks_have_a_row_for_each_size_and_micro_batches_a_line():
+    data = read("negatives")
+    header, _, *lines = cells_of(render_markdown(tables.tabulate_negatives(data)))
+    assert [line[0] for line in lines] == [f"{row['captions']:,}" for row in data["rows"]]
+    for line, row in zip(lines, data["rows"], strict=True):
+        assert line[4].startswith(f"{100 * row['tiles_over_step']['median']:.1f} [")
+        assert line[6:] == [f"{row['grown_mebibytes'][way]:.0f}" for way in ("tiles", "one_matrix")]
+    ratio = data["micro_batches_over_accumulated"]["median"]
+    assert f"takes {ratio:.2f} times as long" in render_markdown(tables.tabulate_negatives(data))
+    assert len(header) == 8
