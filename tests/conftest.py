@@ -20,7 +20,7 @@ from transformers import (
 from modeling_dclip.encoders import families
 
 # Scripts that tests start as processes of their own.
-collect_ignore_glob = ["*/run_*.py"]
+collect_ignore_glob = ["run_*.py", "*/run_*.py"]
 
 
 @pytest.fixture(scope="session", autouse=True)

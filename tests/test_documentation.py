@@ -425,7 +425,7 @@ def test_every_command_of_the_readme_but_installing_runs_within_a_minute(tmp_pat
         "quick_start/results/records.json",
         "found.html",
         "mine/student",
-        "mine/report/report.html",
+        "quick_start/report/report.html",
     ]
     assert not [name for name in written if not (tmp_path / name).exists()]
 

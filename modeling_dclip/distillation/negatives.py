@@ -32,7 +32,7 @@ _STREAM = 4  # of the seed: which entries are drawn
 BANK_NAME = "image_bank.safetensors"  # in a checkpoint
 
 
-class Tile(NamedTuple):
+class BankTile(NamedTuple):
     """A part of a bank.
 
     Args:
@@ -91,7 +91,7 @@ class Bank:
         self.embeds.copy_(embeds)
         self._inverse.copy_(_inverse_lengths(self.embeds))
 
-    def tiles(self, queries: int, dtype: torch.dtype = torch.float32) -> Iterator[Tile]:
+    def tiles(self, queries: int, dtype: torch.dtype = torch.float32) -> Iterator[BankTile]:
         """All entries that count, in parts.
 
         Args:
@@ -102,7 +102,7 @@ class Bank:
         for start in range(0, len(self), size):
             place: Any = slice(start, start + size)
             place = place if self._chosen is None else self._chosen[place]
-            yield Tile(start, self.embeds[place].to(dtype), self._inverse[place].to(dtype))
+            yield BankTile(start, self.embeds[place].to(dtype), self._inverse[place].to(dtype))
 
 
 def _inverse_lengths(embeds: torch.Tensor) -> torch.Tensor:
@@ -124,7 +124,7 @@ class Excluded(NamedTuple):
     of_all: np.ndarray
     near: tuple[torch.Tensor, float] | None = None
 
-    def mask(self, logits: torch.Tensor, tile: Tile) -> None:
+    def mask(self, logits: torch.Tensor, tile: BankTile) -> None:
         """Set a tile's logits `(B, S)` to minus infinity, in place."""
         start = tile.start
         first, last = np.searchsorted(self.places, [start, start + logits.shape[1]])
