@@ -664,7 +664,7 @@ class StudentArguments(AdapterArguments):
     )
     micro_batch_size: int | None = _help(
         "Images that pass the model at once. The losses still compare the whole batch: its gradient in the memory of "
-        "a smaller one, for about a third more time.",
+        "a smaller one, for about a quarter more time.",
         range=COUNT,
     )
     max_negative_similarity: float = _help(
@@ -911,7 +911,7 @@ class DMCLIPArguments(StageTrainingArguments):
     per_device_train_batch_size: int = _help("Images per step and process.", 256)
     micro_batch_size: int | None = _help(
         "Images that pass the model at once. The losses still compare the whole batch: its gradient in the memory of "
-        "a smaller one, for about a third more time. BatchNorm sees these images alone.",
+        "a smaller one, for about a quarter more time. BatchNorm sees these images alone.",
         range=COUNT,
     )
     save_strategy: str = _help("When to save checkpoints: no or steps. A stream of shards has no epochs.", "steps")

@@ -992,7 +992,7 @@ def run_in_micro_batches(model: nn.Module, size: int) -> None:
 
     Between forward and backward pass each keeps its embeddings only, and the last one its activations. The backward
     pass computes the others' anew, with the random numbers of the first time. So a contrastive loss sees the whole
-    batch in the memory of a micro-batch, for about a third more time. BatchNorm that trains sees a micro-batch, and
+    batch in the memory of a micro-batch, for about a quarter more time. BatchNorm that trains sees a micro-batch, and
     takes it into its running statistics once.
 
     Source: "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup", arXiv 2101.06983 [GradCache];
