@@ -316,7 +316,7 @@ def test_no_table_of_results_calls_a_model_or_benchmark_by_a_local_path():
 
 
 def is_sibling(path):
-    """A bare file name of the package, such as `dmclip_stages.py`."""
+    """A bare file name of the package, such as `dmclip.py`."""
     return "/" not in path and any((ROOT / "modeling_dclip").rglob(path))
 
 

@@ -26,8 +26,7 @@ from modeling_dclip.data.regions.detectors import check_detector
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.adapters import find_adapted_layers, freeze_parameters
 from modeling_dclip.distillation.arguments import SECTIONS, StageTrainingArguments, StudentArguments
-from modeling_dclip.distillation.dmclip import check_starts, find_image_size
-from modeling_dclip.distillation.dmclip_stages import check_shards
+from modeling_dclip.distillation.dmclip import check_shards, check_starts, find_image_size
 from modeling_dclip.distillation.recipes import GLOBAL, ArmRun, Recipe
 from modeling_dclip.distillation.run import (
     READ_AS_CLIP,

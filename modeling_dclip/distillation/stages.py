@@ -1,7 +1,7 @@
 """The stages of a run, in order: each adds columns or makes a model, in a folder of its own.
 
 A stage is a function of its section, of what earlier stages made, and of the places where it may write. [`run_stages`]
-reads the recipe and hands each stage its part. The stages of reinforced training are in `dmclip_stages.py`.
+reads the recipe and hands each stage its part. The stages of reinforced training are in `dmclip.py`.
 """
 
 import logging
@@ -39,7 +39,7 @@ from modeling_dclip.distillation.arguments import (
     deciding_fields,
 )
 from modeling_dclip.distillation.checkpoints import RECORD_NAME
-from modeling_dclip.distillation.dmclip_stages import run_dmclip_stages
+from modeling_dclip.distillation.dmclip import run_dmclip_stages
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     UNCAPTIONED,

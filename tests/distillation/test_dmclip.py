@@ -17,7 +17,7 @@ from transformers.image_utils import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 
 from modeling_dclip import DCLIPProcessor, DMCLIPConfig, DMCLIPModel, DMCLIPTextModel, DMCLIPVisionModel
 from modeling_dclip.configuration_dmclip import DMCLIPVisionConfig
-from modeling_dclip.distillation import dmclip_stages as reinforced_stages
+from modeling_dclip.distillation import dmclip as reinforced_stages
 from modeling_dclip.distillation.arguments import DMCLIPArguments
 from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe

@@ -22,7 +22,7 @@ from modeling_dclip.data.captions.parts import read_trained_images
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.files import holding
 from modeling_dclip.distillation import arguments as reinforced_arguments
-from modeling_dclip.distillation import dmclip_stages as reinforced_stages
+from modeling_dclip.distillation import dmclip as reinforced_stages
 from modeling_dclip.distillation.arguments import DMCLIPArguments
 from modeling_dclip.distillation.checkpoints import last_checkpoint
 from modeling_dclip.distillation.dmclip import build_dmclip, find_image_size

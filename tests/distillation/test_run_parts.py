@@ -12,7 +12,7 @@ from modeling_dclip.data.captions import load_captions
 from modeling_dclip.data.captions.parts import write_trained_images
 from modeling_dclip.data.columns import image_keys
 from modeling_dclip.data.images import UnreadableImageError, decode_image
-from modeling_dclip.distillation.dmclip_stages import _captioned_images
+from modeling_dclip.distillation.dmclip import _captioned_images
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
 from modeling_dclip.distillation.run import (
     KeyedRows,
