@@ -106,6 +106,7 @@ _LATER = {
     "negatives": "batch",
     "bank_limit": _BANK_LIMIT,
     "max_negative_similarity": _ALL_NEGATIVES,
+    "batch_order": "random",
 }
 _LATER_IN_ANCHOR = {"vision_model": None, "text_model": None, "freeze_vision": True, "freeze_text": True}
 
@@ -656,6 +657,10 @@ class StudentArguments(AdapterArguments):
         "last visit (before the first one the anchor's); the batch size then matters little.",
         "batch",
     )
+    batch_order: Literal["random", "hard"] = _help(
+        "Which images come together in a step. hard: images that are near each other by the anchor's embeddings.",
+        "random",
+    )
     bank_limit: int = _help(
         "Most captions, and most images, that negatives: bank compares with. Where there are more, each epoch draws "
         "as many.",
@@ -713,7 +718,9 @@ class StudentArguments(AdapterArguments):
         names = {
             "teacher_embeds": self.reads_teacher,
             "text_embeds": reads_text,
-            "anchor_embeds": self.cosine_preservation_loss_weight or self.negatives == "bank",
+            "anchor_embeds": self.cosine_preservation_loss_weight
+            or self.negatives == "bank"
+            or self.batch_order == "hard",
         }
         return [name for name, read in names.items() if read]
 
@@ -727,7 +734,7 @@ class StudentArguments(AdapterArguments):
         check_section(self)
         for pattern in self.freeze:
             check_pattern(pattern)
-        if not self.columns:
+        if not (self.reads_teacher or self.contrastive_loss_weight or self.cosine_preservation_loss_weight):
             raise ValueError("Expected at least one loss weight above 0, got none: there is nothing to learn.")
         if self.use_dora and self.wise_ft_alpha < 1:
             raise ValueError(

@@ -469,6 +469,8 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         for name in ("temperature", "contrastive_loss"):
             yield name, not contrastive, "student.contrastive_loss_weight is 0"
         yield "image_to_text_weight", not (contrastive or similarity), "the weights of both in-batch losses are 0"
+        in_batch = args.negatives == "batch" and (contrastive or similarity)
+        yield "batch_order", not in_batch, "no loss compares the images of a batch"
         for name in ("bank_limit", "max_negative_similarity"):
             yield name, args.negatives != "bank", "student.negatives is not bank"
     elif section == "teacher":

@@ -7,6 +7,8 @@ no matrix of all pairs is held; the gradient of a tile is added up on the way.
 
 Every process takes each step's gathered embeddings, so the banks are the same on all without further communication.
 
+[`HardBatches`] makes the other negatives, those of a batch, harder: it puts images that are near each other together.
+
 Letters in shape comments: B global batch, D embedding, N entries of a bank.
 
 Source: stored embeddings as negatives: "Cross-Batch Memory for Embedding Learning", arXiv 1912.06798 [XBM]; tiles:
@@ -21,6 +23,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
+from torch.utils.data import Sampler
 
 from modeling_dclip.data.collation import StudentBatches, random_numbers
 from modeling_dclip.data.columns import Ragged
@@ -28,7 +31,8 @@ from modeling_dclip.data.files import writing
 
 _TILE_NUMBERS = 2**22  # of a tile's largest matrix
 _AT_ONCE = 2**14  # entries whose lengths are taken in float64
-_STREAM = 4  # of the seed: which entries are drawn
+_STREAM = 4  # of the seed: which entries are drawn; of texts and of images
+_ORDER_STREAM = 6  # which rows come first, and which batch
 BANK_NAME = "image_bank.safetensors"  # in a checkpoint
 
 
@@ -546,3 +550,74 @@ def _right_in_batch(images: np.ndarray, owner: np.ndarray, right: np.ndarray) ->
     is_right[torch.from_numpy(owner[found]), torch.from_numpy(order[first[found]])] = True
     same = torch.from_numpy(images[:, None] == images[None])
     return (is_right.float() @ same.float()) > 0  # an image may stand in a batch more than once
+
+
+def order_hard_batches(embeds: np.ndarray, batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Put rows that are near each other into one batch.
+
+    All rows are halved again and again, each time along the line between two rows that lie far apart, until each part
+    is a batch: a tree of projections, whose cost grows with `N log N`. Which rows begin a split, which batch comes
+    first, and which rows are left over, is drawn anew in each epoch.
+
+    Args:
+        embeds (`np.ndarray` of shape `(N, D)`): Any scale.
+        batch_size (`int`): Rows in a batch, of all processes together.
+        seed, epoch (`int`): A pure function of them.
+
+    Returns:
+        `np.ndarray` of shape `(N,)`: All rows, batch after batch; those that fill none come last.
+
+    Example:
+        >>> rows = order_hard_batches(np.array([[1.0, 0.0], [0.0, 1.0], [1.0, 0.1], [0.1, 1.0]]), 2, seed=0, epoch=0)
+        >>> sorted(sorted(batch) for batch in rows.reshape(2, 2).tolist())
+        [[0, 2], [1, 3]]
+    """
+    rows = np.argsort(random_numbers(seed, epoch, np.arange(len(embeds)), _ORDER_STREAM), kind="stable")
+    whole = len(rows) // batch_size * batch_size
+    parts, batches = [rows[:whole]], []
+    while parts:
+        part = parts.pop()
+        if len(part) <= batch_size:
+            batches.append(part)
+            continue
+        one = _farthest(embeds, part, embeds[part[0]])
+        other = _farthest(embeds, part, embeds[one])
+        places = _products(embeds, part, embeds[one]) - _products(embeds, part, embeds[other])
+        first = np.zeros(len(part), bool)
+        first[np.argsort(places, kind="stable")[: len(part) // batch_size // 2 * batch_size]] = True
+        parts += [part[first], part[~first]]
+    order = np.argsort(random_numbers(seed, epoch, np.arange(len(batches)), _ORDER_STREAM + 1), kind="stable")
+    return np.concatenate([*(batches[place] for place in order), rows[whole:]])
+
+
+def _farthest(embeds: np.ndarray, part: np.ndarray, query: np.ndarray) -> int:
+    return int(part[np.argmin(_products(embeds, part, query))])
+
+
+def _products(embeds: np.ndarray, part: np.ndarray, query: np.ndarray) -> np.ndarray:
+    """The cosines of a row's embedding with those of some rows, times its own length."""
+    query = query.astype(np.float32)
+    found = []
+    for start in range(0, len(part), _AT_ONCE):
+        entries = embeds[part[start : start + _AT_ONCE]].astype(np.float32)
+        found.append(entries @ query / np.maximum(np.linalg.norm(entries, axis=1), 1e-12))
+    return np.concatenate(found)
+
+
+class HardBatches(Sampler[int]):
+    """The training rows in the order of [`order_hard_batches`], by the anchor's embeddings of the images.
+
+    Args:
+        batches ([`~modeling_dclip.data.collation.StudentBatches`]): With the column `anchor_embeds`; tells the epoch.
+        batch_size (`int`): Rows in a step, of all processes together.
+    """
+
+    def __init__(self, batches: StudentBatches, batch_size: int):
+        self.batches, self.batch_size = batches, batch_size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[int]:
+        embeds = self.batches.columns["anchor_embeds"].values
+        yield from order_hard_batches(embeds, self.batch_size, self.batches.seed, self.batches.epoch).tolist()

@@ -64,6 +64,7 @@ from modeling_dclip.distillation.losses import (
     similarity_distillation_loss,
 )
 from modeling_dclip.distillation.negatives import (
+    HardBatches,
     Negatives,
     bank_contrastive_loss,
     bank_sigmoid_loss,
@@ -1180,6 +1181,12 @@ class StudentTrainer(BatchesTrainer):
             return super().evaluation_loop(*args, **kwargs)
         finally:
             self.average.put_back(taken)
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As the base class; with `batch_order: hard` images that are near each other come together."""
+        if self.args.batch_order == "random":
+            return super()._get_train_sampler(train_dataset)
+        return HardBatches(self.train_dataset, self.args.train_batch_size * self.args.world_size)
 
     def _distance_to_start(self) -> torch.Tensor:
         """Half the squared distance of the trained weights to the anchor's.

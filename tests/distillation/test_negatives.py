@@ -18,6 +18,7 @@ from modeling_dclip.distillation.negatives import (
     bank_contrastive_loss,
     bank_sigmoid_loss,
     bank_similarity_loss,
+    order_hard_batches,
 )
 
 WIDTH = 5
@@ -218,3 +219,22 @@ def test_a_bank_that_is_not_there_or_of_other_images_is_refused(tmp_path):
     negatives.images = Bank(torch.zeros(2, WIDTH).half())
     with pytest.raises(ValueError, match=r"expected embeddings \(2, 5\), got \(6, 5\)"):
         negatives.load(tmp_path)
+
+
+def test_hard_batches_hold_every_row_once_near_each_other_and_anew_each_epoch():
+    centres = np.eye(8, 16)[np.arange(203) % 8]
+    embeds = (centres + 0.05 * random(203, 16, seed=4).numpy()).astype(np.float16) * np.float16(3)
+    orders = [order_hard_batches(embeds, 10, seed=1, epoch=epoch) for epoch in (0, 1)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(203))
+        batches = order[:200].reshape(20, 10) % 8
+        assert np.mean([len(set(batch)) for batch in batches.tolist()]) < 2.5  # of 8 clusters; 5.9 in random batches
+    assert (orders[0] != orders[1]).mean() > 0.9
+    assert set(orders[0][200:]) != set(orders[1][200:])  # other rows are left over
+    assert (order_hard_batches(embeds, 10, seed=1, epoch=1) == orders[1]).all()
+
+
+@pytest.mark.parametrize("rows, batch", [(1, 4), (4, 4), (7, 3), (12, 1)])
+def test_hard_batches_of_few_or_equal_rows(rows, batch):
+    assert sorted(order_hard_batches(np.ones((rows, 3), np.float16), batch, 0, 0).tolist()) == list(range(rows))
+    assert sorted(order_hard_batches(np.zeros((rows, 3), np.float16), batch, 0, 0).tolist()) == list(range(rows))
