@@ -34,6 +34,9 @@ from modeling_dclip.encoders import DualEncoder
 from modeling_dclip.encoders.families import READ_PADDING, longest_text, report_cut
 from modeling_dclip.processing_dclip import DCLIPProcessor
 
+MOST_NEGATIVES = 16  # false captions of an image in one step
+_NEGATIVES_STREAM = 8  # of the seed
+
 
 def pass_batch(batch: Any) -> Any:
     """A `collate_fn` that changes nothing, because the datasets here return whole batches."""
@@ -255,7 +258,8 @@ class StudentBatches(Batches):
         dataset (`datasets.Dataset`): With `image_id`, `image`, `captions` and the embedding columns asked for.
         image_processor (`CLIPImageProcessorPil`): Of the student.
         columns (`Sequence[str]`): The embedding columns of a batch: any of `teacher_embeds`, `text_embeds`,
-            `anchor_embeds`.
+            `anchor_embeds`, `negative_embeds`. Of the last, false captions, a row has any number; each epoch draws
+            [`MOST_NEGATIVES`] where it has more.
         width (`int`): Of the student's embeddings.
         seed (`int`, *optional*, defaults to 0): Of the draw of captions.
         cache_mib (`int`, *optional*, defaults to 2048): Bound of [`PixelReader`].
@@ -296,10 +300,12 @@ class StudentBatches(Batches):
         self.pixels = PixelReader(dataset, image_processor, cache_mib) if pixels is None else pixels
         self.min_crop_area = min_crop_area
         self.caption_classes = _classes_of_captions(dataset) if bank else None
+        self.negatives = self.columns.pop("negative_embeds", None)
 
     def collate(self, rows: np.ndarray, captions: np.ndarray) -> dict[str, torch.Tensor]:
-        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`;
-        maybe `caption_mask (B,)`, bool, and `caption_ids (B,)`, indices into the captions of all rows.
+        """`pixel_values (B, 3, H, W)`, the embedding columns `(B, D)` float16, `image_ids (B,)`; maybe `caption_mask
+        (B,)`, bool, and `caption_ids (B,)`, indices into the captions of all rows; with false captions
+        `negative_embeds (B, F, D)` and `negative_mask (B, F)`, the same F in every batch.
         """
         batch = {"pixel_values": self._augment(self.pixels.read(rows), rows), "image_ids": torch.from_numpy(rows)}
         for name, embeds in self.columns.items():
@@ -308,7 +314,22 @@ class StudentBatches(Batches):
             batch["caption_mask"] = torch.from_numpy(self.caption_mask[rows])
         if self.caption_classes is not None:
             batch["caption_ids"] = torch.from_numpy(captions)
+        if self.negatives is not None:
+            batch["negative_embeds"], batch["negative_mask"] = self._draw_negatives(self.negatives, rows)
         return batch
+
+    def _draw_negatives(self, negatives: Ragged, rows: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths = negatives.lengths
+        places = min(int(lengths.max(initial=1)), MOST_NEGATIVES)
+        embeds = np.zeros((len(rows), places, negatives.values.shape[1]), np.float16)
+        mask = np.arange(places) < lengths[rows][:, None]
+        for place, row in enumerate(rows):
+            entries = np.arange(negatives.offsets[row], negatives.offsets[row + 1])
+            if len(entries) > places:
+                lots = random_numbers(self.seed, self.epoch, entries, _NEGATIVES_STREAM)
+                entries = entries[np.sort(np.argsort(lots, kind="stable")[:places])]
+            embeds[place, : len(entries)] = negatives.values[entries]
+        return torch.from_numpy(embeds), torch.from_numpy(mask)
 
     def _augment(self, pixel_values: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
         if self.min_crop_area == 1:
@@ -333,7 +354,8 @@ def read_embeds(dataset: Dataset, name: str, width: int) -> Ragged:
 
     Args:
         dataset (`datasets.Dataset`): With `image_id` and the column.
-        name (`str`): `teacher_embeds` or `text_embeds` (a list per row), or `anchor_embeds` (one per row).
+        name (`str`): `teacher_embeds`, `text_embeds` or `negative_embeds` (a list per row), or `anchor_embeds` (one
+            per row).
         width (`int`): Of the student's embeddings.
 
     Returns:

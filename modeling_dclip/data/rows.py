@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 FIRST_IDS = 5
 _MOST_LINES = 20  # of a table that a message names without what is in them
+NEGATIVES = "negatives"  # the column of false captions
 CAPTION_FEATURES = Features(image_id=Value("string"), image=Image(), captions=List(Value("string")))
 MISSING_MODES = ("raise", "skip")
 # How programs write a missing value as text: pandas, numpy, spreadsheets, databases.
@@ -193,6 +194,18 @@ def clean_captions(
             *(source, count_of(len(rejected), "image"), first(rejected)),
         )
     return cleaned, keep
+
+
+def clean_negatives(lists: Sequence[Sequence[str | None] | None]) -> list[list[str]]:
+    """Strip false captions and leave out empty ones; an image may have none.
+
+    A text that is a list of texts, as in [`clean_captions`], is read as these.
+
+    Args:
+        lists (`Sequence`): False captions of each row.
+    """
+    read = [[_without_marks(one) for text in row or () if text for one in _listed_texts(text)] for row in lists]
+    return [[text for text in row if text and text not in _NO_CAPTION] for row in read]
 
 
 LEAVE_OUT = "Fix the image folder, or add ',missing=skip' to leave them out."
@@ -364,12 +377,14 @@ def build_rows(
     source: str,
     missing: str,
     lines: Lines | None = None,
+    negatives: Sequence[Sequence[str | None]] | None = None,
 ) -> Dataset:
     """Check the rows and make the dataset. Images stay paths until they are read.
 
     Args:
         image_ids, paths, captions (`list`): Of the rows.
         source, missing, lines: As in [`locate_images`].
+        negatives (`Sequence`, *optional*): False captions of the rows; the dataset then has them in a column.
 
     Raises:
         FileNotFoundError: If an image file is missing and `missing` is `"raise"`.
@@ -381,11 +396,13 @@ def build_rows(
     lines = None if lines is None else Lines(lines.file, [lines.numbers[i] for i in keep])
     there = locate_images(image_ids, paths, source, missing, lines=lines)
     require_rows(len(there), source)
-    return Dataset.from_dict(
-        {
-            "image_id": [image_ids[i] for i in there],
-            "image": list(map(str, there.values())),
-            "captions": [captions[i] for i in there],
-        },
-        features=CAPTION_FEATURES,
-    )
+    columns = {
+        "image_id": [image_ids[i] for i in there],
+        "image": list(map(str, there.values())),
+        "captions": [captions[i] for i in there],
+    }
+    dataset = Dataset.from_dict(columns, features=CAPTION_FEATURES)
+    if negatives is None:
+        return dataset
+    false = clean_negatives([negatives[keep[i]] for i in there])
+    return put_columns(dataset, {NEGATIVES: (false, CAPTION_FEATURES["captions"])})

@@ -335,6 +335,28 @@ def _value(text: str) -> bool | int | float | str:
     return text
 
 
+def with_options_of(function: Callable[..., Any], *without: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let a reader's `**options` be known as the keyword-only parameters of the function that it hands them to.
+
+    Args:
+        function (`Callable`): That function.
+        without (`str`): Names of those parameters that the reader gives itself.
+    """
+
+    def describe(reader: Callable[..., Any]) -> Callable[..., Any]:
+        signature, keywords = inspect.signature(reader), inspect.Parameter
+        own = [one for one in signature.parameters.values() if one.kind is not keywords.VAR_KEYWORD]
+        taken = [
+            one
+            for one in inspect.signature(function).parameters.values()
+            if one.kind is keywords.KEYWORD_ONLY and one.name not in without
+        ]
+        reader.__signature__ = signature.replace(parameters=[*own, *taken])  # type: ignore[attr-defined]
+        return reader
+
+    return describe
+
+
 def bind_options(function: Callable[..., Any], options: Mapping[str, str], spec: str) -> dict[str, Any]:
     """Match options with the keyword-only parameters of `function`, before anything is read.
 

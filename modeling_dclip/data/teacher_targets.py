@@ -23,13 +23,21 @@ from modeling_dclip.data.columns import (
     check_finite,
     check_regions,
     column_lengths,
+    put_columns,
     read_regions,
     with_flat_embeds,
     with_ragged_embeds,
 )
 from modeling_dclip.data.images import decode_image, undecoded_images
-from modeling_dclip.encoders.families import READ_PADDING
-from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, fingerprint_processor
+from modeling_dclip.data.rows import CAPTION_FEATURES, NEGATIVES
+from modeling_dclip.encoders.families import READ_PADDING, shared_width
+from modeling_dclip.encoders.fingerprints import (
+    canonical_json,
+    combine_keys,
+    fingerprint_model,
+    fingerprint_processor,
+    hash_bytes,
+)
 from modeling_dclip.modeling_dclip_teacher import DCLIPTeacher
 from modeling_dclip.processing_dclip import DCLIPTeacherProcessor, check_boxes, cut_long
 
@@ -440,3 +448,56 @@ def add_teacher_targets(
     anchor_embeds = _read(paths, "image_embeds")
     check_finite(dataset, "anchor_embeds", Ragged(anchor_embeds, np.arange(len(anchor_embeds) + 1)))
     return with_flat_embeds(dataset, "anchor_embeds", anchor_embeds)
+
+
+def embed_negatives(
+    negatives: Ragged, teacher: DCLIPTeacher, processor: DCLIPTeacherProcessor, options: FeatureOptions
+) -> Ragged:
+    """Embed the false captions of images with the frozen text tower, in chunks that a killed run need not do again.
+
+    Args:
+        negatives ([`Ragged`]): Texts of N rows.
+        teacher ([`DCLIPTeacher`]): On the device to use. Only its frozen CLIP is used.
+        processor ([`DCLIPTeacherProcessor`]): The teacher's.
+        options ([`FeatureOptions`]): Batch sizes, and where chunks are kept.
+
+    Returns:
+        [`Ragged`]: float16 `(false captions, D)` of N rows, L2-normalised.
+    """
+    bounds, clip_config = negatives.offsets, teacher.config.clip_config
+    width, pairs = shared_width(clip_config), zip(bounds[:-1], bounds[1:], strict=True)
+    keys = [hash_bytes(canonical_json(negatives.values[start:stop].tolist())) for start, stop in pairs]
+
+    def compute(rows: range) -> Chunk:
+        texts = negatives.values[bounds[rows.start] : bounds[rows.stop]]
+        if not len(texts):
+            return {"text_embeds": np.zeros((0, width), np.float16)}
+        return _encode_captions(texts, processor, teacher, options.text_batch_size, reads_text=False)
+
+    paths = compute_chunks(
+        keys,
+        compute,
+        made_by=combine_keys([fingerprint_model(teacher.clip), fingerprint_processor(processor), "negatives"]),
+        cache_dir=options.cache_dir,
+        chunk_rows=options.chunk_rows,
+        desc="Encoding false captions",
+    )
+    return Ragged.from_lengths(_read(paths, "text_embeds"), negatives.lengths)
+
+
+def with_negatives(dataset: Dataset, negatives: Ragged, embeds: Ragged) -> Dataset:
+    """Add the columns `negatives`, false captions, and `negative_embeds`, replacing older ones.
+
+    Args:
+        dataset (`datasets.Dataset`): N rows.
+        negatives ([`Ragged`]): Texts of N rows.
+        embeds ([`Ragged`]): From [`embed_negatives`].
+
+    Raises:
+        ValueError: If an embedding is not finite; the message names the row.
+    """
+    check_finite(dataset, "negative_embeds", embeds)
+    bounds = negatives.offsets
+    texts = [negatives.values[start:stop].tolist() for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]
+    dataset = put_columns(dataset, {NEGATIVES: (texts, CAPTION_FEATURES["captions"])})
+    return with_ragged_embeds(dataset, "negative_embeds", embeds)

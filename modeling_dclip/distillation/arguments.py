@@ -107,6 +107,7 @@ _LATER = {
     "bank_limit": _BANK_LIMIT,
     "max_negative_similarity": _ALL_NEGATIVES,
     "batch_order": "random",
+    "hard_negatives": "none",
 }
 _LATER_IN_ANCHOR = {"vision_model": None, "text_model": None, "freeze_vision": True, "freeze_text": True}
 
@@ -661,6 +662,12 @@ class StudentArguments(AdapterArguments):
         "Which images come together in a step. hard: images that are near each other by the anchor's embeddings.",
         "random",
     )
+    hard_negatives: Literal["none", "column", "swap"] = _help(
+        "False captions of each image as further wrong answers of the contrastive loss, from image to text. column: "
+        "those of the dataset's column of false captions, which negatives=COLUMN names in its spec. swap: also those "
+        "that rules make of its captions, in English, by exchanging colours, numbers, left and right or the like.",
+        "none",
+    )
     bank_limit: int = _help(
         "Most captions, and most images, that negatives: bank compares with. Where there are more, each epoch draws "
         "as many.",
@@ -712,6 +719,11 @@ class StudentArguments(AdapterArguments):
         return bool(self.cosine_distillation_loss_weight or self.similarity_distillation_loss_weight)
 
     @property
+    def false_captions(self) -> str:
+        """Which false captions a loss term reads: `none`, `column` or `swap`."""
+        return self.hard_negatives if self.contrastive_loss_weight else "none"
+
+    @property
     def columns(self) -> list[str]:
         """The embedding columns that the loss terms read."""
         reads_text = self.contrastive_loss_weight or self.similarity_distillation_loss_weight
@@ -721,6 +733,7 @@ class StudentArguments(AdapterArguments):
             "anchor_embeds": self.cosine_preservation_loss_weight
             or self.negatives == "bank"
             or self.batch_order == "hard",
+            "negative_embeds": self.false_captions != "none",
         }
         return [name for name, read in names.items() if read]
 
@@ -761,6 +774,11 @@ class StudentArguments(AdapterArguments):
                     else "without a loss on texts"
                 )
                 + ", got bank. Leave one of both out."
+            )
+        if self.lora_text and self.hard_negatives != "none":
+            raise ValueError(
+                "hard_negatives: expected none with lora_text, which changes the text embeddings, got "
+                f"{self.hard_negatives}. Leave one of both out."
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")

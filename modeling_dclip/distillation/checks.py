@@ -466,7 +466,7 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         similarity, contrastive = args.similarity_distillation_loss_weight, args.contrastive_loss_weight
         for name in ("similarity_temperature", "similarity_teacher_temperature"):
             yield name, not similarity, "student.similarity_distillation_loss_weight is 0"
-        for name in ("temperature", "contrastive_loss"):
+        for name in ("temperature", "contrastive_loss", "hard_negatives"):
             yield name, not contrastive, "student.contrastive_loss_weight is 0"
         yield "image_to_text_weight", not (contrastive or similarity), "the weights of both in-batch losses are 0"
         in_batch = args.negatives == "batch" and (contrastive or similarity)

@@ -7,11 +7,11 @@ mean that `DistributedDataParallel` takes of the gradients is the gradient of on
 Sources: "Distill CLIP", arXiv 2505.21549 [D]; "MobileCLIP", arXiv 2311.17049 [MC]; "Knowledge Distillation from
 Transformer to Mamba for an efficient CLIP" [M]; "Sigmoid Loss for Language Image Pre-Training", arXiv 2303.15343
 [SigLIP]; docs/papers.md.
-Letters in shape comments: B batch, D embedding.
+Letters in shape comments: B batch, D embedding, F false captions of an image.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
@@ -109,19 +109,49 @@ def _normalise(embeds: torch.Tensor) -> torch.Tensor:
     return F.normalize(embeds.float(), dim=-1)
 
 
+class FalseTexts(NamedTuple):
+    """False captions of a batch's images, each a wrong answer of its own image alone.
+
+    Args:
+        embeds (`torch.Tensor` of shape `(B, F, D)`): Any scale; constant.
+        mask (`torch.Tensor` of shape `(B, F)`): Bool, which of them there are.
+    """
+
+    embeds: torch.Tensor
+    mask: torch.Tensor
+
+    def cosines(self, images: torch.Tensor) -> torch.Tensor:
+        """Of unit vectors `(B, D)` with their false captions: `(B, F)`, in the type of the images."""
+        texts = F.normalize(self.embeds.detach().to(images.dtype), dim=-1)
+        return (images[:, None] * texts).sum(dim=-1)
+
+    def log_sum_exp(self, images: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+        """Of the logits of each image's false captions: `(B,)`, very small where there are none."""
+        logits = self.cosines(images) / temperature
+        return logits.masked_fill(~self.mask, torch.finfo(logits.dtype).min / 2).logsumexp(dim=1)
+
+    def sum_of_softplus(
+        self, images: torch.Tensor, scale: float | torch.Tensor, bias: float | torch.Tensor
+    ) -> torch.Tensor:
+        """Of scale * cosine + bias, over each image's false captions: `(B,)`."""
+        return (F.softplus(self.cosines(images) * scale + bias) * self.mask).sum(dim=1)
+
+
 def contrastive_loss(
     image_embeds: torch.Tensor,
     text_embeds: torch.Tensor,
     temperature: float | torch.Tensor = 0.05,
     image_to_text_weight: float = 0.5,
     image_ids: torch.Tensor | None = None,
+    false_texts: FalseTexts | None = None,
 ) -> torch.Tensor:
     """Make each image prefer its own text among the batch's, and each text its own image (symmetric InfoNCE).
 
     Unlike [`similarity_distillation_loss`] every other row counts as equally wrong. Rows with the same `image_ids`
     (two captions of one image) are not: each is a right answer for the others, all right answers weighing the same.
 
-    Source: [D] student and teacher loss; CLIP. Deviation: direction weights and `image_ids`, both neutral by default.
+    Source: [D] student and teacher loss; CLIP; false captions: [NegCLIP]. Deviation: direction weights and
+    `image_ids`, both neutral by default; a false caption is a wrong answer of its own image alone.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
@@ -132,6 +162,7 @@ def contrastive_loss(
             the rest is text-to-image's.
         image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all
             differ.
+        false_texts ([`FalseTexts`], *optional*): More wrong answers in the image-to-text direction.
 
     Returns:
         `torch.Tensor` of shape `()`: In nats, >= 0. float32 even under autocast.
@@ -154,6 +185,9 @@ def contrastive_loss(
             same = (image_ids[:, None] == image_ids[None, :]).float()
             targets = same / same.sum(dim=1, keepdim=True)
         image_to_text_loss = F.cross_entropy(logits, targets)
+        if false_texts is not None:  # they join the sum below the fraction
+            false = false_texts.log_sum_exp(_normalise(image_embeds), temperature)
+            image_to_text_loss = image_to_text_loss + F.softplus(false - logits.logsumexp(dim=1)).mean()
         text_to_image_loss = F.cross_entropy(logits.T, targets)
         return image_to_text_weight * image_to_text_loss + (1 - image_to_text_weight) * text_to_image_loss
 
@@ -164,6 +198,7 @@ def sigmoid_contrastive_loss(
     logit_scale: float | torch.Tensor,
     logit_bias: float | torch.Tensor,
     image_ids: torch.Tensor | None = None,
+    false_texts: FalseTexts | None = None,
 ) -> torch.Tensor:
     """Ask of each image and each text of the batch, on its own, whether they belong together.
 
@@ -171,7 +206,8 @@ def sigmoid_contrastive_loss(
     averaged over images. Unlike [`contrastive_loss`] pairs do not compete, and the loss has one direction. Rows with
     the same `image_ids` (two captions of one image) are right pairs, too.
 
-    Source: [SigLIP] eq. 1 and its algorithm 1; docs/papers.md. Deviation: `image_ids`, neutral by default.
+    Source: [SigLIP] eq. 1 and its algorithm 1; docs/papers.md. Deviation: `image_ids`, neutral by default;
+    false captions.
 
     Args:
         image_embeds (`torch.Tensor` of shape `(B, D)`): Any scale; normalised here. Gradient flows.
@@ -181,6 +217,7 @@ def sigmoid_contrastive_loss(
         logit_bias (`float` or `torch.Tensor` of shape `()` or `(1,)`): Added to each product. Gradient flows.
         image_ids (`torch.Tensor` of shape `(B,)`, *optional*): Equal numbers are the same image. By default all
             differ.
+        false_texts ([`FalseTexts`], *optional*): More wrong pairs.
 
     Returns:
         `torch.Tensor` of shape `()`: In nats an image, >= 0. float32 even under autocast.
@@ -195,12 +232,16 @@ def sigmoid_contrastive_loss(
     _check_same_width(image_embeds=image_embeds, text_embeds=text_embeds)
     with _full_precision(image_embeds):
         cosines = _normalise(image_embeds) @ _normalise(text_embeds).T  # (B, B): image rows, text columns
-        logits = torch.as_tensor(logit_scale, device=cosines.device).float().exp() * cosines
-        logits = logits + torch.as_tensor(logit_bias, device=cosines.device).float()
+        scale = torch.as_tensor(logit_scale, device=cosines.device).float().exp()
+        bias = torch.as_tensor(logit_bias, device=cosines.device).float()
+        logits = scale * cosines + bias
         if image_ids is None:
             image_ids = torch.arange(len(logits), device=logits.device)
         right = (image_ids[:, None] == image_ids[None, :]).float()
-        return F.binary_cross_entropy_with_logits(logits, right, reduction="sum") / len(logits)
+        loss = F.binary_cross_entropy_with_logits(logits, right, reduction="sum") / len(logits)
+        if false_texts is None:
+            return loss
+        return loss + false_texts.sum_of_softplus(_normalise(image_embeds), scale, bias).mean()
 
 
 def _mean_cosine_distance(embeds: torch.Tensor, target_embeds: torch.Tensor) -> torch.Tensor:

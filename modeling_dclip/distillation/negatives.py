@@ -28,6 +28,7 @@ from torch.utils.data import Sampler
 from modeling_dclip.data.collation import StudentBatches, random_numbers
 from modeling_dclip.data.columns import Ragged
 from modeling_dclip.data.files import writing
+from modeling_dclip.distillation.losses import FalseTexts
 
 _TILE_NUMBERS = 2**22  # of a tile's largest matrix
 _AT_ONCE = 2**14  # entries whose lengths are taken in float64
@@ -208,6 +209,7 @@ def bank_contrastive_loss(
     temperature: float = 0.05,
     image_to_text_weight: float = 0.5,
     right: torch.Tensor | None = None,
+    false_texts: FalseTexts | None = None,
 ) -> torch.Tensor:
     """The contrastive loss against banks: each image prefers its text among all texts, each text its image among all
     images.
@@ -228,6 +230,8 @@ def bank_contrastive_loss(
         image_to_text_weight (`float`, *optional*, defaults to 0.5): Share of the image-to-text direction, in [0, 1].
         right (`torch.Tensor` of shape `(B, B)`, *optional*): Bool, images (columns) that are right for each text
             (rows) of the batch. By default each text's own.
+        false_texts ([`~modeling_dclip.distillation.losses.FalseTexts`], *optional*): More wrong answers in the
+            image-to-text direction.
 
     Returns:
         `torch.Tensor` of shape `()`: In nats, >= 0; float32, or float64 where the images are.
@@ -250,6 +254,8 @@ def bank_contrastive_loss(
         itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
         wrong = logits.masked_fill(itself if right is None else itself | right, -torch.inf)
         beyond_texts = _LogSumExp.apply(images, banks[0], temperature, excluded[0])
+        if false_texts is not None:
+            beyond_texts = torch.logaddexp(beyond_texts, false_texts.log_sum_exp(images, temperature))
         beyond_images = _LogSumExp.apply(texts, banks[1], temperature, excluded[1])
         image_to_text_loss = (torch.logaddexp(own, beyond_texts) - own).mean()
         every = torch.cat([own[:, None], wrong, beyond_images[:, None]], dim=1)
@@ -264,6 +270,7 @@ def bank_sigmoid_loss(
     excluded: Excluded,
     logit_scale: float,
     logit_bias: float,
+    false_texts: FalseTexts | None = None,
 ) -> torch.Tensor:
     """SigLIP's loss against a bank of texts: ask of each image and each text of the bank whether they belong together.
 
@@ -279,6 +286,7 @@ def bank_sigmoid_loss(
         excluded ([`Excluded`]): What is right for each image, its own text among it.
         logit_scale (`float`): Logarithm of what multiplies the cosines, as the model stores it.
         logit_bias (`float`): Added to each product.
+        false_texts ([`~modeling_dclip.distillation.losses.FalseTexts`], *optional*): More wrong pairs.
 
     Returns:
         `torch.Tensor` of shape `()`: In nats an image, >= 0; float32, or float64 where the images are.
@@ -293,7 +301,10 @@ def bank_sigmoid_loss(
         images, texts = _unit_vectors(image_embeds), _unit_vectors(text_embeds.detach())
         scale = float(np.exp(logit_scale))
         own = F.softplus(-((images * texts).sum(dim=-1) * scale + logit_bias))
-        return (own + _SumOfSoftplus.apply(images, bank, scale, logit_bias, excluded)).mean()
+        losses = own + _SumOfSoftplus.apply(images, bank, scale, logit_bias, excluded)
+        if false_texts is not None:
+            losses = losses + false_texts.sum_of_softplus(images, scale, logit_bias)
+        return losses.mean()
 
 
 def bank_similarity_loss(

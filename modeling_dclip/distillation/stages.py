@@ -9,6 +9,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from datasets import Dataset, load_from_disk
@@ -16,14 +17,23 @@ from transformers import CLIPImageProcessorPil, PreTrainedTokenizerBase, set_see
 
 from modeling_dclip.configuration_dclip import DCLIPConfig
 from modeling_dclip.data.captions import load_mix
+from modeling_dclip.data.captions.false_captions import collect_negatives
 from modeling_dclip.data.collation import AnchorBatches, StudentBatches, TeacherBatches, TokenizedStudentBatches
-from modeling_dclip.data.columns import attach_columns, concatenate_shared, row_keys, save_columns
+from modeling_dclip.data.columns import Ragged, attach_columns, concatenate_shared, row_keys, save_columns
 from modeling_dclip.data.files import writing
 from modeling_dclip.data.images import PixelReader
 from modeling_dclip.data.regions import add_regions
 from modeling_dclip.data.regions.detectors import build_detector
+from modeling_dclip.data.rows import NEGATIVES
 from modeling_dclip.data.scenes import train_tokenizer
-from modeling_dclip.data.teacher_targets import FeatureOptions, TeacherFeatures, add_teacher_targets, compute_features
+from modeling_dclip.data.teacher_targets import (
+    FeatureOptions,
+    TeacherFeatures,
+    add_teacher_targets,
+    compute_features,
+    embed_negatives,
+    with_negatives,
+)
 from modeling_dclip.distillation.adapters import (
     add_adapters,
     freeze_parameters,
@@ -77,7 +87,7 @@ from modeling_dclip.distillation.trainer import (
     train_or_resume,
 )
 from modeling_dclip.encoders.families import counting_cuts, image_modules, shared_width, stated_length
-from modeling_dclip.encoders.fingerprints import combine_keys, fingerprint_model
+from modeling_dclip.encoders.fingerprints import canonical_json, combine_keys, fingerprint_model, hash_bytes
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER, load_processor, load_tokenizer, stored_dtype
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 from modeling_dclip.modeling_dclip import DCLIPModel
@@ -87,7 +97,7 @@ from modeling_dclip.progress import count_of
 
 logger = logging.getLogger(__name__)
 
-TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds")
+TARGET_COLUMNS = ("teacher_embeds", "text_embeds", "anchor_embeds", NEGATIVES, "negative_embeds")
 
 
 def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
@@ -154,7 +164,7 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
             logger.info("teacher: nothing to do, the recipe takes %s", recipe.run.teacher_model)
     if "targets" in stages:
         teacher_path = find_teacher(recipe, places) if recipe.student.reads_teacher else None
-        write_targets(teacher_path, data, clip, features, places)
+        write_targets(teacher_path, data, clip, features, places, recipe.student.false_captions)
     if "student" in stages:
         resolved = recipe.resolved("regions", "teacher", "targets", "student")
         teachers = [recipe.run.teacher_model or places.folder / "teacher"] if recipe.student.reads_teacher else []
@@ -344,7 +354,12 @@ def _resolve_dtype(save_dtype: str, stage: str, clip_path: str) -> str:
 
 
 def write_targets(
-    teacher_path: str | None, data: Splits, clip: Clip, features: FeatureOptions, places: Places
+    teacher_path: str | None,
+    data: Splits,
+    clip: Clip,
+    features: FeatureOptions,
+    places: Places,
+    false_captions: str = "none",
 ) -> None:
     """Compute the columns that the student learns from with the frozen teacher and the frozen CLIP.
 
@@ -356,6 +371,7 @@ def write_targets(
         clip ([`Clip`]): The CLIP that the student starts from.
         features ([`FeatureOptions`]): How its features are computed.
         places ([`Places`]): Of the run.
+        false_captions (`str`, *optional*, defaults to `"none"`): As `student.hard_negatives`.
 
     Raises:
         ValueError: If the teacher is around another CLIP or holds NaN, or the folder was made from other inputs.
@@ -369,7 +385,12 @@ def write_targets(
         processor = _teacher_processor(teacher, clip)
     keys = {split: part.key for split, part in data.items()}
     inputs = {"teacher": fingerprint_model(teacher), "clip": clip.key, "dataset": keys}
-    record = places.record("targets", inputs | {"max_regions": features.max_regions, "with_teacher": with_teacher})
+    inputs |= {"max_regions": features.max_regions, "with_teacher": with_teacher}
+    negatives = {} if false_captions == "none" else _find_negatives(data, false_captions)
+    if negatives:
+        texts = {split: canonical_json([of.values.tolist(), of.lengths.tolist()]) for split, of in negatives.items()}
+        inputs["false_captions"] = {split: hash_bytes(text) for split, text in texts.items()}
+    record = places.record("targets", inputs)
     if record.finished:
         return
     logger.info("targets: embeds %s and their captions", _total(data))
@@ -378,10 +399,24 @@ def write_targets(
         for split, (rows, keys_of_rows) in data.items():
             options = {"captioned": split != UNCAPTIONED, "with_teacher": with_teacher}
             targets = add_teacher_targets(rows, teacher, processor, features, keys=keys_of_rows, **options)
+            if split in negatives:
+                embeds = embed_negatives(negatives[split], teacher, processor, features)
+                targets = with_negatives(targets, negatives[split], embeds)
             names = ["image_id", *(name for name in TARGET_COLUMNS if name in targets.column_names)]
             if PartialState().is_main_process:
                 save_columns(targets.select_columns(names), record.folder / split)
     record.finish()
+
+
+def _find_negatives(data: Splits, kind: str) -> dict[str, Ragged]:
+    """The false captions of every split; images without captions have none."""
+    found = {}
+    for split, (rows, _) in data.items():
+        if split == UNCAPTIONED:
+            found[split] = Ragged.from_lengths(np.array([], dtype=object), np.zeros(len(rows), np.int64))
+        else:
+            found[split] = collect_negatives(rows, kind, "training images" if split == "train" else f"{split} images")
+    return found
 
 
 def train_student(

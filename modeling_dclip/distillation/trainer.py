@@ -55,6 +55,7 @@ from modeling_dclip.distillation.checkpoints import (
 )
 from modeling_dclip.distillation.guard import LossTerms, TrainingGuard
 from modeling_dclip.distillation.losses import (
+    FalseTexts,
     contrastive_loss,
     cosine_distillation_loss,
     cosine_preservation_loss,
@@ -1063,6 +1064,12 @@ def choose_contrastive_loss(asked: str, config: Any) -> str:
     return own if asked == "auto" else asked
 
 
+def _false_texts(columns: Mapping[str, torch.Tensor]) -> FalseTexts | None:
+    if "negative_embeds" not in columns:
+        return None
+    return FalseTexts(columns["negative_embeds"], columns["negative_mask"])
+
+
 class StudentTrainer(BatchesTrainer):
     """Trains the image encoder of a dual encoder from stored targets: no text tower and no teacher in the step.
 
@@ -1220,7 +1227,7 @@ class StudentTrainer(BatchesTrainer):
         """The terms that compare each image with every text of these rows. They are 0, with a gradient, if there are
         fewer than two rows.
         """
-        args, stored = self.args, columns.get("text_embeds")
+        args, stored, false_texts = self.args, columns.get("text_embeds"), _false_texts(columns)
         texts = columns.get("student_text_embeds", stored)
         names = [
             name for name in ("contrastive_loss", "similarity_distillation_loss") if getattr(args, f"{name}_weight")
@@ -1232,11 +1239,11 @@ class StudentTrainer(BatchesTrainer):
         terms = {}
         if "contrastive_loss" in names and self._sigmoid is not None:
             terms["contrastive_loss"] = sigmoid_contrastive_loss(
-                image_embeds, texts, *self._sigmoid, columns["image_ids"]
+                image_embeds, texts, *self._sigmoid, columns["image_ids"], false_texts
             )
         elif "contrastive_loss" in names:
             terms["contrastive_loss"] = contrastive_loss(
-                image_embeds, texts, args.temperature, args.image_to_text_weight, columns["image_ids"]
+                image_embeds, texts, args.temperature, args.image_to_text_weight, columns["image_ids"], false_texts
             )
         if "similarity_distillation_loss" in names:
             temperatures = args.similarity_temperature, args.similarity_teacher_temperature
@@ -1252,14 +1259,15 @@ class StudentTrainer(BatchesTrainer):
         args, texts, terms = self.args, columns["text_embeds"], {}
         step = negatives.find(columns["image_ids"], columns.get("caption_ids"), texts)
         banks, share = (negatives.texts, negatives.images), args.image_to_text_weight
+        more: dict[str, Any] = {"false_texts": _false_texts(columns)}
         if "contrastive_loss" in names and self._sigmoid is not None:
             terms["contrastive_loss"] = bank_sigmoid_loss(
-                image_embeds, texts, negatives.texts, step.texts, *self._sigmoid
+                image_embeds, texts, negatives.texts, step.texts, *self._sigmoid, **more
             )
         elif "contrastive_loss" in names:
-            options: dict[str, Any] = {"temperature": args.temperature, "image_to_text_weight": share}
+            more |= {"temperature": args.temperature, "image_to_text_weight": share, "right": step.right}
             terms["contrastive_loss"] = bank_contrastive_loss(
-                image_embeds, texts, banks, (step.texts, step.images), right=step.right, **options
+                image_embeds, texts, banks, (step.texts, step.images), **more
             )
         if negatives.teacher is not None and "similarity_distillation_loss" in names:
             of_teacher = args.similarity_teacher_temperature or args.similarity_temperature

@@ -39,6 +39,7 @@ def train(data_dir, negatives):
         cosine_preservation_loss_weight=0.5,
         similarity_distillation_loss_weight=0.5,
         negatives=negatives,
+        hard_negatives="column" if negatives == "bank" else "none",
         micro_batch_size=3 if negatives == "bank" else None,
     )
     model = load_student(clip_dir)

@@ -9,6 +9,7 @@ from fixtures.processes import train_together
 from safetensors.torch import load_file
 
 from modeling_dclip.distillation.losses import (
+    FalseTexts,
     contrastive_loss,
     cosine_distillation_loss,
     cosine_preservation_loss,
@@ -231,3 +232,49 @@ def test_two_processes_give_the_loss_and_gradients_of_one(tmp_path):
             torch.testing.assert_close(
                 shared[name], value, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}"
             )
+
+
+def false_texts(rows, width, dtype=torch.float32):
+    """Three places for each image: three false captions, one, none."""
+    mask = torch.arange(3) < torch.tensor([3, 1, 0])[torch.arange(rows) % 3][:, None]
+    return FalseTexts(embeds(rows * 3, width, seed=5).reshape(rows, 3, width).to(dtype), mask)
+
+
+@pytest.mark.parametrize("image_ids", [None, [0, 1, 0, 2]])
+def test_false_captions_are_wrong_answers_of_their_own_image_alone(image_ids):
+    images, texts, false = embeds(4, 8).requires_grad_(), embeds(4, 8, seed=1), false_texts(4, 8)
+    ids = None if image_ids is None else torch.tensor(image_ids)
+    loss = contrastive_loss(images, texts, 0.2, 0.7, ids, false)
+    expected = 0.0
+    unit = torch.nn.functional.normalize
+    for row in range(4):
+        logits = unit(images.double(), dim=1)[row] @ unit(texts.double(), dim=1).T / 0.2
+        more = unit(images.double(), dim=1)[row] @ unit(false.embeds[row].double(), dim=1).T[:, false.mask[row]] / 0.2
+        right = [other for other in range(4) if image_ids and image_ids[other] == image_ids[row]] or [row]
+        expected = expected + 0.7 / 4 * (torch.cat([logits, more]).logsumexp(0) - logits[right].mean())
+    expected = expected + 0.3 * contrastive_loss(images.double(), texts.double(), 0.2, 0.0, ids)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    gradients = [torch.autograd.grad(one, images, retain_graph=True)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_false_captions_are_wrong_pairs_of_the_sigmoid_loss():
+    images, texts, false = embeds(4, 8), embeds(4, 8, seed=1), false_texts(4, 8)
+    added = 0.0
+    for row in range(4):
+        for one in false.embeds[row][false.mask[row]]:
+            cosine = torch.nn.functional.cosine_similarity(images[row].double(), one.double(), dim=0)
+            added += float(torch.nn.functional.softplus(math.exp(1.5) * cosine - 2.0)) / 4
+    without = sigmoid_contrastive_loss(images, texts, 1.5, -2.0)
+    assert float(sigmoid_contrastive_loss(images, texts, 1.5, -2.0, None, false) - without) == pytest.approx(
+        added, rel=1e-5
+    )
+
+
+def test_without_a_false_caption_the_losses_are_as_before_to_the_bit():
+    images, texts = embeds(4, 8).requires_grad_(), embeds(4, 8, seed=1)
+    none = FalseTexts(torch.zeros(4, 2, 8), torch.zeros(4, 2, dtype=torch.bool))
+    for loss, options in ((contrastive_loss, (0.1, 0.5)), (sigmoid_contrastive_loss, (1.0, -1.0))):
+        found = [loss(images, texts, *options, None, false) for false in (None, none)]
+        gradients = [torch.autograd.grad(one, images)[0] for one in found]
+        assert torch.equal(*found) and torch.equal(*gradients)

@@ -10,6 +10,7 @@ import torch
 
 from modeling_dclip.data.columns import Ragged
 from modeling_dclip.distillation import negatives as negatives_module
+from modeling_dclip.distillation.losses import FalseTexts
 from modeling_dclip.distillation.negatives import (
     NOTHING_EXCLUDED,
     Bank,
@@ -146,6 +147,33 @@ def test_the_similarity_loss_is_that_of_a_loop_over_all_captions_and_images(tile
     torch.testing.assert_close(loss, expected / len(ROWS), rtol=1e-10, atol=0)
     gradients = [torch.autograd.grad(one, images, retain_graph=True)[0] for one in (loss, expected / len(ROWS))]
     torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-13)
+
+
+def test_false_captions_join_the_banks_wrong_answers(tile):
+    negatives, images = make_negatives(), random(3, WIDTH).requires_grad_()
+    texts = torch.from_numpy(negatives.batches.columns["text_embeds"].values[CAPTIONS]).double()
+    step = negatives.find(torch.tensor(ROWS), torch.tensor(CAPTIONS), texts)
+    mask = torch.tensor([[True, True], [True, False], [False, False]])
+    false, banks = FalseTexts(random(3, 2, WIDTH, seed=9), mask), (negatives.texts, negatives.images)
+    options = {"temperature": 0.3, "image_to_text_weight": 1.0}
+    loss = bank_contrastive_loss(images, texts, banks, (step.texts, step.images), false_texts=false, **options)
+    expected = 0.0
+    every = torch.from_numpy(negatives.batches.columns["text_embeds"].values).double()
+    of_image = [false.embeds[i][mask[i]] for i in range(3)]
+    for row, caption, image, more in zip(ROWS, CAPTIONS, images, of_image, strict=True):
+        wrong = [unit(image) @ unit(one) / 0.3 for one in (*every[wrong_captions(row)], *more)]
+        own = unit(image) @ unit(every[caption]) / 0.3
+        expected = expected + (torch.stack([own, *wrong]).logsumexp(0) - own) / 3
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    gradients = [torch.autograd.grad(one, images, retain_graph=True)[0] for one in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-14)
+    without, loss = (
+        bank_sigmoid_loss(images, texts, negatives.texts, step.texts, math.log(4.0), -1.5, one)
+        for one in (None, false)
+    )
+    cosines = [unit(image) @ unit(one) for image, more in zip(images, of_image, strict=True) for one in more]
+    added = sum(torch.nn.functional.softplus(4 * cosine - 1.5) for cosine in cosines) / 3
+    torch.testing.assert_close(loss - without, added, rtol=1e-12, atol=0)
 
 
 def test_an_image_that_stands_in_a_batch_twice_is_no_negative_of_itself():

@@ -14,6 +14,7 @@ from fixtures.training import KILLED, RECIPE, equal, run, weights, write_recipe
 
 from modeling_dclip import DCLIPConfig, DCLIPModel, DCLIPProcessor, DCLIPTeacher
 from modeling_dclip.data.captions import load_mix
+from modeling_dclip.data.captions.false_captions import collect_negatives
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.distillation import run as run_module
 from modeling_dclip.distillation.checkpoints import last_checkpoint
@@ -102,6 +103,28 @@ def test_without_a_teacher_in_the_loss_none_is_trained(finished, tmp_path):
     assert load_from_disk(out / "targets" / "train").column_names == ["image_id", "text_embeds", "anchor_embeds"]
     log = json.loads((out / "student" / "trainer_state.json").read_text())["log_history"][0]
     assert "contrastive_loss" in log and "cosine_distillation_loss" not in log
+
+
+def test_false_captions_are_stored_with_the_targets_and_another_kind_is_another_run(finished, tmp_path):
+    losses = {"contrastive_loss_weight": 1, "cosine_distillation_loss_weight": 0, "hard_negatives": "swap"}
+    student = {**RECIPE["student"], **losses, "num_train_epochs": 1}
+    recipe = write_recipe(tmp_path, clip_model=str(finished / "run" / "anchor"), student=student)
+    out = run(recipe)
+    targets = load_from_disk(out / "targets" / "train")
+    assert targets.column_names == ["image_id", "text_embeds", "anchor_embeds", "negatives", "negative_embeds"]
+    expected = collect_negatives(load_mix(RECIPE["train_datasets"], seed=0), "swap", "training images")
+    assert [text for texts in targets["negatives"] for text in texts] == expected.values.tolist()
+    assert [len(row) for row in targets["negative_embeds"]] == expected.lengths.tolist() and expected.lengths.max() > 1
+    words = DCLIPProcessor.from_pretrained(out / "student")(
+        text=targets[0]["negatives"], return_tensors="pt", padding=True
+    )
+    with torch.no_grad():
+        embeds = DCLIPModel.from_pretrained(out / "student").get_text_features(**words).pooler_output
+    torch.testing.assert_close(
+        torch.tensor(targets[0]["negative_embeds"]), torch.nn.functional.normalize(embeds, dim=-1), rtol=0, atol=2e-3
+    )
+    with pytest.raises(ValueError, match="false_captions"):
+        run(recipe, "--student.hard_negatives", "none")
 
 
 def test_a_trained_teacher_can_be_taken_from_elsewhere(finished, tmp_path):

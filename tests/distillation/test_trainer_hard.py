@@ -1,14 +1,19 @@
-"""Harder negatives in the trainer: batches of images that are near each other."""
+"""Harder negatives in the trainer: batches of images that are near each other, false captions."""
 
 import shutil
 
+import numpy as np
 import pytest
+import torch
 from accelerate.data_loader import BatchSamplerShard
-from fixtures.training import equal, make_inputs, train, weights
+from datasets import load_from_disk
+from fixtures.training import equal, make_inputs, student_arguments, train, weights
 from torch.utils.data import BatchSampler
 
+from modeling_dclip import DCLIPProcessor
+from modeling_dclip.data import collation
 from modeling_dclip.data.collation import StudentBatches
-from modeling_dclip.data.columns import flat_column
+from modeling_dclip.data.columns import flat_column, ragged_column
 from modeling_dclip.distillation.negatives import HardBatches, order_hard_batches
 
 
@@ -59,4 +64,59 @@ def test_the_steps_of_several_processes_are_the_hard_batches_of_one(inputs):
         list(BatchSamplerShard(BatchSampler(HardBatches(Rows(), 4), 2, drop_last=True), 2, process))
         for process in (0, 1)
     ]
-    assert [first + second for first, second in zip(*shares, strict=True)] == [order[i : i + 4] for i in range(0, 16, 4)]
+    assert [first + second for first, second in zip(*shares, strict=True)] == [
+        order[i : i + 4] for i in range(0, 16, 4)
+    ]
+
+
+def read_step(batches, rows):
+    batch = batches.__getitems__(rows)
+    return batch["negative_embeds"], batch["negative_mask"]
+
+
+def false_captions(stored, row):
+    return torch.tensor(stored.values[stored.offsets[row] : stored.offsets[row + 1]])
+
+
+def test_batches_hold_the_false_captions_of_their_images(inputs, tmp_path, monkeypatch):
+    args = student_arguments(tmp_path, hard_negatives="column")
+    data, processor = inputs["targets"], DCLIPProcessor.from_pretrained(inputs["clip"])
+    stored = ragged_column(data, "negative_embeds")
+    batches = StudentBatches(data, processor.image_processor, args.columns, width=16, seed=3)
+    embeds, mask = read_step(batches, [5, 2])
+    assert embeds.shape == (2, stored.lengths.max(), 16) and embeds.dtype == torch.float16
+    for place, row in enumerate((5, 2)):
+        assert torch.equal(embeds[place][mask[place]], false_captions(stored, row)) and mask[place].sum() >= 5
+    monkeypatch.setattr(collation, "MOST_NEGATIVES", 3)
+    places = np.arange(len(stored.values), dtype=np.float16)[:, None].repeat(16, axis=1)
+    batches.negatives, drawn = stored._replace(values=places), set()
+    for epoch in range(8):
+        batches.set_epoch(epoch)
+        embeds, mask = read_step(batches, [5])
+        assert embeds.shape == (1, 3, 16) and mask.all()
+        drawn.add(tuple(embeds[0, :, 0].int().tolist()))
+    assert len(drawn) > 3 and all(list(places) == sorted(set(places)) for places in drawn)
+    assert set().union(*drawn) <= set(range(stored.offsets[5], stored.offsets[6]))
+
+
+@pytest.mark.parametrize("negatives", ["batch", "bank"])
+def test_false_captions_raise_the_loss_and_change_the_step(inputs, tmp_path, negatives):
+    found = []
+    for kind in ("none", "column"):
+        folder = tmp_path / kind
+        options = {"max_steps": 1, "hard_negatives": kind, "negatives": negatives, "temperature": 0.5}
+        state = train("student", inputs, folder, **options)
+        found.append((state.log_history[0]["contrastive_loss"], weights(folder)))
+    assert found[1][0] > found[0][0] + 0.05  # 6 beside 31 or 3 wrong answers, in half of the loss
+    assert not equal(found[0][1], found[1][1])
+
+
+def test_rows_without_captions_have_no_false_ones(inputs, partly_captioned_data, tmp_path):
+    folder, options = tmp_path / "student", {"max_steps": 2, "hard_negatives": "column", "temperature": 0.5}
+    state = train("student", {**inputs, "targets": load_from_disk(partly_captioned_data)}, folder, **options)
+    assert all(torch.isfinite(torch.tensor(log["loss"])) for log in state.log_history if "loss" in log)
+
+
+def test_a_text_tower_that_is_adapted_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="hard_negatives: expected none with lora_text"):
+        student_arguments(tmp_path, hard_negatives="swap", lora_rank=2, lora_text=True)

@@ -7,8 +7,8 @@
 | `karpathy:DATASET.json:IMAGE_FOLDER:SPLIT` | Karpathy's splits of COCO, Flickr30k, Flickr8k; `train` has `restval` |
 | `flickr30k:results.csv:IMAGE_FOLDER` | Flickr30k's own file |
 | `conceptual:FILE.tsv:IMAGE_FOLDER` | Conceptual Captions |
-| `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; options `image`, `captions` name columns, `sep`, `source` |
-| `parquet:GLOB` | parquet files; options `image`, `captions`, `image_id`, `source`, `captions_per_image` |
+| `csv:TABLE.csv:IMAGE_FOLDER` | one's own captions; `image`, `captions`, `negatives` name columns; `sep`, `source` |
+| `parquet:GLOB` | parquet files; `image`, `captions`, `negatives`, `image_id`; `source`, `captions_per_image` |
 | `hub:NAME:SPLIT` | a dataset of the Hub, the same options and `config` |
 | `disk:FOLDER` | a saved dataset |
 | `wds:DIR_OR_URL[:SPLIT]` | a `clip-benchmark/wds_*` set for retrieval; option `cache_dir` |
@@ -36,10 +36,10 @@ from modeling_dclip.data.captions.files import (
 )
 from modeling_dclip.data.captions.parts import read_held_out, split_off_test, split_train_validation
 from modeling_dclip.data.captions.tables import REGION_COLUMNS, read_disk, read_hub, read_parquet, standardise_columns
-from modeling_dclip.data.columns import concatenate_shared
+from modeling_dclip.data.columns import concatenate_shared, put_columns
 from modeling_dclip.data.failures import MistakeCollector
 from modeling_dclip.data.labels.webdataset import read_captioned
-from modeling_dclip.data.rows import require_rows, require_unique, rows_by_lot
+from modeling_dclip.data.rows import CAPTION_FEATURES, NEGATIVES, require_rows, require_unique, rows_by_lot
 from modeling_dclip.data.specs import Source, Spec, bind_options, parse_spec
 from modeling_dclip.progress import count_of
 
@@ -179,13 +179,22 @@ def load_uncaptioned(specs: Sequence[str | Spec], *, seed: int, exclude_ids: Col
     return drop_captions(dataset.select_columns(kept))
 
 
+def _without_negatives(dataset: Dataset) -> Dataset:
+    none: list[list[str]] = [[] for _ in range(len(dataset))]
+    return put_columns(dataset, {NEGATIVES: (none, CAPTION_FEATURES["captions"])})
+
+
 def _join(specs: Sequence[str | Spec], load: Callable[[str | Spec], Dataset]) -> Dataset:
-    """The rows of all sources; what is wrong with several of them is told at once."""
+    """The rows of all sources; what is wrong with several of them is told at once. Where one has false captions, those
+    that have none get none.
+    """
     parts, found = [], MistakeCollector()
     for spec in specs:
         with found.collecting():
             parts.append(load(spec))
     found.tell()
+    if any(NEGATIVES in part.column_names for part in parts):
+        parts = [part if NEGATIVES in part.column_names else _without_negatives(part) for part in parts]
     require_unique(
         [image_id for part in parts for image_id in part["image_id"][:]], f"the mix of {list(map(str, specs))}"
     )

@@ -34,6 +34,7 @@ from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     FIRST_IDS,
     ID_RULES,
+    NEGATIVES,
     Lines,
     apply_rule,
     build_rows,
@@ -374,6 +375,7 @@ def read_csv(
     *,
     image: str = "image",
     captions: str | None = None,
+    negatives: str | None = None,
     sep: str = ",",
     source: str | None = None,
     missing: str = "raise",
@@ -386,6 +388,8 @@ def read_csv(
         image (`str`, *optional*, defaults to `"image"`): Column of the paths.
         captions (`str`, *optional*): Column of the captions, by default the one called `caption`, `captions` or
             `text`.
+        negatives (`str`, *optional*): Column of false captions: one a line, or a list of them as JSON; cells may be
+            empty.
         sep (`str`, *optional*, defaults to `","`): What separates columns, one character; `tab` is a tab.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all
             readers share, so that test images are recognised. By default an id is `<folder>/<path>`, outside the
@@ -409,7 +413,8 @@ def read_csv(
     lines = read_table(path, separator)
     header = [name.strip() for name in lines[0].cells] if lines else [""]
     names = {"image": (image,), "captions": CAPTION_NAMES if captions is None else (captions,)}
-    image_at, caption_at = _find_columns(header, names, path, separator)
+    names |= {} if negatives is None else {NEGATIVES: (negatives,)}
+    image_at, *texts_at = _find_columns(header, names, path, separator)
     for line in lines[1:]:
         if len(line.cells) != len(header):
             raise ValueError(
@@ -418,7 +423,7 @@ def read_csv(
             )
         if not line.cells[image_at].strip():
             raise ValueError(f"Line {line.number} of '{path}' names no image in the column {header[image_at]!r}.")
-    return _group_lines(lines[1:], image_at, caption_at, path, folder, source, missing)
+    return _group_lines(lines[1:], image_at, texts_at, path, folder, source, missing)
 
 
 def picture_lines(
@@ -444,9 +449,17 @@ def picture_lines(
 
 
 def _group_lines(
-    lines: list[TableRow], image_at: int, caption_at: int, path: Path, folder: Path, source: str | None, missing: str
+    lines: list[TableRow],
+    image_at: int,
+    texts_at: list[int],
+    path: Path,
+    folder: Path,
+    source: str | None,
+    missing: str,
 ) -> Dataset:
-    captions: dict[str, list[str]] = {}
+    """The lines of each image as a row; `texts_at` are the columns of captions and maybe of false ones."""
+    texts: list[dict[str, list[str]]] = [{} for _ in texts_at]
+    captions, caption_at = texts[0], texts_at[0]
     numbers: dict[str, int] = {}  # the first line of each image
     finder, names = FileFinder(), dict[Path, str]()  # the first spelling of each file
     for line in lines:
@@ -455,7 +468,8 @@ def _group_lines(
         if file != folder / name:  # it is called as on disk, where the table spells it otherwise
             name = file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.as_posix()
         name = names.setdefault(file, name)
-        captions.setdefault(name, []).append(line.cells[caption_at])
+        for of_image, at in zip(texts, texts_at, strict=True):
+            of_image.setdefault(name, []).append(line.cells[at])
         numbers.setdefault(name, line.number)
     if empty := [str(line.number) for line in lines if not line.cells[caption_at].strip()]:
         shown = count_of(len(empty), "line")
@@ -466,7 +480,8 @@ def _group_lines(
         ids = [apply_rule(source, name, f"'{path}'") for name in captions]
     paths = [folder / name for name in captions]
     lines_of = Lines(path, list(numbers.values()))
-    return build_rows(ids, paths, list(captions.values()), f"'{path}'", missing, lines_of)
+    negatives = list(texts[1].values()) if len(texts) > 1 else None
+    return build_rows(ids, paths, list(captions.values()), f"'{path}'", missing, lines_of, negatives)
 
 
 def read_images(folder: str, *, source: str | None = None) -> Dataset:

@@ -21,12 +21,15 @@ from modeling_dclip.data.files import load_hub, load_parquet, match_parquet, req
 from modeling_dclip.data.rows import (
     CAPTION_FEATURES,
     ID_RULES,
+    NEGATIVES,
     apply_rule,
     clean_captions,
+    clean_negatives,
     present_images,
     require_rows,
     require_unique,
 )
+from modeling_dclip.data.specs import with_options_of
 
 REGION_COLUMNS = ("boxes", "box_scores")
 
@@ -92,6 +95,7 @@ def standardise_columns(
     *,
     image: str = "image",
     captions: str = "captions",
+    negatives: str | None = None,
     image_id: str | None = None,
     source: str | None = None,
     captions_per_image: int | None = None,
@@ -106,6 +110,7 @@ def standardise_columns(
         dataset (`datasets.Dataset`): Pictures as `Image`, as bytes or as paths; captions as lists of text or one text
             a row.
         image, captions (`str`, *optional*): Column names, by default `"image"` and `"captions"`.
+        negatives (`str`, *optional*): Column of false captions, as text or lists of text; a row may have none.
         image_id (`str`, *optional*): Column of the ids, by default `image_id` where there is one; without one, ids are
             `<name>-<row>`.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the ids are COCO numbers or Flickr file names and get the
@@ -116,7 +121,8 @@ def standardise_columns(
         name (`str`, *optional*, defaults to `"dataset"`): What messages call it.
 
     Returns:
-        `datasets.Dataset`: `image_id`, `image`, `captions`, and `boxes`, `box_scores` where it has them.
+        `datasets.Dataset`: `image_id`, `image`, `captions`, `negatives` if asked for, and `boxes`, `box_scores` where
+            it has them.
 
     Raises:
         FileNotFoundError: If the file of a picture given by path is missing.
@@ -134,13 +140,18 @@ def standardise_columns(
     if captions_per_image is not None and captions_per_image < 1:
         raise ValueError(f"{name}: expected captions_per_image from 1, got {captions_per_image}.")
     captions_at = {row: found[:captions_per_image] for row, found in zip(merged, cleaned, strict=True)}
-    texts = [captions_at.get(row, []) for row in range(len(ids))]
+    texts = {"captions": [captions_at.get(row, []) for row in range(len(ids))]}
+    if negatives is not None:
+        _require_column(dataset, negatives, NEGATIVES, name)
+        false = _merge_captions(ids, text_lists(dataset, negatives, name))
+        texts[NEGATIVES] = clean_negatives([false.get(row) for row in range(len(ids))])
+    columns = {column: (values, CAPTION_FEATURES["captions"]) for column, values in texts.items()}
     table = put_columns(
         with_plain_regions(dataset.with_format(None), name),
-        {"image_id": (ids, CAPTION_FEATURES["image_id"]), "captions": (texts, CAPTION_FEATURES["captions"])},
+        {"image_id": (ids, CAPTION_FEATURES["image_id"]), **columns},
     )
     regions = [column for column in REGION_COLUMNS if column in table.column_names]
-    table = table.select_columns(["image_id", image, "captions", *regions])
+    table = table.select_columns(["image_id", image, *texts, *regions])
     table = with_images(table, image, name)
     if len(merged) < len(ids):
         _require_one_picture(table, ids, name)
@@ -151,22 +162,13 @@ def standardise_columns(
     return table if len(keep) == len(table) else table.select(sorted(keep))
 
 
-def read_parquet(
-    pattern: str,
-    *,
-    image: str = "image",
-    captions: str = "captions",
-    image_id: str | None = None,
-    source: str | None = None,
-    captions_per_image: int | None = None,
-    missing: str = "raise",
-) -> Dataset:
+@with_options_of(standardise_columns, "name")
+def read_parquet(pattern: str, **options: Any) -> Dataset:
     """Read parquet files with a column of pictures and one of captions.
 
     Args:
         pattern (`str`): A path or glob; `**` goes into subfolders.
-        image, captions, image_id, source, captions_per_image, missing (*optional*): As in [`standardise_columns`].
-            Without ids, rows are called `<folder>/<file>-<row>`.
+        options: As in [`standardise_columns`], without `name`. Without ids, rows are called `<folder>/<file>-<row>`.
 
     Returns:
         `datasets.Dataset`: As [`standardise_columns`] gives it.
@@ -179,32 +181,21 @@ def read_parquet(
     names = [f"{path.resolve().parent.name}/{path.stem}-{row}" for path, rows in files for row in range(rows)]
     require_rows(len(names), f"'{pattern}'")
     dataset = load_parquet([path for path, _ in files], pattern)
-    options: dict[str, Any] = {"image": image, "captions": captions, "source": source, "missing": missing}
-    options["captions_per_image"] = captions_per_image
-    if image_id is None and "image_id" not in dataset.column_names:
-        dataset, image_id = put_columns(dataset, {"image_id": (names, CAPTION_FEATURES["image_id"])}), "image_id"
-    return standardise_columns(dataset, image_id=image_id, name=f"'{pattern}'", **options)
+    if options.get("image_id") is None and "image_id" not in dataset.column_names:
+        dataset = put_columns(dataset, {"image_id": (names, CAPTION_FEATURES["image_id"])})
+        options["image_id"] = "image_id"
+    return standardise_columns(dataset, name=f"'{pattern}'", **options)
 
 
-def read_hub(
-    name: str,
-    split: str,
-    *,
-    config: str | None = None,
-    image: str = "image",
-    captions: str = "captions",
-    image_id: str | None = None,
-    source: str | None = None,
-    captions_per_image: int | None = None,
-    missing: str = "raise",
-) -> Dataset:
+@with_options_of(standardise_columns, "name")
+def read_hub(name: str, split: str, *, config: str | None = None, **options: Any) -> Dataset:
     """Read a split of a dataset of the Hub, or of a local folder that `datasets.load_dataset` understands.
 
     Args:
         name (`str`): The dataset's id or folder.
         split (`str`): The split, slices such as `train[:100]` excepted (they hold a colon).
         config (`str`, *optional*): The dataset's configuration.
-        image, captions, image_id, source, captions_per_image, missing (*optional*): As in [`standardise_columns`].
+        options: As in [`standardise_columns`], without `name`.
 
     Returns:
         `datasets.Dataset`: As [`standardise_columns`] gives it.
@@ -213,17 +204,7 @@ def read_hub(
         FileNotFoundError: If there is no such dataset.
         ValueError: If there is no such split, or as [`standardise_columns`] says.
     """
-    dataset = load_hub(name, split, config=config)
-    return standardise_columns(
-        dataset,
-        image=image,
-        captions=captions,
-        image_id=image_id,
-        source=source,
-        captions_per_image=captions_per_image,
-        missing=missing,
-        name=f"{name}-{split}",
-    )
+    return standardise_columns(load_hub(name, split, config=config), name=f"{name}-{split}", **options)
 
 
 def read_disk(folder: str) -> Dataset:
@@ -259,6 +240,8 @@ def read_disk(folder: str) -> Dataset:
             f"Expected the column {wrong[0]!r} as {CAPTION_FEATURES[wrong[0]]} in '{folder}', got {dataset.features}. "
             "Bring the dataset into the schema with `standardise_columns`."
         )
+    if (texts := dataset.features.get(NEGATIVES)) not in (None, CAPTION_FEATURES["captions"]):
+        raise ValueError(f"Expected the column {NEGATIVES!r} of '{folder}' as lists of text, got {texts}.")
     require_rows(len(dataset), f"'{folder}'")
     require_unique(dataset["image_id"][:], f"'{folder}'")
     return with_plain_regions(dataset, f"'{folder}'")

@@ -36,6 +36,7 @@ from modeling_dclip.data.scenes.drawing import (
     random_scene,
     siblings,
 )
+from modeling_dclip.data.scenes.hard_negatives import hard_negatives
 from modeling_dclip.data.specs import PART, SEED, Range
 
 MOST_SCENES = Range(1, 10**7, whole=True)
@@ -100,6 +101,7 @@ def load_scenes(
     image_size: Annotated[int, SIDES] = 128,
     singles: Annotated[float, PART] = 0.0,
     max_siblings: Annotated[int, Range(0, 1000, whole=True)] = 3,
+    negatives: bool = False,
 ) -> Dataset:
     """Draw a split of the scenes.
 
@@ -116,10 +118,12 @@ def load_scenes(
         singles (`float`, *optional*, defaults to 0.0): Share of families that hold one group only, in [0, 1].
         max_siblings (`int`, *optional*, defaults to 3): Scenes beside each that differ from it in one respect only, at
             most; 0 makes all scenes independent. The more there are, the more of the problem is telling them apart.
+        negatives (`bool`, *optional*, defaults to `False`): A column `negatives` of sentences that are false of the
+            scene in one respect each, see [`~modeling_dclip.data.scenes.hard_negatives`]. A single group has none.
 
     Returns:
         `datasets.Dataset`: Columns `image_id`, `image`, `captions`, `coarse_caption`, `boxes` float32 (R, 4) xyxy in
-            pixels, `box_scores` float32 (R,), all 1.
+            pixels, `box_scores` float32 (R,), all 1; maybe `negatives`.
 
     Raises:
         ValueError: If the split or the kind of captions is unknown, `n < 1` or `max_siblings < 0`.
@@ -137,6 +141,8 @@ def load_scenes(
     columns: dict[str, list[Any]] = {
         name: [] for name in ("image_id", "image", "captions", "coarse_caption", "boxes", "box_scores")
     }
+    if negatives:
+        columns["negatives"] = []
     scenes = iterate_scenes(split, n, seed, singles, max_siblings)
     for index, (scene, rng) in enumerate(tqdm(scenes, total=n, desc=f"Drawing scenes ({split})", unit="image")):
         image, boxes = draw_scene(scene, rng, image_size)
@@ -149,6 +155,11 @@ def load_scenes(
         columns["coarse_caption"].append(coarse)
         columns["boxes"].append(boxes)
         columns["box_scores"].append(np.ones(len(boxes), np.float32))
+        if negatives:
+            false = {}
+            if len(scene.groups) > 1:  # of a source of its own, so that pictures and captions are the same without
+                false = hard_negatives(scene, random.Random(f"false captions/{split}/{seed}/{index}"))[1]
+            columns["negatives"].append(list(false.values()))
     features = Features(
         image_id=Value("string"),
         image=Image(),
@@ -156,6 +167,7 @@ def load_scenes(
         coarse_caption=Value("string"),
         boxes=List(List(Value("float32"), length=4)),
         box_scores=List(Value("float32")),
+        **({"negatives": List(Value("string"))} if negatives else {}),
     )
     return Dataset.from_dict(columns, features=features)
 

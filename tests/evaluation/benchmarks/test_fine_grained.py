@@ -9,9 +9,9 @@ from datasets import Dataset, Features
 from PIL import Image as PILImage
 
 from modeling_dclip.data.questions import load_fine_grained
-from modeling_dclip.data.questions.hard_negatives import CATEGORIES
 from modeling_dclip.data.questions.rows import CROP_FEATURE, PAIR_FEATURE, QUESTION_FEATURES
 from modeling_dclip.data.scenes import encode_png
+from modeling_dclip.data.scenes.hard_negatives import CATEGORIES
 from modeling_dclip.encoders import Encoder
 from modeling_dclip.encoders.retrieval_ranks import TIE_TOLERANCE
 from modeling_dclip.evaluation.benchmarks.fine_grained import (

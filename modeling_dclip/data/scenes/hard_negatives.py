@@ -1,5 +1,5 @@
-"""Drawn scenes with sentences that are false in one respect: does a model bind attributes, order and number, or only
-words?
+"""Sentences that are false of a drawn scene in one respect: does a model bind attributes, order and number, or only
+words? Asked in questions, or learned from.
 
 The true sentence and the false one share their wording and differ in that respect only:
 
@@ -26,11 +26,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from datasets import Dataset
-from tqdm.auto import tqdm
-
-from modeling_dclip.data.questions.rows import QUESTION_FEATURES
-from modeling_dclip.data.scenes import check_request, encode_png, iterate_scenes
 from modeling_dclip.data.scenes.drawing import (
     COLOURS,
     COUNT_WEIGHTS,
@@ -38,7 +33,6 @@ from modeling_dclip.data.scenes.drawing import (
     RELATIONS,
     SHAPES,
     Scene,
-    draw_scene,
     noun_phrase,
 )
 
@@ -171,34 +165,3 @@ def hard_negatives(scene: Scene, rng: random.Random) -> tuple[str, dict[str, str
     negatives = {name: say(false, wording) for name, false in false_scenes.items() if false is not None}
     negatives["swapped_relation"] = _say_reversed(scene, wording)
     return sentence, {name: negatives[name] for name in CATEGORIES if name in negatives}
-
-
-def load_hard_negatives(split: str = "test", *, n: int = 1000, seed: int = 0, image_size: int = 128) -> Dataset:
-    """Draw independent scenes, each with one true sentence and one false sentence a category.
-
-    The pictures are those of `scenes:SPLIT,n=N,seed=SEED,max_siblings=0`.
-
-    Args:
-        split (`str`, *optional*, defaults to `"test"`): As in [`~modeling_dclip.data.scenes.load_scenes`].
-        n (`int`, *optional*, defaults to 1000): Number of scenes; with about 6.2 questions each.
-        seed (`int`, *optional*, defaults to 0): Another seed is another dataset.
-        image_size (`int`, *optional*, defaults to 128): Side of the stored image in pixels.
-
-    Returns:
-        `datasets.Dataset`: The schema of [`~modeling_dclip.data.questions.rows`], one false caption a question: chance
-            is 1/2.
-
-    Raises:
-        ValueError: If the split is unknown or `n < 1`.
-    """
-    check_request(split, n)
-    columns: dict[str, list[Any]] = {name: [] for name in QUESTION_FEATURES}
-    scenes = iterate_scenes(split, n, seed, max_siblings=0)
-    for index, (scene, rng) in enumerate(tqdm(scenes, total=n, desc=f"Drawing scenes ({split})", unit="image")):
-        sentence, negatives = hard_negatives(scene, random.Random(f"hard negatives/{split}/{seed}/{index}"))
-        columns["image_id"].append(f"scenes-{split}-{seed}-{index}")
-        columns["image"].append(encode_png(draw_scene(scene, rng, image_size)[0]))
-        columns["captions"].append([sentence] * len(negatives))
-        columns["negative_captions"].append([[negative] for negative in negatives.values()])
-        columns["categories"].append(list(negatives))
-    return Dataset.from_dict(columns, features=QUESTION_FEATURES)

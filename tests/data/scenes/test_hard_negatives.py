@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from modeling_dclip.data.questions.hard_negatives import CATEGORIES, hard_negatives, load_hard_negatives
+from modeling_dclip.data.questions import load_hard_negatives
 from modeling_dclip.data.questions.rows import QUESTION_FEATURES
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.scenes.drawing import (
@@ -24,6 +24,7 @@ from modeling_dclip.data.scenes.drawing import (
     detailed_captions,
     random_scene,
 )
+from modeling_dclip.data.scenes.hard_negatives import CATEGORIES, hard_negatives
 
 NUMBERS = {"a": 1, "an": 1, "one": 1, "a single": 1, "two": 2, "three": 3}
 WITH = {"stripes": "striped", "dots": "dotted", "checks": "checked"}
