@@ -71,7 +71,8 @@ from modeling_dclip.distillation.run import (
 from modeling_dclip.distillation.stages import run_stages
 from modeling_dclip.encoders.loading import ADAPTER_FOLDER
 from modeling_dclip.evaluation.arms import evaluate_arms, evaluate_run
-from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark, read_benchmark
+from modeling_dclip.evaluation.benchmarks.kinds import check_benchmark, check_probe, find_reported, read_benchmark
+from modeling_dclip.evaluation.evaluator import Probes
 from modeling_dclip.evaluation.leakage import LeakageOptions, evaluate_leakage
 from modeling_dclip.evaluation.records import Record, read_results
 from modeling_dclip.evaluation.reports.maps import draw_teacher_attention
@@ -122,11 +123,13 @@ def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> Pub
     the benchmarks.
     """
     found = MistakeCollector()
-    benchmarks = list(dict.fromkeys(name for run in runs for name in run.recipe.run.evaluate))
     arms = {run.arm: run.recipe for run in runs}  # what is checked does not depend on the seed
-    for benchmark in benchmarks:
-        with found.collecting(), naming(f"evaluate: {benchmark}"):
-            if (spec := check_benchmark(benchmark)) is not None:
+    benchmarks = {("evaluate", name): check_benchmark for run in runs for name in run.recipe.run.evaluate}
+    students = [arm for arm in arms.values() if "student" in arm.stages]
+    benchmarks |= {("student.probe", name): check_probe for arm in students for name in arm.student.probe}
+    for (field, benchmark), check in benchmarks.items():
+        with found.collecting(), naming(f"{field}: {benchmark}"):
+            if (spec := check(benchmark)) is not None:
                 spec.check_files()
     with found.collecting():
         check_effects(runs, recipe)
@@ -138,11 +141,43 @@ def check_all(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> Pub
     for arm in arms.values():
         with found.collecting():
             check_starting_models(arm, recipe, shared)
-    for benchmark in benchmarks if PartialState().is_main_process else []:
-        with found.collecting(), naming(f"evaluate: {benchmark}"):
+    for arm in students:
+        with found.collecting():
+            check_choices(arm, runs, Path(recipe.run.output_dir))
+    for field, benchmark in benchmarks if PartialState().is_main_process else []:
+        with found.collecting(), naming(f"{field}: {benchmark}"):
             read_benchmark(benchmark, begins=recipe.run.output_dir)
     found.tell()
     return publication
+
+
+def check_choices(arm: Recipe, runs: Sequence[ArmRun], folder: Path) -> None:
+    """Refuse a student that is chosen on data which its results are reported on, and points on a line whose end a rule
+    chooses anew for each run.
+
+    Args:
+        arm ([`Recipe`]): Of one arm.
+        runs (`Sequence[ArmRun]`): All of the recipe.
+        folder (`Path`): The run's, which names its test part.
+
+    Raises:
+        ValueError: Naming the benchmark, what reports it and the field that chooses by it.
+    """
+    name = arm.student.choosing_field
+    if arm.run.alphas and arm.student.wise_ft_rule is not None:
+        raise ValueError(
+            "alphas: expected none beside student.wise_ft_rule, which chooses a point of its own for each seed, and "
+            f"maybe the anchor, got {arm.run.alphas}. Leave one of both out."
+        )
+    tests = [f"retrieval={HELD_OUT}:{place}" for place in (folder, arm.run.output_dir)]
+    reported = list(dict.fromkeys(one for run in runs for one in run.recipe.run.evaluate))
+    for benchmark in arm.student.probe if name is not None else []:
+        if same := find_reported(benchmark, [*tests, *reported]):
+            where = "the run's test part" if same in tests else f"what evaluate reports ({same})"
+            raise ValueError(
+                f"student.probe: expected other data than {where} beside {name}, which chooses by it, got "
+                f"{benchmark}. Name other images, such as a validation split: what is reported must not choose."
+            )
 
 
 def train_runs(recipe: Recipe, runs: Sequence[ArmRun], shared: SharedData) -> None:
@@ -357,7 +392,7 @@ def run_recipe(recipe: Recipe) -> None:
     if (gpus := torch.cuda.device_count()) > 1 and PartialState().num_processes == 1:
         start = f"accelerate launch --num_processes {gpus} {show_script('train.py')}"
         logging.warning("One of %d GPUs is used. All of them: `%s` and the same words.", gpus, start)
-    runs, shared = expand_arms(recipe), SharedData()
+    runs, shared = expand_arms(recipe), SharedData(open_probe=Probes())
     publication = check_all(recipe, runs, shared)
     results = Path(recipe.run.output_dir) / "results"
     with holding_folders([recipe.run.output_dir, *(run.recipe.run.output_dir for run in runs)]):

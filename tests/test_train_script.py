@@ -16,6 +16,7 @@ from fixtures.processes import run_forked
 from huggingface_hub import constants
 
 from modeling_dclip import DCLIPModel
+from modeling_dclip.data.failures import Mistakes
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.evaluation.records import read_results
 
@@ -234,3 +235,56 @@ def test_the_processes_part_together_before_the_main_one_reports(tmp_path, monke
     State.is_main_process = False
     script.run_recipe(script.parse_recipe([], tmp_path / "recipe.yaml"))
     assert done == ["train", "wait", "part"]
+
+
+CHOSEN = {"keep_retention": 0.9, "probe": ["zero_shot=scenes:validation"]}
+
+
+@pytest.mark.parametrize(
+    ("student", "message"),
+    [
+        (CHOSEN, None),
+        ({"probe": ["zero_shot", "retrieval=held_out:RUN", "retrieval=scenes:test,n=8"]}, None),  # watched
+        ({**CHOSEN, "probe": ["zero_shot"]}, r"what evaluate reports \(zero_shot=scenes:test\) beside keep_retention"),
+        ({**CHOSEN, "probe": ["zero_shot=scenes:validation", "retrieval=held_out:RUN"]}, "than the run's test part"),
+        (
+            {"wise_ft_rule": "best mean_recall@1 at retention 0.9", "eval_strategy": "epoch", "probe": ["zero_shot"]},
+            "beside wise_ft_rule, which chooses by it, got zero_shot. Name other images",
+        ),
+    ],
+)
+def test_what_is_reported_chooses_nothing(student, message, tmp_path):
+    script, folder = importlib.import_module("train"), tmp_path / "run"
+    student = {**student, "probe": [one.replace("RUN", str(folder)) for one in student["probe"]]}
+    recipe = {"output_dir": str(folder), "evaluate": ["retrieval=scenes:test,n=8", "zero_shot=scenes:test"]}
+    recipe |= {"arms": {"a": {"student": student}, "b": {}}, "train_fraction": 0.5}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs = script.expand_arms(script.parse_recipe([], tmp_path / "recipe.yaml"))
+    script.check_choices(runs[1].recipe, runs, folder)
+    if message is None:
+        script.check_choices(runs[0].recipe, runs, folder)
+    else:
+        with pytest.raises(ValueError, match=message):
+            script.check_choices(runs[0].recipe, runs, folder)
+
+
+def test_points_on_a_line_whose_end_a_rule_chooses_are_refused(tmp_path):
+    script = importlib.import_module("train")
+    student = {"wise_ft_rule": "best mean_recall@1 at retention 0.9", "eval_strategy": "epoch"}
+    recipe = {"evaluate": ["zero_shot"], "alphas": [0.5], "seeds": [0, 1], "train_fraction": 0.5}
+    recipe |= {"student": {**student, "probe": CHOSEN["probe"]}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    runs = script.expand_arms(script.parse_recipe([], tmp_path / "recipe.yaml"))
+    with pytest.raises(ValueError, match=r"alphas: expected none beside student.wise_ft_rule, .* got \[0.5\]"):
+        script.check_choices(runs[0].recipe, runs, tmp_path / "run")
+
+
+def test_a_wrong_probe_is_told_with_the_other_mistakes_before_any_work(tmp_path):
+    script = importlib.import_module("train")
+    words = ["--output_dir", str(tmp_path / "run"), "--evaluate", "retrieval=nope:a", "--student.probe", "hessian"]
+    recipe = script.parse_recipe([*words, f"zero_shot=imagefolder:{tmp_path / 'none'}"], script.DEMO)
+    with pytest.raises(Mistakes) as found:
+        script.check_all(recipe, script.expand_arms(recipe), script.SharedData())
+    begins = ("evaluate: retrieval=nope:a: ", "student.probe: hessian: ", "student.probe: zero_shot=imagefolder:")
+    assert all(str(one).startswith(begin) for one, begin in zip(found.value.errors, begins, strict=True))
+    assert not (tmp_path / "run").exists()

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import Field, dataclass, field, fields
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -95,7 +95,7 @@ _STORED = "auto"
 _OWN_LOSS = "auto"
 _BANK_LIMIT, _ALL_NEGATIVES = 2**20, 1.01
 # Fields that records written before they existed lack: at these values they decide nothing.
-_LATER = {
+_LATER: dict[str, Any] = {
     "save_dtype": _STORED,
     "per_device_eval_batch_size": None,
     "contrastive_loss": _OWN_LOSS,
@@ -108,7 +108,13 @@ _LATER = {
     "max_negative_similarity": _ALL_NEGATIVES,
     "batch_order": "random",
     "hard_negatives": "none",
+    "probe": [],
+    "probe_steps": 0.25,
+    "keep_retention": None,
+    "wise_ft_rule": None,
 }
+# Of these a student reads what chooses its weights; without either, benchmarks are watched and decide nothing.
+_WATCHED, _CHOOSING = ("probe", "probe_steps"), ("keep_retention", "wise_ft_rule")
 _LATER_IN_ANCHOR = {"vision_model": None, "text_model": None, "freeze_vision": True, "freeze_text": True}
 
 
@@ -421,6 +427,47 @@ def check_pattern(pattern: str) -> str:
         ) from error
 
 
+class WiseFTRule(NamedTuple):
+    """A rule that chooses `wise_ft_alpha`: of the points that keep `retention`, that of the highest `metric`."""
+
+    metric: str
+    retention: float
+
+
+_RULE = re.compile(r"best (\S+) at retention (\S+)")
+
+
+def parse_wise_ft_rule(text: str) -> WiseFTRule:
+    """Take `student.wise_ft_rule` apart.
+
+    Args:
+        text (`str`): `best METRIC at retention NUMBER`.
+
+    Returns:
+        [`WiseFTRule`]: Its metric is one of a student's validation, its retention in (0, 1].
+
+    Raises:
+        ValueError: If it is something else; the message shows the form and the metrics.
+
+    Example:
+        >>> parse_wise_ft_rule("best mean_recall@1 at retention 0.98")
+        WiseFTRule(metric='mean_recall@1', retention=0.98)
+    """
+    match, retention = _RULE.fullmatch(" ".join(text.split())), None
+    if match is not None:
+        try:
+            retention = float(match[2])
+        except ValueError:
+            retention = None
+    if match is None or retention is None or match[1] not in (MEAN_RECALL, *RECALLS) or retention not in AREA:
+        raise ValueError(
+            "wise_ft_rule: expected 'best METRIC at retention NUMBER' with METRIC one of "
+            f"{', '.join((MEAN_RECALL, *RECALLS))} and NUMBER above 0 and at most 1, such as 'best {MEAN_RECALL} at "
+            f"retention 0.98', got {shown(text)}."
+        )
+    return WiseFTRule(match[1], retention)
+
+
 def is_installed(package: str) -> bool:
     """Whether a package is installed. It is not imported."""
     return importlib.util.find_spec(package) is not None
@@ -699,6 +746,25 @@ class StudentArguments(AdapterArguments):
         1.0,
         range=PART,
     )
+    probe: list[str] = _help(
+        "Benchmarks to measure while training, each NAME=SPEC as in evaluate (retrieval, zero_shot, fine_grained, "
+        "diagnostics): before the first step, every probe_steps and after the last step. They only show how training "
+        "goes, unless keep_retention or wise_ft_rule reads them.",
+        [],
+    )
+    probe_steps: float = _help(
+        "Measure probe every n steps; a value below 1 is a share of all steps.", 0.25, range=STEPS
+    )
+    keep_retention: float | None = _help(
+        "Stop at the first probe whose zero-shot accuracy is less than this share of the accuracy before training "
+        "(mean over the zero_shot benchmarks of probe), and keep the weights of the last probe that was not.",
+        range=AREA,
+    )
+    wise_ft_rule: str | None = _help(
+        "Choose wise_ft_alpha after training, as 'best METRIC at retention NUMBER': of 11 points from the anchor to "
+        "the student, the one with the best METRIC on the validation images (mean_recall@1, text_to_image_recall@1 or "
+        "image_to_text_recall@1) that keeps this share of the zero-shot accuracy of probe."
+    )
     min_crop_area: float = _help(
         "If below 1, train on random square crops of at least this share of the image's area.", 1.0, range=AREA
     )
@@ -782,9 +848,41 @@ class StudentArguments(AdapterArguments):
             )
         if self.lora_text and not {"text_embeds"} & set(self.columns):
             raise ValueError("lora_text: expected a loss that reads texts, got none. Set contrastive_loss_weight.")
+        self._check_choices()
         asked, self.load_best_model_at_end = self.load_best_model_at_end, False
         super().__post_init__()
         self._resolve_best(asked)
+
+    @property
+    def choosing_field(self) -> str | None:
+        """The field that lets the benchmarks of `probe` choose weights; `None` if they are watched only."""
+        return next((name for name in _CHOOSING if getattr(self, name) is not None), None)
+
+    def _check_choices(self) -> None:
+        """Refuse a choice of weights by benchmarks or by a validation that are not there."""
+        if (name := self.choosing_field) and not any(one.partition("=")[0] == "zero_shot" for one in self.probe):
+            raise ValueError(
+                f"{name}: expected a zero_shot benchmark in probe, whose accuracy is to be kept, got "
+                f"{', '.join(self.probe) or 'none'}. Set probe, for example to zero_shot=imagefolder:FOLDER."
+            )
+        if self.wise_ft_rule is None:
+            return
+        parse_wise_ft_rule(self.wise_ft_rule)
+        if self.wise_ft_alpha != 1:
+            raise ValueError(
+                f"wise_ft_rule: expected wise_ft_alpha 1 beside it, which it chooses, got {self.wise_ft_alpha:g}. "
+                "Leave one of both out."
+            )
+        if self.use_dora:
+            raise ValueError(
+                "wise_ft_rule: expected no use_dora, whose adapter cannot be scaled between anchor and student, got "
+                "true. Leave one of both out."
+            )
+        if self.eval_strategy == IntervalStrategy.NO:
+            raise ValueError(
+                "wise_ft_rule: expected a validation part, whose images choose, got eval_strategy no. Set "
+                "eval_strategy to epoch or steps, and train_fraction below 1."
+            )
 
     def _resolve_best(self, asked: bool | None) -> None:
         """Decide whether the best checkpoint is kept, and by what. The base class would refuse checkpoints at other
@@ -1047,11 +1145,13 @@ def deciding_fields(arguments: Section) -> dict[str, Any]:
     defaults = {f.name: default_of(f) for f in fields(arguments)}
     later = _LATER | (_LATER_IN_ANCHOR if isinstance(arguments, AnchorArguments) else {})
     inherited |= {name: value for name, value in later.items() if name in defaults and defaults[name] == value}
-    resolved = as_plain(arguments)
+    resolved, side = as_plain(arguments), _SIDE_FIELDS
+    if isinstance(arguments, StudentArguments) and arguments.choosing_field is None:
+        side = side | set(_WATCHED)
     return {
         name: value
         for name, value in resolved.items()
-        if name not in _SIDE_FIELDS and (name not in inherited or value != inherited[name])
+        if name not in side and (name not in inherited or value != inherited[name])
     }
 
 

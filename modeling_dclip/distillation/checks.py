@@ -473,6 +473,7 @@ def _field_rules(section: str, args: Any) -> Iterator[tuple[str, bool, str]]:
         yield "batch_order", not in_batch, "no loss compares the images of a batch"
         for name in ("bank_limit", "max_negative_similarity"):
             yield name, args.negatives != "bank", "student.negatives is not bank"
+        yield "probe_steps", not args.probe, "student.probe names no benchmark"
     elif section == "teacher":
         for name in ("num_clusters", "num_cluster_steps"):
             yield name, args.aggregation != "multi_cluster", "teacher.aggregation is not multi_cluster"

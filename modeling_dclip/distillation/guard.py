@@ -110,7 +110,7 @@ class TrainingGuard(TrainerCallback):
         late = args.on_nonfinite == "stop" and self.accelerator.device.type == "cuda"
         step = self._look(state.global_step + 1, model, late)
         if late:
-            self._settle(args)
+            self.settle(args)
             self._waiting = step
         elif not step.is_odd():
             self._keep(step)
@@ -131,15 +131,15 @@ class TrainingGuard(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         """Nothing is logged, measured or saved before its step was looked at."""
         if control.should_log or control.should_evaluate or control.should_save or control.should_training_stop:
-            self._settle(args)
+            self.settle(args)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         """As at the end of a step."""
-        self._settle(args)
+        self.settle(args)
 
     def on_train_end(self, args, state, control, **kwargs):
         """Say how many steps were left out."""
-        self._settle(args)
+        self.settle(args)
         if self.skipped:
             logger.warning("%s: left out %s of %d", self.stage, count_of(self.skipped, "step"), state.global_step)
 
@@ -191,7 +191,7 @@ class TrainingGuard(TrainerCallback):
         """The sum over all processes, so that all decide alike."""
         return self.accelerator.reduce(odd) if self.accelerator.num_processes > 1 else odd
 
-    def _settle(self, args: Any) -> None:
+    def settle(self, args: Any) -> None:
         """Read what the last step was, where that was put off."""
         step, self._waiting = self._waiting, None
         if step is None:

@@ -62,6 +62,7 @@ from modeling_dclip.distillation.checkpoints import (
     read_notes,
     read_record,
 )
+from modeling_dclip.distillation.probe import OpenProbe
 from modeling_dclip.distillation.recipes import Recipe, check_uncaptioned_fields, require_leak_free
 from modeling_dclip.distillation.trainer import cast_weights, warn_of_warm_up
 from modeling_dclip.encoders.families import (
@@ -459,6 +460,7 @@ class SharedData:
         pixels (`dict[tuple, PixelReader]`): Decoded images.
         fingerprints (`dict[str, str]`): Of models, by spec or path.
         clips (`dict[str, Clip]`): The CLIPs that runs start from, by path and the state of their files.
+        open_probe (`Callable`, *optional*): Takes the benchmarks of `student.probe` and gives what measures them.
     """
 
     sources: dict[str, Splits] = field(default_factory=dict)
@@ -473,6 +475,7 @@ class SharedData:
     pixels: dict[tuple, PixelReader] = field(default_factory=dict)
     fingerprints: dict[str, str] = field(default_factory=dict)
     clips: dict[str, "Clip"] = field(default_factory=dict)
+    open_probe: OpenProbe | None = None
 
 
 def load_training_images(recipe: Recipe, shared: SharedData) -> Splits:

@@ -50,6 +50,7 @@ from modeling_dclip.distillation.arguments import (
 )
 from modeling_dclip.distillation.checkpoints import RECORD_NAME
 from modeling_dclip.distillation.dmclip import run_dmclip_stages
+from modeling_dclip.distillation.probe import Probe, choose_alpha
 from modeling_dclip.distillation.recipes import Recipe
 from modeling_dclip.distillation.run import (
     UNCAPTIONED,
@@ -112,10 +113,16 @@ def run_stages(recipe: Recipe, shared: SharedData | None = None) -> Path:
 
     Raises:
         FileNotFoundError: If a stage needs one that was not run.
-        ValueError: If a stage's folder was made from other inputs, or an input is wrong.
+        ValueError: If a stage's folder was made from other inputs, an input is wrong, or `student.probe` names
+            benchmarks and `shared` has nothing that measures them.
     """
     check_uncaptioned(recipe)
     shared = SharedData() if shared is None else shared
+    if recipe.student.probe and shared.open_probe is None and "student" in recipe.stages:
+        raise ValueError(
+            "student.probe: expected SharedData(open_probe=...), which measures benchmarks, got none. Train with "
+            "train.py, or pass an object of modeling_dclip.evaluation.evaluator.Probes."
+        )
     places, stages = Places.of(recipe), recipe.stages
     logger.info("Stages: %s, in %s", ", ".join(stages), places.folder)
     check_parts(recipe, shared)
@@ -173,13 +180,14 @@ def _run_dclip_stages(recipe: Recipe, stages: Collection[str], places: Places, s
 
 
 def student_keys(args: StudentArguments, images: Splits) -> list[str]:
-    """Keys of the images that have a say in a student: it learns from them, or they choose its checkpoint.
+    """Keys of the images that have a say in a student: it learns from them, or they choose its weights.
 
     Args:
-        args ([`StudentArguments`]): Say whether a validation chooses the checkpoint.
+        args ([`StudentArguments`]): Say whether a validation chooses the checkpoint, or a point before it.
         images (`dict[str, KeyedRows]`): From [`~modeling_dclip.distillation.run.load_training_images`].
     """
-    choosing = [images["validation"]] if args.load_best_model_at_end and "validation" in images else []
+    chooses = args.load_best_model_at_end or args.wise_ft_rule is not None
+    choosing = [images["validation"]] if chooses and "validation" in images else []
     return [key for split in [*student_splits(images), *choosing] for key in split.keys]
 
 
@@ -449,6 +457,9 @@ def train_student(
     record = places.record("student", inputs | {"targets": finished_inputs(targets)})
     if record.finished:
         return
+    probe = shared.open_probe(args.probe) if shared.open_probe is not None and args.probe else None
+    if probe is not None and args.choosing_field is not None and PartialState().is_main_process:
+        learned = learned._replace(keys=[*learned.keys, *probe.image_keys()])  # they choose too
     learned.keep(record.folder)
     columns = ["image_id", "image", "captions", *args.columns]
     taught = {
@@ -464,7 +475,7 @@ def train_student(
     pixels = share_pixels(data, processor.image_processor, args.image_cache_mib, shared)
     adapter_alone = args.lora_rank is not None and not args.merge_adapter
     dtype = "float32" if adapter_alone else _resolve_dtype(args.save_dtype, "student", clip.path)
-    options: dict[str, Any] = {"validation": validation, "pixels": pixels, "save_dtype": dtype}
+    options: dict[str, Any] = {"validation": validation, "pixels": pixels, "save_dtype": dtype, "probe": probe}
     fit_student(model, args, train, processor, resolved_arguments, **options)
     record.finish()
 
@@ -479,6 +490,7 @@ def fit_student(
     validation: Dataset | None = None,
     pixels: PixelReader | None = None,
     save_dtype: str = "float32",
+    probe: Probe | None = None,
 ) -> StudentTrainer:
     """Fine-tune the image encoder of a dual encoder on stored targets, and save it in `args.output_dir`.
 
@@ -493,6 +505,7 @@ def fit_student(
         validation (`datasets.Dataset`, *optional*): Rows for `args.eval_strategy`.
         pixels ([`PixelReader`], *optional*): Of the same rows, shared by several runs in one process.
         save_dtype (`str`, *optional*, defaults to `"float32"`): Of the saved weights; an adapter stays float32.
+        probe ([`~modeling_dclip.distillation.probe.Probe`], *optional*): Measures the benchmarks of `args.probe`.
 
     Returns:
         [`StudentTrainer`]: After training; its `dual_encoder` is the student, in float32.
@@ -500,8 +513,8 @@ def fit_student(
     Raises:
         ImportError: If adapters are asked for and peft is not installed.
         RuntimeError: If a frozen weight has changed.
-        ValueError: If a column is missing or wrong, a freeze pattern matches nothing, or a weight is too large for
-            `save_dtype`.
+        ValueError: If a column is missing or wrong, a freeze pattern matches nothing, a weight is too large for
+            `save_dtype`, or as [`~modeling_dclip.distillation.probe.choose_alpha`].
     """
     anchor = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     adapters = None
@@ -511,7 +524,8 @@ def fit_student(
         adapters = add_adapters(model, args, ("vision_model", "text_model") if args.lora_text else ("vision_model",))
     with counting_cuts():
         batches, eval_batches = _make_batches(model, args, dataset, processor, validation, pixels)
-    trainer = StudentTrainer(model, args, batches, processor, resolved_arguments, eval_batches, adapters=adapters)
+    measures: dict[str, Any] = {"adapters": adapters, "probe": probe}
+    trainer = StudentTrainer(model, args, batches, processor, resolved_arguments, eval_batches, **measures)
     logger.info(
         "student: %s of the %s",
         freeze_parameters(trainer.model, args.freeze),
@@ -520,13 +534,43 @@ def fit_student(
     train_or_resume(trainer, Path(args.output_dir))
     trained = {name: tensor.cpu() for name, tensor in plain_state(model, merged=False).items()}
     _check_frozen(anchor, trained, trains=() if adapters is not None else image_modules(model))
+    _put_on_line(trainer, args, anchor, trained)
     if adapters is not None:
         _finish_adapters(trainer, args, save_dtype)
-        return trainer
-    if args.wise_ft_alpha < 1:
-        model.load_state_dict(interpolate_weights(anchor, trained, args.wise_ft_alpha))
-    trainer.save_result(save_dtype)
+    else:
+        trainer.save_result(save_dtype)
     return trainer
+
+
+def _put_on_line(
+    trainer: StudentTrainer, args: StudentArguments, anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]
+) -> None:
+    """Put the weights at `wise_ft_alpha` between the anchor's and the trained ones, or where `wise_ft_rule` says.
+
+    With adapters these are scaled. The saved arguments say which alpha it is.
+    """
+    model, alpha = trainer.dual_encoder, args.wise_ft_alpha
+    if alpha == 1 and args.wise_ft_rule is None:
+        return
+    trained = {name: tensor.clone() for name, tensor in trained.items()}
+    own = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+
+    def put(alpha: float) -> None:
+        if trainer.adapters is None:
+            model.load_state_dict(interpolate_weights(anchor, trained, alpha))
+            return
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                if name in own:
+                    one.copy_(own[name])
+        scale_adapters(model, alpha)
+
+    if args.wise_ft_rule is not None:
+        alpha = choose_alpha(trainer, args.wise_ft_rule, put)
+        resolved = trainer.resolved_arguments
+        student = {**resolved.get("student", {}), "wise_ft_alpha": alpha}
+        trainer.resolved_arguments = {**resolved, "student": student}
+    put(alpha)
 
 
 def _make_batches(
@@ -562,10 +606,8 @@ def _check_frozen(anchor: dict[str, torch.Tensor], trained: dict[str, torch.Tens
 
 
 def _finish_adapters(trainer: StudentTrainer, args: StudentArguments, save_dtype: str) -> None:
-    """Scale the adapter by `wise_ft_alpha` and save it, and with `merge_adapter` the student with it merged in."""
+    """Save the adapter, and with `merge_adapter` the student with it merged in."""
     model, folder = trainer.dual_encoder, Path(args.output_dir)
-    if args.wise_ft_alpha < 1:
-        scale_adapters(model, args.wise_ft_alpha)
     if args.merge_adapter:
         trainer.save_result(save_dtype)  # writes the adapter too
         trainer.adapters.merge_and_unload()

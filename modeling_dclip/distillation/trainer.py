@@ -71,6 +71,7 @@ from modeling_dclip.distillation.negatives import (
     bank_sigmoid_loss,
     bank_similarity_loss,
 )
+from modeling_dclip.distillation.probe import Probe, StudentProbe, describe_probe
 from modeling_dclip.encoders.families import SIGMOID_TRAINED, image_modules, projected
 from modeling_dclip.encoders.loading import (
     ADAPTER_FOLDER,
@@ -237,6 +238,17 @@ class _StopAtLastStep(TrainerCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
+            raise _AllStepsTaken
+
+
+class _StopAfterProbe(TrainerCallback):
+    """Ends a run that resumes where a probe had ended its training."""
+
+    def __init__(self, probing: StudentProbe):
+        self.probing = probing
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.probing.failed(state) is not None:
             raise _AllStepsTaken
 
 
@@ -457,6 +469,8 @@ class _Narrator(ProgressCallback):
             told += [_describe_recalls(logs)] if f"eval_{MEAN_RECALL}" in logs else []
             self._say(f"{place}: {', '.join(told)}")
             self.loss = None  # said once: a loss that was logged before an earlier validation is not this one's
+        elif told_probe := describe_probe(logs):
+            self._say(f"{place}: {told_probe}")
 
     def _say(self, text: str) -> None:
         self.said = time.monotonic()
@@ -1085,12 +1099,13 @@ class StudentTrainer(BatchesTrainer):
             the adapters of both towers. BatchNorm keeps its running statistics, and normalises by them.
         adapters (`peft.PeftModel`, *optional*): Around it, from
             [`~modeling_dclip.distillation.adapters.add_adapters`].
+        probe ([`~modeling_dclip.distillation.probe.Probe`], *optional*): Measures the benchmarks of `args.probe`.
         args ([`StudentArguments`]): Losses and optimiser.
         train_batches, processor, resolved_arguments, eval_batches: As for [`BatchesTrainer`].
 
     Raises:
-        ValueError: If adapters are trained with FSDP, the rows do not fill one batch, or the model has no bias for a
-            sigmoid loss.
+        ValueError: If adapters are trained with FSDP, the rows do not fill one batch, the model has no bias for a
+            sigmoid loss, or `args` names benchmarks and nothing measures them.
     """
 
     args: StudentArguments
@@ -1104,6 +1119,7 @@ class StudentTrainer(BatchesTrainer):
         resolved_arguments: dict[str, Any],
         eval_batches: Batches | None = None,
         adapters: "PeftModel | None" = None,
+        probe: Probe | None = None,
     ):
         self.dual_encoder, self.adapters = model, adapters
         self._sigmoid: tuple[float, float] | None = None  # scale and bias, which stay as they are
@@ -1125,6 +1141,9 @@ class StudentTrainer(BatchesTrainer):
         if args.ema_decay is not None:
             self.average = WeightAverage(trained, args.ema_decay)
             self.add_callback(self.average)
+        self.probing: StudentProbe | None = None
+        if args.probe:
+            self._add_probe(probe)
         readable: Any = eval_batches
         if eval_batches is not None and args.load_best_model_at_end and "text_embeds" not in readable.columns:
             if str(args.metric_for_best_model).removeprefix("eval_") in (MEAN_RECALL, *RECALLS):
@@ -1142,6 +1161,23 @@ class StudentTrainer(BatchesTrainer):
                 "l2_sp_loss_weight, layer_decay, ema_decay: expected data-parallel training, got FSDP, which flattens "
                 "the weights. Leave them out, or launch without FSDP."
             )
+
+    def _add_probe(self, probe: Probe | None) -> None:
+        """Measure benchmarks on the way, after each step of the average and before anything is saved."""
+        if probe is None:
+            raise ValueError(
+                "student.probe: expected something that measures benchmarks beside it, got none. Train with train.py, "
+                "or pass what modeling_dclip.evaluation.evaluator.Probes opens."
+            )
+        if self.is_fsdp_enabled:
+            raise ValueError(
+                "student.probe: expected data-parallel training, got FSDP, in which no process has the whole model. "
+                "Leave probe, keep_retention and wise_ft_rule out, or launch without FSDP."
+            )
+        self.probing = StudentProbe(self, probe)
+        self.add_callback(self.probing)
+        self.add_callback(_StopAfterProbe(self.probing))
+        self.add_callback(self.pop_callback(_SaveAfterEpoch))  # a probe may end the training
 
     def model_to_save(self) -> PreTrainedModel:
         """The dual encoder that holds the image encoder."""
@@ -1173,21 +1209,37 @@ class StudentTrainer(BatchesTrainer):
         return {name: (term, getattr(args, f"{name}_weight")) for name, term in terms.items()}
 
     def train(self, *args, **kwargs):
-        """As the base class; with `ema_decay` the model ends as the average, of the step whose weights are kept."""
+        """As the base class; with `ema_decay` the model ends as the average, of the step whose weights are kept; with
+        `keep_retention` as it was at the last probe that held.
+        """
         output = super().train(*args, **kwargs)
         if self.average is not None:
             self.average.put_in()
+        if self.probing is not None:
+            self.probing.keep_last_held()
         return output
+
+    def describe_best(self) -> None:
+        """As the base class, unless the weights of a probe were kept."""
+        if self.probing is None or not self.probing.is_kept():
+            super().describe_best()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Put the average in the weights' place meanwhile, where there is one."""
+        if self.average is None or not self.average.average:  # before the first step
+            yield
+            return
+        taken = self.average.put_in()
+        try:
+            yield
+        finally:
+            self.average.put_back(taken)
 
     def evaluation_loop(self, *args, **kwargs):
         """As the base class, of the average where there is one."""
-        if self.average is None or not self.average.average:  # before the first step
+        with self.averaged():
             return super().evaluation_loop(*args, **kwargs)
-        taken = self.average.put_in()
-        try:
-            return super().evaluation_loop(*args, **kwargs)
-        finally:
-            self.average.put_back(taken)
 
     def _get_train_sampler(self, train_dataset=None):
         """As the base class; with `batch_order: hard` images that are near each other come together."""
@@ -1343,7 +1395,7 @@ class StudentTrainer(BatchesTrainer):
         if self.adapters is not None and self.args.should_save:
             save_adapters(self.adapters, folder)
         if self.args.should_save and folder != Path(self.args.output_dir):
-            for part in (self.negatives, self.average):
+            for part in (self.negatives, self.average, self.probing):
                 if part is not None:
                     part.save(folder)
 

@@ -7,7 +7,7 @@ one pair, not the rest. Run again, it keeps what was measured with the same weig
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm.auto import tqdm
 from transformers.utils import logging
@@ -15,7 +15,7 @@ from transformers.utils import logging
 from modeling_dclip.data.captions.parts import TrainedImages, read_trained_images
 from modeling_dclip.data.failures import BENCHMARK_FAILURES, describe_failure, without_secrets
 from modeling_dclip.data.images import UnreadableImageError
-from modeling_dclip.encoders import Encoder
+from modeling_dclip.encoders import DualEncoder, Encoder
 from modeling_dclip.encoders.loading import load_dual_encoder
 from modeling_dclip.evaluation.benchmarks.kinds import (
     Benchmark,
@@ -156,6 +156,87 @@ def evaluate(
     if not keep_others:
         store.keep_only(done.records)
     return done
+
+
+# What of a benchmark a training follows; of a kind that is not here, everything.
+_FOLLOWED = {
+    "retrieval": ("text_to_image_recall@1", "image_to_text_recall@1"),
+    "zero_shot": ("top1", "map"),
+    "fine_grained": ("accuracy", "text_score", "image_score", "group_score"),
+}
+
+
+class LoadedProbe:
+    """Benchmarks to measure on models in memory, such as one that is training; [`Probes`] makes it.
+
+    Args:
+        benchmarks (`Sequence[str]`): As [`evaluate`] takes them. Their data are read when they are first needed.
+        probes ([`Probes`]): Loads them.
+    """
+
+    def __init__(self, benchmarks: Sequence[str], probes: "Probes"):
+        self.benchmarks, self.probes = list(benchmarks), probes
+
+    def __call__(self, model: DualEncoder, processor: Any) -> dict[str, dict[str, float]]:
+        """Measure a model where it is, in evaluation mode; its mode is restored.
+
+        Args:
+            model ([`~modeling_dclip.encoders.DualEncoder`]): On the device to use.
+            processor: The model's.
+
+        Returns:
+            `dict[str, dict[str, float]]`: By benchmark, those of a suite one by one, its main metrics by name: R@1 of
+                retrieval, top-1 or mAP, accuracies; of other kinds all.
+
+        Raises:
+            ValueError: As the benchmarks do, for example if an embedding is not finite.
+        """
+        encoder, found = self.probes.options.encoder(model, processor), {}
+        for benchmark in self.probes.load(self.benchmarks):
+            result = benchmark.evaluate(encoder)
+            metrics = {name: value for name, value in result.items() if isinstance(value, float)}
+            names = _FOLLOWED.get(benchmark.name.partition("=")[0], tuple(metrics))
+            found[benchmark.name] = {name: metrics[name] for name in names if name in metrics}
+        return found
+
+    def image_keys(self) -> list[str]:
+        """Keys of the content of all its images, each once."""
+        return list(dict.fromkeys(key for one in self.probes.load(self.benchmarks) for key in one.image_keys()))
+
+
+class Probes:
+    """Opens sets of benchmarks that are measured again and again: the data of each are loaded once for all sets.
+
+    Args:
+        options ([`~modeling_dclip.evaluation.benchmarks.kinds.EvaluationOptions`], *optional*): How to measure. By
+            default on the model's own device.
+
+    Example:
+        >>> probe = Probes()(["zero_shot=scenes:validation,n=64"])
+        >>> probe.benchmarks
+        ['zero_shot=scenes:validation,n=64']
+    """
+
+    def __init__(self, options: EvaluationOptions | None = None):
+        self.options = options or EvaluationOptions()
+        self._loaded: dict[str, Benchmark] = {}
+
+    def __call__(self, benchmarks: Sequence[str]) -> LoadedProbe:
+        """Open a set of benchmarks."""
+        return LoadedProbe(benchmarks, self)
+
+    def load(self, benchmarks: Sequence[str]) -> list[Benchmark]:
+        """The benchmarks with their data, those of a suite one by one.
+
+        Raises:
+            ConnectionError, FileNotFoundError, ValueError: As
+                [`~modeling_dclip.evaluation.benchmarks.kinds.load_benchmark`].
+        """
+        members = [member for benchmark in benchmarks for member in expand_benchmark(benchmark)]
+        for member in members:
+            if member not in self._loaded:
+                self._loaded[member] = load_benchmark(member, self.options)
+        return [self._loaded[member] for member in members]
 
 
 def _anchor_first(candidates: Sequence[Candidate], anchor: str | None) -> list[Candidate]:

@@ -218,6 +218,7 @@ def effects(*words, path=None):
         (["--student.max_steps", "5", "--student.num_train_epochs", "1"], r"student.max_steps \(5\) says how long"),
         (["--student.eval_steps", "5"], "student.eval_strategy is not steps"),
         (["--student.bank_limit", "9"], "--student.bank_limit: .*student.negatives is not bank"),
+        (["--student.probe_steps", "9"], "--student.probe_steps: .*student.probe names no benchmark"),
         (
             ["--student.micro_batch_size", "32", "--student.per_device_train_batch_size", "32"],
             r"it is not below student.per_device_train_batch_size \(32\)",

@@ -11,7 +11,7 @@ from modeling_dclip.data.images import UnreadableImageError
 from modeling_dclip.encoders.fingerprints import hash_bytes
 from modeling_dclip.evaluation import evaluator, records
 from modeling_dclip.evaluation.benchmarks.kinds import Benchmark
-from modeling_dclip.evaluation.evaluator import Candidate, evaluate
+from modeling_dclip.evaluation.evaluator import Candidate, Probes, evaluate
 from modeling_dclip.evaluation.line import Line
 from modeling_dclip.evaluation.records import outcomes_path, read_outcomes, read_results, write_results
 from modeling_dclip.evaluation.reports.tables import render_table
@@ -294,3 +294,22 @@ def test_what_a_killed_run_left_half_written_is_removed(world, tmp_path):
         "r.json",
         "r.outcomes.safetensors",
     ]
+
+
+def test_a_probe_measures_what_evaluate_does_and_loads_its_data_once(tiny_clip_dir, tmp_path, monkeypatch):
+    names = ["zero_shot=scenes:validation,n=64,image_size=32", "retrieval=scenes:test,n=8,image_size=32"]
+    done = evaluate([Candidate(str(tiny_clip_dir))], names, tmp_path / "results.json")
+    expected = {one["benchmark"]: one["metrics"] for one in done.records}
+    loaded, load = [], evaluator.load_benchmark
+    monkeypatch.setattr(evaluator, "load_benchmark", lambda *given: loaded.append(given[0]) or load(*given))
+    probes = Probes()
+    probe, (model, processor) = probes(names), evaluator.load_dual_encoder(tiny_clip_dir)[:2]
+    model.train()
+    for _ in range(2):
+        found = probe(model, processor)
+        assert list(found) == names and list(found[names[0]]) == ["top1"]
+        assert list(found[names[1]]) == ["text_to_image_recall@1", "image_to_text_recall@1"]
+        for name, metrics in found.items():
+            assert metrics == {metric: expected[name][metric] for metric in metrics}
+    assert model.training and len(probes(names[1:]).image_keys()) == 8
+    assert loaded == names

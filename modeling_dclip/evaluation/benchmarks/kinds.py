@@ -1,5 +1,7 @@
 """Benchmarks by name: load the data once, evaluate any number of models on it, and make the records."""
 
+import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -311,6 +313,62 @@ def check_benchmark(benchmark: str) -> Spec | None:
     if kind == "zero_shot" and text.startswith("suite:"):
         return None
     return KINDS[kind_of(benchmark)].parse(text or KINDS[kind].default_spec)
+
+
+PROBED_KINDS = ("retrieval", "zero_shot", "fine_grained", "diagnostics")  # they embed, and leave a model as it is
+
+
+def check_probe(benchmark: str) -> Spec | None:
+    """As [`check_benchmark`], of a benchmark that is measured on a model while it trains.
+
+    Returns:
+        [`~modeling_dclip.data.specs.Spec`] or `None`: As there.
+
+    Raises:
+        ValueError: As there; also if it does more than embed, so that it would touch the training.
+    """
+    if (kind := kind_of(benchmark)) not in PROBED_KINDS:
+        raise ValueError(f"expected a benchmark that only embeds, of {', '.join(PROBED_KINDS)}, got {kind}.")
+    return check_benchmark(benchmark)
+
+
+def find_reported(benchmark: str, reported: Sequence[str]) -> str | None:
+    """Find a benchmark among others that reads the same data, however each is written.
+
+    Args:
+        benchmark (`str`): `KIND[=SPEC]`.
+        reported (`Sequence[str]`): As many others, in the same form. A suite has all its sets.
+
+    Returns:
+        `str` or `None`: The first of `reported` that is the same kind on the same data.
+
+    Raises:
+        ConnectionError, FileNotFoundError, ValueError: As [`check_benchmark`] and [`expand_benchmark`].
+
+    Example:
+        >>> find_reported("zero_shot=scenes:test", ["zero_shot=scenes:validation", "zero_shot"])
+        'zero_shot'
+    """
+    own = {_identity(member) for member in _members(benchmark)}
+    return next((one for one in reported if own & {_identity(member) for member in _members(one)}), None)
+
+
+def _members(benchmark: str) -> list[str]:
+    """A benchmark, or the sets of a suite."""
+    kind, _, text = benchmark.partition("=")
+    is_suite = kind == "zero_shot" and text.startswith("suite:")
+    return [f"{kind}={one}" for one in expand_suite(text).specs.values()] if is_suite else [benchmark]
+
+
+def _identity(benchmark: str) -> tuple[str, ...]:
+    """What two ways to write one benchmark have in common: its kind, its source and all options, with defaults."""
+    if (spec := check_benchmark(benchmark)) is None:
+        return (benchmark,)
+    bound = inspect.signature(spec.source.build).bind(*spec.fields, **spec.options)
+    bound.apply_defaults()
+    # As paths, so that one file has one name; other words change in both alike.
+    named = (f"{name}={os.path.realpath(str(value))}" for name, value in sorted(bound.arguments.items()))
+    return (kind_of(benchmark), spec.source.form, f"@{spec.count}", *named)
 
 
 def read_benchmark(benchmark: str, *, begins: str | None = None) -> None:

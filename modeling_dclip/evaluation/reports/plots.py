@@ -12,8 +12,9 @@ import io
 import logging
 import math
 import os
+import re
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import count, product
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -22,7 +23,10 @@ import numpy as np
 from PIL import Image as PILImage
 
 from modeling_dclip.data.files import MANIFEST_NAME, list_folder, read_json, write_bytes
+from modeling_dclip.evaluation.benchmarks.forms import KIND_HELP
+from modeling_dclip.evaluation.line import read_training
 from modeling_dclip.evaluation.reports.document import PICTURE_DPI, show_text
+from modeling_dclip.evaluation.reports.metric_names import metric_of
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,9 @@ RETRIEVAL_TERMS = {
     "eval_image_to_text_recall@1": "image to text",
 }
 RETRIEVAL_COLOURS = ("#0e7490", "#be185d")
+# What a trainer logs of the benchmarks that it measures on its way: `probe_KIND[_NUMBER]_METRIC`, and the retention.
+_PROBE = re.compile(rf"probe_({'|'.join(KIND_HELP)})(_\d+)?_(.+)")
+_RETENTION, _KEPT = "probe_retention", "probe_kept_step"
 VALIDATION: dict[str, Any] = {"lw": 1.6, "ls": (0, (3, 1.6)), "marker": "o", "ms": 4.5, "mfc": "white"}
 # The least length of an axis in percentage points: a smaller difference is rarely more than noise.
 LEAST_SPAN = 5
@@ -725,15 +732,28 @@ def _read_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, _Curve]:
     for entry in log_history:
         for name, value in entry.items():
             is_loss = name != "train_loss" and (name == "loss" or name.endswith("_loss"))
-            if "step" not in entry or not (is_loss or name in RETRIEVAL_TERMS):
+            is_share = name in RETRIEVAL_TERMS or _name_probe(name) is not None
+            if "step" not in entry or not (is_loss or is_share):
                 continue
             if not math.isfinite(value):
                 what = "losses" if is_loss else "numbers"
                 raise ValueError(f"Expected finite {what}, got {name}={value} at step {entry['step']}.")
             curve = curves.setdefault(name, _Curve([], []))
             curve.steps.append(entry["step"])
-            curve.values.append(100 * value if name in RETRIEVAL_TERMS else value)
+            curve.values.append(100 * value if is_share else value)
     return curves
+
+
+def _name_probe(name: str) -> str | None:
+    """A number of a probe as words: `probe_zero_shot_top1` is "zero-shot top-1"; `None` of what is no share in [0, 1],
+    and so has no place on an axis in percent.
+    """
+    if name == _RETENTION:
+        return "retention"
+    match = _PROBE.fullmatch(name)
+    if match is None or metric_of(match[3]).unit != "%":
+        return None
+    return f"{match[1].replace('_', '-')}{(match[2] or '').replace('_', ' ')} {metric_of(match[3]).title}"
 
 
 def _name_term(term: str) -> str:
@@ -743,7 +763,9 @@ def _name_term(term: str) -> str:
 
 def _split_terms(curves: Mapping[str, _Curve]) -> tuple[dict[str, str], dict[str, str]]:
     """The terms of the first panel (total and contrastive losses) and of the second, each with its name."""
-    names = {name.removeprefix("eval_"): "" for name in curves if name not in RETRIEVAL_TERMS}
+    names = {
+        name.removeprefix("eval_"): "" for name in curves if name not in RETRIEVAL_TERMS and _name_probe(name) is None
+    }
     terms = {term: _name_term(term) for term in sorted(names, key=lambda term: (term != "loss", term))}
     others = [term for term in terms if term != "loss"]
     if "loss" in terms and len(others) == 1:
@@ -831,6 +853,39 @@ def _draw_retrieval(axes: Any, curves: Mapping[str, _Curve], images: int | None)
     _legend_at_right(axes, lines)
 
 
+def _draw_probe(axes: Any, curves: Mapping[str, _Curve]) -> None:
+    """Draw what benchmarks measured while training, on an axis of ten points or more."""
+    from matplotlib.lines import Line2D
+
+    lines = []
+    for index, (name, curve) in enumerate(curves.items()):
+        style = {
+            "color": SERIES_COLOURS[1 + index % (len(SERIES_COLOURS) - 1)],
+            "marker": MARKERS[index % len(MARKERS)],
+        }
+        axes.plot(*curve, lw=1.6, ms=4.5, **style)
+        lines.append(Line2D([], [], lw=2, ms=4.5, label=_name_probe(name), **style))
+    low, high = axes.get_ylim()
+    axes.set_ylim(_widen(low, high, 10))
+    axes.set_ylabel("probe (%)", color=INK, fontsize=9)
+    _legend_at_right(axes, lines)
+
+
+def _draw_retention(axes: Any, curve: _Curve, least: float | None) -> None:
+    """Draw the share of zero-shot accuracy that is left, in percent, and the least share that training may leave."""
+    from matplotlib.lines import Line2D
+
+    axes.plot(*curve, color=INK, lw=1.6, marker="o", ms=4.5)
+    lines = [Line2D([], [], color=INK, lw=2, marker="o", ms=4.5, label="retention")]
+    if least is not None:
+        axes.axhline(100 * least, color=QUIET, lw=1, ls="--", zorder=1)
+        lines.append(Line2D([], [], color=QUIET, lw=1, ls="--", label=f"keep_retention: {100 * least:g} %"))
+    low, high = axes.get_ylim()
+    axes.set_ylim(_widen(low, high, 10))
+    axes.set_ylabel("retention (%)", color=INK, fontsize=9)
+    _legend_at_right(axes, lines)
+
+
 def _widen(low: float, high: float, least: float) -> tuple[float, float]:
     """Limits in percent at least so far apart; not below zero if the values are not."""
     middle, half = (low + high) / 2, max(high - low, least) / 2
@@ -845,22 +900,26 @@ def plot_training(
     title: str | None = None,
     best_step: int | None = None,
     validation_images: int | None = None,
+    keep_retention: float | None = None,
 ) -> None:
     """Draw what a training logged against the optimiser's step, one panel below the other.
 
     The first panel has the total and the contrastive loss, the second the other terms, the third the retrieval of the
-    validation part; a panel without numbers is left out. A term has the same colour in every picture: solid in
-    training, dashed in validation. Of more than [`MANY_POINTS`] training points a running median is drawn over them,
-    which the legend says.
+    validation part, the fourth the benchmarks that were measured on the way (shares in [0, 1] alone), the fifth what
+    is left of their zero-shot accuracy; a panel without numbers is left out. A term has the same colour in every
+    picture: solid in training, dashed in validation. Of more than [`MANY_POINTS`] training points a running median is
+    drawn over them, which the legend says.
 
     Args:
         log_history (`Sequence[dict]`): A trainer's `state.log_history`, or that of its `trainer_state.json`: entries
-            with `step` and losses, `loss`, `<what>_loss`, `eval_loss`, and numbers of [`RETRIEVAL_TERMS`]. The last
-            entry's `train_loss`, a mean over all steps, is no point of a curve and is left out.
+            with `step` and losses, `loss`, `<what>_loss`, `eval_loss`, numbers of [`RETRIEVAL_TERMS`], and of
+            benchmarks `probe_KIND_METRIC` and `probe_retention`. The last entry's `train_loss`, a mean over all steps,
+            is no point of a curve and is left out.
         path (`str` or `os.PathLike`): A `.png` file, written whole or not at all.
         title (`str`, *optional*): Above the picture.
         best_step (`int`, *optional*): The step whose weights were kept; marked in every panel.
         validation_images (`int`, *optional*): Of the validation part; chance is drawn beside its retrieval.
+        keep_retention (`float`, *optional*): The retention below which the training ends, in (0, 1].
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -871,8 +930,8 @@ def plot_training(
     parts = [terms for terms in _split_terms(curves) if terms]
     if not parts:
         raise ValueError(f"Expected entries with 'step' and a loss, got {len(log_history)} without.")
-    measures = any(name in curves for name in RETRIEVAL_TERMS)
-    heights = [*(2.7 if index == 0 else 1.9 for index in range(len(parts))), *([1.6] if measures else [])]
+    draws = _plan_measured(curves, validation_images, keep_retention)
+    heights = [*(2.7 if index == 0 else 1.9 for index in range(len(parts))), *(1.6 for _ in draws)]
     figure = new_figure(8.0, 0.7 + sum(heights))
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
@@ -882,8 +941,8 @@ def plot_training(
     for index, (axes, terms) in enumerate(zip(panels, parts, strict=False)):
         width = max(width, _draw_terms(axes, curves, terms))
         axes.set_ylabel("loss" if index == 0 else "other terms", color=INK, fontsize=9)
-    if measures:
-        _draw_retrieval(panels[-1], curves, validation_images)
+    for axes, draw in zip(panels[len(parts) :], draws, strict=True):
+        draw(axes)
     thick = f" (thin: every point; thick: median of {width})" if width else ""
     keys = [Line2D([], [], color=QUIET, lw=1.6, label=f"training{thick}")]
     if any(name.startswith("eval_") for name in curves):
@@ -902,6 +961,21 @@ def plot_training(
     save_figure(figure, path)
 
 
+def _plan_measured(
+    curves: Mapping[str, _Curve], images: int | None, least: float | None
+) -> list[Callable[[Any], None]]:
+    """What draws each panel below the losses, where there is something to draw."""
+    draws: list[Callable[[Any], None]] = []
+    if any(name in curves for name in RETRIEVAL_TERMS):
+        draws.append(lambda axes: _draw_retrieval(axes, curves, images))
+    probed = {name: curve for name, curve in curves.items() if name != _RETENTION and _name_probe(name) is not None}
+    if probed:
+        draws.append(lambda axes: _draw_probe(axes, probed))
+    if _RETENTION in curves:
+        draws.append(lambda axes: _draw_retention(axes, curves[_RETENTION], least))
+    return draws
+
+
 def _name_steps(log_history: Sequence[Mapping[str, Any]]) -> str:
     """The title of the axis of steps: it says how many there were, and epochs."""
     steps = max(entry["step"] for entry in log_history if "step" in entry)
@@ -915,8 +989,8 @@ def _name_steps(log_history: Sequence[Mapping[str, Any]]) -> str:
 def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
     """Draw what each training stage logged into `training_curves.png` in the stage's folder.
 
-    The step whose weights the stage kept is marked if the trainer's state names it (`best_global_step`). A picture
-    that is newer than its numbers stays.
+    The step whose weights the stage kept is marked if the trainer's state names it: `probe_kept_step` of the last
+    entry of its log, or else `best_global_step`. A picture that is newer than its numbers stays.
 
     Args:
         folder (`str` or `os.PathLike`): Of a run, with a folder for each stage, or for each arm, seed and stage.
@@ -941,7 +1015,10 @@ def draw_training_curves(folder: str | os.PathLike) -> list[Path]:
             continue
         drawn.append(path.with_name(CURVES_NAME))
         title = ", ".join(path.parent.relative_to(folder).parts)
-        options = {"best_step": state.get("best_global_step"), "validation_images": _count_validated(path.parent)}
+        kept = next((log[_KEPT] for log in log_history if _KEPT in log), state.get("best_global_step"))
+        options = {"best_step": kept, "validation_images": _count_validated(path.parent)}
+        trained = (read_training(path.parent) or {}).get("student", {})
+        options |= {name: trained[name] for name in ("keep_retention",) if name in trained}
         plot_training(log_history, drawn[-1], title=title, **options)
     return drawn
 

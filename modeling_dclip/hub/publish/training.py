@@ -71,6 +71,8 @@ _ADDRESS_OR_PATH = re.compile(
 )
 # Fewer training images are a limit of the model; usual retrieval sets have thousands (Flickr8k 6,000).
 FEW_TRAINING_IMAGES = 1_000
+# In the log of a training that ended at a loss of zero-shot accuracy: the step whose weights were kept.
+KEPT_BY_PROBE = "probe_kept_step"
 # What decides which checkpoint is kept, by the name that the trainer gives it.
 CHOOSERS = {"loss": "validation loss", "mean_recall@1": "mean R@1 of both directions on the validation images"}
 
@@ -312,10 +314,16 @@ def _describe_methods(values: Mapping[str, Any]) -> list[str]:
     elif "wise_ft_alpha" in values:
         frozen = ", except those named " + ", ".join(values["freeze"]) if values.get("freeze") else ""
         methods.append(f"all weights of the image encoder were trained{frozen}")
-    if (alpha := values.get("wise_ft_alpha", 1)) != 1:
+    alpha, rule = values.get("wise_ft_alpha", 1), values.get("wise_ft_rule")
+    known = ", ".join(show_spec(one) for one in values.get("probe") or [] if one.startswith("zero_shot"))
+    if alpha != 1 or rule is not None:
+        mixed = f"WiSE-FT: the saved weights are {alpha:.4g} times the trained ones plus {1 - alpha:.4g} times those "
+        chosen = f"; the share was chosen on validation data by the rule '{rule}', measured on {known}"
+        methods.append(f"{mixed}before training{chosen if rule is not None else ''}")
+    if (least := values.get("keep_retention")) is not None:
         methods.append(
-            f"WiSE-FT: the saved weights are {alpha:.4g} times the trained ones plus {1 - alpha:.4g} times those "
-            "before training"
+            f"training was to end at the first measurement that found less than {100 * least:g} % of the accuracy on "
+            f"{known} before training"
         )
     return methods
 
@@ -367,6 +375,10 @@ def _describe_length(state: Mapping[str, Any] | None, values: Mapping[str, Any])
 
 def _describe_checkpoint(state: Mapping[str, Any] | None, values: Mapping[str, Any]) -> str | None:
     """Which state of the training was kept, if it was chosen."""
+    held = next((log[KEPT_BY_PROBE] for log in (state or {}).get("log_history", []) if KEPT_BY_PROBE in log), None)
+    if state is not None and held is not None:
+        kept = f"the last one measured that kept {100 * values['keep_retention']:g} % of the zero-shot accuracy"
+        return f"{kept}, after step {held:,} of {state['global_step']:,}"
     if state is None or not values.get("load_best_model_at_end") or not state.get("best_global_step"):
         return None
     name = str(values.get("metric_for_best_model") or "loss").removeprefix("eval_")

@@ -37,6 +37,41 @@ def test_a_wrong_benchmark_is_said_before_its_data_are_read(benchmark, message):
         benchmarks.check_benchmark(benchmark)
 
 
+@pytest.mark.parametrize("benchmark", ["hessian=scenes:test", "efficiency", "retreival", "zero_shot=nope:a"])
+def test_a_probe_only_embeds_and_is_checked_as_other_benchmarks(benchmark):
+    with pytest.raises(ValueError, match=r"only embeds, of retrieval, .* got (hessian|efficiency)\.|nope|retreival"):
+        benchmarks.check_probe(benchmark)
+    assert benchmarks.check_probe("zero_shot=scenes:validation,n=9").split == "validation"
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "is_same"),
+    [
+        ("zero_shot=scenes:test", "zero_shot", True),
+        ("zero_shot=scenes,seed=0", "zero_shot=scenes:test", True),
+        ("zero_shot=scenes,n=9,seed=1", "zero_shot=scenes:test,seed=1,n=9", True),
+        ("zero_shot=scenes:test,seed=1", "zero_shot=scenes:test", False),
+        ("zero_shot=scenes:validation", "zero_shot=scenes:test", False),
+        ("zero_shot=imagefolder:a/b", "zero_shot=imagefolder:./a/../a/b", True),
+        ("zero_shot=imagefolder:a@10", "zero_shot=imagefolder:a", False),
+        ("retrieval=held_out:run", "retrieval=held_out:./run/", True),
+        ("retrieval=scenes:test", "diagnostics=scenes:test", False),
+    ],
+)
+def test_one_benchmark_written_in_two_ways_is_found(one, other, is_same):
+    assert benchmarks.find_reported(one, ["retrieval=scenes:validation", other]) == (other if is_same else None)
+
+
+def test_a_set_of_a_suite_is_found_in_it(tmp_path):
+    for name in ("wds_mnist_test", "wds_vtab-pets_test"):
+        (tmp_path / name / "test").mkdir(parents=True)
+        (tmp_path / name / "test" / "nshards.txt").write_text("1")
+    suite = f"zero_shot=suite:{tmp_path}"
+    assert benchmarks.find_reported(f"zero_shot=wds:{tmp_path}/wds_vtab-pets_test:test", [suite]) == suite
+    assert benchmarks.find_reported(suite, [f"zero_shot=wds:{tmp_path}/wds_vtab-pets_test"]) is not None
+    assert benchmarks.find_reported(f"zero_shot=wds:{tmp_path}/wds_vtab-pets_test:train", [suite]) is None
+
+
 def test_a_record_holds_the_metrics_and_where_they_come_from():
     benchmark = benchmarks.load_benchmark("retrieval=scenes:test,n=4,image_size=40@3")
     fields = {"model": "m", "seed": 1, "revision": "sha256:0", "command": "c"}

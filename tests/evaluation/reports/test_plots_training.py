@@ -73,6 +73,35 @@ def test_the_step_whose_weights_were_kept_is_marked(tmp_path, monkeypatch):
     ]
 
 
+def test_the_last_probe_that_held_is_marked_where_its_weights_were_kept(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(training_curves, "plot_training", lambda log, path, **options: drawn.append(options))
+    write_state(tmp_path / "student", [*LOG, {"step": 2, "probe_kept_step": 1}])
+    (tmp_path / "student" / "arguments.yaml").write_text("student: {keep_retention: 0.9}\n")
+    draw_training_curves(tmp_path)
+    (options,) = drawn
+    assert options["best_step"] == 1 and options["keep_retention"] == 0.9
+
+
+def test_probes_and_their_retention_have_panels_of_their_own(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(training_curves, "save_figure", lambda figure, path: figures.append(figure))
+    probes = [
+        {"step": 0, "probe_zero_shot_1_top1": 0.5, "probe_zero_shot_2_map": 0.25, "probe_retention": 1.0},
+        {"step": 2, "probe_zero_shot_1_top1": 0.25, "probe_diagnostics_modality_gap": 0.3, "probe_retention": 0.5},
+    ]
+    plot_training([*probes, *LOG], tmp_path / "a.png", keep_retention=0.75)
+    losses, probed, kept = figures[0].axes
+    assert [line.get_xydata().tolist() for line in probed.lines] == [[[0, 50], [2, 25]], [[0, 25]]]
+    told = [text.get_text() for text in probed.get_legend().get_texts()]
+    assert told == ["zero-shot 1 top-1", "zero-shot 2 mAP"]  # a gap is no share
+    assert kept.lines[0].get_xydata().tolist() == [[0, 100], [2, 50]] and kept.lines[1].get_ydata()[0] == 75
+    assert [text.get_text() for text in kept.get_legend().get_texts()] == ["retention", "keep_retention: 75 %"]
+    assert [text.get_text() for text in losses.get_legend().get_texts()] == ["total = contrastive"]
+    with pytest.raises(ValueError, match="numbers, got probe_retention=nan at step 3"):
+        plot_training([*LOG, {"step": 3, "probe_retention": float("nan")}], tmp_path / "a.png")
+
+
 def test_chance_stands_beside_the_retrieval_of_the_validation_part(tmp_path, monkeypatch):
     figures = []
     monkeypatch.setattr(training_curves, "save_figure", lambda figure, path: figures.append(figure))

@@ -148,6 +148,27 @@ def test_a_setting_that_earlier_runs_did_not_have_is_shown_where_training_record
     assert "`contrastive_loss`" not in render_card("dual", gather({**made, "dclip": earlier}, teacher=False))
 
 
+def test_a_card_says_by_what_rule_and_on_which_data_weights_were_chosen(made, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(made["dclip"], student)
+    arguments, state = read_arguments(student), json.loads((student / "trainer_state.json").read_text())
+    rule = {"wise_ft_alpha": 0.4, "wise_ft_rule": "best mean_recall@1 at retention 0.98", "keep_retention": 0.95}
+    arguments["student"] |= {**rule, "probe": ["zero_shot=imagefolder:/home/me/birds", "retrieval=scenes:test"]}
+    (student / "arguments.yaml").write_text(yaml.safe_dump(arguments))
+    state["log_history"].append({"step": state["global_step"], "probe_kept_step": 1})
+    (student / "trainer_state.json").write_text(json.dumps(state))
+    told = render_card("dual", gather({**made, "dclip": student}, teacher=False)).replace("\\", "")
+    assert (
+        "the saved weights are 0.4 times the trained ones plus 0.6 times those before training; the share was" in told
+    )
+    assert (
+        "chosen on validation data by the rule 'best mean_recall@1 at retention 0.98', measured on zero_shot=" in told
+    )
+    assert "to end at the first measurement that found less than 95 % of the accuracy on zero_shot=imagefolder" in told
+    assert "Checkpoint: the last one measured that kept 95 % of the zero-shot accuracy, after step 1 of" in told
+    assert "/home/me" not in told
+
+
 def test_an_address_stays_whole_and_tells_neither_secrets_nor_folders():
     for spec, shown in (
         ("wds:https://host.org/sets/wds_flickr8k", "wds:https://host.org/sets/wds_flickr8k"),
