@@ -709,10 +709,10 @@ class StudentArguments(AdapterArguments):
         "Which images come together in a step. hard: images that are near each other by the anchor's embeddings.",
         "random",
     )
-    hard_negatives: Literal["none", "column", "swap"] = _help(
+    hard_negatives: Literal["none", "column", "swap", "both"] = _help(
         "False captions of each image as further wrong answers of the contrastive loss, from image to text. column: "
-        "those of the dataset's column of false captions, which negatives=COLUMN names in its spec. swap: also those "
-        "that rules make of its captions, in English, by exchanging colours, numbers, left and right or the like.",
+        "those of the dataset's column of false captions, which negatives=COLUMN names in its spec. swap: those that "
+        "rules make of its captions, in English, by exchanging colours, numbers, left and right or the like.",
         "none",
     )
     bank_limit: int = _help(
@@ -786,7 +786,7 @@ class StudentArguments(AdapterArguments):
 
     @property
     def false_captions(self) -> str:
-        """Which false captions a loss term reads: `none`, `column` or `swap`."""
+        """Which false captions a loss term reads, as `hard_negatives`."""
         return self.hard_negatives if self.contrastive_loss_weight else "none"
 
     @property

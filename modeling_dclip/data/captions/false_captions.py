@@ -216,14 +216,14 @@ _RULES: dict[str, Callable[[str], str | None]] = {
 
 
 def collect_negatives(dataset: Dataset, kind: str, name: str) -> Ragged:
-    """The false captions of every row: those of its column, and with `swap` those that the rules make of its captions.
+    """The false captions of every row: those of its column, or those that the rules make of its captions, or both.
 
     What equals a true caption of the image is left out and counted. The log says how many there are, of which rule,
     and which captions allow none.
 
     Args:
-        dataset (`datasets.Dataset`): With `image_id` and `captions`; with `column`, `negatives` too.
-        kind (`str`): `"column"` or `"swap"`.
+        dataset (`datasets.Dataset`): With `image_id`, `captions` and, unless the rules alone are asked, `negatives`.
+        kind (`str`): `"column"`, `"swap"` or `"both"`.
         name (`str`): What messages call the rows, such as `"training images"`.
 
     Returns:
@@ -232,18 +232,18 @@ def collect_negatives(dataset: Dataset, kind: str, name: str) -> Ragged:
     Raises:
         ValueError: If the column is asked for and not there, or no row has a false caption.
     """
-    has_column = NEGATIVES in dataset.column_names
-    if kind == "column" and not has_column:
+    swaps, reads_column = kind != "column", kind != "swap"
+    if reads_column and NEGATIVES not in dataset.column_names:
         raise ValueError(
             f"hard_negatives: expected a column of false captions of the {name}, got none. Name it in the spec with "
             "',negatives=COLUMN', or make false captions of the true ones with hard_negatives: swap."
         )
     ids, captions = dataset["image_id"][:], arrow_column(dataset, "captions").to_pylist()
-    given = arrow_column(dataset, NEGATIVES).to_pylist() if has_column else [[] for _ in ids]
+    given = arrow_column(dataset, NEGATIVES).to_pylist() if reads_column else [[] for _ in ids]
     rows, equal, by_rule, without = [], 0, Counter[str](), []
     for image_id, true, false in zip(ids, captions, given, strict=True):
         found = list(false or ())
-        for caption in true or () if kind == "swap" else ():
+        for caption in true or () if swaps else ():
             made = swap_words(caption)
             by_rule.update(list(made))
             found += made.values()
@@ -256,10 +256,10 @@ def collect_negatives(dataset: Dataset, kind: str, name: str) -> Ragged:
     if not total:
         raise ValueError(
             f"hard_negatives: expected a false caption of some of the {len(ids):,} {name}, got none."
-            + (" No caption of them allows one by rule; the rules are for English." if kind == "swap" else "")
+            + (" No caption of them allows one by rule; the rules are for English." if swaps else "")
         )
     told = f"hard negatives: {count_of(total, 'false caption')}, of {sum(map(bool, rows)):,} of {len(ids):,} {name}"
-    if kind == "swap":
+    if swaps:
         told += f"; by rule {', '.join(f'{rule} {count:,}' for rule, count in sorted(by_rule.items()))}"
     logger.info(told)
     if without:

@@ -72,7 +72,7 @@ def test_false_captions_of_a_column_and_of_the_rules_are_counted_and_true_ones_l
         [["a cat", "a cat"], ["A  dog", "two dogs"]],
     )
     with caplog.at_level(logging.INFO):
-        found = collect_negatives(dataset, "swap", "training images")
+        found = collect_negatives(dataset, "both", "training images")
     assert found.lengths.tolist() == [5, 1] and found.values[-1] == "two dogs"
     assert found.values[:5].tolist() == [
         "a cat",
@@ -85,6 +85,7 @@ def test_false_captions_of_a_column_and_of_the_rules_are_counted_and_true_ones_l
     assert "1 caption of these images allow none by rule, of image-1" in caplog.text
     assert "left out 3 false captions that an image has as a true one" in caplog.text
     assert collect_negatives(dataset, "column", "training images").values.tolist() == ["a cat", "two dogs"]
+    assert collect_negatives(dataset, "swap", "training images").values.tolist() == found.values[1:5].tolist()
 
 
 def test_what_is_missing_is_said():
