@@ -591,28 +591,15 @@ def order_hard_batches(embeds: np.ndarray, batch_size: int, seed: int, epoch: in
         if len(part) <= batch_size:
             batches.append(part)
             continue
-        one = _farthest(embeds, part, embeds[part[0]])
-        other = _farthest(embeds, part, embeds[one])
-        places = _products(embeds, part, embeds[one]) - _products(embeds, part, embeds[other])
+        units = embeds[part].astype(np.float32)
+        units /= np.maximum(np.linalg.norm(units, axis=1, keepdims=True), 1e-12)
+        near_one = units @ units[np.argmin(units @ units[0])]  # far from the first row
+        places = near_one - units @ units[np.argmin(near_one)]
         first = np.zeros(len(part), bool)
         first[np.argsort(places, kind="stable")[: len(part) // batch_size // 2 * batch_size]] = True
         parts += [part[first], part[~first]]
     order = np.argsort(random_numbers(seed, epoch, np.arange(len(batches)), _ORDER_STREAM + 1), kind="stable")
     return np.concatenate([*(batches[place] for place in order), rows[whole:]])
-
-
-def _farthest(embeds: np.ndarray, part: np.ndarray, query: np.ndarray) -> int:
-    return int(part[np.argmin(_products(embeds, part, query))])
-
-
-def _products(embeds: np.ndarray, part: np.ndarray, query: np.ndarray) -> np.ndarray:
-    """The cosines of a row's embedding with those of some rows, times its own length."""
-    query = query.astype(np.float32)
-    found = []
-    for start in range(0, len(part), _AT_ONCE):
-        entries = embeds[part[start : start + _AT_ONCE]].astype(np.float32)
-        found.append(entries @ query / np.maximum(np.linalg.norm(entries, axis=1), 1e-12))
-    return np.concatenate(found)
 
 
 class HardBatches(Sampler[int]):
