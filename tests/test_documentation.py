@@ -28,7 +28,9 @@ from modeling_dclip.data.regions.detectors import DETECTORS
 from modeling_dclip.data.scenes import load_scenes
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.arguments import STAGES
-from modeling_dclip.distillation.recipes import parse_recipe
+from modeling_dclip.distillation.checks import check_effects
+from modeling_dclip.distillation.recipes import expand_arms, parse_recipe
+from modeling_dclip.distillation.run import check_uncaptioned
 from modeling_dclip.evaluation.benchmarks.kinds import KINDS
 from modeling_dclip.evaluation.command_line import parse_arguments
 from modeling_dclip.evaluation.results import render_readme
@@ -122,20 +124,14 @@ def test_every_flag_of_a_command_is_one_the_script_knows(words):
     assert set(flags) <= known | {"--help"}
 
 
-def recipe_words(words):
-    """A training command's words without `--recipe FILE`, and the file."""
-    words, path = list(words), None
-    if "--recipe" in words:
-        place = words.index("--recipe")
-        path = words[place + 1]
-        del words[place : place + 2]
-    return [word for word in words if word != "--help"], path
-
-
 @pytest.mark.parametrize("words", [w for w in SCRIPTED if script_of(w) == "train.py"], ids=" ".join)
 def test_every_training_command_is_one_the_parser_takes(words):
-    given, path = recipe_words(arguments(words))
-    recipe = parse_recipe(given, None if path is None else ROOT / path)
+    given, path = load("train.py").split_recipe([word for word in arguments(words) if word != "--help"])
+    recipe = parse_recipe(given, ROOT / path)
+    runs = expand_arms(recipe)
+    check_effects(runs, recipe)  # whatever the command sets, something reads
+    for run in runs:
+        check_uncaptioned(run.recipe)
     for spec in [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets]:
         parse_spec(spec, CAPTION_SOURCES, counted=True)
 
@@ -393,7 +389,7 @@ def test_every_python_block_of_contributing_parses(code):
 
 def one_step(words):
     """The command on a reader's own captions with a CLIP and a detector that are here, one step a stage."""
-    given, path = recipe_words(arguments(words))
+    given, path = load("train.py").split_recipe(arguments(words))
     stages = parse_recipe(given, ROOT / path).stages
     trained = [word for stage in ("teacher", "student") if stage in stages for word in (f"--{stage}.max_steps", "1")]
     detector = ["--regions.detector", "grid:2x2"] if "regions" in stages else []

@@ -11,6 +11,7 @@ from modeling_dclip.data.captions import CAPTION_SOURCES
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation import recipes
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file, shared_anchor
+from modeling_dclip.distillation.run import check_uncaptioned
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 FOLDER = RECIPES[0].parent
@@ -19,6 +20,8 @@ FOLDER = RECIPES[0].parent
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_every_recipe_parses_and_its_specs_are_known(path):
     recipe = parse_recipe([], path)
+    for run in expand_arms(recipe):
+        check_uncaptioned(run.recipe)
     specs = [*recipe.run.train_datasets, *recipe.run.uncaptioned_datasets, *recipe.anchor.train_datasets]
     assert specs or recipe.dmclip.train_shards
     for spec in specs:
@@ -290,5 +293,8 @@ def test_a_wrong_file_is_an_error_that_helps(tmp_path, text, message):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere.yaml'\.$"):
         parse_recipe([], tmp_path / "nowhere.yaml")
+    (tmp_path / "finetune.yaml").write_text("{}")
+    with pytest.raises(FileNotFoundError, match=r"fine_tune.yaml'\. Did you mean '.*/finetune.yaml'\?"):
+        parse_recipe([], tmp_path / "fine_tune.yaml")

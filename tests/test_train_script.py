@@ -208,7 +208,11 @@ def test_an_error_in_a_stage_ends_with_one_clear_line_and_writes_nothing(tmp_pat
     ended = train("--recipe", ROOT / "recipes" / "finetune.yaml", *words)
     last = ended.stderr.strip().splitlines()[-1]
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
-    assert last.startswith("Failed: Expected one column 'image'") and "captions.csv" in last and "',sep=;'" in last
+    assert (
+        last.startswith("Failed: Expected one column 'image'")
+        and "captions.csv" in last
+        and "',sep=semicolon'" in last
+    )
     assert "TRANSFORMERS_VERBOSITY=info" in last and not (tmp_path / "run").exists()
 
 

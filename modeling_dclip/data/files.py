@@ -59,7 +59,7 @@ MOST_YAML_BYTES = 1 << 20
 MOST_YAML_VALUES = 100_000  # with those that aliases repeat
 _WHOLE_FLOATS = 2**53  # above it a float skips whole numbers
 _MARKS = re.compile("^\ufeff+", re.MULTILINE)  # the byte order mark that some programs write before UTF-8
-_SEPARATORS = {"tab": "\t", ";": ";", "|": "|", "comma": ","}  # as specs name them
+SEPARATORS = {"tab": "\t", "semicolon": ";", "pipe": "|", "comma": ","}  # as specs name them
 _NAMED_SEPARATOR = re.compile(r"sep=([^\w\s]|\t)[,;\t]*(?:\r\n|\r|\n)")
 # As what stands in a path's place may look: an address (of which `Path` leaves one `/`), and a picture as text.
 _ADDRESS = re.compile(r"(?:^|/)(?:https?|ftp|s3|gs|hf|file|zip):+/")
@@ -607,9 +607,9 @@ def find_separator(header: str, separator: str) -> str | None:
 
     Example:
         >>> find_separator("image\\tcaption", ","), find_separator("image;caption", ","), find_separator("a,b;c", ",")
-        ('tab', ';', None)
+        ('tab', 'semicolon', None)
     """
-    found = {name: header.count(one) for name, one in _SEPARATORS.items()}
+    found = {name: header.count(one) for name, one in SEPARATORS.items()}
     name = max(found, key=lambda one: found[one])
     return name if found[name] > header.count(separator) else None
 

@@ -484,7 +484,8 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     forms = "; ".join(source.form + ("[@COUNT]" if counted else "") for source in sources.values())
     if kind not in sources:
         hint = _guess_spec(spec, kind, fields, sources)
-        raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}.{hint} Known forms: {forms}.")
+        known = f"Known kinds: {', '.join(sources)}." if hint else f"Known forms: {forms}."
+        raise ValueError(f"Unknown kind {kind!r} in the spec {spec!r}.{hint} {known}")
     source = sources[kind]
     if not quoted and "://" not in spec:
         _require_one_reading(spec, fields)
@@ -492,7 +493,7 @@ def parse_spec(spec: str | Spec, sources: Mapping[str, Source], *, counted: bool
     fewest = most - source.form.count("[:")
     if not fewest <= len(fields) <= most or not all(fields):
         raise ValueError(
-            f"Expected the form {source.form!r}, got {spec!r} with fields {fields}. Known forms: {forms}. A path with "
+            f"Expected the form {source.form!r}, got {spec!r} with fields {fields}. A path with "
             "':', ',key=' or '@7' in it stands between double quotes."
         )
     if count == 0:

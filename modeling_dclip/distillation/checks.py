@@ -437,7 +437,7 @@ def _why_not(section: str, recipe: Recipe) -> str:
     """Why the stage of a section does not run."""
     run = recipe.run
     if section == "anchor" and run.clip_model is not None:
-        return "clip_model is named, so that no anchor is made"
+        return f"clip_model ({run.clip_model}) is named, so that no anchor is made; --clip_model none unsets it"
     if run.stages and section not in run.stages:
         return f"the stage {section} is not among --stages"
     if section in ("reinforce", "dmclip") and not recipe.trains_dmclip:

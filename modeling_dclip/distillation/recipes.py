@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from modeling_dclip.data.failures import command
-from modeling_dclip.data.files import check_name, read_yaml, write_text
+from modeling_dclip.data.files import check_name, entry_names, read_yaml, write_text
 from modeling_dclip.data.specs import CommandParser, range_of, shown
 from modeling_dclip.distillation.arguments import (
     INHERITED_RANGES,
@@ -255,7 +255,10 @@ def read_recipe_file(path: str | Path, above: tuple[Path, ...] = ()) -> dict[str
     path = Path(path)
     names = f" (the base of '{above[-1]}')" if above else ""
     if not path.is_file():
-        raise FileNotFoundError(f"No recipe at '{path}'{names}" + (", which is a folder." if path.is_dir() else "."))
+        near = difflib.get_close_matches(path.name, entry_names(path.parent) if path.parent.is_dir() else [], 1)
+        hint = f" Did you mean '{path.parent / near[0]}'?" if near and not path.is_dir() else ""
+        what = ", which is a folder." if path.is_dir() else "."
+        raise FileNotFoundError(f"No recipe at '{path}'{names}{what}{hint}")
     if path.resolve() in (one.resolve() for one in above):
         raise ValueError(
             f"The recipe '{path}': expected a base that ends, got a circle: {', '.join(map(str, above))}."

@@ -146,7 +146,7 @@ def test_a_table_and_a_folder_with_the_signs_of_a_spec_are_read_between_quotes(t
     ],
 )
 def test_a_spec_without_its_kind_is_answered_with_the_whole_spec(spec, meant):
-    with pytest.raises(ValueError, match=re.escape(f". Did you mean {meant!r}? Known forms: scenes:SPLIT")):
+    with pytest.raises(ValueError, match=re.escape(f". Did you mean {meant!r}? Known kinds: scenes, coco")):
         parse_spec(spec, CAPTION_SOURCES, counted=True)
 
 

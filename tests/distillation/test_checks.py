@@ -200,7 +200,10 @@ def effects(*words, path=None):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([*CLIP, "--anchor.learning_rate", "1"], "--anchor.learning_rate: .*as clip_model is named"),
+        (
+            [*CLIP, "--anchor.learning_rate", "1"],
+            "--anchor.learning_rate: .*_anchor. is named, .*--clip_model none unset",
+        ),
         (
             [*NO_TEACHER, "--teacher.learning_rate", "1"],
             "reads no teacher.* run: anchor, targets, student",

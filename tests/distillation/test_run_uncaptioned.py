@@ -109,7 +109,10 @@ def test_a_second_run_finds_every_stage_finished(finished, caplog):
     with caplog.at_level(logging.INFO):
         run(finished / "recipe.yaml")
     assert all(f"{stage}: already finished" in caplog.text for stage in ("teacher", "targets", "student"))
-    assert "left out 8 images by id" in caplog.text and "16 images for the student alone" in caplog.text
+    assert (
+        "left out 8 images that another part of the run holds" in caplog.text
+        and "16 images for the student alone" in caplog.text
+    )
 
 
 def test_an_interrupted_student_goes_on_with_the_very_batches(tiny_clip_dir, tmp_path, caplog):

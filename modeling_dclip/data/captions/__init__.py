@@ -123,7 +123,8 @@ def _draw(spec: Spec, seed: int, exclude_ids: Collection[str], what: str) -> Dat
     excluded = set(exclude_ids)
     rows = [row for row, image_id in enumerate(image_ids) if image_id not in excluded]
     if len(rows) < len(image_ids):
-        logger.info("%s: left out %s by id", spec, count_of(len(image_ids) - len(rows), "image"))
+        left_out = count_of(len(image_ids) - len(rows), "image")
+        logger.info("%s: left out %s that another part of the run holds or keeps for tests", spec, left_out)
         require_rows(len(rows), f"{spec.text!r} after leaving out {count_of(len(image_ids), 'image')} by id", what)
     if spec.count is not None:
         if spec.count > len(rows):

@@ -17,6 +17,7 @@ from modeling_dclip.data.columns import put_columns
 from modeling_dclip.data.failures import MistakeCollector
 from modeling_dclip.data.files import (
     NULLABLE_TEXT,
+    SEPARATORS,
     FileFinder,
     TableRow,
     find_separator,
@@ -319,7 +320,6 @@ def read_conceptual(table: str, image_folder: str, *, missing: str = "raise") ->
 
 
 CAPTION_NAMES = ("caption", "captions", "text")
-SEPARATORS = {"tab": "\t", "comma": ","}  # what a spec cannot hold as it is
 
 
 def _find_column(header: list[str], names: tuple[str, ...], option: str, path: Path, separator: str) -> int:
@@ -390,7 +390,8 @@ def read_csv(
             `text`.
         negatives (`str`, *optional*): Column of false captions: one a line, or a list of them as JSON; cells may be
             empty.
-        sep (`str`, *optional*, defaults to `","`): What separates columns, one character; `tab` is a tab.
+        sep (`str`, *optional*, defaults to `","`): What separates columns: one character, or `tab`, `semicolon`,
+            `pipe`, `comma`.
         source (`str`, *optional*): `"coco"` or `"flickr"`: the files are named as there and give the ids that all
             readers share, so that test images are recognised. By default an id is `<folder>/<path>`, outside the
             folder the absolute path.
@@ -406,7 +407,10 @@ def read_csv(
     """
     separator = SEPARATORS.get(sep, sep)
     if len(separator) != 1:
-        raise ValueError(f"Expected sep to be one character or one of {sorted(SEPARATORS)}, got {sep!r}.")
+        raise ValueError(
+            f"Expected sep to be one character or one of {sorted(SEPARATORS)}, got {sep!r}."
+            + (" A shell takes ';' for the end of a command: write sep=semicolon." if not sep else "")
+        )
     if source is not None and source not in ID_RULES:
         raise ValueError(f"Expected source to be one of {sorted(ID_RULES)}, got {source!r} for '{table}'.")
     path, folder = require_file(table, "table of captions"), require_folder(image_folder, "image folder")

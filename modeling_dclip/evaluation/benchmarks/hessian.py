@@ -191,7 +191,7 @@ def draw_batches(
     if batches < 1 or pairs < 2 or needed > len(dataset):
         raise ValueError(
             f"Expected one or more batches of two or more images, together at most the dataset's {len(dataset)}, got "
-            f"{batches} of {pairs}. Lower them or give more images."
+            f"{batches} of {pairs}. Lower the options batches or pairs, or give more images."
         )
     generator = np.random.default_rng(seed)
     dataset = dataset.select(generator.permutation(len(dataset))[:needed])

@@ -517,7 +517,7 @@ def _show_effect(title: str, effect: Effect) -> str:
     if effect.ratio is not None:
         gain = f"{percent(effect.ratio - 1, signed=True)} % relative"
     elif effect.before > 0:
-        gain = f"{metric.show(effect.before)} is too near 0 to give it in percent"
+        gain = f"no gain in percent, because {metric.show(effect.before)} is too uncertain to divide by"
     else:
         gain = f"not given in percent of {metric.show(effect.before)}"
     if effect.interval is not None and not effect.relative:

@@ -57,8 +57,8 @@ def write_parquet(path, columns, features=None):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cocoa:a:b", "Unknown kind 'cocoa'.*karpathy:DATASET.json:IMAGE_FOLDER:SPLIT"),
-        ("coco:a", "Expected the form 'coco:ANNOTATIONS.json:IMAGE_FOLDER'.*Known forms"),
+        ("cocoa:a:b", "Unknown kind 'cocoa'.*Did you mean 'coco:a:b'.*Known kinds: .*karpathy"),
+        ("coco:a", "Expected the form 'coco:ANNOTATIONS.json:IMAGE_FOLDER', got"),
         ("coco::b", "Expected the form 'coco"),
         ("disk", "Expected the form 'disk:FOLDER'"),
         ("disk:x@0", "count of at least 1"),

@@ -44,7 +44,7 @@ def test_columns_and_separator_can_be_named(tmp_path, draw):
     expected = [["a dog"], ["birds"]]
     spec = write(tmp_path, text, draw)
     assert load_captions(f"{spec},image=file,sep=;")["captions"][:] == expected
-    assert load_captions(f"{spec},image=file,captions=note,sep=;")["captions"][:] == [["x"], ["y"]]
+    assert load_captions(f"{spec},image=file,captions=note,sep=semicolon")["captions"][:] == [["x"], ["y"]]
     spec = write(
         tmp_path, text.replace(";", "\t"), encoding="utf-8-sig"
     )  # as spreadsheets save it, with a mark in front
@@ -79,10 +79,13 @@ def test_names_as_coco_gives_them_become_the_shared_ids(tmp_path, draw):
             "file,caption\na.jpg,dog\n",
             "one column 'image' in the first line .*got 0 among .'file', 'caption'.*,image=COLUMN",
         ),
-        ("image;caption\na.jpg;dog\n", r"got 0 among .'image;caption'.*separated otherwise. Then add ',sep=;'\.$"),
+        (
+            "image;caption\na.jpg;dog\n",
+            r"got 0 among .'image;caption'.*otherwise. Then add ',sep=semicolon'\.$",
+        ),
         (
             "file; caption\na.jpg;dog\n",
-            r"add ',sep=;'; and name its columns .'file', 'caption'. with ',image=COLUMN'\.$",
+            r"add ',sep=semicolon'; and name its columns .'file', 'caption'. with ',image=COLUMN'\.$",
         ),
         ("file;text 1\na.jpg;dog\n", "columns .'file', 'text 1'. with ',image=COLUMN' and ',captions=COLUMN'"),
         (
@@ -110,8 +113,10 @@ def test_a_wrong_table_is_named_with_its_line(tmp_path, draw, text, message):
 def test_another_encoding_and_another_separator_are_refused(tmp_path):
     with pytest.raises(ValueError, match="not encoded in UTF-8.*CSV UTF-8"):
         load_captions(write(tmp_path, "image,caption\na.jpg,Käse\n", encoding="latin-1"))
-    with pytest.raises(ValueError, match="one character or one of .'comma', 'tab'., got ';;'"):
+    with pytest.raises(ValueError, match="one character or one of .'comma', 'pipe', 'semicolon', 'tab'., got ';;'"):
         load_captions(f"{write(tmp_path, TABLE)},sep=;;")
+    with pytest.raises(ValueError, match="got ''. A shell takes ';' for the end of a command: write sep=semicolon"):
+        load_captions(f"{write(tmp_path, TABLE)},sep=")
 
 
 def test_missing_files_are_counted_and_named(tmp_path, draw, caplog):

@@ -194,7 +194,9 @@ def test_a_ratio_to_a_number_near_0_is_not_given_in_percent():
     del both[1]["comparison"]["text_to_image_recall@1_difference"]
     both[1]["comparison"]["text_to_image_recall@1_gain"].update(low=-1.0, high=None)
     (line,) = verdict_lines(both)
-    assert "1.0 → 2.0 %: +1.0 points, 1.0 is too near 0 to give it in percent (no interval)" in line
+    assert (
+        "1.0 → 2.0 %: +1.0 points, no gain in percent, because 1.0 is too uncertain to divide by (no interval)" in line
+    )
     assert "∞" not in line and "∞" not in (table := render_table(both))
     assert "T→I R@1 gain: no number where the anchor's is 0 or so near it" in table
 
@@ -203,12 +205,12 @@ def test_a_percentage_is_given_where_the_table_gives_one():
     both = pair((0.05, 0.05), (0.05, 0.1), n=20)  # one image of 20: in many draws the anchor has none
     (line,) = verdict_lines(both)
     assert "T→I R@1 gain: no number where the anchor's is 0 or so near it" in render_table(both)
-    assert line.count("5.0 is too near 0 to give it in percent") == 2 and "relative" not in line
+    assert line.count("because 5.0 is too uncertain to divide by") == 2 and "relative" not in line
     assert "+5.0 points [" in line
     both = pair((0.3, 0.05), (0.3, 0.1), n=20)
     (line,) = verdict_lines(both)
     assert "0.0 % relative" in line and "gain: no number" not in render_table(both)
-    assert line.count("too near 0") == 1  # image to text has no gain in the record: its own interval says it
+    assert line.count("too uncertain") == 1  # image to text has no gain in the record: its own interval says it
     sets = [{**one, "chance": {}} for one in zero_shot(0.05, 0.1, n=20)]
     assert "% of anchor's" not in judge(sets)[0].headline and "top-1 kept: no number" in render_table(sets)
 
