@@ -312,6 +312,13 @@ def compare_results(
     pairs, unmatched = _match(*records, chosen=models is not None or path_b is None)
     if not pairs:
         found = [sorted({record["benchmark"] for record in rows}) for rows in records]
+        if found[0] == found[1]:
+            ours, theirs = ([*dict.fromkeys(map(name_of, rows))] for rows in records)
+            raise ValueError(
+                f"Expected one model in each file, or a label or model that both have, got {', '.join(ours)} in "
+                f"{paths[0]} and {', '.join(theirs)} in {paths[1]}. Name one of each with --models {ours[-1]} "
+                f"{theirs[-1]}."
+            )
         raise ValueError(
             f"Expected records of one benchmark in {paths[0]} and {paths[1]}, got {found[0]} and {found[1]} and no "
             "two records of one label or model. Evaluate both models on the same data."

@@ -474,18 +474,21 @@ def _on_retrieval(model: str, anchor: str, effects: Mapping[str, Effect]) -> str
     """The sentence on both directions of retrieval."""
     if all(all(effect.guesses) for effect in effects.values()):
         where = "in both directions" if len(effects) > 1 else DIRECTION_WORDS[next(iter(effects))]
-        return f"{model} and {anchor} are both at chance at retrieval, {where}: neither finds more than a guess."
+        return f"{model} and {anchor} are both at chance at retrieval (R@1), {where}: neither finds more than a guess."
     signs = {DIRECTION_WORDS[metric]: effect.sign for metric, effect in effects.items()}
     better, worse, open_ = ([name for name, sign in signs.items() if sign == one] for one in (1, -1, 0))
     if better and worse:
         return f"The directions disagree: {model} is better than {anchor} at {better[0]} and worse at {worse[0]}."
     if not better and not worse:
         where = "in both directions" if len(open_) > 1 else open_[0]
-        return f"{model} and {anchor} are not told apart at retrieval, {where}."
+        return f"{model} and {anchor} are not told apart at retrieval (R@1), {where}."
     word, sure = ("better", better) if better else ("worse", worse)
     if not open_:
-        return f"{model} is {word} than {anchor} at retrieval, {'in both directions' if len(sure) > 1 else sure[0]}."
-    return f"{model} is {word} than {anchor} at retrieval from {sure[0]}; from {open_[0]} they are not told apart."
+        where = "in both directions" if len(sure) > 1 else sure[0]
+        return f"{model} is {word} than {anchor} at retrieval (R@1), {where}."
+    return (
+        f"{model} is {word} than {anchor} at retrieval (R@1) from {sure[0]}; from {open_[0]} they are not told apart."
+    )
 
 
 def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, *, alone: bool) -> str:

@@ -165,7 +165,9 @@ def test_two_models_of_one_file_are_compared_and_the_verdict_comes_first(tmp_pat
     compared = compare_results(path, models=("old", "newest"))
     assert [(pair["a"], pair["b"]) for pair in compared["pairs"]] == [("old", "newest")]
     first = render_comparison(compared).splitlines()[0]
-    assert first.startswith("newest is better than old at retrieval, in both directions. Zero-shot accuracy was not")
+    assert first.startswith(
+        "newest is better than old at retrieval (R@1), in both directions. Zero-shot accuracy was not"
+    )
     shown = render_comparison(compare_results(path, models=("new", "old")))
     assert shown.startswith("old is worse than new") and f"A: new, of `{path}`  \nB: old, of `{path}`" in shown
     with pytest.raises(ValueError, match="model of .*a.json, got 'gone'. It holds: old; new; newest"):
@@ -201,3 +203,12 @@ def test_a_comparison_on_other_data_says_so_at_the_top(tmp_path):
     a = write(tmp_path / "a.json", retrieve(0.4, "old"))
     b = write(tmp_path / "b.json", retrieve(0.6, "new", dataset_fingerprint="sha256:other"))
     assert "The data differ" in render_comparison(compare_results(a, b)).splitlines()[0]
+
+
+def test_two_files_of_one_benchmark_with_several_other_models_say_how_to_name_them(tmp_path):
+    a = write(tmp_path / "a.json", measure(0.5, model="one"), measure(0.6, model="two"))
+    b = write(tmp_path / "b.json", measure(0.5, model="three"), measure(0.6, model="four"))
+    with pytest.raises(
+        ValueError, match=r"got one, two in .*a.json and three, four in .*Name .* with --models two four"
+    ):
+        compare_results(a, b)

@@ -66,7 +66,9 @@ def zero_shot(before, after, n=400, spec="scenes"):
 
 def test_a_gain_in_both_directions_is_said_with_points_and_interval_and_the_missing_zero_shot_too():
     (line,) = verdict_lines(pair((0.3, 0.4), (0.4, 0.5)))
-    assert line.startswith("mine is better than anchor at retrieval, in both directions. Zero-shot accuracy was not")
+    assert line.startswith(
+        "mine is better than anchor at retrieval (R@1), in both directions. Zero-shot accuracy was not"
+    )
     assert "Text to image R@1 30.0 → 40.0 %: +10.0 points [+" in line and "+33.3 % relative" in line
     assert "Image to text R@1 40.0 → 50.0 %" in line and "400 images of scenes:test" in line and "paired" in line
     assert "within noise" not in line
@@ -74,7 +76,7 @@ def test_a_gain_in_both_directions_is_said_with_points_and_interval_and_the_miss
 
 def test_a_claim_needs_a_difference_beyond_noise():
     (line,) = verdict_lines(pair((0.3, 0.4), (0.3025, 0.3975)))  # one image of 400 each
-    assert line.startswith("mine and anchor are not told apart at retrieval, in both directions.")
+    assert line.startswith("mine and anchor are not told apart at retrieval (R@1), in both directions.")
     assert line.count("within noise: with these 400 images the interval is ±") == 2
     assert line.count("points, and smaller differences are not seen") == 2
     assert "better" not in line and "worse" not in line
@@ -85,7 +87,9 @@ def test_directions_that_disagree_are_said():
         "The directions disagree: mine is better than anchor at text to image and worse at image to text."
     )
     (line,) = verdict_lines(pair((0.3, 0.4), (0.2, 0.4)))
-    assert line.startswith("mine is worse than anchor at retrieval from text to image; from image to text they are")
+    assert line.startswith(
+        "mine is worse than anchor at retrieval (R@1) from text to image; from image to text they are"
+    )
 
 
 def test_zero_shot_accuracy_is_said_with_the_share_that_is_kept():
@@ -114,7 +118,9 @@ def test_where_both_guess_nothing_is_claimed_and_chance_is_named():
     del fallen[1]["chance"]  # as in records of earlier versions
     assert "at chance" not in judge(fallen)[0].text
     (line,) = verdict_lines(pair((0.01, 0.0), (0.0, 0.01), n=200))
-    assert line.startswith("mine and anchor are both at chance at retrieval, in both directions: neither finds more")
+    assert line.startswith(
+        "mine and anchor are both at chance at retrieval (R@1), in both directions: neither finds more"
+    )
     assert line.count("both at chance, which is 0.5 %") == 2
     assert "not given in percent of 0.0" in line
 
@@ -184,7 +190,7 @@ def test_records_of_earlier_versions_are_judged_by_their_gain_and_their_interval
     for name in RETRIEVAL:
         del both[1]["comparison"][f"{name}_difference"]
     (line,) = verdict_lines(both)
-    assert "is better than anchor at retrieval from text to image" in line and "% relative [+" in line
+    assert "is better than anchor at retrieval (R@1) from text to image" in line and "% relative [+" in line
     assert "as if the images were not the same" in line  # image to text has no gain
     assert verdict_lines(both[1:]) == []  # the anchor's values are not known
 
@@ -235,8 +241,8 @@ def test_a_headline_says_that_test_images_were_trained_on():
     retrieval[1]["n_trained_on"] = 90
     (verdict,) = judge(retrieval + top1)
     assert verdict.headline.startswith(
-        "mine is better than anchor at retrieval, in both directions; mine was trained on 90 of the 400 test images, "
-        "so this is no evidence for new images. Zero-shot accuracy fell"
+        "mine is better than anchor at retrieval (R@1), in both directions; mine was trained on 90 of the 400 test "
+        "images, so this is no evidence for new images. Zero-shot accuracy fell"
     )
     assert verdict.headline.count("no evidence") == 1
     retrieval[0]["n_trained_on"], top1[1]["n_trained_on"] = 1000, 3
@@ -279,7 +285,7 @@ def runs(shares, n=400):
 
 def test_runs_of_one_arm_make_one_line_over_seeds():
     (line,) = verdict_lines(runs((0.40, 0.41, 0.42)))
-    assert line.startswith("arm is better than anchor at retrieval from text to image")
+    assert line.startswith("arm is better than anchor at retrieval (R@1) from text to image")
     assert "3 seeds; 95 % intervals over training seeds" in line and "+11.0 points [+8.5, +13.5]" in line
     assert "the same for all 3 seeds" in line
 
