@@ -95,6 +95,7 @@ def save_point(arguments: argparse.Namespace) -> None:
         write_trained_images(temporary, [], [name, anchor])
         if line.arguments is not None:
             line.arguments["student"]["wise_ft_alpha"] = alpha
+            line.arguments["student"].pop("wise_ft_rule", None)  # it chose another point
             write_text(temporary / ARGUMENTS_NAME, yaml.safe_dump(line.arguments, sort_keys=False))
     print(f"Saved to {folder}, in {dtype}: alpha {alpha:g}. {line.described[0].upper()}{line.described[1:]}.")
     print("If alpha was chosen by results on test images, these results are too good: report it on other images.")

@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from fixtures.training import TRAINER_STEPS, equal, make_inputs, student_arguments
+from fixtures.training import RECIPE, TRAINER_STEPS, equal, make_inputs, student_arguments, write_recipe
 from safetensors.torch import load_file
 from transformers import set_seed
 
 from modeling_dclip import DCLIPProcessor
+from modeling_dclip.data.captions.parts import read_trained_images
 from modeling_dclip.distillation.arguments import deciding_fields, parse_wise_ft_rule
 from modeling_dclip.distillation.probe import ALPHAS
-from modeling_dclip.distillation.run import load_student
-from modeling_dclip.distillation.stages import fit_student
+from modeling_dclip.distillation.recipes import parse_recipe
+from modeling_dclip.distillation.run import SharedData, load_student
+from modeling_dclip.distillation.stages import fit_student, run_stages
 from modeling_dclip.distillation.trainer import StudentTrainer
 from modeling_dclip.encoders.weight_interpolation import interpolate_weights
 
@@ -302,3 +304,20 @@ def test_a_rule_without_validation_images_is_refused(inputs, tmp_path):
     probe = Forgetting(inputs["clip"])
     with pytest.raises(ValueError, match="wise_ft_rule: expected validation images with text_embeds, .* got none"):
         fit_student(load_student(inputs["clip"]), args, inputs["targets"], processor, {}, probe=probe)
+
+
+def test_images_that_choose_count_as_seen_and_stages_without_a_measure_do_not_begin(inputs, tmp_path):
+    student = {**RECIPE["student"], "cosine_distillation_loss_weight": 0, "max_steps": 1, "probe": [ZERO_SHOT]}
+    opened, seen = [], []
+    for name, fields in (("watched", {}), ("chosen", {"keep_retention": 0.5})):
+        (tmp_path / name).mkdir()
+        recipe = {"clip_model": inputs["clip"], "student": {**student, **fields}}
+        recipe = parse_recipe([], write_recipe(tmp_path / name, **recipe))
+        with pytest.raises(ValueError, match="student.probe: expected SharedData"):
+            run_stages(recipe)
+        assert not (tmp_path / name / "run").exists()
+        probe = Forgetting(inputs["clip"])
+        folder = run_stages(recipe, SharedData(open_probe=lambda names, one=probe: opened.append(names) or one))
+        assert probe.calls == 2
+        seen.append(read_trained_images(folder / "student").count_overlap(["ab" * 32]))
+    assert opened == [[ZERO_SHOT], [ZERO_SHOT]] and seen == [0, 1]

@@ -31,7 +31,7 @@ def test_a_saved_point_is_what_training_with_this_wise_ft_alpha_saves(
     data = load_from_disk(distillation_data)
     for alpha in (1.0, 0.25):
         args = student_arguments(tmp_path / str(alpha), wise_ft_alpha=alpha)
-        resolved = {"student": {"wise_ft_alpha": alpha}}
+        resolved = {"student": {"wise_ft_alpha": alpha, "wise_ft_rule": "chose another point"}}
         fit_student(load_student(str(tiny_clip_dir)), args, data, processor, resolved, save_dtype=dtype)
         write_trained_images(tmp_path / str(alpha), ["ab" * 32])
     trained, saved = tmp_path / "1.0", tmp_path / "new" / "point"
