@@ -252,7 +252,7 @@ def test_the_hint_of_the_search_box_fits_a_telephone(app, answers):
 def test_an_index_of_a_folder_takes_the_captions_that_its_model_learned_from(tiny_clip_dir, photos, tmp_path, caplog):
     pytest.importorskip("faiss")
     model = shutil.copytree(tiny_clip_dir, tmp_path / "model")
-    rows = "".join(f"{number} 写真.png,caption {number}\n" for number in range(3))
+    rows = "".join(f"{number} 写真.png,caption {number}\n" for number in range(3)) + "2 写真.png,\n"
     (tmp_path / "captions.csv").write_text(f"image,caption\n{rows}")
     arguments = {"train_datasets": ["hub:not/asked:train", f"csv:{tmp_path}/captions.csv:{photos}"]}
     (model / "arguments.yaml").write_text(yaml.safe_dump(arguments))
@@ -263,6 +263,7 @@ def test_an_index_of_a_folder_takes_the_captions_that_its_model_learned_from(tin
     assert load_learned_captions(str(tiny_clip_dir), ids) == []
     answers = SpaceAnswers(index=str(index.folder))
     assert suggest_queries(answers) == ["caption 0", "caption 1", "caption 2"]
+    assert "without a caption" not in caplog.text  # what training said of the table is not said again
     (tmp_path / "captions.csv").unlink()
     assert load_learned_captions(str(model), ids) == [] and "are not known: No table of captions" in caplog.text
 

@@ -4,7 +4,8 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 from modeling_dclip.data.captions import CAPTION_SOURCES, load_captions, parse_caption_spec
@@ -26,6 +27,18 @@ _FUNCTION_WORDS = frozenset(
     "photograph".split()
 )
 _WORD = re.compile(r"[^\W\d_]+")
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Leave out what a reader of captions says of its rows: it was said where they were trained on or indexed."""
+    data = logging.getLogger("modeling_dclip.data")
+    level = data.level
+    data.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        data.setLevel(level)
 
 
 def find_captions(index: SearchIndex) -> list[str]:
@@ -52,9 +65,10 @@ def load_some_captions(images: str) -> list[str]:
     if os.path.isdir(images) or images.startswith("images:"):
         return []
     try:
-        captions = load_captions(images).select_columns("captions")
+        with _quietly():
+            captions = load_captions(images).select_columns("captions")
     except FAILURES as error:
-        logger.warning("The captions of '%s' are not known: %s", images, one_line(error))
+        logger.warning("The captions of '%s' are not known: %.120s", images, one_line(error))
         return []
     count = min(MOST_TEXTS, len(captions))
     rows = captions.select([place * len(captions) // count for place in range(count)])["captions"][:]
@@ -77,13 +91,14 @@ def load_learned_captions(model: str, image_ids: Collection[str]) -> list[str]:
     try:
         specs = map(parse_caption_spec, read_arguments(model).get("train_datasets") or [])
         for spec in (spec for spec in specs if spec.source is CAPTION_SOURCES["csv"]):
-            dataset = load_captions(spec).select_columns(["image_id", "captions"])
+            with _quietly():
+                dataset = load_captions(spec).select_columns(["image_id", "captions"])
             rows = [row for row, image_id in enumerate(dataset["image_id"][:]) if image_id in image_ids]
             count = min(MOST_TEXTS, len(rows))
             spread = [rows[place * len(rows) // count] for place in range(count)]
             found += [row[0] for row in dataset.select(spread)["captions"][:] if row]
     except FAILURES as error:
-        logger.warning("The captions that '%s' learned from are not known: %s", model, one_line(error))
+        logger.warning("The captions that '%s' learned from are not known: %.120s", model, one_line(error))
     return list(dict.fromkeys(found))[:MOST_TEXTS]
 
 
