@@ -185,6 +185,11 @@ def _describe_open_ends(arguments: PublishArguments, staged: "list[StagedRepo]")
             "No example pictures: your own are not published unless you name them, with --examples FILE... or "
             "--examples csv:TABLE.csv:FOLDER@4."
         )
+    if "base_model" not in ModelCard.load(dual.folder / "README.md").data.to_dict():
+        lines.append(
+            "The card names no base model, because training started from a folder. Where that is a copy of a model on "
+            "the Hub, name it with --base_model NAME."
+        )
     saved, published = stored_dtype(arguments.model), stored_dtype(dual.folder)
     if saved != published:
         lines.append(

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from fixtures.loopback_hub import READ_TOKEN, TOKEN, Repo, git_oid, run_loopback_hub
 from fixtures.publications import (
     HOME,
@@ -459,6 +460,17 @@ def test_a_dry_run_shows_what_would_go_and_asks_the_hub_nothing(hub, trained, tm
     assert type(stock) is CLIPModel and torch.equal(stock.visual_projection.weight, ours.visual_projection.weight)
     read = ", ".join(str(tmp_path / "staged" / name / "README.md") for name in ("tiny", "tiny-vision"))
     assert said.endswith(f"Nothing was pushed; read {read}\n")
+    assert "names no base model" not in said
+
+
+def test_a_dry_run_says_that_a_card_names_no_base_model(trained, tiny_clip_dir, tmp_path, capsys):
+    student = shutil.copytree(trained["student"], tmp_path / "student")
+    arguments = yaml.safe_load((student / "arguments.yaml").read_text())
+    (student / "arguments.yaml").write_text(yaml.safe_dump({**arguments, "clip_model": str(tiny_clip_dir)}))
+    words = ["--model", str(student), "--results", str(trained["results"]), "--repo_id", "me/tiny", "--license", "mit"]
+    main([*words, "--dry_run", "--staging", str(tmp_path / "staged")])
+    said = capsys.readouterr().out
+    assert "names no base model, because training started from a folder" in said and "--base_model NAME" in said
 
 
 def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(trained, tmp_path, capsys):
