@@ -27,7 +27,7 @@ from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation.adapters import find_adapted_layers, freeze_parameters
 from modeling_dclip.distillation.arguments import SECTIONS, StageTrainingArguments, StudentArguments
 from modeling_dclip.distillation.dmclip import check_shards, check_starts, find_image_size
-from modeling_dclip.distillation.recipes import GLOBAL, ArmRun, Recipe
+from modeling_dclip.distillation.recipes import GLOBAL, ArmRun, Recipe, check_uncaptioned_fields
 from modeling_dclip.distillation.run import (
     READ_AS_CLIP,
     Places,
@@ -76,6 +76,8 @@ def check_recipe(recipe: Recipe, whole: Recipe) -> None:
     found = MistakeCollector()
     with found.collecting():
         _check_places(recipe, whole)
+    with found.collecting():
+        check_uncaptioned_fields(recipe)
     for check in (_check_data, _check_detector, _check_precision):
         with found.collecting():
             check(recipe)

@@ -305,7 +305,11 @@ def _judge_one(
         n = ", ".join(filter(None, [n, f"{len(retrieval or others[0])} seeds"]))
     if first["revision"] == first["comparison"]["anchor_revision"] and "condition" not in first:
         return Verdict(title, f"{title} has the same weights as {anchor}: there is nothing to tell apart.", ())
-    return compose(title, anchor, effects, zero_shot, rest, n)
+    cuts = [
+        f"{metric.rpartition('@')[0]}@{k}" for metric, effect in effects.items() if not effect.sign for k in (5, 10)
+    ]
+    further = [effect for metric in cuts if (effect := _measure(retrieval, metric, records))]
+    return compose(title, anchor, effects, zero_shot, rest, n, further)
 
 
 def judged_metric(record: Record) -> str | None:
@@ -418,6 +422,7 @@ def compose(
     zero_shot: Sequence[tuple[str, Effect]],
     rest: Sequence[tuple[str, Effect]],
     n: str,
+    further: Sequence[Effect] = (),
 ) -> Verdict:
     """Put the sentences of a verdict together.
 
@@ -427,6 +432,7 @@ def compose(
         zero_shot (`Sequence[tuple[str, Effect]]`): Top-1 by benchmark.
         rest (`Sequence[tuple[str, Effect]]`): What else is judged, by benchmark.
         n (`str`): What was counted, in words.
+        further (`Sequence[Effect]`, *optional*): Recalls at other cut-offs, of which those beyond noise are told.
     """
     sentences = [_on_retrieval(model, anchor, directions)] if directions else []
     found = [("", effect) for effect in directions.values()]
@@ -436,6 +442,8 @@ def compose(
     details = [
         _show_effect(DIRECTION_WORDS[metric].capitalize() + " R@1", effect) for metric, effect in directions.items()
     ]
+    if told := [_show_further(effect) for effect in further if effect.sign]:
+        details.append(f"Beyond noise, though R@1 is not: {', '.join(told)}.")
     if len(zero_shot) <= 2:
         details += [_show_effect(f"Zero-shot top-1{spec and f' on {spec}'}", effect) for spec, effect in zero_shot]
     details += [_show_effect(f"{OTHER_TITLES[effect.metric]} on {spec}", effect) for spec, effect in rest]
@@ -513,11 +521,18 @@ def _on_zero_shot(found: Sequence[tuple[str, Effect]], model: str, anchor: str, 
     return f"{who}Zero-shot accuracy {words[signs[0]]}{kept}."
 
 
+def _show_further(effect: Effect) -> str:
+    metric, word = metric_of(effect.metric), "better" if effect.sign > 0 else "worse"
+    return f"{metric.title} {metric.show(effect.before)} → {metric.show(effect.after)} % ({word})"
+
+
 def _show_effect(title: str, effect: Effect) -> str:
     """One metric: both values, the difference with its interval, and what noise allows to say."""
     metric = metric_of(effect.metric)
     points = f"{metric.show(effect.after - effect.before, signed=True)} points"
-    if effect.ratio is not None:
+    if all(effect.guesses):
+        gain = ""  # of a guess
+    elif effect.ratio is not None:
         gain = f"{percent(effect.ratio - 1, signed=True)} % relative"
     elif effect.before > 0:
         gain = f"no gain in percent, because {metric.show(effect.before)} is too uncertain to divide by"
@@ -525,7 +540,7 @@ def _show_effect(title: str, effect: Effect) -> str:
         gain = f"not given in percent of {metric.show(effect.before)}"
     if effect.interval is not None and not effect.relative:
         points = f"{points} {_brackets(effect.interval)}"
-    elif effect.interval is not None and effect.ratio is not None:
+    elif effect.interval is not None and effect.ratio is not None and gain:
         gain = f"{gain} {_brackets(effect.interval)}"
     values = f"{title} {metric.show(effect.before)} → {metric.show(effect.after)} %"
     return f"{values}: {', '.join(filter(None, [points, gain]))}{_explain_noise(effect)}."

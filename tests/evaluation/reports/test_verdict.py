@@ -82,6 +82,19 @@ def test_a_claim_needs_a_difference_beyond_noise():
     assert "better" not in line and "worse" not in line
 
 
+def test_other_cut_offs_beyond_noise_are_said_where_the_first_is_within_it():
+    names = [f"{direction}_recall@{k}" for direction in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    shares = [
+        dict(zip(names, values, strict=True)) for values in ((0.3, 0.5, 0.8) * 2, (0.3, 0.6, 0.7, 0.4, 0.6, 0.8))
+    ]
+    anchor, mine = (outcomes(400, **one) for one in shares)
+    (line,) = verdict_lines([record("anchor", anchor), record("mine", mine, anchor)])
+    assert "from text to image they are not told apart" in line
+    told = "T→I R@5 50.0 → 60.0 % (better), T→I R@10 80.0 → 70.0 % (worse)"
+    assert f"Beyond noise, though R@1 is not: {told}." in line
+    assert "I→T R@5" not in line  # image to text is told apart at R@1
+
+
 def test_directions_that_disagree_are_said():
     assert verdict_lines(pair((0.3, 0.4), (0.4, 0.3)))[0].startswith(
         "The directions disagree: mine is better than anchor at text to image and worse at image to text."
@@ -122,7 +135,7 @@ def test_where_both_guess_nothing_is_claimed_and_chance_is_named():
         "mine and anchor are both at chance at retrieval (R@1), in both directions: neither finds more"
     )
     assert line.count("both at chance, which is 0.5 %") == 2
-    assert "not given in percent of 0.0" in line
+    assert "in percent" not in line and "relative" not in line  # of a guess
 
 
 def test_advice_names_what_measures_zero_shot_accuracy_and_what_to_do_where_nothing_is_told_apart():
@@ -208,14 +221,17 @@ def test_a_ratio_to_a_number_near_0_is_not_given_in_percent():
 
 
 def test_a_percentage_is_given_where_the_table_gives_one():
-    both = pair((0.05, 0.05), (0.05, 0.1), n=20)  # one image of 20: in many draws the anchor has none
+    both = pair((0.05, 0.05), (0.05, 0.4), n=20)  # one image of 20: in many draws the anchor has none
     (line,) = verdict_lines(both)
     assert "T→I R@1 gain: no number where the anchor's is 0 or so near it" in render_table(both)
-    assert line.count("because 5.0 is too uncertain to divide by") == 2 and "relative" not in line
-    assert "+5.0 points [" in line
+    assert line.count("because 5.0 is too uncertain to divide by") == 1 and "relative" not in line
+    assert "+35.0 points [" in line and line.count("both at chance, which is 5.0 %") == 1
     both = pair((0.3, 0.05), (0.3, 0.1), n=20)
     (line,) = verdict_lines(both)
     assert "0.0 % relative" in line and "gain: no number" not in render_table(both)
+    assert line.count("too uncertain") == 0  # image to text is at chance
+    both = pair((0.3, 0.05), (0.3, 0.4), n=20)
+    (line,) = verdict_lines(both)
     assert line.count("too uncertain") == 1  # image to text has no gain in the record: its own interval says it
     sets = [{**one, "chance": {}} for one in zero_shot(0.05, 0.1, n=20)]
     assert "% of anchor's" not in judge(sets)[0].headline and "top-1 kept: no number" in render_table(sets)
