@@ -8,6 +8,7 @@ import pytest
 
 from modeling_dclip import PRESETS
 from modeling_dclip.data.captions import CAPTION_SOURCES
+from modeling_dclip.data.failures import Mistakes
 from modeling_dclip.data.specs import parse_spec
 from modeling_dclip.distillation import recipes
 from modeling_dclip.distillation.recipes import expand_arms, parse_recipe, read_recipe_file, shared_anchor
@@ -298,3 +299,16 @@ def test_a_missing_file_is_named(tmp_path):
     (tmp_path / "finetune.yaml").write_text("{}")
     with pytest.raises(FileNotFoundError, match=r"fine_tune.yaml'\. Did you mean '.*/finetune.yaml'\?"):
         parse_recipe([], tmp_path / "fine_tune.yaml")
+
+
+def test_all_wrong_values_of_a_recipe_are_told_at_once():
+    with pytest.raises(Mistakes) as raised:
+        parse_recipe(["--seed", "one", "--student.learning_rate", "1e-4x", "--teacher.num_train_epochs", "x"])
+    told = [str(one).partition(":")[0] for one in raised.value.errors]
+    assert told == ["seed", "teacher.num_train_epochs", "student.learning_rate"]
+    with pytest.raises(Mistakes) as raised:
+        parse_recipe(["--train_fraction", "7", "--student.learning_rate", "-1", "--student.temperature", "0"])
+    told = [str(one).partition(":")[0] for one in raised.value.errors]
+    assert told == ["train_fraction", "student.learning_rate", "student.temperature"]
+    with pytest.raises(ValueError, match="^Recipe, student: "):
+        parse_recipe(["--student.lora_rank", "4", "--student.l2_sp_loss_weight", "1"])

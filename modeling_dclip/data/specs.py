@@ -26,7 +26,7 @@ from typing import Annotated, Any, NamedTuple, NoReturn, get_args, get_origin
 
 from transformers import HfArgumentParser
 
-from modeling_dclip.data.failures import HelpFormatter, without_secrets
+from modeling_dclip.data.failures import HelpFormatter, MistakeCollector, without_secrets
 from modeling_dclip.data.files import is_utf8, match_files, printable, require_file, require_folder
 
 _COUNT = re.compile(r"@([0-9]+)$")
@@ -148,13 +148,17 @@ def check_numbers(arguments: Any, name: str = "", inherited: Mapping[str, Range]
 
     Raises:
         ValueError: Naming field, range and value.
+        Mistakes: If several are wrong.
     """
+    found = MistakeCollector()
     for one in fields(arguments):
         allowed, value = range_of(one, inherited), getattr(arguments, one.name)
         if allowed is None or (value is None and (one.default is None or type(None) in get_args(one.type))):
             continue
         for number in value if isinstance(value, list) and callable(one.default_factory) else [value]:
-            allowed.check(number, f"{name}{one.name}")
+            with found.collecting():
+                allowed.check(number, f"{name}{one.name}")
+    found.tell()
 
 
 def range_of(one: Field, inherited: Mapping[str, Range] | None = None) -> Range | None:

@@ -24,7 +24,7 @@ from dataclasses import Field, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from modeling_dclip.data.failures import command
+from modeling_dclip.data.failures import MistakeCollector, Mistakes, command
 from modeling_dclip.data.files import check_name, entry_names, read_yaml, write_text
 from modeling_dclip.data.specs import CommandParser, range_of, shown
 from modeling_dclip.distillation.arguments import (
@@ -176,7 +176,11 @@ def parse_recipe(words: Sequence[str], path: str | Path | None = None) -> Recipe
     """
     from_file = _by_section([] if path is None else _read_mapping(read_recipe_file(path)))
     from_line = _by_section(_read_line(words), lambda: _sections_that_run(from_file))
-    given = {name: _type_values(name, {**from_file[name], **from_line[name]}) for name in _KINDS}
+    given, found = dict[str, dict[str, Any]](), MistakeCollector()
+    for name in _KINDS:
+        with found.collecting():
+            given[name] = _type_values(name, {**from_file[name], **from_line[name]})
+    found.tell()
     on_line = frozenset((name, field) for name in _KINDS for field in from_line[name])
     return _build(_merge(given), None if path is None else str(path), on_line)
 
@@ -427,7 +431,17 @@ def _type_values(section: str, words: Mapping[str, list[str]]) -> dict[str, Any]
     for field, value in words.items():
         if field not in values:  # after =, a word may begin with -
             typed += [f"--{field}={value[0]}"] if len(value) == 1 else [f"--{field}", *value]
-    parsed = _parser_of(section).parse_args(typed)
+    try:
+        parsed = _parser_of(section).parse_args(typed)
+    except ValueError:
+        if len(words) < 2:
+            raise
+        found = MistakeCollector()  # the parser tells of the first one
+        for field, value in words.items():
+            with found.collecting():
+                _type_values(section, {field: value})
+        found.tell()
+        raise
     return {field: values.get(field, getattr(parsed, field)) for field in words}
 
 
@@ -454,18 +468,30 @@ def _merge(*layers: Mapping[str, Mapping[str, Any]]) -> Values:
 def _build(values: Values, path: str | None, on_line: frozenset[tuple[str, str]]) -> Recipe:
     """The recipe of some values: defaults filled in, every section checked."""
     own = copy.deepcopy(values)  # the runs of an experiment share `values`
-    run = RunArguments(**own[GLOBAL])
-    sections = {}
-    for name, kind in SECTIONS.items():
-        shared = {"output_dir": f"{run.output_dir}/{name}", "seed": run.seed} if name in TRAINING_SECTIONS else {}
-        try:
-            sections[name] = kind(**{**shared, **own[name]})
-        except (ValueError, ImportError) as error:
-            if str(error).startswith(f"{name}."):
-                raise
-            kind_of_error = ImportError if isinstance(error, ImportError) else ValueError
-            raise kind_of_error(f"Recipe, {name}: {error}") from error
+    found, run, sections = MistakeCollector(), None, dict[str, Any]()
+    with found.collecting():
+        run = RunArguments(**own[GLOBAL])
+    for name in SECTIONS:
+        with found.collecting():
+            sections[name] = _build_section(name, run, own[name])
+    found.tell()
     return Recipe(run=run, **sections, path=path, values=values, on_line=on_line)
+
+
+def _build_section(name: str, run: RunArguments | None, own: Mapping[str, Any]) -> Any:
+    """A section; where the global fields are wrong, to find what is wrong with it too."""
+    shared: dict[str, Any] = {}
+    if name in TRAINING_SECTIONS:
+        shared = {"output_dir": f"{run.output_dir}/{name}", "seed": run.seed} if run else {"output_dir": name}
+    try:
+        return SECTIONS[name](**{**shared, **own})
+    except Mistakes:
+        raise  # each of them names section and field
+    except (ValueError, ImportError) as error:
+        if str(error).startswith(f"{name}."):
+            raise
+        kind_of_error = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind_of_error(f"Recipe, {name}: {error}") from error
 
 
 def check_reference(recipe: Recipe) -> None:
