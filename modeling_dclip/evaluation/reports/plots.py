@@ -71,6 +71,10 @@ CURVES_NAME = "training_curves.png"
 ATTENTION_STEM = "teacher_attention"  # how pictures of a teacher's attention are called
 
 
+MOST_NAMED = 9  # series with their names beside them
+_LEGEND_COLUMNS = 3
+
+
 class TradeoffPoint(TypedDict, total=False):
     """A model in a picture of the trade-off.
 
@@ -209,7 +213,8 @@ def plot_tradeoff(
 ) -> None:
     """Draw models as points: zero-shot accuracy or retention on the x axis, retrieval on the y axis.
 
-    Up and right is better. Each point has its name beside it. Both axes hold every interval and are at least
+    Up and right is better. Each point has its name beside it; more than [`MOST_NAMED`] series are named in a legend
+    below instead, and the steps of their curves are not named. Both axes hold every interval and are at least
     [`LEAST_SPAN`] points long, so that noise does not fill the picture.
 
     Args:
@@ -232,7 +237,10 @@ def plot_tradeoff(
     for name, steps in curves.items():
         _check_points(steps, ("label", "x", "y"), where=f" of the curve {name!r}")
     styles = _style_series([*map(_series_of, points), *curves], styles)
-    figure = new_figure(5.4, 4.0)  # so narrow that a telephone shows its letters as large as they are
+    names = list(dict.fromkeys(map(_series_of, points)))
+    rows = math.ceil(len(names) / _LEGEND_COLUMNS) if len(names) > MOST_NAMED else 0
+    # So narrow that a telephone shows its letters as large as they are.
+    figure = new_figure(5.4, 4.0 + 0.22 * rows)
     axes = figure.add_subplot()
     axes.axvline(100 * points[0]["x"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
     axes.axhline(100 * points[0]["y"], color=QUIET, lw=0.8, ls=(0, (4, 4)), zorder=0)
@@ -256,8 +264,25 @@ def plot_tradeoff(
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     _explain(figure, drawn, points[0])
-    _write_labels(figure, axes, points, curves, styles)
+    if rows:
+        _write_legend(figure, axes, points, styles)
+    else:
+        _write_labels(figure, axes, points, curves, styles)
     save_figure(figure, path)
+
+
+def _write_legend(figure: Any, axes: Any, points: Sequence[TradeoffPoint], styles: Styles) -> None:
+    """Name the series of the points below the picture."""
+    named = {_series_of(point): point for point in reversed(points)}
+    handles = [
+        axes.plot(
+            [], [], **{"ls": "", "mec": "white", "mew": 0.8, **styles[name]}, ms=7.5, label=_cut(point["label"])
+        )[0]
+        for name, point in reversed(named.items())
+    ]
+    options = {"ncols": _LEGEND_COLUMNS, "fontsize": 8, "frameon": False, "handletextpad": 0.2, "columnspacing": 1.0}
+    options["borderaxespad"] = 1.8  # above the line that says what bars are
+    figure.legend(handles=handles, loc="outside lower left", labelcolor=INK, **options)
 
 
 def _draw_point(axes: Any, point: TradeoffPoint, **style: Any) -> None:

@@ -422,3 +422,17 @@ def test_numbers_that_no_curve_can_show_are_named(tmp_path):
         report_plots.plot_training([{"step": 3, "loss": math.nan}], tmp_path / "a.png")
     with pytest.raises(ValueError, match="numbers, got eval_text_to_image_recall@1=nan at step 3"):
         report_plots.plot_training([{"step": 3, "eval_text_to_image_recall@1": math.nan}], tmp_path / "a.png")
+
+
+def test_many_models_are_named_in_a_legend_and_their_steps_are_not(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    points = [{"label": f"model {i}", "x": 0.5 + i / 100, "y": 0.3} for i in range(plots.MOST_NAMED + 1)]
+    curves = {"model 1": [{"label": "α 0.5", "x": 0.4, "y": 0.2}, {**points[1], "label": ""}]}
+    for shown in (points, points[:-1]):
+        plots.plot_tradeoff(shown, tmp_path / "picture.png", curves=curves)
+    (legend,) = drawn[0].legends
+    assert [text.get_text() for text in legend.get_texts()] == [point["label"] for point in points]
+    assert not drawn[0].axes[0].texts and not drawn[1].legends
+    written = {text.get_text() for text in drawn[1].axes[0].texts} - {""}
+    assert written == {*(point["label"] for point in points[:-1]), "α 0.5"}
