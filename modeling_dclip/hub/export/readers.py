@@ -215,7 +215,9 @@ def describe_readings(readings: Sequence[Reading], reader: Reader) -> list[str]:
     return lines
 
 
-def write_readme(folder: Path, use: str, readings: Sequence[Reading], reader: Reader) -> None:
+def write_readme(
+    folder: Path, use: str, readings: Sequence[Reading], reader: Reader, about: Sequence[str] = ()
+) -> None:
     """Write the README of an export: how to use it, and how its reader reads each kind of text and picture.
 
     Args:
@@ -223,9 +225,11 @@ def write_readme(folder: Path, use: str, readings: Sequence[Reading], reader: Re
         use (`str`): Code in Python that reads it.
         readings (`Sequence[Reading]`): Of [`compare_reader`]; none if it was not compared.
         reader ([`Reader`]): The program.
+        about (`Sequence[str]`, *optional*): What was exported, a paragraph each; before the code.
     """
     need = ["```bash", f"pip install {reader.install}", "```", ""] if reader.install else []
-    lines = [f"# Export for {reader.name}", "", *need, "```python", use.strip(), "```", ""]
+    told = [line for paragraph in about for line in (paragraph, "")]
+    lines = [f"# Export for {reader.name}", "", *told, *need, "```python", use.strip(), "```", ""]
     if readings:
         differs = describe_readings(readings, reader)
         lines += ["## What differs from the model", ""]

@@ -51,8 +51,7 @@ PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 Runner = Callable[[torch.Tensor], torch.Tensor]  # a tower as a function of pixels or ids
 _WHY = {
     "picture": "It leaves out what EXIF says and makes 16 bits a pixel white. `open_picture` of the README makes up "
-    "for both. All numbers are for PIL's resizing: the default backend of transformers differs by 1 to 2 grey levels, "
-    "and transformers.js resizes in its own way.",
+    "for both. All numbers are for PIL's resizing: the default backend of transformers differs by 1 to 2 grey levels",
 }
 # The code in a README: for each tower how to make its input, how each runtime computes it, and what to do with it.
 _INPUTS = {
@@ -95,6 +94,7 @@ class _Runtime(NamedTuple):
     install: str  # what pip installs
     tensors: str
     runs: Mapping[str, str]
+    others: str = ""  # what is known of further readers of the same files
 
     def use(self, kinds: Collection[str]) -> str:
         """Code that embeds with these towers."""
@@ -105,7 +105,14 @@ class _Runtime(NamedTuple):
         return "\n".join([*head, OPEN_PICTURE.strip(), "\n", 'folder = "FOLDER"  # this one', *made, *runs, last])
 
 
-_ONNX = _Runtime("ONNX Runtime", "onnxruntime", "onnxruntime transformers pillow", "np", _ONNX_RUNS)
+_ONNX = _Runtime(
+    "ONNX Runtime",
+    "onnxruntime",
+    "onnxruntime transformers pillow",
+    "np",
+    _ONNX_RUNS,
+    ", and transformers.js resizes in its own way",
+)
 _PROGRAM = _Runtime("torch.export", "torch", "torch transformers pillow", "pt", _PROGRAM_RUNS)
 
 
@@ -243,7 +250,9 @@ def export_onnx(
             if dtype == "fp32":
                 runners[tower.kind] = onnx_runner(folder / name, tower)
         runners.setdefault(tower.kind, tower)
-    return _compare_settings(model, source, folder, found, runners, _ONNX)
+    suffix = ONNX_DTYPES["fp32" if "fp32" in dtypes else dtypes[0]]
+    runs = {kind: code.replace(".onnx", f"{suffix}.onnx") for kind, code in _ONNX_RUNS.items()}
+    return _compare_settings(model, source, folder, found, runners, _ONNX._replace(runs=runs))
 
 
 def export_programs(
@@ -279,7 +288,8 @@ def _compare_settings(
         (*_, last) = found
         said = f"No {PREPROCESSOR} in '{source}', so the export has neither preprocessing nor tokenizer."
         return found | {last: found[last] | {"differs": [said]}}
-    reader = Reader(runtime.name, None, None, _WHY, install=runtime.install)
+    why = {side: f"{text}{runtime.others}." for side, text in _WHY.items()}
+    reader = Reader(runtime.name, None, None, why, install=runtime.install)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     if "text" in runners:
@@ -297,9 +307,35 @@ def _compare_settings(
     ours = load_processor(source)
     resize_images(ours.image_processor, model, source)
     _, readings = compare_reader(model, ours, reader)
-    write_readme(folder, runtime.use(runners), readings, reader)
+    about = [f"Made from `{Path(source).name}`, a {model.config.model_type}. {_describe_files(found)}"]
+    write_readme(folder, runtime.use(runners), readings, reader, [*about, *_describe_scores(model, runners)])
     (*_, last) = found
     return found | {last: found[last] | {"differs": describe_readings(readings, reader)}}
+
+
+def _describe_files(found: Collection[str]) -> str:
+    """The written files, each with its precision where the name has one."""
+    kinds = {"fp32": "float32", "fp16": "float16", "int8": "8-bit integers"}
+    precisions = {suffix: kinds[dtype] for dtype, suffix in ONNX_DTYPES.items()}
+    named = []
+    for name in found:
+        suffix = next((one for one in ("_fp16", "_quantized") if Path(name).stem.endswith(one)), "")
+        named.append(f"`{name}`" + (f" ({precisions[suffix]})" if name.endswith(".onnx") else ""))
+    return (
+        f"Files: {', '.join(named)}. Whatever the file, pictures go in as float32 and embeddings come out as float32."
+    )
+
+
+def _describe_scores(model: PreTrainedModel, kinds: Collection[str]) -> list[str]:
+    """How the model makes probabilities of cosines."""
+    if len(kinds) < 2 or not hasattr(model, "logit_scale"):
+        return []
+    dual: Any = model
+    scale = f"{float(dual.logit_scale.detach().exp()):.6g}"
+    if getattr(dual, "logit_bias", None) is not None:
+        bias = f"{float(dual.logit_bias.detach()):+.6g}".replace("+", "+ ").replace("-", "- ")
+        return [f"The probability that a text fits a picture is sigmoid({scale} * cosine {bias})."]
+    return [f"The model's probabilities of texts, given a picture, are softmax({scale} * cosines)."]
 
 
 def write_settings(model: PreTrainedModel, source: str | os.PathLike, folder: Path) -> None:
