@@ -313,6 +313,7 @@ COMMANDS = {
         "--license_name",
         "--license_link",
         "--dataset",
+        "--language",
         "--examples",
         "--base_model",
         "--hardware",

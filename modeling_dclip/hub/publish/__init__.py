@@ -190,6 +190,8 @@ def _describe_open_ends(arguments: PublishArguments, staged: "list[StagedRepo]")
             "The card names no base model, because training started from a folder. Where that is a copy of a model on "
             "the Hub, name it with --base_model NAME."
         )
+    if "language" not in ModelCard.load(dual.folder / "README.md").data.to_dict():
+        lines.append("The card names no language, because that of the captions is not known. Name it: --language en")
     saved, published = stored_dtype(arguments.model), stored_dtype(dual.folder)
     if saved != published:
         lines.append(

@@ -42,6 +42,13 @@ class PublishArguments:
             "(me/photos), which becomes a link."
         },
     )
+    language: list[str] = field(
+        default_factory=list,
+        metadata={
+            "help": "Languages of the captions for the card, by their codes: en, de. By default English where the "
+            "training data are known to be, else the card states none."
+        },
+    )
     examples: list[str] = field(
         default_factory=list,
         metadata={

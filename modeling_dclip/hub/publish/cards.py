@@ -82,6 +82,7 @@ class CardFacts(TypedDict):
     examples: list[Example]
     examples_source: str
     datasets: list[NamedDataset]
+    languages: list[str]
     origins: list[Origin]
     base_models: list[str]
     data_terms: list[str]
@@ -206,7 +207,7 @@ def make_metadata(kind: str, facts: CardFacts) -> ModelCardData:
         `ModelCardData`: Licence and tags, and where they exist base models, `model-index`, widget and emissions.
     """
     fields: dict[str, Any] = {
-        "language": "en",
+        "language": facts["languages"] or None,
         "license": facts["license"],
         "license_name": facts["license_name"],
         "license_link": facts["license_link"],

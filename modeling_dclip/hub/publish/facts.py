@@ -239,6 +239,7 @@ def gather_card_facts(
         origins = find(lambda: find_origins(trained, arguments.base_model, bool(compared)))
     find(lambda: check_licence(arguments.license, arguments.license_name, arguments.license_link, origins or []))
     datasets = find(lambda: [name_dataset(name) for name in arguments.dataset])
+    languages = find(lambda: find_languages(arguments.language, training["specs"] if training is not None else []))
     records = find(lambda: read_all_results(arguments.results or find_results(arguments.model)))
     family = "dmclip" if model is not None and model.config.model_type == "dmclip" else "dclip"
     name = (arguments.repo_id or "").rpartition("/")[2]
@@ -266,6 +267,7 @@ def gather_card_facts(
         examples=examples,
         examples_source=examples_source,
         datasets=datasets or [],
+        languages=languages or [],
         origins=origins,
         base_models=list(dict.fromkeys(origin.hub_id for origin in origins if origin.hub_id)),
         data_terms=describe_data(training["specs"]),
@@ -275,6 +277,31 @@ def gather_card_facts(
         hardware=arguments.hardware,
         emissions_grams=arguments.emissions_grams,
     )
+
+
+ENGLISH = ("scenes", "coco", "karpathy", "flickr30k", "conceptual")  # kinds of datasets with English captions
+_LANGUAGE = re.compile(r"[a-z]{2,3}(-[A-Za-z0-9]{2,8})*|multilingual")
+
+
+def find_languages(named: Sequence[str], specs: Sequence[str]) -> list[str]:
+    """The languages of a card: those that the publisher names, else English where all training data are known to be.
+
+    Args:
+        named (`Sequence[str]`): Codes, as the Hub takes them.
+        specs (`Sequence[str]`): Of the training data.
+
+    Raises:
+        ValueError: If a name is no code.
+
+    Example:
+        >>> find_languages([], ["scenes:train"]), find_languages([], ["csv:a.csv:b"]), find_languages(["de"], [])
+        (['en'], [], ['de'])
+    """
+    if wrong := [name for name in named if not _LANGUAGE.fullmatch(name)]:
+        raise ValueError(f"language: expected codes such as en, de or zh-TW, or multilingual, got {wrong[0]!r}.")
+    if named:
+        return list(named)
+    return ["en"] if specs and all(spec.partition(":")[0] in ENGLISH for spec in specs) else []
 
 
 def _evaluate(

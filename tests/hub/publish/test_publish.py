@@ -39,7 +39,7 @@ from modeling_dclip.hub.publish import describe_publication, publish
 from modeling_dclip.hub.publish import push as repositories
 from modeling_dclip.hub.publish.__main__ import main
 from modeling_dclip.hub.publish.cards import CARD_TEMPLATES
-from modeling_dclip.hub.publish.facts import find_results, gather
+from modeling_dclip.hub.publish.facts import find_languages, find_results, gather
 from modeling_dclip.hub.publish.pictures import LABELS, draw_pictures
 from modeling_dclip.hub.publish.push import check_access, find_differences, push_folder
 from modeling_dclip.hub.publish.staging import StagedRepo, check_folder, stage
@@ -471,6 +471,19 @@ def test_a_dry_run_says_that_a_card_names_no_base_model(trained, tiny_clip_dir, 
     main([*words, "--dry_run", "--staging", str(tmp_path / "staged")])
     said = capsys.readouterr().out
     assert "names no base model, because training started from a folder" in said and "--base_model NAME" in said
+
+
+def test_a_card_states_a_language_that_is_known_or_named_and_else_none(trained, tmp_path, capsys):
+    words = ["--model", str(trained["student"]), "--results", str(trained["results"]), "--repo_id", "me/tiny"]
+    words += ["--license", "mit", "--dry_run", "--staging", str(tmp_path / "staged")]
+    known = yaml.safe_load((trained["student"] / "arguments.yaml").read_text())["train_datasets"]
+    assert find_languages([], known) == (["en"] if str(known[0]).startswith("scenes") else [])
+    main([*words, "--language", "de", "pt-BR"])
+    assert "names no language" not in capsys.readouterr().out
+    stated = ModelCard.load(tmp_path / "staged" / "tiny" / "README.md").data.language
+    assert stated == ["de", "pt-BR"]
+    with pytest.raises(SystemExit, match="language: expected codes such as en, de or zh-TW, .*got 'German'"):
+        main([*words, "--language", "German"])
 
 
 def test_a_dry_run_again_says_what_changed_and_keeps_what_was_edited_by_hand(trained, tmp_path, capsys):
