@@ -465,7 +465,7 @@ def plot_region_attention(
         _draw_attention(figure, beside, attention, tokens)
     _draw_regions(axes, image, boxes, weights)
     if note is not None:
-        axes.set_title(textwrap.fill(note, 56), y=-0.02, va="top", fontsize=9, color=QUIET)
+        axes.set_title(textwrap.fill(note, 56), y=-0.05, va="top", fontsize=9, color=QUIET)
     figure.suptitle(textwrap.fill(caption, 44 if attention is None else 72), fontsize=11, color=INK)
     save_figure(figure, path)
 
@@ -482,11 +482,12 @@ def _draw_regions(axes: Any, image: PILImage.Image, boxes: np.ndarray, weights: 
         width = 1.2 + 1.8 * weights[index] / strongest
         halo = [Stroke(linewidth=width + 1.4, foreground="white"), Normal()]  # seen on any picture
         axes.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=width, path_effects=halo))
-        above = y1 > 0.08 * image.height  # else there is no room
+        inside = min((x2 - x1) / image.width, (y2 - y1) / image.height) > 0.25  # a small box it would cover
+        above = not inside and y1 > 0.08 * image.height  # else there is no room
         axes.annotate(
             f" {index}: {100 * weights[index]:.0f}% ",
-            (x1, y1 if above else y2),
-            (0, 3 if above else -3),
+            (x1, y1 if above or inside else y2),
+            (3, -3) if inside else (0, 3 if above else -3),
             textcoords="offset points",
             fontsize=9.5,
             color="white",

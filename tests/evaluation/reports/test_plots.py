@@ -186,11 +186,15 @@ def test_the_scale_of_attention_is_around_an_even_share_and_stated(tmp_path, fig
 
 def test_boxes_and_their_labels_are_seen_on_any_picture(tmp_path, figures):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    plot_region_attention(PICTURE, [[5, 0, 25, 30], [30, 10, 55, 35]], [0.01, 0.99], "dogs", tmp_path / "a.png")
+    width, height = PICTURE.size
+    small = [[5, 0, 5 + width / 5, 9], [30, 20, 30 + width / 5, 29]]  # it would cover them: beside them
+    large = [width / 3, height / 3, 2 * width / 3, 2 * height / 3]  # as of a grid: in its upper left corner
+    plot_region_attention(PICTURE, [*small, large], [0.01, 0.49, 0.5], "dogs", tmp_path / "a.png")
     (axes,) = figures[0].axes
     assert all(patch.get_path_effects() and patch.get_alpha() is None for patch in axes.patches)
-    below, above = sorted(axes.texts, key=lambda text: text.get_text())
-    assert (below.xy, below.get_va(), above.xy, above.get_va()) == ((5, 30), "top", (30, 10), "bottom")
+    below, above, inside = sorted(axes.texts, key=lambda text: text.get_text())
+    assert (below.xy, below.get_va(), above.xy, above.get_va()) == ((5, 9), "top", (30, 20), "bottom")
+    assert (inside.xy, inside.get_va(), inside.get_position()) == ((width / 3, height / 3), "top", (3, -3))
 
 
 def test_tokens_are_numbered_where_the_words_do_not_match(tmp_path, figures):
