@@ -334,7 +334,7 @@ def test_a_bad_line_of_json_lines_is_named(tmp_path, draw):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("scene", "Unknown kind 'scene'.*sugarcrepe:JSON_OR_FOLDER:IMAGE_FOLDER"),
+        ("scene", "Unknown kind 'scene'.*Did you mean 'scenes'.*Known kinds: .*sugarcrepe"),
         ("scenes:tset", "'tset'"),
         ("scenes:test,m=3", "Unknown option 'm'.*n, seed, image_size"),
         ("sugarcrepe:{0}", "Expected the form 'sugarcrepe"),
